@@ -1,0 +1,162 @@
+"""The configuration of a Titans model, as `config.json` holds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import CheckpointError
+from .memory import ACTIVATIONS, MemorySpec
+
+VARIANTS = ("lmm", "mac", "mag", "mal")
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """One memory layer.
+
+    heads, head_dim: memory networks a layer, and the width of their keys, values and queries.
+    depth: 1 for a linear map, 2 or 3 for an MLP; expansion: hidden width over head_dim.
+    chunk: tokens that share one gradient point. conv: width of the causal convolutions on q, k and v.
+    step_limit: the step size is at most step_limit (1 - momentum) / chunk. With unit keys and a linear memory the update
+    is then a contraction for limits up to 1.
+    """
+
+    heads: int
+    head_dim: int
+    chunk: int
+    depth: int = 1
+    expansion: int = 2
+    activation: str = "silu"
+    residual: bool = False
+    layer_norm: bool = False
+    conv: int = 4
+    step_limit: float = 1.0
+
+    @property
+    def spec(self) -> MemorySpec:
+        hidden = (self.head_dim * self.expansion,) * (self.depth - 1)
+        widths = (self.head_dim, *hidden, self.head_dim)
+        return MemorySpec(widths, self.activation, self.residual, self.layer_norm, self.chunk)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model.
+
+    variant: "mac", "mag", "mal" or "lmm" (the memory alone). dim: width of the residual stream. layers: blocks.
+    memory_layers: indices of the blocks that have a memory, None for all.
+    attention_heads: of width dim / attention_heads. window: tokens that attention sees, the token itself included: the
+    sliding window of MAG and MAL, the segment of MAC. persistent: persistent tokens in front of every attention window.
+    hidden: inner width of the feed-forward network.
+    """
+
+    variant: str
+    vocab_size: int
+    dim: int
+    layers: int
+    hidden: int
+    memory: MemoryConfig
+    memory_layers: tuple[int, ...] | None = None
+    attention_heads: int = 0
+    window: int = 0
+    persistent: int = 0
+    name: str = field(default="titans")
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, expected: str, got: object) -> None:
+            if not ok:
+                raise CheckpointError("config", expected, repr(got), "correct config.json")
+
+        m = self.memory
+        need(self.variant in VARIANTS, f"variant to be one of {', '.join(VARIANTS)}", self.variant)
+        for owner, names in (
+            (self, ("vocab_size", "dim", "layers", "hidden")),
+            (m, ("heads", "head_dim", "chunk", "expansion", "conv")),
+        ):
+            for name in names:
+                need(getattr(owner, name) >= 1, f"{name} to be at least 1", getattr(owner, name))
+        need(m.depth in (1, 2, 3), "memory.depth to be 1, 2 or 3", m.depth)
+        need(m.activation in ACTIVATIONS, f"memory.activation to be one of {', '.join(ACTIVATIONS)}", m.activation)
+        need(0 < m.step_limit < float("inf"), "memory.step_limit to be positive and finite", m.step_limit)
+        chosen = self.memory_layers
+        if chosen is not None:
+            inside = all(0 <= i < self.layers for i in chosen) and list(chosen) == sorted(set(chosen))
+            need(inside, f"memory_layers to be increasing indices below {self.layers}", list(chosen))
+        if self.variant == "lmm":
+            unused = (self.attention_heads, self.window, self.persistent)
+            need(unused == (0, 0, 0), "attention_heads, window and persistent to be 0 for lmm, which has none", unused)
+            return
+        need(self.persistent >= 0, "persistent to be at least 0", self.persistent)
+        need(self.window >= 2, "window to be at least 2", self.window)
+        heads = self.attention_heads
+        whole = heads >= 1 and self.dim % (2 * heads) == 0
+        need(whole, f"dim / attention_heads to be an even whole number (dim is {self.dim})", heads)
+        if self.variant == "mac":
+            need(self.window % m.chunk == 0, f"window to be a multiple of memory.chunk ({m.chunk}) for mac", self.window)
+
+    def has_memory(self, layer: int) -> bool:
+        return self.memory_layers is None or layer in self.memory_layers
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form, with its format version."""
+        return {"format": "titans", "format_version": FORMAT_VERSION, **asdict(self)}
+
+
+_T = TypeVar("_T", MemoryConfig, ModelConfig)
+
+
+def _build(kind: type[_T], values: Any, where: str) -> _T:
+    """A dataclass from a JSON object, with its keys and the types of its values checked."""
+    if not isinstance(values, dict):
+        raise CheckpointError("config", f"{where} to be an object", type(values).__name__, "correct config.json")
+    known = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(values) - set(known)):
+        raise CheckpointError("config", f"known keys in {where}", f"unknown key {unknown[0]!r}", "remove or correct it")
+    if missing := sorted(n for n, f in known.items() if f.default is MISSING and n not in values):
+        raise CheckpointError("config", f"key {missing[0]!r} in {where}", "none", "add it to config.json")
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+    for name, value in values.items():
+        wanted = kinds.get(str(known[name].type))
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+            raise CheckpointError(
+                "config", f"{where}.{name} to be of type {known[name].type}", repr(value), "correct config.json"
+            )
+    return kind(**values)
+
+
+def parse_config(values: Any) -> ModelConfig:
+    """The configuration from parsed JSON. Raises CheckpointError naming the first key that is wrong."""
+    if not isinstance(values, dict):
+        raise CheckpointError("config", "a JSON object", type(values).__name__, "correct config.json")
+    values = dict(values)
+    version = values.pop("format_version", None)
+    if values.pop("format", None) != "titans" or version != FORMAT_VERSION:
+        raise CheckpointError(
+            "config",
+            f'"format": "titans" and "format_version": {FORMAT_VERSION}',
+            f"format_version {version!r}",
+            "check that this is a Titans checkpoint; upgrade titans-export if it is newer",
+        )
+    if "memory" in values:
+        values["memory"] = _build(MemoryConfig, values["memory"], "memory")
+    layers = values.get("memory_layers")
+    if layers is not None:
+        if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+            raise CheckpointError("config", "memory_layers to be a list of integers", repr(layers), "correct config.json")
+        values["memory_layers"] = tuple(layers)
+    return _build(ModelConfig, values, "the model")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Reads and checks config.json. Raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("config", f"a file {path}", "none", "give a folder that holds config.json") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError("config", f"{path} to be readable JSON", str(error), "restore the file") from None
+    return parse_config(values)

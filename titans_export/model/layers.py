@@ -1,0 +1,92 @@
+"""Small parts that every variant shares. Weights are (in, out): y = x W, so that an exported graph holds no transposes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+StreamState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in its stream each row of a call stands.
+
+    position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call starts at a chunk's start
+    and holds whole chunks; otherwise it holds a single token.
+    """
+
+    position: Tensor
+    learn: Tensor | None
+    aligned: bool
+
+
+class Linear(nn.Module):
+    """y = x W + b. x: (..., size_in)."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_in, size_out))
+        nn.init.uniform_(self.weight, -(size_in**-0.5), size_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(size_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; `shape` is the weight's."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(*shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + NORM_EPS) * self.weight
+
+
+def unit(x: Tensor) -> Tensor:
+    """l2 normalisation of the last dimension (section 4.4)."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over tokens (section 4.4). Its state is the last width - 1 inputs."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
+
+    def initial_state(self, batch: int) -> Tensor:
+        return self.weight.new_zeros(batch, self.width - 1, self.weight.shape[1])
+
+    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, T, channels); past: (B, width - 1, channels). Returns the output and the next past."""
+        length = x.shape[1]
+        x = torch.cat([past, x], 1)
+        taps = self.weight.unbind(0)
+        y = taps[0] * x[:, :length]
+        for i, tap in enumerate(taps[1:], start=1):
+            y = y + tap * x[:, i : i + length]
+        return y, x[:, length:]
+
+
+class FeedForward(nn.Module):
+    """Gated network (SwiGLU): (silu(x A) * x B) C."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up = Linear(dim, 2 * hidden)
+        self.down = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, -1)
+        y: Tensor = self.down(F.silu(gate) * value)
+        return y

@@ -1,0 +1,55 @@
+"""MAC: memory as context (equations 21 to 25), made causal.
+
+Chunk by chunk, the chunk dividing the segment: h is read from the memory as of the chunk's start (21), attention sees
+persistent tokens, h and tokens of the segment up to each token's own place (22, 23), its output y updates the memory (24),
+and o = y (x) M_t(y) (25). The paper reads h once per segment; a smaller chunk only makes h newer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import SegmentAttention
+from .config import ModelConfig
+from .layers import FeedForward, RMSNorm, Step, StreamState
+from .mag import Gating
+from .memory_layer import MemoryLayer
+
+
+class MACBlock(nn.Module):
+    """x + o, then x + FFN(x). A block without a memory has plain segment attention over its own tokens, retrieved = 0."""
+
+    def __init__(self, config: ModelConfig, memory: bool) -> None:
+        super().__init__()
+        dim = config.dim
+        self.chunk = config.memory.chunk
+        self.memory = MemoryLayer(dim, config.memory, context=True) if memory else None
+        self.gating = Gating(dim) if memory else None
+        self.norm_memory = RMSNorm(dim) if memory else None
+        self.norm = RMSNorm(dim)
+        self.attention = SegmentAttention(dim, config.attention_heads, config.window, config.persistent)
+        self.norm_ff, self.ff = RMSNorm(dim), FeedForward(dim, config.hidden)
+
+    def initial_state(self, batch: int) -> StreamState:
+        memory = self.memory.initial_state(batch) if self.memory else {}
+        return {**memory, **self.attention.initial_state(batch)}
+
+    def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
+        normed, out, position = self.norm(x), [], step.position
+        size = self.chunk if step.aligned else 1
+        queries: tuple[Tensor | None, ...] = (None,) * -(-x.shape[1] // size)
+        if self.memory is not None:
+            q, state = self.memory.context_queries(normed, state)
+            queries = q.split(size, -2)
+        for x_c, normed_c, q_c in zip(x.split(size, 1), normed.split(size, 1), queries, strict=True):
+            retrieved = torch.zeros_like(normed_c) if q_c is None else self.memory.retrieve(q_c, state)
+            y, cache = self.attention(normed_c, retrieved, state, position)
+            state = {**state, **cache}
+            if self.memory is not None and self.gating is not None and self.norm_memory is not None:
+                m, state = self.memory(self.norm_memory(x_c + y), state, step)
+                y = self.gating(y, m)
+            out.append(y)
+            position = position + size
+        x = x + torch.cat(out, 1)
+        return x + self.ff(self.norm_ff(x)), state

@@ -1,0 +1,90 @@
+"""A memory layer: from tokens to q, k, v and gates, through the memory, back to tokens (sections 3.1 and 4.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MemoryConfig
+from .layers import CausalConv, Linear, RMSNorm, Step, StreamState, unit
+from .node import memory_read, memory_update
+from .operator import initial_rows
+
+
+class MemoryLayer(nn.Module):
+    """Memory of `heads` networks over a stream of (B, T, dim), updated by its input and read by it.
+
+    k, v and q go through a causal convolution and SiLU, q and k are l2-normalised, the retrieval is normalised per head
+    and gated. With context_dim, `retrieve` reads the memory of a chunk's start for other tokens (MAC, equation 21).
+    """
+
+    def __init__(self, dim: int, config: MemoryConfig, context: bool = False) -> None:
+        super().__init__()
+        self.config, self.spec = config, config.spec
+        inner = config.heads * config.head_dim
+        self.qkv = Linear(dim, 3 * inner)
+        self.conv = CausalConv(3 * inner, config.conv)
+        self.gates = Linear(dim, 3 * config.heads, bias=True)
+        self.norm = RMSNorm(config.heads, config.head_dim)
+        self.out_gate = Linear(dim, inner)
+        self.out = Linear(inner, dim)
+        self.initial = nn.ParameterList(torch.zeros(config.heads, i, o) for i, o in self.spec.shapes)
+        self.norm_scale = nn.Parameter(torch.ones(config.heads, config.head_dim)) if config.layer_norm else None
+        if context:
+            self.context_query = Linear(dim, inner)
+            self.context_conv = CausalConv(inner, config.conv)
+            self.context_norm = RMSNorm(config.heads, config.head_dim)
+            self.context_out = Linear(inner, dim)
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        nn.init.normal_(self.gates.weight, std=0.02)
+        assert self.gates.bias is not None
+        step, momentum, forget = self.gates.bias.chunk(3)
+        for part, value in ((step, 0.0), (momentum, -2.0), (forget, -6.0)):
+            part.fill_(value)
+        if self.spec.depth > 1:
+            for w in self.initial:
+                nn.init.normal_(w, std=w.shape[-2] ** -0.5)
+
+    def initial_state(self, batch: int) -> StreamState:
+        rows = initial_rows(self.spec, list(self.initial))
+        state = {"memory": rows.expand(batch, -1, -1), "conv": self.conv.initial_state(batch)}
+        if hasattr(self, "context_conv"):
+            state["context_conv"] = self.context_conv.initial_state(batch)
+        return state
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) to (B, heads, T, D)."""
+        return x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step size, momentum and forget gate, each (B, heads, T)."""
+        step, momentum, forget = self.gates(x).transpose(1, 2).chunk(3, 1)
+        # sigmoid(-momentum) is 1 - eta: the steps that momentum adds up over a chunk stay below step_limit together.
+        limit = torch.sigmoid(-momentum) * (self.config.step_limit / self.config.chunk)
+        return torch.sigmoid(step) * limit, torch.sigmoid(momentum), torch.sigmoid(forget)
+
+    def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
+        """Updates the memory with x (B, T, dim) and reads it: W_t at token t. Returns (B, T, dim) and the next state."""
+        qkv, conv = self.conv(self.qkv(x), state["conv"])
+        q, k, v = (self._heads(part) for part in F.silu(qkv).chunk(3, -1))
+        y, rows = memory_update(
+            self.spec, state["memory"], unit(q), unit(k), v, self._gates(x), step, norm_scale=self.norm_scale
+        )
+        y = self.norm(y.transpose(1, 2)).flatten(2)
+        out: Tensor = self.out(y * F.silu(self.out_gate(x)))
+        return out, {**state, "memory": rows, "conv": conv}
+
+    def context_queries(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """The queries of equation 21 for x (B, T, dim): (B, heads, T, D), and the next state."""
+        q, conv = self.context_conv(self.context_query(x), state["context_conv"])
+        return unit(self._heads(F.silu(q))), {**state, "context_conv": conv}
+
+    def retrieve(self, q: Tensor, state: StreamState) -> Tensor:
+        """h of equation 21, from the memory as of the open chunk's start, nothing updated: (B, T, dim)."""
+        y = memory_read(self.spec, state["memory"], q, norm_scale=self.norm_scale)
+        out: Tensor = self.context_out(self.context_norm(y.transpose(1, 2)).flatten(2))
+        return out

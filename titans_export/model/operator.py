@@ -1,0 +1,287 @@
+"""`ai.titans::NeuralMemory` in PyTorch: the reference of the operator, with the packed state that it carries.
+
+docs/operator.md is the contract; the mathematics is in memory.py. The ONNX function body is traced from here, and every
+kernel is measured against this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
+
+ROW_ALIGNMENT = 16  # floats: a head's row starts on a 64-byte line
+STATS = ("surprise", "update_norm", "committed", "rejected")
+
+
+class Field(NamedTuple):
+    """A field of a packed row: elements [offset, offset + prod(shape))."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding."""
+
+    fields: tuple[Field, ...]
+    size: int
+
+    @staticmethod
+    def of(spec: MemorySpec) -> Layout:
+        c = spec.chunk_size
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+        shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
+        shapes += [(f"S{i}", s) for i, s in enumerate(spec.shapes)]
+        for i, (width_in, width_out) in enumerate(spec.shapes):
+            shapes += [(f"left{i}", (c, width_in)), (f"right{i}", (c, width_out))]
+        shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
+        fields, offset = [], 0
+        for name, shape in shapes:
+            fields.append(Field(name, offset, shape))
+            offset += math.prod(shape)
+        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """(..., R) to the fields by name, each (..., *shape)."""
+        lead = rows.shape[:-1]
+        sizes = [math.prod(f.shape) for f in self.fields]
+        parts = rows.split([*sizes, self.size - sum(sizes)], -1)
+        return {f.name: part.reshape(*lead, *f.shape) for f, part in zip(self.fields, parts, strict=False)}
+
+    def pack(self, fields: dict[str, Tensor]) -> Tensor:
+        """The fields, each (..., *shape), to (..., R)."""
+        lead = fields["m"].shape
+        parts = [fields[f.name].reshape(*lead, -1) for f in self.fields]
+        padding = self.size - sum(math.prod(f.shape) for f in self.fields)
+        if padding:
+            parts.append(torch.zeros(*lead, padding, dtype=parts[0].dtype, device=parts[0].device))
+        return torch.cat(parts, -1)
+
+
+def initial_rows(spec: MemorySpec, weights: list[Tensor]) -> Tensor:
+    """Packed rows (..., R) of a fresh memory with weights W, S = 0 and an empty chunk."""
+    lead = weights[0].shape[:-2]
+    zeros = [torch.zeros_like(w) for w in weights]
+    return _pack_aligned(spec, State(weights, zeros), lead)
+
+
+def _pack_aligned(spec: MemorySpec, state: State, lead: torch.Size) -> Tensor:
+    """Packed rows at a chunk's start: no cached rows, m = 1, f = 0, beta = 1."""
+    layout = Layout.of(spec)
+    like = state.w[0]
+    fields = {f.name: like.new_full((1,), float(f.name in ("m", "beta"))).expand(*lead, *f.shape) for f in layout.fields}
+    fields |= {f"W{i}": w for i, w in enumerate(state.w)} | {f"S{i}": s for i, s in enumerate(state.s)}
+    return layout.pack(fields)
+
+
+def _weights(spec: MemorySpec, fields: dict[str, Tensor]) -> State:
+    depth = range(spec.depth)
+    return State([fields[f"W{i}"] for i in depth], [fields[f"S{i}"] for i in depth])
+
+
+def _open_chunk(spec: MemorySpec, fields: dict[str, Tensor]) -> CachedChunk:
+    depth = range(spec.depth)
+    return CachedChunk(
+        [fields[f"left{i}"] for i in depth],
+        [fields[f"right{i}"] for i in depth],
+        *(fields[name] for name in ("e", "a", "m", "f", "beta")),
+    )
+
+
+def _pack_open(spec: MemorySpec, state: State, chunk: CachedChunk) -> Tensor:
+    fields = {name: getattr(chunk, name) for name in ("e", "a", "m", "f", "beta")}
+    for i in range(spec.depth):
+        fields |= {f"W{i}": state.w[i], f"S{i}": state.s[i], f"left{i}": chunk.left[i], f"right{i}": chunk.right[i]}
+    return Layout.of(spec).pack(fields)
+
+
+def read_memory(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
+    """mode "read": y = M_W(q) with W as of the open chunk's start, nothing updated.
+
+    state: (B, H, R) packed rows; q: (B, H, T, D); norm_scale: (H, D) with layer_norm. Returns (B, H, T, D).
+    """
+    return read(spec, _weights(spec, Layout.of(spec).unpack(state)).w, q, norm_scale)
+
+
+class Update(NamedTuple):
+    """What mode "update" gives: retrievals y (B, H, T, D), packed rows (B, H, R), numbers (B, H, 4) as `STATS`."""
+
+    y: Tensor
+    state: Tensor
+    stats: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The operator's inputs. q, k, v: (B, H, T, D); gates: (B, H, T).
+
+    active: (B, T) float, 1 where the token is valid and the stream learns; None for all. valid: (B, T) float, 1 where the
+    token counts at all (a frozen token fills its place in the chunk, an invalid one does not); None for all.
+    norm_scale: (H, D) or None. update_limit: (B,) or None; a chunk whose update has a larger Frobenius norm (all layers of
+    a head together), or is not finite, is not committed.
+    """
+
+    state: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    step_size: Tensor
+    momentum: Tensor
+    forget_gate: Tensor
+    active: Tensor | None = None
+    valid: Tensor | None = None
+    norm_scale: Tensor | None = None
+    update_limit: Tensor | None = None
+
+    @property
+    def gates(self) -> Gates:
+        on = None if self.active is None else self.active.unsqueeze(-2)
+        return Gates(self.step_size, self.momentum, self.forget_gate, on)
+
+
+def _norm(new: State, old: State) -> Tensor:
+    """Frobenius norm of what a chunk did to W, per stream and head: (B, H)."""
+    squares = [((a - b) ** 2).sum((-1, -2)) for a, b in zip(new.w, old.w, strict=True)]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def _guard(new: State, old: State, limit: Tensor | None) -> tuple[State, Tensor, Tensor]:
+    """The state to commit, the update's norm and whether it is committed (1 or 0), the latter two (B, H)."""
+    norm = _norm(new, old)
+    if limit is None:
+        return new, norm, torch.ones_like(norm)
+    good = norm <= limit.unsqueeze(-1)  # false for NaN
+    pick = good[..., None, None]
+    kept = State(*([torch.where(pick, a, b) for a, b in zip(n, o, strict=True)] for n, o in zip(new, old, strict=True)))
+    return kept, norm, good.to(norm.dtype)
+
+
+def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
+    """mode "update", schedule "aligned": every stream at a chunk's start and T a multiple of the chunk.
+
+    Also takes a last chunk that is shorter (training, or the tail of a text); the returned state then holds W and S of that
+    chunk's end as if it were complete, which no stream may continue from.
+    """
+    lead = x.state.shape[:-1]
+    state = _weights(spec, Layout.of(spec).unpack(x.state))
+    size, out, loss, norms, committed = spec.chunk_size, [], [], [], []
+    parts = (t.split(size, -2) for t in (x.q, x.k, x.v))
+    for q, k, v, gates in zip(*parts, x.gates.chunks(size), strict=True):
+        y, new, losses = chunk_update(spec, state, q, k, v, coefficients(gates), x.norm_scale)
+        state, norm, good = _guard(new, state, x.update_limit)
+        out.append(y)
+        loss.append(losses if gates.active is None else losses * gates.active)
+        norms.append(norm)
+        committed.append(good)
+    count = torch.stack(committed).sum(0)
+    stats = [torch.cat(loss, -1).sum(-1), torch.stack(norms).amax(0), count, len(out) - count]
+    return Update(torch.cat(out, -2), _pack_aligned(spec, state, lead), torch.stack(stats, -1))
+
+
+def _branch(
+    condition: Tensor, yes: Callable[..., tuple[Tensor, ...]], no: Callable[..., tuple[Tensor, ...]], *args: Tensor
+) -> tuple[Tensor, ...]:
+    """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise."""
+    if torch.compiler.is_exporting():
+        result: tuple[Tensor, ...] = torch.cond(condition, yes, no, args)
+        return result
+    return yes(*args) if bool(condition) else no(*args)
+
+
+def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
+    """mode "update", schedule "any": one token after the other in the cached form, chunks folded as they fill.
+
+    fill: (B,) int64, tokens already in each stream's open chunk, in [0, chunk). Streams may differ.
+    """
+    fields = Layout.of(spec).unpack(x.state)
+    state, chunk = _weights(spec, fields), _open_chunk(spec, fields)
+    theta, eta, keep, on = x.gates.masked()
+    size = spec.chunk_size
+    index = torch.arange(size, device=fill.device)
+    rows, out, stats = x.state, [], []
+    for t in range(x.q.shape[-2]):
+        g = surprise(spec, state.w, x.k[..., t : t + 1, :], x.v[..., t : t + 1, :], x.norm_scale)
+        at = (index == fill.unsqueeze(-1)).unsqueeze(-2)
+        chunk = chunk.append(at, g, theta[..., t], eta[..., t], keep[..., t], on[..., t])
+        out.append(chunk.read(spec, state, x.q[..., t : t + 1, :], x.norm_scale))
+        rows, surprised = _pack_open(spec, state, chunk), g.loss[..., 0] * on[..., t]
+        after = fill + 1 if x.valid is None else fill + x.valid[..., t].to(fill.dtype)
+        full = after == size
+
+        def fold(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+            fields = Layout.of(spec).unpack(rows)
+            old = _weights(spec, fields)
+            new, norm, good = _guard(_open_chunk(spec, fields).fold(old), old, x.update_limit)
+            this = full.to(norm.dtype).unsqueeze(-1)
+            folded = _pack_aligned(spec, new, norm.shape)
+            rows = torch.where(full[:, None, None], folded, rows)
+            # where, not a product: a stream whose chunk is not full must not see another's NaN, nor its own.
+            norm = torch.where(full.unsqueeze(-1), norm, torch.zeros_like(norm))
+            return rows, torch.stack([norm, this * good, this * (1 - good)], -1)
+
+        def leave(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+            return rows.clone(), torch.zeros(*rows.shape[:-1], 3, dtype=rows.dtype, device=rows.device)
+
+        rows, numbers = _branch(full.any(), fold, leave, rows, full)
+        stats.append(torch.cat([surprised.unsqueeze(-1), numbers], -1))
+        fill = torch.where(full, torch.zeros_like(fill), after)
+        if t + 1 < x.q.shape[-2]:
+            fields = Layout.of(spec).unpack(rows)
+            state, chunk = _weights(spec, fields), _open_chunk(spec, fields)
+    if len(stats) == 1:
+        return Update(out[0], rows, stats[0])
+    each = torch.stack(stats)
+    total = torch.cat([each[..., :1].sum(0), each[..., 1:2].amax(0), each[..., 2:].sum(0)], -1)
+    return Update(torch.cat(out, -2), rows, total)
+
+
+def neural_memory_update(
+    spec: MemorySpec,
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step_size: Tensor,
+    momentum: Tensor,
+    forget_gate: Tensor,
+    fill: Tensor | None = None,
+    learn: Tensor | None = None,
+    valid: Tensor | None = None,
+    slots: Tensor | None = None,
+    update_limit: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+) -> Update:
+    """mode "update" with the operator's own inputs, in their order; fill None means schedule "aligned".
+
+    state: (P, H, R), a pool with a row per slot; slots: (B,) int64, each stream's row, all different, None for 0..B-1 with
+    P = B. fill, valid: (B,) int64; learn: (B,) bool; update_limit: (B,) float. The other shapes are those of `Inputs`.
+    Returns the whole pool with the rows of `slots` updated.
+    """
+    rows = state if slots is None else state[slots]
+    steps = torch.arange(q.shape[-2], device=q.device)
+    counts = None if valid is None else (steps < valid.unsqueeze(-1)).to(q.dtype)
+    active = counts
+    if learn is not None:
+        on = learn.to(q.dtype).unsqueeze(-1)
+        active = on.expand(-1, q.shape[-2]) if counts is None else counts * on
+    x = Inputs(rows, q, k, v, step_size, momentum, forget_gate, active, counts, norm_scale, update_limit)
+    result = update_aligned(spec, x) if fill is None else update_tokens(spec, x, fill)
+    if slots is None:
+        return result
+    return Update(result.y, state.index_copy(0, slots, result.state), result.stats)
+
+
+def neural_memory_read(
+    spec: MemorySpec, state: Tensor, q: Tensor, slots: Tensor | None = None, norm_scale: Tensor | None = None
+) -> Tensor:
+    """mode "read" with the operator's own inputs; shapes as in `neural_memory_update`. Returns (B, H, T, D)."""
+    return read_memory(spec, state if slots is None else state[slots], q, norm_scale)
