@@ -1,0 +1,14 @@
+# The options that all our own targets are compiled with: titans_compile(TARGET).
+set(titans_warnings -Wall -Wextra -Wpedantic -Wconversion)
+if(TITANS_WARNINGS_AS_ERRORS)
+  list(APPEND titans_warnings -Werror)
+endif()
+
+if(TITANS_SANITIZE)
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=address,undefined)
+endif()
+
+function(titans_compile target)
+  target_compile_options(${target} PRIVATE ${titans_warnings})
+endfunction()

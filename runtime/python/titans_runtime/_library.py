@@ -1,0 +1,130 @@
+"""The C interface (titans.h) for ctypes: finds the library, declares its functions, turns statuses into errors."""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import importlib.util
+import os
+from pathlib import Path
+
+OK, FAILED, INVALID_ARGUMENT, UNSUPPORTED = 0, 1, 2, 4
+LOGITS = {"none": 0, "last": 1, "all": 2}
+
+FloatPointer = ctypes.POINTER(ctypes.c_float)
+TokenPointer = ctypes.POINTER(ctypes.c_int32)
+
+
+class SessionOptions(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("device", ctypes.c_char_p),
+        ("backend", ctypes.c_char_p),
+        ("backend_library", ctypes.c_char_p),
+        ("plugin_dir", ctypes.c_char_p),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class MemoryInfo(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_size_t),
+        ("elements", ctypes.c_size_t),
+    ]
+
+
+class Sampling(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("temperature", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+        ("max_tokens", ctypes.c_int64),
+        ("stop_tokens", TokenPointer),
+        ("stop_count", ctypes.c_size_t),
+    ]
+
+
+class Error(RuntimeError):
+    """What the runtime could not do, and what to do about it. ``status`` is 1 (failed), 2 (a wrong argument) or 4 (not
+    on this machine)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _library_path() -> str:
+    """$TITANS_LIBRARY, for work on the runtime itself, or the library beside this file."""
+    return os.environ.get("TITANS_LIBRARY") or str(Path(__file__).with_name("libtitans.so"))
+
+
+def _load() -> ctypes.CDLL:
+    path = _library_path()
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(
+            f"[titans_runtime] expected the library {path} but got {error}; "
+            "do run pip install ./runtime/python, or set TITANS_LIBRARY to a built libtitans.so"
+        ) from error
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    out = ctypes.POINTER(ctypes.c_void_p)
+    status = ctypes.c_int
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "version": (ctypes.c_char_p, []),
+        "last_error": (ctypes.c_char_p, []),
+        "session_open": (status, [ctypes.c_char_p, ctypes.POINTER(SessionOptions), out]),
+        "session_close": (None, [pointer]),
+        "session_info": (ctypes.c_char_p, [pointer]),
+        "session_vocab_size": (ctypes.c_int32, [pointer]),
+        "stream_create": (status, [pointer, out]),
+        "stream_destroy": (None, [pointer]),
+        "stream_fork": (status, [pointer, out]),
+        "stream_reset": (status, [pointer]),
+        "stream_feed": (status, [pointer, TokenPointer, size, ctypes.c_int, FloatPointer, size]),
+        "stream_step": (status, [pointer, ctypes.c_int32, FloatPointer]),
+        "stream_score": (status, [pointer, TokenPointer, size, FloatPointer]),
+        "stream_set_learning": (status, [pointer, ctypes.c_int]),
+        "stream_learning": (ctypes.c_int, [pointer]),
+        "stream_position": (ctypes.c_uint64, [pointer]),
+        "stream_state_bytes": (ctypes.c_uint64, [pointer]),
+        "stream_memory_count": (size, [pointer]),
+        "stream_memory_info": (status, [pointer, size, ctypes.POINTER(MemoryInfo)]),
+        "stream_memory_read": (status, [pointer, size, FloatPointer, size]),
+        "sampling_init": (None, [ctypes.POINTER(Sampling)]),
+        "generator_create": (status, [pointer, ctypes.POINTER(Sampling), out]),
+        "generator_next": (status, [pointer, TokenPointer, ctypes.POINTER(ctypes.c_int)]),
+        "generator_destroy": (None, [pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"titans_{name}")
+        function.restype = result
+        function.argtypes = arguments
+    return library
+
+
+lib = _load()
+
+
+def check(status: int) -> None:
+    if status != OK:
+        raise Error(lib.titans_last_error().decode("utf-8", "replace"), status)
+
+
+def backend_library() -> str | None:
+    """The ONNX Runtime of an installed wheel, which the loader does not find by itself. The wheel is not imported.
+
+    Nothing where $TITANS_ONNXRUNTIME names another: the runtime reads that itself.
+    """
+    if os.environ.get("TITANS_ONNXRUNTIME"):
+        return None
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    found = sorted(glob.glob(str(Path(spec.origin).parent / "capi" / "libonnxruntime.so.1*")))
+    return found[-1] if found else None

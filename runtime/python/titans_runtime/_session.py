@@ -1,0 +1,78 @@
+"""A bundle opened on a device."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from types import TracebackType
+from typing import Any
+
+from ._library import INVALID_ARGUMENT, Error, SessionOptions, backend_library, check, lib
+from ._stream import Stream
+
+
+class Session:
+    """A bundle opened on a device. Any number of threads may use it; a stream belongs to one thread at a time.
+
+    ``backend`` insists on one (None: chosen by the device), ``threads`` is the number of threads within one call
+    (0: the backend's default), ``backend_library`` the path of the vendor's library and ``plugin_dir`` the
+    folder of the runtime's backends (None: searched, see docs/runtime.md).
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        backend: str | None = None,
+        threads: int = 0,
+        *,
+        backend_library: str | os.PathLike[str] | None = None,
+        plugin_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._handle = ctypes.c_void_p()
+        options = SessionOptions(
+            struct_size=ctypes.sizeof(SessionOptions),
+            device=_encode(device),
+            backend=_encode(backend),
+            backend_library=_encode(backend_library or _find_library(backend)),
+            plugin_dir=_encode(plugin_dir),
+            threads=threads,
+        )
+        check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
+        self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
+        self.vocab_size: int = lib.titans_session_vocab_size(self._handle)
+
+    def stream(self) -> Stream:
+        """A stream with a fresh memory. It keeps what it needs of the session, also when that is closed."""
+        if not self._handle:
+            raise Error("[session] expected an open session but got a closed one; do open it again", INVALID_ARGUMENT)
+        handle = ctypes.c_void_p()
+        check(lib.titans_stream_create(self._handle, ctypes.byref(handle)))
+        return Stream(handle, self.vocab_size)
+
+    def close(self) -> None:
+        """Gives back what no stream needs any more. Closing twice does nothing."""
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        lib.titans_session_close(handle)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Missing where __init__ failed before it was set.
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+def _encode(value: str | os.PathLike[str] | None) -> bytes | None:
+    return None if value is None else os.fsencode(value)
+
+
+def _find_library(backend: str | None) -> str | None:
+    return backend_library() if backend in (None, "onnxruntime") else None

@@ -1,0 +1,208 @@
+"""One sequence and what its memory has learned."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ._library import INVALID_ARGUMENT, LOGITS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, lib
+
+Tokens: TypeAlias = "bytes | bytearray | Sequence[int] | npt.NDArray[np.integer[Any]]"
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+class Stream:
+    """Made by :meth:`Session.stream`. A call that fails leaves the stream as it was."""
+
+    def __init__(self, handle: ctypes.c_void_p, vocab_size: int) -> None:
+        self._handle = handle
+        self._vocab_size = vocab_size
+
+    def feed(self, tokens: Tokens, logits: Literal["all", "last", "none"] = "all") -> Floats | None:
+        """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None."""
+        if logits not in LOGITS:
+            raise _wrong("logits to be 'all', 'last' or 'none'", repr(logits), "pass one of these")
+        ids = _token_array(tokens)
+        shape = {"all": (ids.size, self._vocab_size), "last": (self._vocab_size,), "none": (0,)}[logits]
+        out = np.empty(shape, np.float32)
+        check(lib.titans_stream_feed(self._open(), _tokens(ids), ids.size, LOGITS[logits], _floats(out), out.size))
+        return None if logits == "none" else out
+
+    def step(self, token: int) -> Floats:
+        """Consumes one token and returns the logits after it, (vocab,)."""
+        out = np.empty(self._vocab_size, np.float32)
+        check(lib.titans_stream_step(self._open(), _token(token), _floats(out)))
+        return out
+
+    def score(self, tokens: Tokens) -> Floats:
+        """Consumes the tokens and returns ln p of each given all before it, (T,).
+
+        On a stream that has consumed nothing the first token is scored as uniform, -ln(vocab).
+        """
+        ids = _token_array(tokens)
+        out = np.empty(ids.size, np.float32)
+        check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
+        return out
+
+    def generate(
+        self,
+        max_tokens: int | None = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[int | bytes | Sequence[int]] = (),
+    ) -> Iterator[int]:
+        """Continues the stream, which must have consumed a token. Yields each token after the stream has consumed it.
+
+        temperature 0 takes the most likely token. The filters apply in the order top_k, top_p, min_p. ``max_tokens``
+        None means no limit. ``stop`` lists what ends the generation: a token id ends it before that token is consumed,
+        and it is not yielded; a sequence (bytes or token ids) ends it once all of it has been generated, and its tokens
+        have been consumed and yielded. A sequence counts within what is generated here, not across the prompt.
+        """
+        if isinstance(stop, (bytes, str)):
+            raise _wrong("stop to be a list of what ends the generation", repr(stop), "write [stop]")
+        singles = [entry for entry in stop if isinstance(entry, (int, np.integer))]
+        sequences = [_token_array(entry).tolist() for entry in stop if not isinstance(entry, (int, np.integer))]
+        if [] in sequences:
+            raise _wrong("stop sequences of at least one token", "an empty one", "leave it out")
+        ids = _token_array(singles)
+        if not 0 <= seed < 2**64:
+            raise _wrong("a seed in [0, 2**64)", str(seed), "choose another")
+        sampling = Sampling()
+        lib.titans_sampling_init(ctypes.byref(sampling))
+        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p = temperature, top_k, top_p, min_p
+        sampling.seed = seed
+        sampling.max_tokens = -1 if max_tokens is None else max_tokens
+        sampling.stop_tokens, sampling.stop_count = _tokens(ids), ids.size
+        handle = ctypes.c_void_p()
+        check(lib.titans_generator_create(self._open(), ctypes.byref(sampling), ctypes.byref(handle)))
+        return _Generation(self, handle, sequences)
+
+    def reset(self) -> None:
+        """Back to a fresh memory at position 0. Whether the stream learns is kept."""
+        check(lib.titans_stream_reset(self._open()))
+
+    def fork(self) -> Stream:
+        """A second stream with the same state, independent from here on."""
+        handle = ctypes.c_void_p()
+        check(lib.titans_stream_fork(self._open(), ctypes.byref(handle)))
+        return Stream(handle, self._vocab_size)
+
+    def freeze(self) -> None:
+        """From the next token on the memory stays as it is."""
+        check(lib.titans_stream_set_learning(self._open(), 0))
+
+    def resume(self) -> None:
+        """From the next token on the memory learns again."""
+        check(lib.titans_stream_set_learning(self._open(), 1))
+
+    @property
+    def learning(self) -> bool:
+        return bool(lib.titans_stream_learning(self._open()))
+
+    @property
+    def position(self) -> int:
+        """Tokens consumed."""
+        return int(lib.titans_stream_position(self._open()))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that this stream owns; they do not depend on how much it has consumed."""
+        return int(lib.titans_stream_state_bytes(self._open()))
+
+    def memory(self) -> dict[str, Floats]:
+        """A copy of each field of the memory, such as "layers.0.memory.W0", as of the last complete chunk."""
+        fields: dict[str, Floats] = {}
+        info = MemoryInfo()
+        for index in range(lib.titans_stream_memory_count(self._open())):
+            check(lib.titans_stream_memory_info(self._handle, index, ctypes.byref(info)))
+            values = np.empty(info.shape[: info.rank], np.float32)
+            check(lib.titans_stream_memory_read(self._handle, index, _floats(values), values.size))
+            fields[info.name.decode()] = values
+        return fields
+
+    def close(self) -> None:
+        """Gives the state back. Closing twice does nothing."""
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        lib.titans_stream_destroy(handle)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._handle:
+            self.close()
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise _wrong("an open stream", "a closed one", "make another")
+        return self._handle
+
+
+class _Generation(Iterator[int]):
+    """What :meth:`Stream.generate` returns. It keeps the stream alive."""
+
+    def __init__(self, stream: Stream, handle: ctypes.c_void_p, stop: list[list[int]]) -> None:
+        self._stream = stream
+        self._handle = handle
+        self._stop = stop
+        self._tail: deque[int] = deque(maxlen=max(map(len, stop), default=0))
+
+    def __next__(self) -> int:
+        tail = list(self._tail)
+        if any(tail[-len(sequence) :] == sequence for sequence in self._stop):
+            raise StopIteration
+        token, done = ctypes.c_int32(), ctypes.c_int()
+        self._stream._open()
+        check(lib.titans_generator_next(self._handle, ctypes.byref(token), ctypes.byref(done)))
+        if done.value:
+            raise StopIteration
+        self._tail.append(token.value)
+        return token.value
+
+    def __del__(self) -> None:
+        lib.titans_generator_destroy(self._handle)
+
+
+def _wrong(expected: str, got: str, advice: str) -> Error:
+    return Error(f"[stream] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)
+
+
+def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
+    """Any one-dimensional sequence of integers as int32, without letting a value wrap."""
+    values = np.frombuffer(tokens, np.uint8) if isinstance(tokens, (bytes, bytearray)) else np.asarray(tokens)
+    if values.ndim != 1:
+        raise _wrong("tokens in one dimension", f"shape {values.shape}", "pass one stream's tokens")
+    if values.size == 0:
+        return np.empty(0, np.int32)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise _wrong("tokens as bytes or integers", str(values.dtype), "encode the text first")
+    limits = np.iinfo(np.int32)
+    if values.min() < limits.min or values.max() > limits.max:
+        raise _wrong("tokens that fit into int32", f"{values.min()} to {values.max()}", "check the tokenizer")
+    return np.ascontiguousarray(values, np.int32)
+
+
+def _token(token: int) -> int:
+    return int(_token_array([token])[0])
+
+
+def _tokens(array: npt.NDArray[np.int32]) -> Any:
+    return array.ctypes.data_as(TokenPointer)
+
+
+def _floats(array: Floats) -> Any:
+    return array.ctypes.data_as(FloatPointer)

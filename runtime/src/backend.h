@@ -1,0 +1,76 @@
+// What a backend is to the core. A backend lives in a shared library of its own, libtitans_backend_NAME.so, and exports
+// the function titans_backend_entry. It knows graphs and buffers, no streams and no schedule; the core knows streams
+// and schedule, no device. Everything here throws Error; that one library catches what another threw rests on both
+// being built with the same C++ standard library, whose types are told apart by name.
+//
+// Buffers and workspaces belong to the engine that made them and are destroyed before it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "bundle.h"
+
+namespace titans::core {
+
+// Core and backend are built together; a change of any class in this header or in one that it includes raises this.
+inline constexpr std::uint32_t kBackendAbi = 1;
+
+// One state tensor in the memory of the device.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual void upload(const std::byte* host) = 0;
+  virtual void download(std::byte* host) const = 0;
+  virtual void copy_from(const Buffer& other) = 0;
+};
+
+// What one call needs beside state: the inputs' and the logits' buffers. Reused from call to call, never by two at
+// once.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  // Rows of the last call's logits in host memory, row t after its token t; valid until the next call. A device copies
+  // here, and only what is asked for.
+  virtual const float* logits(std::size_t first_row, std::size_t rows) = 0;
+};
+
+struct Call {
+  std::size_t graph;           // index into the manifest's graphs
+  const std::int32_t* tokens;  // as many as the graph consumes
+  std::int64_t position;
+  bool learn;
+  const Buffer* const* state;  // one for each of the manifest's state
+  Buffer* const* next_state;   // the same buffers where the engine works in place, others elsewhere
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual std::string version() const = 0;  // of the vendor's library
+  // Whether one buffer serves as input and output of that state tensor in every graph.
+  virtual bool in_place(std::size_t state) const = 0;
+  virtual std::unique_ptr<Buffer> allocate(std::size_t state) = 0;
+  virtual std::unique_ptr<Workspace> make_workspace() = 0;
+  // Returns when the results are there. From several threads at once with different workspaces.
+  virtual void run(const Call& call, Workspace& workspace) = 0;
+};
+
+struct EngineOptions {
+  std::string device;
+  std::string library;  // path of the vendor's library, empty: search
+  int threads;          // 0: the backend's default
+};
+
+struct BackendEntry {
+  std::uint32_t abi;
+  // The bundle outlives the engine.
+  std::unique_ptr<Engine> (*open)(const Bundle& bundle, const EngineOptions& options);
+};
+
+inline constexpr const char* kBackendEntrySymbol = "titans_backend_entry";
+using BackendEntryFunction = const BackendEntry* (*)();
+
+}  // namespace titans::core

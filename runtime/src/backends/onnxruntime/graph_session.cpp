@@ -1,0 +1,144 @@
+#include "backends/onnxruntime/graph_session.h"
+
+#include <onnxruntime_session_options_config_keys.h>
+
+#include <algorithm>
+
+#include "backends/onnxruntime/host_tensor.h"
+#include "error.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kAdvice = "export the bundle again, or use a newer ONNX Runtime";
+
+struct Signature {
+  ONNXTensorElementDataType type;
+  Shape shape;
+};
+
+using Signatures = std::map<std::string, Signature>;
+
+// ONNX Runtime rearranges weights for its matrix kernels. A single row times a float matrix is the exception: that
+// kernel reads the matrix as it lies and is slower on a rearranged one (five times, at 4096 x 4096).
+bool wants_prepacking(const Bundle& bundle, const Graph& graph) {
+  if (graph.tokens > 1) return true;
+  return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
+    return bundle.weights().find(name)->second.dtype != DType::kFloat32;
+  });
+}
+
+OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph& graph, bool spin) {
+  const OrtLibrary& library = share.library;
+  const OrtApi& api = library.api();
+  const auto check = [&](OrtStatus* status) { library.check(status, "session options", kAdvice); };
+  OrtSessionOptions* raw = nullptr;
+  check(api.CreateSessionOptions(&raw));
+  OrtHandle<OrtSessionOptions> options(raw, api.ReleaseSessionOptions);
+  check(api.SetSessionExecutionMode(raw, ORT_SEQUENTIAL));
+  check(api.SetSessionGraphOptimizationLevel(raw, ORT_ENABLE_ALL));
+  check(api.SetIntraOpNumThreads(raw, share.threads));
+  check(api.SetDeterministicCompute(raw, true));
+  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, spin ? "1" : "0"));
+  const bool prepack = wants_prepacking(share.bundle, graph);
+  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigDisablePrepacking, prepack ? "0" : "1"));
+  for (const std::string& name : graph.weights) {
+    check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
+  }
+  return options;
+}
+
+Signature read_signature(const OrtLibrary& library, const OrtTypeInfo& type_info) {
+  const OrtApi& api = library.api();
+  const auto check = [&](OrtStatus* status) { library.check(status, "a tensor's type", kAdvice); };
+  const OrtTensorTypeAndShapeInfo* tensor = nullptr;  // owned by type_info
+  check(api.CastTypeInfoToTensorInfo(&type_info, &tensor));
+  Signature signature{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
+  if (tensor == nullptr) return signature;
+  check(api.GetTensorElementType(tensor, &signature.type));
+  std::size_t rank = 0;
+  check(api.GetDimensionsCount(tensor, &rank));
+  signature.shape.resize(rank);
+  check(api.GetDimensions(tensor, signature.shape.data(), rank));
+  return signature;
+}
+
+enum class Side { kInputs, kOutputs };
+
+Signatures read_signatures(const OrtLibrary& library, const OrtSession& session, Side side) {
+  const OrtApi& api = library.api();
+  const bool inputs = side == Side::kInputs;
+  const auto check = [&](OrtStatus* status) { library.check(status, "a graph's inputs and outputs", kAdvice); };
+  OrtAllocator* allocator = nullptr;  // ONNX Runtime's own, not released
+  check(api.GetAllocatorWithDefaultOptions(&allocator));
+  std::size_t count = 0;
+  check((inputs ? api.SessionGetInputCount : api.SessionGetOutputCount)(&session, &count));
+  Signatures signatures;
+  for (std::size_t i = 0; i < count; ++i) {
+    char* name = nullptr;
+    check((inputs ? api.SessionGetInputName : api.SessionGetOutputName)(&session, i, allocator, &name));
+    const std::string copy(name);
+    check(api.AllocatorFree(allocator, name));
+    OrtTypeInfo* type_info = nullptr;
+    check((inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo)(&session, i, &type_info));
+    const OrtHandle<OrtTypeInfo> owned(type_info, api.ReleaseTypeInfo);
+    signatures[copy] = read_signature(library, *type_info);
+  }
+  return signatures;
+}
+
+Signatures promised(const Manifest& manifest, const Graph& graph, Side side) {
+  Signatures signatures;
+  if (side == Side::kInputs) {
+    signatures[manifest.tokens_input] = {ort_type(DType::kInt64), {1, graph.tokens}};
+    signatures[manifest.position_input] = {ort_type(DType::kInt64), {1}};
+    signatures[manifest.learn_input] = {ort_type(DType::kBool), {1}};
+  } else {
+    signatures[manifest.logits_output] = {ort_type(DType::kFloat32), {1, graph.tokens, manifest.vocab_size}};
+  }
+  for (const StateTensor& state : manifest.state) {
+    signatures[side == Side::kInputs ? state.input : state.output] = {ort_type(state.dtype), state.shape};
+  }
+  return signatures;
+}
+
+void check_signatures(const Signatures& expected, const Signatures& found, const Graph& graph, std::string_view side) {
+  const auto fail = [&](const std::string& name, std::string_view want, std::string_view got) {
+    throw Error(TITANS_FAILED, graph.file, text(side, " ", name, " ", want), got, kAdvice);
+  };
+  for (const auto& [name, signature] : expected) {
+    const auto entry = found.find(name);
+    if (entry == found.end()) fail(name, shape_text(signature.shape), "none");
+    if (entry->second.shape != signature.shape) {
+      fail(name, text("of shape ", shape_text(signature.shape)), shape_text(entry->second.shape));
+    }
+    if (entry->second.type != signature.type) {
+      fail(name, text("of ONNX element type ", static_cast<int>(signature.type)),
+           text(static_cast<int>(entry->second.type)));
+    }
+  }
+  for (const auto& [name, signature] : found) {
+    if (expected.count(name) == 0) fail(name, "to be in the manifest", "no such entry");
+  }
+}
+
+}  // namespace
+
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, bool spin) {
+  const OrtLibrary& library = share.library;
+  const OrtHandle<OrtSessionOptions> options = make_options(share, graph, spin);
+  const std::string path = (share.bundle.folder() / graph.file).string();
+  OrtSession* raw = nullptr;
+  library.check(library.api().CreateSessionWithPrepackedWeightsContainer(&library.env(), path.c_str(), options.get(),
+                                                                         &share.prepacked, &raw),
+                text("a graph that ONNX Runtime ", library.version(), " runs in ", graph.file), kAdvice);
+  OrtHandle<OrtSession> session(raw, library.api().ReleaseSession);
+  const Manifest& manifest = share.bundle.manifest();
+  check_signatures(promised(manifest, graph, Side::kInputs), read_signatures(library, *raw, Side::kInputs), graph,
+                   "input");
+  check_signatures(promised(manifest, graph, Side::kOutputs), read_signatures(library, *raw, Side::kOutputs), graph,
+                   "output");
+  return session;
+}
+
+}  // namespace titans::core

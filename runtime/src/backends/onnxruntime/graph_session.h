@@ -1,0 +1,27 @@
+// One graph of a bundle as an ONNX Runtime session.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "backends/onnxruntime/library.h"
+#include "bundle.h"
+
+namespace titans::core {
+
+// What all sessions of an engine have in common.
+struct SessionShare {
+  const OrtLibrary& library;
+  const Bundle& bundle;
+  // Initialisers by name, over the bundle's mapping: every session reads the same memory.
+  const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
+  // Weights that kernels have rearranged for themselves, kept once for all sessions.
+  OrtPrepackedWeightsContainer& prepacked;
+  int threads;
+};
+
+// Opens the graph and checks that its inputs and outputs are those that the manifest promises. Idle threads of a
+// session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, bool spin);
+
+}  // namespace titans::core

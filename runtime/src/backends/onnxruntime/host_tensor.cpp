@@ -1,0 +1,40 @@
+#include "backends/onnxruntime/host_tensor.h"
+
+#include <array>
+#include <cstring>
+#include <new>
+
+namespace titans::core {
+namespace {
+
+constexpr std::align_val_t kCacheLine{64};
+
+// In the order of DType.
+constexpr std::array<ONNXTensorElementDataType, kDTypes.size()> kOrtTypes{
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,    ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16,  ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16,  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64,   ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64,
+    ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL};
+
+}  // namespace
+
+ONNXTensorElementDataType ort_type(DType dtype) { return kOrtTypes[static_cast<std::size_t>(dtype)]; }
+
+OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
+                                DType dtype, const Shape& shape) {
+  OrtValue* value = nullptr;
+  library.check(library.api().CreateTensorWithDataAsOrtValue(&host, data, bytes, shape.data(), shape.size(),
+                                                             ort_type(dtype), &value),
+                "a tensor", "report it");
+  return {value, library.api().ReleaseValue};
+}
+
+HostMemory::HostMemory(std::size_t bytes)
+    : size_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kCacheLine))) {
+  std::memset(data_.get(), 0, bytes);
+}
+
+void HostMemory::Free::operator()(std::byte* data) const noexcept { ::operator delete(data, kCacheLine); }
+
+}  // namespace titans::core

@@ -1,0 +1,33 @@
+// Host memory and the OrtValues that look at it.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "backends/onnxruntime/library.h"
+#include "tensor.h"
+
+namespace titans::core {
+
+ONNXTensorElementDataType ort_type(DType dtype);
+
+// An OrtValue over memory that somebody else owns.
+OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
+                                DType dtype, const Shape& shape);
+
+// Zeroed memory on a cache line of its own: ONNX Runtime's kernels are fastest there, and streams share no line.
+class HostMemory {
+ public:
+  explicit HostMemory(std::size_t bytes);
+  std::byte* data() const { return data_.get(); }
+  std::size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const noexcept;
+  };
+  std::size_t size_;
+  std::unique_ptr<std::byte, Free> data_;
+};
+
+}  // namespace titans::core

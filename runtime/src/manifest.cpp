@@ -1,0 +1,147 @@
+#include "manifest.h"
+
+#include <algorithm>
+#include <limits>
+#include <set>
+#include <utility>
+
+#include "error.h"
+#include "json_reader.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kWhere = "manifest.json";
+
+void require(const JsonReader& field, std::string_view value) {
+  if (field.string() != value) field.fail(text('"', value, '"'));
+}
+
+// A plain name: it cannot lead out of the bundle.
+std::string file_name(const JsonReader& field) {
+  std::string name = field.string();
+  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos) {
+    field.fail("a plain file name");
+  }
+  return name;
+}
+
+std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
+  std::vector<MemoryField> layout;
+  const std::optional<JsonReader> fields = state.find("layout");
+  if (!fields) return layout;
+  for (const JsonReader& field : fields->items()) {
+    MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
+    const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
+    const auto row = static_cast<std::size_t>(shape.back());
+    const std::size_t elements = bytes ? *bytes / sizeof(float) : row + 1;
+    if (elements > row) field.fail(text("a field of at most ", row, " elements"));
+    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - elements)));
+    layout.push_back(std::move(memory));
+  }
+  return layout;
+}
+
+StateTensor read_state(const JsonReader& entry) {
+  StateTensor state;
+  state.name = entry.at("name").string();
+  state.input = entry.at("input").string();
+  state.output = entry.at("output").string();
+  const JsonReader dtype = entry.at("dtype");
+  const std::optional<DType> known = dtype_named(dtype.string(), &DTypeInfo::name);
+  if (!known) dtype.fail("an element type such as float32");
+  state.dtype = *known;
+  const JsonReader shape = entry.at("shape");
+  state.shape = shape.shape(1);
+  const std::optional<std::size_t> bytes = tensor_bytes(state.shape, state.dtype);
+  if (state.shape.empty() || state.shape[0] != 1 || !bytes) shape.fail("a shape [1, ...] for one stream");
+  state.bytes = *bytes;
+  state.role = entry.at("role").string();
+  state.layout = read_layout(entry, state.shape);
+  if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
+  return state;
+}
+
+Graph read_graph(const JsonReader& entry) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  Graph graph{entry.at("name").string(),
+              file_name(entry.at("file")),
+              entry.at("tokens").integer(1, kMost),
+              entry.at("align").integer(1, kMost),
+              {}};
+  for (const JsonReader& weight : entry.at("weights").items()) graph.weights.push_back(weight.string());
+  return graph;
+}
+
+// The scheduler takes the first that fits, so the one with most tokens comes first.
+void sort_graphs(const JsonReader& field, std::vector<Graph>& graphs) {
+  std::stable_sort(graphs.begin(), graphs.end(), [](const Graph& a, const Graph& b) { return a.tokens > b.tokens; });
+  const bool any_length = std::any_of(graphs.begin(), graphs.end(),
+                                      [](const Graph& graph) { return graph.tokens == 1 && graph.align == 1; });
+  if (!any_length) field.fail("graphs of which one has tokens = 1 and align = 1");
+}
+
+// Every name that a graph binds must mean one thing.
+void check_names(const JsonReader& document, const Manifest& manifest) {
+  std::set<std::string> inputs{manifest.tokens_input, manifest.position_input, manifest.learn_input};
+  std::set<std::string> outputs{manifest.logits_output};
+  std::set<std::string> names;
+  if (inputs.size() != 3) document.at("controls").fail("names unlike each other and unlike the input's");
+  for (const StateTensor& state : manifest.state) {
+    if (!names.insert(state.name).second || !inputs.insert(state.input).second ||
+        !outputs.insert(state.output).second) {
+      document.at("state").fail(text("tensors of which none shares a name with ", state.name));
+    }
+  }
+}
+
+}  // namespace
+
+Manifest Manifest::parse(std::string_view source) {
+  const nlohmann::json json = JsonReader::parse(source, kWhere);
+  const JsonReader document(json, kWhere);
+  require(document.at("format"), "titans-bundle");
+  // Before anything else is read: what a newer version means is not known here.
+  const std::int64_t version = document.at("schema_version").integer(1);
+  if (version > kSchemaVersion) {
+    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version up to ", kSchemaVersion), text(version),
+                "install a newer titans runtime, or export the bundle with an older titans-export");
+  }
+
+  Manifest manifest;
+  manifest.model = document.at("model").raw().dump();
+  const std::optional<JsonReader> tokenizer = document.find("tokenizer");
+  manifest.tokenizer = tokenizer ? tokenizer->raw().dump() : "null";
+
+  const JsonReader input = document.at("input");
+  require(input.at("kind"), "tokens");
+  require(input.at("dtype"), "int64");
+  manifest.tokens_input = input.at("name").string();
+  constexpr std::int64_t kLargestVocabulary = std::numeric_limits<std::int32_t>::max();
+  manifest.vocab_size = static_cast<std::int32_t>(input.at("vocab_size").integer(1, kLargestVocabulary));
+
+  const JsonReader output = document.at("output");
+  require(output.at("kind"), "logits");
+  require(output.at("dtype"), "float32");
+  manifest.logits_output = output.at("name").string();
+  output.at("size").integer(manifest.vocab_size, manifest.vocab_size);
+
+  const JsonReader controls = document.at("controls");
+  manifest.position_input = controls.at("position").string();
+  manifest.learn_input = controls.at("learn").string();
+
+  for (const JsonReader& entry : document.at("state").items()) manifest.state.push_back(read_state(entry));
+  const JsonReader graphs = document.at("graphs");
+  for (const JsonReader& entry : graphs.items()) manifest.graphs.push_back(read_graph(entry));
+  sort_graphs(graphs, manifest.graphs);
+  check_names(document, manifest);
+
+  manifest.weights_file = file_name(document.at("weights").at("file"));
+  manifest.initial_state_file = file_name(document.at("initial_state").at("file"));
+  for (const auto& [name, record] : document.at("files").members()) {
+    manifest.files[name] = {static_cast<std::uint64_t>(record.at("bytes").integer(0)), record.at("xxh3_128").string()};
+  }
+  return manifest;
+}
+
+}  // namespace titans::core

@@ -1,0 +1,69 @@
+// A bundle opened on a device, shared by all its streams.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace titans::core {
+
+struct SessionOptions {
+  std::string device = "cpu";
+  std::string backend;               // empty: by device
+  std::string backend_library;       // empty: search
+  std::filesystem::path plugin_dir;  // empty: beside this library
+  int threads = 0;
+};
+
+// A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
+struct MemoryView {
+  std::string name;
+  Shape shape;
+  std::size_t elements;
+  std::size_t state;   // index of the state tensor that holds it
+  std::size_t offset;  // of the field within the tensor's last dimension
+  std::size_t extent;  // elements of the field within one row
+};
+
+class Session {
+ public:
+  static std::shared_ptr<Session> open(const std::filesystem::path& path, const SessionOptions& options);
+  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options);
+
+  const Manifest& manifest() const { return bundle_->manifest(); }
+  const Bundle& bundle() const { return *bundle_; }
+  Engine& engine() const { return *engine_; }
+  const std::string& info() const { return info_; }
+  const std::vector<MemoryView>& memories() const { return memories_; }
+  std::size_t vocab_size() const { return static_cast<std::size_t>(manifest().vocab_size); }
+
+  // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
+  // idle streams hold none.
+  class WorkspaceLease {
+   public:
+    explicit WorkspaceLease(Session& session);
+    ~WorkspaceLease();
+    WorkspaceLease(const WorkspaceLease&) = delete;
+    WorkspaceLease& operator=(const WorkspaceLease&) = delete;
+    Workspace& get() const { return *workspace_; }
+
+   private:
+    Session& session_;
+    std::unique_ptr<Workspace> workspace_;
+  };
+
+ private:
+  std::unique_ptr<const Bundle> bundle_;
+  std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
+  std::vector<MemoryView> memories_;
+  std::string info_;
+  std::mutex mutex_;  // guards what follows
+  std::vector<std::unique_ptr<Workspace>> idle_;
+  std::size_t workspaces_ = 0;  // idle or not
+};
+
+}  // namespace titans::core

@@ -1,0 +1,177 @@
+#include "stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "error.h"
+#include "schedule.h"
+
+namespace titans::core {
+namespace {
+
+float log_probability(const float* logits, std::size_t vocab, std::int32_t token) {
+  const float most = *std::max_element(logits, logits + vocab);
+  double sum = 0.0;  // of at least exp(0), so its logarithm is finite
+  for (std::size_t i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(logits[i]) - static_cast<double>(most));
+  return static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum));
+}
+
+}  // namespace
+
+Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) { reset(); }
+
+Stream::Stream(std::shared_ptr<Session> session, Allocate) : session_(std::move(session)) {
+  const std::size_t count = session_->manifest().state.size();
+  for (std::size_t state = 0; state < count; ++state) {
+    if (session_->engine().in_place(state)) {
+      in_place_.push_back({add_buffer(state), add_buffer(state)});
+      for (BufferSet& set : sets_) set.push_back(in_place_.back().live);
+    } else {
+      for (BufferSet& set : sets_) set.push_back(add_buffer(state));
+    }
+  }
+  last_logits_.resize(session_->vocab_size());
+}
+
+Buffer* Stream::add_buffer(std::size_t state) {
+  state_bytes_ += session_->manifest().state[state].bytes;
+  return buffers_.emplace_back(session_->engine().allocate(state)).get();
+}
+
+std::unique_ptr<Stream> Stream::fork() const {
+  std::unique_ptr<Stream> twin(new Stream(session_, Allocate{}));
+  for (std::size_t state = 0; state < sets_[current_].size(); ++state) {
+    twin->sets_[twin->current_][state]->copy_from(*sets_[current_][state]);
+  }
+  twin->position_ = position_;
+  twin->learning_ = learning_;
+  twin->last_logits_ = last_logits_;
+  return twin;
+}
+
+void Stream::reset() {
+  const std::size_t next = free_set(current_, current_);
+  transact([&] {
+    const std::vector<StateTensor>& states = session_->manifest().state;
+    for (std::size_t index = 0; index < states.size(); ++index) {
+      sets_[next][index]->upload(session_->bundle().initial_state().find(states[index].name)->second.data);
+    }
+  });
+  current_ = next;
+  position_ = 0;
+}
+
+std::size_t Stream::free_set(std::size_t a, std::size_t b) const {
+  std::size_t set = 0;
+  while (set == a || set == b) ++set;
+  return set;
+}
+
+void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
+  const std::int32_t vocab = session_->manifest().vocab_size;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab) {
+      throw Error(TITANS_INVALID_ARGUMENT, "stream", text("token ", i, " in [0, ", vocab, ")"), text(tokens[i]),
+                  "encode the text with the model's own tokenizer");
+    }
+  }
+}
+
+template <typename Change>
+void Stream::transact(Change&& change) {
+  for (const InPlace& state : in_place_) state.backup->copy_from(*state.live);
+  try {
+    change();
+  } catch (...) {
+    for (const InPlace& state : in_place_) state.live->copy_from(*state.backup);
+    throw;
+  }
+}
+
+template <typename Sink>
+void Stream::advance(const std::int32_t* tokens, std::size_t count, Sink&& sink) {
+  check_tokens(tokens, count);
+  if (count == 0) return;
+  const std::vector<Graph>& graphs = session_->manifest().graphs;
+  std::size_t at = current_;
+  transact([&] {
+    const Session::WorkspaceLease lease(*session_);
+    Workspace& workspace = lease.get();
+    std::size_t rows = 0;
+    for (std::size_t done = 0; done < count; done += rows) {
+      const std::uint64_t position = position_ + done;
+      const std::size_t graph = next_graph(graphs, position, count - done);
+      const std::size_t next = free_set(current_, at);
+      session_->engine().run(
+          {graph, tokens + done, static_cast<std::int64_t>(position), learning_, sets_[at].data(), sets_[next].data()},
+          workspace);
+      rows = static_cast<std::size_t>(graphs[graph].tokens);
+      sink(done, rows, workspace);
+      at = next;
+    }
+    std::copy_n(workspace.logits(rows - 1, 1), last_logits_.size(), last_logits_.begin());
+  });
+  current_ = at;
+  position_ += count;
+}
+
+void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits,
+                  std::size_t capacity) {
+  const std::size_t vocab = session_->vocab_size();
+  if (which == TITANS_LOGITS_LAST && count == 0 && position_ == 0) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", "at least one token consumed before its last logits are asked for",
+                "a fresh stream", "feed a token first");
+  }
+  if (which == TITANS_LOGITS_ALL && count > std::numeric_limits<std::size_t>::max() / vocab) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a count whose logits fit into memory", text(count),
+                "feed in blocks");
+  }
+  const std::size_t needed = which == TITANS_LOGITS_ALL ? count * vocab : which == TITANS_LOGITS_LAST ? vocab : 0;
+  if (capacity < needed || (needed > 0 && logits == nullptr)) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " logits"),
+                logits == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
+  }
+  advance(tokens, count, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+    if (which != TITANS_LOGITS_ALL) return;
+    std::copy_n(workspace.logits(0, rows), rows * vocab, logits + first * vocab);
+  });
+  if (which == TITANS_LOGITS_LAST) std::copy(last_logits_.begin(), last_logits_.end(), logits);
+}
+
+void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprobs) {
+  check_tokens(tokens, count);
+  if (count == 0) return;
+  const std::size_t vocab = session_->vocab_size();
+  const float first_logprob =
+      position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_logits_.data(), vocab, tokens[0]);
+  advance(tokens, count, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+    const std::size_t scored = std::min(rows, count - first - 1);  // the row after the last token scores none of these
+    const float* logits = workspace.logits(0, scored);
+    for (std::size_t row = 0; row < scored; ++row) {
+      const std::size_t next = first + row + 1;
+      logprobs[next] = log_probability(logits + row * vocab, vocab, tokens[next]);
+    }
+  });
+  logprobs[0] = first_logprob;
+}
+
+std::uint64_t Stream::state_bytes() const { return state_bytes_ + last_logits_.size() * sizeof(float); }
+
+void Stream::read_memory(std::size_t index, float* values, std::size_t capacity) const {
+  const MemoryView& memory = session_->memories()[index];
+  if (capacity < memory.elements) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", memory.elements, " values of ", memory.name),
+                text(capacity), "pass a larger buffer");
+  }
+  const StateTensor& state = session_->manifest().state[memory.state];
+  std::vector<float> packed(state.bytes / sizeof(float));
+  sets_[current_][memory.state]->download(reinterpret_cast<std::byte*>(packed.data()));
+  const auto row = static_cast<std::size_t>(state.shape.back());
+  for (std::size_t start = memory.offset; start < packed.size(); start += row) {
+    values = std::copy_n(packed.data() + start, memory.extent, values);
+  }
+}
+
+}  // namespace titans::core

@@ -1,0 +1,71 @@
+// One sequence: its state, its position, and the logits after its last token.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "session.h"
+#include "titans/titans.h"
+
+namespace titans::core {
+
+class Stream {
+ public:
+  explicit Stream(std::shared_ptr<Session> session);
+  std::unique_ptr<Stream> fork() const;
+  void reset();
+
+  // See titans_stream_feed and titans_stream_score. Any failure leaves the stream as it was.
+  void feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits, std::size_t capacity);
+  void score(const std::int32_t* tokens, std::size_t count, float* logprobs);
+
+  bool learning() const { return learning_; }
+  void set_learning(bool learning) { learning_ = learning; }
+  std::uint64_t position() const { return position_; }
+  std::uint64_t state_bytes() const;
+  // After the last token. Meaningless before the first.
+  const std::vector<float>& last_logits() const { return last_logits_; }
+
+  void read_memory(std::size_t index, float* values, std::size_t capacity) const;
+  const Session& session() const { return *session_; }
+
+ private:
+  // A state tensor that swaps has one buffer in each of three sets: where the running feed began, where it stands, and
+  // where the next call writes. Begin stays untouched until the feed has succeeded, so a failure costs no copy.
+  static constexpr std::size_t kSets = 3;
+  using BufferSet = std::vector<Buffer*>;
+
+  // A state tensor that the engine updates in place has one buffer, in every set, and a backup.
+  struct InPlace {
+    Buffer* live;
+    Buffer* backup;
+  };
+
+  struct Allocate {};  // memory only: reset or fork fills it
+  Stream(std::shared_ptr<Session> session, Allocate);
+
+  Buffer* add_buffer(std::size_t state);
+  std::size_t free_set(std::size_t a, std::size_t b) const;
+  void check_tokens(const std::int32_t* tokens, std::size_t count) const;
+
+  // Runs `change`; where it throws, state in place is put back.
+  template <typename Change>
+  void transact(Change&& change);
+  // Consumes the tokens; after each call of a graph sink(first token, how many, workspace).
+  template <typename Sink>
+  void advance(const std::int32_t* tokens, std::size_t count, Sink&& sink);
+
+  std::shared_ptr<Session> session_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::array<BufferSet, kSets> sets_;
+  std::vector<InPlace> in_place_;
+  std::uint64_t state_bytes_ = 0;
+  std::size_t current_ = 0;  // the set that holds the state
+  std::uint64_t position_ = 0;
+  bool learning_ = true;
+  std::vector<float> last_logits_;
+};
+
+}  // namespace titans::core

@@ -1,0 +1,109 @@
+#include "bundle.h"
+
+#include <sys/stat.h>
+
+#include <gtest/gtest.h>
+
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+class BundleTest : public testing::Test {
+ protected:
+  BundleTest() { write_bundle(folder_.path()); }
+  void refuse(const std::vector<std::string>& words) {
+    expect_error(TITANS_FAILED, words, [&] { core::Bundle bundle(folder_.path()); });
+  }
+  TemporaryFolder folder_;
+};
+
+TEST_F(BundleTest, Opens) {
+  const core::Bundle bundle(folder_.path());
+  EXPECT_EQ(bundle.weights().at("E").bytes, 8U);
+  EXPECT_EQ(bundle.initial_state().size(), 2U);
+}
+
+// The digest that `xxhsum -H2` gives, so that other programs' hashes are ours.
+TEST_F(BundleTest, HashOfAKnownText) {
+  write_file(folder_.path() / "empty", "");
+  EXPECT_EQ(core::MappedFile(folder_.path() / "empty").hash(), "99aa06d3014798d86001c324468d497f");
+}
+
+TEST_F(BundleTest, NoFolder) {
+  expect_error(TITANS_FAILED, {"nowhere"}, [] { core::Bundle bundle("/nowhere"); });
+  expect_error(TITANS_FAILED, {"manifest.json"}, [&] { core::Bundle bundle(folder_.path() / "manifest.json"); });
+}
+
+TEST_F(BundleTest, NoManifest) {
+  std::filesystem::remove(folder_.path() / "manifest.json");
+  refuse({"manifest.json", "No such file"});
+}
+
+class FileTest : public BundleTest, public testing::WithParamInterface<const char*> {
+ protected:
+  std::filesystem::path file() const { return folder_.path() / GetParam(); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Bundle, FileTest, testing::Values("decode.onnx", "weights.safetensors", "state.safetensors"));
+
+TEST_P(FileTest, Missing) {
+  std::filesystem::remove(file());
+  refuse({GetParam(), "No such file"});
+}
+
+TEST_P(FileTest, OneByteChanged) {
+  std::string content = read_file(file());
+  content[content.size() - 1] = static_cast<char>(content[content.size() - 1] ^ 1);
+  write_file(file(), content);
+  refuse({GetParam(), "hash"});
+}
+
+TEST_P(FileTest, Truncated) {
+  const std::string content = read_file(file());
+  write_file(file(), content.substr(0, content.size() / 2));
+  refuse({GetParam(), std::to_string(content.size()) + " bytes"});
+}
+
+TEST_P(FileTest, SymbolicLink) {
+  std::filesystem::rename(file(), folder_.path() / "elsewhere");
+  std::filesystem::create_symlink("elsewhere", file());
+  refuse({GetParam(), "symbolic link"});
+}
+
+TEST_P(FileTest, NotAFile) {
+  std::filesystem::remove(file());
+  std::filesystem::create_directory(file());
+  refuse({GetParam(), "not a regular file"});
+  std::filesystem::remove(file());
+  ASSERT_EQ(mkfifo(file().c_str(), 0600), 0);
+  refuse({GetParam(), "not a regular file"});
+}
+
+TEST_P(FileTest, NotListed) {
+  nlohmann::json manifest = nlohmann::json::parse(read_file(folder_.path() / "manifest.json"));
+  manifest["files"].erase(GetParam());
+  write_file(folder_.path() / "manifest.json", manifest.dump());
+  refuse({GetParam(), "files."});
+}
+
+TEST_F(BundleTest, StateUnlikeTheManifest) {
+  nlohmann::json manifest = manifest_json();
+  manifest["state"][0]["shape"] = {1, 4, 1};
+  manifest["state"][0].erase("layout");
+  write_manifest(folder_.path(), manifest);
+  refuse({"state.safetensors", "layers.0.memory as float32 [1, 4, 1]", "[1, 1, 4]"});
+  manifest["state"][0]["name"] = "other";
+  write_manifest(folder_.path(), manifest);
+  refuse({"state.safetensors", "other", "no such tensor"});
+}
+
+TEST_F(BundleTest, AWeightThatIsNotThere) {
+  nlohmann::json manifest = manifest_json();
+  manifest["graphs"][2]["weights"] = {"F"};
+  write_manifest(folder_.path(), manifest);
+  refuse({"weights.safetensors", "tensor F of graph chunk"});
+}
+
+}  // namespace
+}  // namespace titans::test

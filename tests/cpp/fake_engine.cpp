@@ -1,0 +1,100 @@
+#include "fake_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "error.h"
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+constexpr std::size_t kVocab = 8;
+constexpr float kInitialMemory = 0.5F;
+constexpr float kInitialLast = 1.0F;
+
+struct FakeBuffer final : core::Buffer {
+  explicit FakeBuffer(std::size_t bytes) : values(bytes / sizeof(float)) {}
+  void upload(const std::byte* host) override { std::memcpy(values.data(), host, values.size() * sizeof(float)); }
+  void download(std::byte* host) const override { std::memcpy(host, values.data(), values.size() * sizeof(float)); }
+  void copy_from(const core::Buffer& other) override { values = static_cast<const FakeBuffer&>(other).values; }
+  std::vector<float> values;
+};
+
+struct FakeWorkspace final : core::Workspace {
+  const float* logits(std::size_t first_row, std::size_t rows) override {
+    EXPECT_LE((first_row + rows) * kVocab, values.size());
+    return values.data() + first_row * kVocab;
+  }
+  std::vector<float> values;
+};
+
+void append_row(std::vector<float>& logits, float memory, float last, float position) {
+  for (std::size_t v = 0; v < kVocab; ++v) logits.push_back(memory + static_cast<float>(v) * last + position);
+}
+
+class FakeEngine final : public core::Engine {
+ public:
+  FakeEngine(const core::Bundle& bundle, FakeControl& control) : manifest_(bundle.manifest()), control_(control) {}
+
+  std::string version() const override { return "fake"; }
+  bool in_place(std::size_t state) const override { return control_.in_place[state]; }
+  std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
+    return std::make_unique<FakeBuffer>(manifest_.state[state].bytes);
+  }
+  std::unique_ptr<core::Workspace> make_workspace() override {
+    ++control_.workspaces;
+    return std::make_unique<FakeWorkspace>();
+  }
+
+  void run(const core::Call& call, core::Workspace& workspace) override {
+    for (std::size_t state = 0; state < 2; ++state) {
+      EXPECT_EQ(call.state[state] == call.next_state[state], control_.in_place[state]);
+    }
+    std::vector<float> memory = static_cast<const FakeBuffer*>(call.state[0])->values;
+    float last = static_cast<const FakeBuffer*>(call.state[1])->values[0];
+    std::vector<float> logits;
+    for (std::int64_t t = 0; t < manifest_.graphs[call.graph].tokens; ++t) {
+      append_row(logits, memory[0], last, static_cast<float>(call.position + t));
+      const auto token = static_cast<float>(call.tokens[t]);
+      if (call.learn) memory[0] = memory[0] / 2 + token;
+      last = token;
+    }
+    const bool fails = static_cast<int>(control_.calls.size()) == control_.fail_at;
+    control_.calls.push_back(call.graph);
+    static_cast<FakeBuffer*>(call.next_state[0])->values = fails ? std::vector<float>(4, -1.0F) : memory;
+    static_cast<FakeBuffer*>(call.next_state[1])->values[0] = fails ? -1.0F : last;
+    if (fails) throw core::Error(TITANS_FAILED, "fake", "a call that works", "one that fails", "go on");
+    static_cast<FakeWorkspace&>(workspace).values = logits;
+  }
+
+ private:
+  const core::Manifest& manifest_;
+  FakeControl& control_;
+};
+
+}  // namespace
+
+std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control) {
+  return std::make_unique<FakeEngine>(bundle, control);
+}
+
+std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control) {
+  auto bundle = std::make_unique<const core::Bundle>(folder);
+  auto engine = make_fake_engine(*bundle, control);
+  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), core::SessionOptions{});
+}
+
+std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning) {
+  float memory = kInitialMemory;
+  float last = kInitialLast;
+  std::vector<float> logits;
+  for (std::size_t t = 0; t < tokens.size(); ++t) {
+    append_row(logits, memory, last, static_cast<float>(t));
+    if (learning) memory = memory / 2 + static_cast<float>(tokens[t]);
+    last = static_cast<float>(tokens[t]);
+  }
+  return logits;
+}
+
+}  // namespace titans::test

@@ -1,0 +1,32 @@
+// A backend without a device, for the bundle of test_bundle.h. It computes, for each token x at position p,
+//   logits[v] = W0[0] + v * last + p
+//   W0[0] = W0[0] / 2 + x  if learning
+//   last = x
+// in numbers that float holds exactly, so tests compare without a tolerance.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+#include "session.h"
+
+namespace titans::test {
+
+// What a test wants of the engine and learns about it.
+struct FakeControl {
+  std::vector<bool> in_place{false, false};
+  int fail_at = -1;  // the call that fails after it has spoilt its outputs, counted from 0
+  std::vector<std::size_t> calls;
+  int workspaces = 0;
+};
+
+std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control);
+
+// A session on a bundle in `folder`. Both outlive it, as does `control`.
+std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control);
+
+// What the model answers, computed without any of the runtime.
+std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning = true);
+
+}  // namespace titans::test

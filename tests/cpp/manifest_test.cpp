@@ -1,0 +1,100 @@
+#include "manifest.h"
+
+#include <functional>
+
+#include <gtest/gtest.h>
+
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+using nlohmann::json;
+
+core::Manifest parse(const json& manifest) { return core::Manifest::parse(manifest.dump()); }
+
+TEST(Manifest, GraphsComeWithMostTokensFirst) {
+  const core::Manifest manifest = parse(manifest_json());
+  EXPECT_EQ(manifest.graphs[0].name, "prefill");
+  EXPECT_EQ(manifest.graphs[1].name, "chunk");
+  EXPECT_EQ(manifest.graphs[2].name, "decode");
+}
+
+TEST(Manifest, UnknownKeysAreIgnored) {
+  json manifest = manifest_json();
+  manifest["new"] = 1;
+  manifest["graphs"][0]["new"] = {1, 2};
+  EXPECT_NO_THROW(parse(manifest));
+}
+
+TEST(Manifest, NotJson) {
+  for (const char* source : {"", "{", "\xff\xfe", "[1]", "null"}) {
+    expect_error(TITANS_FAILED, {"manifest.json", "JSON object"}, [&] { core::Manifest::parse(source); });
+  }
+}
+
+TEST(Manifest, ANewerSchemaIsUnsupportedWhateverElseItSays) {
+  expect_error(TITANS_UNSUPPORTED, {"schema_version up to 1", "got 7"},
+               [] { parse({{"format", "titans-bundle"}, {"schema_version", 7}}); });
+}
+
+// Each required field, by its JSON pointer: without it, the error names it.
+class MissingField : public testing::TestWithParam<const char*> {};
+
+TEST_P(MissingField, IsNamed) {
+  const json::json_pointer pointer(GetParam());
+  json manifest = manifest_json();
+  manifest[pointer.parent_pointer()].erase(pointer.back());
+  expect_error(TITANS_FAILED, {"manifest.json", pointer.back()}, [&] { parse(manifest); });
+}
+
+INSTANTIATE_TEST_SUITE_P(Manifest, MissingField,
+                         testing::Values("/format", "/schema_version", "/model", "/input", "/input/kind", "/input/name",
+                                         "/input/dtype", "/input/vocab_size", "/output", "/output/kind", "/output/name",
+                                         "/output/dtype", "/output/size", "/controls", "/controls/position",
+                                         "/controls/learn", "/state", "/state/0/name", "/state/0/input",
+                                         "/state/0/output", "/state/0/dtype", "/state/0/shape", "/state/0/role",
+                                         "/state/0/layout/0/name", "/state/0/layout/0/offset",
+                                         "/state/0/layout/0/shape", "/graphs", "/graphs/0/name", "/graphs/0/file",
+                                         "/graphs/0/tokens", "/graphs/0/align", "/graphs/0/weights", "/weights",
+                                         "/weights/file", "/initial_state", "/initial_state/file", "/files"));
+
+struct Change {
+  const char* pointer;
+  json value;
+};
+
+void PrintTo(const Change& change, std::ostream* out) { *out << change.pointer << " = " << change.value; }
+
+// A wrong value: the error names the field.
+class WrongField : public testing::TestWithParam<Change> {};
+
+TEST_P(WrongField, IsNamed) {
+  const json::json_pointer pointer(GetParam().pointer);
+  json manifest = manifest_json();
+  manifest[pointer] = GetParam().value;
+  expect_error(TITANS_FAILED, {"manifest.json"}, [&] { parse(manifest); });
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Manifest, WrongField,
+    testing::Values(
+        Change{"/format", "other"}, Change{"/format", 1}, Change{"/schema_version", 0}, Change{"/schema_version", "1"},
+        Change{"/schema_version", 1.5}, Change{"/input/dtype", "int32"}, Change{"/input/vocab_size", 0},
+        Change{"/input/vocab_size", std::uint64_t{1} << 63}, Change{"/output/size", 9},
+        Change{"/output/dtype", "float16"}, Change{"/controls/learn", "position"}, Change{"/state/0/dtype", "float33"},
+        Change{"/state/0/dtype", "int32"}, Change{"/state/0/shape", json::array()}, Change{"/state/0/shape", {2, 1, 4}},
+        Change{"/state/0/shape", {1, 0, 4}}, Change{"/state/0/shape", {1, std::int64_t{1} << 62, 64}},
+        Change{"/state/0/layout/0/offset", 3}, Change{"/state/0/layout/0/offset", -1},
+        Change{"/state/0/layout/0/shape", {5}}, Change{"/state/0/layout/0/shape", {std::int64_t{1} << 62, 8}},
+        Change{"/state/1/name", "layers.0.memory"}, Change{"/state/1/input", "tokens"},
+        Change{"/state/1/output", "memory.next"}, Change{"/graphs", json::array()}, Change{"/graphs", json::object()},
+        Change{"/graphs/0/tokens", 3}, Change{"/graphs/0/tokens", 0}, Change{"/graphs/0/align", 2},
+        Change{"/graphs/0/align", 0}, Change{"/graphs/0/weights", "E"}, Change{"/graphs/0/file", "../decode.onnx"},
+        Change{"/graphs/0/file", "a/b"}, Change{"/graphs/0/file", "a\\b"}, Change{"/graphs/0/file", ".."},
+        Change{"/graphs/0/file", "."}, Change{"/graphs/0/file", ""}, Change{"/graphs/0/file", std::string("a\0b", 3)},
+        Change{"/weights/file", "/etc/passwd"}, Change{"/initial_state/file", "../state"}, Change{"/files", 3},
+        Change{"/files", {{"a", {{"bytes", -1}, {"xxh3_128", ""}}}}}));
+
+}  // namespace
+}  // namespace titans::test

@@ -1,0 +1,240 @@
+#include "stream.h"
+
+#include <cmath>
+#include <numeric>
+
+#include <gtest/gtest.h>
+
+#include "fake_engine.h"
+#include "generator.h"
+#include "schedule.h"
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+using core::Stream;
+using Tokens = std::vector<std::int32_t>;
+
+constexpr std::size_t kVocab = 8;
+const Tokens kTokens{3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 0, 7, 7};
+
+// Both tensors swap, both in place, one of each.
+class StreamTest : public testing::TestWithParam<std::vector<bool>> {
+ protected:
+  StreamTest() {
+    write_bundle(folder_.path());
+    control_.in_place = GetParam();
+    session_ = open_fake_session(folder_.path(), control_);
+  }
+
+  static std::vector<float> feed(Stream& stream, const Tokens& tokens) {
+    std::vector<float> logits(tokens.size() * kVocab);
+    stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    return logits;
+  }
+
+  TemporaryFolder folder_;
+  FakeControl control_;
+  std::shared_ptr<core::Session> session_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Buffers, StreamTest,
+                         testing::Values(std::vector<bool>{false, false}, std::vector<bool>{true, true},
+                                         std::vector<bool>{true, false}),
+                         [](const auto& info) {
+                           return std::string(info.param[0] ? "InPlace" : "Swap") +
+                                  (info.param[1] ? "InPlace" : "Swap");
+                         });
+
+TEST_P(StreamTest, AnyCutGivesTheSameLogits) {
+  const std::vector<float> expected = expected_logits(kTokens);
+  for (std::size_t first = 0; first <= kTokens.size(); ++first) {
+    for (std::size_t second = first; second <= kTokens.size(); ++second) {
+      Stream stream(session_);
+      std::vector<float> logits;
+      const std::size_t cuts[] = {0, first, second, kTokens.size()};
+      for (std::size_t i = 0; i < 3; ++i) {
+        const auto part = feed(stream, Tokens(kTokens.begin() + static_cast<std::ptrdiff_t>(cuts[i]),
+                                              kTokens.begin() + static_cast<std::ptrdiff_t>(cuts[i + 1])));
+        logits.insert(logits.end(), part.begin(), part.end());
+      }
+      ASSERT_EQ(logits, expected) << first << ' ' << second;
+      ASSERT_EQ(stream.position(), kTokens.size());
+    }
+  }
+}
+
+TEST_P(StreamTest, TakesTheLongestGraphThatFits) {
+  Stream stream(session_);
+  feed(stream, {1});            // decode, to position 1
+  feed(stream, Tokens(10, 1));  // decode to 2, prefill to 6, prefill to 10, decode to 11
+  feed(stream, Tokens(4, 1));   // decode to 12, chunk to 14, decode
+  EXPECT_EQ(control_.calls, (std::vector<std::size_t>{2, 2, 0, 0, 2, 2, 1, 2}));
+}
+
+TEST_P(StreamTest, AFailureAnywhereLeavesTheStreamAsItWas) {
+  const std::vector<float> expected = expected_logits(kTokens);
+  const Tokens head(kTokens.begin(), kTokens.begin() + 3);
+  const Tokens tail(kTokens.begin() + 3, kTokens.end());
+  for (int call = 0; call < 4; ++call) {
+    Stream stream(session_);
+    feed(stream, head);
+    const std::vector<float> last = stream.last_logits();
+    control_.fail_at = static_cast<int>(control_.calls.size()) + call;
+    expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
+    EXPECT_EQ(stream.position(), 3U);
+    EXPECT_EQ(stream.last_logits(), last);
+    EXPECT_EQ(feed(stream, tail), std::vector<float>(expected.begin() + 3 * kVocab, expected.end())) << call;
+  }
+}
+
+TEST_P(StreamTest, ATokenOutOfRangeIsSeenBeforeAnythingRuns) {
+  Stream stream(session_);
+  for (const std::int32_t wrong : {-1, 8}) {
+    expect_error(TITANS_INVALID_ARGUMENT, {"token 2", "[0, 8)"}, [&] { feed(stream, {1, 2, wrong}); });
+    std::vector<float> logprobs(3);
+    const Tokens tokens{1, 2, wrong};
+    expect_error(TITANS_INVALID_ARGUMENT, {"token 2"}, [&] { stream.score(tokens.data(), 3, logprobs.data()); });
+  }
+  EXPECT_TRUE(control_.calls.empty());
+}
+
+TEST_P(StreamTest, ForkAndResetAndFreeze) {
+  Stream stream(session_);
+  feed(stream, {1, 2, 3});
+  const auto twin = stream.fork();
+  EXPECT_EQ(twin->last_logits(), stream.last_logits());
+  EXPECT_EQ(feed(*twin, {4, 5}), feed(stream, {4, 5}));
+  feed(*twin, {6});
+  stream.reset();
+  EXPECT_EQ(stream.position(), 0U);
+  EXPECT_EQ(twin->position(), 6U);
+  stream.set_learning(false);
+  EXPECT_EQ(feed(stream, kTokens), expected_logits(kTokens, false));
+  stream.reset();
+  EXPECT_FALSE(stream.learning());
+}
+
+TEST_P(StreamTest, LastLogits) {
+  Stream stream(session_);
+  std::vector<float> last(kVocab);
+  expect_error(TITANS_INVALID_ARGUMENT, {"at least one token"},
+               [&] { stream.feed(nullptr, 0, TITANS_LOGITS_LAST, last.data(), kVocab); });
+  stream.feed(kTokens.data(), 5, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(nullptr, 0, TITANS_LOGITS_LAST, last.data(), kVocab);
+  const std::vector<float> expected = expected_logits(kTokens);
+  EXPECT_EQ(last, std::vector<float>(expected.begin() + 4 * kVocab, expected.begin() + 5 * kVocab));
+}
+
+TEST_P(StreamTest, RoomForLogits) {
+  Stream stream(session_);
+  std::vector<float> logits(2 * kVocab);
+  expect_error(TITANS_INVALID_ARGUMENT, {"16", "15"},
+               [&] { stream.feed(kTokens.data(), 2, TITANS_LOGITS_ALL, logits.data(), 15); });
+  expect_error(TITANS_INVALID_ARGUMENT, {"NULL"},
+               [&] { stream.feed(kTokens.data(), 2, TITANS_LOGITS_LAST, nullptr, 100); });
+  expect_error(TITANS_INVALID_ARGUMENT, {"fit into memory"}, [&] {
+    stream.feed(kTokens.data(), std::numeric_limits<std::size_t>::max() / 2, TITANS_LOGITS_ALL, logits.data(), 16);
+  });
+  EXPECT_EQ(stream.position(), 0U);
+}
+
+TEST_P(StreamTest, ScoresAreThoseOfTheLogits) {
+  const std::vector<float> logits = expected_logits(kTokens);
+  for (const std::size_t cut : {std::size_t{0}, std::size_t{1}, std::size_t{5}, kTokens.size()}) {
+    Stream stream(session_);
+    std::vector<float> logprobs(kTokens.size());
+    stream.score(kTokens.data(), cut, logprobs.data());
+    stream.score(kTokens.data() + cut, kTokens.size() - cut, logprobs.data() + cut);
+    EXPECT_FLOAT_EQ(logprobs[0], -std::log(8.0F));
+    for (std::size_t i = 1; i < kTokens.size(); ++i) {
+      double sum = 0.0;
+      const auto row = logits.begin() + static_cast<std::ptrdiff_t>((i - 1) * kVocab);
+      for (std::size_t v = 0; v < kVocab; ++v)
+        sum += std::exp(static_cast<double>(row[static_cast<std::ptrdiff_t>(v)]));
+      EXPECT_NEAR(logprobs[i], static_cast<double>(row[kTokens[i]]) - std::log(sum), 1e-4) << i;
+    }
+  }
+}
+
+TEST_P(StreamTest, StateBytesAreConstant) {
+  Stream stream(session_);
+  const std::uint64_t before = stream.state_bytes();
+  feed(stream, kTokens);
+  EXPECT_EQ(stream.state_bytes(), before);
+  const std::uint64_t memory = 16 * (control_.in_place[0] ? 2U : 3U);
+  const std::uint64_t last = 4 * (control_.in_place[1] ? 2U : 3U);
+  EXPECT_EQ(before, memory + last + kVocab * sizeof(float));
+}
+
+TEST_P(StreamTest, WorkspacesAreReused) {
+  Stream one(session_);
+  Stream two(session_);
+  feed(one, kTokens);
+  feed(two, kTokens);
+  EXPECT_EQ(control_.workspaces, 1);
+}
+
+TEST_P(StreamTest, MemoryFields) {
+  Stream stream(session_);
+  ASSERT_EQ(session_->memories().size(), 2U);
+  const core::MemoryView& field = session_->memories()[0];
+  EXPECT_EQ(field.name, "layers.0.memory.W0");
+  EXPECT_EQ(field.shape, (core::Shape{1, 1, 1, 2}));
+  EXPECT_EQ(session_->memories()[1].shape, (core::Shape{1, 1, 2}));
+  std::vector<float> values(2);
+  stream.read_memory(0, values.data(), 2);
+  EXPECT_EQ(values, (std::vector<float>{0.5F, 0.25F}));
+  stream.read_memory(1, values.data(), 2);
+  EXPECT_EQ(values, (std::vector<float>{0.0F, 3.0F}));
+  feed(stream, {6});
+  stream.read_memory(0, values.data(), 2);
+  EXPECT_EQ(values[0], 6.25F);
+  expect_error(TITANS_INVALID_ARGUMENT, {"layers.0.memory.W0"}, [&] { stream.read_memory(0, values.data(), 1); });
+}
+
+TEST_P(StreamTest, GeneratorFeedsWhatItReturns) {
+  Stream stream(session_);
+  expect_error(TITANS_INVALID_ARGUMENT, {"consumed a token"}, [&] { core::Generator(stream, {}, 3, {}); });
+  feed(stream, {1, 2});
+  core::Sampling greedy;
+  greedy.temperature = 0.0;
+  core::Generator generator(stream, greedy, 3, {});
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(generator.next(), 7);  // the logits grow with the token, as the last token is positive
+    EXPECT_EQ(stream.position(), static_cast<std::uint64_t>(3 + i));
+  }
+  EXPECT_EQ(generator.next(), std::nullopt);
+  core::Generator stopped(stream, greedy, -1, {3, 7});
+  EXPECT_EQ(stopped.next(), std::nullopt);
+  EXPECT_EQ(stopped.next(), std::nullopt);
+  EXPECT_EQ(stream.position(), 5U);
+}
+
+TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
+  Stream stream(session_);
+  feed(stream, {1});
+  const auto twin = stream.fork();
+  core::Sampling hot;
+  hot.temperature = 20.0;
+  core::Generator whole(stream, hot, 10, {});
+  core::Generator broken(*twin, hot, 10, {});
+  for (int i = 0; i < 10; ++i) {
+    control_.fail_at = static_cast<int>(control_.calls.size());
+    expect_error(TITANS_FAILED, {"one that fails"}, [&] { broken.next(); });
+    EXPECT_EQ(broken.next(), whole.next());
+  }
+}
+
+TEST(Schedule, AlignmentHoldsAtEveryPosition) {
+  const std::vector<core::Graph> graphs{{"a", "", 128, 32, {}}, {"b", "", 32, 32, {}}, {"c", "", 1, 1, {}}};
+  EXPECT_EQ(core::next_graph(graphs, 0, 128), 0U);
+  EXPECT_EQ(core::next_graph(graphs, 32, 500), 0U);
+  EXPECT_EQ(core::next_graph(graphs, 32, 127), 1U);
+  EXPECT_EQ(core::next_graph(graphs, 33, 500), 2U);
+  EXPECT_EQ(core::next_graph(graphs, 64, 31), 2U);
+}
+
+}  // namespace
+}  // namespace titans::test

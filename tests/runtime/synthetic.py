@@ -1,0 +1,267 @@
+"""A small bundle with state, and the same model in numpy.
+
+The model is a leaky sum with a switch: for each token x with vector e = E[x],
+    y_t = W_{t-1} e                      what the memory says, before it learns
+    W_t = a W_{t-1} + learn * e p'       p the vector of the token before (a cache)
+    logits_t = U y_t + U e + 0.001 * position
+so every part of the runtime's contract shows in the logits: order, position, learning, both kinds of state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import xxhash
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+Array = npt.NDArray[Any]
+DECAY = np.float32(0.9)
+GRAPHS = (("prefill", 8, 4), ("chunk", 4, 4), ("decode", 1, 1))  # name, tokens, align
+MEMORY, CACHE = "layers.0.memory", "layers.0.previous"
+
+
+@dataclass
+class Weights:
+    """What the graphs share. The ballast multiplies something and is then multiplied by zero."""
+
+    embed: Array  # E (vocab, width)
+    unembed: Array  # U (width, vocab)
+    initial: Array  # W of a fresh stream
+    ballast: Array | None = None  # square: a large weight, for measuring memory and time
+
+    @staticmethod
+    def random(vocab: int = 16, width: int = 6, seed: int = 0, ballast: int = 0) -> Weights:
+        rng = np.random.default_rng(seed)
+
+        def draw(*shape: int) -> Array:
+            return rng.normal(size=shape).astype(np.float32)
+
+        return Weights(
+            draw(vocab, width),
+            draw(width, vocab),
+            0.1 * draw(width, width),
+            draw(ballast, ballast) if ballast else None,
+        )
+
+    def named(self) -> dict[str, Array]:
+        tensors = {"embed": self.embed, "unembed": self.unembed}
+        return tensors if self.ballast is None else {**tensors, "ballast": self.ballast}
+
+
+@dataclass
+class Reference:
+    """The model in numpy, one token at a time."""
+
+    weights: Weights
+    learning: bool = True
+    position: int = 0
+    memory: Array = field(init=False)
+    previous: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = self.weights.initial.copy()
+        self.previous = np.zeros(self.weights.embed.shape[1], np.float32)
+
+    def step(self, token: int) -> Array:
+        e = self.weights.embed[token]
+        y = self.memory @ e
+        self.memory = DECAY * self.memory + np.outer(e, self.previous) if self.learning else self.memory
+        self.previous = e
+        logits = (y + e) @ self.weights.unembed + np.float32(0.001 * self.position)
+        self.position += 1
+        return np.asarray(logits, np.float32)
+
+    def feed(self, tokens: Sequence[int]) -> Array:
+        return np.stack([self.step(token) for token in tokens])
+
+
+def log_softmax(logits: Array) -> Array:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+
+def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -> onnx.ModelProto:
+    """`tokens` steps unrolled."""
+    vocab, width = weights.embed.shape
+    nodes: list[onnx.NodeProto] = []
+
+    def op(kind: str, *inputs: str, out: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [out], **attributes))
+        return out
+
+    op("Gather", "embed", "tokens", out="vectors")  # (1, T, width)
+    op("Cast", "position", out="position_float", to=TensorProto.FLOAT)
+    op("Slice", MEMORY, "zero", "size", "two", out="packed")  # W is the first field of the row, S the rest
+    op("Slice", MEMORY, "size", "end", "two", out="rest")
+    op("Reshape", "packed", "square", out="memory_0")  # (width, width)
+    memory, previous = "memory_0", CACHE
+    rows = []
+    for t in range(tokens):
+        op("Gather", "vectors", f"index_{t}", out=f"e_{t}", axis=1)  # (1, 1, width)
+        op("Reshape", f"e_{t}", "column", out=f"column_{t}")  # (width, 1)
+        op("MatMul", memory, f"column_{t}", out=f"y_{t}")
+        op("Mul", memory, "decay", out=f"decayed_{t}")
+        op("MatMul", f"column_{t}", previous, out=f"outer_{t}")
+        op("Add", f"decayed_{t}", f"outer_{t}", out=f"learned_{t}")
+        memory = op("Where", "learn", f"learned_{t}", memory, out=f"memory_{t + 1}")
+        previous = op("Reshape", f"column_{t}", "row", out=CACHE + ".next" if t == tokens - 1 else f"previous_{t}")
+        op("Add", f"y_{t}", f"column_{t}", out=f"h_{t}")
+        op("Reshape", f"h_{t}", "row", out=f"row_{t}")
+        op("MatMul", f"row_{t}", "unembed", out=f"plain_{t}")
+        op("Add", "position_float", f"float_{t}", out=f"position_{t}")
+        op("Mul", f"position_{t}", "slope", out=f"shift_{t}")
+        rows.append(op("Add", f"plain_{t}", f"shift_{t}", out=f"logits_{t}"))
+    op("Concat", *rows, out="rows", axis=0)
+    total = "rows"
+    if weights.ballast is not None:
+        op("ReduceMax", "vectors", "axis_2", out="narrow", keepdims=1)  # (1, T, 1)
+        op("Expand", "narrow", "ballast_row", out="expanded")  # (1, T, n)
+        op("MatMul", "expanded", "ballast", out="product")
+        op("Squeeze", "product", "axis_0", out="wide")
+        op("ReduceMax", "wide", "axis_1", out="widest")  # (T, 1)
+        op("Mul", "widest", "nought", out="nothing")
+        total = op("Add", "rows", "nothing", out="with_ballast")
+    op("Unsqueeze", total, "axis_0", out="logits")
+    op("Reshape", memory, "flat_shape", out="packed_next")
+    op("Concat", "packed_next", "rest", out=MEMORY + ".next", axis=2)
+
+    def constant(name: str, value: Any, dtype: Any) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(value, dtype), name)
+
+    constants = [
+        constant("zero", [0], np.int64),
+        constant("size", [width * width], np.int64),
+        constant("end", [width * width + 2], np.int64),
+        constant("two", [2], np.int64),
+        constant("square", [width, width], np.int64),
+        constant("column", [width, 1], np.int64),
+        constant("row", [1, width], np.int64),
+        constant("flat_shape", [1, 1, width * width], np.int64),
+        constant("axis_0", [0], np.int64),
+        constant("axis_1", [1], np.int64),
+        constant("axis_2", [2], np.int64),
+        constant("decay", DECAY, np.float32),
+        constant("slope", 0.001, np.float32),
+        constant("nought", 0.0, np.float32),
+    ]
+    if weights.ballast is not None:
+        constants.append(constant("ballast_row", [1, 1, len(weights.ballast)], np.int64))
+    for t in range(tokens):
+        constants += [constant(f"index_{t}", [t], np.int64), constant(f"float_{t}", [t], np.float32)]
+    large = []
+    for name, array in weights.named().items():
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        offset, length = offsets[name]
+        for key, value in (("location", "weights.safetensors"), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        large.append(tensor)
+
+    def info(name: str, kind: int, shape: Sequence[int]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    memory_shape, cache_shape = (1, 1, width * width + 2), (1, width)
+    graph = helper.make_graph(
+        nodes,
+        "leaky_sum",
+        [
+            info("tokens", TensorProto.INT64, (1, tokens)),
+            info("position", TensorProto.INT64, (1,)),
+            info("learn", TensorProto.BOOL, (1,)),
+            info(MEMORY, TensorProto.FLOAT, memory_shape),
+            info(CACHE, TensorProto.FLOAT, cache_shape),
+        ],
+        [
+            info("logits", TensorProto.FLOAT, (1, tokens, vocab)),
+            info(MEMORY + ".next", TensorProto.FLOAT, memory_shape),
+            info(CACHE + ".next", TensorProto.FLOAT, cache_shape),
+        ],
+        large + constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies in a safetensors file: (offset, bytes)."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    spans = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
+    return {name: (8 + length + begin, end - begin) for name, (begin, end) in spans.items()}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest with the sizes and hashes of the files as they are now."""
+    manifest["files"] = {
+        path.name: {"bytes": path.stat().st_size, "xxh3_128": xxhash.xxh3_128_hexdigest(path.read_bytes())}
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json" and path.is_file()
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def write_bundle(folder: Path, weights: Weights, graphs: Sequence[tuple[str, int, int]] = GRAPHS) -> Path:
+    folder.mkdir(parents=True)
+    vocab, width = weights.embed.shape
+    save_file(weights.named(), folder / "weights.safetensors")
+    row = np.concatenate([weights.initial.ravel(), np.float32([7, 8])]).astype(np.float32)
+    save_file({MEMORY: row[None, None], CACHE: np.zeros((1, width), np.float32)}, folder / "state.safetensors")
+    offsets = _offsets(folder / "weights.safetensors")
+    for name, tokens, _ in graphs:
+        (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets).SerializeToString())
+
+    def state(name: str, shape: list[int], role: str, **more: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "input": name,
+            "output": name + ".next",
+            "dtype": "float32",
+            "shape": shape,
+            "role": role,
+            **more,
+        }
+
+    size = width * width
+    layout = [
+        {"name": "W0", "offset": 0, "shape": [width, width]},
+        {"name": "S0", "offset": size, "shape": [2]},
+    ]
+    write_manifest(
+        folder,
+        {
+            "format": "titans-bundle",
+            "schema_version": 1,
+            "producer": "synthetic",
+            "model": {"name": "leaky-sum", "variant": "none"},
+            "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": vocab},
+            "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": vocab},
+            "controls": {"position": "position", "learn": "learn"},
+            "tokenizer": {"kind": "bytes"},
+            "state": [
+                state(MEMORY, [1, 1, size + 2], "memory", layout=layout),
+                state(CACHE, [1, width], "cache"),
+            ],
+            "graphs": [
+                {
+                    "name": name,
+                    "file": f"{name}.onnx",
+                    "tokens": tokens,
+                    "align": align,
+                    "weights": sorted(weights.named()),
+                }
+                for name, tokens, align in graphs
+            ],
+            "weights": {"file": "weights.safetensors"},
+            "initial_state": {"file": "state.safetensors"},
+        },
+    )
+    return folder
