@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -54,7 +55,8 @@ class Case:
         self.weights = [normal(*lead, i, o) * i**-0.5 for i, o in self.spec.shapes]
         self.q, self.k = (torch.nn.functional.normalize(normal(*lead, self.length, d), dim=-1) for _ in range(2))
         self.v = normal(*lead, self.length, d)
-        self.step_size = 0.1 * uniform(*lead, self.length)
+        # A LayerNorm over few, small outputs amplifies: with large steps two correct forms drift apart chaotically.
+        self.step_size = (0.02 if self.spec.layer_norm else 0.1) * uniform(*lead, self.length)
         self.momentum, self.forget_gate = uniform(*lead, self.length), 0.3 * uniform(*lead, self.length)
         self.norm_scale = 1 + 0.3 * normal(self.heads, d) if self.spec.layer_norm else None
         if self.edges:
@@ -68,6 +70,15 @@ class Case:
         return self.step_size, self.momentum, self.forget_gate
 
 
+def random_cuts(length: int, seed: int) -> list[int]:
+    """Lengths that add up to `length`, some of them 0."""
+    draw = random.Random(seed)
+    points = sorted(draw.choices(range(length + 1), k=7))
+    return [b - a for a, b in zip([0, 0, *points], [0, *points, length], strict=True)]
+
+
 def worst(*pairs: tuple[Tensor, Tensor], floor: float = 1e-30) -> float:
-    """The largest absolute difference of each pair, relative to its largest expected value, or to `floor` if that is more."""
+    """The largest absolute difference of each pair, relative to its largest expected value, or to `floor` if that is
+    more.
+    """
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(floor)) for a, b in pairs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TOLERANCE_FLOAT64, Case, kinds, worst
+from oracles import network, titans_stream
 
 from titans_export.model.memory import (
     Gates,
@@ -14,9 +16,6 @@ from titans_export.model.memory import (
     recurrence,
     surprise,
 )
-
-from cases import TOLERANCE_FLOAT64, Case, kinds, worst
-from oracles import network, titans_stream
 
 
 @kinds
@@ -85,7 +84,8 @@ def test_training_gradients_flow_through_the_chunked_form(spec: MemorySpec) -> N
     q, k, v, theta, eta, alpha = leaves
     zeros = [torch.zeros_like(w) for w in weights]
     got = torch.autograd.grad(
-        chunked(spec, State(weights, zeros), q, k, v, Gates(theta, eta, alpha), scale)[0].square().sum(), leaves + weights
+        chunked(spec, State(weights, zeros), q, k, v, Gates(theta, eta, alpha), scale)[0].square().sum(),
+        leaves + weights,
     )
     w, s, origin, total = list(weights), zeros, list(weights), torch.zeros((), dtype=torch.float64)
     for t in range(len(q)):

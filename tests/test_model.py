@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
+from cases import random_cuts
 from torch import Tensor
 
 from titans_export.errors import CheckpointError
@@ -17,7 +17,8 @@ VARIANTS = ("lmm", "mac", "mag", "mal")
 MEMORIES = {
     "linear": MemoryConfig(2, 6, 4),
     "mlp2": MemoryConfig(2, 6, 4, depth=2, residual=True),
-    "mlp3-norm": MemoryConfig(2, 6, 4, depth=3, activation="gelu", residual=True, layer_norm=True),
+    # Small steps: a deep memory with LayerNorm over 6 values amplifies rounding chaotically with large ones.
+    "mlp3-norm": MemoryConfig(2, 6, 4, depth=3, activation="gelu", residual=True, layer_norm=True, step_limit=0.1),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -33,7 +34,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Titans:
     model = Titans(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.15 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn_like(p))
     return model.double().eval()
 
 
@@ -45,9 +46,7 @@ def test_any_cut_of_a_stream_equals_the_parallel_form(variant: str, memory: Memo
     tokens = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(tokens)
-    draw = random.Random(2)
-    cuts = [0, 5, 0, *(draw.randrange(14) for _ in range(5))]
-    for way in ([length], [1] * length, [*cuts, length - sum(cuts)]):
+    for way in ([length], [1] * length, random_cuts(length, seed=2)):
         state, at, out = model.initial_state(2), 0, []
         for cut in way:
             logits, state = model.feed(tokens[:, at : at + cut], state, at)
@@ -127,7 +126,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_mac_attention_sees_what_equation_22_says() -> None:
-    """One head, written out: persistent tokens, the retrieved rows and the tokens of the segment up to the token's place."""
+    """One head, written out: persistent tokens, the retrieved rows and the tokens of the segment up to the token's
+    place.
+    """
     model = random_model(small_config("mac", attention_heads=1))
     attention = model.layers[0].attention
     x, h = (torch.randn(1, 36, 16, dtype=torch.float64) for _ in range(2))

@@ -18,7 +18,13 @@ class CheckpointError(TitansError):
 
 
 class BundleError(TitansError):
-    """A bundle that is missing, damaged or of a newer schema."""
+    """A bundle that is missing or damaged."""
+
+
+class NewerBundleError(BundleError):
+    """A bundle of a newer schema than this version reads."""
+
+    exit_code = 4
 
 
 class OutputError(TitansError):

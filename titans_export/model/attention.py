@@ -56,7 +56,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, dim) to (B, heads, T, head_dim)."""
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return heads
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """q: (B, heads, T, head_dim); keys, values: (B, heads, N, head_dim); seen: (B, T, N) bool. Returns (B, T, dim).
@@ -105,8 +106,8 @@ class SegmentAttention(Attention):
     """Attention of MAC: within a segment, a token sees persistent tokens, and what the memory retrieved for, and the
     tokens themselves, up to its own place (equations 22 and 23, made causal).
 
-    keys, values of the state: (B, heads, 2, segment, head_dim), the retrieved rows first, then the tokens' rows. Rows of
-    the segment before stay until they are overwritten and are hidden by their place.
+    keys, values of the state: (B, heads, 2, segment, head_dim), the retrieved rows first, then the tokens' rows. Rows
+    of the segment before stay until they are overwritten and are hidden by their place.
     """
 
     def __init__(self, dim: int, heads: int, segment: int, persistent: int) -> None:
@@ -118,7 +119,7 @@ class SegmentAttention(Attention):
         return {"keys": empty, "values": empty.clone()}
 
     def _write(self, rows: Tensor, new: Tensor, place: Tensor) -> Tensor:
-        """rows with new, (B, heads, 2, T, head_dim), from `place` on; T divides the segment, and place is a multiple of T."""
+        """rows with new, (B, heads, 2, T, head_dim), from `place` on, a multiple of T; T divides the segment."""
         length = new.shape[3]
         block = torch.arange(self.segment, device=new.device) // length
         here = block == (place // length).unsqueeze(-1)
@@ -137,6 +138,9 @@ class SegmentAttention(Attention):
         values = self._write(state["values"], both, place)
         seen = torch.arange(self.segment, device=x.device) <= places.unsqueeze(-1)
         y = self.attend(
-            rotate(self.split(self.query(x)), angle), keys.flatten(2, 3), values.flatten(2, 3), torch.cat([seen, seen], -1)
+            rotate(self.split(self.query(x)), angle),
+            keys.flatten(2, 3),
+            values.flatten(2, 3),
+            torch.cat([seen, seen], -1),
         )
         return y, {"keys": keys, "values": values}

@@ -21,8 +21,8 @@ class MemoryConfig:
     heads, head_dim: memory networks a layer, and the width of their keys, values and queries.
     depth: 1 for a linear map, 2 or 3 for an MLP; expansion: hidden width over head_dim.
     chunk: tokens that share one gradient point. conv: width of the causal convolutions on q, k and v.
-    step_limit: the step size is at most step_limit (1 - momentum) / chunk. With unit keys and a linear memory the update
-    is then a contraction for limits up to 1.
+    step_limit: the step size is at most step_limit (1 - momentum) / chunk. With unit keys and a linear memory the
+    update is then a contraction for limits up to 1.
     """
 
     heads: int
@@ -96,7 +96,9 @@ class ModelConfig:
         whole = heads >= 1 and self.dim % (2 * heads) == 0
         need(whole, f"dim / attention_heads to be an even whole number (dim is {self.dim})", heads)
         if self.variant == "mac":
-            need(self.window % m.chunk == 0, f"window to be a multiple of memory.chunk ({m.chunk}) for mac", self.window)
+            need(
+                self.window % m.chunk == 0, f"window to be a multiple of memory.chunk ({m.chunk}) for mac", self.window
+            )
 
     def has_memory(self, layer: int) -> bool:
         return self.memory_layers is None or layer in self.memory_layers
@@ -146,7 +148,9 @@ def parse_config(values: Any) -> ModelConfig:
     layers = values.get("memory_layers")
     if layers is not None:
         if not isinstance(layers, list) or not all(type(i) is int for i in layers):
-            raise CheckpointError("config", "memory_layers to be a list of integers", repr(layers), "correct config.json")
+            raise CheckpointError(
+                "config", "memory_layers to be a list of integers", repr(layers), "correct config.json"
+            )
         values["memory_layers"] = tuple(layers)
     return _build(ModelConfig, values, "the model")
 

@@ -1,4 +1,4 @@
-"""Small parts that every variant shares. Weights are (in, out): y = x W, so that an exported graph holds no transposes."""
+"""Small parts that every variant shares. Weights are (in, out), y = x W: an exported graph holds no transposes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ StreamState = dict[str, Tensor]
 class Step:
     """Where in its stream each row of a call stands.
 
-    position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call starts at a chunk's start
-    and holds whole chunks; otherwise it holds a single token.
+    position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call starts at a chunk's
+    start and holds whole chunks; otherwise it holds a single token.
     """
 
     position: Tensor

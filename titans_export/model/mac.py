@@ -1,8 +1,8 @@
 """MAC: memory as context (equations 21 to 25), made causal.
 
 Chunk by chunk, the chunk dividing the segment: h is read from the memory as of the chunk's start (21), attention sees
-persistent tokens, h and tokens of the segment up to each token's own place (22, 23), its output y updates the memory (24),
-and o = y (x) M_t(y) (25). The paper reads h once per segment; a smaller chunk only makes h newer.
+persistent tokens, h and tokens of the segment up to each token's own place (22, 23), its output y updates the memory
+(24), and o = y (x) M_t(y) (25). The paper reads h once per segment; a smaller chunk only makes h newer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .memory_layer import MemoryLayer
 
 
 class MACBlock(nn.Module):
-    """x + o, then x + FFN(x). A block without a memory has plain segment attention over its own tokens, retrieved = 0."""
+    """x + o, then x + FFN(x). A block without a memory has plain segment attention, with zeros for what it retrieves."""
 
     def __init__(self, config: ModelConfig, memory: bool) -> None:
         super().__init__()
@@ -43,7 +43,9 @@ class MACBlock(nn.Module):
             q, state = self.memory.context_queries(normed, state)
             queries = q.split(size, -2)
         for x_c, normed_c, q_c in zip(x.split(size, 1), normed.split(size, 1), queries, strict=True):
-            retrieved = torch.zeros_like(normed_c) if q_c is None else self.memory.retrieve(q_c, state)
+            retrieved = torch.zeros_like(normed_c)
+            if self.memory is not None and q_c is not None:
+                retrieved = self.memory.retrieve(q_c, state)
             y, cache = self.attention(normed_c, retrieved, state, position)
             state = {**state, **cache}
             if self.memory is not None and self.gating is not None and self.norm_memory is not None:

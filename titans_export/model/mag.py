@@ -1,7 +1,7 @@
 """MAG: memory as a gate on sliding-window attention (equations 26 to 28).
 
-o = y (x) M(x): attention and memory read the same input; both are normalised with learned weights, and the memory's side
-goes through a sigmoid. Persistent tokens: see mal.py.
+o = y (x) M(x): attention and memory read the same input; both are normalised with learned weights, and the memory's
+side goes through a sigmoid. Persistent tokens: see mal.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MAL: memory as a layer, before sliding-window attention (equations 29 to 31).
 
-The persistent tokens of equation 29 stand before the attention window only. Before the memory they would do no more than
-set its initial weights, which are learned anyway.
+The persistent tokens of equation 29 stand before the attention window only. Before the memory they would do no more
+than set its initial weights, which are learned anyway.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ the model runs. With k, v, q of token t, the step size theta_t, the momentum eta
     y_t = M_{W_t}(q_t)                                retrieval                            (15)
 
 W0 are the weights at the start of the token's chunk: a chunk shares one gradient point (16). The same function is given
-three times: `recurrence` token by token as above; `chunk_update` for a whole chunk as matrix products; `CachedChunk` for
-one token at a time with W and S untouched until the chunk is full. A token that is not `active` (frozen memory, padding)
-leaves W and S as they are.
+three times: `recurrence` token by token as above; `chunk_update` for a whole chunk as matrix products; `CachedChunk`
+for one token at a time with W and S untouched until the chunk is full. A token that is not `active` (frozen memory,
+padding) leaves W and S as they are.
 
-Shapes: weights are lists with one tensor (..., in, out) per layer, tokens (..., T, D), gates (..., T), `active` (..., T),
-where ... are any equal or broadcastable leading dimensions, such as (streams, heads).
+Shapes: weights are lists with one tensor (..., in, out) per layer, tokens (..., T, D), gates (..., T), `active` (...,
+T), where ... are any equal or broadcastable leading dimensions, such as (streams, heads).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYER_NORM_EPS = 1e-5
 class MemorySpec:
     """The structure of one head's memory network.
 
-    widths: layer widths from input to output, such as (64, 64) for a linear memory or (64, 256, 64) for an MLP of depth 2.
+    widths: layer widths from input to output, such as (64, 64) for a linear map or (64, 256, 64) for an MLP of depth 2.
     activation: between layers, "silu" or "gelu" (exact, with erf).
     residual: M(x) = x + f(x) instead of f(x).
     layer_norm: f's output goes through a LayerNorm whose scale is given to each call and does not learn at test time.
@@ -102,7 +102,7 @@ def read(spec: MemorySpec, weights: Sequence[Tensor], q: Tensor, norm_scale: Ten
 
 
 class Surprise(NamedTuple):
-    """The momentary surprise of every token in factors: g of layer i is left[i]^T right[i], one outer product a token."""
+    """The momentary surprise of every token in factors: g of layer i is left[i]^T right[i], one product a token."""
 
     left: list[Tensor]  # (..., T, in): the layer's input at W0
     right: list[Tensor]  # (..., T, out): the loss's gradient at the layer's output
@@ -299,7 +299,7 @@ class CachedChunk:
     beta: Tensor
 
     def append(self, at: Tensor, g: Surprise, theta: Tensor, eta: Tensor, keep: Tensor, on: Tensor) -> CachedChunk:
-        """The chunk with one more token. `at`: (..., C) bool, true at the token's row; gates: (...), as `Gates.masked`."""
+        """The chunk with one more token. at: (..., C) bool, true at its row; gates: (...), as `Gates.masked` gives them."""
         row = at.unsqueeze(-1)
         left = [torch.where(row, new, old) for new, old in zip(g.left, self.left, strict=True)]
         right = [torch.where(row, new, old) for new, old in zip(g.right, self.right, strict=True)]

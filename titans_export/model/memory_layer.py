@@ -16,7 +16,7 @@ class MemoryLayer(nn.Module):
     """Memory of `heads` networks over a stream of (B, T, dim), updated by its input and read by it.
 
     k, v and q go through a causal convolution and SiLU, q and k are l2-normalised, the retrieval is normalised per head
-    and gated. With context_dim, `retrieve` reads the memory of a chunk's start for other tokens (MAC, equation 21).
+    and gated. With `context`, `retrieve` reads the memory of a chunk's start for other tokens (MAC, equation 21).
     """
 
     def __init__(self, dim: int, config: MemoryConfig, context: bool = False) -> None:
@@ -58,7 +58,8 @@ class MemoryLayer(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) to (B, heads, T, D)."""
-        return x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+        return heads
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size, momentum and forget gate, each (B, heads, T)."""
@@ -68,7 +69,7 @@ class MemoryLayer(nn.Module):
         return torch.sigmoid(step) * limit, torch.sigmoid(momentum), torch.sigmoid(forget)
 
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        """Updates the memory with x (B, T, dim) and reads it: W_t at token t. Returns (B, T, dim) and the next state."""
+        """Updates the memory with x (B, T, dim), reads W_t for token t. Returns (B, T, dim) and the next state."""
         qkv, conv = self.conv(self.qkv(x), state["conv"])
         q, k, v = (self._heads(part) for part in F.silu(qkv).chunk(3, -1))
         y, rows = memory_update(

@@ -21,8 +21,8 @@ BLOCKS = {"lmm": LMMBlock, "mac": MACBlock, "mag": MAGBlock, "mal": MALBlock}
 class Titans(nn.Module):
     """The model that a `ModelConfig` describes.
 
-    `forward` is what training uses: whole sequences from a fresh memory. `step` advances streams by whole chunks or by one
-    token and returns their next state; `feed` advances them by any number of tokens. All three agree.
+    `forward` is what training uses: whole sequences from a fresh memory. `step` advances streams by whole chunks or by
+    one token and returns their next state; `feed` advances them by any number of tokens. All three agree.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,15 +36,18 @@ class Titans(nn.Module):
 
     def initial_state(self, batch: int) -> StreamState:
         """State of `batch` fresh streams, by name: "layers.0.memory" and so on, batch first."""
-        state = {}
+        state: StreamState = {}
         for i, layer in enumerate(self.layers):
-            state |= {f"layers.{i}.{name}": value for name, value in layer.initial_state(batch).items()}
+            own: StreamState = layer.initial_state(batch)  # type: ignore[operator]  # ModuleList forgets the class
+            state |= {f"layers.{i}.{name}": value for name, value in own.items()}
         return state
 
     def step(self, tokens: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        """tokens: (B, T) int64, T as `step` says. Returns logits (B, T, vocab), row t following token t, and the state."""
+        """tokens: (B, T) int64, T as `step` says. Returns logits (B, T, vocab), row t following token t, and the
+        state.
+        """
         x = F.embedding(tokens, self.embedding)
-        following = {}
+        following: StreamState = {}
         for i, layer in enumerate(self.layers):
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -65,9 +68,7 @@ class Titans(nn.Module):
         return logits[:, :length] if rows is None else logits[:, rows]
 
     @torch.no_grad()
-    def feed(
-        self, tokens: Tensor, state: StreamState, position: int, learn: bool = True
-    ) -> tuple[Tensor, StreamState]:
+    def feed(self, tokens: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:
         """Streams on by any number of tokens, whole chunks at once where they start at one. tokens: (B, T), T >= 0.
 
         Returns logits (B, T, vocab) and the state at position + T.

@@ -49,15 +49,16 @@ def _node(attrs: dict[str, Any], shapes: list[torch.Size], **inputs: Tensor | No
     while given[-1] is None:
         given.pop()
     assert given[0] is not None
-    outputs: tuple[Tensor, ...] = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{OPERATOR}",
-        given,
-        attrs=attrs,
-        dtypes=[given[0].dtype] * len(shapes),
-        shapes=shapes,
-        version=VERSION,
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{OPERATOR}",
+            given,
+            attrs=attrs,
+            dtypes=[given[0].dtype] * len(shapes),
+            shapes=shapes,
+            version=VERSION,
+        )
     )
-    return outputs
 
 
 def memory_update(

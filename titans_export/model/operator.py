@@ -78,7 +78,9 @@ def _pack_aligned(spec: MemorySpec, state: State, lead: torch.Size) -> Tensor:
     """Packed rows at a chunk's start: no cached rows, m = 1, f = 0, beta = 1."""
     layout = Layout.of(spec)
     like = state.w[0]
-    fields = {f.name: like.new_full((1,), float(f.name in ("m", "beta"))).expand(*lead, *f.shape) for f in layout.fields}
+    fields = {
+        f.name: like.new_full((1,), float(f.name in ("m", "beta"))).expand(*lead, *f.shape) for f in layout.fields
+    }
     fields |= {f"W{i}": w for i, w in enumerate(state.w)} | {f"S{i}": s for i, s in enumerate(state.s)}
     return layout.pack(fields)
 
@@ -124,10 +126,10 @@ class Update(NamedTuple):
 class Inputs:
     """The operator's inputs. q, k, v: (B, H, T, D); gates: (B, H, T).
 
-    active: (B, T) float, 1 where the token is valid and the stream learns; None for all. valid: (B, T) float, 1 where the
-    token counts at all (a frozen token fills its place in the chunk, an invalid one does not); None for all.
-    norm_scale: (H, D) or None. update_limit: (B,) or None; a chunk whose update has a larger Frobenius norm (all layers of
-    a head together), or is not finite, is not committed.
+    active: (B, T) float, 1 where the token is valid and the stream learns; None for all. valid: (B, T) float, 1 where
+    the token counts at all (a frozen token fills its place in the chunk, an invalid one does not); None for all.
+    norm_scale: (H, D) or None. update_limit: (B,) or None; a chunk whose update has a larger Frobenius norm (all layers
+    of a head together), or is not finite, is not committed.
     """
 
     state: Tensor
@@ -168,8 +170,8 @@ def _guard(new: State, old: State, limit: Tensor | None) -> tuple[State, Tensor,
 def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     """mode "update", schedule "aligned": every stream at a chunk's start and T a multiple of the chunk.
 
-    Also takes a last chunk that is shorter (training, or the tail of a text); the returned state then holds W and S of that
-    chunk's end as if it were complete, which no stream may continue from.
+    Also takes a last chunk that is shorter (training, or the tail of a text); the returned state then holds W and S of
+    that chunk's end as if it were complete, which no stream may continue from.
     """
     lead = x.state.shape[:-1]
     state = _weights(spec, Layout.of(spec).unpack(x.state))
@@ -262,9 +264,9 @@ def neural_memory_update(
 ) -> Update:
     """mode "update" with the operator's own inputs, in their order; fill None means schedule "aligned".
 
-    state: (P, H, R), a pool with a row per slot; slots: (B,) int64, each stream's row, all different, None for 0..B-1 with
-    P = B. fill, valid: (B,) int64; learn: (B,) bool; update_limit: (B,) float. The other shapes are those of `Inputs`.
-    Returns the whole pool with the rows of `slots` updated.
+    state: (P, H, R), a pool with a row per slot; slots: (B,) int64, each stream's row, all different, None for 0..B-1
+    with P = B. fill, valid: (B,) int64; learn: (B,) bool; update_limit: (B,) float. The other shapes are those of
+    `Inputs`. Returns the whole pool with the rows of `slots` updated.
     """
     rows = state if slots is None else state[slots]
     steps = torch.arange(q.shape[-2], device=q.device)

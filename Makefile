@@ -1,0 +1,139 @@
+# make setup    everything into .venv and build/, nothing outside; a second time takes a second
+# make demo     what this project does, in a few minutes       make demo TEXT=book.txt   with a text of yours
+# make test     C++ tests under sanitizers, then pytest        make test PYTEST='-k memory'
+# make lint     formatting, lints and types                    make format               mends what can be mended
+# make clean    removes .venv, .deps and build/
+#
+# PYTHON names another Python, CXX another compiler, JOBS how many compiles run at a time; pip's own settings (PIP_*)
+# and configuration hold as they are, so a machine can choose where packages come from.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+VENV := .venv
+STAMPS := $(VENV)/stamps
+TEST_BUNDLE := build/test/synthetic.titans
+# The ONNX Runtime that is installed in .venv, for C++ programs.
+ONNXRUNTIME = $(shell $(VENV)/bin/python -c 'from titans_runtime._library import backend_library as b; print(b() or "")')
+# What is installed in .venv comes before what the machine has, as with an activated environment.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+# $(call install,WHAT): pip, telling what takes time; all it says is in build/setup.log, and on the screen if it fails.
+define install
+mkdir -p build; \
+$(VENV)/bin/python -m pip install --no-build-isolation --constraint constraints.txt $(1) 2>&1 | tee build/setup.log | \
+  sed -un 's/^ *\(Downloading [^ ]*\.whl.*\|Building .* still running.*\|Installing collected packages: .*\)/  \1/p' | cut -c 1-110 || \
+  { tail -n 60 build/setup.log; echo "[setup] pip failed; all of its output is in build/setup.log"; exit 1; } >&2
+endef
+
+RUNTIME_SOURCES := CMakeLists.txt $(shell find runtime cmake plugins -type f \
+  -not -path '*/__pycache__/*' -not -path 'runtime/python/build/*' 2>/dev/null)
+CXX_SOURCES = $(shell find runtime plugins tests examples -type f \
+  \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
+PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
+
+.PHONY: help setup run-setup test test-cpp test-python lint format demo clean
+
+help:
+	@sed -n '1,/^$$/{s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
+
+# ---- setting up: each step leaves a stamp, and runs again only when what it depends on has changed ----
+
+setup: run-setup $(STAMPS)/dev
+
+run-setup: $(STAMPS)/runtime $(STAMPS)/export
+
+$(STAMPS)/venv:
+	@fail() { echo "[setup] expected $$1 but got $$2; $$3" >&2; exit 1; }; \
+	command -v $(PYTHON) >/dev/null || fail "Python 3.10 or newer" "no $(PYTHON)" "install it or pass PYTHON=/path/to/python3"; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  fail "Python 3.10 or newer" "$$($(PYTHON) --version)" "pass PYTHON=/path/to/python3"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  fail "Python's venv module" "none" "install it (Debian and Ubuntu: apt install python3-venv)"; \
+	for language in c c++; do \
+	  case $$language in c) tool="$(CC)"; flag=-std=c11 ;; *) tool="$(CXX)"; flag=-std=c++17 ;; esac; \
+	  echo 'int main(void) { return 0; }' | $$tool $$flag -x $$language -fsyntax-only - 2>/dev/null || \
+	    fail "a C++17 compiler (and C11)" "no $$tool that takes $$flag" "install one (Debian and Ubuntu: apt install g++) or pass CXX=... CC=..."; \
+	done
+	@echo "[setup] Python environment in $(VENV) (about 5 s)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# CMake and Ninja of the machine do, where they are new enough.
+$(STAMPS)/tools: constraints.txt | $(STAMPS)/venv
+	@echo "[setup] build tools (about 10 s)"
+	@wanted="scikit-build-core"; \
+	cmake --version 2>/dev/null | sed -n 's/^cmake version //p;q' | { read -r found || true; \
+	  printf '3.22\n%s\n' "$${found:-0}" | sort -V -C; } || wanted="$$wanted cmake"; \
+	command -v ninja >/dev/null || wanted="$$wanted ninja"; \
+	$(call install,$$wanted)
+	@touch $@
+
+$(STAMPS)/headers: tools/fetch_deps | $(STAMPS)/venv
+	@echo "[setup] third-party headers into .deps (about 20 s)"
+	@tools/fetch_deps
+	@touch $@
+
+# Build files stay in build/runtime, so that a changed source compiles alone.
+$(STAMPS)/runtime: $(RUNTIME_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
+	@echo "[setup] the runtime: libtitans.so and its Python binding (first build about 60 s)"
+	@$(call install,--force-reinstall --no-deps --config-settings=build-dir=$(CURDIR)/build/runtime ./runtime/python)
+	@touch $@
+
+$(STAMPS)/export: pyproject.toml constraints.txt | $(STAMPS)/runtime
+	@echo "[setup] titans-export with PyTorch and ONNX Runtime (about 60 s, most of it PyTorch)"
+	@$(call install,--editable .)
+	@touch $@
+
+$(STAMPS)/dev: pyproject.toml constraints.txt | $(STAMPS)/export
+	@echo "[setup] tools for tests and lints (about 15 s)"
+	@$(call install,--editable '.[dev]')
+	@touch $@
+
+# ---- working ----
+
+demo: run-setup
+	@$(VENV)/bin/python examples/demo.py $(if $(TEXT),--text '$(TEXT)')
+
+test: test-cpp test-python
+
+test-cpp: setup $(TEST_BUNDLE)
+	@echo "[test] C++ tests under the address and undefined behaviour sanitizers (first build about 3 min)"
+	@cmake --preset sanitize >build/sanitize.log || { cat build/sanitize.log; exit 1; }
+	@cmake --build --preset sanitize
+	@TITANS_TEST_BUNDLE=$(CURDIR)/$(TEST_BUNDLE) TITANS_ONNXRUNTIME=$(ONNXRUNTIME) \
+	  ctest --preset sanitize
+
+# A small model that the C++ tests can run on ONNX Runtime.
+$(TEST_BUNDLE): tests/runtime/synthetic.py | setup
+	@rm -rf $@ && mkdir -p $(dir $@)
+	@PYTHONPATH=tests/runtime $(VENV)/bin/python -c "import pathlib, synthetic as s; \
+	  s.write_bundle(pathlib.Path('$@'), s.Weights.random())"
+
+test-python: setup
+	@echo "[test] pytest"
+	@$(VENV)/bin/python -m pytest -q $(PYTEST)
+
+lint: setup
+	@echo "[lint] ruff"
+	@ruff check $(wildcard $(PY_SOURCES))
+	@ruff format --check $(wildcard $(PY_SOURCES))
+	@echo "[lint] mypy (first time about 60 s)"
+	@mypy
+	@echo "[lint] clang-format"
+	@clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: setup
+	@ruff check --fix-only $(wildcard $(PY_SOURCES))
+	@ruff format $(wildcard $(PY_SOURCES))
+	@clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf $(VENV) .deps build

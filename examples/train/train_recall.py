@@ -1,0 +1,170 @@
+"""Trains the model of examples/checkpoints/recall on the recall task of examples/recall_task.py.
+
+    python examples/train/train_recall.py -o out/
+
+Attention sees 32 tokens, the question comes hundreds of tokens after the pair: only the memory can answer it. Episodes
+grow as the model learns. Attention is silent in the first levels, which take longer with it. In a level that is marked
+`carried`, every row of a batch is one endless stream of episodes, so the model also learns to let go of the pairs of an
+old episode.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from trainer import Settings, Task, train
+
+from titans_export.model import MemoryConfig, ModelConfig, Step, Titans
+from titans_export.model.attention import Attention
+from titans_export.model.layers import StreamState
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from recall_task import CHANCE, VOCAB_SIZE, episode_length, make_episodes
+
+CONFIG = ModelConfig(
+    name="recall",
+    variant="mal",
+    vocab_size=VOCAB_SIZE,
+    dim=64,
+    layers=2,
+    hidden=128,
+    memory=MemoryConfig(heads=2, head_dim=32, chunk=16),
+    attention_heads=2,
+    window=32,
+)
+GATE_BIASES = (3.0, -2.0, -6.0)  # step size, momentum, forget gate
+PASS = 0.93  # the running accuracy at which the next level begins
+EVALUATION_SEED = 1_000_000  # batches are drawn from [seed, step] with smaller numbers
+
+
+class Level(NamedTuple):
+    """How long episodes are, how many make a batch, and whether attention takes part.
+
+    carried: each row goes on where the step before left it, instead of from a fresh memory.
+    """
+
+    pairs: int
+    filler: int
+    batch: int
+    attention: bool = True
+    carried: bool = False
+
+
+LEVELS = (
+    Level(4, 16, 32, attention=False),
+    Level(8, 64, 32, attention=False),
+    Level(8, 64, 16, carried=True),
+    Level(16, 128, 16, carried=True),
+    Level(16, 256, 16, carried=True),
+    Level(32, 300, 16, carried=True),
+)
+
+
+@torch.no_grad()
+def initialise(model: Titans) -> None:
+    """Weights that training starts from, where they differ from the model's own.
+
+    Tokens are told apart from the first step on, steps are large, and a memory key begins as the token before, so that
+    a value is written under its key. From the model's own start, 500 steps bring no more than guessing among the values
+    of the episode.
+    """
+    model.embedding.normal_()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gates.bias"):
+            parameter.copy_(torch.tensor(GATE_BIASES).repeat_interleave(CONFIG.memory.heads))
+        elif name.endswith("memory.conv.weight"):
+            parameter.mul_(0.1)
+            q, k, v = parameter.chunk(3, 1)  # (width, heads * head_dim) each, the last tap for the token itself
+            q[-1] += 1
+            k[-2] += 1
+            v[-1] += 1
+
+
+@torch.no_grad()
+def accuracy(model: Titans, pairs: int, filler: int, episodes: int, seed: int, learn: bool = True) -> float:
+    """Share of right answers over fresh episodes, each from a fresh memory."""
+    tokens, queries, answers = make_episodes(episodes, pairs, filler, [EVALUATION_SEED, seed])
+    logits = model(torch.from_numpy(tokens), learn, torch.from_numpy(queries))
+    return float((logits.argmax(-1).numpy() == answers).mean())
+
+
+class Recall(Task):
+    """Episodes of the current level; a level ends when the running accuracy passes `PASS`."""
+
+    def __init__(self, model: Titans, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.level, self.right, self.position = 0, 0.0, 0
+        self.memory: dict[str, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.register_forward_hook(self._silence)
+
+    def _silence(
+        self, attention: nn.Module, inputs: Any, output: tuple[Tensor, StreamState]
+    ) -> tuple[Tensor, StreamState]:
+        y, state = output
+        return (y if LEVELS[self.level].attention else torch.zeros_like(y)), state
+
+    def loss(self, step: int) -> Tensor:
+        level = LEVELS[self.level]
+        # Filler up to a whole number of chunks; where in its chunk an episode starts is left to chance.
+        slack = -episode_length(level.pairs, level.filler) % self.model.config.memory.chunk
+        lead = int(np.random.default_rng([self.seed, step, 1]).integers(slack + 1))
+        filler = level.filler + slack - lead
+        tokens, queries, answers = make_episodes(level.batch, level.pairs, filler, [self.seed, step], lead)
+        state = self.memory or self.model.initial_state(level.batch)
+        where = Step(torch.full((level.batch,), self.position), None, aligned=True)
+        logits, state = self.model.step(torch.from_numpy(tokens), state, where)
+        logits, wanted = logits[:, torch.from_numpy(queries)].flatten(0, 1), torch.from_numpy(answers).flatten()
+        self.right = 0.95 * self.right + 0.05 * float((logits.argmax(-1) == wanted).float().mean())
+        if level.carried:
+            self.memory = {name: value.detach() for name, value in state.items()}
+            self.position += tokens.shape[1]
+        if self.right > PASS and self.level + 1 < len(LEVELS):
+            self.level, self.right = self.level + 1, 0.0
+        return F.cross_entropy(logits, wanted)
+
+    def report(self) -> str:
+        return f", {self.right:.1%} right at {LEVELS[self.level]}"
+
+    def state(self) -> dict[str, Any]:
+        return {"level": self.level, "right": self.right, "position": self.position, "memory": self.memory}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.level, self.right, self.position, self.memory = (
+            state[name] for name in ("level", "right", "position", "memory")
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Accuracy with the memory learning and frozen at every length that was trained."""
+        rows = []
+        for pairs, filler in sorted({level[:2] for level in LEVELS}):
+            learning, frozen = (accuracy(self.model, pairs, filler, 64, seed=0, learn=on) for on in (True, False))
+            rows.append({"pairs": pairs, "filler": filler, "learning": learning, "frozen": frozen})
+        return {"accuracy": rows, "chance": CHANCE}
+
+
+@click.command(help=__doc__)
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--steps", default=850, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def main(output: Path, steps: int, seed: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = Titans(CONFIG)
+    initialise(model)
+    record = {"script": "examples/train/train_recall.py", "levels": [level._asdict() for level in LEVELS]}
+    settings = Settings(output, steps, seed, decay_from=0.6, record=record)
+    train(model, settings, lambda m: Recall(m, seed))
+
+
+if __name__ == "__main__":
+    main()

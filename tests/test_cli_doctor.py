@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_tools import environment, invoke, spawn
+
+from titans_export import doctor
+
+pytest_plugins = ["cli_fixtures"]
+
+
+@pytest.fixture
+def runtime() -> None:
+    pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
+
+
+def test_all_is_well_here(runtime: None) -> None:
+    result = invoke("doctor", "--json")
+    assert result.code == 0, result.err
+    report = result.json()
+    assert report["export"] is report["run"] is True
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["libonnxruntime"]["version"]
+    assert "CPU" in checks["libonnxruntime"]["detail"]
+    for check in checks.values():
+        assert check["needed_for"]
+        assert check["found"] or check["remedy"], check["name"]
+
+
+def test_the_table_names_everything(runtime: None) -> None:
+    text = invoke("doctor").out
+    for check in doctor.examine():
+        assert check.name in text
+    assert "run on the CPU: works" in text
+
+
+def test_no_onnxruntime(runtime: None, tmp_path: Path) -> None:
+    result = spawn("doctor", "--json", TITANS_ONNXRUNTIME=str(tmp_path / "libonnxruntime.so"))
+    result.check_failure(4, "libonnxruntime", "pip install onnxruntime")
+    assert result.json()["run"] is False
+
+
+def test_no_runtime(tmp_path: Path) -> None:
+    result = spawn("doctor", "--json", TITANS_LIBRARY=str(tmp_path / "libtitans.so"))
+    result.check_failure(4, "titans_runtime")
+    assert result.json()["run"] is False
+
+
+def test_no_torch(runtime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = doctor.importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise doctor.importlib.metadata.PackageNotFoundError
+        return versions(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    result = invoke("doctor", "--json")
+    result.check_failure(4, "torch", "pip install torch")
+    assert result.json()["export"] is False
+    assert result.json()["run"] is True
+
+
+def test_nothing_heavy_is_loaded() -> None:
+    script = (
+        "import sys; from titans_export.doctor import examine; examine()\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'onnxscript', 'polygraphy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("cmake version 3.25.1\n\nCMake suite", "3.25.1"),
+        ("Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.36424714_0", "13.0.88"),
+        ("12.2.0", "12.2.0"),
+        ("none", None),
+    ],
+)
+def test_versions_in_what_tools_print(text: str, version: str | None) -> None:
+    assert doctor.find_version(text) == version

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import TEXT, environment, invoke, reseal, spawn
+
+from titans_export.checkpoints import titans
+from titans_export.tokenizer import ByteTokenizer, FileTokenizer
+
+pytest_plugins = ["cli_fixtures"]
+
+
+class TestText:
+    def test_json(self, shared_bundle: Path, text: Path) -> None:
+        result = invoke("run", shared_bundle, "--text", text, "--json")
+        assert result.code == 0, result.err
+        report = result.json()
+        assert report["tokens"] == report["bytes"] == report["position"] == len(TEXT)
+        assert report["tokens_per_second"] > 0
+        assert report["state_bytes"] == report["state_bytes_at_start"] > 0
+        assert report["peak_rss_bytes"] > 1 << 20
+        assert report["learning"] is True
+
+    def test_bits_per_byte_are_those_of_pytorch(self, shared_bundle: Path, checkpoint: Path, text: Path) -> None:
+        tokens = torch.tensor([list(TEXT)])
+        with torch.no_grad():
+            logits = titans.load(checkpoint).model(tokens)[0, :-1].double()
+        nats = -logits.log_softmax(-1)[range(len(TEXT) - 1), tokens[0, 1:]].sum().item() + math.log(256)
+        report = invoke("run", shared_bundle, "--text", text, "--json").json()
+        assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-5)
+
+    def test_frozen(self, shared_bundle: Path, text: Path) -> None:
+        learned = invoke("run", shared_bundle, "--text", text, "--json").json()
+        frozen = invoke("run", shared_bundle, "--text", text, "--freeze", "--json").json()
+        assert frozen["learning"] is False
+        assert frozen["bits_per_byte"] != learned["bits_per_byte"]
+
+    def test_from_stdin(self, shared_bundle: Path, text: Path) -> None:
+        named = invoke("run", shared_bundle, "--text", text, "--json").json()
+        piped = invoke("run", shared_bundle, "--text", "-", "--json", stdin=TEXT).json()
+        assert piped["bits_per_byte"] == named["bits_per_byte"]
+
+    def test_empty(self, shared_bundle: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty.txt").touch()
+        report = invoke("run", shared_bundle, "--text", tmp_path / "empty.txt", "--json").json()
+        assert (report["tokens"], report["bits_per_byte"], report["tokens_per_second"]) == (0, None, None)
+
+    def test_for_people(self, shared_bundle: Path, text: Path) -> None:
+        result = invoke("run", shared_bundle, "--text", text)
+        assert "bits per byte" in result.out
+        assert result.err == ""
+
+
+class TestPrompt:
+    def test_same_seed_same_text(self, shared_bundle: Path) -> None:
+        def run(seed: int) -> str:
+            result = invoke("run", shared_bundle, "--prompt", "ab", "--max-tokens", 12, "--seed", seed)
+            assert result.code == 0, result.err
+            return result.out
+
+        assert run(1) == run(1) != run(2)
+
+    def test_json_holds_what_is_written(self, shared_bundle: Path) -> None:
+        args = ("run", shared_bundle, "--prompt", "Once", "--max-tokens", 9, "--temperature", 0)
+        report = invoke(*args, "--json").json()
+        assert report["generated"] == invoke(*args).out
+        assert (report["prompt_tokens"], report["generated_tokens"], report["position"]) == (4, 9, 13)
+        assert report["stopped"] is False
+
+    def test_stop(self, shared_bundle: Path) -> None:
+        args = ("run", shared_bundle, "--prompt", "Once", "--max-tokens", 64, "--seed", 3, "--json")
+        free = invoke(*args).json()["generated"]
+        stop = next(free[i : i + 2] for i in range(4, len(free)) if free[i : i + 2].isascii())
+        report = invoke(*args, "--stop", stop).json()
+        assert report["stopped"] is True
+        assert report["generated"] == free[: free.index(stop) + 2]
+
+    def test_from_stdin(self, shared_bundle: Path) -> None:
+        args = ("run", shared_bundle, "--max-tokens", 9, "--temperature", 0)
+        assert invoke(*args, stdin=b"Once").out == invoke(*args, "--prompt", "Once").out
+
+    def test_what_was_read_first_counts(self, shared_bundle: Path, text: Path) -> None:
+        args = ("run", shared_bundle, "--prompt", "The", "--max-tokens", 16, "--temperature", 0, "--json")
+        alone, after = invoke(*args).json(), invoke(*args, "--text", text).json()
+        assert after["position"] == len(TEXT) + 3 + 16
+        assert after["tokens"] == len(TEXT)
+        assert after["generated"] != alone["generated"]
+
+    def test_no_tokens_wanted(self, shared_bundle: Path) -> None:
+        report = invoke("run", shared_bundle, "--prompt", "a", "--max-tokens", 0, "--json").json()
+        assert (report["generated"], report["generated_tokens"]) == ("", 0)
+
+
+def test_neither_torch_nor_onnx_is_needed(shared_bundle: Path, text: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'onnx', 'onnxscript', 'polygraphy', 'safetensors'):\n"
+        "            raise ModuleNotFoundError('blocked ' + name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from titans_export.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    args = ("run", shared_bundle, "--text", text, "--prompt", "a", "--max-tokens", 3, "--json")
+    child = [sys.executable, "-c", script, *map(str, args)]
+    done = subprocess.run(child, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*child[:3], "inspect", child[4]], capture_output=True, text=True, env=environment())
+    assert done.returncode == 4
+    assert "pip install onnx" in done.stderr
+
+
+def test_peak_memory_is_the_childs_own(shared_bundle: Path) -> None:
+    """This process has torch in memory; what a child reports must not count that in."""
+    report = spawn("run", shared_bundle, "--prompt", "a", "--max-tokens", 1, "--json").json()
+    assert report["peak_rss_bytes"] < 200 << 20
+
+
+class TestTokenizers:
+    def test_bytes_wait_for_whole_characters(self) -> None:
+        decode = ByteTokenizer().decoder()
+        assert [decode(byte) for byte in "aé日".encode()] == ["a", "", "é", "", "", "日"]
+        assert decode(None) == ""
+
+    def test_invalid_bytes_are_shown(self) -> None:
+        decode = ByteTokenizer().decoder()
+        shown = "".join(decode(byte) for byte in b"a\xffb\xe6")
+        assert shown + decode(None) == "a\ufffdb\ufffd"
+
+    @pytest.fixture
+    def words(self, tmp_path: Path) -> Path:
+        tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install titans-export[tokenizer]")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator([], trainer)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        return tmp_path / "tokenizer.json"
+
+    def test_a_file_there_and_back(self, words: Path) -> None:
+        tokenizer = FileTokenizer(words)
+        text = "The fox, ä日!\n"
+        decode = tokenizer.decoder()
+        pieces = [decode(int(token)) for token in tokenizer.encode(text.encode())]
+        assert "".join([*pieces, decode(None)]) == text
+
+    def test_blocks_end_with_lines(self, words: Path, tmp_path: Path) -> None:
+        lines = "".join(f"line ä{i}\n" for i in range(2000)) + "no end"
+        (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+        tokenizer = FileTokenizer(words)
+        with (tmp_path / "lines.txt").open("rb") as file:
+            blocks = list(tokenizer.read(file))
+        assert len(blocks) > 2
+        assert sum(covered for _, covered in blocks) == len(lines.encode())
+        assert np.array_equal(np.concatenate([block for block, _ in blocks]), tokenizer.encode(lines.encode()))
+
+    def test_run_with_a_file(self, words: Path, bundle: Path, text: Path) -> None:
+        (bundle / "tokenizer.json").write_bytes(words.read_bytes())
+        reseal(bundle, tokenizer={"kind": "file", "file": "tokenizer.json"})
+        report = invoke("run", bundle, "--text", text, "--prompt", "a", "--max-tokens", 5, "--json").json()
+        assert report["bytes"] == len(TEXT)
+        assert report["generated_tokens"] == 5
+
+    def test_the_package_is_missing(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        reseal(bundle, tokenizer={"kind": "file", "file": "tokenizer.json"})
+        invoke("run", bundle, "--prompt", "a").check_failure(4, "pip install tokenizers")
+
+    def test_no_tokenizer_at_all(self, bundle: Path) -> None:
+        reseal(bundle, tokenizer={"kind": "none"})
+        invoke("run", bundle, "--prompt", "a").check_failure(1, "tokenizer.json")

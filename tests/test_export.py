@@ -1,0 +1,249 @@
+"""Export: the bundle computes what PyTorch computes, and is the same bytes wherever it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from titans_export import exporting
+from titans_export.bundle import read_bundle
+from titans_export.checkpoints.titans import load, save
+from titans_export.errors import MismatchError, OutputError, UsageError
+from titans_export.exporting import export_checkpoint
+from titans_export.model import MemoryConfig, ModelConfig, Titans
+from titans_export.model.node import DOMAIN
+from titans_export.verify import PyTorch, verify_stream
+
+rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
+
+TOLERANCE = 1e-4  # float32 on the CPU, absolute, on logits of magnitude 3
+ATTENTION = {"attention_heads": 2, "window": 24, "persistent": 2}
+CONFIGS = {
+    "mac": ModelConfig("mac", 61, 16, 2, 24, MemoryConfig(2, 8, 8), memory_layers=(0,), **ATTENTION),
+    "mag": ModelConfig("mag", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=2, activation="gelu"), **ATTENTION),
+    "mal": ModelConfig("mal", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=2, residual=True), **ATTENTION),
+    "lmm": ModelConfig(
+        "lmm", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=3, residual=True, layer_norm=True, step_limit=0.1)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(3)
+        model = Titans(config)
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                p.add_(0.1 * torch.randn_like(p))
+                if key.endswith("gates.bias"):
+                    # Forget a few per cent a token, as trained models do: a random memory that keeps everything is
+                    # chaotic, and PyTorch's own float32 leaves float64 within a few hundred tokens.
+                    p[2 * config.memory.heads :] += 3
+        made[name] = folder / name
+        save(model, made[name])
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {}
+    for name, checkpoint in checkpoints.items():
+        made[name] = folder / f"{name}.titans"
+        export_checkpoint(checkpoint, made[name], chunks_per_call=3, positions=100)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_ten_thousand_tokens_equal_pytorch_however_they_are_cut(
+    variant: str, checkpoints: dict[str, Path], bundles: dict[str, Path]
+) -> None:
+    tokens = np.random.default_rng(5).integers(0, 61, 10_000).astype(np.int32)
+    with rt.Session(bundles[variant], threads=1) as session:
+        report = verify_stream(session, tokens, PyTorch(load(checkpoints[variant]).model), TOLERANCE)
+    assert report.positions == 10_000
+    assert set(report.feeds) == {"whole", "token_by_token", "random_cuts"}
+    assert report.passed, (report.max_abs_error, report.first_bad_position)
+    assert report.pytorch_float32_to_float64 is not None
+    assert 0 < report.pytorch_float32_to_float64 < TOLERANCE
+
+
+def test_frozen_streams_equal_pytorch(checkpoints: dict[str, Path], bundles: dict[str, Path]) -> None:
+    tokens = np.random.default_rng(6).integers(0, 61, 150).astype(np.int32)
+    for variant, path in bundles.items():
+        model = load(checkpoints[variant]).model
+        batch = torch.from_numpy(tokens.astype(np.int64))[None]
+        first, state = model.feed(batch[:, :77], model.initial_state(1), 0)
+        second, state = model.feed(batch[:, 77:110], state, 77, learn=False)
+        third, _ = model.feed(batch[:, 110:], state, 110)
+        expected = torch.cat([first, second, third], 1)[0].numpy()
+        with rt.Session(path, threads=1) as session:
+            stream = session.stream()
+            rows = [stream.feed(tokens[:77])]
+            stream.freeze()
+            rows.append(stream.feed(tokens[77:110]))
+            stream.resume()
+            rows.append(stream.feed(tokens[110:]))
+        assert np.abs(np.concatenate(rows) - expected).max() < TOLERANCE
+        learned = model.feed(batch, model.initial_state(1), 0)[0][0].numpy()
+        assert np.abs(learned - expected)[80:].max() > 10 * TOLERANCE, "freezing changes nothing in this test"
+
+
+def test_memory_is_w_of_pytorch(checkpoints: dict[str, Path], bundles: dict[str, Path]) -> None:
+    from titans_export.model.operator import Layout
+
+    tokens = np.random.default_rng(7).integers(0, 61, 64).astype(np.int32)
+    for variant, path in bundles.items():
+        model = load(checkpoints[variant]).model
+        _, state = model.feed(torch.from_numpy(tokens.astype(np.int64))[None], model.initial_state(1), 0)
+        with rt.Session(path, threads=1) as session:
+            stream = session.stream()
+            stream.feed(tokens, logits="none")
+            memory = stream.memory()
+        fields = Layout.of(model.config.memory.spec).unpack(state["layers.0.memory"])
+        for name in ("W0", "S0"):
+            got, expected = memory[f"layers.0.memory.{name}"], fields[name].numpy()
+            assert got.shape == expected.shape
+            assert np.abs(got - expected).max() < TOLERANCE
+            assert np.abs(expected).max() > 10 * TOLERANCE
+
+
+def test_one_update_node_per_memory_layer_and_a_body_for_each(bundles: dict[str, Path]) -> None:
+    for variant, path in bundles.items():
+        config = CONFIGS[variant]
+        layers = sum(config.has_memory(i) for i in range(config.layers))
+        for graph in read_bundle(path).manifest["graphs"]:
+            model = onnx.load(path / graph["file"])
+            onnx.checker.check_model(path / graph["file"], full_check=False)
+            nodes = [n for n in model.graph.node if n.domain == DOMAIN]
+            modes = [next(a.s for a in n.attribute if a.name == "mode") for n in nodes]
+            # MAC's attention stands between the chunks of a layer, so there it is one node a chunk.
+            calls = max(1, graph["tokens"] // config.memory.chunk) if variant == "mac" else 1
+            assert modes.count(b"update") == layers * calls
+            assert modes.count(b"read") == (layers * calls if variant == "mac" else 0)
+            assert {n.overload for n in nodes} == {f.overload for f in model.functions}
+            assert all(n.domain in ("", DOMAIN) for f in model.functions for n in f.node)
+
+
+def test_weights_are_stored_once(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    for variant, path in bundles.items():
+        shared = load_file(path / "weights.safetensors")
+        for name, value in load(checkpoints[variant]).model.state_dict().items():
+            if f"model.{name}" in shared:
+                assert np.array_equal(shared[f"model.{name}"], value.numpy())
+        for graph in read_bundle(path).manifest["graphs"]:
+            model = onnx.load(path / graph["file"], load_external_data=False)
+            external = {t.name for t in model.graph.initializer if t.external_data}
+            assert external == set(graph["weights"]) <= set(shared)
+            inline = sum(len(t.raw_data) for t in model.graph.initializer if not t.external_data)
+            assert inline < 16_384
+
+
+def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> None:
+    """No custom operator, no runtime of ours: the function bodies and the shared file of weights are enough."""
+    import onnxruntime
+
+    path = bundles["mac"]
+    bundle = read_bundle(path)
+    tokens, logits = bundle.golden()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for graph in bundle.manifest["graphs"]:
+        session = onnxruntime.InferenceSession(path / graph["file"], options, providers=["CPUExecutionProvider"])
+        count = graph["tokens"]
+        inputs = {"tokens": tokens[None, :count].astype(np.int64), "position": np.zeros(1, np.int64)}
+        got = session.run(["logits"], {**inputs, "learn": np.ones(1, bool), **bundle.initial_state()})[0]
+        assert np.abs(got[0] - logits[:count]).max() < TOLERANCE
+
+
+def test_chunks_per_call_sets_the_unroll(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    graphs = {g["name"]: (g["tokens"], g["align"]) for g in read_bundle(bundles["lmm"]).manifest["graphs"]}
+    assert graphs == {"prefill": (24, 8), "chunk": (8, 8), "decode": (1, 1)}
+    export_checkpoint(checkpoints["lmm"], tmp_path / "one.titans", chunks_per_call=1, positions=20)
+    graphs = {g["name"]: (g["tokens"], g["align"]) for g in read_bundle(tmp_path / "one.titans").manifest["graphs"]}
+    assert graphs == {"chunk": (8, 8), "decode": (1, 1)}
+
+
+@pytest.mark.slow
+def test_same_input_same_bytes(checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Another process, folder, hash seed and number of threads: every file of the bundle is the same."""
+    output = tmp_path / "elsewhere" / "mac.titans"
+    output.parent.mkdir()
+    command = (
+        "import sys; from pathlib import Path; from titans_export.exporting import export_checkpoint as export; "
+        "export(Path(sys.argv[1]), Path(sys.argv[2]), chunks_per_call=3, positions=100)"
+    )
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run(
+        [sys.executable, "-c", command, str(checkpoints["mac"]), str(output)], check=True, cwd=tmp_path, env=environment
+    )
+
+    def digests(folder: Path) -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+    assert digests(output) == digests(bundles["mac"])
+
+
+def test_no_path_of_this_machine_is_in_a_bundle(bundles: dict[str, Path]) -> None:
+    here = [str(Path(exporting.__file__).parent), str(Path(torch.__file__).parent), sys.prefix, "site-packages"]
+    for path in bundles.values():
+        for file in path.iterdir():
+            data = file.read_bytes()
+            assert not [place for place in here if place.encode() in data], file
+
+
+def test_golden_outputs_are_those_of_float64(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    for variant, path in bundles.items():
+        tokens, logits = read_bundle(path).golden()
+        model = load(checkpoints[variant]).model.double()
+        with torch.no_grad():
+            expected = model(torch.from_numpy(tokens.astype(np.int64))[None])[0].numpy()
+        assert len(tokens) == 100
+        assert np.abs(logits - expected).max() <= 2.0**-17 + 1e-9
+
+
+def test_a_mismatch_leaves_no_bundle(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exporting._run
+    monkeypatch.setattr(exporting, "_run", lambda *args: (run(*args)[0] + 2e-4, 0))
+    with pytest.raises(MismatchError, match="position 0") as caught:
+        export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_from_the_runtime_is_a_mismatch(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exporting._run
+    monkeypatch.setattr(exporting, "_run", lambda *args: (run(*args)[0] * np.nan, 0))
+    with pytest.raises(MismatchError):
+        export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
+
+
+def test_an_existing_bundle_is_kept_unless_told_otherwise(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    before = json.loads((bundles["mac"] / "manifest.json").read_text())
+    with pytest.raises(OutputError, match="--overwrite"):
+        export_checkpoint(checkpoints["lmm"], bundles["mac"], positions=20)
+    assert json.loads((bundles["mac"] / "manifest.json").read_text()) == before
+    with pytest.raises(UsageError):
+        export_checkpoint(checkpoints["lmm"], tmp_path / "y.titans", chunks_per_call=0)

@@ -1,0 +1,112 @@
+"""The bundle on disk: names, hashes, reading with every check. docs/bundle.md is the contract."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from .errors import BundleError, NewerBundleError
+
+FORMAT, SCHEMA_VERSION = "titans-bundle", 1
+MANIFEST = "manifest.json"
+WEIGHTS, STATE, GOLDEN, TOKENIZER = "weights.safetensors", "state.safetensors", "golden.safetensors", "tokenizer.json"
+REQUIRED = (
+    "model",
+    "input",
+    "output",
+    "controls",
+    "tokenizer",
+    "state",
+    "graphs",
+    "golden",
+    "weights",
+    "initial_state",
+    "files",
+)
+_REMEDY = "export the checkpoint again or copy the bundle again"
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and hash of a file as the manifest records them."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are all there and unchanged."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def graph_paths(self) -> dict[str, Path]:
+        """Graph name to its ONNX file, in the schedule's order."""
+        return {graph["name"]: self.path / graph["file"] for graph in self.manifest["graphs"]}
+
+    def golden(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Tokens (n,) int32 of one stream and the logits (n, vocab) float32 that follow each."""
+        from safetensors.numpy import load_file
+
+        entry = self.manifest["golden"]
+        tensors = load_file(self.path / entry["file"])
+        return tensors[entry["tokens"]], tensors[entry["logits"]]
+
+    def initial_state(self) -> dict[str, NDArray[np.float32]]:
+        """The state of a fresh stream, by name."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path / self.manifest["initial_state"]["file"])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        got = "no such file" if path.exists() else f"no {path}"
+        raise BundleError("bundle", f"a folder with {MANIFEST} at {path}", got, "give the path of a bundle") from None
+    except (OSError, ValueError) as error:
+        raise BundleError("bundle", f"{path / MANIFEST} to be readable JSON", str(error), _REMEDY) from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise BundleError("bundle", f'"format": "{FORMAT}" in {path / MANIFEST}', "another", "give a Titans bundle")
+    version = values.get("schema_version")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError("bundle", f"a schema_version in {path / MANIFEST}", repr(version), _REMEDY)
+    if version > SCHEMA_VERSION:
+        raise NewerBundleError(
+            "bundle",
+            f"a schema version up to {SCHEMA_VERSION}",
+            f"{version}",
+            "upgrade titans-export to read this bundle",
+        )
+    if missing := [key for key in REQUIRED if key not in values]:
+        raise BundleError("bundle", f"key {missing[0]!r} in {path / MANIFEST}", "none", _REMEDY)
+    return values
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Opens the bundle at `path` and checks schema version, sizes and hashes. Raises BundleError."""
+    manifest = _manifest(path)
+    if not isinstance(manifest["files"], dict):
+        raise BundleError("bundle", "files of the manifest to be an object", repr(manifest["files"]), _REMEDY)
+    for name, entry in manifest["files"].items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError("bundle", "plain file names in the manifest", repr(name), _REMEDY)
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise BundleError("bundle", f"the file {name} in {path}", "none", _REMEDY)
+        if not isinstance(entry, dict) or not {"bytes", "xxh3_128"} <= set(entry):
+            raise BundleError("bundle", f"size and hash of {name} in the manifest", repr(entry), _REMEDY)
+        if file.stat().st_size != entry["bytes"]:
+            raise BundleError("bundle", f"{name} of {entry['bytes']} bytes", f"{file.stat().st_size}", _REMEDY)
+        if file_entry(file)["xxh3_128"] != entry["xxh3_128"]:
+            raise BundleError("bundle", f"{name} with the hash that the manifest gives", "another", _REMEDY)
+    return Bundle(path, manifest)

@@ -1,0 +1,120 @@
+"""What all commands share: `--json`, `--debug`, one way out for results, one for notes and one for failures."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from .failures import FAILED, close_stdout, explain
+
+NAME = "titans-export"
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class Command(click.Command):
+    """A command with `--debug`, and an example in its help."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.examples: tuple[str, ...] = kwargs.pop("examples", ())
+        kwargs.setdefault("context_settings", CONTEXT)
+        super().__init__(*args, **kwargs)
+        debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of a failure.", show_default=False)
+        debug.expose_value = False
+        debug.callback = _remember_debug
+        self.params.append(debug)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the examples."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"  {example}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; with `--debug` a failure shows its traceback before it goes on."""
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.meta.get("debug") and not isinstance(error, click.exceptions.Exit):
+                traceback.print_exc(file=sys.stderr)
+            raise
+
+
+class Program(click.Group):
+    """The group of commands. Whatever ends it, it ends with one of the documented exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs the command line and exits."""
+        kwargs.update(standalone_mode=False)
+        kwargs.setdefault("prog_name", NAME)
+        try:
+            with _stopped_by_sigterm():
+                code = super().main(*args, **kwargs)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            close_stdout()
+            sys.exit(FAILED)
+        except (Exception, KeyboardInterrupt) as error:
+            message, code = explain(error)
+            click.echo(f"{NAME}: {message}", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the epilog with its line breaks as they are."""
+        formatter.write(f"\n{self.epilog}\n")
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--json`, as the argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, show_default=False, help="Put one JSON object on stdout.")(
+        function
+    )
+
+
+def emit(result: dict[str, Any]) -> None:
+    """Puts the result on stdout as one JSON object; what is not finite becomes null, as JSON has no word for it."""
+    click.echo(json.dumps(_finite(result), indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """Says something on stderr."""
+    click.echo(f"{NAME}: {text}", err=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta["debug"] = value
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM is like Ctrl-C here: what is half-written goes."""
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

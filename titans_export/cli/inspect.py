@@ -1,0 +1,76 @@
+"""`titans-export inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .command import Command, emit, json_option
+from .options import bundle_argument
+from .table import size, table
+
+
+@click.command(cls=Command, examples=("titans-export inspect mac.titans", "titans-export inspect mac.titans --json"))
+@bundle_argument
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle.
+
+    Of BUNDLE: its model, graphs, state and files, and where it can run. Sizes and hashes of all files are checked.
+    """
+    from ..bundle import read_bundle
+    from ..inspecting import inspect_bundle
+
+    facts = inspect_bundle(read_bundle(bundle))
+    if as_json:
+        emit(facts)
+    else:
+        click.echo(_text(facts))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    model = facts["model"]
+    targets = ", ".join(f"{target['backend']} on {target['device']}" for target in facts["targets"])
+    head = [
+        f"{facts['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
+        f"made by {facts['producer']}, schema {facts['schema_version']}, hashes ok",
+        f"vocabulary {facts['vocab_size']}, tokenizer {facts['tokenizer']['kind']}, runs on: {targets}",
+    ]
+    graphs = [
+        (g["name"], g["tokens"], g["align"], sum(g["operators"].values()), _most(g["operators"]))
+        for g in facts["graphs"]
+    ]
+    state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in facts["state"]]
+    sections = [
+        "\n".join(head),
+        table(("graph", "tokens", "align", "nodes", "most frequent operators"), graphs),
+        _memories(facts["graphs"]),
+        table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(facts['state_bytes'])}",
+        table(("file", "size"), [(f["name"], size(f["bytes"])) for f in facts["files"]]),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _memories(graphs: list[dict[str, Any]]) -> str:
+    """The memory nodes, those with equal attributes in one line."""
+    rows: dict[tuple[str, str], int] = {}
+    for graph in graphs:
+        for node in graph["neural_memory"]:
+            said = ", ".join(f"{name} {_value(value)}" for name, value in node["attributes"].items())
+            rows[graph["name"], said] = rows.get((graph["name"], said), 0) + 1
+    return table(("graph", "memory nodes", "attributes"), [(name, n, said) for (name, said), n in rows.items()])
+
+
+def _most(operators: dict[str, int]) -> str:
+    """The first few of counts that come sorted."""
+    return ", ".join(f"{name} {count}" for name, count in list(operators.items())[:5])
+
+
+def _value(value: Any) -> str:
+    return _shape(value) if isinstance(value, list) else str(value)
+
+
+def _shape(shape: list[int]) -> str:
+    return "x".join(map(str, shape))

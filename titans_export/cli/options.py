@@ -1,0 +1,35 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import titans_runtime
+
+# Whether a path is there is the readers' question: they answer it with what to do, and exit code 1.
+PATH = click.Path(path_type=Path)
+
+bundle_argument = click.argument("bundle", type=PATH)
+
+
+def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --device, --backend and --threads, for `open_session`."""
+    for option in (
+        click.option("--threads", type=click.IntRange(0), default=0, help="Threads in a call; 0: the backend chooses."),
+        click.option("--backend", help="Backend to insist on, such as onnxruntime.  [default: chosen by the device]"),
+        click.option("--device", default="cpu", help="Where to run."),
+    ):
+        function = option(function)
+    return function
+
+
+def open_session(bundle: Path, device: str, backend: str | None, threads: int) -> titans_runtime.Session:
+    """The bundle on the device. Needs numpy and the runtime, nothing else."""
+    import titans_runtime
+
+    return titans_runtime.Session(bundle, device=device, backend=backend, threads=threads)

@@ -1,0 +1,19 @@
+"""Progress on stderr, for people only: nothing where stderr is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with how much more is done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit=unit, unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+        yield lambda done: bar.update(done) and None

@@ -1,0 +1,222 @@
+"""What this machine has of what exporting and running need, found without loading anything heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+
+EXPORT, RUN = "export", "run on the CPU"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for. version None: missing. required_for: commands that do not work without it."""
+
+    name: str
+    version: str | None
+    needed_for: str
+    remedy: str
+    detail: str = ""
+    required_for: tuple[str, ...] = ()
+
+    @property
+    def found(self) -> bool:
+        """Whether it is there."""
+        return self.version is not None
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which it is worth reading."""
+    both = (EXPORT, RUN)
+    export = (EXPORT,)
+    return [
+        Finding("python", platform.python_version(), "everything", "", sys.executable, both),
+        Finding("titans-export", __version__, "everything", "", str(Path(__file__).parent), both),
+        *_runtime(),
+        _onnxruntime(),
+        _package("numpy", "everything", both),
+        _package("xxhash", "checking bundles", both),
+        _package("safetensors", "reading checkpoints", export),
+        _package("torch", "exporting, verify --against", export),
+        _package("onnx", "exporting, inspect", export),
+        _package("onnxscript", "exporting", export),
+        _package("onnxruntime", "verify --polygraphy; brings libonnxruntime"),
+        _package("polygraphy", "verify --polygraphy"),
+        _package("tokenizers", "models whose tokens are not bytes"),
+        _tool("c++", "building the runtime", "install a C++17 compiler such as g++", "-dumpfullversion"),
+        _tool("cmake", "building the runtime", "pip install cmake"),
+        _driver(),
+        _tool(
+            "nvcc",
+            "building kernels for NVIDIA GPUs",
+            "install the CUDA toolkit from developer.nvidia.com/cuda-downloads",
+            places=("/usr/local/cuda/bin/nvcc",),
+        ),
+        _library("tensorrt", ("nvinfer",), "engines for Jetson and datacenter GPUs", "pip install tensorrt"),
+        _library(
+            "tensorrt-rtx",
+            ("tensorrt_rtx",),
+            "engines for RTX GPUs",
+            "install the SDK from developer.nvidia.com/tensorrt-rtx",
+        ),
+    ]
+
+
+def works(findings: list[Finding], purpose: str) -> bool:
+    """Whether all that `purpose` requires was found."""
+    return all(finding.found for finding in findings if purpose in finding.required_for)
+
+
+def _package(name: str, needed_for: str, required_for: tuple[str, ...] = ()) -> Finding:
+    version = None
+    with suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version(name)
+    return Finding(name, version, needed_for, f"pip install {name}", required_for=required_for)
+
+
+def _runtime() -> list[Finding]:
+    """The library behind titans_runtime, which says its version itself, and its backend for the CPU beside it."""
+    name, needed_for, required_for = "titans_runtime", "run, verify, export", (EXPORT, RUN)
+    backend, remedy = "onnxruntime backend", "install titans-runtime again, with ONNX Runtime's headers in .deps"
+    try:
+        import titans_runtime
+        from titans_runtime._library import _library_path
+    except ImportError as error:
+        missing = Finding(name, None, needed_for, "pip install titans-runtime", str(error), required_for)
+        return [missing, Finding(backend, None, needed_for, remedy, required_for=required_for)]
+    library, version = Path(_library_path()), titans_runtime.__version__
+    path = library.parent / "libtitans_backend_onnxruntime.so"
+    return [
+        Finding(name, version, needed_for, "", str(library), required_for),
+        Finding(backend, version if path.is_file() else None, needed_for, remedy, str(path), required_for),
+    ]
+
+
+def _onnxruntime() -> Finding:
+    """The ONNX Runtime library that the runtime would open, and what it can run on."""
+    name, needed_for, required_for = "libonnxruntime", "running on the CPU", (EXPORT, RUN)
+    remedy = "pip install onnxruntime, or set TITANS_ONNXRUNTIME to a libonnxruntime.so"
+    reason = "not found"
+    for path in _onnxruntime_candidates():
+        try:
+            version, providers = _ask_onnxruntime(path)
+        except (OSError, AttributeError) as error:
+            reason = str(error)
+            continue
+        return Finding(name, version, needed_for, remedy, f"{path} ({', '.join(providers)})", required_for)
+    return Finding(name, None, needed_for, remedy, reason, required_for)
+
+
+def _onnxruntime_candidates() -> list[str]:
+    """Where the runtime looks, in its order."""
+    import os
+
+    if named := os.environ.get("TITANS_ONNXRUNTIME"):
+        return [named]
+    with suppress(ImportError):
+        from titans_runtime._library import backend_library
+
+        if found := backend_library():
+            return [found]
+    return ["libonnxruntime.so.1", "libonnxruntime.so"]
+
+
+class _OrtApiBase(ctypes.Structure):
+    _fields_ = [
+        ("get_api", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)),
+        ("get_version", ctypes.CFUNCTYPE(ctypes.c_char_p)),
+    ]
+
+
+def _ask_onnxruntime(path: str) -> tuple[str, list[str]]:
+    """Version and execution providers, through the C interface: the Python package may be another version."""
+    get_providers_index, release_providers_index = 125, 126  # in OrtApi, which only ever grows at its end
+    library = ctypes.CDLL(path)
+    library.OrtGetApiBase.restype = ctypes.POINTER(_OrtApiBase)
+    base = library.OrtGetApiBase().contents
+    version = base.get_version().decode()
+    table = ctypes.cast(base.get_api(17), ctypes.POINTER(ctypes.c_void_p))
+    if not table:
+        return version, []
+    names, count = ctypes.POINTER(ctypes.c_char_p)(), ctypes.c_int()
+    get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(table[get_providers_index] or 0)
+    release = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)(table[release_providers_index] or 0)
+    if get(ctypes.byref(names), ctypes.byref(count)):
+        return version, []
+    providers = [(names[i] or b"").decode().removesuffix("ExecutionProvider") for i in range(count.value)]
+    release(names, count)
+    return version, providers
+
+
+def _tool(
+    name: str,
+    needed_for: str,
+    remedy: str,
+    flag: str = "--version",
+    places: tuple[str, ...] = (),
+) -> Finding:
+    path = shutil.which(name) or next((place for place in places if Path(place).is_file()), None)
+    if path is None:
+        return Finding(name, None, needed_for, remedy)
+    return Finding(name, find_version(_output([path, flag])) or "unknown", needed_for, remedy, path)
+
+
+def _output(command: list[str]) -> str:
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    return ""
+
+
+def find_version(text: str) -> str | None:
+    """The version in what a tool prints: of all numbers with dots the first of those with most."""
+    found = re.findall(r"\d+(?:\.\d+)+", text)
+    return max(found, key=lambda version: version.count(".")) if found else None
+
+
+def _driver() -> Finding:
+    """NVIDIA's driver: its version and the newest CUDA it takes. Asks neither a GPU nor nvidia-smi, which are slow."""
+    cuda = None
+    with suppress(OSError, AttributeError):
+        number = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+            cuda = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    version = None
+    with suppress(OSError):
+        version = find_version(Path("/proc/driver/nvidia/version").read_text().partition("\n")[0])
+    detail = ", ".join([f"CUDA up to {cuda}"] * (cuda is not None) + _gpus())
+    return Finding(
+        "nvidia driver",
+        version or ("unknown" if cuda else None),
+        "running on NVIDIA GPUs",
+        "install the driver from nvidia.com/drivers",
+        detail,
+    )
+
+
+def _gpus() -> list[str]:
+    models = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with suppress(OSError):
+            models += re.findall(r"^Model:\s*(.+)$", path.read_text(), re.MULTILINE)
+    return models
+
+
+def _library(package: str, names: tuple[str, ...], needed_for: str, remedy: str) -> Finding:
+    """A library that comes as a Python package or with the system."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return Finding(package, importlib.metadata.version(package), needed_for, remedy, "Python package")
+    for name in names:
+        if soname := ctypes.util.find_library(name):
+            return Finding(package, soname.partition(".so.")[2] or "unknown", needed_for, remedy, soname)
+    return Finding(package, None, needed_for, remedy)

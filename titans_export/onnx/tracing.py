@@ -1,0 +1,67 @@
+"""torch.onnx.export as this project uses it: fixed shapes, quiet, and the same bytes on every machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+OPSET = 20
+IR_VERSION = 10  # the first with overloads of functions
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes on optional packages and its own deprecations are not for the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Removes stack traces and their like, which hold absolute paths of the exporting machine."""
+    graph.ClearField("metadata_props")
+    for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _strip(attribute.g)
+
+
+def trace(
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """The module as an ONNX model of fixed shapes, stripped of everything that depends on the machine."""
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "titans-export", ""
+    model.ClearField("metadata_props")
+    _strip(model.graph)
+    return model

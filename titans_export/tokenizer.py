@@ -1,0 +1,130 @@
+"""Text to tokens and back, as a bundle's manifest says: bytes, or a tokenizer file of the `tokenizers` package."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BundleError, MachineError, TitansError
+
+Tokens = npt.NDArray[np.int32]
+BLOCK_BYTES = 1 << 12
+
+
+class TextError(TitansError):
+    """Text that cannot be read as the model's tokenizer needs it."""
+
+
+class Tokenizer(Protocol):
+    """What a model's text goes through."""
+
+    def encode(self, text: bytes) -> Tokens:
+        """The tokens of a whole text."""
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
+        """The tokens of a file block by block, each with the number of the file's bytes that it covers."""
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """Takes token after token and gives the text that is certain by then; None ends it and gives the rest."""
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    def encode(self, text: bytes) -> Tokens:
+        """The bytes."""
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
+        """Block by block, so that a file of any size takes constant memory."""
+        while block := file.read(BLOCK_BYTES):
+            yield self.encode(block), len(block)
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """Holds back bytes that are not whole UTF-8 yet and shows invalid ones as U+FFFD."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def decode(token: int | None) -> str:
+            return utf8.decode(b"", final=True) if token is None else utf8.decode(bytes([token & 0xFF]))
+
+        return decode
+
+
+class FileTokenizer:
+    """A `tokenizer.json`, run by the `tokenizers` package. No special tokens are added."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+            from tokenizers.decoders import DecodeStream
+        except ImportError as error:
+            raise MachineError(
+                "tokenizer", f"the package tokenizers, for {path.name}", str(error), "pip install tokenizers"
+            ) from None
+        try:
+            self._inner: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise BundleError("tokenizer", f"{path} to be readable", str(error), "export the bundle again") from None
+        self._stream = DecodeStream
+
+    def encode(self, text: bytes) -> Tokens:
+        """The tokens of UTF-8 text."""
+        return self._encode(_utf8(text))
+
+    def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
+        """In blocks that end with a line, as words do not reach across those; a longer line is a block of its own."""
+        rest = b""
+        while block := file.read(BLOCK_BYTES):
+            whole, found, tail = (rest + block).rpartition(b"\n")
+            rest = tail
+            if found:
+                yield self._encode(_utf8(whole + found)), len(whole) + 1
+        if rest:
+            yield self._encode(_utf8(rest)), len(rest)
+
+    def decoder(self) -> Callable[[int | None], str]:
+        """The package's own decoding of a stream, which holds back what the next token may change."""
+        stream = self._stream(skip_special_tokens=False)
+        ids: list[int] = []
+        shown = 0
+
+        def decode(token: int | None) -> str:
+            nonlocal shown
+            if token is None:
+                whole: str = self._inner.decode(ids, skip_special_tokens=False)
+                return whole[shown:]
+            ids.append(token)
+            piece: str = stream.step(self._inner, token) or ""
+            shown += len(piece)
+            return piece
+
+        return decode
+
+    def _encode(self, text: str) -> Tokens:
+        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def open_tokenizer(description: dict[str, Any] | None, bundle: Path) -> Tokenizer:
+    """The tokenizer that a manifest's `tokenizer` describes. Raises BundleError, MachineError."""
+    kind = (description or {"kind": "bytes"}).get("kind")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "file" and description:
+        return FileTokenizer(bundle / str(description.get("file", "tokenizer.json")))
+    if kind == "none":
+        raise BundleError(
+            "tokenizer", f"a tokenizer in {bundle}", "none", "export with a tokenizer.json in the checkpoint"
+        )
+    raise BundleError("tokenizer", 'a tokenizer of kind "bytes" or "file"', repr(kind), "install a newer titans-export")
+
+
+def _utf8(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError("text", "UTF-8, as the model's tokenizer needs it", str(error), "convert the text") from None

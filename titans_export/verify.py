@@ -1,0 +1,166 @@
+"""Does a bundle, run by the runtime, compute what PyTorch computes, however its stream is cut into calls?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+    import titans_runtime
+
+    from .model import Titans
+
+Tokens = npt.NDArray[np.int32]
+Logits = npt.NDArray[Any]  # (T, vocab)
+
+# What one block's logits may take; a block is fed to every stream before the next, so that any length fits.
+_BLOCK_BYTES = 32 << 20
+
+
+class Reference(Protocol):
+    """The logits that are right. `advance` is called with one block of the stream after another."""
+
+    def advance(self, tokens: Tokens) -> Logits:
+        """Logits after each token."""
+
+    @property
+    def own_error(self) -> float | None:
+        """How far these logits are from exact ones so far, None if unknown."""
+
+
+class Golden:
+    """Logits known beforehand."""
+
+    own_error = None
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits, self._done = logits, 0
+
+    def advance(self, tokens: Tokens) -> Logits:
+        """The next of them."""
+        start, self._done = self._done, self._done + len(tokens)
+        return self._logits[start : self._done]
+
+
+class PyTorch:
+    """The model in PyTorch, float32, with the same model in float64 beside it."""
+
+    def __init__(self, model: Titans) -> None:
+        single, double = model.float(), copy.deepcopy(model).double()
+        self._models = (single, double)
+        self._states = [single.initial_state(1), double.initial_state(1)]
+        self._position = 0
+        self._error = 0.0
+
+    @property
+    def own_error(self) -> float:
+        """Largest distance of float32 from float64 so far."""
+        return self._error
+
+    def advance(self, tokens: Tokens) -> Logits:
+        """Streams both on by the tokens; the float32 logits."""
+        import torch
+
+        batch = torch.from_numpy(tokens.astype(np.int64))[None]
+        logits: list[torch.Tensor] = []
+        for i, model in enumerate(self._models):
+            out, self._states[i] = model.feed(batch, self._states[i], self._position)
+            logits.append(out[0])
+        self._position += len(tokens)
+        if len(tokens):
+            self._error = max(self._error, float((logits[0].double() - logits[1]).abs().max()))
+        result: Logits = logits[0].numpy()
+        return result
+
+
+@dataclass
+class Distance:
+    """How far a stream's logits were from the right ones."""
+
+    max_abs_error: float = 0.0
+    first_bad_position: int | None = None
+
+    def add(self, got: Logits, right: Logits, position: int, tolerance: float) -> None:
+        """Counts in the logits from `position` on. NaN is infinitely far."""
+        error = np.abs(got.astype(np.float64) - right).max(-1, initial=0.0)
+        error = np.where(np.isnan(error), np.inf, error)
+        self.max_abs_error = max(self.max_abs_error, float(error.max(initial=0.0)))
+        bad = np.flatnonzero(error > tolerance)
+        if self.first_bad_position is None and bad.size:
+            self.first_bad_position = position + int(bad[0])
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify_stream` found; `feeds` has the distance for each way of feeding the stream."""
+
+    positions: int
+    tolerance: float
+    pytorch_float32_to_float64: float | None
+    feeds: dict[str, Distance] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every logit was within the tolerance."""
+        return self.first_bad_position is None
+
+    @property
+    def max_abs_error(self) -> float:
+        """The largest over all ways of feeding."""
+        return max(distance.max_abs_error for distance in self.feeds.values())
+
+    @property
+    def first_bad_position(self) -> int | None:
+        """The first over all ways of feeding."""
+        found = (distance.first_bad_position for distance in self.feeds.values())
+        return min((position for position in found if position is not None), default=None)
+
+
+def verify_stream(
+    session: titans_runtime.Session,
+    tokens: Tokens,
+    reference: Reference,
+    tolerance: float,
+    cuts_seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> VerifyReport:
+    """Feeds the tokens to three streams, whole, token by token and in random cuts, and compares all logits."""
+    largest = max(graph["tokens"] for graph in session.info["graphs"])
+    rng = np.random.default_rng(cuts_seed)
+    feeds: dict[str, Callable[[titans_runtime.Stream, Tokens], Logits]] = {
+        "whole": lambda stream, block: _feed(stream, [block]),
+        "token_by_token": lambda stream, block: np.stack([stream.step(int(token)) for token in block]),
+        "random_cuts": lambda stream, block: _feed(stream, random_cuts(block, largest, rng)),
+    }
+    streams = {name: session.stream() for name in feeds}
+    distances = {name: Distance() for name in feeds}
+    # Whole calls of the largest graph, so that blocks are treated as one feed of everything would be.
+    calls = max(1, _BLOCK_BYTES // (largest * session.vocab_size * 4))
+    for start in range(0, len(tokens), calls * largest):
+        block = tokens[start : start + calls * largest]
+        right = reference.advance(block)
+        for name, feed in feeds.items():
+            distances[name].add(feed(streams[name], block), right, start, tolerance)
+        progress(len(block))
+    return VerifyReport(len(tokens), tolerance, reference.own_error, distances)
+
+
+def _feed(stream: titans_runtime.Stream, cuts: Iterable[Tokens]) -> Logits:
+    """All logits of the cuts, fed one after the other."""
+    rows = [stream.feed(cut) for cut in cuts]
+    return np.concatenate([row for row in rows if row is not None])
+
+
+def random_cuts(tokens: Tokens, largest: int, rng: np.random.Generator) -> Iterator[Tokens]:
+    """Cuts the tokens into feeds: empty ones, a few tokens, and up to twice the largest graph's."""
+    while len(tokens):
+        size = int(rng.integers(0, rng.choice([1, 4, largest + 1, 2 * largest + 1])))
+        yield tokens[:size]
+        tokens = tokens[size:]
