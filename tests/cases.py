@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
@@ -27,7 +28,7 @@ KINDS = {
     "mlp3-silu": _spec((6, 9, 10, 6)),
 }
 kinds = pytest.mark.parametrize("spec", KINDS.values(), ids=KINDS.keys())
-TOLERANCE_FLOAT64 = 1e-10
+TOLERANCE_FLOAT64 = TOLERANCES["cpu", "float64"]
 
 
 @dataclass

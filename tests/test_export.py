@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tolerances import TOLERANCES
 
 from titans_export import exporting
 from titans_export.bundle import read_bundle
@@ -26,7 +27,7 @@ from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
-TOLERANCE = 1e-4  # float32 on the CPU, absolute, on logits of magnitude 3
+TOLERANCE = TOLERANCES["cpu", "float32"]
 ATTENTION = {"attention_heads": 2, "window": 24, "persistent": 2}
 CONFIGS = {
     "mac": ModelConfig("mac", 61, 16, 2, 24, MemoryConfig(2, 8, 8), memory_layers=(0,), **ATTENTION),

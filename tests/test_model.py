@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import random_cuts
+from cases import TOLERANCE_FLOAT64, random_cuts
 from torch import Tensor
 
 from titans_export.errors import CheckpointError
@@ -52,7 +52,7 @@ def test_any_cut_of_a_stream_equals_the_parallel_form(variant: str, memory: Memo
             logits, state = model.feed(tokens[:, at : at + cut], state, at)
             out.append(logits)
             at += cut
-        assert float((torch.cat(out, 1) - whole).abs().max()) < 1e-10
+        assert float((torch.cat(out, 1) - whole).abs().max()) < TOLERANCE_FLOAT64
 
 
 @variants
@@ -61,7 +61,7 @@ def test_blocks_without_a_memory(variant: str) -> None:
     tokens = torch.randint(50, (1, 30))
     with torch.no_grad():
         whole = model(tokens)
-    assert float((model.feed(tokens, model.initial_state(1), 0)[0] - whole).abs().max()) < 1e-10
+    assert float((model.feed(tokens, model.initial_state(1), 0)[0] - whole).abs().max()) < TOLERANCE_FLOAT64
     assert [name for name in model.initial_state(1) if name.endswith("memory")] == ["layers.1.memory"]
 
 
@@ -106,7 +106,7 @@ def test_streams_of_a_batch_may_stand_at_different_positions(variant: str) -> No
     part = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
     with torch.no_grad():
         logits, _ = model.step(part, both, Step(torch.tensor(starts), None, aligned=True))
-    assert float((logits - torch.cat(expected)).abs().max()) < 1e-10
+    assert float((logits - torch.cat(expected)).abs().max()) < TOLERANCE_FLOAT64
 
 
 @variants

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .bundle import FORMAT, GOLDEN, MANIFEST, SCHEMA_VERSION, STATE, TOKENIZER, WEIGHTS, file_entry
-from .checkpoints.titans import Checkpoint, load
+from .checkpoints import Checkpoint, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .model import Titans
@@ -156,16 +156,17 @@ def export_checkpoint(
     source: Path,
     output: Path,
     *,
+    format: str = "titans",
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int = 1024,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
-    """Exports the checkpoint at `source` to the bundle `output`, and compares it with PyTorch over `positions` tokens.
+    """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    The comparison is with float64 PyTorch through the C++ runtime; the report has PyTorch's own float32 beside it.
-    Nothing appears at `output` unless it held. Raises TitansError, of which MismatchError when the logits differ by
-    more than the tolerance.
+    Before it takes its name it is run over `positions` tokens by the C++ runtime and compared with PyTorch in float64;
+    the report has PyTorch's own float32 beside it. Raises TitansError, of which MismatchError when the logits differ
+    by more than the tolerance; then nothing is written.
     """
     began = time.monotonic()
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
@@ -173,7 +174,7 @@ def export_checkpoint(
             raise UsageError("export", f"--{name} of at least 1", str(value), "give a larger one")
     check_output(output, overwrite)
     progress(f"loading {source}")
-    checkpoint = load(source)
+    checkpoint = load_checkpoint(source, format)
     model = checkpoint.model
     vocab = model.config.vocab_size
     tokens = _sample_tokens(model, positions)

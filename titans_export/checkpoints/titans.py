@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,18 +16,9 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 from ..files import replacing_file
 from ..model import Titans, read_config
+from .checkpoint import Checkpoint
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A loaded checkpoint: the model in eval mode and where it came from."""
-
-    model: Titans
-    format: str
-    weights_sha256: str
-    tokenizer: Path | None
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

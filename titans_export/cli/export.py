@@ -21,6 +21,7 @@ from .table import number, size
 )
 @click.argument("checkpoint", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="NAME.titans", help="Bundle to write.")
+@click.option("--format", default="titans", help="Format of the checkpoint; this version reads titans.")
 @click.option(
     "--chunks-per-call",
     type=click.IntRange(1, 64),
@@ -31,7 +32,13 @@ from .table import number, size
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, once the new one is whole and checked.")
 @json_option
 def export(
-    checkpoint: Path, output: Path, chunks_per_call: int, positions: int, overwrite: bool, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    format: str,
+    chunks_per_call: int,
+    positions: int,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Turn a checkpoint into a bundle.
 
@@ -43,6 +50,7 @@ def export(
     report = export_checkpoint(
         checkpoint,
         output,
+        format=format,
         chunks_per_call=chunks_per_call,
         positions=positions,
         overwrite=overwrite,

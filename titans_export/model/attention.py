@@ -118,24 +118,21 @@ class SegmentAttention(Attention):
         empty = self.out.weight.new_zeros(batch, self.heads, 2, self.segment, self.head_dim)
         return {"keys": empty, "values": empty.clone()}
 
-    def _write(self, rows: Tensor, new: Tensor, place: Tensor) -> Tensor:
-        """rows with new, (B, heads, 2, T, head_dim), from `place` on, a multiple of T; T divides the segment."""
-        length = new.shape[3]
-        block = torch.arange(self.segment, device=new.device) // length
-        here = block == (place // length).unsqueeze(-1)
-        return torch.where(here[:, None, None, :, None], new.repeat(1, 1, 1, self.segment // length, 1), rows)
+    def _write(self, rows: Tensor, new: Tensor, places: Tensor) -> Tensor:
+        """rows with new, (B, heads, 2, T, head_dim), at `places`, (B, T)."""
+        return rows.scatter(3, places[:, None, None, :, None].expand_as(new), new)
 
     def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, position: Tensor) -> tuple[Tensor, StreamState]:
-        """x, retrieved: (B, T, dim), T one chunk or one token; position: (B,) of the first. Returns output and state."""
+        """x, retrieved: (B, T, dim), T one chunk or one token; position: (B,) of the first. Returns y and state."""
         length = x.shape[1]
-        place = torch.remainder(position, self.segment)
-        places = place.unsqueeze(-1) + torch.arange(length, device=x.device)
+        first = torch.remainder(position, self.segment)
+        places = first.unsqueeze(-1) + torch.arange(length, device=x.device)
         angle = self.rotary(places, x.dtype)
         both = torch.stack([self.split(self.key(retrieved)), self.split(self.key(x))], 2)
         cos, sin = angle
-        keys = self._write(state["keys"], rotate(both, (cos.unsqueeze(2), sin.unsqueeze(2))), place)
+        keys = self._write(state["keys"], rotate(both, (cos.unsqueeze(2), sin.unsqueeze(2))), places)
         both = torch.stack([self.split(self.value(retrieved)), self.split(self.value(x))], 2)
-        values = self._write(state["values"], both, place)
+        values = self._write(state["values"], both, places)
         seen = torch.arange(self.segment, device=x.device) <= places.unsqueeze(-1)
         y = self.attend(
             rotate(self.split(self.query(x)), angle),

@@ -18,7 +18,7 @@ from .memory_layer import MemoryLayer
 
 
 class MACBlock(nn.Module):
-    """x + o, then x + FFN(x). A block without a memory has plain segment attention, with zeros for what it retrieves."""
+    """x + o, then x + FFN(x). A block without a memory has plain segment attention, with zeros as retrieved."""
 
     def __init__(self, config: ModelConfig, memory: bool) -> None:
         super().__init__()

@@ -299,7 +299,7 @@ class CachedChunk:
     beta: Tensor
 
     def append(self, at: Tensor, g: Surprise, theta: Tensor, eta: Tensor, keep: Tensor, on: Tensor) -> CachedChunk:
-        """The chunk with one more token. at: (..., C) bool, true at its row; gates: (...), as `Gates.masked` gives them."""
+        """The chunk with one more token. at: (..., C) bool, true at its row; gates: (...), as of `Gates.masked`."""
         row = at.unsqueeze(-1)
         left = [torch.where(row, new, old) for new, old in zip(g.left, self.left, strict=True)]
         right = [torch.where(row, new, old) for new, old in zip(g.right, self.right, strict=True)]
