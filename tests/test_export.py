@@ -238,6 +238,46 @@ def test_nan_from_the_runtime_is_a_mismatch(
         export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
+def test_only_a_bundle_is_ever_overwritten(checkpoints: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "precious"
+    if kind == "file":
+        target.write_text("precious")
+    else:
+        target.mkdir()
+        (target / ("config.json" if kind == "checkpoint" else "thesis.txt")).write_text("precious")
+    with pytest.raises(OutputError, match="another name"):
+        export_checkpoint(checkpoints["lmm"], target, overwrite=True, chunks_per_call=1, positions=20)
+    kept = target if kind == "file" else next(target.iterdir())
+    assert kept.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_overwriting_through_a_link_leaves_the_link(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    real, link = tmp_path / "real.titans", tmp_path / "link.titans"
+    export_checkpoint(checkpoints["lmm"], real, chunks_per_call=1, positions=20)
+    link.symlink_to(real)
+    export_checkpoint(checkpoints["lmm"], link, overwrite=True, chunks_per_call=1, positions=40)
+    assert link.is_symlink()
+    assert len(read_bundle(link).golden()[0]) == 40
+    assert sorted(tmp_path.iterdir()) == [link, real]
+
+
+@pytest.mark.parametrize(("chunks", "positions"), [(1, 1), (4, 10), (4, 1024), (16, 1024), (16, 100)])
+def test_the_comparison_runs_every_graph(chunks: int, positions: int) -> None:
+    graphs = exporting.schedule(Titans(CONFIGS["lmm"]), chunks)
+    cuts = exporting._cuts(graphs, positions)
+    assert sum(cuts) >= positions
+    used, at = set(), 0
+    for cut in cuts:
+        end = at + cut
+        while at < end:
+            graph = next(g for g in graphs if g.tokens <= end - at and at % g.align == 0)
+            used.add(graph.name)
+            at += graph.tokens
+    assert used == {graph.name for graph in graphs}
+
+
 def test_an_existing_bundle_is_kept_unless_told_otherwise(
     checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
 ) -> None:

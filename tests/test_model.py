@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -178,9 +178,10 @@ def test_rotary_is_exact_at_any_position() -> None:
         ({"dim": "16"}, "dim"),
         ({"window": 10}, "window"),
         ({"memory_layers": [5]}, "memory_layers"),
-        ({"memory": {"heads": 2, "head_dim": 6}}, "chunk"),
-        ({"memory": {"heads": 2, "head_dim": 6, "chunk": 4, "depth": 4}}, "depth"),
-        ({"memory": {"heads": 2, "head_dim": 6, "chunk": 4, "activation": "relu"}}, "activation"),
+        ({"memory": {"heads": 2}}, "'activation' in memory"),
+        ({"memory": asdict(MEMORIES["linear"]) | {"depth": 4}}, "depth"),
+        ({"memory": asdict(MEMORIES["linear"]) | {"conv": 1}}, "conv"),
+        ({"memory": asdict(MEMORIES["linear"]) | {"activation": "relu"}}, "activation"),
         ({"format_version": 2}, "format_version"),
         ({"attention_heads": 3}, "attention_heads"),
     ],
@@ -189,6 +190,14 @@ def test_rotary_is_exact_at_any_position() -> None:
 def test_a_wrong_configuration_is_named(change: dict[str, object], named: str) -> None:
     values = small_config("mac").to_json() | change
     with pytest.raises(CheckpointError, match=named):
+        parse_config(values)
+
+
+@pytest.mark.parametrize("key", small_config("mac").to_json())
+def test_every_key_must_be_there(key: str) -> None:
+    values = small_config("mac").to_json()
+    del values[key]
+    with pytest.raises(CheckpointError, match=key):
         parse_config(values)
 
 

@@ -146,10 +146,12 @@ def test_streams_of_one_call_may_stand_anywhere_in_their_chunks() -> None:
         def rows(x: Tensor, pick: Tensor = pick) -> Tensor:
             return x.gather(2, pick.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
 
+        padding = torch.arange(width) >= torch.tensor(valid).unsqueeze(-1)
+        padded = [rows(x).masked_fill(padding[:, None, :, None], math.nan) for x in (case.q, case.k, case.v)]
         result = neural_memory_update(
             spec,
             pool,
-            *(rows(x) for x in (case.q, case.k, case.v)),
+            *padded,
             *(g.gather(2, pick) for g in case.gates),
             fill=torch.tensor([d % spec.chunk_size for d in done]),
             valid=torch.tensor(valid),
@@ -214,3 +216,18 @@ def test_read_mode_answers_from_the_chunk_start(spec: MemorySpec) -> None:
             inputs = [x[b, h, :start] for x in (case.q, case.k, case.v, *case.gates)]
             _, w, _, _ = titans_stream(spec, [x[b, h] for x in case.weights], *inputs, norm_scale=scale)
             assert worst((got[b, h], network(spec, w, case.q[b, h], scale))) < TOLERANCE_FLOAT64
+
+
+def test_aligned_calls_count_only_the_chunks_that_are_valid() -> None:
+    spec = KINDS["linear"]
+    case = Case(spec, length=3 * spec.chunk_size, streams=2)
+    valid = torch.tensor([1, 3]) * spec.chunk_size
+    for x in (case.q, case.k, case.v):
+        x[0, :, spec.chunk_size :] = math.nan
+    rows = initial_rows(spec, case.weights)
+    result = neural_memory_update(spec, rows, case.q, case.k, case.v, *case.gates, valid=valid)
+    assert result.stats[..., STATS.index("committed")].tolist() == [[1, 1, 1], [3, 3, 3]]
+    assert (result.stats[..., STATS.index("rejected")] == 0).all()
+    alone = [x[:1, ..., : spec.chunk_size, :] for x in (case.q, case.k, case.v)]
+    short = neural_memory_update(spec, rows[:1], *alone, *(g[:1, :, : spec.chunk_size] for g in case.gates))
+    assert worst((result.state[:1], short.state), (result.stats[:1], short.stats)) < TOLERANCE_FLOAT64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ FORMAT, SCHEMA_VERSION = "titans-bundle", 1
 MANIFEST = "manifest.json"
 WEIGHTS, STATE, GOLDEN, TOKENIZER = "weights.safetensors", "state.safetensors", "golden.safetensors", "tokenizer.json"
 REQUIRED = (
+    "producer",
     "model",
     "input",
     "output",
@@ -51,6 +53,14 @@ class Bundle:
     def graph_paths(self) -> dict[str, Path]:
         """Graph name to its ONNX file, in the schedule's order."""
         return {graph["name"]: self.path / graph["file"] for graph in self.manifest["graphs"]}
+
+    @property
+    def tolerance(self) -> float:
+        """How far logits may be from the golden ones, absolute. Raises BundleError if the manifest's is no number."""
+        value = self.manifest["golden"].get("tolerance")
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise BundleError("bundle", "golden.tolerance to be a finite number", repr(value), _REMEDY)
+        return float(value)
 
     def golden(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Tokens (n,) int32 of one stream and the logits (n, vocab) float32 that follow each."""
@@ -109,4 +119,9 @@ def read_bundle(path: Path) -> Bundle:
             raise BundleError("bundle", f"{name} of {entry['bytes']} bytes", f"{file.stat().st_size}", _REMEDY)
         if file_entry(file)["xxh3_128"] != entry["xxh3_128"]:
             raise BundleError("bundle", f"{name} with the hash that the manifest gives", "another", _REMEDY)
+    entries = [*manifest["graphs"], manifest["golden"], manifest["weights"], manifest["initial_state"]]
+    if manifest["tokenizer"].get("kind") == "file":
+        entries.append(manifest["tokenizer"])
+    if unlisted := [e.get("file") for e in entries if e.get("file") not in manifest["files"]]:
+        raise BundleError("bundle", f"{unlisted[0]!r} among the files of the manifest", "no such entry", _REMEDY)
     return Bundle(path, manifest)

@@ -136,19 +136,26 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     return {"kind": "bytes"} if checkpoint.model.config.vocab_size == 256 else {"kind": "none"}
 
 
-def _run(folder: Path, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], int]:
-    """The bundle's logits through the runtime, over feeds of uneven lengths, and the bytes of a stream's state."""
+def _cuts(graphs: list[Graph], positions: int) -> list[int]:
+    """Lengths of feeds that make every graph of the schedule run, then uneven ones, of `positions` or more in all."""
+    cuts, length = [graph.tokens for graph in graphs], 1
+    while sum(cuts) < positions:
+        cuts.append(min(length, positions - sum(cuts)))
+        length = length * 3 % 1021
+    return cuts
+
+
+def _run(folder: Path, tokens: NDArray[np.int64], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
+    """The bundle's logits through the runtime, fed in the given cuts, and the bytes of a stream's state."""
     import titans_runtime
 
     with titans_runtime.Session(folder) as session:
         stream = session.stream()
-        cut, length = 0, 1
         rows: list[NDArray[np.float32]] = []
-        while cut < len(tokens):
-            logits = stream.feed(tokens[cut : cut + length])
+        for part in np.split(tokens, np.cumsum(cuts)[:-1]):
+            logits = stream.feed(part)
             assert logits is not None
             rows.append(logits)
-            cut, length = cut + length, length * 3 % 1021
         return np.concatenate(rows), stream.state_bytes
 
 
@@ -164,29 +171,31 @@ def export_checkpoint(
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    Before it takes its name it is run over `positions` tokens by the C++ runtime and compared with PyTorch in float64;
-    the report has PyTorch's own float32 beside it. Raises TitansError, of which MismatchError when the logits differ
-    by more than the tolerance; then nothing is written.
+    Before it takes its name the C++ runtime runs it over `positions` tokens, or as many as every graph needs to run
+    once, and it is compared with PyTorch in float64; the report has PyTorch's own float32 beside it. Raises
+    TitansError, of which MismatchError when the logits differ by more than the tolerance; then nothing is written.
     """
     began = time.monotonic()
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
         if value < 1:
             raise UsageError("export", f"--{name} of at least 1", str(value), "give a larger one")
-    check_output(output, overwrite)
+    check_output(output, overwrite, MANIFEST)
     progress(f"loading {source}")
     checkpoint = load_checkpoint(source, format)
     model = checkpoint.model
     vocab = model.config.vocab_size
+    graphs = schedule(model, chunks_per_call)
+    cuts = _cuts(graphs, positions)
+    positions = sum(cuts)
     tokens = _sample_tokens(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
     float32 = _logits(model, tokens)
     float64 = _logits(copy.deepcopy(model).double(), tokens)
     kept = min(positions, max(GOLDEN_FLOATS // vocab, 2))
-    with replacing_folder(output, overwrite) as folder:
-        graphs = schedule(model, chunks_per_call)
+    with replacing_folder(output, overwrite, MANIFEST) as folder:
         _write(folder, checkpoint, graphs, (tokens[:, :kept], float64[:kept]), progress)
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
-        logits, state_bytes = _run(folder, tokens[0].numpy())
+        logits, state_bytes = _run(folder, tokens[0].numpy(), cuts)
         error = np.abs(logits - float64)
         # not <=, so that NaN is a mismatch
         if not error.max() <= TOLERANCE:

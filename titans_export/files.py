@@ -51,12 +51,15 @@ def replacing_file(target: Path) -> Iterator[Path]:
         raise _explain(target, error) from error
 
 
-def check_output(target: Path, overwrite: bool) -> None:
-    """Finds what would keep a folder from becoming `target`, before any work is done for it. Raises OutputError."""
+def check_output(target: Path, overwrite: bool, marker: str) -> None:
+    """Finds what would keep a folder from becoming `target`, before any work is done for it. Raises OutputError.
+
+    Only a folder that holds a file named `marker` is ever overwritten, so that a slip of the hand costs nothing else.
+    """
     if target.exists() and not overwrite:
         raise OutputError("output", f"{target} not to exist", "an existing one", "give another name or --overwrite")
-    if target.exists() and not target.is_dir():
-        raise OutputError("output", f"{target} to be a folder", "a file", "give another name")
+    if target.exists() and not (target / marker).is_file():
+        raise OutputError("output", f"{target} to hold {marker}", "something else there", "give another name")
     try:
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
@@ -64,13 +67,14 @@ def check_output(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     """A folder to fill; it becomes `target` when the block ends without an error, else it is removed.
 
     An existing target changes places with the new folder in one step, so at every moment one of the two is whole under
-    its name. With `overwrite` false an existing target is an error before anything is written.
+    its name. What may be overwritten is what `check_output` lets pass, before the block and once more after it.
     """
-    check_output(target, overwrite)
+    target = target.resolve()
+    check_output(target, overwrite, marker)
     try:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
@@ -78,6 +82,7 @@ def replacing_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             for path in aside.iterdir():
                 _sync(path)
             aside.chmod(0o777 & ~_umask())
+            check_output(target, overwrite, marker)
             if target.exists():
                 _exchange(aside, target)
             else:
@@ -97,7 +102,11 @@ def _exchange(a: Path, b: Path) -> None:
         return
     aside = a.with_name(a.name + ".old")
     b.rename(aside)
-    a.rename(b)
+    try:
+        a.rename(b)
+    except OSError:
+        aside.rename(b)
+        raise
     aside.rename(a)
 
 

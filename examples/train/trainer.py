@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -88,12 +89,18 @@ def train(model: Titans, settings: Settings, task_for: Callable[[Titans], Task])
     """Trains the model and leaves config.json, model.safetensors and training.json in settings.output."""
     settings.output.mkdir(parents=True, exist_ok=True)
     resume = settings.output / "resume.pt"
+    # What a resumed run must agree on. The number of steps may change: it only moves the fall of the learning rate.
+    made_of = json.dumps({"seed": settings.seed, "model": model.config.to_json(), **settings.record}, sort_keys=True)
     optimizers = _optimizers(model, settings)
     base = [[group["lr"] for group in o.param_groups] for o in optimizers]
     task, done, seconds = task_for(model), 0, 0.0
     skipped, smooth = 0, None
     if resume.exists():
         saved = torch.load(resume, weights_only=True)
+        if saved["made_of"] != made_of:
+            raise click.UsageError(
+                f"{resume} is of a run with other data or settings; remove it or give another --output"
+            )
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -110,6 +117,7 @@ def train(model: Titans, settings: Settings, task_for: Callable[[Titans], Task])
             "seconds": seconds + time.monotonic() - began,
             "skipped": skipped,
             "smooth": smooth,
+            "made_of": made_of,
         }
         with replacing_file(resume) as aside:
             torch.save(state, aside)

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <string_view>
+#include <system_error>
 
 #include "error.h"
 
@@ -26,11 +27,22 @@ std::string known(std::string_view Backend::* column) {
   return out;
 }
 
-std::filesystem::path folder_of_this_library() {
+std::filesystem::path find_this_library() noexcept {
   Dl_info info{};
-  if (::dladdr(reinterpret_cast<const void*>(&default_backend), &info) == 0 || info.dli_fname == nullptr) return ".";
-  return std::filesystem::path(info.dli_fname).parent_path();
+  if (::dladdr(reinterpret_cast<const void*>(&default_backend), &info) == 0 || info.dli_fname == nullptr) return {};
+  try {
+    std::error_code unresolved;  // then it stays as the loader names it
+    const std::filesystem::path path(info.dli_fname);
+    const std::filesystem::path resolved = std::filesystem::canonical(path, unresolved);
+    return unresolved ? path : resolved;
+  } catch (...) {
+    return {};  // no memory while the program starts: the loader's own search path is left
+  }
 }
+
+// Found when the library is loaded: the loader's name for it may be relative to a folder that the program leaves, or a
+// link whose folder has no backends.
+const std::filesystem::path kThisLibrary = find_this_library();
 
 }  // namespace
 
@@ -49,7 +61,7 @@ const BackendEntry& load_backend(const std::string& name, const std::filesystem:
     throw Error(TITANS_UNSUPPORTED, "session", text("a backend out of: ", known(&Backend::name)), name,
                 "name one of these, or none to have it chosen by the device");
   }
-  const std::filesystem::path folder = plugin_dir.empty() ? folder_of_this_library() : plugin_dir;
+  const std::filesystem::path folder = plugin_dir.empty() ? kThisLibrary.parent_path() : plugin_dir;
   const std::filesystem::path path = folder / ("libtitans_backend_" + name + ".so");
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {

@@ -36,6 +36,9 @@ void check_file(const Manifest& manifest, const std::string& name, const MappedF
 Bundle::Bundle(const std::filesystem::path& folder) : folder_(folder), manifest_(read_manifest(folder)) {
   // Backends read graph files themselves; what is checked here is that they are what was exported.
   for (const Graph& graph : manifest_.graphs) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
+  if (!manifest_.tokenizer_file.empty()) {
+    check_file(manifest_, manifest_.tokenizer_file, MappedFile(folder_ / manifest_.tokenizer_file));
+  }
   weights_ = read_safetensors(open_checked(manifest_.weights_file), manifest_.weights_file);
   initial_state_ = read_safetensors(open_checked(manifest_.initial_state_file), manifest_.initial_state_file);
   check_weights();

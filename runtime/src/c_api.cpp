@@ -1,6 +1,7 @@
 // The C interface: checks pointers, turns exceptions into statuses, and nothing else.
 #include "titans/titans.h"
 
+#include <cstddef>
 #include <exception>
 #include <memory>
 #include <new>
@@ -33,7 +34,7 @@ thread_local std::string last_error;
 
 titans_status fail(titans_status status, const char* message) noexcept {
   try {
-    last_error = message;
+    last_error = core::one_line(message);
   } catch (...) {
     last_error.clear();  // no memory for the text; the status still tells
   }
@@ -50,7 +51,7 @@ titans_status guard(Body&& body) noexcept {
   } catch (const std::bad_alloc&) {
     return fail(TITANS_FAILED, "[titans] expected memory but got none; do free some, or open fewer streams");
   } catch (const std::exception& error) {
-    return fail(TITANS_FAILED, core::one_line(error.what()).c_str());
+    return fail(TITANS_FAILED, error.what());
   } catch (...) {
     return fail(TITANS_FAILED, "[titans] expected no such failure but got one of unknown kind; do report it");
   }
@@ -67,10 +68,15 @@ void require_array(const void* pointer, std::size_t count, std::string_view name
   if (count > 0) require(pointer, name);
 }
 
-void require_size(std::size_t got, std::size_t expected, std::string_view name) {
-  if (got != expected) {
-    throw core::Error(TITANS_INVALID_ARGUMENT, "titans", core::text(name, ".struct_size = ", expected), core::text(got),
-                      "set it to sizeof, with the header of this library's version");
+// Where a struct of the first version ends. Smaller ones have never been; of larger ones what is not known is not read.
+// A field that a later version adds is read only where struct_size covers it, and has its default elsewhere.
+constexpr std::size_t kFirstSessionOptions = offsetof(titans_session_options, threads) + sizeof(std::int32_t);
+constexpr std::size_t kFirstSampling = offsetof(titans_sampling, stop_count) + sizeof(std::size_t);
+
+void require_size(std::size_t got, std::size_t least, std::string_view name) {
+  if (got < least) {
+    throw core::Error(TITANS_INVALID_ARGUMENT, "titans", core::text(name, ".struct_size of at least ", least),
+                      core::text(got), "set it to sizeof");
   }
 }
 
@@ -85,7 +91,7 @@ void require_memory(const titans_stream* stream, std::size_t index) {
 core::SessionOptions read_options(const titans_session_options* options) {
   core::SessionOptions out;
   if (options == nullptr) return out;
-  require_size(options->struct_size, sizeof(titans_session_options), "titans_session_options");
+  require_size(options->struct_size, kFirstSessionOptions, "titans_session_options");
   if (options->device != nullptr) out.device = options->device;
   if (options->backend != nullptr) out.backend = options->backend;
   if (options->backend_library != nullptr) out.backend_library = options->backend_library;
@@ -230,7 +236,7 @@ titans_status titans_generator_create(titans_stream* stream, const titans_sampli
     *generator = nullptr;
     require(stream, "stream");
     require(sampling, "sampling");
-    require_size(sampling->struct_size, sizeof(titans_sampling), "titans_sampling");
+    require_size(sampling->struct_size, kFirstSampling, "titans_sampling");
     require_array(sampling->stop_tokens, sampling->stop_count, "stop_tokens");
     std::vector<std::int32_t> stop(sampling->stop_tokens, sampling->stop_tokens + sampling->stop_count);
     const core::Sampling options{sampling->temperature, sampling->top_k, sampling->top_p, sampling->min_p,

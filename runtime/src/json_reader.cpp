@@ -7,6 +7,8 @@ namespace {
 
 constexpr std::string_view kAdvice = "export the bundle again";
 constexpr std::size_t kLongestQuote = 60;
+// What reads and writes JSON goes down its levels by recursion, so a file must not choose how deep.
+constexpr int kDeepest = 64;
 
 // Bytes that are no valid UTF-8 must not stop an error text from being made.
 std::string quote(const nlohmann::json& value) {
@@ -18,7 +20,14 @@ std::string quote(const nlohmann::json& value) {
 }  // namespace
 
 nlohmann::json JsonReader::parse(std::string_view source, std::string_view document) {
-  nlohmann::json value = nlohmann::json::parse(source, nullptr, /*allow_exceptions=*/false);
+  const auto limit_depth = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json&) {
+    using Event = nlohmann::json::parse_event_t;
+    if (depth >= kDeepest && (event == Event::object_start || event == Event::array_start)) {
+      throw Error(TITANS_FAILED, document, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
+    }
+    return true;
+  };
+  nlohmann::json value = nlohmann::json::parse(source, limit_depth, /*allow_exceptions=*/false);
   if (!value.is_object()) {
     throw Error(TITANS_FAILED, document, "a JSON object",
                 value.is_discarded() ? "something that is not JSON" : quote(value), kAdvice);

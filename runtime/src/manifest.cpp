@@ -73,6 +73,13 @@ Graph read_graph(const JsonReader& entry) {
   return graph;
 }
 
+// The file of a tokenizer that is one.
+std::string read_tokenizer_file(const JsonReader& tokenizer) {
+  if (!tokenizer.raw().is_object()) return {};
+  const std::optional<JsonReader> kind = tokenizer.find("kind");
+  return kind && kind->raw() == "file" ? file_name(tokenizer.at("file")) : std::string();
+}
+
 // The scheduler takes the first that fits, so the one with most tokens comes first.
 void sort_graphs(const JsonReader& field, std::vector<Graph>& graphs) {
   std::stable_sort(graphs.begin(), graphs.end(), [](const Graph& a, const Graph& b) { return a.tokens > b.tokens; });
@@ -86,11 +93,25 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
   std::set<std::string> inputs{manifest.tokens_input, manifest.position_input, manifest.learn_input};
   std::set<std::string> outputs{manifest.logits_output};
   std::set<std::string> names;
+  std::set<std::string> memories;
+  const auto fail = [&](const std::string& name) {
+    document.at("state").fail(text("tensors and fields of which none shares a name with ", name));
+  };
   if (inputs.size() != 3) document.at("controls").fail("names unlike each other and unlike the input's");
   for (const StateTensor& state : manifest.state) {
     if (!names.insert(state.name).second || !inputs.insert(state.input).second ||
         !outputs.insert(state.output).second) {
-      document.at("state").fail(text("tensors of which none shares a name with ", state.name));
+      fail(state.name);
+    }
+    if (state.layout.empty() && !memories.insert(state.name).second) fail(state.name);
+    for (const MemoryField& field : state.layout) {
+      const std::string full = field_name(state, field);
+      if (!memories.insert(full).second) fail(full);
+    }
+  }
+  for (const std::string& output : outputs) {
+    if (inputs.count(output) != 0) {
+      document.at("state").fail(text("tensors whose outputs are no inputs, unlike ", output));
     }
   }
 }
@@ -112,6 +133,7 @@ Manifest Manifest::parse(std::string_view source) {
   manifest.model = document.at("model").raw().dump();
   const std::optional<JsonReader> tokenizer = document.find("tokenizer");
   manifest.tokenizer = tokenizer ? tokenizer->raw().dump() : "null";
+  if (tokenizer) manifest.tokenizer_file = read_tokenizer_file(*tokenizer);
 
   const JsonReader input = document.at("input");
   require(input.at("kind"), "tokens");

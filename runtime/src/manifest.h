@@ -31,6 +31,11 @@ struct StateTensor {
   std::vector<MemoryField> layout;
 };
 
+// What people call a field: "layers.0.memory.W0".
+inline std::string field_name(const StateTensor& state, const MemoryField& field) {
+  return state.name + "." + field.name;
+}
+
 struct Graph {
   std::string name;
   std::string file;
@@ -47,6 +52,7 @@ struct FileRecord {
 struct Manifest {
   std::string model;      // JSON text, for people
   std::string tokenizer;  // JSON text, for people
+  std::string tokenizer_file;  // empty: none
   std::string tokens_input;
   std::string position_input;
   std::string learn_input;

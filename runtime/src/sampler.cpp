@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "error.h"
+#include "logits.h"
 
 namespace titans::core {
 namespace {
@@ -33,17 +34,14 @@ Sampler::Sampler(const Sampling& sampling) : sampling_(sampling) {
 }
 
 std::int32_t Sampler::sample(const std::vector<float>& logits, std::uint64_t index) {
-  const auto top = std::max_element(logits.begin(), logits.end());
-  const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float logit) { return std::isnan(logit); });
-  if (has_nan || !std::isfinite(*top)) {
-    throw Error(TITANS_FAILED, "generate", "logits with a finite maximum", has_nan ? std::string("NaN") : text(*top),
-                "reset the stream, or check the model in full precision");
+  const float top = finite_maximum(logits.data(), logits.size(), "generate");
+  if (sampling_.temperature == 0.0) {
+    return static_cast<std::int32_t>(std::find(logits.begin(), logits.end(), top) - logits.begin());
   }
-  if (sampling_.temperature == 0.0) return static_cast<std::int32_t>(top - logits.begin());
 
   candidates_.clear();
   for (std::size_t token = 0; token < logits.size(); ++token) {
-    const double distance = static_cast<double>(logits[token]) - static_cast<double>(*top);
+    const double distance = static_cast<double>(logits[token]) - static_cast<double>(top);
     candidates_.push_back(
         {logits[token], static_cast<std::int32_t>(token), std::exp(distance / sampling_.temperature)});
   }

@@ -23,7 +23,7 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
       shape.insert(shape.end(), field.shape.begin(), field.shape.end());
       std::size_t extent = 1;
       for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
-      memories.push_back({state.name + "." + field.name, shape, elements / row * extent, index, field.offset, extent});
+      memories.push_back({field_name(state, field), shape, elements / row * extent, index, field.offset, extent});
     }
   }
   return memories;

@@ -6,13 +6,14 @@
 #include <utility>
 
 #include "error.h"
+#include "logits.h"
 #include "schedule.h"
 
 namespace titans::core {
 namespace {
 
 float log_probability(const float* logits, std::size_t vocab, std::int32_t token) {
-  const float most = *std::max_element(logits, logits + vocab);
+  const float most = finite_maximum(logits, vocab, "score");
   double sum = 0.0;  // of at least exp(0), so its logarithm is finite
   for (std::size_t i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(logits[i]) - static_cast<double>(most));
   return static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum));
@@ -61,6 +62,7 @@ void Stream::reset() {
   });
   current_ = next;
   position_ = 0;
+  std::fill(last_logits_.begin(), last_logits_.end(), 0.0F);
 }
 
 std::size_t Stream::free_set(std::size_t a, std::size_t b) const {

@@ -61,8 +61,9 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError("checkpoint", f"a folder {path}", got, "give the folder that holds config.json")
     config = read_config(path / CONFIG)
     tensors = _read_tensors(path / WEIGHTS)
+    with torch.device("meta"):  # shapes first: a wrong size in the configuration must not allocate it
+        _check(tensors, Titans(config), path / WEIGHTS)
     model = Titans(config)
-    _check(tensors, model, path / WEIGHTS)
     model.load_state_dict(tensors)
     digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
     tokenizer = path / TOKENIZER

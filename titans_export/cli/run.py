@@ -54,7 +54,12 @@ class Sampling:
 @click.option("--max-tokens", type=click.IntRange(0), default=256, help="Tokens to write at most.")
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, help="0 takes the most likely token each time.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Choose among the k most likely; 0: among all.")
-@click.option("--top-p", type=click.FloatRange(0, 1), default=1.0, help="Choose among the likeliest that make up p.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Choose among the likeliest that make up p.",
+)
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Leave out what is below p times the best.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Same seed, same tokens.")
 @click.option("--stop", multiple=True, help="End after this text has been written; may be given again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +60,15 @@ def verify(
     The runtime reads a stream whole, token by token and in random cuts, and every logit is compared: with the golden
     logits in BUNDLE or, with --against, with the checkpoint in PyTorch. Exit code 3 if one is too far off.
     """
+    if tolerance is not None and not math.isfinite(tolerance):
+        raise UsageError("verify", "--tolerance to be a finite number", str(tolerance), "give one, such as 1e-4")
     if text is not None and against is None:
         raise UsageError("verify", "--against with --text", "--text alone", "name the checkpoint to compare with")
     from ..bundle import read_bundle
     from ..verify import verify_stream
 
     opened = read_bundle(bundle)
-    limit = float(opened.manifest["golden"]["tolerance"]) if tolerance is None else tolerance
+    limit = opened.tolerance if tolerance is None else tolerance
     session = open_session(bundle, device, backend, threads)
     stream, reference = (
         _golden(opened, tokens) if against is None else _pytorch(opened, session, against, text, tokens, cuts)
@@ -95,10 +98,10 @@ def _pytorch(
 ) -> tuple[Tokens, Reference]:
     import numpy as np
 
-    from ..checkpoints import titans
+    from ..checkpoints import load_checkpoint
     from ..verify import PyTorch
 
-    checkpoint = titans.load(source)
+    checkpoint = load_checkpoint(source, bundle.manifest["model"]["source"].get("format", "titans"))
     if checkpoint.model.config.vocab_size != session.vocab_size:
         raise CheckpointError(
             "verify",

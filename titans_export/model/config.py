@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,10 +75,11 @@ class ModelConfig:
         need(self.variant in VARIANTS, f"variant to be one of {', '.join(VARIANTS)}", self.variant)
         for owner, names in (
             (self, ("vocab_size", "dim", "layers", "hidden")),
-            (m, ("heads", "head_dim", "chunk", "expansion", "conv")),
+            (m, ("heads", "head_dim", "chunk", "expansion")),
         ):
             for name in names:
                 need(getattr(owner, name) >= 1, f"{name} to be at least 1", getattr(owner, name))
+        need(m.conv >= 2, "memory.conv to be at least 2", m.conv)
         need(m.depth in (1, 2, 3), "memory.depth to be 1, 2 or 3", m.depth)
         need(m.activation in ACTIVATIONS, f"memory.activation to be one of {', '.join(ACTIVATIONS)}", m.activation)
         need(0 < m.step_limit < float("inf"), "memory.step_limit to be positive and finite", m.step_limit)
@@ -118,7 +119,7 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(values) - set(known)):
         raise CheckpointError("config", f"known keys in {where}", f"unknown key {unknown[0]!r}", "remove or correct it")
-    if missing := sorted(n for n, f in known.items() if f.default is MISSING and n not in values):
+    if missing := sorted(set(known) - set(values)):
         raise CheckpointError("config", f"key {missing[0]!r} in {where}", "none", "add it to config.json")
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
     for name, value in values.items():

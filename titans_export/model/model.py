@@ -75,11 +75,11 @@ class Titans(nn.Module):
         """
         batch, length = tokens.shape
         chunk, done, out = self.config.memory.chunk, 0, []
-        learning = torch.full((batch,), learn)
+        learning = torch.full((batch,), learn, device=tokens.device)
         while done < length:
             aligned = (position + done) % chunk == 0 and length - done >= chunk
             size = chunk if aligned else 1
-            where = torch.full((batch,), position + done, dtype=torch.int64)
+            where = torch.full((batch,), position + done, device=tokens.device)
             logits, state = self.step(tokens[:, done : done + size], state, Step(where, learning, aligned))
             out.append(logits)
             done += size

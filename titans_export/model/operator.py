@@ -175,17 +175,28 @@ def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     """
     lead = x.state.shape[:-1]
     state = _weights(spec, Layout.of(spec).unpack(x.state))
-    size, out, loss, norms, committed = spec.chunk_size, [], [], [], []
+    size = spec.chunk_size
+    out: list[Tensor] = []
+    loss: list[Tensor] = []
+    norms: list[Tensor] = []
+    committed: list[Tensor] = []
+    rejected: list[Tensor] = []
     parts = (t.split(size, -2) for t in (x.q, x.k, x.v))
     for q, k, v, gates in zip(*parts, x.gates.chunks(size), strict=True):
         y, new, losses = chunk_update(spec, state, q, k, v, coefficients(gates), x.norm_scale)
         state, norm, good = _guard(new, state, x.update_limit)
+        done = torch.ones_like(norm) if x.valid is None else x.valid[:, size * len(out), None].expand_as(norm)
         out.append(y)
         loss.append(losses if gates.active is None else losses * gates.active)
-        norms.append(norm)
-        committed.append(good)
-    count = torch.stack(committed).sum(0)
-    stats = [torch.cat(loss, -1).sum(-1), torch.stack(norms).amax(0), count, len(out) - count]
+        norms.append(torch.where(done > 0, norm, torch.zeros_like(norm)))
+        committed.append(done * good)
+        rejected.append(done * (1 - good))
+    stats = [
+        torch.cat(loss, -1).sum(-1),
+        torch.stack(norms).amax(0),
+        torch.stack(committed).sum(0),
+        torch.stack(rejected).sum(0),
+    ]
     return Update(torch.cat(out, -2), _pack_aligned(spec, state, lead), torch.stack(stats, -1))
 
 
@@ -269,8 +280,13 @@ def neural_memory_update(
     `Inputs`. Returns the whole pool with the rows of `slots` updated.
     """
     rows = state if slots is None else state[slots]
-    steps = torch.arange(q.shape[-2], device=q.device)
-    counts = None if valid is None else (steps < valid.unsqueeze(-1)).to(q.dtype)
+    counts = None
+    if valid is not None:
+        inside = torch.arange(q.shape[-2], device=q.device) < valid.unsqueeze(-1)
+        counts = inside.to(q.dtype)
+        # Padding may hold anything, NaN too, which no mask multiplies away.
+        tokens = inside[:, None, :, None]
+        q, k, v = (torch.where(tokens, x, torch.zeros_like(x)) for x in (q, k, v))
     active = counts
     if learn is not None:
         on = learn.to(q.dtype).unsqueeze(-1)

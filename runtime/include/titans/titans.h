@@ -41,10 +41,13 @@ TITANS_API const char* titans_version(void);
 /* Text of the last failure on this thread, "" if none. Valid until the next failing call on this thread. */
 TITANS_API const char* titans_last_error(void);
 
+/* Option structs may grow at their end, and struct_size says up to where the caller's goes. A struct of any version since
+ * the first is taken: what an older one lacks has its default, what a newer one adds is not read. */
+
 /* ---- sessions: a loaded bundle ---- */
 
 typedef struct titans_session_options {
-  size_t struct_size;          /* sizeof(titans_session_options): lets the struct grow */
+  size_t struct_size;          /* sizeof(titans_session_options), see above */
   const char* device;          /* "cpu" (default when NULL), later "cuda:0" */
   const char* backend;         /* NULL: choose by device; "onnxruntime" to insist */
   const char* backend_library; /* path of the vendor library, e.g. libonnxruntime.so.1; NULL: docs/runtime.md */
@@ -89,7 +92,8 @@ TITANS_API titans_status titans_stream_feed(titans_stream* stream, const int32_t
 TITANS_API titans_status titans_stream_step(titans_stream* stream, int32_t token, float* logits);
 
 /* Consumes `count` tokens and writes ln p(token i | all before it) to logprobs[0..count). On a stream that has consumed
- * nothing the first token is scored as uniform, -ln(vocab): the model has no distribution yet. */
+ * nothing the first token is scored as uniform, -ln(vocab): the model has no distribution yet. Logits with NaN or
+ * without a finite maximum are no distribution: TITANS_FAILED, and the stream is unchanged. */
 TITANS_API titans_status titans_stream_score(titans_stream* stream, const int32_t* tokens, size_t count,
                                              float* logprobs);
 
@@ -119,7 +123,7 @@ TITANS_API titans_status titans_stream_memory_read(const titans_stream* stream, 
 /* ---- generation ---- */
 
 typedef struct titans_sampling {
-  size_t struct_size;         /* sizeof(titans_sampling) */
+  size_t struct_size;         /* sizeof(titans_sampling), see above */
   float temperature;          /* 0: always the most likely token */
   int32_t top_k;              /* 0: off */
   float top_p;                /* 1: off */
@@ -138,7 +142,8 @@ TITANS_API void titans_sampling_init(titans_sampling* sampling);
 TITANS_API titans_status titans_generator_create(titans_stream* stream, const titans_sampling* sampling,
                                                  titans_generator** generator);
 /* Samples a token from the stream's last logits, feeds it to the stream, and returns it; *done = 1 and no token at the
- * end. After each call the stream has consumed exactly the tokens returned. */
+ * end. After each call the stream has consumed exactly the tokens returned. TITANS_INVALID_ARGUMENT where the stream was
+ * reset and has consumed nothing since; TITANS_FAILED on logits that titans_stream_score would refuse. */
 TITANS_API titans_status titans_generator_next(titans_generator* generator, int32_t* token, int* done);
 TITANS_API void titans_generator_destroy(titans_generator* generator);
 
