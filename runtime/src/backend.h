@@ -16,7 +16,7 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 1;
+inline constexpr std::uint32_t kBackendAbi = 2;
 
 // One state tensor in the memory of the device.
 class Buffer {

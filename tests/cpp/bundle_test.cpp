@@ -98,6 +98,18 @@ TEST_F(BundleTest, StateUnlikeTheManifest) {
   refuse({"state.safetensors", "other", "no such tensor"});
 }
 
+TEST_F(BundleTest, TheTokenizersFile) {
+  write_file(folder_.path() / "tokenizer.json", "{}");
+  nlohmann::json manifest = manifest_json();
+  manifest["tokenizer"] = {{"kind", "file"}, {"file", "tokenizer.json"}};
+  write_manifest(folder_.path(), manifest);
+  EXPECT_NO_THROW(core::Bundle{folder_.path()});
+  write_file(folder_.path() / "tokenizer.json", "[]");
+  refuse({"tokenizer.json", "hash"});
+  std::filesystem::remove(folder_.path() / "tokenizer.json");
+  refuse({"tokenizer.json", "No such file"});
+}
+
 TEST_F(BundleTest, AWeightThatIsNotThere) {
   nlohmann::json manifest = manifest_json();
   manifest["graphs"][2]["weights"] = {"F"};

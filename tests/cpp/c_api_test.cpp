@@ -1,6 +1,7 @@
 // The C interface where no backend is needed: bad pointers, sizes, and the life of errors.
 #include "titans/titans.h"
 
+#include <cstddef>
 #include <string>
 #include <thread>
 
@@ -70,9 +71,12 @@ TEST(CApi, NullReadsAsNothing) {
 
 TEST(CApi, OptionsOfAnotherSize) {
   titans_session_options options = default_options();
-  for (const std::size_t size : {std::size_t{0}, sizeof(options) - 1, sizeof(options) + 8}) {
+  titans_session* session = nullptr;
+  options.struct_size = sizeof(options) + 8;  // of a newer version
+  EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_FAILED);
+  EXPECT_TRUE(last_error_has("/nowhere"));
+  for (const std::size_t size : {std::size_t{0}, offsetof(titans_session_options, threads)}) {
     options.struct_size = size;
-    titans_session* session = nullptr;
     EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_INVALID_ARGUMENT);
     EXPECT_TRUE(last_error_has("struct_size"));
     EXPECT_EQ(session, nullptr);

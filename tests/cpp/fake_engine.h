@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backend.h"
@@ -16,7 +17,8 @@ namespace titans::test {
 // What a test wants of the engine and learns about it.
 struct FakeControl {
   std::vector<bool> in_place{false, false};
-  int fail_at = -1;  // the call that fails after it has spoilt its outputs, counted from 0
+  int fail_at = -1;            // the call that fails after it has spoilt its outputs, counted from 0
+  std::optional<float> spoil;  // every logit, from here on
   std::vector<std::size_t> calls;
   int workspaces = 0;
 };

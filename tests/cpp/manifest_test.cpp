@@ -33,6 +33,30 @@ TEST(Manifest, NotJson) {
   }
 }
 
+TEST(Manifest, DepthIsLimited) {
+  // Deep enough that going down by recursion would run out of stack.
+  const std::string deep = std::string(300000, '[') + std::string(300000, ']');
+  expect_error(TITANS_FAILED, {"manifest.json", "levels"}, [&] { core::Manifest::parse(deep); });
+  expect_error(TITANS_FAILED, {"levels"}, [&] { core::Manifest::parse("{\"model\": " + deep + "}"); });
+}
+
+TEST(Manifest, AnOutputIsNoInput) {
+  json manifest = manifest_json();
+  manifest["state"][0]["output"] = manifest["state"][0]["input"];
+  expect_error(TITANS_FAILED, {"state"}, [&] { parse(manifest); });
+}
+
+TEST(Manifest, FieldsOfTheMemoryHaveDifferentNames) {
+  json manifest = manifest_json();
+  for (json& state : manifest["state"]) {
+    if (!state.contains("layout")) continue;
+    state["layout"].push_back(state["layout"][0]);
+    expect_error(TITANS_FAILED, {"state", "shares a name"}, [&] { parse(manifest); });
+    return;
+  }
+  FAIL() << "no state with a layout in the test's manifest";
+}
+
 TEST(Manifest, ANewerSchemaIsUnsupportedWhateverElseItSays) {
   expect_error(TITANS_UNSUPPORTED, {"schema_version up to 1", "got 7"},
                [] { parse({{"format", "titans-bundle"}, {"schema_version", 7}}); });

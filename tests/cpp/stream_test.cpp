@@ -212,6 +212,34 @@ TEST_P(StreamTest, GeneratorFeedsWhatItReturns) {
   EXPECT_EQ(stream.position(), 5U);
 }
 
+TEST_P(StreamTest, AGeneratorOfAStreamThatWasReset) {
+  Stream stream(session_);
+  feed(stream, {1, 2});
+  core::Generator generator(stream, {}, -1, {});
+  generator.next();
+  stream.reset();
+  EXPECT_EQ(stream.last_logits(), std::vector<float>(kVocab, 0.0F));
+  expect_error(TITANS_INVALID_ARGUMENT, {"consumed a token"}, [&] { generator.next(); });
+  EXPECT_EQ(stream.position(), 0U);
+  feed(stream, {1});
+  EXPECT_TRUE(generator.next());
+}
+
+TEST_P(StreamTest, ScoreOfLogitsThatAreNoDistribution) {
+  for (const float wrong : {std::nanf(""), INFINITY, -INFINITY}) {
+    Stream stream(session_);
+    feed(stream, {1});
+    const auto twin = stream.fork();
+    control_.spoil = wrong;
+    std::vector<float> logprobs(3);
+    const Tokens tokens{1, 2, 3};
+    expect_error(TITANS_FAILED, {"score", "finite maximum"}, [&] { stream.score(tokens.data(), 3, logprobs.data()); });
+    EXPECT_EQ(stream.position(), 1U);
+    control_.spoil.reset();
+    EXPECT_EQ(feed(stream, {4, 5}), feed(*twin, {4, 5}));
+  }
+}
+
 TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
   Stream stream(session_);
   feed(stream, {1});

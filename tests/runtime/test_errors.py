@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from synthetic import write_manifest
 
 import titans_runtime as rt
@@ -177,4 +178,76 @@ def test_a_closed_stream(session: rt.Session) -> None:
     for use in (lambda: stream.feed([1]), lambda: stream.position, stream.fork, stream.memory):
         with pytest.raises(rt.Error) as caught:
             use()
+        check(caught.value, INVALID_ARGUMENT, "closed")
+
+
+def test_weights_of_another_type_than_the_graph_declares(copy: Path) -> None:
+    """ONNX Runtime would read one as the other."""
+    weights = load_file(copy / "weights.safetensors")
+    for name, value in weights.items():
+        if value.dtype == np.float32:
+            save_file({**weights, name: value.astype(np.float64)}, copy / "weights.safetensors")
+            edit(copy, lambda manifest: None)
+            refuse(copy, FAILED, name, "declares")
+    assert weights
+
+
+def test_weights_of_another_shape_than_the_graph_declares(copy: Path) -> None:
+    weights = load_file(copy / "weights.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name].reshape(-1)}, copy / "weights.safetensors")
+    edit(copy, lambda manifest: None)
+    refuse(copy, FAILED, name, "declares")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 2**32 + 1},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"max_tokens": 2**63},
+        {"max_tokens": -1},
+        {"seed": 2**64},
+        {"seed": -1},
+        {"stop": [True, 3]},
+    ],
+    ids=str,
+)
+def test_numbers_that_ctypes_would_cut(bundle: Path, options: dict[str, Any]) -> None:
+    with rt.Session(bundle) as session:
+        stream = session.stream()
+        stream.feed([1])
+        with pytest.raises(rt.Error) as caught:
+            stream.generate(**options)
+        check(caught.value, INVALID_ARGUMENT)
+        for tokens in ([[1, 2], [3]], [True, 5], [2**70]):
+            with pytest.raises(rt.Error) as caught:
+                stream.feed(tokens)  # type: ignore[arg-type]
+            check(caught.value, INVALID_ARGUMENT)
+        assert stream.position == 1
+
+
+def test_threads_and_texts_that_ctypes_would_cut(bundle: Path) -> None:
+    refuse(bundle, INVALID_ARGUMENT, "threads", threads=2**32 + 1)
+    refuse(bundle, INVALID_ARGUMENT, "NUL", device="cpu\0cuda")
+
+
+def test_a_generation_does_not_outlive_what_its_stream_read(bundle: Path) -> None:
+    with rt.Session(bundle) as session:
+        stream = session.stream()
+        stream.feed([1, 2, 3])
+        generation = stream.generate()
+        next(generation)
+        stream.reset()
+        with pytest.raises(rt.Error) as caught:
+            next(generation)
+        check(caught.value, INVALID_ARGUMENT, "consumed")
+        assert stream.position == 0
+        stream.feed([1])
+        generation = stream.generate()
+        stream.close()
+        with pytest.raises(rt.Error) as caught:
+            next(generation)
         check(caught.value, INVALID_ARGUMENT, "closed")

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ._library import INVALID_ARGUMENT, Error, SessionOptions, backend_library, check, lib
-from ._stream import Stream
+from ._stream import Stream, whole_number
 
 
 class Session:
@@ -37,7 +37,7 @@ class Session:
             backend=_encode(backend),
             backend_library=_encode(backend_library or _find_library(backend)),
             plugin_dir=_encode(plugin_dir),
-            threads=threads,
+            threads=whole_number(threads, "threads", 0, 2**31),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
@@ -71,7 +71,10 @@ class Session:
 
 
 def _encode(value: str | os.PathLike[str] | None) -> bytes | None:
-    return None if value is None else os.fsencode(value)
+    encoded = None if value is None else os.fsencode(value)
+    if encoded is not None and b"\0" in encoded:
+        raise Error(f"[session] expected text without NUL but got {value!r}; do correct it", INVALID_ARGUMENT)
+    return encoded
 
 
 def _find_library(backend: str | None) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import operator
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -23,6 +25,7 @@ class Stream:
     def __init__(self, handle: ctypes.c_void_p, vocab_size: int) -> None:
         self._handle = handle
         self._vocab_size = vocab_size
+        self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
 
     def feed(self, tokens: Tokens, logits: Literal["all", "last", "none"] = "all") -> Floats | None:
         """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None."""
@@ -69,22 +72,25 @@ class Stream:
         """
         if isinstance(stop, (bytes, str)):
             raise _wrong("stop to be a list of what ends the generation", repr(stop), "write [stop]")
+        if any(isinstance(entry, bool) for entry in stop):
+            raise _wrong("stop of token ids and sequences", "a bool", "pass token ids")
         singles = [entry for entry in stop if isinstance(entry, (int, np.integer))]
         sequences = [_token_array(entry).tolist() for entry in stop if not isinstance(entry, (int, np.integer))]
         if [] in sequences:
             raise _wrong("stop sequences of at least one token", "an empty one", "leave it out")
         ids = _token_array(singles)
-        if not 0 <= seed < 2**64:
-            raise _wrong("a seed in [0, 2**64)", str(seed), "choose another")
         sampling = Sampling()
         lib.titans_sampling_init(ctypes.byref(sampling))
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p = temperature, top_k, top_p, min_p
-        sampling.seed = seed
-        sampling.max_tokens = -1 if max_tokens is None else max_tokens
+        sampling.temperature, sampling.top_p, sampling.min_p = temperature, top_p, min_p
+        sampling.top_k = whole_number(top_k, "top_k", 0, 2**31)
+        sampling.seed = whole_number(seed, "seed", 0, 2**64)
+        sampling.max_tokens = -1 if max_tokens is None else whole_number(max_tokens, "max_tokens", 0, 2**63)
         sampling.stop_tokens, sampling.stop_count = _tokens(ids), ids.size
         handle = ctypes.c_void_p()
         check(lib.titans_generator_create(self._open(), ctypes.byref(sampling), ctypes.byref(handle)))
-        return _Generation(self, handle, sequences)
+        generation = _Generation(self, handle, sequences)
+        self._generations.add(generation)
+        return generation
 
     def reset(self) -> None:
         """Back to a fresh memory at position 0. Whether the stream learns is kept."""
@@ -130,7 +136,9 @@ class Stream:
         return fields
 
     def close(self) -> None:
-        """Gives the state back. Closing twice does nothing."""
+        """Gives the state back and ends its generations. Closing twice does nothing."""
+        for generation in list(self._generations):
+            generation.close()
         handle, self._handle = self._handle, ctypes.c_void_p()
         lib.titans_stream_destroy(handle)
 
@@ -173,8 +181,24 @@ class _Generation(Iterator[int]):
         self._tail.append(token.value)
         return token.value
 
+    def close(self) -> None:
+        """Ends the generation. The stream calls it before it goes."""
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        lib.titans_generator_destroy(handle)
+
     def __del__(self) -> None:
-        lib.titans_generator_destroy(self._handle)
+        self.close()
+
+
+def whole_number(value: int, name: str, low: int, end: int) -> int:
+    """The value, if it is an integer in [low, end): ctypes would cut it to size without a word."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise _wrong(f"{name} to be an integer", repr(value), "pass one") from None
+    if isinstance(value, bool) or not low <= number < end:
+        raise _wrong(f"{name} in [{low}, {end})", repr(value), "choose another")
+    return number
 
 
 def _wrong(expected: str, got: str, advice: str) -> Error:
@@ -183,7 +207,12 @@ def _wrong(expected: str, got: str, advice: str) -> Error:
 
 def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
     """Any one-dimensional sequence of integers as int32, without letting a value wrap."""
-    values = np.frombuffer(tokens, np.uint8) if isinstance(tokens, (bytes, bytearray)) else np.asarray(tokens)
+    if isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens):
+        raise _wrong("tokens as bytes or integers", "a bool", "pass token ids")
+    try:
+        values = np.frombuffer(tokens, np.uint8) if isinstance(tokens, (bytes, bytearray)) else np.asarray(tokens)
+    except (ValueError, OverflowError) as error:
+        raise _wrong("tokens in one dimension", str(error), "pass one stream's tokens") from None
     if values.ndim != 1:
         raise _wrong("tokens in one dimension", f"shape {values.shape}", "pass one stream's tokens")
     if values.size == 0:

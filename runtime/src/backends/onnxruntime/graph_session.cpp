@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "backends/onnxruntime/host_tensor.h"
+#include "backends/onnxruntime/initializers.h"
 #include "error.h"
+#include "mapped_file.h"
 
 namespace titans::core {
 namespace {
@@ -26,6 +28,27 @@ bool wants_prepacking(const Bundle& bundle, const Graph& graph) {
   return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
     return bundle.weights().find(name)->second.dtype != DType::kFloat32;
   });
+}
+
+// That the weights are what the graph declares.
+void check_weights(const Bundle& bundle, const Graph& graph) {
+  const MappedFile file(bundle.folder() / graph.file);
+  const std::map<std::string, Initializer> declared = read_initializers(file.text(), graph.file);
+  for (const std::string& name : graph.weights) {
+    const TensorView& weight = bundle.weights().find(name)->second;
+    const std::string got = text(dtype_info(weight.dtype).name, " ", shape_text(weight.shape));
+    const auto entry = declared.find(name);
+    if (entry == declared.end()) {
+      throw Error(TITANS_FAILED, graph.file, text("an initialiser ", name), "none", kAdvice);
+    }
+    const Initializer& wanted = entry->second;
+    if (wanted.type != static_cast<std::int64_t>(ort_type(weight.dtype)) || wanted.shape != weight.shape) {
+      throw Error(TITANS_FAILED, bundle.manifest().weights_file,
+                  text(name, " of ONNX element type ", wanted.type, " ", shape_text(wanted.shape), ", as ", graph.file,
+                       " declares it"),
+                  got, "export the bundle again");
+    }
+  }
 }
 
 OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph& graph, bool spin) {
@@ -126,6 +149,7 @@ void check_signatures(const Signatures& expected, const Signatures& found, const
 
 OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, bool spin) {
   const OrtLibrary& library = share.library;
+  check_weights(share.bundle, graph);
   const OrtHandle<OrtSessionOptions> options = make_options(share, graph, spin);
   const std::string path = (share.bundle.folder() / graph.file).string();
   OrtSession* raw = nullptr;

@@ -1,0 +1,7 @@
+include(${CMAKE_CURRENT_LIST_DIR}/titansTargets.cmake)
+# titans.hpp is C++17. A project of C alone knows no features of C++.
+get_property(titans_languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+if(CXX IN_LIST titans_languages)
+  set_property(TARGET titans::titans APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_17)
+endif()
+unset(titans_languages)
