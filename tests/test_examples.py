@@ -14,6 +14,7 @@ import pytest
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
+pytest_plugins = ["cli_fixtures"]
 ROOT = Path(__file__).parent.parent
 
 

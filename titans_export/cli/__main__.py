@@ -1,3 +1,25 @@
-from . import main
+"""The program: `titans-export`, or `python -m titans_export.cli`."""
 
-main()
+from __future__ import annotations
+
+import os
+import sys
+
+from . import main
+from .command import Interrupted
+
+
+def run() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    try:
+        main()
+    except Interrupted as end:
+        # An interrupt that passed through code compiled at run time, such as torch.fx's, is remembered by Python, which
+        # would end by SIGINT whatever was made of it since.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+if __name__ == "__main__":
+    run()

@@ -49,6 +49,10 @@ class Command(click.Command):
             raise
 
 
+class Interrupted(SystemExit):
+    """The program's end after Ctrl-C or SIGTERM, once all that was half-done has been undone."""
+
+
 class Program(click.Group):
     """The group of commands. Whatever ends it, it ends with one of the documented exit codes."""
 
@@ -66,6 +70,8 @@ class Program(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             message, code = explain(error)
             click.echo(f"{NAME}: {message}", err=True)
+            if isinstance(error, (KeyboardInterrupt, click.Abort)):
+                raise Interrupted(code) from None
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
