@@ -50,8 +50,8 @@ struct FileRecord {
 };
 
 struct Manifest {
-  std::string model;      // JSON text, for people
-  std::string tokenizer;  // JSON text, for people
+  std::string model;           // JSON text, for people
+  std::string tokenizer;       // JSON text, for people
   std::string tokenizer_file;  // empty: none
   std::string tokens_input;
   std::string position_input;

@@ -41,8 +41,8 @@ TITANS_API const char* titans_version(void);
 /* Text of the last failure on this thread, "" if none. Valid until the next failing call on this thread. */
 TITANS_API const char* titans_last_error(void);
 
-/* Option structs may grow at their end, and struct_size says up to where the caller's goes. A struct of any version since
- * the first is taken: what an older one lacks has its default, what a newer one adds is not read. */
+/* Option structs may grow at their end, and struct_size says up to where the caller's goes. A struct of any version
+ * since the first is taken: what an older one lacks has its default, what a newer one adds is not read. */
 
 /* ---- sessions: a loaded bundle ---- */
 
@@ -142,8 +142,8 @@ TITANS_API void titans_sampling_init(titans_sampling* sampling);
 TITANS_API titans_status titans_generator_create(titans_stream* stream, const titans_sampling* sampling,
                                                  titans_generator** generator);
 /* Samples a token from the stream's last logits, feeds it to the stream, and returns it; *done = 1 and no token at the
- * end. After each call the stream has consumed exactly the tokens returned. TITANS_INVALID_ARGUMENT where the stream was
- * reset and has consumed nothing since; TITANS_FAILED on logits that titans_stream_score would refuse. */
+ * end. After each call the stream has consumed exactly the tokens returned. TITANS_INVALID_ARGUMENT where the stream
+ * was reset and has consumed nothing since; TITANS_FAILED on logits that titans_stream_score would refuse. */
 TITANS_API titans_status titans_generator_next(titans_generator* generator, int32_t* token, int* done);
 TITANS_API void titans_generator_destroy(titans_generator* generator);
 
