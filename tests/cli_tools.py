@@ -87,7 +87,8 @@ def reseal(bundle: Path, **changes: Any) -> None:
     """Changes keys of the manifest and makes sizes and hashes right for the files as they are."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest.update(changes)
-    for name in manifest["files"]:
+    extra = {"tokenizer.json"} if (bundle / "tokenizer.json").exists() else set()
+    for name in extra.union(manifest["files"]):
         raw = (bundle / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "xxh3_128": xxhash.xxh3_128_hexdigest(raw)}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
