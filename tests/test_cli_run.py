@@ -172,6 +172,7 @@ class TestTokenizers:
 
     def test_the_package_is_missing(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tokenizers", None)
+        (bundle / "tokenizer.json").write_text("{}")
         reseal(bundle, tokenizer={"kind": "file", "file": "tokenizer.json"})
         invoke("run", bundle, "--prompt", "a").check_failure(4, "pip install tokenizers")
 
