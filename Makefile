@@ -38,7 +38,7 @@ CXX_SOURCES = $(shell find runtime plugins tests examples -type f \
   \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
 PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
 
-.PHONY: help setup run-setup test test-cpp test-python lint format demo clean
+.PHONY: help setup run-setup kernels test test-cpp test-python lint format demo clean
 
 help:
 	@sed -n '1,/^$$/{s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
@@ -117,7 +117,20 @@ $(TEST_BUNDLE): tests/runtime/synthetic.py | setup
 	@PYTHONPATH=tests/runtime $(VENV)/bin/python -c "import pathlib, synthetic as s; \
 	  s.write_bundle(pathlib.Path('$@'), s.Weights.random())"
 
-test-python: setup
+# Programs around the bare kernel, from the objects of the runtime's own build; for aarch64 where there is a compiler.
+kernels: $(STAMPS)/kernels $(if $(shell command -v aarch64-linux-gnu-g++),$(STAMPS)/kernels-aarch64)
+
+$(STAMPS)/kernels: $(RUNTIME_SOURCES) | $(STAMPS)/runtime
+	@cmake --build build/runtime --target neural_memory_run >build/kernels.log || { cat build/kernels.log; exit 1; }
+	@touch $@
+
+$(STAMPS)/kernels-aarch64: $(RUNTIME_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
+	@echo "[test] the kernel for aarch64 (first build about 60 s)"
+	@{ cmake --preset aarch64 && cmake --build --preset aarch64 --target neural_memory_run; } >build/aarch64.log || \
+	  { cat build/aarch64.log; exit 1; }
+	@touch $@
+
+test-python: setup kernels
 	@echo "[test] pytest"
 	@$(VENV)/bin/python -m pytest -q $(PYTEST)
 

@@ -1,0 +1,580 @@
+// One head of the operator: retrieval and update of its memory over the tokens of a call (docs/operator.md has the
+// equations; names are those of the packed row). Compiled once for each instruction set.
+//
+// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matrix
+// products; a single token is a handful of passes over W and S. Inside a chunk W and S are only read.
+
+#if defined(TITANS_HEAD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_HEAD_INL_H_
+#undef TITANS_HEAD_INL_H_
+#else
+#define TITANS_HEAD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "plugins/kernels/cpu_head.h"
+#include "plugins/kernels/fold-inl.h"
+#include "plugins/kernels/gemv-inl.h"
+#include "plugins/kernels/product-inl.h"
+#include "plugins/kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace titans::kernels::HWY_NAMESPACE {
+
+inline constexpr float kLayerNormEpsilon = 1e-5F;
+
+// A matrix of some rows: the open chunk's left and right lie in the packed row without gaps, those of a block that is a
+// whole chunk in scratch.
+struct Rows {
+  float* data = nullptr;
+  std::size_t stride = 0;
+  float* operator[](std::size_t row) const { return data + row * stride; }
+};
+
+template <class Storage>
+class HeadRun {
+ public:
+  HeadRun(const Plan& plan, const Head& head, Scratch& scratch)
+      : c_(plan.configuration),
+        layout_(plan.layout),
+        head_(head),
+        scratch_(scratch),
+        depth_(c_.depth),
+        chunk_(static_cast<std::size_t>(c_.chunk_size)),
+        width_(static_cast<std::size_t>(c_.widths[0])) {}
+
+  void update() {
+    const auto tokens = static_cast<std::size_t>(head_.tokens);
+    auto fill = static_cast<std::size_t>(head_.fill);
+    for (std::size_t done = 0; done < tokens;) {
+      const std::size_t count = HWY_MIN(tokens - done, chunk_ - fill);
+      const bool whole = count == chunk_;
+      if (count == 1 && !whole) {
+        open_rows();
+        load_coefficients(fill);
+        token(done, fill);
+      } else {
+        unpack_weights();
+        whole ? whole_rows(done) : open_rows();
+        load_coefficients(fill);
+        block(done, fill, count);
+      }
+      done += count;
+      fill += count;
+      if (fill == chunk_) {
+        unpack_weights();
+        close_chunk();
+        fill = 0;
+      } else {
+        store_coefficients();
+      }
+    }
+  }
+
+  void read() {
+    const auto tokens = static_cast<std::size_t>(head_.tokens);
+    if (tokens == 1) {
+      const float* x = head_.q;
+      for (int i = 0; i < depth_; ++i) {
+        float* h = scratch_.x[static_cast<std::size_t>(i & 1)];
+        gemv<Pass::kOne>(Gemv<Storage>{in(i), out(i), stored_w(i), nullptr, x, nullptr, nullptr, h, nullptr});
+        if (i + 1 < depth_) activate_row(h, out(i), h, nullptr);
+        x = h;
+      }
+      finish_row(x, head_.q, head_.y);
+      return;
+    }
+    unpack_weights();
+    // Blocks of a chunk, since scratch is made for them.
+    for (std::size_t done = 0; done < tokens; done += chunk_) {
+      const std::size_t count = HWY_MIN(tokens - done, chunk_);
+      const float* q = head_.q + done * width_;
+      Rows x{const_cast<float*>(q), width_};
+      for (int i = 0; i < depth_; ++i) {
+        const Rows next{scratch_.x[static_cast<std::size_t>(i & 1)], padded(out(i))};
+        const Product products[] = {{x.data, x.stride, weights_w(i), out(i), in(i)}};
+        if (i + 1 < depth_) {
+          activated(products, count, out(i),
+                    [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n)
+                        HWY_ATTR { store(act.value, next[row] + column, n); });
+        } else {
+          plain(products, count, out(i), next);
+        }
+        x = next;
+      }
+      for (std::size_t t = 0; t < count; ++t) finish_row(x[t], q + t * width_, head_.y + (done + t) * width_);
+    }
+  }
+
+ private:
+  using Element = typename Storage::Element;
+  static constexpr bool kDirect = sizeof(Element) == sizeof(float);
+
+  std::size_t in(int layer) const { return static_cast<std::size_t>(c_.in(layer)); }
+  std::size_t out(int layer) const { return static_cast<std::size_t>(c_.out(layer)); }
+  std::size_t index(int layer) const { return static_cast<std::size_t>(layer); }
+  float* field(std::int64_t offset) const { return head_.row + offset; }
+  Element* stored_w(int i) const { return reinterpret_cast<Element*>(field(layout_.w[index(i)])); }
+  Element* stored_s(int i) const { return reinterpret_cast<Element*>(field(layout_.s[index(i)])); }
+
+  // W and S in float32: the state itself, or a copy of it that unpack_weights has made.
+  float* weights_w(int i) const { return kDirect ? field(layout_.w[index(i)]) : scratch_.w[index(i)]; }
+  float* weights_s(int i) const { return kDirect ? field(layout_.s[index(i)]) : scratch_.s[index(i)]; }
+
+  void unpack_weights() {
+    if (kDirect || unpacked_) return;
+    unpacked_ = true;
+    for (int i = 0; i < depth_; ++i) {
+      each_vector(in(i) * out(i), [&](std::size_t at, std::size_t n) HWY_ATTR {
+        store(Storage::load(stored_w(i) + at, n), weights_w(i) + at, n);
+        store(Storage::load(stored_s(i) + at, n), weights_s(i) + at, n);
+      });
+    }
+  }
+
+  // ---- where the block's surprises go, and the chunk's coefficients ----
+
+  void open_rows() {
+    for (int i = 0; i < depth_; ++i) {
+      left_[i] = {field(layout_.left[index(i)]), in(i)};
+      right_[i] = {field(layout_.right[index(i)]), out(i)};
+    }
+  }
+
+  void whole_rows(std::size_t done) {
+    for (int i = 0; i < depth_; ++i) {
+      left_[i] = {scratch_.left[index(i)], padded(in(i))};
+      right_[i] = {scratch_.right[index(i)], padded(out(i))};
+    }
+    // The keys serve where they are; nothing writes to them.
+    left_[0] = {const_cast<float*>(head_.k) + done * width_, width_};
+  }
+
+  void load_coefficients(std::size_t fill) {
+    if (fill == 0) {
+      m_ = beta_ = 1.0F;
+      f_ = 0.0F;
+    } else {
+      m_ = *field(layout_.m);
+      f_ = *field(layout_.f);
+      beta_ = *field(layout_.beta);
+      std::memcpy(scratch_.e, field(layout_.e), fill * sizeof(float));
+      std::memcpy(scratch_.a, field(layout_.a), fill * sizeof(float));
+    }
+    const std::size_t rest = padded(chunk_) - fill;
+    std::memset(scratch_.e + fill, 0, rest * sizeof(float));
+    std::memset(scratch_.a + fill, 0, rest * sizeof(float));
+  }
+
+  void store_coefficients() {
+    std::memcpy(field(layout_.e), scratch_.e, chunk_ * sizeof(float));
+    std::memcpy(field(layout_.a), scratch_.a, chunk_ * sizeof(float));
+    *field(layout_.m) = m_;
+    *field(layout_.f) = f_;
+    *field(layout_.beta) = beta_;
+  }
+
+  // Takes token `at` of the call, the chunk's token t, into e, a, m, f and beta.
+  void advance(std::size_t at, std::size_t t) {
+    if (!head_.learn) return;  // e and a of the token are zero already
+    const float eta = head_.momentum[at], keep = 1.0F - head_.forget_gate[at];
+    const Vector etas = hn::Set(Floats(), eta), keeps = hn::Set(Floats(), keep);
+    float *e = scratch_.e, *a = scratch_.a;
+    for (std::size_t s = 0; s < t; s += kLanes) {
+      hn::StoreU(hn::Mul(etas, hn::LoadU(Floats(), e + s)), Floats(), e + s);
+    }
+    e[t] = head_.step_size[at];
+    for (std::size_t s = 0; s <= t; s += kLanes) {
+      hn::StoreU(hn::MulAdd(keeps, hn::LoadU(Floats(), a + s), hn::LoadU(Floats(), e + s)), Floats(), a + s);
+    }
+    m_ *= eta;
+    f_ = keep * f_ + m_;
+    beta_ *= keep;
+  }
+
+  // ---- several tokens: [done, done + count) of the call, rows [fill, fill + count) of the chunk ----
+
+  void block(std::size_t done, std::size_t fill, std::size_t count) {
+    const std::size_t stride = padded(chunk_);
+    for (std::size_t t = 0; t < count; ++t) {
+      advance(done + t, fill + t);
+      std::memcpy(scratch_.rows_a + t * stride, scratch_.a, stride * sizeof(float));
+      scratch_.rows_f[t] = f_;
+      scratch_.rows_beta[t] = beta_;
+    }
+    if (head_.learn) {
+      surprise(done, fill, count);
+    } else if (count < chunk_) {
+      no_surprise(fill, count);
+    }
+    // The last tokens that may have learned anything.
+    retrieve(done, fill, count, head_.learn ? fill + count : fill);
+  }
+
+  // left and right of tokens that learn nothing: anything finite, as it counts zero times.
+  void no_surprise(std::size_t fill, std::size_t count) {
+    for (int i = 0; i < depth_; ++i) {
+      for (std::size_t t = fill; t < fill + count; ++t) {
+        fill_row(left_[i][t], 0.0F, in(i));
+        fill_row(right_[i][t], 0.0F, out(i));
+      }
+    }
+  }
+
+  void surprise(std::size_t done, std::size_t fill, std::size_t count) {
+    const float* k = head_.k + done * width_;
+    const float* v = head_.v + done * width_;
+    if (left_[0].data + fill * left_[0].stride != k) {
+      for (std::size_t t = 0; t < count; ++t) std::memcpy(left_[0][fill + t], k + t * width_, width_ * sizeof(float));
+    }
+    const int last = depth_ - 1;
+    for (int i = 0; i < last; ++i) {
+      const Rows next{left_[i + 1][fill], left_[i + 1].stride};
+      const Rows derivative{scratch_.derivative[index(i)], padded(out(i))};
+      const Product products[] = {{left_[i][fill], left_[i].stride, weights_w(i), out(i), in(i)}};
+      activated(products, count, out(i),
+                [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                  store(act.value, next[row] + column, n);
+                  store(act.derivative, derivative[row] + column, n);
+                });
+    }
+    const Rows error{right_[last][fill], right_[last].stride};
+    const Product products[] = {{left_[last][fill], left_[last].stride, weights_w(last), out(last), in(last)}};
+    plain(products, count, out(last), error);
+    for (std::size_t t = 0; t < count; ++t) loss_ += error_row(error[t], k + t * width_, v + t * width_);
+    for (int i = last; i > 0; --i) {
+      const std::size_t stride = padded(in(i));
+      transpose(weights_w(i), out(i), in(i), out(i), scratch_.transposed, stride);
+      const Rows to{right_[i - 1][fill], right_[i - 1].stride};
+      const Rows derivative{scratch_.derivative[index(i - 1)], padded(in(i))};
+      const Product backward[] = {{right_[i][fill], right_[i].stride, scratch_.transposed, stride, out(i)}};
+      multiply<Part::kAll>(backward, count, in(i), 0,
+                           [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                             store(hn::Mul(sum, load(derivative[row] + column, n)), to[row] + column, n);
+                           });
+    }
+  }
+
+  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x left^T) right.
+  // `rows`: how many of the chunk's tokens may have learned.
+  void retrieve(std::size_t done, std::size_t fill, std::size_t count, std::size_t rows) {
+    const float* q = head_.q + done * width_;
+    Rows x{const_cast<float*>(q), width_};
+    Rows x_beta{scratch_.x_beta[1], padded(width_)}, x_f{scratch_.x_f[1], padded(width_)};
+    for (std::size_t t = 0; t < count; ++t) {
+      scale_row(x[t], scratch_.rows_beta[t], width_, x_beta[t]);
+      scale_row(x[t], scratch_.rows_f[t], width_, x_f[t]);
+    }
+    const std::size_t stride = padded(chunk_);
+    const Rows a{scratch_.rows_a, stride}, scores{scratch_.scores, stride};
+    for (int i = 0; i < depth_; ++i) {
+      transpose(left_[i].data, left_[i].stride, rows, in(i), scratch_.transposed, stride);
+      const Product with_left[] = {{x.data, x.stride, scratch_.transposed, stride, in(i)}};
+      multiply<Part::kLower>(with_left, count, rows, fill,
+                             [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                               store(hn::Neg(hn::Mul(sum, load(a[row] + column, n))), scores[row] + column, n);
+                             });
+      const Product products[] = {{x_beta.data, x_beta.stride, weights_w(i), out(i), in(i)},
+                                  {x_f.data, x_f.stride, weights_s(i), out(i), in(i)},
+                                  {scores.data, stride, right_[i].data, right_[i].stride, rows, true, fill}};
+      const std::size_t side = static_cast<std::size_t>(i & 1);
+      const Rows next{scratch_.x[side], padded(out(i))};
+      if (i + 1 < depth_) {
+        const Rows next_beta{scratch_.x_beta[side], padded(out(i))}, next_f{scratch_.x_f[side], padded(out(i))};
+        activated(products, count, out(i),
+                  [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                    store(act.value, next[row] + column, n);
+                    store(hn::Mul(act.value, hn::Set(Floats(), scratch_.rows_beta[row])), next_beta[row] + column, n);
+                    store(hn::Mul(act.value, hn::Set(Floats(), scratch_.rows_f[row])), next_f[row] + column, n);
+                  });
+        x_beta = next_beta;
+        x_f = next_f;
+      } else {
+        plain(products, count, out(i), next);
+      }
+      x = next;
+    }
+    for (std::size_t t = 0; t < count; ++t) finish_row(x[t], q + t * width_, head_.y + (done + t) * width_);
+  }
+
+  // ---- one token: `at` of the call, row `fill` of the chunk ----
+
+  void token(std::size_t at, std::size_t fill) {
+    advance(at, fill);
+    const float* q = head_.q + at * width_;
+    const float* k = head_.k + at * width_;
+    const int last = depth_ - 1;
+    float* x = scratch_.x[0];
+    float* x_beta = scratch_.x_beta[0];
+    float* x_f = scratch_.x_f[0];
+    scale_row(q, beta_, width_, x_beta);
+    scale_row(q, f_, width_, x_f);
+    if (head_.learn) {
+      std::memcpy(left_[0][fill], k, width_ * sizeof(float));
+      float* z = last == 0 ? right_[0][fill] : left_[1][fill];
+      gemv<Pass::kTwoMore>(Gemv<Storage>{in(0), out(0), stored_w(0), stored_s(0), x_beta, x_f, left_[0][fill], x, z});
+      for (int i = 0; i < last; ++i) {
+        activate_row(left_[i + 1][fill], out(i), left_[i + 1][fill], scratch_.derivative[index(i)]);
+        z = i + 1 == last ? right_[last][fill] : left_[i + 2][fill];
+        gemv<Pass::kOne>(Gemv<Storage>{in(i + 1), out(i + 1), stored_w(i + 1), nullptr, left_[i + 1][fill], nullptr,
+                                       nullptr, z, nullptr});
+      }
+      loss_ += error_row(right_[last][fill], k, head_.v + at * width_);
+      for (int i = last; i > 0; --i) {
+        float* to = right_[i - 1][fill];
+        gemv_transposed<Storage>(stored_w(i), in(i), out(i), right_[i][fill], to);
+        const float* derivative = scratch_.derivative[index(i - 1)];
+        each_vector(in(i), [&](std::size_t j, std::size_t n)
+                               HWY_ATTR { store(hn::Mul(load(to + j, n), load(derivative + j, n)), to + j, n); });
+      }
+    } else {
+      no_surprise(fill, 1);
+      gemv<Pass::kTwo>(Gemv<Storage>{in(0), out(0), stored_w(0), stored_s(0), x_beta, x_f, nullptr, x, nullptr});
+    }
+    const std::size_t rows = head_.learn ? fill + 1 : fill;
+    add_surprises(0, rows, q, x);
+    for (int i = 1; i < depth_; ++i) {
+      activate_row(x, in(i), x, nullptr);
+      scale_row(x, beta_, in(i), x_beta);
+      scale_row(x, f_, in(i), x_f);
+      float* h = scratch_.x[index(i & 1)];
+      gemv<Pass::kTwo>(Gemv<Storage>{in(i), out(i), stored_w(i), stored_s(i), x_beta, x_f, nullptr, h, nullptr});
+      add_surprises(i, rows, x, h);
+      x = h;
+    }
+    finish_row(x, q, head_.y + at * width_);
+  }
+
+  // h <- h - sum_s a_s (x . left_s) right_s over the chunk's first `rows` tokens.
+  void add_surprises(int i, std::size_t rows, const float* x, float* h) {
+    gemv_transposed<Float32>(left_[i].data, rows, in(i), x, scratch_.scores);
+    each_vector(rows, [&](std::size_t s, std::size_t n) HWY_ATTR {
+      store(hn::Mul(load(scratch_.scores + s, n), load(scratch_.a + s, n)), scratch_.scores + s, n);
+    });
+    float* sum = scratch_.transposed;
+    gemv<Pass::kOne>(
+        Gemv<Float32>{rows, out(i), right_[i].data, nullptr, scratch_.scores, nullptr, nullptr, sum, nullptr});
+    each_vector(out(i), [&](std::size_t j, std::size_t n)
+                            HWY_ATTR { store(hn::Sub(load(h + j, n), load(sum + j, n)), h + j, n); });
+  }
+
+  // ---- the end of a chunk ----
+
+  void close_chunk() {
+    const bool untouched = beta_ == 1.0F && f_ == 0.0F && m_ == 1.0F && all_zero(scratch_.e) && all_zero(scratch_.a);
+    float norm = 0.0F;
+    bool commit = true;
+    if (!untouched) {
+      const bool guarded = head_.update_limit != nullptr;
+      float squares = 0.0F;
+      for (int i = 0; i < depth_; ++i) squares += fold(i, guarded);
+      norm = std::sqrt(squares);
+      commit = !guarded || norm <= *head_.update_limit;  // false for NaN
+      if (commit) commit_weights(guarded);
+    }
+    std::memset(scratch_.e, 0, chunk_ * sizeof(float));
+    std::memset(scratch_.a, 0, chunk_ * sizeof(float));
+    m_ = beta_ = 1.0F;
+    f_ = 0.0F;
+    store_coefficients();
+    if (!(norm <= update_norm_) && !std::isnan(update_norm_)) update_norm_ = norm;  // a NaN stays
+    (commit ? committed_ : rejected_) += 1.0F;
+  }
+
+  bool all_zero(const float* values) const {
+    return std::all_of(values, values + chunk_, [](float x) { return x == 0.0F; });
+  }
+
+  // Folds layer i, in place or to where a guarded fold waits.
+  float fold(int i, bool guarded) {
+    const std::size_t stride = padded(out(i));
+    for (std::size_t s = 0; s < chunk_; ++s) {
+      scale_row(right_[i][s], -scratch_.a[s], out(i), scratch_.right_a + s * stride);
+      scale_row(right_[i][s], -scratch_.e[s], out(i), scratch_.right_e + s * stride);
+    }
+    const Fold fold{in(i),
+                    out(i),
+                    chunk_,
+                    left_[i].data,
+                    left_[i].stride,
+                    scratch_.right_a,
+                    scratch_.right_e,
+                    stride,
+                    beta_,
+                    f_,
+                    m_,
+                    weights_w(i),
+                    weights_s(i),
+                    guarded ? scratch_.w_next[index(i)] : weights_w(i),
+                    guarded ? scratch_.s_next[index(i)] : weights_s(i)};
+    return fold_layer(fold, [](Vector v) HWY_ATTR { return Storage::round(v); });
+  }
+
+  void commit_weights(bool guarded) {
+    for (int i = 0; i < depth_; ++i) {
+      const std::size_t count = in(i) * out(i);
+      if (guarded) {
+        std::memcpy(weights_w(i), scratch_.w_next[index(i)], count * sizeof(float));
+        std::memcpy(weights_s(i), scratch_.s_next[index(i)], count * sizeof(float));
+      }
+      if constexpr (!kDirect) {
+        each_vector(count, [&](std::size_t at, std::size_t n) HWY_ATTR {
+          Storage::store(load(weights_w(i) + at, n), stored_w(i) + at, n);
+          Storage::store(load(weights_s(i) + at, n), stored_s(i) + at, n);
+        });
+      }
+    }
+  }
+
+  // ---- rows ----
+
+  void activate_row(const float* z, std::size_t size, float* value, float* derivative) {
+    each_vector(size, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      const Vector zs = load(z + i, n);
+      const Activated act =
+          c_.activation == Activation::kSilu ? activate<Activation::kSilu>(zs) : activate<Activation::kGelu>(zs);
+      store(act.value, value + i, n);
+      if (derivative != nullptr) store(act.derivative, derivative + i, n);
+    });
+  }
+
+  // Mean and reciprocal standard deviation of a row, as LayerNorm takes them.
+  struct Moments {
+    float mean, reciprocal;
+  };
+  Moments moments(const float* z) const {
+    const auto size = static_cast<float>(width_);
+    const float mean =
+        sum_vectors(width_, [&](std::size_t i, std::size_t n) HWY_ATTR { return load(z + i, n); }) / size;
+    const Vector means = hn::Set(Floats(), mean);
+    const float squares = sum_vectors(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      // Lanes beyond the row would add mean^2 each.
+      const Vector centred = hn::IfThenElseZero(hn::FirstN(Floats(), n), hn::Sub(load(z + i, n), means));
+      return hn::Mul(centred, centred);
+    });
+    return {mean, 1.0F / std::sqrt(squares / size + kLayerNormEpsilon)};
+  }
+
+  // y = M(x) from f(x): norm and residual.
+  void finish_row(const float* f, const float* x, float* y) const {
+    const Moments norm = c_.layer_norm ? moments(f) : Moments{0.0F, 1.0F};
+    each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      Vector out = load(f + i, n);
+      if (c_.layer_norm) {
+        out = hn::Mul(hn::Sub(out, hn::Set(Floats(), norm.mean)), hn::Set(Floats(), norm.reciprocal));
+        out = hn::Mul(out, load(head_.norm_scale + i, n));
+      }
+      if (c_.residual) out = hn::Add(out, load(x + i, n));
+      store(out, y + i, n);
+    });
+  }
+
+  // z = f(k) becomes the loss's gradient at f's output. Returns the loss, || M(k) - v ||^2.
+  float error_row(float* z, const float* k, const float* v) const {
+    const Floats d;
+    const Moments norm = c_.layer_norm ? moments(z) : Moments{0.0F, 1.0F};
+    const Vector mean = hn::Set(d, norm.mean), reciprocal = hn::Set(d, norm.reciprocal);
+    Vector loss = hn::Zero(d), sum = hn::Zero(d), sum_unit = hn::Zero(d);
+    each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      Vector m = load(z + i, n), unit = hn::Zero(d), scale = hn::Set(d, 1.0F);
+      if (c_.layer_norm) {
+        unit = hn::IfThenElseZero(hn::FirstN(d, n), hn::Mul(hn::Sub(m, mean), reciprocal));
+        scale = load(head_.norm_scale + i, n);
+        m = hn::Mul(unit, scale);
+      }
+      if (c_.residual) m = hn::Add(m, load(k + i, n));
+      const Vector error = hn::Sub(m, load(v + i, n));
+      loss = hn::MulAdd(error, error, loss);
+      const Vector gradient = hn::Mul(hn::Add(error, error), scale);
+      if (c_.layer_norm) {
+        sum = hn::Add(sum, gradient);
+        sum_unit = hn::MulAdd(gradient, unit, sum_unit);
+        // z holds the unit row until the second pass, the gradient waits in scratch.
+        store(unit, z + i, n);
+        store(gradient, scratch_.scores + i, n);
+      } else {
+        store(gradient, z + i, n);
+      }
+    });
+    if (c_.layer_norm) {
+      const auto size = static_cast<float>(width_);
+      const Vector mean_gradient = hn::Set(d, hn::ReduceSum(d, sum) / size);
+      const Vector mean_unit = hn::Set(d, hn::ReduceSum(d, sum_unit) / size);
+      each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
+        const Vector centred = hn::Sub(load(scratch_.scores + i, n), mean_gradient);
+        store(hn::Mul(reciprocal, hn::NegMulAdd(load(z + i, n), mean_unit, centred)), z + i, n);
+      });
+    }
+    return hn::ReduceSum(d, loss);
+  }
+
+  // ---- products with an epilogue ----
+
+  template <int kProducts>
+  static void plain(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, const Rows& to) {
+    multiply<Part::kAll>(products, rows, columns, 0,
+                         [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
+                             HWY_ATTR { store(sum, to[row] + column, n); });
+  }
+
+  template <int kProducts, class Use>
+  void activated(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, const Use& use) {
+    if (c_.activation == Activation::kSilu) {
+      activated_by<Activation::kSilu>(products, rows, columns, use);
+    } else {
+      activated_by<Activation::kGelu>(products, rows, columns, use);
+    }
+  }
+
+  template <Activation kActivation, int kProducts, class Use>
+  static void activated_by(const Product (&products)[kProducts], std::size_t rows, std::size_t columns,
+                           const Use& use) {
+    multiply<Part::kAll>(products, rows, columns, 0,
+                         [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
+                             HWY_ATTR { use(activate<kActivation>(sum), row, column, n); });
+  }
+
+ public:
+  void write_stats() const {
+    if (head_.stats == nullptr) return;
+    head_.stats[0] = loss_;
+    head_.stats[1] = update_norm_;
+    head_.stats[2] = committed_;
+    head_.stats[3] = rejected_;
+  }
+
+ private:
+  const Configuration& c_;
+  const RowLayout& layout_;
+  const Head& head_;
+  Scratch& scratch_;
+  int depth_;
+  std::size_t chunk_, width_;
+  Rows left_[kMaxDepth], right_[kMaxDepth];
+  float m_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
+  bool unpacked_ = false;
+  float loss_ = 0.0F, update_norm_ = 0.0F, committed_ = 0.0F, rejected_ = 0.0F;
+};
+
+template <class Storage>
+void update_head(const Plan& plan, const Head& head, Scratch& scratch) {
+  HeadRun<Storage> run(plan, head, scratch);
+  run.update();
+  run.write_stats();
+}
+
+template <class Storage>
+void read_head(const Plan& plan, const Head& head, Scratch& scratch) {
+  HeadRun<Storage>(plan, head, scratch).read();
+}
+
+}  // namespace titans::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,266 @@
+#include "plugins/kernels/neural_memory.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace titans::kernels {
+namespace {
+
+constexpr std::int64_t kRowAlignment = 16;       // words: a head's row starts on a cache line
+constexpr std::int64_t kLargestWidth = 1 << 20;  // keeps every size far from overflow
+constexpr std::int64_t kLargestChunk = 1 << 20;
+
+std::string wrong(const std::string& expected, const std::string& got, const std::string& advice) {
+  return "[NeuralMemory] expected " + expected + " but got " + got + "; do " + advice;
+}
+
+// ---- attributes ----
+
+template <typename Enum, std::size_t kCount>
+std::string choose(const std::string& name, const std::string& value, const std::array<const char*, kCount>& names,
+                   Enum& chosen) {
+  for (std::size_t i = 0; i < kCount; ++i) {
+    if (value == names[i]) {
+      chosen = static_cast<Enum>(i);
+      return {};
+    }
+  }
+  std::string all;
+  for (const char* each : names) all += (all.empty() ? "\"" : " or \"") + std::string(each) + "\"";
+  return wrong("attribute " + name + " to be " + all, "\"" + value + "\"", "export the model again");
+}
+
+std::string flag(const std::string& name, std::int64_t value, bool& chosen) {
+  chosen = value == 1;
+  if (value == 0 || value == 1) return {};
+  return wrong("attribute " + name + " to be 0 or 1", std::to_string(value), "export the model again");
+}
+
+std::string list(const std::int64_t* values, std::size_t count) {
+  std::string out = "(";
+  for (std::size_t i = 0; i < count; ++i) out += (i == 0 ? "" : ", ") + std::to_string(values[i]);
+  return out + ")";
+}
+
+// ---- operands ----
+
+struct Expectation {
+  Operand which;
+  DType dtype;
+  std::array<std::int64_t, 4> shape;
+  int rank;
+  bool required;
+};
+
+constexpr std::array<const char*, 4> kDTypeNames{"float32", "int64", "bool", "another type"};
+constexpr std::array<std::size_t, 4> kDTypeBytes{4, 8, 1, 1};
+
+const char* name_of(DType dtype) { return kDTypeNames[static_cast<std::size_t>(dtype)]; }
+std::size_t bytes_of(DType dtype) { return kDTypeBytes[static_cast<std::size_t>(dtype)]; }
+
+std::string check_one(const Tensor& tensor, const Expectation& expected) {
+  const std::string name = kOperandNames[expected.which];
+  if (!tensor.present()) {
+    if (!expected.required) return {};
+    return wrong("operand " + name, "none", "connect it");
+  }
+  if (tensor.dtype != expected.dtype) {
+    return wrong(name + " of " + name_of(expected.dtype), name_of(tensor.dtype), "cast it");
+  }
+  const auto rank = static_cast<std::size_t>(expected.rank);
+  if (tensor.rank != expected.rank) {
+    return wrong(name + " of rank " + std::to_string(expected.rank), "rank " + std::to_string(tensor.rank),
+                 "reshape it");
+  }
+  if (!std::equal(expected.shape.begin(), expected.shape.begin() + expected.rank, tensor.shape.begin())) {
+    return wrong(name + " of shape " + list(expected.shape.data(), rank), list(tensor.shape.data(), rank),
+                 "check the model's widths, heads and chunk size");
+  }
+  if (tensor.strides != nullptr && tensor.elements() > 0) {
+    std::int64_t step = 1;
+    for (std::size_t i = rank; i-- > 0;) {
+      if (tensor.shape[i] != 1 && tensor.strides[i] != step) {
+        return wrong(name + " row-major without gaps", "strides " + list(tensor.strides, rank), "copy it");
+      }
+      step *= tensor.shape[i];
+    }
+  }
+  if (tensor.elements() > 0 && tensor.data == nullptr) return wrong(name + " in memory", "NULL", "bind a buffer");
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % bytes_of(expected.dtype) != 0) {
+    return wrong(name + " aligned to " + std::to_string(bytes_of(expected.dtype)) + " bytes", "an address between",
+                 "allocate it as an array of its type");
+  }
+  return {};
+}
+
+// Whether two tensors share a byte.
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto begin = [](const Tensor& t) { return reinterpret_cast<std::uintptr_t>(t.data); };
+  const auto bytes = [](const Tensor& t) { return static_cast<std::uintptr_t>(t.elements()) * bytes_of(t.dtype); };
+  if (!a.present() || !b.present() || bytes(a) == 0 || bytes(b) == 0) return false;
+  return begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
+}
+
+std::string check_aliasing(const Operands& operands) {
+  for (std::size_t out = kY; out < kOperands; ++out) {
+    for (std::size_t other = 0; other < out; ++other) {
+      if (out == kStateOut && other == kState && operands[kState].data == operands[kStateOut].data) continue;
+      if (!overlap(operands[out], operands[other])) continue;
+      return wrong(std::string(kOperandNames[out]) + " in memory of its own" +
+                       (out == kStateOut ? ", or exactly that of state" : ""),
+                   std::string("memory that ") + kOperandNames[other] + " uses too", "bind another buffer");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+std::int64_t Tensor::elements() const {
+  std::int64_t count = 1;
+  for (int i = 0; i < rank; ++i) count *= shape[static_cast<std::size_t>(i)];
+  return count;
+}
+
+RowLayout::RowLayout(const Configuration& c) {
+  const auto place = [this](std::int64_t& offset, std::int64_t words) {
+    offset = size;
+    size += words;
+  };
+  const auto words = [&](std::int64_t values) { return c.storage == Storage::kBFloat16 ? (values + 1) / 2 : values; };
+  for (int i = 0; i < c.depth; ++i) place(w[static_cast<std::size_t>(i)], words(c.weights(i)));
+  for (int i = 0; i < c.depth; ++i) place(s[static_cast<std::size_t>(i)], words(c.weights(i)));
+  for (int i = 0; i < c.depth; ++i) {
+    place(left[static_cast<std::size_t>(i)], c.chunk_size * c.in(i));
+    place(right[static_cast<std::size_t>(i)], c.chunk_size * c.out(i));
+  }
+  place(e, c.chunk_size);
+  place(a, c.chunk_size);
+  for (std::int64_t* coefficient : {&m, &f, &beta}) place(*coefficient, 1);
+  size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+}
+
+std::string configure(const Attributes& attributes, Configuration& c) {
+  const std::size_t layers = attributes.widths.size();
+  if (layers < 2 || layers > kMaxDepth + 1) {
+    return wrong("2 to " + std::to_string(kMaxDepth + 1) + " widths", std::to_string(layers), "export the model again");
+  }
+  for (const std::int64_t width : attributes.widths) {
+    if (width >= 1 && width <= kLargestWidth) continue;
+    return wrong("widths in [1, " + std::to_string(kLargestWidth) + "]", list(attributes.widths.data(), layers),
+                 "export the model again");
+  }
+  if (attributes.widths.front() != attributes.widths.back()) {
+    return wrong("the first of widths to equal the last", list(attributes.widths.data(), layers),
+                 "export the model again");
+  }
+  if (attributes.chunk_size < 1 || attributes.chunk_size > kLargestChunk) {
+    return wrong("chunk_size in [1, " + std::to_string(kLargestChunk) + "]", std::to_string(attributes.chunk_size),
+                 "export the model again");
+  }
+  c.depth = static_cast<int>(layers) - 1;
+  std::copy(attributes.widths.begin(), attributes.widths.end(), c.widths.begin());
+  c.chunk_size = attributes.chunk_size;
+  for (const std::string& problem :
+       {choose("mode", attributes.mode, std::array{"update", "read"}, c.mode),
+        choose("schedule", attributes.schedule, std::array{"aligned", "any"}, c.schedule),
+        choose("activation", attributes.activation, std::array{"silu", "gelu"}, c.activation),
+        choose("storage", attributes.storage, std::array{"float32", "bfloat16"}, c.storage),
+        flag("residual", attributes.residual, c.residual), flag("layer_norm", attributes.layer_norm, c.layer_norm)}) {
+    if (!problem.empty()) return problem;
+  }
+  return {};
+}
+
+std::string check_operands(const Configuration& c, const Operands& operands) {
+  const Tensor& q = operands[kQ];
+  const Tensor& state = operands[kState];
+  if (q.rank != 4)
+    return wrong("q of rank 4", "rank " + std::to_string(q.rank), "give (streams, heads, tokens, width)");
+  if (state.rank != 3) {
+    return wrong("state of rank 3", "rank " + std::to_string(state.rank), "give (slots, heads, row)");
+  }
+  const std::int64_t streams = q.shape[0], heads = q.shape[1], tokens = q.shape[2], width = c.widths[0];
+  const std::int64_t slots = operands[kSlots].present() ? state.shape[0] : streams;
+  const bool update = c.mode == Mode::kUpdate;
+  const bool any = update && c.schedule == Schedule::kAny;
+  const std::array<std::int64_t, 4> rows{streams, heads, tokens, width}, gates{streams, heads, tokens, 0},
+      per_stream{streams, 0, 0, 0}, pool{slots, heads, RowLayout(c).size, 0};
+  const Expectation expectations[] = {{kState, DType::kFloat32, pool, 3, true},
+                                      {kQ, DType::kFloat32, rows, 4, true},
+                                      {kK, DType::kFloat32, rows, 4, update},
+                                      {kV, DType::kFloat32, rows, 4, update},
+                                      {kStepSize, DType::kFloat32, gates, 3, update},
+                                      {kMomentum, DType::kFloat32, gates, 3, update},
+                                      {kForgetGate, DType::kFloat32, gates, 3, update},
+                                      {kFill, DType::kInt64, per_stream, 1, any},
+                                      {kLearn, DType::kBool, per_stream, 1, false},
+                                      {kValid, DType::kInt64, per_stream, 1, false},
+                                      {kSlots, DType::kInt64, per_stream, 1, false},
+                                      {kUpdateLimit, DType::kFloat32, per_stream, 1, false},
+                                      {kNormScale, DType::kFloat32, {heads, width, 0, 0}, 2, c.layer_norm},
+                                      {kY, DType::kFloat32, rows, 4, true},
+                                      {kStateOut, DType::kFloat32, pool, 3, update},
+                                      {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false}};
+  for (const Expectation& expectation : expectations) {
+    std::string problem = check_one(operands[expectation.which], expectation);
+    if (!problem.empty()) return problem;
+  }
+  if (update && !any) {
+    if (operands[kFill].present()) return wrong("no fill with schedule \"aligned\"", "one", "leave it out");
+    if (tokens % c.chunk_size != 0) {
+      return wrong("whole chunks of " + std::to_string(c.chunk_size) + " tokens with schedule \"aligned\"",
+                   std::to_string(tokens) + " tokens", "use schedule \"any\"");
+    }
+  }
+  return check_aliasing(operands);
+}
+
+std::string check_values(const Configuration& c, const Operands& operands) {
+  const std::int64_t streams = operands[kQ].shape[0], heads = operands[kQ].shape[1], tokens = operands[kQ].shape[2];
+  const auto check_range = [&](Operand which, std::int64_t end) -> std::string {
+    if (!operands[which].present()) return {};
+    for (std::int64_t b = 0; b < streams; ++b) {
+      const std::int64_t value = operands[which].as<std::int64_t>()[b];
+      if (value >= 0 && value < end) continue;
+      return wrong(std::string(kOperandNames[which]) + " in [0, " + std::to_string(end) + ")",
+                   std::to_string(value) + " for stream " + std::to_string(b), "correct it");
+    }
+    return {};
+  };
+  for (const auto& [which, end] :
+       {std::pair{kFill, c.chunk_size}, std::pair{kValid, tokens + 1}, std::pair{kSlots, operands[kState].shape[0]}}) {
+    std::string problem = check_range(which, end);
+    if (!problem.empty()) return problem;
+  }
+  if (operands[kSlots].present()) {
+    const std::int64_t* slots = operands[kSlots].as<std::int64_t>();
+    for (std::int64_t b = 0; b < streams; ++b) {
+      if (std::find(slots, slots + b, slots[b]) == slots + b) continue;
+      return wrong("slots that are all different", std::to_string(slots[b]) + " twice", "give each stream its own");
+    }
+  }
+  if (c.mode == Mode::kRead) return {};
+  for (std::int64_t b = 0; b < streams; ++b) {
+    const std::int64_t valid = operands[kValid].present() ? operands[kValid].as<std::int64_t>()[b] : tokens;
+    if (c.schedule == Schedule::kAligned && valid % c.chunk_size != 0) {
+      return wrong("valid to be a multiple of " + std::to_string(c.chunk_size) + " with schedule \"aligned\"",
+                   std::to_string(valid) + " for stream " + std::to_string(b), "use schedule \"any\"");
+    }
+    for (const Operand gate : {kStepSize, kMomentum, kForgetGate}) {
+      for (std::int64_t h = 0; h < heads; ++h) {
+        const float* values = operands[gate].as<float>() + (b * heads + h) * tokens;
+        for (std::int64_t t = 0; t < valid; ++t) {
+          if (std::isfinite(values[t])) continue;
+          return wrong(std::string(kOperandNames[gate]) + " to be finite",
+                       std::to_string(values[t]) + " at stream " + std::to_string(b) + ", head " + std::to_string(h) +
+                           ", token " + std::to_string(t),
+                       "look for what overflows in the model before it");
+        }
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace titans::kernels

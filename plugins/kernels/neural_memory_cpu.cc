@@ -1,0 +1,241 @@
+// The operator on the CPU. The idea: a head's W and S (tens to hundreds of KiB) stay in a core's cache from the first
+// token of a call to the last, and everything between two folds only reads them. A whole chunk is seven small products
+// a layer whose masks, gates and activations are applied while the result is in registers (head-inl.h); one token is
+// three passes over W and one over S. Per head and token, chunk 64, that is 57 kFLOP for a linear memory of 64 and 442
+// kFLOP for an MLP 64-256-64, or 42 and 313 KiB read where tokens come one by one.
+//
+// This file is compiled once for each instruction set (Highway's foreach_target), and chooses among them.
+
+#define HWY_DISABLED_TARGETS (~(HWY_AVX3 | HWY_AVX2 | HWY_NEON_WITHOUT_AES | HWY_EMU128 | HWY_SCALAR))
+#define HWY_COMPILE_ALL_ATTAINABLE
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "plugins/kernels/neural_memory_cpu.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+// What includes this file again comes first.
+#include "hwy/highway.h"
+#include "plugins/kernels/head-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace titans::kernels::HWY_NAMESPACE {
+
+template <class Storage>
+constexpr CpuFunctions functions_for() {
+  return {&update_head<Storage>, &read_head<Storage>};
+}
+
+CpuFunctions functions(Storage storage) {
+  return storage == Storage::kFloat32 ? functions_for<Float32>() : functions_for<BFloat16>();
+}
+
+}  // namespace titans::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "plugins/kernels/neural_memory_cpu.h"
+
+namespace titans::kernels {
+namespace {
+
+struct Target {
+  std::string_view name;
+  bool (*supported)();
+  CpuFunctions (*functions)(Storage storage);
+};
+
+// The best first. The names of what they need are those of Highway's targets.
+constexpr Target kTargets[] = {
+#if HWY_TARGETS & HWY_AVX3
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
+     },
+     &N_AVX3::functions},
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2");
+     },
+     &N_AVX2::functions},
+#endif
+#if HWY_TARGETS & HWY_NEON_WITHOUT_AES
+    {"neon", [] { return true; }, &N_NEON_WITHOUT_AES::functions},
+#endif
+#if HWY_TARGETS & HWY_EMU128
+    {"plain", [] { return true; }, &N_EMU128::functions},
+#endif
+#if HWY_TARGETS & HWY_SCALAR
+    {"plain", [] { return true; }, &N_SCALAR::functions},
+#endif
+};
+
+// Scratch memory for as many heads as ever ran at once.
+class ScratchPool {
+ public:
+  explicit ScratchPool(const Configuration& configuration) : configuration_(configuration) {}
+
+  class Lease {
+   public:
+    explicit Lease(ScratchPool& pool) : pool_(pool) {
+      {
+        const std::lock_guard lock(pool.mutex_);
+        if (!pool.idle_.empty()) {
+          scratch_ = std::move(pool.idle_.back());
+          pool.idle_.pop_back();
+          return;
+        }
+      }
+      scratch_ = std::make_unique<Scratch>(pool.configuration_);
+      // So that giving it back needs no memory.
+      const std::lock_guard lock(pool.mutex_);
+      pool.idle_.reserve(++pool.made_);
+    }
+    ~Lease() {
+      const std::lock_guard lock(pool_.mutex_);
+      pool_.idle_.push_back(std::move(scratch_));
+    }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    Scratch& get() const { return *scratch_; }
+
+   private:
+    ScratchPool& pool_;
+    std::unique_ptr<Scratch> scratch_;
+  };
+
+ private:
+  Configuration configuration_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Scratch>> idle_;
+  std::size_t made_ = 0;
+};
+
+class Kernel final : public CpuKernel {
+ public:
+  Kernel(const Configuration& configuration, const Target& target)
+      : plan_(configuration),
+        target_(target.name),
+        functions_(target.functions(configuration.storage)),
+        scratch_(configuration) {}
+
+  std::string_view target() const override { return target_; }
+
+  std::string run(const Operands& operands, const Parallel& parallel) const override {
+    std::string wrong = check_operands(plan_.configuration, operands);
+    if (wrong.empty()) wrong = check_values(plan_.configuration, operands);
+    if (!wrong.empty()) return wrong;
+    const Tensor& state = operands[kState];
+    const Tensor& next = operands[kStateOut];
+    if (next.present() && next.data != state.data) {
+      std::memcpy(next.data, state.data, static_cast<std::size_t>(state.elements()) * sizeof(float));
+    }
+    const auto heads = static_cast<std::size_t>(operands[kQ].shape[0] * operands[kQ].shape[1]);
+    Call call{*this, operands, false};
+    parallel.run(parallel.pool, heads, &Call::run_head, &call);
+    return call.out_of_memory ? "[NeuralMemory] expected memory for scratch but got none; do free some" : std::string();
+  }
+
+ private:
+  struct Call {
+    const Kernel& kernel;
+    const Operands& operands;
+    std::atomic<bool> out_of_memory;
+
+    // Runs on a thread that knows no exceptions.
+    static void run_head(void* context, std::size_t index) {
+      Call& call = *static_cast<Call*>(context);
+      try {
+        call.kernel.run_head(call.operands, static_cast<std::int64_t>(index));
+      } catch (...) {
+        call.out_of_memory = true;
+      }
+    }
+  };
+
+  // Head `index` % H of stream `index` / H.
+  void run_head(const Operands& o, std::int64_t index) const {
+    const std::int64_t heads = o[kQ].shape[1], all = o[kQ].shape[2], width = o[kQ].shape[3];
+    const std::int64_t stream = index / heads, h = index % heads;
+    const auto rows = [&](Operand which) { return o[which].as<float>() + index * all * width; };
+    const auto gates = [&](Operand which) { return o[which].as<float>() + index * all; };
+    const auto of_stream = [&](Operand which, std::int64_t otherwise) {
+      return o[which].present() ? o[which].as<std::int64_t>()[stream] : otherwise;
+    };
+    const bool update = plan_.configuration.mode == Mode::kUpdate;
+    Head head{};
+    head.row = o[update ? kStateOut : kState].as<float>() + (of_stream(kSlots, stream) * heads + h) * plan_.layout.size;
+    head.q = rows(kQ);
+    head.y = rows(kY);
+    head.tokens = all;
+    if (plan_.configuration.layer_norm) head.norm_scale = o[kNormScale].as<float>() + h * width;
+    if (update) {
+      head.k = rows(kK);
+      head.v = rows(kV);
+      head.step_size = gates(kStepSize);
+      head.momentum = gates(kMomentum);
+      head.forget_gate = gates(kForgetGate);
+      head.tokens = of_stream(kValid, all);
+      head.fill = of_stream(kFill, 0);
+      head.learn = !o[kLearn].present() || o[kLearn].as<bool>()[stream];
+      if (o[kUpdateLimit].present()) head.update_limit = o[kUpdateLimit].as<float>() + stream;
+      if (o[kStats].present()) head.stats = o[kStats].as<float>() + index * kStatCount;
+    }
+    // Padding has no answer, but no garbage either.
+    std::fill(head.y + head.tokens * width, head.y + all * width, 0.0F);
+    const ScratchPool::Lease scratch(scratch_);
+    (update ? functions_.update : functions_.read)(plan_, head, scratch.get());
+  }
+
+  Plan plan_;
+  std::string_view target_;
+  CpuFunctions functions_;
+  mutable ScratchPool scratch_;
+};
+
+}  // namespace
+
+const std::vector<std::string_view>& cpu_targets() {
+  static const std::vector<std::string_view> names = [] {
+    std::vector<std::string_view> found;
+    for (const Target& target : kTargets) {
+      if (target.supported()) found.push_back(target.name);
+    }
+    return found;
+  }();
+  return names;
+}
+
+std::string_view chosen_cpu_target() {
+  const char* named = std::getenv("TITANS_CPU_TARGET");
+  if (named == nullptr || *named == '\0') return cpu_targets().front();
+  const auto found = std::find(cpu_targets().begin(), cpu_targets().end(), named);
+  return found == cpu_targets().end() ? std::string_view() : *found;
+}
+
+std::unique_ptr<CpuKernel> CpuKernel::create(const Configuration& configuration, std::string_view target,
+                                             std::string& error) {
+  const std::string_view chosen = target.empty() ? chosen_cpu_target() : target;
+  for (const Target& each : kTargets) {
+    if (each.name == chosen && each.supported()) return std::make_unique<Kernel>(configuration, each);
+  }
+  error = "[NeuralMemory] expected an instruction set of this processor out of:";
+  for (const std::string_view name : cpu_targets()) error += " " + std::string(name);
+  const char* named = std::getenv("TITANS_CPU_TARGET");
+  error += " but got " + std::string(target.empty() && named != nullptr ? named : target) +
+           "; do set TITANS_CPU_TARGET to one of these, or not at all";
+  return nullptr;
+}
+
+}  // namespace titans::kernels
+
+#endif  // HWY_ONCE
