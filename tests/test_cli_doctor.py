@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cli_tools import environment, invoke, spawn
+from cli_tools import Result, environment, invoke, spawn
 
 from titans_export import doctor
 
 pytest_plugins = ["cli_fixtures"]
+
+KERNEL = "libtitans_onnxruntime_ops.so"
 
 
 @pytest.fixture
@@ -40,6 +44,48 @@ def test_the_table_names_everything(runtime: None) -> None:
 def test_no_onnxruntime(runtime: None, tmp_path: Path) -> None:
     result = spawn("doctor", "--json", TITANS_ONNXRUNTIME=str(tmp_path / "libonnxruntime.so"))
     result.check_failure(4, "libonnxruntime", "pip install onnxruntime")
+    assert result.json()["run"] is False
+
+
+@pytest.fixture
+def library(runtime: None, tmp_path: Path) -> Path:
+    """The runtime in a folder of its own, without the memory kernel."""
+    from titans_runtime._library import _library_path
+
+    here = Path(_library_path())
+    shutil.copy(here, tmp_path / "libtitans.so")
+    shutil.copy(here.with_name("libtitans_backend_onnxruntime.so"), tmp_path)
+    return tmp_path / "libtitans.so"
+
+
+def kernel_check(result: Result) -> dict[str, Any]:
+    return next(check for check in result.json()["checks"] if check["name"] == "memory kernel")
+
+
+def test_the_kernel_and_its_instruction_set(library: Path) -> None:
+    from titans_runtime._library import _library_path
+
+    kernel = Path(_library_path()).with_name(KERNEL)
+    if not kernel.exists():
+        pytest.skip("the memory kernel is not built: make setup, with its headers in .deps")
+    shutil.copy(kernel, library.parent)
+    result = spawn("doctor", "--json", TITANS_LIBRARY=str(library), TITANS_CPU_TARGET="plain")
+    assert result.code == 0, result.err
+    assert kernel_check(result)["detail"] == f"{library.parent / KERNEL} (plain)"
+    result = spawn("doctor", "--json", TITANS_LIBRARY=str(library), TITANS_CPU_TARGET="abacus")
+    result.check_failure(4, "memory kernel", "TITANS_CPU_TARGET")
+
+
+def test_no_kernel(library: Path) -> None:
+    result = spawn("doctor", "--json", TITANS_LIBRARY=str(library))
+    assert result.code == 0, result.err
+    assert kernel_check(result)["found"] is False
+
+
+def test_a_broken_kernel(library: Path) -> None:
+    (library.parent / KERNEL).touch()
+    result = spawn("doctor", "--json", TITANS_LIBRARY=str(library))
+    result.check_failure(4, "memory kernel", KERNEL)
     assert result.json()["run"] is False
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,33 @@ class TestPrompt:
     def test_no_tokens_wanted(self, shared_bundle: Path) -> None:
         report = invoke("run", shared_bundle, "--prompt", "a", "--max-tokens", 0, "--json").json()
         assert (report["generated"], report["generated_tokens"]) == ("", 0)
+
+
+def test_the_memory_kernel_is_a_choice(shared_bundle: Path, tmp_path: Path) -> None:
+    args = (
+        "run",
+        shared_bundle,
+        "--prompt",
+        "Once",
+        "--max-tokens",
+        9,
+        "--temperature",
+        0,
+        "--json",
+        "--memory-kernel",
+    )
+    off, auto = invoke(*args, "off").json(), invoke(*args, "auto").json()
+    assert off["memory_kernel"] == "standard-operators"
+    assert auto["generated"] == off["generated"]
+    assert auto["state_bytes"] < off["state_bytes"] or auto["memory_kernel"] == "standard-operators"
+    assert invoke(*args, "on").code == 2
+    from titans_runtime._library import _library_path
+
+    here = Path(_library_path())
+    for name in ("libtitans.so", "libtitans_backend_onnxruntime.so"):
+        shutil.copy(here.with_name(name), tmp_path)
+    result = spawn(*args, "require", TITANS_LIBRARY=str(tmp_path / "libtitans.so"))
+    result.check_failure(4, "libtitans_onnxruntime_ops.so", "no such file")
 
 
 def test_neither_torch_nor_onnx_is_needed(shared_bundle: Path, text: Path) -> None:

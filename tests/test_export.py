@@ -15,56 +15,22 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from tolerances import TOLERANCES
+from variants import CONFIGS
 
 from titans_export import exporting
 from titans_export.bundle import read_bundle
-from titans_export.checkpoints.titans import load, save
+from titans_export.checkpoints.titans import load
 from titans_export.errors import MismatchError, OutputError, UsageError
 from titans_export.exporting import export_checkpoint
-from titans_export.model import MemoryConfig, ModelConfig, Titans
+from titans_export.model import Titans
 from titans_export.model.node import DOMAIN
 from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
+pytest_plugins = ["export_fixtures"]
+
 TOLERANCE = TOLERANCES["cpu", "float32"]
-ATTENTION = {"attention_heads": 2, "window": 24, "persistent": 2}
-CONFIGS = {
-    "mac": ModelConfig("mac", 61, 16, 2, 24, MemoryConfig(2, 8, 8), memory_layers=(0,), **ATTENTION),
-    "mag": ModelConfig("mag", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=2, activation="gelu"), **ATTENTION),
-    "mal": ModelConfig("mal", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=2, residual=True), **ATTENTION),
-    "lmm": ModelConfig(
-        "lmm", 61, 16, 2, 24, MemoryConfig(2, 8, 8, depth=3, residual=True, layer_norm=True, step_limit=0.1)
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(3)
-        model = Titans(config)
-        with torch.no_grad():
-            for key, p in model.named_parameters():
-                p.add_(0.1 * torch.randn_like(p))
-                if key.endswith("gates.bias"):
-                    # Forget a few per cent a token, as trained models do: a random memory that keeps everything is
-                    # chaotic, and PyTorch's own float32 leaves float64 within a few hundred tokens.
-                    p[2 * config.memory.heads :] += 3
-        made[name] = folder / name
-        save(model, made[name])
-    return made
-
-
-@pytest.fixture(scope="module")
-def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bundles")
-    made = {}
-    for name, checkpoint in checkpoints.items():
-        made[name] = folder / f"{name}.titans"
-        export_checkpoint(checkpoint, made[name], chunks_per_call=3, positions=100)
-    return made
 
 
 @pytest.mark.slow

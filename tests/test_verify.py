@@ -37,6 +37,11 @@ class TestGolden:
         assert report["positions"] == 64
         assert set(report["feeds"]) == FEEDS
 
+    def test_passes_with_standard_operators(self, shared_bundle: Path) -> None:
+        report = invoke("verify", shared_bundle, "--memory-kernel", "off", "--json").json()
+        assert report["passed"] is True
+        assert report["memory_kernel"] == "standard-operators"
+
     def test_says_where(self, bundle: Path) -> None:
         spoil_golden(bundle, 41, 0.01)
         result = invoke("verify", bundle, "--json")

@@ -86,7 +86,7 @@ def _package(name: str, needed_for: str, required_for: tuple[str, ...] = ()) -> 
 
 
 def _runtime() -> list[Finding]:
-    """The library behind titans_runtime, which says its version itself, and its backend for the CPU beside it."""
+    """The library behind titans_runtime, which says its version itself, and what belongs beside it for the CPU."""
     name, needed_for, required_for = "titans_runtime", "run, verify, export", (EXPORT, RUN)
     backend, remedy = "onnxruntime backend", "install titans-runtime again, with ONNX Runtime's headers in .deps"
     try:
@@ -94,13 +94,32 @@ def _runtime() -> list[Finding]:
         from titans_runtime._library import _library_path
     except ImportError as error:
         missing = Finding(name, None, needed_for, "pip install titans-runtime", str(error), required_for)
-        return [missing, Finding(backend, None, needed_for, remedy, required_for=required_for)]
+        return [missing, Finding(backend, None, needed_for, remedy, required_for=required_for), _kernel(None, None)]
     library, version = Path(_library_path()), titans_runtime.__version__
     path = library.parent / "libtitans_backend_onnxruntime.so"
     return [
         Finding(name, version, needed_for, "", str(library), required_for),
         Finding(backend, version if path.is_file() else None, needed_for, remedy, str(path), required_for),
+        _kernel(library.parent / "libtitans_onnxruntime_ops.so", version),
     ]
+
+
+def _kernel(path: Path | None, version: str | None) -> Finding:
+    """The memory's kernel and the instruction set it would use. Nothing needs it, but one that is broken stops runs."""
+    name, needed_for = "memory kernel", "a faster memory, without a second buffer"
+    remedy = "install titans-runtime again, with Highway's headers in .deps"
+    if path is None or not path.exists():
+        return Finding(name, None, needed_for, remedy, "" if path is None else f"no {path}")
+    try:
+        ask = ctypes.CDLL(str(path)).titans_onnxruntime_ops_target
+        ask.restype = ctypes.c_char_p
+        target: bytes | None = ask()
+    except (OSError, AttributeError) as error:
+        return Finding(name, None, needed_for, remedy, str(error), (EXPORT, RUN))
+    if target is None:
+        reason = "TITANS_CPU_TARGET names no instruction set of this machine"
+        return Finding(name, None, needed_for, "unset TITANS_CPU_TARGET", reason, (EXPORT, RUN))
+    return Finding(name, version, needed_for, remedy, f"{path} ({target.decode()})")
 
 
 def _onnxruntime() -> Finding:

@@ -16,7 +16,16 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 2;
+inline constexpr std::uint32_t kBackendAbi = 3;
+
+// The same bytes of each row of a tensor: in each of `rows` rows, which start `pitch` bytes apart, `bytes` from
+// `offset` on.
+struct Stripe {
+  std::size_t offset;
+  std::size_t bytes;
+  std::size_t pitch;
+  std::size_t rows;
+};
 
 // One state tensor in the memory of the device.
 class Buffer {
@@ -25,6 +34,8 @@ class Buffer {
   virtual void upload(const std::byte* host) = 0;
   virtual void download(std::byte* host) const = 0;
   virtual void copy_from(const Buffer& other) = 0;
+  // The stripe alone, from where it lies in `other` to the same place here.
+  virtual void copy_stripe_from(const Buffer& other, const Stripe& stripe) = 0;
 };
 
 // What one call needs beside state: the inputs' and the logits' buffers. Reused from call to call, never by two at
@@ -50,6 +61,8 @@ class Engine {
  public:
   virtual ~Engine() = default;
   virtual std::string version() const = 0;  // of the vendor's library
+  // What computes the memory: our kernel, as "cpu-avx512", or "standard-operators", which is the graphs' own.
+  virtual std::string memory_kernel() const = 0;
   // Whether one buffer serves as input and output of that state tensor in every graph.
   virtual bool in_place(std::size_t state) const = 0;
   virtual std::unique_ptr<Buffer> allocate(std::size_t state) = 0;
@@ -58,10 +71,14 @@ class Engine {
   virtual void run(const Call& call, Workspace& workspace) = 0;
 };
 
+// Whether our kernel computes the memory: where it is installed, always, never.
+enum class KernelChoice : std::uint8_t { kAuto, kRequire, kOff };
+
 struct EngineOptions {
   std::string device;
   std::string library;  // path of the vendor's library, empty: search
   int threads;          // 0: the backend's default
+  KernelChoice memory_kernel;
 };
 
 struct BackendEntry {

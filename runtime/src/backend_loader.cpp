@@ -4,9 +4,9 @@
 
 #include <array>
 #include <string_view>
-#include <system_error>
 
 #include "error.h"
+#include "shared_library.h"
 
 namespace titans::core {
 namespace {
@@ -27,22 +27,9 @@ std::string known(std::string_view Backend::* column) {
   return out;
 }
 
-std::filesystem::path find_this_library() noexcept {
-  Dl_info info{};
-  if (::dladdr(reinterpret_cast<const void*>(&default_backend), &info) == 0 || info.dli_fname == nullptr) return {};
-  try {
-    std::error_code unresolved;  // then it stays as the loader names it
-    const std::filesystem::path path(info.dli_fname);
-    const std::filesystem::path resolved = std::filesystem::canonical(path, unresolved);
-    return unresolved ? path : resolved;
-  } catch (...) {
-    return {};  // no memory while the program starts: the loader's own search path is left
-  }
-}
-
 // Found when the library is loaded: the loader's name for it may be relative to a folder that the program leaves, or a
 // link whose folder has no backends.
-const std::filesystem::path kThisLibrary = find_this_library();
+const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&default_backend));
 
 }  // namespace
 

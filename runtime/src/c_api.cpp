@@ -71,6 +71,7 @@ void require_array(const void* pointer, std::size_t count, std::string_view name
 // Where a struct of the first version ends. Smaller ones have never been; of larger ones what is not known is not read.
 // A field that a later version adds is read only where struct_size covers it, and has its default elsewhere.
 constexpr std::size_t kFirstSessionOptions = offsetof(titans_session_options, threads) + sizeof(std::int32_t);
+constexpr std::size_t kMemoryKernelEnd = offsetof(titans_session_options, memory_kernel) + sizeof(const char*);
 constexpr std::size_t kFirstSampling = offsetof(titans_sampling, stop_count) + sizeof(std::size_t);
 
 void require_size(std::size_t got, std::size_t least, std::string_view name) {
@@ -97,6 +98,8 @@ core::SessionOptions read_options(const titans_session_options* options) {
   if (options->backend_library != nullptr) out.backend_library = options->backend_library;
   if (options->plugin_dir != nullptr) out.plugin_dir = options->plugin_dir;
   out.threads = options->threads;
+  const bool has_kernel = options->struct_size >= kMemoryKernelEnd;
+  if (has_kernel && options->memory_kernel != nullptr) out.memory_kernel = options->memory_kernel;
   return out;
 }
 

@@ -10,6 +10,14 @@
 namespace titans::core {
 namespace {
 
+KernelChoice read_kernel_choice(const std::string& name) {
+  if (name == "auto") return KernelChoice::kAuto;
+  if (name == "require") return KernelChoice::kRequire;
+  if (name == "off") return KernelChoice::kOff;
+  throw Error(TITANS_INVALID_ARGUMENT, "session", "memory_kernel out of: auto, require, off", name,
+              "choose one of these");
+}
+
 std::vector<MemoryView> list_memories(const Manifest& manifest) {
   std::vector<MemoryView> memories;
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
@@ -50,6 +58,7 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
                   {"device", options.device},
                   {"backend", options.backend},
                   {"backend_version", engine.version()},
+                  {"memory_kernel", engine.memory_kernel()},
                   {"vocab_size", manifest.vocab_size},
                   {"graphs", graphs},
                   {"state", state},
@@ -66,9 +75,10 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
   if (chosen.threads < 0) {
     throw Error(TITANS_INVALID_ARGUMENT, "session", "threads >= 0", text(chosen.threads), "give 0 for the default");
   }
+  const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   auto bundle = std::make_unique<const Bundle>(path);
   const BackendEntry& backend = load_backend(chosen.backend, chosen.plugin_dir);
-  auto engine = backend.open(*bundle, {chosen.device, chosen.backend_library, chosen.threads});
+  auto engine = backend.open(*bundle, {chosen.device, chosen.backend_library, chosen.threads, memory_kernel});
   return std::make_shared<Session>(std::move(bundle), std::move(engine), chosen);
 }
 

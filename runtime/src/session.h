@@ -17,6 +17,7 @@ struct SessionOptions {
   std::string backend_library;       // empty: search
   std::filesystem::path plugin_dir;  // empty: beside this library
   int threads = 0;
+  std::string memory_kernel = "auto";
 };
 
 // A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).

@@ -24,11 +24,12 @@ float log_probability(const float* logits, std::size_t vocab, std::int32_t token
 Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) { reset(); }
 
 Stream::Stream(std::shared_ptr<Session> session, Allocate) : session_(std::move(session)) {
-  const std::size_t count = session_->manifest().state.size();
-  for (std::size_t state = 0; state < count; ++state) {
+  const std::vector<StateTensor>& states = session_->manifest().state;
+  for (std::size_t state = 0; state < states.size(); ++state) {
     if (session_->engine().in_place(state)) {
-      in_place_.push_back({add_buffer(state), add_buffer(state)});
-      for (BufferSet& set : sets_) set.push_back(in_place_.back().live);
+      Buffer* live = add_buffer(state);
+      journal_.watch(states[state], *live, *add_buffer(state));
+      for (BufferSet& set : sets_) set.push_back(live);
     } else {
       for (BufferSet& set : sets_) set.push_back(add_buffer(state));
     }
@@ -55,6 +56,7 @@ std::unique_ptr<Stream> Stream::fork() const {
 void Stream::reset() {
   const std::size_t next = free_set(current_, current_);
   transact([&] {
+    journal_.save_all();
     const std::vector<StateTensor>& states = session_->manifest().state;
     for (std::size_t index = 0; index < states.size(); ++index) {
       sets_[next][index]->upload(session_->bundle().initial_state().find(states[index].name)->second.data);
@@ -83,11 +85,11 @@ void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
 
 template <typename Change>
 void Stream::transact(Change&& change) {
-  for (const InPlace& state : in_place_) state.backup->copy_from(*state.live);
+  journal_.begin();
   try {
     change();
   } catch (...) {
-    for (const InPlace& state : in_place_) state.live->copy_from(*state.backup);
+    journal_.restore();
     throw;
   }
 }
@@ -106,10 +108,11 @@ void Stream::advance(const std::int32_t* tokens, std::size_t count, Sink&& sink)
       const std::uint64_t position = position_ + done;
       const std::size_t graph = next_graph(graphs, position, count - done);
       const std::size_t next = free_set(current_, at);
+      rows = static_cast<std::size_t>(graphs[graph].tokens);
+      journal_.save_for(position, rows);
       session_->engine().run(
           {graph, tokens + done, static_cast<std::int64_t>(position), learning_, sets_[at].data(), sets_[next].data()},
           workspace);
-      rows = static_cast<std::size_t>(graphs[graph].tokens);
       sink(done, rows, workspace);
       at = next;
     }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "journal.h"
 #include "session.h"
 #include "titans/titans.h"
 
@@ -33,15 +34,10 @@ class Stream {
 
  private:
   // A state tensor that swaps has one buffer in each of three sets: where the running feed began, where it stands, and
-  // where the next call writes. Begin stays untouched until the feed has succeeded, so a failure costs no copy.
+  // where the next call writes. Begin stays untouched until the feed has succeeded, so a failure costs no copy. One
+  // that the engine updates in place has one buffer, in every set, and the journal another.
   static constexpr std::size_t kSets = 3;
   using BufferSet = std::vector<Buffer*>;
-
-  // A state tensor that the engine updates in place has one buffer, in every set, and a backup.
-  struct InPlace {
-    Buffer* live;
-    Buffer* backup;
-  };
 
   struct Allocate {};  // memory only: reset or fork fills it
   Stream(std::shared_ptr<Session> session, Allocate);
@@ -50,7 +46,7 @@ class Stream {
   std::size_t free_set(std::size_t a, std::size_t b) const;
   void check_tokens(const std::int32_t* tokens, std::size_t count) const;
 
-  // Runs `change`; where it throws, state in place is put back.
+  // Runs `change`, which saves in the journal what it overwrites in place; where it throws, that is put back.
   template <typename Change>
   void transact(Change&& change);
   // Consumes the tokens; after each call of a graph sink(first token, how many, workspace).
@@ -60,7 +56,7 @@ class Stream {
   std::shared_ptr<Session> session_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::array<BufferSet, kSets> sets_;
-  std::vector<InPlace> in_place_;
+  Journal journal_;
   std::uint64_t state_bytes_ = 0;
   std::size_t current_ = 0;  // the set that holds the state
   std::uint64_t position_ = 0;

@@ -83,6 +83,29 @@ TEST(CApi, OptionsOfAnotherSize) {
   }
 }
 
+TEST(CApi, AnOptionThatTheCallersVersionDoesNotHave) {
+  titans_session_options options = default_options();
+  titans_session* session = nullptr;
+  options.memory_kernel = "sometimes";
+  options.struct_size = offsetof(titans_session_options, memory_kernel);
+  EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_FAILED);
+  EXPECT_TRUE(last_error_has("/nowhere"));
+}
+
+TEST(CApi, MemoryKernels) {
+  titans_session_options options = default_options();
+  titans_session* session = nullptr;
+  for (const char* choice : {static_cast<const char*>(nullptr), "auto", "require", "off"}) {
+    options.memory_kernel = choice;
+    EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_FAILED);
+  }
+  for (const char* wrong : {"", "on", "Auto", "off "}) {
+    options.memory_kernel = wrong;
+    EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_INVALID_ARGUMENT);
+    EXPECT_TRUE(last_error_has("auto, require, off"));
+  }
+}
+
 TEST(CApi, BackendsAndDevices) {
   TemporaryFolder folder;
   write_bundle(folder.path());

@@ -1,36 +1,17 @@
 #include "fake_engine.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "error.h"
-#include "test_bundle.h"
 
 namespace titans::test {
 namespace {
 
-constexpr std::size_t kVocab = 8;
 constexpr float kInitialMemory = 0.5F;
 constexpr float kInitialLast = 1.0F;
 
-struct FakeBuffer final : core::Buffer {
-  explicit FakeBuffer(std::size_t bytes) : values(bytes / sizeof(float)) {}
-  void upload(const std::byte* host) override { std::memcpy(values.data(), host, values.size() * sizeof(float)); }
-  void download(std::byte* host) const override { std::memcpy(host, values.data(), values.size() * sizeof(float)); }
-  void copy_from(const core::Buffer& other) override { values = static_cast<const FakeBuffer&>(other).values; }
-  std::vector<float> values;
-};
-
-struct FakeWorkspace final : core::Workspace {
-  const float* logits(std::size_t first_row, std::size_t rows) override {
-    EXPECT_LE((first_row + rows) * kVocab, values.size());
-    return values.data() + first_row * kVocab;
-  }
-  std::vector<float> values;
-};
-
 void append_row(std::vector<float>& logits, float memory, float last, float position) {
-  for (std::size_t v = 0; v < kVocab; ++v) logits.push_back(memory + static_cast<float>(v) * last + position);
+  for (std::size_t v = 0; v < kFakeVocab; ++v) logits.push_back(memory + static_cast<float>(v) * last + position);
 }
 
 class FakeEngine final : public core::Engine {
@@ -38,9 +19,10 @@ class FakeEngine final : public core::Engine {
   FakeEngine(const core::Bundle& bundle, FakeControl& control) : manifest_(bundle.manifest()), control_(control) {}
 
   std::string version() const override { return "fake"; }
+  std::string memory_kernel() const override { return "fake-kernel"; }
   bool in_place(std::size_t state) const override { return control_.in_place[state]; }
   std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
-    return std::make_unique<FakeBuffer>(manifest_.state[state].bytes);
+    return std::make_unique<FakeBuffer>(manifest_.state[state].bytes, control_.traffic);
   }
   std::unique_ptr<core::Workspace> make_workspace() override {
     ++control_.workspaces;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "fake_buffer.h"
 #include "session.h"
 
 namespace titans::test {
@@ -21,6 +22,7 @@ struct FakeControl {
   std::optional<float> spoil;  // every logit, from here on
   std::vector<std::size_t> calls;
   int workspaces = 0;
+  FakeTraffic traffic;
 };
 
 std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control);

@@ -5,15 +5,10 @@
 #include <gtest/gtest.h>
 
 #include "test_bundle.h"
+#include "wire.h"
 
 namespace titans::test {
 namespace {
-
-std::string field(int number, const std::string& bytes) {
-  return std::string{static_cast<char>(number << 3 | 2), static_cast<char>(bytes.size())} + bytes;
-}
-
-std::string number(int field, int value) { return {static_cast<char>(field << 3), static_cast<char>(value)}; }
 
 std::string model(const std::string& tensors) { return number(1, 9) + field(7, field(2, "name") + tensors); }
 

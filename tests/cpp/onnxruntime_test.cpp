@@ -73,6 +73,20 @@ TEST_F(OnnxRuntimeTest, AStreamOutlivesItsSession) {
   EXPECT_EQ(stream.score(tokens).size(), 3U);
 }
 
+TEST_F(OnnxRuntimeTest, TheMemoryKernelIsAChoice) {
+  titans::SessionOptions options;
+  options.memory_kernel = "off";
+  const std::string info = titans::Session(bundle_, options).info();
+  EXPECT_NE(info.find(R"("memory_kernel":"standard-operators")"), std::string::npos) << info;
+  options.memory_kernel = "sometimes";
+  try {
+    titans::Session other(bundle_, options);
+    FAIL();
+  } catch (const titans::Error& error) {
+    EXPECT_EQ(error.status(), TITANS_INVALID_ARGUMENT);
+  }
+}
+
 TEST_F(OnnxRuntimeTest, ErrorsCarryTheirStatus) {
   titans::Session session(bundle_);
   titans::Stream stream = session.stream();

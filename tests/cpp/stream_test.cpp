@@ -116,6 +116,24 @@ TEST_P(StreamTest, ForkAndResetAndFreeze) {
   EXPECT_FALSE(stream.learning());
 }
 
+TEST_P(StreamTest, AResetThatFailsLeavesTheStreamAsItWas) {
+  const std::vector<float> expected = expected_logits(kTokens);
+  for (int uploads = 0; uploads < 2; ++uploads) {
+    Stream stream(session_);
+    feed(stream, {3, 1, 4});
+    control_.traffic.uploads_before_a_failure = uploads;
+    expect_error(TITANS_FAILED, {"one that fails"}, [&] { stream.reset(); });
+    control_.traffic.uploads_before_a_failure.reset();
+    EXPECT_EQ(stream.position(), 3U);
+    const Tokens tail(kTokens.begin() + 3, kTokens.end());
+    EXPECT_EQ(feed(stream, tail), std::vector<float>(expected.begin() + 3 * kVocab, expected.end())) << uploads;
+  }
+}
+
+TEST_P(StreamTest, WhatComputesTheMemoryIsInTheSessionsInfo) {
+  EXPECT_NE(session_->info().find(R"("memory_kernel":"fake-kernel")"), std::string::npos) << session_->info();
+}
+
 TEST_P(StreamTest, LastLogits) {
   Stream stream(session_);
   std::vector<float> last(kVocab);

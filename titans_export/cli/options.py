@@ -18,8 +18,14 @@ bundle_argument = click.argument("bundle", type=PATH)
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --device, --backend and --threads, for `open_session`."""
+    """Adds --device, --backend, --threads and --memory-kernel, for `open_session`."""
     for option in (
+        click.option(
+            "--memory-kernel",
+            type=click.Choice(("auto", "require", "off")),
+            default="auto",
+            help="Our kernel where it is installed, always, or the graphs' own standard operators.",
+        ),
         click.option("--threads", type=click.IntRange(0), default=0, help="Threads in a call; 0: the backend chooses."),
         click.option("--backend", help="Backend to insist on, such as onnxruntime.  [default: chosen by the device]"),
         click.option("--device", default="cpu", help="Where to run."),
@@ -28,8 +34,10 @@ def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def open_session(bundle: Path, device: str, backend: str | None, threads: int) -> titans_runtime.Session:
+def open_session(
+    bundle: Path, device: str, backend: str | None, threads: int, memory_kernel: str
+) -> titans_runtime.Session:
     """The bundle on the device. Needs numpy and the runtime, nothing else."""
     import titans_runtime
 
-    return titans_runtime.Session(bundle, device=device, backend=backend, threads=threads)
+    return titans_runtime.Session(bundle, device=device, backend=backend, threads=threads, memory_kernel=memory_kernel)

@@ -81,6 +81,7 @@ def run(
     device: str,
     backend: str | None,
     threads: int,
+    memory_kernel: str,
     as_json: bool,
 ) -> None:
     """Read a text, continue a prompt, or both.
@@ -94,7 +95,7 @@ def run(
     if start is None and text is None:
         start = _stdin_prompt()
 
-    session = open_session(bundle, device, backend, threads)
+    session = open_session(bundle, device, backend, threads, memory_kernel)
     from ..tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(session.info["tokenizer"], bundle)
@@ -105,6 +106,7 @@ def run(
         "bundle": str(bundle),
         "device": session.info["device"],
         "backend": session.info["backend"],
+        "memory_kernel": session.info["memory_kernel"],
         "learning": not freeze,
         "state_bytes_at_start": stream.state_bytes,
     }

@@ -53,6 +53,7 @@ def verify(
     device: str,
     backend: str | None,
     threads: int,
+    memory_kernel: str,
     as_json: bool,
 ) -> None:
     """Check that a bundle computes what PyTorch computes.
@@ -69,7 +70,7 @@ def verify(
 
     opened = read_bundle(bundle)
     limit = opened.tolerance if tolerance is None else tolerance
-    session = open_session(bundle, device, backend, threads)
+    session = open_session(bundle, device, backend, threads, memory_kernel)
     stream, reference = (
         _golden(opened, tokens) if against is None else _pytorch(opened, session, against, text, tokens, cuts)
     )
@@ -79,7 +80,7 @@ def verify(
 
     passed = report.passed and all(check.passed for check in checks or [])
     if as_json:
-        emit(_as_json(bundle, against, report, checks, passed))
+        emit(_as_json(bundle, against, session, report, checks, passed))
     else:
         _print(bundle, against, report, checks)
     if not passed:
@@ -144,11 +145,17 @@ def _check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
 
 
 def _as_json(
-    bundle: Path, against: Path | None, report: VerifyReport, checks: list[OutputCheck] | None, passed: bool
+    bundle: Path,
+    against: Path | None,
+    session: titans_runtime.Session,
+    report: VerifyReport,
+    checks: list[OutputCheck] | None,
+    passed: bool,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "bundle": str(bundle),
         "against": "golden" if against is None else str(against),
+        "memory_kernel": session.info["memory_kernel"],
         "passed": passed,
         "max_abs_error": report.max_abs_error,
         "first_bad_position": report.first_bad_position,

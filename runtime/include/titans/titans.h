@@ -53,6 +53,8 @@ typedef struct titans_session_options {
   const char* backend_library; /* path of the vendor library, e.g. libonnxruntime.so.1; NULL: docs/runtime.md */
   const char* plugin_dir;      /* folder of our backend libraries; NULL: beside this library */
   int32_t threads;             /* intra-op threads; 0: the backend's default */
+  const char* memory_kernel;   /* what computes the memory. NULL or "auto": our kernel where its library is installed;
+                                  "require": fail without it; "off": the graphs' own standard operators */
 } titans_session_options;
 
 /* Opens the bundle at `path` (a folder). `options` may be NULL. */
@@ -60,8 +62,9 @@ TITANS_API titans_status titans_session_open(const char* path, const titans_sess
                                              titans_session** session);
 TITANS_API void titans_session_close(titans_session* session);
 
-/* Facts about a session as one JSON object: bundle, model, device, backend, backend_version, vocab_size, graphs,
- * state (name, role, dtype, shape, in_place), tokenizer. The string lives as long as the session handle. */
+/* Facts about a session as one JSON object: bundle, model, device, backend, backend_version, memory_kernel (our kernel,
+ * such as "cpu-avx512", or "standard-operators"), vocab_size, graphs, state (name, role, dtype, shape, in_place),
+ * tokenizer. The string lives as long as the session handle. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 TITANS_API int32_t titans_session_vocab_size(const titans_session* session);
 

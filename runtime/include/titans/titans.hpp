@@ -193,15 +193,17 @@ struct SessionOptions {
   std::string backend_library;
   std::string plugin_dir;
   std::int32_t threads = 0;
+  std::string memory_kernel;
 };
 
 // A loaded bundle. Any number of threads may use it.
 class Session {
  public:
   explicit Session(const std::string& path, const SessionOptions& options = {}) {
-    const titans_session_options raw{sizeof(titans_session_options),      detail::or_null(options.device),
-                                     detail::or_null(options.backend),    detail::or_null(options.backend_library),
-                                     detail::or_null(options.plugin_dir), options.threads};
+    const titans_session_options raw{sizeof(titans_session_options),        detail::or_null(options.device),
+                                     detail::or_null(options.backend),      detail::or_null(options.backend_library),
+                                     detail::or_null(options.plugin_dir),   options.threads,
+                                     detail::or_null(options.memory_kernel)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);

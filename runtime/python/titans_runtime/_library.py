@@ -23,6 +23,7 @@ class SessionOptions(ctypes.Structure):
         ("backend_library", ctypes.c_char_p),
         ("plugin_dir", ctypes.c_char_p),
         ("threads", ctypes.c_int32),
+        ("memory_kernel", ctypes.c_char_p),
     ]
 
 

@@ -17,7 +17,9 @@ class Session:
 
     ``backend`` insists on one (None: chosen by the device), ``threads`` is the number of threads within one call
     (0: the backend's default), ``backend_library`` the path of the vendor's library and ``plugin_dir`` the
-    folder of the runtime's backends (None: searched, see docs/runtime.md).
+    folder of the runtime's backends (None: searched, see docs/runtime.md). ``memory_kernel`` says what computes the
+    memory: "auto", our kernel where it is installed; "require", fail without it; "off", the graphs' own standard
+    operators.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Session:
         *,
         backend_library: str | os.PathLike[str] | None = None,
         plugin_dir: str | os.PathLike[str] | None = None,
+        memory_kernel: str = "auto",
     ) -> None:
         self._handle = ctypes.c_void_p()
         options = SessionOptions(
@@ -38,6 +41,7 @@ class Session:
             backend_library=_encode(backend_library or _find_library(backend)),
             plugin_dir=_encode(plugin_dir),
             threads=whole_number(threads, "threads", 0, 2**31),
+            memory_kernel=_encode(memory_kernel),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))

@@ -20,6 +20,13 @@ if(NOT EXISTS ${prefix}/${LIBDIR}/libtitans.so.${minor})
   message(FATAL_ERROR "no libtitans.so.${minor}")
 endif()
 
+separate_arguments(MODULES)
+foreach(module ${MODULES})
+  if(NOT EXISTS ${prefix}/${LIBDIR}/lib${module}.so)
+    message(FATAL_ERROR "no lib${module}.so beside libtitans.so, which looks for it there")
+  endif()
+endforeach()
+
 find_program(pkg_config pkg-config)
 if(NOT pkg_config)
   message(STATUS "no pkg-config, its file is not tested")

@@ -6,10 +6,14 @@
 #include <vector>
 
 #include "backend.h"
+#include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/graph_session.h"
 #include "backends/onnxruntime/host_tensor.h"
 #include "backends/onnxruntime/library.h"
+#include "backends/onnxruntime/memory_kernel.h"
+#include "backends/onnxruntime/memory_nodes.h"
 #include "error.h"
+#include "mapped_file.h"
 
 namespace titans::core {
 namespace {
@@ -23,6 +27,13 @@ class OrtBuffer final : public Buffer {
   void upload(const std::byte* host) override { std::memcpy(memory_.data(), host, memory_.size()); }
   void download(std::byte* host) const override { std::memcpy(host, memory_.data(), memory_.size()); }
   void copy_from(const Buffer& other) override { upload(static_cast<const OrtBuffer&>(other).memory_.data()); }
+  void copy_stripe_from(const Buffer& other, const Stripe& stripe) override {
+    const std::byte* from = static_cast<const OrtBuffer&>(other).memory_.data();
+    for (std::size_t row = 0; row < stripe.rows; ++row) {
+      const std::size_t at = row * stripe.pitch + stripe.offset;
+      std::memcpy(memory_.data() + at, from + at, stripe.bytes);
+    }
+  }
   OrtValue* value() const { return value_.get(); }
 
  private:
@@ -93,12 +104,15 @@ class OrtEngine final : public Engine {
   OrtEngine(const Bundle& bundle, const EngineOptions& options)
       : library_(OrtLibrary::load(options.library)),
         manifest_(bundle.manifest()),
+        memory_kernel_(options.memory_kernel),
+        in_place_(manifest_.state.size(), memory_kernel_.used()),
         host_(nullptr, library_.api().ReleaseMemoryInfo),
         prepacked_(nullptr, library_.api().ReleasePrepackedWeightsContainer) {
     create_shared();
     share_weights(bundle);
-    const SessionShare share{library_, bundle, weights_, *prepacked_, options.threads};
+    const SessionShare share{library_, bundle, weights_, *prepacked_, memory_kernel_, options.threads};
     for (const Graph& graph : manifest_.graphs) {
+      if (memory_kernel_.used()) look_into(bundle, graph);
       // The graph of fewest tokens decodes: there a call is short and waking threads would cost most.
       sessions_.push_back(open_graph(share, graph, &graph == &manifest_.graphs.back()));
     }
@@ -107,8 +121,10 @@ class OrtEngine final : public Engine {
 
   std::string version() const override { return library_.version(); }
 
-  // ONNX Runtime may read an input after it has begun to write an output.
-  bool in_place(std::size_t) const override { return false; }
+  std::string memory_kernel() const override { return memory_kernel_.name(); }
+
+  // Only where our kernel does the writing: ONNX Runtime's own may read an input after it has begun to write an output.
+  bool in_place(std::size_t state) const override { return in_place_[state]; }
 
   std::unique_ptr<Buffer> allocate(std::size_t state) override {
     return std::make_unique<OrtBuffer>(library_, *host_, manifest_.state[state]);
@@ -140,6 +156,17 @@ class OrtEngine final : public Engine {
     prepacked_.reset(prepacked);
   }
 
+  void look_into(const Bundle& bundle, const Graph& graph) {
+    const MappedFile file(bundle.folder() / graph.file);
+    const GraphNodes nodes = read_nodes(file.text(), graph.file);
+    check_memory_attributes(nodes, graph.file);
+    const StateFlow flow(nodes);
+    for (std::size_t state = 0; state < in_place_.size(); ++state) {
+      const StateTensor& tensor = manifest_.state[state];
+      in_place_[state] = in_place_[state] && flow.in_place(tensor.input, tensor.output);
+    }
+  }
+
   void share_weights(const Bundle& bundle) {
     for (const Graph& graph : manifest_.graphs) {
       for (const std::string& name : graph.weights) {
@@ -163,6 +190,8 @@ class OrtEngine final : public Engine {
 
   const OrtLibrary& library_;
   const Manifest& manifest_;
+  const MemoryKernel memory_kernel_;
+  std::vector<bool> in_place_;  // one for each of the manifest's state
   OrtHandle<OrtMemoryInfo> host_;
   OrtHandle<OrtPrepackedWeightsContainer> prepacked_;                // outlives the sessions
   std::map<std::string, OrtHandle<OrtValue>, std::less<>> weights_;  // as these do

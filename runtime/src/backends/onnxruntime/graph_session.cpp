@@ -65,6 +65,7 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, spin ? "1" : "0"));
   const bool prepack = wants_prepacking(share.bundle, graph);
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigDisablePrepacking, prepack ? "0" : "1"));
+  share.memory_kernel.register_in(*raw, library);
   for (const std::string& name : graph.weights) {
     check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
   }

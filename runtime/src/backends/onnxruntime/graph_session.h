@@ -5,6 +5,7 @@
 #include <string>
 
 #include "backends/onnxruntime/library.h"
+#include "backends/onnxruntime/memory_kernel.h"
 #include "bundle.h"
 
 namespace titans::core {
@@ -17,6 +18,7 @@ struct SessionShare {
   const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
   // Weights that kernels have rearranged for themselves, kept once for all sessions.
   OrtPrepackedWeightsContainer& prepacked;
+  const MemoryKernel& memory_kernel;
   int threads;
 };
 

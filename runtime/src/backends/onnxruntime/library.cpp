@@ -58,10 +58,11 @@ OrtLibrary::OrtLibrary(const std::string& path) {
   check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "titans", &env_), "an environment", kAdvice);
 }
 
-void OrtLibrary::check(OrtStatus* status, std::string_view expected, std::string_view advice) const {
+void OrtLibrary::check(OrtStatus* status, std::string_view expected, std::string_view advice,
+                       titans_status failure) const {
   if (status == nullptr) return;
   const OrtHandle<OrtStatus> owned(status, api_->ReleaseStatus);
-  throw Error(TITANS_FAILED, "onnxruntime", expected, api_->GetErrorMessage(status), advice);
+  throw Error(failure, "onnxruntime", expected, api_->GetErrorMessage(status), advice);
 }
 
 }  // namespace titans::core

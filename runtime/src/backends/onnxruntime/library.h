@@ -7,6 +7,8 @@
 
 #include <onnxruntime_c_api.h>
 
+#include "titans/titans.h"
+
 namespace titans::core {
 
 // An ONNX Runtime object and the function of its API that releases it.
@@ -24,7 +26,8 @@ class OrtLibrary {
   const std::string& version() const { return version_; }
 
   // Throws what ONNX Runtime reports, if it reports a failure: "expected `expected` but got MESSAGE; do `advice`".
-  void check(OrtStatus* status, std::string_view expected, std::string_view advice) const;
+  void check(OrtStatus* status, std::string_view expected, std::string_view advice,
+             titans_status failure = TITANS_FAILED) const;
 
  private:
   explicit OrtLibrary(const std::string& path);

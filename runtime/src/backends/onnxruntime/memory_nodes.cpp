@@ -1,0 +1,124 @@
+#include "backends/onnxruntime/memory_nodes.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <unordered_set>
+
+#include "error.h"
+#include "plugins/kernels/neural_memory.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::size_t kStateOutput = 1;  // as docs/operator.md numbers them
+
+bool is_memory(const Node& node) { return node.domain == "ai.titans" && node.op_type == "NeuralMemory"; }
+
+bool is_update(const Node& node) {
+  return is_memory(node) && !node.inputs.empty() && node.outputs.size() > kStateOutput &&
+         std::any_of(node.attributes.begin(), node.attributes.end(),
+                     [](const auto& attribute) { return attribute.first == "mode" && attribute.second == "update"; });
+}
+
+// Whether the node's outputs can be had without its inputs' values: ONNX Runtime knows shapes and types before it runs
+// anything, and takes out what asks for nothing else. Of what is not standard, functions included, nothing is known.
+bool may_ignore_values(const Node& node) {
+  constexpr std::array<std::string_view, 7> kIgnorant{
+      "Shape", "Size", "CastLike", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Dropout"};
+  if (is_memory(node)) return false;
+  return !(node.domain.empty() || node.domain == "ai.onnx") ||
+         std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
+}
+
+void check_attributes(const Node& node, std::string_view file_name) {
+  constexpr auto& kKnown = kernels::kAttributeNames;
+  for (const auto& [name, value] : node.attributes) {
+    if (std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end()) continue;
+    std::string known;
+    for (const std::string_view one : kKnown) known += text(known.empty() ? "" : ", ", one);
+    throw Error(TITANS_UNSUPPORTED, file_name, text("attributes of NeuralMemory out of: ", known), name,
+                "export the bundle again, or install a newer titans runtime");
+  }
+}
+
+}  // namespace
+
+void check_memory_attributes(const GraphNodes& graph, std::string_view file_name) {
+  for (const auto* nodes : {&graph.nodes, &graph.inner}) {
+    for (const Node& node : *nodes) {
+      if (is_memory(node)) check_attributes(node, file_name);
+    }
+  }
+}
+
+StateFlow::StateFlow(const GraphNodes& graph) : outputs_(graph.outputs) {
+  const auto add = [](Users& users, const std::vector<std::string_view>& values, const Node& node) {
+    for (const std::string_view value : values) {
+      if (!value.empty()) users[value].push_back(&node);
+    }
+  };
+  for (const Node& node : graph.nodes) {
+    add(makers_, node.outputs, node);
+    add(readers_, node.inputs, node);
+    add(readers_, node.captured, node);
+  }
+}
+
+bool StateFlow::in_place(std::string_view input, std::string_view output) const {
+  const bool named_right = std::count(outputs_.begin(), outputs_.end(), output) == 1 &&
+                           std::count(outputs_.begin(), outputs_.end(), input) == 0;
+  const Node* writer = producer(output);
+  return named_right && writer != nullptr && is_update(*writer) && writer->outputs[kStateOutput] == output &&
+         leads_to(input, *writer) && readers_come_first(input, *writer);
+}
+
+const Node* StateFlow::producer(std::string_view value) const {
+  const auto makers = makers_.find(value);
+  return makers != makers_.end() && makers->second.size() == 1 ? makers->second.front() : nullptr;
+}
+
+// Whether the writer's state is that input, updated by no, one or more nodes before it.
+bool StateFlow::leads_to(std::string_view input, const Node& writer) const {
+  std::unordered_set<const Node*> passed;  // a file may hold a circle
+  const Node* node = &writer;
+  while (passed.insert(node).second) {
+    const std::string_view state = node->inputs[0];
+    if (state == input) return true;
+    node = producer(state);
+    if (node == nullptr || !is_update(*node) || node->outputs[kStateOutput] != state) return false;
+  }
+  return false;
+}
+
+// The nodes that have run when the writer starts, because it needs what they make.
+StateFlow::Nodes StateFlow::before(const Node& writer) const {
+  Nodes found;
+  std::vector<const Node*> open{&writer};
+  while (!open.empty()) {
+    const Node* node = open.back();
+    open.pop_back();
+    // What a subgraph captures is left out: ONNX Runtime drops the branch of an If that it knows is never taken.
+    for (const std::string_view value : node->inputs) {
+      const Node* maker = producer(value);
+      if (maker == nullptr || !found.insert(maker).second) continue;
+      if (!may_ignore_values(*maker)) open.push_back(maker);
+    }
+  }
+  return found;
+}
+
+// Whether nobody reads the old state who might run after the writer has started. Any node but ours is somebody: what it
+// makes of the state may be a view of it, such as a Reshape's, that others read later.
+bool StateFlow::readers_come_first(std::string_view input, const Node& writer) const {
+  const auto readers = readers_.find(input);
+  if (readers == readers_.end()) return true;
+  const Nodes earlier = before(writer);
+  return std::all_of(readers->second.begin(), readers->second.end(), [&](const Node* reader) {
+    if (!is_memory(*reader) || !reader->captured.empty()) return false;
+    if (reader != &writer) return earlier.count(reader) != 0;
+    return reader->inputs[0] == input && std::count(reader->inputs.begin(), reader->inputs.end(), input) == 1;
+  });
+}
+
+}  // namespace titans::core

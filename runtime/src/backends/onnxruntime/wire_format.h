@@ -1,0 +1,44 @@
+// The protocol buffers' wire format, in which ONNX files are written. Enough of it to look into files that may hold
+// anything.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace titans::core {
+
+// Reads one message field by field. What it gives are views of the bytes it was made of.
+class WireMessage {
+ public:
+  // `file_name` is for error texts.
+  WireMessage(std::string_view bytes, std::string_view file_name) : rest_(bytes), file_name_(file_name) {}
+
+  // Goes to the next field; false at the end. Throws an Error where the bytes are no message.
+  bool next();
+
+  bool is_number(std::uint64_t field) const { return field_ == field && wire_ == Wire::kVarint; }
+  bool is_bytes(std::uint64_t field) const { return field_ == field && wire_ == Wire::kBytes; }
+  std::int64_t number() const { return static_cast<std::int64_t>(number_); }
+  std::string_view bytes() const { return bytes_; }
+  WireMessage message() const { return {bytes_, file_name_}; }
+
+  // Goes to the next number, where this message is a packed list of numbers.
+  bool next_packed();
+
+  [[noreturn]] void fail(std::string_view got) const;
+
+ private:
+  enum class Wire { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
+
+  std::string_view take(std::uint64_t count);
+  std::uint64_t varint();
+
+  std::string_view rest_;
+  std::string_view file_name_;
+  std::uint64_t field_ = 0;
+  Wire wire_ = Wire::kVarint;
+  std::uint64_t number_ = 0;
+  std::string_view bytes_;
+};
+
+}  // namespace titans::core

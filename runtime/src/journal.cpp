@@ -1,0 +1,91 @@
+#include "journal.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string_view>
+
+namespace titans::core {
+namespace {
+
+struct OpenChunk {
+  std::size_t tokens;
+  std::size_t coefficients;  // where they start in a row, in elements
+};
+
+// What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
+// after the other, and has everything else before them.
+std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
+  constexpr std::array<std::string_view, 5> kCoefficients{"e", "a", "m", "f", "beta"};
+  const std::size_t count = state.layout.size();
+  if (state.role != "memory" || count <= kCoefficients.size()) return std::nullopt;
+  const std::size_t first = count - kCoefficients.size();
+  const Shape& tokens = state.layout[first].shape;
+  if (tokens.size() != 1 || tokens[0] < 1) return std::nullopt;
+  const OpenChunk chunk{static_cast<std::size_t>(tokens[0]), state.layout[first].offset};
+  std::size_t offset = chunk.coefficients;
+  for (std::size_t i = 0; i < kCoefficients.size(); ++i) {
+    const MemoryField& field = state.layout[first + i];
+    const bool each_token = i < 2;  // e and a; the others are numbers
+    if (field.name != kCoefficients[i] || field.offset != offset || field.shape != (each_token ? tokens : Shape())) {
+      return std::nullopt;
+    }
+    offset += each_token ? chunk.tokens : 1;
+  }
+  const bool others_before = std::all_of(
+      state.layout.begin(), state.layout.begin() + static_cast<std::ptrdiff_t>(first), [&](const MemoryField& field) {
+        const std::optional<std::size_t> elements = tensor_bytes(field.shape, DType::kInt8);
+        return elements && field.offset + *elements <= chunk.coefficients;
+      });
+  return others_before ? std::optional(chunk) : std::nullopt;
+}
+
+}  // namespace
+
+void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
+  const std::size_t element = dtype_info(state.dtype).bytes;
+  const std::size_t pitch = static_cast<std::size_t>(state.shape.back()) * element;
+  const std::size_t rows = pitch == 0 ? 0 : state.bytes / pitch;
+  // Of a state that is something else, every token may change everything.
+  const OpenChunk chunk = find_open_chunk(state).value_or(OpenChunk{1, static_cast<std::size_t>(state.shape.back())});
+  const std::size_t split = chunk.coefficients * element;
+  entries_.push_back(
+      {&live, &backup, chunk.tokens, {{0, split, pitch, rows}, false}, {{split, pitch - split, pitch, rows}, false}});
+}
+
+void Journal::begin() {
+  for (Entry& entry : entries_) entry.chunkwise.saved = entry.tokenwise.saved = false;
+}
+
+void Journal::save_for(std::uint64_t position, std::uint64_t tokens) {
+  for (Entry& entry : entries_) {
+    save(entry, entry.tokenwise);
+    if (position / entry.chunk != (position + tokens) / entry.chunk) save(entry, entry.chunkwise);
+  }
+}
+
+void Journal::save_all() {
+  for (Entry& entry : entries_) {
+    save(entry, entry.tokenwise);
+    save(entry, entry.chunkwise);
+  }
+}
+
+void Journal::restore() {
+  for (const Entry& entry : entries_) {
+    restore(entry, entry.tokenwise);
+    restore(entry, entry.chunkwise);
+  }
+}
+
+void Journal::save(const Entry& entry, Part& part) {
+  if (part.saved) return;
+  if (part.stripe.bytes > 0) entry.backup->copy_stripe_from(*entry.live, part.stripe);
+  part.saved = true;
+}
+
+void Journal::restore(const Entry& entry, const Part& part) {
+  if (part.saved && part.stripe.bytes > 0) entry.live->copy_stripe_from(*entry.backup, part.stripe);
+}
+
+}  // namespace titans::core

@@ -1,0 +1,49 @@
+// What a failed call is undone from: copies of those parts of the state in place that it may have overwritten.
+//
+// While a chunk is open a call changes only the coefficients at the end of each packed row, and appends to the rows of
+// the chunk beyond its fill, where nothing is read that the position does not say is there. W and S change when a chunk
+// is complete (docs/operator.md). So a token within a chunk costs a copy of the coefficients, which are a small part.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend.h"
+
+namespace titans::core {
+
+class Journal {
+ public:
+  // `backup` is the journal's own from here on. The buffers outlive it.
+  void watch(const StateTensor& state, Buffer& live, Buffer& backup);
+
+  // A change starts, from what the live buffers hold now.
+  void begin();
+  // Saves what a call that consumes `tokens` >= 1 tokens from `position` on may overwrite, unless this change has saved
+  // it before.
+  void save_for(std::uint64_t position, std::uint64_t tokens);
+  // Saves everything that this change has not saved yet.
+  void save_all();
+  // Puts back what was saved: the live buffers are as they were when the change started.
+  void restore();
+
+ private:
+  struct Part {
+    Stripe stripe;
+    bool saved;
+  };
+  struct Entry {
+    Buffer* live;
+    Buffer* backup;
+    std::uint64_t chunk;  // tokens
+    Part chunkwise;       // changes with the token that completes a chunk; up to the coefficients
+    Part tokenwise;       // changes with every token; from the coefficients on
+  };
+
+  static void save(const Entry& entry, Part& part);
+  static void restore(const Entry& entry, const Part& part);
+
+  std::vector<Entry> entries_;
+};
+
+}  // namespace titans::core

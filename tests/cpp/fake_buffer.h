@@ -1,0 +1,63 @@
+// Buffers and workspaces without a device, for engines of tests. They count what is copied between them.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "backend.h"
+#include "error.h"
+
+namespace titans::test {
+
+inline constexpr std::size_t kFakeVocab = 8;
+
+struct FakeTraffic {
+  std::size_t bytes_copied = 0;                 // from buffer to buffer
+  std::optional<int> uploads_before_a_failure;  // none: all succeed
+};
+
+struct FakeBuffer final : core::Buffer {
+  FakeBuffer(std::size_t bytes, FakeTraffic& all) : values(bytes / sizeof(float)), traffic(all) {}
+
+  void upload(const std::byte* host) override {
+    if (traffic.uploads_before_a_failure && (*traffic.uploads_before_a_failure)-- == 0) {
+      throw core::Error(TITANS_FAILED, "fake", "an upload that works", "one that fails", "go on");
+    }
+    std::memcpy(values.data(), host, values.size() * sizeof(float));
+  }
+
+  void download(std::byte* host) const override { std::memcpy(host, values.data(), values.size() * sizeof(float)); }
+
+  void copy_from(const core::Buffer& other) override {
+    values = static_cast<const FakeBuffer&>(other).values;
+    traffic.bytes_copied += values.size() * sizeof(float);
+  }
+
+  void copy_stripe_from(const core::Buffer& other, const core::Stripe& stripe) override {
+    const auto& from = static_cast<const FakeBuffer&>(other).values;
+    for (std::size_t row = 0; row < stripe.rows; ++row) {
+      const std::size_t start = (row * stripe.pitch + stripe.offset) / sizeof(float);
+      ASSERT_LE(start * sizeof(float) + stripe.bytes, from.size() * sizeof(float));
+      std::memcpy(values.data() + start, from.data() + start, stripe.bytes);
+      traffic.bytes_copied += stripe.bytes;
+    }
+  }
+
+  std::vector<float> values;
+  FakeTraffic& traffic;
+};
+
+struct FakeWorkspace final : core::Workspace {
+  const float* logits(std::size_t first_row, std::size_t rows) override {
+    EXPECT_LE((first_row + rows) * kFakeVocab, values.size());
+    return values.data() + first_row * kFakeVocab;
+  }
+  std::vector<float> values;
+};
+
+}  // namespace titans::test

@@ -1,0 +1,184 @@
+#include "journal.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "fake_buffer.h"
+#include "packed_engine.h"
+#include "stream.h"
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+using core::Stream;
+using Tokens = std::vector<std::int32_t>;
+
+// What a token within a chunk may change: the coefficients, and all of what is no packed row.
+constexpr std::size_t kTokenBytes =
+    kPackedHeads * (kPackedRow - kPackedCoefficients) * sizeof(float) + kPackedOtherBytes;
+constexpr std::size_t kAllBytes = kPackedHeads * kPackedRow * sizeof(float) + kPackedOtherBytes;
+
+Tokens some_tokens(std::size_t count) {
+  Tokens tokens;
+  for (std::size_t i = 0; i < count; ++i) tokens.push_back(static_cast<std::int32_t>((5 * i * i + 3 * i + 1) % 8));
+  return tokens;
+}
+
+class JournalTest : public testing::Test {
+ protected:
+  JournalTest() {
+    write_packed_bundle(folder_.path());
+    session_ = open_packed_session(folder_.path(), control_);
+  }
+
+  static std::vector<float> feed(Stream& stream, const Tokens& tokens) {
+    std::vector<float> logits(tokens.size() * kFakeVocab);
+    stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    return logits;
+  }
+
+  // Every field of both memories, but for the rows of the open chunk beyond its fill.
+  std::vector<float> memory(const Stream& stream) const {
+    const auto fill = static_cast<std::ptrdiff_t>(stream.position() % static_cast<std::uint64_t>(kPackedChunk));
+    std::vector<float> all;
+    for (std::size_t index = 0; index < session_->memories().size(); ++index) {
+      const core::MemoryView& field = session_->memories()[index];
+      std::vector<float> values(field.elements);
+      stream.read_memory(index, values.data(), values.size());
+      const bool is_chunk =
+          field.name.find("left") != std::string::npos || field.name.find("right") != std::string::npos;
+      for (auto head = values.begin(); head != values.end(); head += static_cast<std::ptrdiff_t>(field.extent)) {
+        all.insert(all.end(), head, head + (is_chunk ? fill : static_cast<std::ptrdiff_t>(field.extent)));
+      }
+    }
+    return all;
+  }
+
+  TemporaryFolder folder_;
+  PackedControl control_;
+  std::shared_ptr<core::Session> session_;
+};
+
+// Tokens before the feed that fails, and its own.
+class FailedFeedTest : public JournalTest, public testing::WithParamInterface<std::pair<std::size_t, std::size_t>> {};
+
+INSTANTIATE_TEST_SUITE_P(Journal, FailedFeedTest,
+                         testing::Values(std::pair{0, 1}, std::pair{1, 1}, std::pair{4, 2},  // within a chunk
+                                         std::pair{3, 1}, std::pair{2, 2}, std::pair{4, 4},  // up to its end
+                                         std::pair{1, 3}, std::pair{1, 26}, std::pair{3, 30}, std::pair{6, 25}),
+                         [](const auto& info) {
+                           return std::to_string(info.param.first) + "Then" + std::to_string(info.param.second);
+                         });
+
+TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
+  const Tokens tokens = some_tokens(GetParam().first + GetParam().second + 9);
+  const auto head_end = tokens.begin() + static_cast<std::ptrdiff_t>(GetParam().first);
+  const auto tail_end = head_end + static_cast<std::ptrdiff_t>(GetParam().second);
+  const Tokens head(tokens.begin(), head_end);
+  const Tokens tail(head_end, tail_end);
+  const Tokens rest(tail_end, tokens.end());
+
+  Stream twin(session_);
+  feed(twin, head);
+  const std::vector<float> memory_before = memory(twin);
+  const std::vector<float> last_before = twin.last_logits();
+  const std::size_t calls_before = control_.calls.size();
+  const std::vector<float> tail_logits = feed(twin, tail);
+  const auto calls = static_cast<int>(control_.calls.size() - calls_before);
+  const std::vector<float> rest_logits = feed(twin, rest);
+  ASSERT_TRUE(std::none_of(rest_logits.begin(), rest_logits.end(), [](float x) { return std::isnan(x); }));
+
+  for (int call = 0; call < calls; ++call) {
+    Stream stream(session_);
+    feed(stream, head);
+    for (int again = 0; again < 2; ++again) {
+      control_.fail_at = static_cast<int>(control_.calls.size()) + call;
+      expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
+      EXPECT_EQ(stream.position(), head.size());
+      EXPECT_EQ(stream.last_logits(), last_before);
+      EXPECT_EQ(memory(stream), memory_before) << call;
+    }
+    const auto fork = stream.fork();
+    for (Stream* one : {&stream, fork.get()}) {
+      EXPECT_EQ(feed(*one, tail), tail_logits) << call;
+      EXPECT_EQ(feed(*one, rest), rest_logits) << call;
+      EXPECT_EQ(memory(*one), memory(twin)) << call;
+    }
+  }
+}
+
+TEST_F(JournalTest, ATokenWithinAChunkCopiesTheCoefficientsAlone) {
+  Stream stream(session_);
+  const auto copied = [&](const Tokens& tokens) {
+    control_.traffic.bytes_copied = 0;
+    feed(stream, tokens);
+    return control_.traffic.bytes_copied;
+  };
+  for (int token = 0; token < 3; ++token) EXPECT_EQ(copied({1}), kTokenBytes) << token;
+  EXPECT_EQ(copied({1}), kAllBytes);              // completes the chunk
+  EXPECT_EQ(copied({1, 2}), kTokenBytes);         // one call
+  EXPECT_EQ(copied({1}), kTokenBytes);            // to position 7
+  EXPECT_EQ(copied(some_tokens(17)), kAllBytes);  // many calls, but a copy of each byte at most
+  EXPECT_EQ(copied({}), 0U);
+  EXPECT_EQ(stream.position(), 24U);
+}
+
+TEST_F(JournalTest, AResetThatFailsLeavesTheStreamAsItWas) {
+  Stream stream(session_);
+  Stream twin(session_);
+  feed(stream, some_tokens(6));
+  feed(twin, some_tokens(6));
+  for (int uploads = 0; uploads < 3; ++uploads) {
+    control_.traffic.uploads_before_a_failure = uploads;
+    expect_error(TITANS_FAILED, {"one that fails"}, [&] { stream.reset(); });
+    control_.traffic.uploads_before_a_failure.reset();
+    EXPECT_EQ(memory(stream), memory(twin));
+  }
+  EXPECT_EQ(feed(stream, some_tokens(7)), feed(twin, some_tokens(7)));
+  stream.reset();
+  EXPECT_EQ(memory(stream), memory(Stream(session_)));
+}
+
+// A state of two rows of 16 whose layout says nothing is amiss, unless `change` sees to it.
+template <typename Change>
+std::size_t bytes_saved_within_a_chunk(Change&& change) {
+  core::StateTensor state{"memory", "in", "out", core::DType::kFloat32, {1, 2, 16}, 128, "memory", {}};
+  state.layout = {{"W0", 0, {2}}, {"left0", 2, {4}}, {"e", 6, {3}},   {"a", 9, {3}},
+                  {"m", 12, {}},  {"f", 13, {}},     {"beta", 14, {}}};
+  change(state);
+  FakeTraffic traffic;
+  FakeBuffer live(state.bytes, traffic);
+  FakeBuffer backup(state.bytes, traffic);
+  core::Journal journal;
+  journal.watch(state, live, backup);
+  journal.begin();
+  journal.save_for(1, 1);
+  return traffic.bytes_copied;
+}
+
+TEST(Journal, OnlyAPackedRowIsSavedInParts) {
+  using core::StateTensor;
+  EXPECT_EQ(bytes_saved_within_a_chunk([](StateTensor&) {}), 2 * 10 * sizeof(float));
+  const std::vector<void (*)(StateTensor&)> changes{
+      [](StateTensor& state) { state.role = "cache"; },
+      [](StateTensor& state) { state.layout.clear(); },
+      [](StateTensor& state) { state.layout.pop_back(); },
+      [](StateTensor& state) { state.layout[6].name = "gamma"; },
+      [](StateTensor& state) { std::swap(state.layout[2], state.layout[3]); },
+      [](StateTensor& state) { state.layout[3].offset = 8; },
+      [](StateTensor& state) { state.layout[3].shape = {2}; },
+      [](StateTensor& state) { state.layout[2].shape = {1, 3}; },
+      [](StateTensor& state) { state.layout[5].shape = {1}; },
+      [](StateTensor& state) { state.layout[6].offset = 15; },
+      [](StateTensor& state) { state.layout[1].offset = 3; },
+      [](StateTensor& state) { state.layout.erase(state.layout.begin(), state.layout.begin() + 2); },
+      [](StateTensor& state) { state.layout.push_back({"S0", 15, {1}}); },
+  };
+  for (std::size_t i = 0; i < changes.size(); ++i) EXPECT_EQ(bytes_saved_within_a_chunk(changes[i]), 128U) << i;
+}
+
+}  // namespace
+}  // namespace titans::test

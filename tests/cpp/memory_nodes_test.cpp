@@ -1,0 +1,214 @@
+#include "backends/onnxruntime/memory_nodes.h"
+
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "test_bundle.h"
+#include "wire.h"
+
+namespace titans::test {
+namespace {
+
+using Names = std::vector<std::string>;
+
+// Field 1 of an attribute is its name, 4 a text, 6 a graph.
+std::string text_attribute(const std::string& name, const std::string& value) {
+  return field(5, field(1, name) + field(4, value));
+}
+std::string graph_attribute(const std::string& name, const std::string& graph) {
+  return field(5, field(1, name) + field(6, graph));
+}
+
+std::string node(const std::string& domain, const std::string& kind, const Names& inputs, const Names& outputs,
+                 const std::string& attributes = {}) {
+  std::string bytes;
+  for (const std::string& input : inputs) bytes += field(1, input);
+  for (const std::string& output : outputs) bytes += field(2, output);
+  return field(1, bytes + field(4, kind) + attributes + field(7, domain));
+}
+
+std::string plain(const std::string& kind, const Names& inputs, const Names& outputs,
+                  const std::string& attributes = {}) {
+  return node("", kind, inputs, outputs, attributes);
+}
+
+std::string update(const std::string& state, const std::string& q, const std::string& y, const std::string& next) {
+  return node("ai.titans", "NeuralMemory", {state, q}, {y, next, "stats_of_" + y}, text_attribute("mode", "update"));
+}
+
+std::string read(const std::string& state, const std::string& q, const std::string& y) {
+  return node("ai.titans", "NeuralMemory", {state, q}, {y}, text_attribute("mode", "read"));
+}
+
+std::string outputs(const Names& names) {
+  std::string bytes;
+  for (const std::string& name : names) bytes += field(12, field(1, name));
+  return bytes;
+}
+
+std::string model(const std::string& graph) { return number(1, 10) + field(7, graph); }
+
+// Whether `state` and `next` of the graph with these nodes may be one buffer.
+bool in_place(const std::string& nodes, const Names& graph_outputs = {"logits", "next"}) {
+  const std::string bytes = model(nodes + outputs(graph_outputs));
+  const core::GraphNodes found = core::read_nodes(bytes, "m.onnx");
+  return core::StateFlow(found).in_place("state", "next");
+}
+
+TEST(StateFlow, OneUpdate) {
+  EXPECT_TRUE(in_place(update("state", "x", "y", "next") + plain("Relu", {"y"}, {"logits"})));
+}
+
+TEST(StateFlow, SeveralUpdatesInARow) {
+  const std::string first = update("state", "x", "y0", "state1");
+  const std::string second = update("state1", "y0", "y1", "state2");
+  const std::string third = update("state2", "y1", "logits", "next");
+  EXPECT_TRUE(in_place(first + second + third));
+  EXPECT_TRUE(in_place(third + second + first)) << "in whichever order the file has them";
+  EXPECT_FALSE(in_place(third + second));
+}
+
+TEST(StateFlow, AReaderThatTheUpdateNeeds) {
+  const std::string before = read("state", "x", "h") + plain("Softmax", {"h"}, {"attended"});
+  EXPECT_TRUE(in_place(before + update("state", "attended", "logits", "next")));
+  const std::string chunks = before + update("state", "attended", "y", "state1") + read("state1", "y", "h1");
+  EXPECT_TRUE(in_place(chunks + update("state1", "h1", "logits", "next")));
+}
+
+TEST(StateFlow, AReaderThatMayComeLater) {
+  const std::string writer = update("state", "x", "y", "next");
+  EXPECT_FALSE(in_place(writer + read("state", "x", "h") + plain("Add", {"y", "h"}, {"logits"})));
+  EXPECT_FALSE(in_place(read("state", "y", "logits") + writer));
+  EXPECT_FALSE(in_place(writer + plain("Add", {"y", "state"}, {"logits"})));
+  // It needs the first update, but the second writes.
+  const std::string two = update("state", "x", "y", "state1") + update("state1", "x", "logits", "next");
+  EXPECT_TRUE(in_place(two));
+  EXPECT_FALSE(in_place(two + read("state", "x", "h") + plain("Add", {"y", "h"}, {"unused"})));
+}
+
+TEST(StateFlow, AnotherOperatorsReaderMayKeepAView) {
+  const std::string writer = update("state", "q", "y", "next");
+  const std::string last = plain("Relu", {"y"}, {"logits"});
+  EXPECT_TRUE(in_place(writer + last));
+  EXPECT_FALSE(in_place(plain("Reshape", {"state", "shape"}, {"q"}) + writer + last));
+  EXPECT_FALSE(in_place(plain("Reshape", {"state", "shape"}, {"view"}) + plain("Relu", {"view"}, {"q"}) + writer +
+                        plain("Add", {"y", "view"}, {"logits"})));
+  EXPECT_FALSE(in_place(plain("Identity", {"state"}, {"view"}) + update("view", "x", "logits", "next")));
+  EXPECT_FALSE(in_place(update("state", "state", "logits", "next")));
+  EXPECT_FALSE(in_place(update("state", "x", "y", "state1") + update("state1", "state", "logits", "next")));
+}
+
+TEST(StateFlow, WhatASubgraphCaptures) {
+  const std::string writer = update("state", "q", "logits", "next");
+  const auto branches = [](const std::string& nodes, const std::string& output) {
+    return graph_attribute("then_branch", nodes + outputs({output})) +
+           graph_attribute("else_branch", plain("Constant", {}, {"zero"}) + outputs({"zero"}));
+  };
+  const std::string inner = branches(read("state", "x", "h") + plain("Relu", {"h"}, {"r"}), "r");
+  const std::string deep = branches(plain("If", {"b"}, {"r"}, inner), "r");
+  for (const std::string& body : {inner, deep, branches("", "state")}) {
+    EXPECT_FALSE(in_place(plain("If", {"c"}, {"q"}, body) + writer));
+    EXPECT_FALSE(in_place(update("state", "x", "logits", "next") + plain("If", {"c"}, {"z"}, body)));
+  }
+  EXPECT_TRUE(in_place(plain("If", {"c"}, {"q"}, branches(plain("Relu", {"x"}, {"r"}), "r")) + writer));
+  // A reader that the update needs by way of a branch, which proves nothing: the branch may be dropped.
+  const std::string needs_reader = branches(plain("Relu", {"h"}, {"r"}), "r");
+  EXPECT_FALSE(in_place(read("state", "x", "h") + plain("If", {"c"}, {"q"}, needs_reader) + writer));
+  EXPECT_TRUE(in_place(read("state", "x", "h") + plain("If", {"h"}, {"q"}, needs_reader) + writer));
+}
+
+TEST(StateFlow, AShapeProvesNoOrder) {
+  for (const char* kind : {"Shape", "Size", "CastLike", "Dropout"}) {
+    EXPECT_FALSE(in_place(read("state", "x", "h") + plain(kind, {"h"}, {"s"}) + plain("Expand", {"x", "s"}, {"q"}) +
+                          update("state", "q", "y", "next") + plain("Add", {"y", "h"}, {"logits"})))
+        << kind;
+  }
+  EXPECT_FALSE(in_place(read("state", "x", "h") + node("somebody", "Shape2", {"h"}, {"q"}) +
+                        update("state", "q", "y", "next") + plain("Add", {"y", "h"}, {"logits"})));
+}
+
+TEST(StateFlow, WhatIsNoUpdateOfThatState) {
+  const std::string last = plain("Relu", {"x"}, {"logits"});
+  EXPECT_FALSE(in_place(last + plain("Relu", {"state"}, {"next"})));
+  EXPECT_FALSE(in_place(last + node("", "NeuralMemory", {"state"}, {"y", "next"}, text_attribute("mode", "update"))));
+  EXPECT_FALSE(
+      in_place(last + node("ai.titans", "Memory", {"state"}, {"y", "next"}, text_attribute("mode", "update"))));
+  EXPECT_FALSE(in_place(last + node("ai.titans", "NeuralMemory", {"state"}, {"y", "next"})));
+  EXPECT_FALSE(in_place(last + node("ai.titans", "NeuralMemory", {}, {"y", "next"}, text_attribute("mode", "update"))));
+  EXPECT_FALSE(in_place(last + update("state", "x", "next", "other")));
+  EXPECT_FALSE(in_place(last + update("other", "x", "y", "next")));
+  EXPECT_FALSE(in_place(last + update("state", "x", "y", "state1") + plain("Relu", {"state1"}, {"next"})));
+  EXPECT_FALSE(in_place(last + update("state", "x", "y", "state1") + update("y", "x", "z", "next")));
+  EXPECT_FALSE(in_place(last));
+  EXPECT_FALSE(in_place(last + update("state", "x", "y", "next"), {"logits"}));
+  EXPECT_FALSE(in_place(last + update("state", "x", "y", "next"), {"logits", "next", "state"}));
+}
+
+TEST(StateFlow, FilesThatMakeNoSense) {
+  EXPECT_FALSE(in_place(update("b", "x", "y", "a") + update("a", "x", "z", "b") + update("a", "x", "u", "next")));
+  EXPECT_FALSE(in_place(update("state", "x", "y", "next") + update("state", "x", "z", "next")));
+  EXPECT_FALSE(in_place(update("", "x", "y", "next")));
+  const std::string strange = text_attribute("mode", "update") + graph_attribute("mode", read("state", "x", "h"));
+  EXPECT_FALSE(in_place(node("ai.titans", "NeuralMemory", {"state", "x"}, {"y", "next"}, strange)));
+  EXPECT_FALSE(in_place(read("state", "a", "b") + read("state", "b", "a") + update("state", "x", "y", "next")));
+  EXPECT_FALSE(in_place(""));
+}
+
+TEST(GraphNodes, WhatIsNoModel) {
+  const std::string whole = model(update("state", "x", "y", "next") + outputs({"y", "next"}));
+  core::read_nodes(whole, "m.onnx");
+  for (std::size_t length = 1; length < whole.size(); ++length) {
+    try {
+      core::read_nodes(whole.substr(0, length), "m.onnx");
+    } catch (const core::Error& error) {
+      EXPECT_NE(std::string(error.what()).find("[m.onnx] expected an ONNX model"), std::string::npos);
+    }
+  }
+  for (std::size_t place = 0; place < whole.size(); ++place) {
+    for (const char byte : {'\x00', '\x7f', '\xff'}) {
+      std::string spoilt = whole;
+      spoilt[place] = byte;
+      try {
+        const core::GraphNodes found = core::read_nodes(spoilt, "m.onnx");
+        core::StateFlow(found).in_place("state", "next");
+      } catch (const core::Error&) {
+      }
+    }
+  }
+}
+
+TEST(GraphNodes, SubgraphsWithinEachOther) {
+  const auto nest = [](int depth) {
+    std::string graph = plain("Relu", {"state"}, {"z"});
+    for (int i = 0; i < depth; ++i) graph = plain("If", {"c"}, {"z"}, graph_attribute("then_branch", graph));
+    return model(graph);
+  };
+  const std::string fits = nest(32);
+  const core::GraphNodes found = core::read_nodes(fits, "m.onnx");
+  EXPECT_EQ(found.nodes[0].captured.front(), "state");
+  EXPECT_EQ(found.inner.size(), 32U);
+  const std::string deep = nest(200);
+  expect_error(TITANS_FAILED, {"m.onnx", "deep"}, [&] { core::read_nodes(deep, "m.onnx"); });
+}
+
+TEST(MemoryAttributes, UnknownOnesAreRefusedWhereverTheyStand) {
+  const std::string good = update("state", "x", "y", "next");
+  const std::string bad = node("ai.titans", "NeuralMemory", {"state"}, {"y"},
+                               text_attribute("mode", "read") + text_attribute("orthogonalise", "5"));
+  const std::string within = plain("If", {"c"}, {"z"}, graph_attribute("then_branch", bad));
+  const auto check = [](const std::string& bytes) {
+    core::check_memory_attributes(core::read_nodes(bytes, "m.onnx"), "m.onnx");
+  };
+  check(model(good + plain("Softmax", {"x"}, {"z"}, text_attribute("axis", "1"))));
+  for (const std::string& bytes :
+       {model(good + bad), model(good + within), model(good) + field(25, field(7, bad.substr(2)))}) {
+    expect_error(TITANS_UNSUPPORTED,
+                 {"m.onnx", "NeuralMemory", "mode, schedule, widths", "got orthogonalise", "export the bundle again"},
+                 [&] { check(bytes); });
+  }
+}
+
+}  // namespace
+}  // namespace titans::test
