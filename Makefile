@@ -1,6 +1,7 @@
 # make setup    everything into .venv and build/, nothing outside; a second time takes a second
 # make demo     what this project does, in a few minutes       make demo TEXT=book.txt   with a text of yours
 # make test     C++ tests under sanitizers, then pytest        make test PYTEST='-k memory'
+# make bench    speed, side by side, on an idle machine (about half an hour)             make bench BENCH='--rounds 5'
 # make lint     formatting, lints and types                    make format               mends what can be mended
 # make clean    removes .venv, .deps and build/
 #
@@ -17,6 +18,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 STAMPS := $(VENV)/stamps
 TEST_BUNDLE := build/test/synthetic.titans
+MODEL_BUNDLE := build/test/mac-bytes.titans
 # The ONNX Runtime that is installed in .venv, for C++ programs.
 ONNXRUNTIME = $(shell $(VENV)/bin/python -c 'from titans_runtime._library import backend_library as b; print(b() or "")')
 # What is installed in .venv comes before what the machine has, as with an activated environment.
@@ -34,11 +36,11 @@ endef
 
 RUNTIME_SOURCES := CMakeLists.txt $(shell find runtime cmake plugins -type f \
   -not -path '*/__pycache__/*' -not -path 'runtime/python/build/*' 2>/dev/null)
-CXX_SOURCES = $(shell find runtime plugins tests examples -type f \
+CXX_SOURCES = $(shell find runtime plugins tests examples benchmarks -type f \
   \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
 PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
 
-.PHONY: help setup run-setup kernels test test-cpp test-python lint format demo clean
+.PHONY: help setup run-setup kernels test test-cpp test-python lint format demo bench clean
 
 help:
 	@sed -n '1,/^$$/{s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
@@ -104,12 +106,15 @@ demo: run-setup
 
 test: test-cpp test-python
 
-test-cpp: setup $(TEST_BUNDLE)
+test-cpp: setup $(TEST_BUNDLE) $(MODEL_BUNDLE)
 	@echo "[test] C++ tests under the address and undefined behaviour sanitizers (first build about 3 min)"
 	@cmake --preset sanitize >build/sanitize.log || { cat build/sanitize.log; exit 1; }
 	@cmake --build --preset sanitize
 	@TITANS_TEST_BUNDLE=$(CURDIR)/$(TEST_BUNDLE) TITANS_ONNXRUNTIME=$(ONNXRUNTIME) \
 	  ctest --preset sanitize
+	@echo "[test] the kernel inside the runtime, on an exported model"
+	@TITANS_TEST_BUNDLE=$(CURDIR)/$(MODEL_BUNDLE) TITANS_ONNXRUNTIME=$(ONNXRUNTIME) \
+	  build/sanitize/tests/cpp/titans_onnxruntime_tests --gtest_brief=1
 
 # A small model that the C++ tests can run on ONNX Runtime.
 $(TEST_BUNDLE): tests/runtime/synthetic.py | setup
@@ -130,9 +135,30 @@ $(STAMPS)/kernels-aarch64: $(RUNTIME_SOURCES) | $(STAMPS)/tools $(STAMPS)/header
 	  { cat build/aarch64.log; exit 1; }
 	@touch $@
 
+$(MODEL_BUNDLE): $(STAMPS)/runtime $(STAMPS)/dev $(shell find titans_export/model titans_export/onnx -name '*.py')
+	@mkdir -p $(dir $@)
+	@$(VENV)/bin/titans-export export examples/checkpoints/mac-bytes -o $@ --chunks-per-call 1 --overwrite
+
 test-python: setup kernels
 	@echo "[test] pytest"
 	@$(VENV)/bin/python -m pytest -q $(PYTEST)
+
+# The numbers go to benchmarks/results, and from there into docs/benchmarks.md.
+bench: setup kernels $(STAMPS)/bench build/bench/bandwidth
+	@$(VENV)/bin/python -m benchmarks.layer $(BENCH) -o benchmarks/results/cpu-layer-$(shell date -u +%F).json
+	@$(VENV)/bin/python -m benchmarks.models $(BENCH)
+	@$(VENV)/bin/python -m benchmarks.plot
+	@$(VENV)/bin/python -m benchmarks.table
+
+$(STAMPS)/bench: pyproject.toml constraints.txt | $(STAMPS)/dev
+	@echo "[bench] what is measured beside ours, and what draws (about 20 s)"
+	@$(call install,--editable '.[bench]')
+	@touch $@
+
+# For this very machine: it finds the limits of the machine it runs on.
+build/bench/bandwidth: benchmarks/bandwidth.cc
+	@mkdir -p build/bench
+	@$(CXX) -std=c++17 -O3 -march=native -pthread $< -o $@
 
 lint: setup
 	@echo "[lint] ruff"

@@ -64,6 +64,9 @@ def _state_table(model: Titans) -> list[dict[str, Any]]:
         if role == "memory":
             fields = Layout.of(model.config.memory.spec).fields
             entry["layout"] = [{"name": f.name, "offset": f.offset, "shape": list(f.shape)} for f in fields]
+        if role == "cache" and model.config.variant == "mac":
+            persistent, segment = model.config.persistent, model.config.window
+            entry["written"] = {"axis": 2, "first": [persistent, persistent + segment], "period": segment}
         table.append(entry)
     return table
 

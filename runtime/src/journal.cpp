@@ -40,10 +40,32 @@ std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   return others_before ? std::optional(chunk) : std::nullopt;
 }
 
+// Copies places [begin, end) of a cache.
+void copy(Buffer& to, const Buffer& from, const std::vector<Stripe>& places, std::uint64_t begin, std::uint64_t end) {
+  if (begin >= end) return;
+  for (Stripe stripe : places) {
+    stripe.offset += static_cast<std::size_t>(begin) * stripe.bytes;
+    stripe.bytes *= static_cast<std::size_t>(end - begin);
+    to.copy_stripe_from(from, stripe);
+  }
+}
+
 }  // namespace
 
 void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
   const std::size_t element = dtype_info(state.dtype).bytes;
+  if (state.written) {
+    const auto axis = state.shape.begin() + static_cast<std::ptrdiff_t>(state.written->axis);
+    std::size_t row = element;
+    for (auto extent = axis + 1; extent != state.shape.end(); ++extent) row *= static_cast<std::size_t>(*extent);
+    const std::size_t pitch = row * static_cast<std::size_t>(*axis);
+    std::vector<Stripe> places;
+    for (const std::size_t first : state.written->first) {
+      places.push_back({first * row, row, pitch, pitch == 0 ? 0 : state.bytes / pitch});
+    }
+    caches_.push_back({&live, &backup, state.written->period, std::move(places), 0, 0});
+    return;
+  }
   const std::size_t pitch = static_cast<std::size_t>(state.shape.back()) * element;
   const std::size_t rows = pitch == 0 ? 0 : state.bytes / pitch;
   // Of a state that is something else, every token may change everything.
@@ -54,17 +76,37 @@ void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
 }
 
 void Journal::begin() {
+  start_.reset();
+  for (Cache& cache : caches_) cache.begin = cache.end = 0;
   for (Entry& entry : entries_) entry.chunkwise.saved = entry.tokenwise.saved = false;
 }
 
 void Journal::save_for(std::uint64_t position, std::uint64_t tokens) {
+  if (!start_) start_ = position;
+  for (Cache& cache : caches_) save_for(cache, position, tokens);
   for (Entry& entry : entries_) {
     save(entry, entry.tokenwise);
     if (position / entry.chunk != (position + tokens) / entry.chunk) save(entry, entry.chunkwise);
   }
 }
 
+// The change writes place after place. Once it comes to another period, the places before its start are next, so then
+// all that is not saved yet is.
+void Journal::save_for(Cache& cache, std::uint64_t position, std::uint64_t tokens) const {
+  if (position == *start_) cache.begin = cache.end = position % cache.period;
+  if ((position + tokens - 1) / cache.period == *start_ / cache.period) {
+    save(cache, cache.end, position % cache.period + tokens);
+  } else {
+    save(cache, cache.end, cache.period);
+    save(cache, 0, cache.begin);
+  }
+}
+
 void Journal::save_all() {
+  for (Cache& cache : caches_) {
+    save(cache, cache.end, cache.period);
+    save(cache, 0, cache.begin);
+  }
   for (Entry& entry : entries_) {
     save(entry, entry.tokenwise);
     save(entry, entry.chunkwise);
@@ -72,10 +114,19 @@ void Journal::save_all() {
 }
 
 void Journal::restore() {
+  for (const Cache& cache : caches_) copy(*cache.live, *cache.backup, cache.places, cache.begin, cache.end);
   for (const Entry& entry : entries_) {
     restore(entry, entry.tokenwise);
     restore(entry, entry.chunkwise);
   }
+}
+
+// Saves places [begin, end), which lie at one end of those that are saved.
+void Journal::save(Cache& cache, std::uint64_t begin, std::uint64_t end) {
+  if (begin >= end) return;
+  copy(*cache.backup, *cache.live, cache.places, begin, end);
+  cache.begin = std::min(cache.begin, begin);
+  cache.end = std::max(cache.end, end);
 }
 
 void Journal::save(const Entry& entry, Part& part) {

@@ -3,9 +3,11 @@
 // While a chunk is open a call changes only the coefficients at the end of each packed row, and appends to the rows of
 // the chunk beyond its fill, where nothing is read that the position does not say is there. W and S change when a chunk
 // is complete (docs/operator.md). So a token within a chunk costs a copy of the coefficients, which are a small part.
+// Of a cache whose manifest says which rows a token writes, those rows are saved.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "backend.h"
@@ -40,10 +42,22 @@ class Journal {
     Part tokenwise;       // changes with every token; from the coefficients on
   };
 
+  struct Cache {
+    Buffer* live;
+    Buffer* backup;
+    std::uint64_t period;        // tokens
+    std::vector<Stripe> places;  // the row of place 0, once for each of the rows that a token writes
+    std::uint64_t begin, end;    // the places that are saved
+  };
+
   static void save(const Entry& entry, Part& part);
+  static void save(Cache& cache, std::uint64_t begin, std::uint64_t end);
+  void save_for(Cache& cache, std::uint64_t position, std::uint64_t tokens) const;
   static void restore(const Entry& entry, const Part& part);
 
   std::vector<Entry> entries_;
+  std::vector<Cache> caches_;
+  std::optional<std::uint64_t> start_;  // the position of this change's first call
 };
 
 }  // namespace titans::core

@@ -42,6 +42,22 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
   return layout;
 }
 
+std::optional<WrittenRows> read_written(const JsonReader& state, const Shape& shape) {
+  const std::optional<JsonReader> entry = state.find("written");
+  if (!entry) return std::nullopt;
+  WrittenRows written{};
+  written.axis = static_cast<std::size_t>(entry->at("axis").integer(0, static_cast<std::int64_t>(shape.size()) - 1));
+  const std::int64_t rows = shape[written.axis];
+  const std::int64_t period = entry->at("period").integer(1, rows);
+  written.period = static_cast<std::uint64_t>(period);
+  std::int64_t least = 0;
+  for (const JsonReader& first : entry->at("first").items()) {
+    written.first.push_back(static_cast<std::size_t>(first.integer(least, rows - period)));
+    least = static_cast<std::int64_t>(written.first.back()) + period;
+  }
+  return written;
+}
+
 StateTensor read_state(const JsonReader& entry) {
   StateTensor state;
   state.name = entry.at("name").string();
@@ -58,6 +74,7 @@ StateTensor read_state(const JsonReader& entry) {
   state.bytes = *bytes;
   state.role = entry.at("role").string();
   state.layout = read_layout(entry, state.shape);
+  state.written = read_written(entry, state.shape);
   if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
   return state;
 }

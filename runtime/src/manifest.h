@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,6 +21,13 @@ struct MemoryField {
   Shape shape;
 };
 
+// What a token writes of a cache: the rows first[i] + position % period along `axis`, and nothing else.
+struct WrittenRows {
+  std::size_t axis;
+  std::vector<std::size_t> first;
+  std::uint64_t period;
+};
+
 struct StateTensor {
   std::string name;
   std::string input;   // graph input that takes it
@@ -29,6 +37,7 @@ struct StateTensor {
   std::size_t bytes;
   std::string role;
   std::vector<MemoryField> layout;
+  std::optional<WrittenRows> written = std::nullopt;
 };
 
 // What people call a field: "layers.0.memory.W0".

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -140,6 +141,73 @@ TEST_F(JournalTest, AResetThatFailsLeavesTheStreamAsItWas) {
   EXPECT_EQ(feed(stream, some_tokens(7)), feed(twin, some_tokens(7)));
   stream.reset();
   EXPECT_EQ(memory(stream), memory(Stream(session_)));
+}
+
+// A cache [1, 2, 11, 3] of which a token at position p writes the rows 1 + p % 5 and 6 + p % 5.
+class JournalOfACache : public testing::Test {
+ protected:
+  static constexpr std::uint64_t kPeriod = 5;
+  static constexpr std::size_t kRows = 11, kWidth = 3, kHeads = 2;
+
+  JournalOfACache() {
+    journal_.watch(state_, live_, backup_);
+    std::iota(live_.values.begin(), live_.values.end(), 1.0F);
+  }
+
+  // A call that consumes the tokens, and leaves in their rows what must never be seen.
+  void call(std::uint64_t position, std::uint64_t tokens) {
+    journal_.save_for(position, tokens);
+    for (std::uint64_t p = position; p < position + tokens; ++p) {
+      for (const std::size_t first : state_.written->first) {
+        for (std::size_t head = 0; head < kHeads; ++head) {
+          const auto row = static_cast<std::ptrdiff_t>(((head * kRows) + first + p % kPeriod) * kWidth);
+          std::fill_n(live_.values.begin() + row, kWidth, std::nanf(""));
+        }
+      }
+    }
+  }
+
+  const core::StateTensor state_{"keys",
+                                 "in",
+                                 "out",
+                                 core::DType::kFloat32,
+                                 {1, kHeads, kRows, kWidth},
+                                 kHeads * kRows * kWidth * sizeof(float),
+                                 "cache",
+                                 {},
+                                 core::WrittenRows{2, {1, 6}, kPeriod}};
+  FakeTraffic traffic_;
+  FakeBuffer live_{state_.bytes, traffic_};
+  FakeBuffer backup_{state_.bytes, traffic_};
+  core::Journal journal_;
+};
+
+TEST_F(JournalOfACache, PutsBackWhateverCallsHaveWritten) {
+  const std::vector<float> before = live_.values;
+  for (std::uint64_t start = 0; start < 2 * kPeriod; ++start) {
+    for (std::uint64_t tokens = 1; tokens < 3 * kPeriod; ++tokens) {
+      for (const std::uint64_t a_call : {1, 2, 3, 7}) {
+        journal_.begin();
+        for (std::uint64_t done = 0; done < tokens; done += a_call) call(start + done, std::min(a_call, tokens - done));
+        journal_.restore();
+        ASSERT_EQ(live_.values, before) << start << " " << tokens << " " << a_call;
+      }
+    }
+  }
+}
+
+TEST_F(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
+  constexpr std::size_t kToken = 2 * kHeads * kWidth * sizeof(float);
+  const auto saved = [&](std::uint64_t start, std::uint64_t tokens) {
+    traffic_.bytes_copied = 0;
+    journal_.begin();
+    for (std::uint64_t done = 0; done < tokens; ++done) journal_.save_for(start + done, 1);
+    return traffic_.bytes_copied;
+  };
+  EXPECT_EQ(saved(3, 1), kToken);
+  EXPECT_EQ(saved(10, 1), kToken);
+  EXPECT_EQ(saved(11, 3), 3 * kToken);
+  for (const std::uint64_t tokens : {4, 5, 6, 50}) EXPECT_EQ(saved(12, tokens), kPeriod * kToken);
 }
 
 // A state of two rows of 16 whose layout says nothing is amiss, unless `change` sees to it.

@@ -40,6 +40,22 @@ TEST(Manifest, DepthIsLimited) {
   expect_error(TITANS_FAILED, {"levels"}, [&] { core::Manifest::parse("{\"model\": " + deep + "}"); });
 }
 
+json written(std::int64_t axis, const std::vector<std::int64_t>& first, std::int64_t period) {
+  return {{"axis", axis}, {"first", first}, {"period", period}};
+}
+
+TEST(Manifest, TheRowsThatATokenWrites) {
+  json manifest = manifest_json();
+  EXPECT_FALSE(parse(manifest).state[0].written);
+  const std::int64_t rows = manifest["state"][0]["shape"].back();
+  manifest["state"][0]["written"] = written(2, {0, rows - 1}, 1);
+  const core::StateTensor state = parse(manifest).state[0];
+  ASSERT_TRUE(state.written);
+  EXPECT_EQ(state.written->axis, 2U);
+  EXPECT_EQ(state.written->first, (std::vector<std::size_t>{0, static_cast<std::size_t>(rows) - 1}));
+  EXPECT_EQ(state.written->period, 1U);
+}
+
 TEST(Manifest, AnOutputIsNoInput) {
   json manifest = manifest_json();
   manifest["state"][0]["output"] = manifest["state"][0]["input"];
@@ -111,13 +127,19 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"/state/0/shape", {1, 0, 4}}, Change{"/state/0/shape", {1, std::int64_t{1} << 62, 64}},
         Change{"/state/0/layout/0/offset", 3}, Change{"/state/0/layout/0/offset", -1},
         Change{"/state/0/layout/0/shape", {5}}, Change{"/state/0/layout/0/shape", {std::int64_t{1} << 62, 8}},
-        Change{"/state/1/name", "layers.0.memory"}, Change{"/state/1/input", "tokens"},
-        Change{"/state/1/output", "memory.next"}, Change{"/graphs", json::array()}, Change{"/graphs", json::object()},
-        Change{"/graphs/0/tokens", 3}, Change{"/graphs/0/tokens", 0}, Change{"/graphs/0/align", 2},
-        Change{"/graphs/0/align", 0}, Change{"/graphs/0/weights", "E"}, Change{"/graphs/0/file", "../decode.onnx"},
-        Change{"/graphs/0/file", "a/b"}, Change{"/graphs/0/file", "a\\b"}, Change{"/graphs/0/file", ".."},
-        Change{"/graphs/0/file", "."}, Change{"/graphs/0/file", ""}, Change{"/graphs/0/file", std::string("a\0b", 3)},
-        Change{"/weights/file", "/etc/passwd"}, Change{"/initial_state/file", "../state"}, Change{"/files", 3},
+        // State 0 is of shape [1, 1, 4].
+        Change{"/state/0/written", 3}, Change{"/state/0/written", written(3, {0}, 4)},
+        Change{"/state/0/written", written(-1, {0}, 4)}, Change{"/state/0/written", written(2, {0}, 0)},
+        Change{"/state/0/written", written(2, {0}, 99)}, Change{"/state/0/written", written(2, {5}, 99)},
+        Change{"/state/0/written", written(2, {0, 1}, 2)}, Change{"/state/0/written", written(2, {-1}, 2)},
+        Change{"/state/0/written", {{"axis", 2}, {"period", 1}}}, Change{"/state/1/name", "layers.0.memory"},
+        Change{"/state/1/input", "tokens"}, Change{"/state/1/output", "memory.next"}, Change{"/graphs", json::array()},
+        Change{"/graphs", json::object()}, Change{"/graphs/0/tokens", 3}, Change{"/graphs/0/tokens", 0},
+        Change{"/graphs/0/align", 2}, Change{"/graphs/0/align", 0}, Change{"/graphs/0/weights", "E"},
+        Change{"/graphs/0/file", "../decode.onnx"}, Change{"/graphs/0/file", "a/b"}, Change{"/graphs/0/file", "a\\b"},
+        Change{"/graphs/0/file", ".."}, Change{"/graphs/0/file", "."}, Change{"/graphs/0/file", ""},
+        Change{"/graphs/0/file", std::string("a\0b", 3)}, Change{"/weights/file", "/etc/passwd"},
+        Change{"/initial_state/file", "../state"}, Change{"/files", 3},
         Change{"/files", {{"a", {{"bytes", -1}, {"xxh3_128", ""}}}}}));
 
 }  // namespace

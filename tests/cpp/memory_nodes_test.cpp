@@ -146,6 +146,22 @@ TEST(StateFlow, WhatIsNoUpdateOfThatState) {
   EXPECT_FALSE(in_place(last + update("state", "x", "y", "next"), {"logits", "next", "state"}));
 }
 
+TEST(StateFlow, AScatterWritesOverItsInput) {
+  const auto scatter = [](const std::string& from, const std::string& new_rows, const std::string& to) {
+    return plain("ScatterElements", {from, "places", new_rows}, {to});
+  };
+  const std::string last = plain("MatMul", {"q", "next"}, {"logits"});
+  EXPECT_TRUE(in_place(scatter("state", "k", "next") + last));
+  EXPECT_TRUE(in_place(scatter("state", "k", "one") + plain("MatMul", {"q", "one"}, {"k2"}) +
+                       scatter("one", "k2", "next") + last));
+  EXPECT_FALSE(in_place(scatter("state", "k", "next") + plain("MatMul", {"q", "state"}, {"logits"})));
+  EXPECT_FALSE(in_place(plain("Slice", {"state"}, {"k"}) + scatter("state", "k", "next") + last));
+  EXPECT_FALSE(in_place(scatter("k", "state", "next") + last));
+  EXPECT_FALSE(in_place(scatter("state", "state", "next") + last));
+  EXPECT_FALSE(in_place(node("somebody", "ScatterElements", {"state", "places", "k"}, {"next"}) + last));
+  EXPECT_FALSE(in_place(plain("Concat", {"state", "k"}, {"next"}) + last));
+}
+
 TEST(StateFlow, FilesThatMakeNoSense) {
   EXPECT_FALSE(in_place(update("b", "x", "y", "a") + update("a", "x", "z", "b") + update("a", "x", "u", "next")));
   EXPECT_FALSE(in_place(update("state", "x", "y", "next") + update("state", "x", "z", "next")));

@@ -190,7 +190,7 @@ def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor lies in a safetensors file: (offset, bytes)."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -215,7 +215,7 @@ def write_bundle(folder: Path, weights: Weights, graphs: Sequence[tuple[str, int
     save_file(weights.named(), folder / "weights.safetensors")
     row = np.concatenate([weights.initial.ravel(), np.float32([7, 8])]).astype(np.float32)
     save_file({MEMORY: row[None, None], CACHE: np.zeros((1, width), np.float32)}, folder / "state.safetensors")
-    offsets = _offsets(folder / "weights.safetensors")
+    offsets = tensor_offsets(folder / "weights.safetensors")
     for name, tokens, _ in graphs:
         (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets).SerializeToString())
 

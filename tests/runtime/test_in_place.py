@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import onnxruntime
 import pytest
 from cli_tools import reseal
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
+from synthetic import tensor_offsets
 from test_errors import FAILED, UNSUPPORTED, check, refuse
 from tolerances import TOLERANCES
 from variants import CONFIGS
@@ -76,14 +79,19 @@ def test_why_standard_operators_need_two_buffers() -> None:
 
 
 @variants
-def test_memories_are_in_place_with_the_kernel_alone(bundles: dict[str, Path], variant: str) -> None:
+def test_what_is_in_place_is_so_with_the_kernel_alone(bundles: dict[str, Path], variant: str) -> None:
+    """Memories, and MAC's caches, of which a token writes its own rows."""
+    manifest = json.loads((bundles[variant] / "manifest.json").read_text())
+    wanted = [state["name"] for state in manifest["state"] if state["role"] == "memory" or "written" in state]
     with open_with_kernel(bundles[variant]) as kernel, rt.Session(bundles[variant], memory_kernel="off") as standard:
-        assert [s["in_place"] for s in kernel.info["state"]] == [s["role"] == "memory" for s in kernel.info["state"]]
+        in_place = [state for state in kernel.info["state"] if state["in_place"]]
+        assert [state["name"] for state in in_place] == wanted
         assert not any(state["in_place"] for state in standard.info["state"])
-        memories = [state for state in kernel.info["state"] if state["role"] == "memory"]
+        memories = [state for state in in_place if state["role"] == "memory"]
         assert len(memories) == sum(map(CONFIGS[variant].has_memory, range(CONFIGS[variant].layers)))
+        assert len(in_place) - len(memories) == (2 * CONFIGS[variant].layers if variant == "mac" else 0)
         saved = standard.stream().state_bytes - kernel.stream().state_bytes
-        assert saved == sum(4 * np.prod(state["shape"]) for state in memories)
+        assert saved == sum(4 * np.prod(state["shape"]) for state in in_place)
 
 
 def feed_whole(stream: rt.Stream) -> Iterator[Any]:
@@ -205,6 +213,36 @@ def test_a_failure_midway_leaves_the_stream_as_it_was(
         # On through the graphs that work.
         rest = TOKENS[before:][: 2 * CHUNK if broken == "decode" else 3]
         np.testing.assert_array_equal(stream.feed(rest), twin.feed(rest))
+
+
+@pytest.mark.parametrize("cuts", [[1], [5, 1], [CHUNK], [3, CHUNK, 1], [40], [2 * PREFILL + 5]], ids=str)
+def test_a_failure_leaves_mac_caches_as_they_were(bundles: dict[str, Path], tmp_path: Path, cuts: list[int]) -> None:
+    """A token whose embedding is NaN: attention's caches have its rows when the memory refuses its gates. Rows that
+    nothing should look at would do harm too, as NaN times nought is NaN.
+    """
+    bad = 7
+    path = Path(shutil.copytree(bundles["mac"], tmp_path / "spoilt.titans"))
+    tensors = load_file(path / "weights.safetensors")
+    tensors["model.embedding"][bad] = np.nan
+    offset, _ = tensor_offsets(path / "weights.safetensors")["model.embedding"]
+    with (path / "weights.safetensors").open("r+b") as file:
+        file.seek(offset)
+        file.write(tensors["model.embedding"].tobytes())
+    reseal(path)
+    good = np.where(bad == TOKENS, bad + 1, TOKENS)
+    with open_with_kernel(path) as session:
+        for start in (0, 5, 2 * CHUNK, 31, 4 * CHUNK):
+            stream = session.stream()
+            stream.feed(good[:start], logits="none")
+            twin = stream.fork()
+            for count in cuts:
+                spoilt = good[start : start + count].copy()
+                spoilt[-1] = bad
+                with pytest.raises(rt.Error) as caught:
+                    stream.feed(spoilt)
+                check(caught.value, FAILED, "NeuralMemory", "finite")
+                rest = good[start : start + 50]
+                np.testing.assert_array_equal(stream.fork().feed(rest), twin.fork().feed(rest))
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])

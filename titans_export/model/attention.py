@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear, Step, StreamState
+from .layers import Linear, Step, StreamState, join_heads, split_heads
 
 ROTARY_BASE = 10000.0
 PHASE_BITS = 32
@@ -22,25 +22,33 @@ class Rotary(nn.Module):
     """
 
     increments: Tensor
+    quarter: Tensor
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         frequencies = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         increments = (frequencies / (2 * math.pi) * 2**PHASE_BITS).round().to(torch.int64)
         self.register_buffer("increments", increments, persistent=False)
+        # x Q turns each pair (x_i, x_{i + half}) by a quarter: as a product, exact and one node.
+        half = torch.eye(head_dim // 2)
+        none = torch.zeros_like(half)
+        quarter = torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)])
+        self.register_buffer("quarter", quarter, persistent=False)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """position: (B, T) int64. Returns cos and sin, (B, 1, T, head_dim / 2)."""
+        """position: (B, T) int64. Returns cos and sin of each element's angle, (B, 1, T, head_dim)."""
         phase = torch.remainder(position.unsqueeze(-1) * self.increments, 2**PHASE_BITS)
         angle = (phase.to(dtype) * (2 * math.pi / 2**PHASE_BITS)).unsqueeze(1)
+        angle = torch.cat([angle, angle], -1)
         return angle.cos(), angle.sin()
 
-
-def rotate(x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (x_i, x_{i + half}). x: (B, heads, T, head_dim)."""
-    cos, sin = angle
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    def rotate(self, x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotates the pairs (x_i, x_{i + half}). x: (B, heads, n T, head_dim), the angle's T positions n times over."""
+        cos, sin = angle
+        times = x.shape[2] // cos.shape[2]
+        if cos.shape[2] > 1 and times > 1:
+            cos, sin = cos.repeat(1, 1, times, 1), sin.repeat(1, 1, times, 1)
+        return x * cos + (x @ self.quarter) * sin
 
 
 class Attention(nn.Module):
@@ -56,22 +64,29 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, dim) to (B, heads, T, head_dim)."""
-        heads: Tensor = x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        return heads
+        return split_heads(x, self.heads)
+
+    def first_rows(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the persistent tokens (19), (B, heads, persistent, head_dim). They are not rotated."""
+        if self.persistent is None:
+            none = self.out.weight.new_zeros(batch, self.heads, 0, self.head_dim)
+            return none, none
+        rows = self.persistent.unsqueeze(0)
+        keys, values = (self.split(x).expand(batch, -1, -1, -1) for x in (self.key(rows), self.value(rows)))
+        return keys, values
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """q: (B, heads, T, head_dim); keys, values: (B, heads, N, head_dim); seen: (B, T, N) bool. Returns (B, T, dim).
-
-        Persistent tokens stand in front of the keys, are not rotated and are seen by all (equation 19).
+        """q: (B, heads, T, head_dim); keys, values: (B, heads, N, head_dim); seen: (B, T, N) bool, each token seeing at
+        least one. Returns (B, T, dim).
         """
-        if self.persistent is not None:
-            first = self.persistent.unsqueeze(0)
-            batch = q.shape[0]
-            keys = torch.cat([self.split(self.key(first)).expand(batch, -1, -1, -1), keys], 2)
-            values = torch.cat([self.split(self.value(first)).expand(batch, -1, -1, -1), values], 2)
-            seen = F.pad(seen, (first.shape[1], 0), value=True)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.unsqueeze(1))
-        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        if torch.compiler.is_exporting():
+            # The exporter's form of what follows guards against tokens that see nothing, at two nodes a layer.
+            hidden = torch.where(seen, 0.0, -math.inf).to(q.dtype).unsqueeze(1)
+            scores = (q * self.head_dim**-0.5) @ keys.transpose(-1, -2) + hidden
+            y = scores.softmax(-1) @ values
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.unsqueeze(1))
+        out: Tensor = self.out(join_heads(y))
         return out
 
 
@@ -91,14 +106,16 @@ class SlidingWindowAttention(Attention):
         length, past = x.shape[1], self.window - 1
         token = torch.arange(length, device=x.device)
         angle = self.rotary(step.position.unsqueeze(-1) + token, x.dtype)
-        q = rotate(self.split(self.query(x)), angle)
-        keys = torch.cat([state["keys"], rotate(self.split(self.key(x)), angle)], 2)
+        q = self.rotary.rotate(self.split(self.query(x)), angle)
+        keys = torch.cat([state["keys"], self.rotary.rotate(self.split(self.key(x)), angle)], 2)
         values = torch.cat([state["values"], self.split(self.value(x))], 2)
         # Row r of the keys holds the token at position + r - past.
         row = torch.arange(past + length, device=x.device)
         window = (row >= token.unsqueeze(-1)) & (row <= token.unsqueeze(-1) + past)
         real = row >= past - step.position.unsqueeze(-1)
-        y = self.attend(q, keys, values, window & real.unsqueeze(1))
+        first_keys, first_values = self.first_rows(x.shape[0])
+        seen = F.pad(window & real.unsqueeze(1), (first_keys.shape[2], 0), value=True)
+        y = self.attend(q, torch.cat([first_keys, keys], 2), torch.cat([first_values, values], 2), seen)
         return y, {"keys": keys[:, :, length:], "values": values[:, :, length:]}
 
 
@@ -106,38 +123,36 @@ class SegmentAttention(Attention):
     """Attention of MAC: within a segment, a token sees persistent tokens, and what the memory retrieved for, and the
     tokens themselves, up to its own place (equations 22 and 23, made causal).
 
-    keys, values of the state: (B, heads, 2, segment, head_dim), the retrieved rows first, then the tokens' rows. Rows
-    of the segment before stay until they are overwritten and are hidden by their place.
+    keys, values of the state: (B, heads, persistent + 2 segment, head_dim): the persistent tokens' rows, which never
+    change, then the retrieved rows, then the tokens' rows. Rows of the segment before stay until they are overwritten,
+    hidden by their place.
     """
 
     def __init__(self, dim: int, heads: int, segment: int, persistent: int) -> None:
         super().__init__(dim, heads, persistent)
-        self.segment = segment
+        self.segment, self.first = segment, persistent
 
     def initial_state(self, batch: int) -> StreamState:
-        empty = self.out.weight.new_zeros(batch, self.heads, 2, self.segment, self.head_dim)
-        return {"keys": empty, "values": empty.clone()}
-
-    def _write(self, rows: Tensor, new: Tensor, places: Tensor) -> Tensor:
-        """rows with new, (B, heads, 2, T, head_dim), at `places`, (B, T)."""
-        return rows.scatter(3, places[:, None, None, :, None].expand_as(new), new)
+        empty = self.out.weight.new_zeros(batch, self.heads, 2 * self.segment, self.head_dim)
+        keys, values = self.first_rows(batch)
+        return {"keys": torch.cat([keys, empty], 2), "values": torch.cat([values, empty], 2)}
 
     def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, position: Tensor) -> tuple[Tensor, StreamState]:
         """x, retrieved: (B, T, dim), T one chunk or one token; position: (B,) of the first. Returns y and state."""
         length = x.shape[1]
-        first = torch.remainder(position, self.segment)
-        places = first.unsqueeze(-1) + torch.arange(length, device=x.device)
-        angle = self.rotary(places, x.dtype)
-        both = torch.stack([self.split(self.key(retrieved)), self.split(self.key(x))], 2)
-        cos, sin = angle
-        keys = self._write(state["keys"], rotate(both, (cos.unsqueeze(2), sin.unsqueeze(2))), places)
-        both = torch.stack([self.split(self.value(retrieved)), self.split(self.value(x))], 2)
-        values = self._write(state["values"], both, places)
-        seen = torch.arange(self.segment, device=x.device) <= places.unsqueeze(-1)
-        y = self.attend(
-            rotate(self.split(self.query(x)), angle),
-            keys.flatten(2, 3),
-            values.flatten(2, 3),
-            torch.cat([seen, seen], -1),
+        place = torch.remainder(position, self.segment).unsqueeze(-1) + torch.arange(length, device=x.device)
+        both = torch.cat([retrieved, x], 1)
+        # Everything that is rotated, at once.
+        rotated = self.rotary.rotate(
+            torch.cat([self.split(self.key(both)), self.split(self.query(x))], 2),
+            self.rotary(place, x.dtype),
         )
-        return y, {"keys": keys, "values": values}
+        new_keys, q = rotated.split([2 * length, length], 2)
+        new_values = self.split(self.value(both))
+        rows = torch.cat([place, place + self.segment], 1) + self.first
+        index = rows[:, None, :, None].expand_as(new_keys)
+        keys, values = state["keys"].scatter(2, index, new_keys), state["values"].scatter(2, index, new_values)
+        # The place of each row; persistent tokens stand where all see them.
+        places = torch.arange(self.segment, device=x.device)
+        seen = F.pad(torch.cat([places, places]), (self.first, 0)) <= place.unsqueeze(-1)
+        return self.attend(q, keys, values, seen), {"keys": keys, "values": values}

@@ -41,20 +41,48 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; `shape` is the weight's."""
+    """x / rms(x) * weight over the last dimension. `shape` is the weight's: (D,), or (heads, D) for x of
+    (B, heads, T, D).
+    """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(*shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Written as ONNX Runtime recognises it: it runs as one node there.
-        return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * self.weight
+        if self.weight.dim() == 1:
+            return _rms_norm(x, NORM_EPS, self.weight)
+        size = x.shape[-1]
+        # A weight per head comes after a constant one, which is not 1, as a product with 1 would be taken out.
+        scale = x.new_full((size,), size**-0.5)
+        return _rms_norm(x, NORM_EPS, scale) * (self.weight * size**0.5).unsqueeze(-2)
+
+
+def _rms_norm(x: Tensor, eps: float, weight: Tensor) -> Tensor:
+    """x / rms(x) * weight, weight (D,), written as ONNX Runtime recognises it: it runs as one node there."""
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 def unit(x: Tensor) -> Tensor:
-    """l2 normalisation of the last dimension (section 4.4)."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)
+    """l2 normalisation of the last dimension (section 4.4): x / sqrt(sum x^2 + epsilon)."""
+    size = x.shape[-1]
+    return _rms_norm(x, NORM_EPS / size, x.new_full((size,), size**-0.5))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, heads * D) to (B, heads, T, D). Of a single token nothing has to move, so its graph has no transpose."""
+    batch, length, width = x.shape
+    if length == 1:
+        return x.reshape(batch, heads, 1, width // heads)
+    return x.reshape(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, D) to (B, T, heads * D)."""
+    batch, heads, length, width = x.shape
+    if length > 1:
+        x = x.transpose(1, 2)
+    return x.reshape(batch, length, heads * width)
 
 
 class CausalConv(nn.Module):
@@ -72,6 +100,8 @@ class CausalConv(nn.Module):
         """x: (B, T, channels); past: (B, width - 1, channels). Returns the output and the next past."""
         length = x.shape[1]
         x = torch.cat([past, x], 1)
+        if length == 1:
+            return (x * self.weight).sum(1, keepdim=True), x[:, 1:]
         taps = self.weight.unbind(0)
         y = taps[0] * x[:, :length]
         for i, tap in enumerate(taps[1:], start=1):

@@ -17,6 +17,11 @@ from .mag import Gating
 from .memory_layer import MemoryLayer
 
 
+def _pieces(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """x in pieces of `size` along a dimension. One piece is x itself: a split of one would stay in the graph."""
+    return (x,) if x.shape[dim] == size else x.split(size, dim)
+
+
 class MACBlock(nn.Module):
     """x + o, then x + FFN(x). A block without a memory has plain segment attention, with zeros as retrieved."""
 
@@ -41,8 +46,8 @@ class MACBlock(nn.Module):
         queries: tuple[Tensor | None, ...] = (None,) * -(-x.shape[1] // size)
         if self.memory is not None:
             q, state = self.memory.context_queries(normed, state)
-            queries = q.split(size, -2)
-        for x_c, normed_c, q_c in zip(x.split(size, 1), normed.split(size, 1), queries, strict=True):
+            queries = _pieces(q, size, -2)
+        for x_c, normed_c, q_c in zip(_pieces(x, size, 1), _pieces(normed, size, 1), queries, strict=True):
             retrieved = torch.zeros_like(normed_c)
             if self.memory is not None and q_c is not None:
                 retrieved = self.memory.retrieve(q_c, state)

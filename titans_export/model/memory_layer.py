@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MemoryConfig
-from .layers import CausalConv, Linear, RMSNorm, Step, StreamState, unit
+from .layers import CausalConv, Linear, RMSNorm, Step, StreamState, join_heads, split_heads, unit
 from .node import memory_read, memory_update
 from .operator import initial_rows
 
@@ -56,36 +56,35 @@ class MemoryLayer(nn.Module):
             state["context_conv"] = self.context_conv.initial_state(batch)
         return state
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * D) to (B, heads, T, D)."""
-        heads: Tensor = x.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
-        return heads
-
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size, momentum and forget gate, each (B, heads, T)."""
-        step, momentum, forget = self.gates(x).transpose(1, 2).chunk(3, 1)
+        weight, bias = self.gates.weight, self.gates.bias
+        assert bias is not None
         # sigmoid(-momentum) is 1 - eta: the steps that momentum adds up over a chunk stay below step_limit together.
-        limit = torch.sigmoid(-momentum) * (self.config.step_limit / self.config.chunk)
-        return torch.sigmoid(step) * limit, torch.sigmoid(momentum), torch.sigmoid(forget)
+        weight = torch.cat([weight, -weight.chunk(3, -1)[1]], -1)
+        bias = torch.cat([bias, -bias.chunk(3)[1]])
+        gates = torch.sigmoid(x @ weight + bias)
+        gates = gates.reshape(gates.shape[0], -1, 1) if gates.shape[1] == 1 else gates.transpose(1, 2)
+        step, momentum, forget, rest = gates.chunk(4, 1)
+        return step * rest * (self.config.step_limit / self.config.chunk), momentum, forget
 
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """Updates the memory with x (B, T, dim), reads W_t for token t. Returns (B, T, dim) and the next state."""
         qkv, conv = self.conv(self.qkv(x), state["conv"])
-        q, k, v = (self._heads(part) for part in F.silu(qkv).chunk(3, -1))
-        y, rows = memory_update(
-            self.spec, state["memory"], unit(q), unit(k), v, self._gates(x), step, norm_scale=self.norm_scale
-        )
-        y = self.norm(y.transpose(1, 2)).flatten(2)
-        out: Tensor = self.out(y * F.silu(self.out_gate(x)))
+        heads = self.config.heads
+        qk, v = split_heads(F.silu(qkv), 3 * heads).split([2 * heads, heads], 1)
+        q, k = unit(qk).chunk(2, 1)
+        y, rows = memory_update(self.spec, state["memory"], q, k, v, self._gates(x), step, norm_scale=self.norm_scale)
+        out: Tensor = self.out(join_heads(self.norm(y)) * F.silu(self.out_gate(x)))
         return out, {**state, "memory": rows, "conv": conv}
 
     def context_queries(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         """The queries of equation 21 for x (B, T, dim): (B, heads, T, D), and the next state."""
         q, conv = self.context_conv(self.context_query(x), state["context_conv"])
-        return unit(self._heads(F.silu(q))), {**state, "context_conv": conv}
+        return unit(split_heads(F.silu(q), self.config.heads)), {**state, "context_conv": conv}
 
     def retrieve(self, q: Tensor, state: StreamState) -> Tensor:
         """h of equation 21, from the memory as of the open chunk's start, nothing updated: (B, T, dim)."""
         y = memory_read(self.spec, state["memory"], q, norm_scale=self.norm_scale)
-        out: Tensor = self.context_out(self.context_norm(y.transpose(1, 2)).flatten(2))
+        out: Tensor = self.context_out(join_heads(self.context_norm(y)))
         return out

@@ -123,7 +123,7 @@ class OrtEngine final : public Engine {
 
   std::string memory_kernel() const override { return memory_kernel_.name(); }
 
-  // Only where our kernel does the writing: ONNX Runtime's own may read an input after it has begun to write an output.
+  // Only with our kernel: without it everything is as ONNX Runtime alone would have it.
   bool in_place(std::size_t state) const override { return in_place_[state]; }
 
   std::unique_ptr<Buffer> allocate(std::size_t state) override {

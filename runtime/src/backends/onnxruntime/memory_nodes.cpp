@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 #include <unordered_set>
 
@@ -13,12 +14,22 @@ namespace {
 
 constexpr std::size_t kStateOutput = 1;  // as docs/operator.md numbers them
 
+bool is_standard(const Node& node) { return node.domain.empty() || node.domain == "ai.onnx"; }
 bool is_memory(const Node& node) { return node.domain == "ai.titans" && node.op_type == "NeuralMemory"; }
 
-bool is_update(const Node& node) {
-  return is_memory(node) && !node.inputs.empty() && node.outputs.size() > kStateOutput &&
-         std::any_of(node.attributes.begin(), node.attributes.end(),
-                     [](const auto& attribute) { return attribute.first == "mode" && attribute.second == "update"; });
+// The output that is input 0 written over, where the node is right on one buffer for both.
+std::optional<std::string_view> written_over(const Node& node) {
+  if (node.inputs.empty()) return std::nullopt;
+  const auto is_set_to = [&](std::string_view name, std::string_view value) {
+    return std::any_of(node.attributes.begin(), node.attributes.end(),
+                       [&](const auto& attribute) { return attribute.first == name && attribute.second == value; });
+  };
+  if (is_memory(node)) {
+    if (node.outputs.size() <= kStateOutput || !is_set_to("mode", "update")) return std::nullopt;
+    return node.outputs[kStateOutput];
+  }
+  const bool scatters = is_standard(node) && node.op_type == "ScatterElements" && node.outputs.size() == 1;
+  return scatters ? std::optional(node.outputs[0]) : std::nullopt;
 }
 
 // Whether the node's outputs can be had without its inputs' values: ONNX Runtime knows shapes and types before it runs
@@ -27,8 +38,7 @@ bool may_ignore_values(const Node& node) {
   constexpr std::array<std::string_view, 7> kIgnorant{
       "Shape", "Size", "CastLike", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Dropout"};
   if (is_memory(node)) return false;
-  return !(node.domain.empty() || node.domain == "ai.onnx") ||
-         std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
+  return !is_standard(node) || std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
 }
 
 void check_attributes(const Node& node, std::string_view file_name) {
@@ -69,8 +79,8 @@ bool StateFlow::in_place(std::string_view input, std::string_view output) const 
   const bool named_right = std::count(outputs_.begin(), outputs_.end(), output) == 1 &&
                            std::count(outputs_.begin(), outputs_.end(), input) == 0;
   const Node* writer = producer(output);
-  return named_right && writer != nullptr && is_update(*writer) && writer->outputs[kStateOutput] == output &&
-         leads_to(input, *writer) && readers_come_first(input, *writer);
+  return named_right && writer != nullptr && written_over(*writer) == output && leads_to(input, *writer) &&
+         readers_come_first(input, *writer);
 }
 
 const Node* StateFlow::producer(std::string_view value) const {
@@ -86,7 +96,7 @@ bool StateFlow::leads_to(std::string_view input, const Node& writer) const {
     const std::string_view state = node->inputs[0];
     if (state == input) return true;
     node = producer(state);
-    if (node == nullptr || !is_update(*node) || node->outputs[kStateOutput] != state) return false;
+    if (node == nullptr || written_over(*node) != state) return false;
   }
   return false;
 }
@@ -115,7 +125,7 @@ bool StateFlow::readers_come_first(std::string_view input, const Node& writer) c
   if (readers == readers_.end()) return true;
   const Nodes earlier = before(writer);
   return std::all_of(readers->second.begin(), readers->second.end(), [&](const Node* reader) {
-    if (!is_memory(*reader) || !reader->captured.empty()) return false;
+    if (!(is_memory(*reader) || written_over(*reader)) || !reader->captured.empty()) return false;
     if (reader != &writer) return earlier.count(reader) != 0;
     return reader->inputs[0] == input && std::count(reader->inputs.begin(), reader->inputs.end(), input) == 1;
   });

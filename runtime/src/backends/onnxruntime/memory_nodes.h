@@ -14,8 +14,9 @@ namespace titans::core {
 // kernel does not know: ONNX Runtime drops such attributes without a word.
 void check_memory_attributes(const GraphNodes& graph, std::string_view file_name);
 
-// Answers whether one buffer may be input and output of a graph. The kernel's own read-modify-write is right on one
-// buffer; what is left to prove is that nobody else looks at the old state after it has been written.
+// Answers whether one buffer may be input and output of a graph. Two operators are right on one buffer: the kernel's,
+// and ScatterElements, which ONNX Runtime itself lets write over its input. What is left to prove is that nobody else
+// looks at the old state after it has been written.
 class StateFlow {
  public:
   // `graph` outlives this.
