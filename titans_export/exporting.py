@@ -53,7 +53,7 @@ def _state_table(model: Titans) -> list[dict[str, Any]]:
     table = []
     for name, value in model.initial_state(1).items():
         role = ROLES[name.rsplit(".", 1)[-1]]
-        entry = {
+        entry: dict[str, Any] = {
             "name": name,
             "input": name,
             "output": name + NEXT,

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from titans_export.checkpoints import titans
 from titans_export.files import replacing_file
 from titans_export.model import Step, Titans
-from titans_export.model.layers import StreamState, unit
+from titans_export.model.layers import StreamState, split_heads, unit
 from titans_export.model.memory import Gates, coefficients
 from titans_export.model.memory_layer import MemoryLayer
 from titans_export.model.operator import Layout
@@ -129,7 +129,7 @@ class Watch:
 def _lambda_max(layer: MemoryLayer, x: Tensor, state: StreamState) -> float:
     chunk = layer.spec.chunk_size
     qkv, _ = layer.conv(layer.qkv(x), state["conv"])
-    keys = unit(layer._heads(F.silu(qkv.chunk(3, -1)[1])))
+    keys = unit(split_heads(F.silu(qkv.chunk(3, -1)[1]), layer.config.heads))
     largest = 0.0
     for k, gates in zip(keys.split(chunk, -2), Gates(*layer._gates(x)).chunks(chunk), strict=True):
         weights = coefficients(gates).a[..., -1, :, None]

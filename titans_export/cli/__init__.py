@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .bench import bench
 from .command import CONTEXT, NAME, Program
 from .doctor import doctor
 from .export import export
@@ -39,5 +40,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, run, verify, inspect, doctor):
+for command in (export, run, verify, bench, inspect, doctor):
     main.add_command(command)

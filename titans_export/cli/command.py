@@ -86,9 +86,14 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def to_json(result: dict[str, Any]) -> str:
+    """The result as one JSON object; what is not finite becomes null, as JSON has no word for it."""
+    return json.dumps(_finite(result), indent=2, allow_nan=False)
+
+
 def emit(result: dict[str, Any]) -> None:
-    """Puts the result on stdout as one JSON object; what is not finite becomes null, as JSON has no word for it."""
-    click.echo(json.dumps(_finite(result), indent=2, allow_nan=False))
+    """Puts the result on stdout as one JSON object."""
+    click.echo(to_json(result))
 
 
 def note(text: str) -> None:

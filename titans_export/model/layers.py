@@ -55,7 +55,8 @@ class RMSNorm(nn.Module):
         size = x.shape[-1]
         # A weight per head comes after a constant one, which is not 1, as a product with 1 would be taken out.
         scale = x.new_full((size,), size**-0.5)
-        return _rms_norm(x, NORM_EPS, scale) * (self.weight * size**0.5).unsqueeze(-2)
+        y: Tensor = _rms_norm(x, NORM_EPS, scale) * (self.weight * size**0.5).unsqueeze(-2)
+        return y
 
 
 def _rms_norm(x: Tensor, eps: float, weight: Tensor) -> Tensor:

@@ -58,11 +58,10 @@ class MemoryLayer(nn.Module):
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size, momentum and forget gate, each (B, heads, T)."""
-        weight, bias = self.gates.weight, self.gates.bias
-        assert bias is not None
+        assert self.gates.bias is not None
         # sigmoid(-momentum) is 1 - eta: the steps that momentum adds up over a chunk stay below step_limit together.
-        weight = torch.cat([weight, -weight.chunk(3, -1)[1]], -1)
-        bias = torch.cat([bias, -bias.chunk(3)[1]])
+        weight = torch.cat([self.gates.weight, -self.gates.weight.chunk(3, -1)[1]], -1)
+        bias = torch.cat([self.gates.bias, -self.gates.bias.chunk(3)[1]])
         gates = torch.sigmoid(x @ weight + bias)
         gates = gates.reshape(gates.shape[0], -1, 1) if gates.shape[1] == 1 else gates.transpose(1, 2)
         step, momentum, forget, rest = gates.chunk(4, 1)

@@ -1,0 +1,143 @@
+"""The operator as its function body of standard operators, on ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.contenders import Contender
+from benchmarks.onnx_node import Call, Node, open_model, value
+from benchmarks.reference import Answer
+from titans_export.model.operator import Layout, initial_rows
+
+# Bodies unroll their chunks: so many are tried in a call of prefill, and the fastest is kept.
+CHUNKS_PER_CALL = (1, 4)
+
+
+class OnnxRuntime(Contender):
+    """One node on ONNX Runtime, every call bound beforehand. Subclasses say which node and how its state is bound."""
+
+    with_body: bool
+    in_place: bool
+    library: Path | None = None
+
+    def chunks_per_call(self) -> int:
+        """How many chunks a call of prefill takes."""
+        raise NotImplementedError
+
+    def prepare(self) -> dict[str, Any]:
+        case = self.case
+        self._layout = Layout.of(case.spec)
+        rows = initial_rows(case.spec, [torch.from_numpy(layer) for layer in case.data.weights]).numpy()
+        self._initial = np.ascontiguousarray(rows)
+        count = 1 if self.in_place else 2
+        self._states = [value(self._initial) for _ in range(count)]
+        self._current = 0
+        size = {
+            "prefill": self.chunks_per_call() * case.chunk,
+            "mac": case.chunk,
+            "decode": 1,
+        }[case.kind]
+        update = self._session("update", case.kind != "decode", next(self._slices(size)))
+        reading = self._session("read", False, {"q": case.data.context[:, :, :size]}) if case.kind == "mac" else None
+        # A list of calls for each buffer that the state may be in.
+        self._calls = [
+            [self._bind(update, reading, inputs, (start + i) % count) for i, inputs in enumerate(self._slices(size))]
+            for start in range(count)
+        ]
+        return {"onnxruntime": onnxruntime.__version__, "tokens_per_call": size}
+
+    def answer(self) -> Answer:
+        for state in self._states:
+            state.update_inplace(self._initial)
+        calls = self._calls[self._current]
+        self.run_pass()
+        fields = self._layout.unpack(torch.from_numpy(self._states[self._current].numpy()))
+        found = {name: field.numpy() for name, field in fields.items() if name[0] in "WS"}
+        for name in ("y", "read") if self.case.kind == "mac" else ("y",):
+            found[name] = np.concatenate([parts[name].y.numpy() for parts, _ in calls], 2)
+        return found
+
+    def run_pass(self) -> list[int]:
+        taken = []
+        for _, call in self._calls[self._current]:
+            began = time.perf_counter_ns()
+            call()
+            taken.append(time.perf_counter_ns() - began)
+        self._current = (self._current + len(taken)) % len(self._states)
+        return taken
+
+    def state_bytes(self) -> int:
+        return self._initial.nbytes * len(self._states)
+
+    def _session(self, mode: str, aligned: bool, inputs: dict[str, NDArray[Any]]) -> onnxruntime.InferenceSession:
+        shapes = {"state": self._initial.shape, **{name: x.shape for name, x in inputs.items() if name != "context"}}
+        node = Node(self.case.spec, mode, aligned, tuple(shapes.items()))
+        return open_model(node.model(self.with_body), self.case.threads, self.library)
+
+    def _bind(
+        self,
+        update: onnxruntime.InferenceSession,
+        reading: onnxruntime.InferenceSession | None,
+        inputs: dict[str, NDArray[Any]],
+        at: int,
+    ) -> tuple[dict[str, Call], Callable[[], None]]:
+        """The calls by the name of what they give, and what makes them, the state being in buffer `at` before."""
+        context = inputs.pop("context")
+        before, after = self._states[at], self._states[(at + 1) % len(self._states)]
+        parts = {"y": Call(update, inputs, before, after)}
+        if reading is None:
+            return parts, parts["y"]
+        parts["read"] = first = Call(reading, {"q": context}, before, None)
+
+        def both(first: Call = first, second: Call = parts["y"]) -> None:
+            first()
+            second()
+
+        return parts, both
+
+    def _slices(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """What each call of one pass takes, and the context of its tokens."""
+        case = self.case
+        for start in range(0, case.tokens, size):
+            inputs: dict[str, NDArray[Any]] = {
+                name: x[:, :, start : start + size]
+                for name, x in (*case.data.operands.items(), ("context", case.data.context))
+            }
+            if case.kind == "decode":
+                inputs["fill"] = np.full(case.streams, start % case.chunk, np.int64)
+            yield inputs
+
+
+class OnnxRuntimeStandard(OnnxRuntime):
+    what = "the operator's function body, standard ONNX operators on ONNX Runtime, two state buffers in turn"
+    with_body, in_place = True, False
+    _chunks = 1
+
+    def chunks_per_call(self) -> int:
+        return self._chunks
+
+    def prepare(self) -> dict[str, Any]:
+        if self.case.kind != "prefill":
+            return super().prepare()
+        tried: dict[int, float] = {}
+        for self._chunks in {math.gcd(count, self.case.tokens // self.case.chunk) for count in CHUNKS_PER_CALL}:
+            notes = super().prepare()
+            tried[self._chunks] = min(sum(calls) for calls in self.turn(2))
+        fastest = min(tried, key=lambda count: tried[count])
+        if self._chunks != fastest:
+            self._chunks = fastest
+            notes = super().prepare()
+        rates = {str(count): round(self.case.tokens * 1e9 / taken) for count, taken in tried.items()}
+        return {**notes, "tokens_per_second_by_chunks_a_call": rates}
+
+
+CONTENDER: type[Contender] = OnnxRuntimeStandard

@@ -1,0 +1,87 @@
+"""The layer of the package titans-pytorch, eager, as its users have it. Its mathematics is another.
+
+One momentum and one forget gate a chunk instead of a token, the loss as a mean over the head's width, the whole layer
+with its norms and projections. So there is nothing to compare its answer with; its speed stands beside the others' as
+what is there today. Its chunk and its gradient point are as ours: a chunk of `chunk` tokens, a new point each chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.contenders import Contender, unavailable
+from benchmarks.reference import Answer
+
+
+class TitansPyTorch(Contender):
+    what = "titans-pytorch's layer, eager: other mathematics, and with projections and norms"
+    same_mathematics = False
+
+    @torch.inference_mode()
+    def prepare(self) -> dict[str, Any]:
+        case = self.case
+        if case.kind == "mac":
+            raise unavailable("titans-pytorch", "reading before updating", "both at once", "see the other rows")
+        try:
+            from titans_pytorch import MemoryMLP, NeuralMemory
+        except ImportError as error:
+            raise unavailable(
+                "titans-pytorch", "the package titans-pytorch", str(error), "pip install '.[bench]'"
+            ) from None
+        torch.set_num_threads(case.threads)
+        torch.manual_seed(0)
+        width, dim = case.widths[0], case.widths[0] * case.heads
+        depth = len(case.widths) - 1
+        self._layer = NeuralMemory(
+            dim,
+            chunk_size=case.chunk,
+            batch_size=case.chunk,
+            dim_head=width,
+            heads=case.heads,
+            model=MemoryMLP(width, depth=depth, expansion_factor=case.widths[1] / width),
+            mem_model_norm_add_residual=False,
+        ).eval()
+        self._tokens = torch.randn(case.streams, case.tokens, dim)
+        self._state: Any = None
+        self.run_pass()
+        return {"torch": torch.__version__}
+
+    def answer(self) -> Answer:
+        return {}
+
+    @torch.inference_mode()
+    def run_pass(self) -> list[int]:
+        size, taken = self.case.tokens if self.case.kind == "prefill" else 1, []
+        for part in self._tokens.split(size, 1):
+            began = time.perf_counter_ns()
+            _, self._state = self._layer(part, state=self._state)
+            taken.append(time.perf_counter_ns() - began)
+        return taken
+
+    def state_bytes(self) -> int:
+        return _bytes(self._state)
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all tensors in a nest of tuples and mappings, each counted once."""
+    found: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (tuple, list)):
+            for inner in value:
+                visit(inner)
+        elif hasattr(value, "values"):
+            for inner in value.values():
+                visit(inner)
+
+    visit(value)
+    return sum(found.values())
+
+
+CONTENDER: type[Contender] = TitansPyTorch

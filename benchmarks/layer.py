@@ -1,0 +1,198 @@
+"""One memory layer, side by side: how fast each contender computes the operator, and how near that is to the machine.
+
+    python -m benchmarks.layer                                      all rows and contenders
+    python -m benchmarks.layer --row mlp-decode --contender kernel --contender torch-compile --rounds 5
+
+Every contender's answer is compared with a float64 recurrence first. One that is wrong is reported without a speed, and
+the exit code is 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import limits, report, table
+from benchmarks.case import Case, rows
+from benchmarks.contenders import CONTENDERS, display
+from benchmarks.reference import TOLERANCE, errors, recurrence
+from titans_export.bench.machine import QUIET, cores, others_busy
+from titans_export.bench.statistics import Speed, summarise
+from titans_export.bench.turns import take_turns
+from titans_export.bench.worker import Worker, WorkerError
+
+WRONG = 3
+# A turn takes about so long, at least one pass.
+TURN_S = 0.25
+MOST_PASSES = 50
+# Limits that a row is held against: what it is bound by.
+BOUND_BY = {"prefill": "sgemm", "mac": "sgemm", "decode": "read bandwidth"}
+
+
+def measure_row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
+    """Checks the contenders of one row, and measures those that are not wrong."""
+    right = recurrence(case)
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in names:
+            _say(f"{case.name}: preparing and checking {display(name)}")
+            try:
+                worker, entry = _prepare(case, name, right, stack)
+            except WorkerError as error:
+                entry = {"name": display(name), "unavailable": str(error), "passed": None}
+            else:
+                if entry["passed"] is not False:
+                    workers[display(name)] = worker
+            found.append(entry)
+        _say(f"{case.name}: {rounds} rounds of {len(workers)} contenders")
+        speeds = _measure(case, workers, rounds)
+        for entry in found:
+            if (name := entry["name"]) in speeds:
+                entry |= {"speed": dataclasses.asdict(speeds[name]), **workers[name].call("memory")}
+    return {
+        "name": case.name,
+        "ratios": ratios({name: speed.tokens_per_second for name, speed in speeds.items()}),
+        "bound_by": BOUND_BY[case.kind],
+        **dataclasses.asdict(case),
+        "flop_per_token": case.flop_per_token,
+        "decode_bytes_per_token": case.decode_bytes_per_token,
+        "decode_working_set": case.decode_working_set,
+        "contenders": found,
+    }
+
+
+def _prepare(case: Case, name: str, right: Any, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
+    began = time.monotonic()
+    worker = stack.enter_context(Worker("benchmarks.contenders:make", name, case, threads=case.threads))
+    what, same_mathematics = worker.call("about")
+    notes = worker.call("prepare")
+    entry: dict[str, Any] = {
+        "name": display(name),
+        "what": what,
+        "unavailable": None,
+        "same_mathematics": same_mathematics,
+        "passed": None,
+        "errors": {},
+        "setup_s": time.monotonic() - began,
+        "notes": notes,
+    }
+    if same_mathematics:
+        entry["errors"] = errors(worker.call("answer"), right)
+        entry["passed"] = max(entry["errors"].values()) <= TOLERANCE
+    return worker, entry
+
+
+def _measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, Speed]:
+    passes = {}
+    for name, worker in workers.items():
+        worker.call("start")
+        seconds = sum(worker.call("turn", 1)[0]) / 1e9
+        passes[name] = min(MOST_PASSES, max(1, round(TURN_S / seconds)))
+    turns = take_turns({name: partial(w.call, "turn", passes[name]) for name, w in workers.items()}, rounds)
+    return {name: summarise(own, case.streams * case.tokens) for name, own in turns.items()}
+
+
+def share(case: Case, tokens_per_second: float, limit: dict[str, Any]) -> float:
+    """Which part of the limit that the row is bound by so many tokens a second, of all streams together, reach."""
+    rate = tokens_per_second / case.streams
+    if case.kind == "decode":
+        peak: float = limit["bandwidth_gb_s"][str(case.decode_working_set)]["read"]
+        return rate * case.decode_bytes_per_token / (peak * 1e9)
+    peak = limit["sgemm_gflops"]
+    return rate * case.flop_per_token / (peak * 1e9)
+
+
+def ratios(rates: dict[str, float]) -> dict[str, float]:
+    """How many times as fast as each of the others the first is."""
+    first, *others = list(rates) or [""]
+    return {other: rates[first] / rates[other] for other in others}
+
+
+def _say(text: str) -> None:
+    click.echo(f"benchmarks: {text}", err=True)
+
+
+@click.command(help=__doc__)
+@click.option("--row", "chosen_rows", multiple=True, help="Measure this row only; may be given again.")
+@click.option("--contender", "chosen", multiple=True, help="Only this one, or a module; may be given again.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns of each contender.")
+@click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--hidden", type=click.IntRange(1), default=256, show_default=True, help="Hidden width of the MLP.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--streams", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--chunk", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of a pass of prefill.")
+@click.option("--decode-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a pass of decode.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of every contender.  [default: all cores]")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")
+def main(
+    chosen_rows: tuple[str, ...],
+    chosen: tuple[str, ...],
+    rounds: int,
+    head_dim: int,
+    hidden: int,
+    heads: int,
+    streams: int,
+    chunk: int,
+    tokens: int,
+    decode_tokens: int,
+    threads: int,
+    output: Path | None,
+) -> None:
+    if tokens % chunk or decode_tokens % chunk:
+        raise click.UsageError("--tokens and --decode-tokens have to be multiples of --chunk")
+    threads = threads or cores()
+    cases = rows(head_dim, hidden, streams, heads, chunk, tokens, decode_tokens, threads)
+    available = [case.name for case in cases]
+    cases = [case for case in cases if case.name in chosen_rows or not chosen_rows]
+    known = {display(name): name for name in CONTENDERS}
+    names = [known.get(name, name) for name in chosen] or list(CONTENDERS)
+    if unknown := [name for name in names if name not in CONTENDERS and "." not in name]:
+        raise click.UsageError(f"no contender {unknown[0]}; there are {', '.join(known)}")
+    if not cases:
+        raise click.UsageError(f"no such row; there are {', '.join(available)}")
+    _say("measuring the machine's limits")
+    before = limits.measure(cases, threads)
+    busy, measured = list[float](), list[dict[str, Any]]()
+    try:
+        for case in cases:
+            busy.append(others_busy())
+            if busy[-1] > QUIET:
+                _say(f"others keep {busy[-1]:.0%} of this machine busy: expect little of these numbers")
+            measured.append(measure_row(case, names, rounds))
+    except WorkerError as error:
+        raise click.ClickException(f"a contender that passed failed while it was measured: {error}") from error
+    _say("measuring the machine's limits again")
+    limit = limits.best(before, limits.measure(cases, threads))
+    for row, case in zip(measured, cases, strict=True):
+        for entry in row["contenders"]:
+            if "speed" in entry:
+                entry["share_of_limit"] = share(case, entry["speed"]["tokens_per_second"], limit)
+    result = {
+        "benchmark": "layer",
+        "ratios": {row["name"]: row["ratios"] for row in measured},
+        "passed": all(entry["passed"] is not False for row in measured for entry in row["contenders"]),
+        "tolerance": TOLERANCE,
+        "threads": threads,
+        "others_busy": max(busy),
+        "limits": limit,
+        **report.provenance(),
+        "rows": measured,
+    }
+    if output is not None:
+        report.write(output, result)
+    click.echo(table.layer_ratios(result) + "\n\n" + table.layer_speeds(result))
+    if not result["passed"]:
+        sys.exit(WRONG)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The tables of docs/benchmarks.md, made from the newest result file of each benchmark: no number is typed by hand.
+
+python -m benchmarks.table            writes them between the page's markers
+python -m benchmarks.table --check    exit code 1 where the page does not hold them
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.report import RESULTS, ROOT
+
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+MARKERS = "<!-- results: {} -->", "<!-- end of results -->"
+PICTURE = "![How many times as fast, and how near to the machine's limits](benchmarks.svg)"
+SPEED = ("tokens/s", "rounds", "p50 us", "p90 us", "p99 us")
+Result = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def layer_ratios(result: Result) -> str:
+    """How many times as fast as each other contender the first is, and its share of the limit, row by row."""
+    others = list(dict.fromkeys(other for row in result["rows"] for other in row["ratios"]))
+    lines = []
+    for row in result["rows"]:
+        first = next((entry for entry in row["contenders"] if "speed" in entry), None)
+        if first is None:
+            continue
+        share = f"{first['share_of_limit']:.0%} of {row['bound_by']}"
+        lines.append([row["name"], *(_ratio(row["ratios"].get(other)) for other in others), share])
+    return markdown(["row", *(f"{_first(result)} / {other}" for other in others), "its share of the limit"], lines)
+
+
+def layer_speeds(result: Result) -> str:
+    """Every contender of every row."""
+    header = ["row", "contender", *SPEED, "of limit", "error", "state", "RSS growth"]
+    lines = []
+    for row in result["rows"]:
+        for entry in row["contenders"]:
+            label = [row["name"], entry["name"]]
+            if "speed" in entry:
+                checked = _error(max(entry["errors"].values())) if entry["errors"] else "other mathematics"
+                share = f"{entry['share_of_limit']:.0%}" if entry["same_mathematics"] else "-"
+                memory = (_size(entry["state_bytes"]), _size(entry["rss_growth_bytes"]))
+                lines.append([*label, *_speed(entry["speed"]), share, checked, *memory])
+            elif entry["passed"] is False:
+                lines.append([*label, "**wrong**", *["-"] * 5, _error(_largest(entry["errors"])), "-", "-"])
+    return markdown(header, lines)
+
+
+def layer_absent(result: Result) -> str:
+    """Who could not take part, and why."""
+    found = [
+        f"- {row['name']}, {entry['name']}: {entry['unavailable']}"
+        for row in result["rows"]
+        for entry in row["contenders"]
+        if entry["unavailable"]
+    ]
+    return "\n".join(found)
+
+
+def layer_forms(result: Result) -> str:
+    """The form of torch.compile that was kept in each row, with the speed of each that was tried."""
+    lines = []
+    for row in result["rows"]:
+        notes: dict[str, Any] = next(
+            (entry.get("notes", {}) for entry in row["contenders"] if entry["name"] == "torch-compile"), {}
+        )
+        for form, rate in notes.get("tokens_per_second_tried", {}).items():
+            lines.append([row["name"], form, f"{rate:,.0f}", "kept" if form == notes["form"] else ""])
+    return markdown(["row", "form", "tokens/s in the trial", ""], lines)
+
+
+def limits(result: Result) -> str:
+    """The machine's limits."""
+    limit = result["limits"]
+    products = ", ".join(f"{name} {rate:,.0f}" for name, rate in limit["sgemm_gflops_by_library"].items())
+    lines = [["large sgemm, GFLOP/s", f"{limit['sgemm_gflops']:,.0f}", products]]
+    lines += [
+        [f"product {shape}, GFLOP/s", f"{rate:,.0f}", f"{rate / limit['sgemm_gflops']:.0%} of the large one"]
+        for shape, rate in limit["batched_gflops"].items()
+    ]
+    lines += [
+        [f"{_size(int(size))}, read, GB/s", f"{rate['read']:,.1f}", f"copy {rate['copy']:,.1f}"]
+        for size, rate in sorted(limit["bandwidth_gb_s"].items(), key=lambda item: int(item[0]))
+    ]
+    return markdown(["limit", "value", ""], lines)
+
+
+def model_ratios(results: list[Result]) -> str:
+    """How many times as fast as each other contender the first is, for each model and kind."""
+    others = list(dict.fromkeys(other for r in results for ratios in r["ratios"].values() for other in ratios))
+    lines = [
+        [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
+        for result in results
+        for kind, ratios in result["ratios"].items()
+    ]
+    return markdown(["model", "", *(f"memory-kernel / {other}" for other in others)], lines)
+
+
+def model_speeds(results: list[Result]) -> str:
+    """Every contender, for each model and kind."""
+    header = ["model", "", "contender", *SPEED, "error", "state", "peak RSS"]
+    lines = [
+        [
+            result["name"],
+            kind,
+            entry["name"],
+            *_speed(entry[kind]),
+            _error(entry["max_abs_error"]),
+            _size(entry["state_bytes"]),
+            _size(entry["peak_rss_bytes"]),
+        ]
+        for result in results
+        for kind in result["ratios"]
+        for entry in result["contenders"]
+        if entry[kind]
+    ]
+    return markdown(header, lines)
+
+
+def long_stream(results: list[Result]) -> str:
+    """The long streams, a line each."""
+    memory = ("resident at 10,000", "at the end", "grown by")
+    header = ["fed", "tokens", *memory, "speed, last / first", "tokens/s", "bits/byte"]
+    lines = [
+        [
+            result["fed"],
+            f"{result['tokens']:,}",
+            _size(result["rss_bytes_at_start"]),
+            _size(result["rss_bytes_at_end"]),
+            _size(result["rss_growth_bytes"]),
+            f"{result['speed_ratio']:.3f}",
+            f"{result['tokens_per_second']:,.0f}",
+            f"{result['bits_per_byte']:.3f}",
+        ]
+        for result in results
+    ]
+    return markdown(header, lines)
+
+
+def where(result: Result) -> str:
+    """What was measured on and with."""
+    machine, packages = result["machine"], result["packages"]
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    return (
+        f"{result['date']}, commit {(result['commit'] or 'unknown')[:10]}{changes}, {result['threads']} threads on "
+        f"{machine['cores']} cores of {machine['processor']} ({machine['architecture']}, "
+        f"{', '.join(machine['flags'])}; caches of a core: {caches}), {_size(machine['memory_bytes'])} of memory, "
+        f"{machine['system']}, Python {machine['python']}; {versions}. "
+        f"Others kept {result['others_busy']:.0%} of the machine busy."
+    )
+
+
+def blocks(folder: Path = RESULTS) -> dict[str, str]:
+    """What belongs between the markers, by the name in the opening one; a block without results says so."""
+    layers, models, streams = (newest(folder, name) for name in ("layer", "model", "long-stream"))
+    found: dict[str, tuple[list[Result], Callable[[], str]]] = {
+        "layer": (
+            layers,
+            lambda: "\n\n".join(
+                text
+                for text in (
+                    where(layers[0]),
+                    layer_ratios(layers[0]),
+                    PICTURE,
+                    layer_speeds(layers[0]),
+                    layer_absent(layers[0]),
+                )
+                if text
+            ),
+        ),
+        "forms": (layers, lambda: layer_forms(layers[0])),
+        "limits": (layers, lambda: limits(layers[0])),
+        "models": (models, lambda: "\n\n".join((where(models[0]), model_ratios(models), model_speeds(models)))),
+        "long-stream": (streams, lambda: "\n\n".join((where(streams[0]), long_stream(streams)))),
+    }
+    return {name: make() if results else "Not measured yet." for name, (results, make) in found.items()}
+
+
+def newest(folder: Path, benchmark: str) -> list[Result]:
+    """The newest result of each subject of a benchmark."""
+    found: dict[str, Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("benchmark") == benchmark:
+            subject = result.get("name", benchmark)
+            if subject not in found or found[subject]["date"] <= result["date"]:
+                found[subject] = result
+    return list(found.values())
+
+
+def fill(text: str, contents: dict[str, str]) -> str:
+    """The page with every block in its place. Raises ValueError naming a block that the page has no place for."""
+    for name, block in contents.items():
+        first, last = MARKERS[0].format(name), MARKERS[1]
+        before, found, rest = text.partition(first)
+        _, ended, after = rest.partition(last)
+        if not found or not ended:
+            raise ValueError(f"expected {first} and {last} in {DOCUMENT.name} but got neither or one; write both")
+        text = f"{before}{first}\n\n{block}\n\n{last}{after}"
+    return text
+
+
+def _first(result: Result) -> str:
+    """Whom the others are compared with."""
+    names = (entry["name"] for row in result["rows"] for entry in row["contenders"] if "speed" in entry)
+    return next(names, "-")
+
+
+def _speed(speed: dict[str, float]) -> list[str]:
+    return [
+        f"{speed['tokens_per_second']:,.0f}",
+        f"{speed['slowest_round']:,.0f} to {speed['fastest_round']:,.0f}",
+        *(f"{speed[name]:,.1f}" for name in ("p50_us", "p90_us", "p99_us")),
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def _largest(values: dict[str, float | None]) -> float | None:
+    """None where one is not finite."""
+    known = [value for value in values.values() if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    if abs(count) < 1024 * 1024:
+        return f"{count / 1024:,.1f} KiB"
+    return f"{count / 1024 / 1024:,.1f} MiB"
+
+
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Only look.")
+def main(check: bool) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    filled = fill(text, blocks())
+    if check and filled != text:
+        sys.exit(f"expected the results in {DOCUMENT.name} but got others; run python -m benchmarks.table")
+    DOCUMENT.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

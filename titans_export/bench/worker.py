@@ -1,0 +1,136 @@
+"""A contender in a process of its own: its threads, memory and crashes are its own, and it sleeps between its turns.
+
+The process is started for one object. It is told which method to call, one at a time, and answers with the result or
+with what went wrong. Nothing that its libraries print on stdout gets between the answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Any
+
+from ..errors import TitansError
+
+# What the libraries of a contender take their number of threads from before anybody can tell them.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LONGEST_REASON = 300
+
+
+class WorkerError(Exception):
+    """What went wrong in the worker, in one line."""
+
+
+class Worker:
+    """The object that `target`, "module:callable", makes of its arguments, in a process that has `threads` threads."""
+
+    def __init__(self, target: str, *args: Any, threads: int) -> None:
+        ours, theirs = Pipe()
+        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        # Python says why it could not even start on stderr only.
+        self._noise = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._noise,
+                stderr=self._noise,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+            )
+        self._connection = ours
+        try:
+            self._exchange((target, args))
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, *args: Any) -> Any:
+        """The method's result. Raises WorkerError."""
+        return self._exchange((method, args))
+
+    def close(self) -> None:
+        """Ends the process. Closing twice does nothing."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._noise.close()
+
+    def _exchange(self, message: tuple[str, tuple[Any, ...]]) -> Any:
+        try:
+            self._connection.send(message)
+            good, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerError(f"it ended with {self._process.wait()}: {self._last_words()}") from None
+        if good:
+            return value
+        raise WorkerError(value)
+
+    def _last_words(self) -> str:
+        self._noise.seek(0)
+        lines = self._noise.read().decode("utf-8", "replace").strip().splitlines() or ["nothing on stderr"]
+        return lines[-1][:_LONGEST_REASON]
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Resident now, and at most since the process began or `forget_peak` was called; from Linux's own account."""
+    with open("/proc/self/status") as status:
+        entries = dict(line.split(":", 1) for line in status)
+    now, peak = (int(entries[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def forget_peak() -> None:
+    """Lets the peak of resident memory start again from what is resident now, where the system allows it."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line: ours say everything themselves, of others the kind is told too."""
+    ours = isinstance(error, TitansError) or type(error).__module__.startswith("titans_runtime")
+    text = " ".join(str(error).split())[:_LONGEST_REASON]
+    return text if ours else f"{type(error).__name__}: {text}"
+
+
+def _serve(connection: Connection[Any, Any]) -> None:
+    """Answers until the other end is gone."""
+    subject: Any = None
+    while True:
+        try:
+            name, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            if subject is None:
+                module, _, maker = name.partition(":")
+                subject = getattr(importlib.import_module(module), maker)(*args)
+                value = None
+            else:
+                value = getattr(subject, name)(*args)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, explain(error)))
+        else:
+            connection.send((True, value))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        _serve(Connection(int(sys.argv[1])))
