@@ -184,7 +184,8 @@ class TestCommand:
         invoke("bench", shared_bundle, "--against", checkpoint, "--device", "cuda").check_failure(2, "--device cpu")
         invoke("bench", tmp_path / "none.titans").check_failure(1)
         invoke("bench", shared_bundle, "--rounds", 0).check_failure(2)
-        invoke("bench", shared_bundle, *SHORT, "--output", tmp_path / "no" / "file.json").check_failure(1, "create the folder")
+        missing = tmp_path / "no" / "file.json"
+        invoke("bench", shared_bundle, *SHORT, "--output", missing).check_failure(1, "create the folder")
 
     def test_needs_no_torch(self, shared_bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "torch.py").write_text("raise ImportError('torch is not to be imported')")
