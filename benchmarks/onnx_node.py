@@ -19,43 +19,73 @@ from titans_export.onnx.functions import INTEGER_INPUTS, build_function
 from titans_export.onnx.tracing import IR_VERSION, OPSET
 
 ALIGNMENT = 64  # bytes
-KEPT = {"update": ("y", "state_out"), "read": ("y",)}  # the graph's outputs; nobody needs stats here
+KEPT = ("y", "state_out")  # the graph's outputs; nobody needs stats here
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node: memory, mode, whether its chunks are aligned, and the shapes of its inputs by name."""
+class Layer:
+    """The nodes of a memory layer: the memory, whether its chunks are aligned, and the shapes of the update's inputs by
+    name. With `context` among them it reads before it updates, as MAC does: a gate waits for the read.
+    """
 
     spec: MemorySpec
-    mode: str
     aligned: bool
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     def model(self, with_body: bool) -> onnx.ModelProto:
-        """The node alone in a model, with the function body of its configuration or for a registered kernel."""
+        """The layer alone in a model, with the function bodies of its nodes or for a registered kernel."""
         shapes = dict(self.shapes)
-        present = [name for name in INPUTS if name in shapes]
-        last = max(INPUTS.index(name) for name in present)
-        node = helper.make_node(
-            OPERATOR,
-            [name if name in shapes else "" for name in INPUTS[: last + 1]],
-            list(OUTPUTS[self.mode]),
-            domain=DOMAIN,
-            **attributes(self.spec, self.mode, self.aligned),
-        )
-        functions = []
-        if with_body:
-            functions = [build_function(self.spec, self.mode, self.aligned, self.shapes)]
-            node.overload = functions[0].overload
-        inputs = [helper.make_tensor_value_info(name, _dtype(name), shapes[name]) for name in present]
-        result = {"y": shapes["q"], "state_out": shapes["state"]}
-        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, result[name]) for name in KEPT[self.mode]]
+        context = shapes.pop("context", None)
+        functions: list[onnx.FunctionProto] = []
+        nodes: list[onnx.NodeProto] = []
+        inputs, results = dict(shapes), {"y": shapes["q"], "state_out": shapes["state"]}
+        renamed: dict[str, str] = {}
+        if context is not None:
+            inputs["context"] = results["read"] = context
+            reading = {"state": shapes["state"], "q": context}
+            nodes.append(self._node("read", reading, {"q": "context"}, ["read"], functions if with_body else None))
+            nodes.append(helper.make_node("ReduceMax", ["read", "last"], ["most"], keepdims=0))
+            nodes.append(helper.make_node("Mul", ["most", "nought"], ["nothing"]))
+            nodes.append(helper.make_node("Add", ["step_size", "nothing"], ["step_size_after"]))
+            renamed["step_size"] = "step_size_after"
+        outputs = list(OUTPUTS["update"])
+        nodes.append(self._node("update", shapes, renamed, outputs, functions if with_body else None))
+        kept = [*KEPT, *(("read",) if context is not None else ())]
         return helper.make_model(
-            helper.make_graph([node], "memory", inputs, outputs),
+            helper.make_graph(
+                nodes,
+                "memory",
+                [helper.make_tensor_value_info(name, _dtype(name), shape) for name, shape in inputs.items()],
+                [helper.make_tensor_value_info(name, TensorProto.FLOAT, results[name]) for name in kept],
+                [
+                    helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
+                    helper.make_tensor("nought", TensorProto.FLOAT, [], [0.0]),
+                ],
+            ),
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
             functions=functions,
             ir_version=IR_VERSION,
         )
+
+    def _node(
+        self,
+        mode: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        renamed: Mapping[str, str],
+        outputs: list[str],
+        functions: list[onnx.FunctionProto] | None,
+    ) -> onnx.NodeProto:
+        """A node of the operator; its function body goes to `functions`, where it needs one."""
+        present = [name for name in INPUTS if name in shapes]
+        last = max(INPUTS.index(name) for name in present)
+        names = [renamed.get(name, name) if name in shapes else "" for name in INPUTS[: last + 1]]
+        node: onnx.NodeProto = helper.make_node(
+            OPERATOR, names, outputs, domain=DOMAIN, **attributes(self.spec, mode, self.aligned)
+        )
+        if functions is not None:
+            functions.append(build_function(self.spec, mode, self.aligned, tuple(shapes.items())))
+            node.overload = functions[-1].overload
+        return node
 
 
 def _dtype(name: str) -> int:
@@ -95,24 +125,26 @@ def value(values: NDArray[Any]) -> onnxruntime.OrtValue:
 
 
 class Call:
-    """A call with all of its inputs and outputs bound beforehand; `y` is where its retrievals will be."""
+    """A call with all of its inputs and outputs bound beforehand. `results`: where y, and what was read, will be."""
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
         inputs: Mapping[str, NDArray[Any]],
         state: onnxruntime.OrtValue,
-        state_out: onnxruntime.OrtValue | None,
+        state_out: onnxruntime.OrtValue,
     ) -> None:
         self._session = session
-        self.y = value(np.zeros_like(inputs["q"]))
+        self.results = {"y": value(np.zeros_like(inputs["q"]))}
+        if "context" in inputs:
+            self.results["read"] = value(np.zeros_like(inputs["context"]))
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input("state", state)
         for name, values in inputs.items():
             self._binding.bind_ortvalue_input(name, value(values))
-        self._binding.bind_ortvalue_output("y", self.y)
-        if state_out is not None:
-            self._binding.bind_ortvalue_output("state_out", state_out)
+        for name, result in self.results.items():
+            self._binding.bind_ortvalue_output(name, result)
+        self._binding.bind_ortvalue_output("state_out", state_out)
 
     def __call__(self) -> None:
         self._session.run_with_iobinding(self._binding)

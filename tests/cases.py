@@ -82,4 +82,5 @@ def worst(*pairs: tuple[Tensor, Tensor], floor: float = 1e-30) -> float:
     """The largest absolute difference of each pair, relative to its largest expected value, or to `floor` if that is
     more.
     """
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(floor)) for a, b in pairs)
+    each = [(a - b).abs().max() / b.abs().max().clamp_min(floor) for a, b in pairs]
+    return float(torch.stack(each).max())  # which is NaN where one is, unlike Python's max

@@ -206,7 +206,7 @@ def test_a_frozen_chunk_leaves_every_bit(target: Target, tmp_path: Path) -> None
 
 
 @targets
-@pytest.mark.parametrize("way", ["aligned", "tokens"])
+@pytest.mark.parametrize("way", ["aligned", "tokens", "blocks"])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
     target: Target, way: str, storage: str, tmp_path: Path
@@ -215,7 +215,8 @@ def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
     case = Case(spec, length=3 * spec.chunk_size, streams=3)
     case.v[1, :, 8:16] *= 1e6  # stream 1: its second chunk explodes
     case.v[2, 0, 12] = math.nan  # stream 2: its second chunk is poisoned in head 0
-    calls = _calls(case, [case.length] if way == "aligned" else [1] * case.length)
+    cuts = {"aligned": [case.length], "tokens": [1] * case.length, "blocks": [3, 7, 6, 2, 6]}
+    calls = _calls(case, cuts[way])
     for call in calls:
         call["update_limit"] = torch.full((3,), 100.0)
         if way == "aligned":
@@ -226,13 +227,38 @@ def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
     committed, rejected = (total[..., STATS.index(name)] for name in ("committed", "rejected"))
     assert committed.tolist() == [[3, 3, 3], [2, 2, 2], [2, 3, 3]]
     assert (committed + rejected == 3).all()
+    fields = Layout.of(spec).unpack(result.state) if storage == "float32" else _unpacked(spec, result.state)
+    assert all(torch.isfinite(fields[name]).all() for name in ("W0", "W1", "S0", "S1"))
+    norms = torch.stack(result.stats)[..., STATS.index("update_norm")]
+    assert torch.isfinite(norms[:, 0]).all()
+    assert bool((norms[:, 1].amax(0) > 100).all()), "the norm of what was dropped is told"
     if storage == "float32":
-        fields = Layout.of(spec).unpack(result.state)
-        assert all(torch.isfinite(fields[name]).all() for name in ("W0", "W1", "S0", "S1"))
         # What was dropped is as if it had never been learned, so the third chunk goes on from the first.
         kept = {name: x[1, 0, [*range(8), *range(16, 24)]] for name, x in _named(case).items()}
         _, w, _, _ = titans_stream(spec, [x[1, 0] for x in case.weights], **kept)
         assert worst(*((fields[f"W{i}"][1, 0].double(), w[i]) for i in range(spec.depth))) < TOLERANCE
+
+
+@targets
+def test_aligned_calls_stop_at_the_last_valid_chunk(target: Target, tmp_path: Path) -> None:
+    spec = KINDS["mlp2-silu"]
+    case = Case(spec, length=3 * spec.chunk_size, streams=3)
+    [call] = _calls(case, [case.length])
+    del call["fill"]
+    valid = [spec.chunk_size, 0, 3 * spec.chunk_size]
+    call["valid"] = torch.tensor(valid)
+    for name in ("q", "k", "v", *GATES):
+        call[name] = call[name].clone()
+        for b, n in enumerate(valid):
+            call[name][b, :, n:] = math.nan
+    rows = initial_rows(spec, case.weights)
+    result = run_kernel(target, tmp_path, spec, rows, [call], aligned=True)
+    assert torch.equal(result.state[1], rows[1].float())
+    assert result.stats[0][..., STATS.index("committed")].tolist() == [[1] * 3, [0] * 3, [3] * 3]
+    for b, n in enumerate(valid):
+        assert not result.y[0][b, :, n:].any()
+        for h in range(case.heads if n else 0):
+            assert worst((result.y[0][b, h, :n].double(), _oracle(case, b, h, n)[0])) < TOLERANCE
 
 
 def _named(case: Case) -> dict[str, Tensor]:

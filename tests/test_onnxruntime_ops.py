@@ -232,6 +232,9 @@ def test_wrong_shapes_are_refused_at_run_time_too() -> None:
         ({"widths": [6, 10]}, "the first of widths to equal the last"),
         ({"storage": "int4"}, 'storage to be "float32" or "bfloat16" but got "int4"'),
         ({"chunk_size": 0}, "chunk_size in"),
+        ({"residual": 1.0}, "attribute residual of the type that"),
+        ({"storage": 16}, "attribute storage of the type that"),
+        ({"activation": None}, 'activation to be "silu" or "gelu" but got ""'),
     ],
 )
 def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str, Any], words: str) -> None:
@@ -242,7 +245,7 @@ def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str,
         model = _model(feeds, node).replace(b"update", b"writes")
         words = words.replace('"write"', '"writes"')
     else:
-        model = _model(feeds, node | change)
+        model = _model(feeds, {name: value for name, value in (node | change).items() if value is not None})
     with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected .*{words}"):
         _session(model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.contenders import Contender
-from benchmarks.onnx_node import Call, Node, open_model, value
+from benchmarks.onnx_node import Call, Layer, open_model, value
 from benchmarks.reference import Answer
 from titans_export.model.operator import Layout, initial_rows
 
@@ -46,11 +46,13 @@ class OnnxRuntime(Contender):
             "mac": case.chunk,
             "decode": 1,
         }[case.kind]
-        update = self._session("update", case.kind != "decode", next(self._slices(size)))
-        reading = self._session("read", False, {"q": case.data.context[:, :, :size]}) if case.kind == "mac" else None
+        session = self._session(next(self._slices(size)))
         # A list of calls for each buffer that the state may be in.
         self._calls = [
-            [self._bind(update, reading, inputs, (start + i) % count) for i, inputs in enumerate(self._slices(size))]
+            [
+                Call(session, inputs, self._states[(start + i) % count], self._states[(start + i + 1) % count])
+                for i, inputs in enumerate(self._slices(size))
+            ]
             for start in range(count)
         ]
         return {"onnxruntime": onnxruntime.__version__, "tokens_per_call": size}
@@ -62,13 +64,13 @@ class OnnxRuntime(Contender):
         self.run_pass()
         fields = self._layout.unpack(torch.from_numpy(self._states[self._current].numpy()))
         found = {name: field.numpy() for name, field in fields.items() if name[0] in "WS"}
-        for name in ("y", "read") if self.case.kind == "mac" else ("y",):
-            found[name] = np.concatenate([parts[name].y.numpy() for parts, _ in calls], 2)
+        for name in calls[0].results:
+            found[name] = np.concatenate([call.results[name].numpy() for call in calls], 2)
         return found
 
     def run_pass(self) -> list[int]:
         taken = []
-        for _, call in self._calls[self._current]:
+        for call in self._calls[self._current]:
             began = time.perf_counter_ns()
             call()
             taken.append(time.perf_counter_ns() - began)
@@ -78,40 +80,17 @@ class OnnxRuntime(Contender):
     def state_bytes(self) -> int:
         return self._initial.nbytes * len(self._states)
 
-    def _session(self, mode: str, aligned: bool, inputs: dict[str, NDArray[Any]]) -> onnxruntime.InferenceSession:
-        shapes = {"state": self._initial.shape, **{name: x.shape for name, x in inputs.items() if name != "context"}}
-        node = Node(self.case.spec, mode, aligned, tuple(shapes.items()))
-        return open_model(node.model(self.with_body), self.case.threads, self.library)
-
-    def _bind(
-        self,
-        update: onnxruntime.InferenceSession,
-        reading: onnxruntime.InferenceSession | None,
-        inputs: dict[str, NDArray[Any]],
-        at: int,
-    ) -> tuple[dict[str, Call], Callable[[], None]]:
-        """The calls by the name of what they give, and what makes them, the state being in buffer `at` before."""
-        context = inputs.pop("context")
-        before, after = self._states[at], self._states[(at + 1) % len(self._states)]
-        parts = {"y": Call(update, inputs, before, after)}
-        if reading is None:
-            return parts, parts["y"]
-        parts["read"] = first = Call(reading, {"q": context}, before, None)
-
-        def both(first: Call = first, second: Call = parts["y"]) -> None:
-            first()
-            second()
-
-        return parts, both
+    def _session(self, inputs: dict[str, NDArray[Any]]) -> onnxruntime.InferenceSession:
+        shapes = {"state": self._initial.shape, **{name: x.shape for name, x in inputs.items()}}
+        layer = Layer(self.case.spec, self.case.kind != "decode", tuple(shapes.items()))
+        return open_model(layer.model(self.with_body), self.case.threads, self.library)
 
     def _slices(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
-        """What each call of one pass takes, and the context of its tokens."""
+        """What each call of one pass takes."""
         case = self.case
         for start in range(0, case.tokens, size):
-            inputs: dict[str, NDArray[Any]] = {
-                name: x[:, :, start : start + size]
-                for name, x in (*case.data.operands.items(), ("context", case.data.context))
-            }
+            operands = case.data.operands | ({"context": case.data.context} if case.kind == "mac" else {})
+            inputs: dict[str, NDArray[Any]] = {name: x[:, :, start : start + size] for name, x in operands.items()}
             if case.kind == "decode":
                 inputs["fill"] = np.full(case.streams, start % case.chunk, np.int64)
             yield inputs

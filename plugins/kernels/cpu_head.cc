@@ -16,12 +16,13 @@ Scratch::Scratch(const Configuration& c) {
     const auto in = static_cast<std::size_t>(c.in(i)), out = static_cast<std::size_t>(c.out(i));
     widest = std::max({widest, padded(in), padded(out)});
     transpose = std::max({transpose, in * line, out * padded(in), padded(out)});
+    if (c.storage != Storage::kFloat32) wanted.emplace_back(&w[layer], in * out);
+    if (c.mode == Mode::kRead) continue;
+    if (c.storage != Storage::kFloat32) wanted.emplace_back(&s[layer], in * out);
     wanted.emplace_back(&left[layer], rows * padded(in));
     wanted.emplace_back(&right[layer], rows * padded(out));
     wanted.emplace_back(&derivative[layer], rows * padded(out));
     for (float** copy : {&w_next[layer], &s_next[layer]}) wanted.emplace_back(copy, in * out);
-    if (c.storage == Storage::kFloat32) continue;
-    for (float** copy : {&w[layer], &s[layer]}) wanted.emplace_back(copy, in * out);
   }
   for (float** vector : {&e, &a, &rows_f, &rows_beta}) wanted.emplace_back(vector, line);
   wanted.emplace_back(&rows_a, rows * line);

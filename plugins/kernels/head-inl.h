@@ -133,7 +133,7 @@ class HeadRun {
     for (int i = 0; i < depth_; ++i) {
       each_vector(in(i) * out(i), [&](std::size_t at, std::size_t n) HWY_ATTR {
         store(Storage::load(stored_w(i) + at, n), weights_w(i) + at, n);
-        store(Storage::load(stored_s(i) + at, n), weights_s(i) + at, n);
+        if (c_.mode == Mode::kUpdate) store(Storage::load(stored_s(i) + at, n), weights_s(i) + at, n);
       });
     }
   }
@@ -368,16 +368,12 @@ class HeadRun {
 
   void close_chunk() {
     const bool untouched = beta_ == 1.0F && f_ == 0.0F && m_ == 1.0F && all_zero(scratch_.e) && all_zero(scratch_.a);
-    float norm = 0.0F;
-    bool commit = true;
-    if (!untouched) {
-      const bool guarded = head_.update_limit != nullptr;
-      float squares = 0.0F;
-      for (int i = 0; i < depth_; ++i) squares += fold(i, guarded);
-      norm = std::sqrt(squares);
-      commit = !guarded || norm <= *head_.update_limit;  // false for NaN
-      if (commit) commit_weights(guarded);
-    }
+    const bool guarded = head_.update_limit != nullptr;
+    float squares = 0.0F;
+    for (int i = 0; i < depth_ && !untouched; ++i) squares += fold(i, guarded);
+    const float norm = std::sqrt(squares);
+    const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
+    if (commit && !untouched) commit_weights(guarded);
     std::memset(scratch_.e, 0, chunk_ * sizeof(float));
     std::memset(scratch_.a, 0, chunk_ * sizeof(float));
     m_ = beta_ = 1.0F;

@@ -19,12 +19,12 @@ enum class Activation : std::uint8_t { kSilu, kGelu };
 // How a packed row holds W and S. Arithmetic is float32 in any case.
 enum class Storage : std::uint8_t { kFloat32, kBFloat16 };
 
-// The node's attributes as they are written, with the defaults of those that may be left out.
+// The node's attributes as they are written. `storage` may be left out.
 struct Attributes {
   std::string mode;
-  std::string schedule = "any";
+  std::string schedule;
   std::vector<std::int64_t> widths;
-  std::string activation = "silu";
+  std::string activation;
   std::int64_t residual = 0;
   std::int64_t layer_norm = 0;
   std::int64_t chunk_size = 0;

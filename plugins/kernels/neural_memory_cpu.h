@@ -32,7 +32,8 @@ class CpuKernel {
                                            std::string& error);
   virtual ~CpuKernel() = default;
 
-  // Checks the operands and computes. Returns what is wrong with them, with nothing written, or an empty string. W and
+  // Checks the operands and computes. Returns what is wrong with them, with nothing written, or an empty string. Where
+  // memory for scratch runs out, which only first calls ask for, it says so and the state is unspecified. W and
   // S are updated in place where `state` and `state_out` are one buffer, otherwise the pool is copied first. Results do
   // not depend on the number of threads.
   virtual std::string run(const Operands& operands, const Parallel& parallel) const = 0;

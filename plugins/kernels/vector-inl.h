@@ -60,20 +60,6 @@ HWY_INLINE void fill_row(float* to, float value, std::size_t size) {
   each_vector(size, [&](std::size_t i, std::size_t n) HWY_ATTR { store(hn::Set(Floats(), value), to + i, n); });
 }
 
-HWY_INLINE float dot(const float* a, const float* b, std::size_t size) {
-  Vector even = hn::Zero(Floats()), odd = hn::Zero(Floats());
-  std::size_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    even = hn::MulAdd(hn::LoadU(Floats(), a + i), hn::LoadU(Floats(), b + i), even);
-    odd = hn::MulAdd(hn::LoadU(Floats(), a + i + kLanes), hn::LoadU(Floats(), b + i + kLanes), odd);
-  }
-  for (; i < size; i += kLanes) {
-    const std::size_t n = HWY_MIN(kLanes, size - i);
-    even = hn::MulAdd(load(a + i, n), load(b + i, n), even);
-  }
-  return hn::ReduceSum(Floats(), hn::Add(even, odd));
-}
-
 #if HWY_TARGET != HWY_SCALAR
 // Adds up the blocks of four lanes.
 template <class D>
@@ -151,8 +137,9 @@ struct Activated {
 HWY_INLINE Vector sigmoid(Vector z) {
   const Floats d;
   const Vector one = hn::Set(d, 1.0F);
-  // Beyond 88 the exponential leaves float32's range; what is lost of the result is below its smallest normal number.
-  return hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(z), hn::Set(d, 88.0F)))));
+  // Below -88 the exponential leaves float32's range and the result is zero to it.
+  const Vector s = hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(z), hn::Set(d, 88.0F)))));
+  return hn::IfThenZeroElse(hn::Lt(z, hn::Set(d, -88.0F)), s);
 }
 
 HWY_INLINE Activated silu(Vector z) {

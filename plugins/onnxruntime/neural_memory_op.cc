@@ -41,16 +41,35 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
   }
 }
 
-// Those that a node lacks keep their defaults; which must be there, configure() says.
+// What a node lacks stays as it is; what must be there, configure() says.
 Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
   Attributes attributes;
   const auto found = [&](OrtStatus* status) {
     if (status != nullptr) api.ReleaseStatus(status);
     return status == nullptr;
   };
+  const auto is_text = [&](const char* name, std::size_t& size) {
+    return found(api.KernelInfoGetAttribute_string(&info, name, nullptr, &size)) && size != 0;
+  };
+  const auto is_number = [&](const char* name, std::int64_t& number) {
+    return found(api.KernelInfoGetAttribute_int64(&info, name, &number));
+  };
+  // One that is there and of another type is not one that is left out.
+  const auto refuse_another_type = [&](const char* name) {
+    float real = 0;
+    std::int64_t number = 0;
+    std::size_t size = 0;
+    if (!found(api.KernelInfoGetAttribute_float(&info, name, &real)) && !is_number(name, number) &&
+        !is_text(name, size)) {
+      return;
+    }
+    const std::string text = std::string("[NeuralMemory] expected attribute ") + name +
+                             " of the type that docs/operator.md gives it but got another; do export the model again";
+    throw Failure{api.CreateStatus(ORT_INVALID_ARGUMENT, text.c_str())};
+  };
   const auto read_text = [&](const char* name, std::string& value) {
     std::size_t size = 0;  // with the final NUL
-    if (!found(api.KernelInfoGetAttribute_string(&info, name, nullptr, &size)) || size == 0) return;
+    if (!is_text(name, size)) return refuse_another_type(name);
     std::string text(size, '\0');
     check(api.KernelInfoGetAttribute_string(&info, name, text.data(), &size));
     text.resize(size - 1);
@@ -58,7 +77,8 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
   };
   const auto read_number = [&](const char* name, std::int64_t& value) {
     std::int64_t number = 0;
-    if (found(api.KernelInfoGetAttribute_int64(&info, name, &number))) value = number;
+    if (!is_number(name, number)) return refuse_another_type(name);
+    value = number;
   };
   read_text("mode", attributes.mode);
   read_text("schedule", attributes.schedule);

@@ -118,8 +118,8 @@ struct Case {
     a.mode = attributes.at("mode");
     a.widths = attributes.at("widths").get<std::vector<std::int64_t>>();
     a.chunk_size = attributes.at("chunk_size");
-    a.schedule = attributes.value("schedule", a.schedule);
-    a.activation = attributes.value("activation", a.activation);
+    a.schedule = attributes.at("schedule");
+    a.activation = attributes.at("activation");
     a.residual = attributes.value("residual", a.residual);
     a.layer_norm = attributes.value("layer_norm", a.layer_norm);
     a.storage = attributes.value("storage", a.storage);

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <new>
@@ -36,8 +37,10 @@ void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
 void* operator new(std::size_t size, std::align_val_t alignment) {
   ++allocations;
   const auto line = static_cast<std::size_t>(alignment);
-  if (void* memory = std::aligned_alloc(line, (size + line - 1) / line * line)) return memory;
-  throw std::bad_alloc();
+  void* memory = std::aligned_alloc(line, (size + line - 1) / line * line);
+  if (memory == nullptr) throw std::bad_alloc();
+  // NaN, so that scratch that is read before it is written shows.
+  return std::memset(memory, 0xFF, size);
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
@@ -54,6 +57,7 @@ Attributes attributes(const std::string& mode = "update", const std::string& sch
   Attributes a;
   a.mode = mode;
   a.schedule = schedule;
+  a.activation = "silu";
   a.widths = {kWidth, 10, kWidth};
   a.chunk_size = kChunk;
   return a;
