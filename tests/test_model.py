@@ -163,7 +163,18 @@ def test_rotary_is_exact_at_any_position() -> None:
     far = torch.tensor([[2_000_000_011]])
     turns = [(2_000_000_011 * int(i)) % 2**32 for i in rotary.increments]
     expected = (torch.tensor(turns, dtype=torch.float64) * 2 * torch.pi / 2**32).cos()
-    assert float((rotary(far, torch.float32)[0].flatten() - expected).abs().max()) < 1e-6
+    cos, _ = rotary(far, torch.float32)
+    assert float((cos.flatten() - torch.cat([expected, expected])).abs().max()) < 1e-6
+
+
+def test_rotary_turns_pairs_as_complex_numbers() -> None:
+    rotary = Rotary(8).double()
+    x = torch.randn(2, 3, 10, 8, dtype=torch.float64)  # five positions, twice over
+    position = torch.tensor([[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]])
+    angle = position.repeat(1, 2)[:, None, :, None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat([turned.real, turned.imag], -1)
+    assert float((rotary.rotate(x, rotary(position, torch.float64)) - expected).abs().max()) < 1e-6
     exact = 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
     near = torch.tensor([[255]])
     assert float((rotary(near, torch.float64)[0].flatten() - (255 * exact).cos()).abs().max()) < 1e-6
