@@ -282,6 +282,23 @@ def test_threads_change_no_bit() -> None:
     assert all(np.array_equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
+def test_the_kernel_runs_on_the_session_threads_and_starts_none() -> None:
+    """Many heads on a session of three threads: as many threads in the process after the calls as before."""
+    spec = MemorySpec((32, 64, 32), chunk_size=16)
+    feeds = _feeds(Case(spec, 64, streams=2, heads=16), aligned=True)
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    none = threads()
+    session = _session(_model(feeds, attributes(spec, "update", True)), threads=3)
+    opened = threads()
+    assert opened == none + 2, "the session's pool, beside the thread that calls"
+    for _ in range(20):
+        session.run(None, feeds)
+        assert threads() == opened
+
+
 def test_an_older_onnxruntime_is_refused_by_name() -> None:
     """RegisterCustomOps with the interface of a release that does not know ours."""
     get_api_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)

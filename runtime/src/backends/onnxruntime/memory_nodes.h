@@ -1,4 +1,4 @@
-// The NeuralMemory nodes of a graph, as the kernel that replaces them sees them.
+// The nodes of a graph that write a state: which of them are right on one buffer, and what our kernel takes of its own.
 #pragma once
 
 #include <string_view>
