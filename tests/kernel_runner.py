@@ -1,8 +1,13 @@
-"""Runs the bare kernel through `neural_memory_run`, natively for each instruction set, emulated for aarch64."""
+"""Runs the bare kernels through `neural_memory_run` and `neural_memory_run_cuda`.
+
+The CPU's for each instruction set, natively and emulated for aarch64; CUDA's on a GPU where there is one, and everywhere
+emulated thread by thread (tests/cuda_emulation) as GPUs of several kinds.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
@@ -26,11 +32,35 @@ EMULATED = ["qemu-aarch64", "-cpu", "neoverse-n1", str(ROOT / "build" / "aarch64
 # Every instruction set that there is code for, and who may run it.
 TARGETS = {"avx512": [NATIVE], "avx2": [NATIVE], "neon": [NATIVE, EMULATED], "plain": [NATIVE, EMULATED]}
 
+CUDA = ROOT / "build" / "cuda" / "bin" / "neural_memory_run_cuda"
+CUDA_EMULATED = ROOT / "build" / "emulation" / "bin" / "neural_memory_run_cuda_emulated"
+# Compute capability, multiprocessors and bytes of shared memory of a block; and which thread runs first. Between them
+# they meet every placement: clusters, counters in global memory, W and S in the workspace.
+EMULATED_GPUS = {
+    "h100": ("90:132:232448", "forward"),
+    "orin": ("87:8:166912", "reverse"),
+    "small": ("120:84:16384", "17"),
+}
+
 
 @dataclass(frozen=True)
 class Target:
     name: str
     command: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    cuda: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES["cuda-kernel" if self.cuda else "cpu-kernel", "float32"]
+
+    @property
+    def harmless_options(self) -> tuple[tuple[str, ...], ...]:
+        """Options of the program that must not change a bit."""
+        if self.cuda:
+            return (("--two-buffers",),)
+        return ("--threads", "3"), ("--two-buffers",), ("--threads", "2", "--two-buffers")
 
 
 @lru_cache
@@ -41,7 +71,7 @@ def _listed(command: tuple[str, ...]) -> str:
     return subprocess.run([*command, "--list-targets"], capture_output=True, text=True, check=True).stdout
 
 
-def all_targets() -> list[pytest.param]:
+def cpu_targets() -> list[pytest.param]:
     """A parameter for each instruction set and way to run it; skipped, with the reason, where this machine cannot."""
     params = []
     for name, commands in TARGETS.items():
@@ -55,11 +85,33 @@ def all_targets() -> list[pytest.param]:
                 listed = f"!this processor has no {name}"
             marks = [pytest.mark.skip(reason=listed[1:])] if listed.startswith("!") else []
             label = f"{name}-emulated" if emulated else name
-            params.append(pytest.param(Target(name, tuple(command)), id=label, marks=marks))
+            target = Target(name, tuple(command), ("--target", name))
+            params.append(pytest.param(target, id=label, marks=marks))
     return params
 
 
-targets = pytest.mark.parametrize("target", all_targets())
+def _why_no_gpu() -> str:
+    if not CUDA.exists():
+        return f"no {CUDA}: make cuda"
+    done = subprocess.run([str(CUDA), "--device"], capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stderr.strip()
+
+
+def cuda_targets() -> list[pytest.param]:
+    """The GPU of this machine and the emulated ones; skipped, with the reason, where they are missing."""
+    why = _why_no_gpu()
+    marks = [pytest.mark.skip(reason=why)] if why else []
+    params = [pytest.param(Target("gpu", (str(CUDA),), cuda=True), id="cuda-gpu", marks=marks)]
+    missing = "" if CUDA_EMULATED.exists() else f"no {CUDA_EMULATED}: needs CUDA's headers and Boost.Context"
+    marks = [pytest.mark.skip(reason=missing)] if missing else []
+    for name, (gpu, order) in EMULATED_GPUS.items():
+        environment = (("TITANS_EMULATED_GPU", gpu), ("TITANS_EMULATED_ORDER", order))
+        target = Target(name, (str(CUDA_EMULATED),), environment=environment, cuda=True)
+        params.append(pytest.param(target, id=f"cuda-emulated-{name}", marks=marks))
+    return params
+
+
+targets = pytest.mark.parametrize("target", [*cpu_targets(), *cuda_targets()])
 
 
 @dataclass
@@ -67,6 +119,7 @@ class Result:
     y: list[Tensor]  # of each call, (B, H, T, D)
     stats: list[Tensor]  # of each update, (B, H, 4)
     state: Tensor  # (P, H, R)
+    report: str  # what the program printed
 
 
 def run_kernel(
@@ -79,12 +132,17 @@ def run_kernel(
     aligned: bool = False,
     storage: str = "float32",
     options: tuple[str, ...] = (),
+    values: torch.dtype = torch.float32,
 ) -> Result:
-    """The results of the calls, the state going from one to the next. Operands are named as in docs/operator.md."""
+    """The results of the calls, the state going from one to the next. Operands are named as in docs/operator.md.
+
+    `values` is the type of q, k and v, and inside of y; all other numbers are float32.
+    """
     tensors = {"state": state.float()}
     for index, call in enumerate(calls):
         for name, value in call.items():
-            tensors[f"{index}.{name}"] = value.float() if value.is_floating_point() else value
+            wanted = values if name in ("q", "k", "v") else torch.float32
+            tensors[f"{index}.{name}"] = value.to(wanted) if value.is_floating_point() else value
     case, out = folder / "case.safetensors", folder / "out.bin"
     node = {**attributes(spec, mode, aligned), "storage": storage}
     save_file(
@@ -93,7 +151,10 @@ def run_kernel(
         metadata={"calls": str(len(calls)), "attributes": json.dumps(node)},
     )
     done = subprocess.run(
-        [*target.command, str(case), str(out), "--target", target.name, *options], capture_output=True, text=True
+        [*target.command, str(case), str(out), *target.options, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict(target.environment)},
     )
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
@@ -111,6 +172,6 @@ def run_kernel(
         y.append(take(*shape))
         if mode == "update":
             stats.append(take(*shape[:2], 4))
-    result = Result(y, stats, take(*state.shape))
+    result = Result(y, stats, take(*state.shape), done.stdout)
     assert at == raw.numel()
     return result

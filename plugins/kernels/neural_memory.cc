@@ -52,8 +52,8 @@ struct Expectation {
   bool required;
 };
 
-constexpr std::array<const char*, 4> kDTypeNames{"float32", "int64", "bool", "another type"};
-constexpr std::array<std::size_t, 4> kDTypeBytes{4, 8, 1, 1};
+constexpr std::array<const char*, 6> kDTypeNames{"float32", "int64", "bool", "float16", "bfloat16", "another type"};
+constexpr std::array<std::size_t, 6> kDTypeBytes{4, 8, 1, 2, 2, 1};
 
 const char* name_of(DType dtype) { return kDTypeNames[static_cast<std::size_t>(dtype)]; }
 std::size_t bytes_of(DType dtype) { return kDTypeBytes[static_cast<std::size_t>(dtype)]; }
@@ -172,7 +172,7 @@ std::string configure(const Attributes& attributes, Configuration& c) {
   return {};
 }
 
-std::string check_operands(const Configuration& c, const Operands& operands) {
+std::string check_operands(const Configuration& c, const Operands& operands, DType values) {
   const Tensor& q = operands[kQ];
   const Tensor& state = operands[kState];
   if (q.rank != 4)
@@ -187,9 +187,9 @@ std::string check_operands(const Configuration& c, const Operands& operands) {
   const std::array<std::int64_t, 4> rows{streams, heads, tokens, width}, gates{streams, heads, tokens, 0},
       per_stream{streams, 0, 0, 0}, pool{slots, heads, RowLayout(c).size, 0};
   const Expectation expectations[] = {{kState, DType::kFloat32, pool, 3, true},
-                                      {kQ, DType::kFloat32, rows, 4, true},
-                                      {kK, DType::kFloat32, rows, 4, update},
-                                      {kV, DType::kFloat32, rows, 4, update},
+                                      {kQ, values, rows, 4, true},
+                                      {kK, values, rows, 4, update},
+                                      {kV, values, rows, 4, update},
                                       {kStepSize, DType::kFloat32, gates, 3, update},
                                       {kMomentum, DType::kFloat32, gates, 3, update},
                                       {kForgetGate, DType::kFloat32, gates, 3, update},
@@ -199,7 +199,7 @@ std::string check_operands(const Configuration& c, const Operands& operands) {
                                       {kSlots, DType::kInt64, per_stream, 1, false},
                                       {kUpdateLimit, DType::kFloat32, per_stream, 1, false},
                                       {kNormScale, DType::kFloat32, {heads, width, 0, 0}, 2, c.layer_norm},
-                                      {kY, DType::kFloat32, rows, 4, true},
+                                      {kY, values, rows, 4, true},
                                       {kStateOut, DType::kFloat32, pool, 3, update},
                                       {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false}};
   for (const Expectation& expectation : expectations) {

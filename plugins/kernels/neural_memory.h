@@ -59,7 +59,7 @@ struct RowLayout {
   explicit RowLayout(const Configuration& configuration);
 };
 
-enum class DType : std::uint8_t { kFloat32, kInt64, kBool, kOther };
+enum class DType : std::uint8_t { kFloat32, kInt64, kBool, kFloat16, kBFloat16, kOther };
 
 // A tensor that somebody else owns. An absent optional one has no data and rank -1.
 struct Tensor {
@@ -113,8 +113,10 @@ inline constexpr std::int64_t kStatCount = 4;
 
 // The configuration that the attributes describe.
 std::string configure(const Attributes& attributes, Configuration& configuration);
-// Ranks, shapes, dtypes, layout, alignment and aliasing of the operands. Reads none of their values.
-std::string check_operands(const Configuration& configuration, const Operands& operands);
+// Ranks, shapes, dtypes, layout, alignment and aliasing of the operands. Reads none of their values. `values` is the
+// type that q, k, v and y shall have.
+std::string check_operands(const Configuration& configuration, const Operands& operands,
+                           DType values = DType::kFloat32);
 // Ranges of fill, valid and slots, and that gates of tokens that count are finite. The operands, checked before, are in
 // host memory.
 std::string check_values(const Configuration& configuration, const Operands& operands);

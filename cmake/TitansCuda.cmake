@@ -1,0 +1,50 @@
+# With TITANS_CUDA: nvcc, the GPUs to compile for, and titans_cuda_compile(TARGET).
+if(NOT TITANS_CUDA)
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(FATAL_ERROR "[cmake] expected nvcc for TITANS_CUDA but got none; do install a CUDA toolkit, put nvcc on PATH or "
+                      "pass -DCMAKE_CUDA_COMPILER=/path/to/nvcc")
+endif()
+# What each target makes is listed below.
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+find_package(CUDAToolkit REQUIRED)
+
+# Code for each of these; and PTX that newer GPUs compile when they first meet it. It is that of sm_90, as it asks for
+# clusters, which every GPU from there on has, and all older ones run code of their own.
+set(titans_architectures 80 86 87 89 90a)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+  list(APPEND titans_architectures 100 120)
+endif()
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.9)
+  list(APPEND titans_architectures 121)
+endif()
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
+  list(APPEND titans_architectures 110)
+endif()
+set(TITANS_CUDA_ARCHITECTURES "${titans_architectures}" CACHE STRING "Compute capabilities times 10 to compile for")
+option(TITANS_CUDA_PTX "Add PTX for GPUs that are newer than all of these" ON)
+
+# The compiler's report of registers, shared memory and spills is kept in TARGET.ptxas.txt.
+function(titans_cuda_compile target)
+  set(options "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v;--threads=2>")
+  foreach(architecture ${TITANS_CUDA_ARCHITECTURES})
+    list(APPEND options
+      "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}>")
+  endforeach()
+  if(TITANS_CUDA_PTX)
+    list(APPEND options "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-gencode arch=compute_90,code=compute_90>")
+  endif()
+  if(TITANS_WARNINGS_AS_ERRORS)
+    list(APPEND options "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings>")
+  endif()
+  target_compile_options(${target} PRIVATE ${options} "$<$<COMPILE_LANGUAGE:CXX>:${titans_warnings}>")
+  set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER
+    "${PROJECT_SOURCE_DIR}/cmake/keep_report;${PROJECT_BINARY_DIR}/${target}.ptxas.txt")
+endfunction()

@@ -1,0 +1,462 @@
+// Mode update for calls of several tokens: blocks of up to plan.rows tokens as matrix products, W and S staying with the
+// block of threads from the first token of the call to the last. Equations and names are those of docs/operator.md.
+//
+// Where several blocks share a head, each holds a part of the last layer's input (and of the output of the layer
+// before), so that what the network's last layer gives is a sum over them: they meet twice for a block of tokens, once
+// for the error, once for the answer.
+#pragma once
+
+#include "plugins/kernels/cuda_call.cuh"
+#include "plugins/kernels/cuda_product.cuh"
+
+namespace titans::kernels::cuda {
+
+// Rows that tiles may ask for beyond the last: that one again.
+template <class V>
+struct AlongRowsUpTo {
+  const V* data;
+  int stride, last;
+  template <class W>
+  __device__ Word<W> word(int i, int k) const {
+    return AlongRows<V>{data + (i < last ? i : last) * stride, 0}.template word<W>(0, k);
+  }
+};
+
+template <class V>
+class BlocksRun {
+ public:
+  __device__ BlocksRun(const Call& call, Group& group)
+      : c_(call), m_(call.model), plan_(call.plan), group_(group), last_(m_.depth - 1), chunk_pad_(pad(m_.chunk)) {
+    float* vectors = locate<float>(c_, plan_.vectors);
+    reduction_ = vectors;
+    theta_ = vectors + kReductionWords;
+    eta_ = theta_ + plan_.rows;
+    keep_ = eta_ + plan_.rows;
+    rows_f_ = keep_ + plan_.rows;
+    rows_beta_ = rows_f_ + plan_.rows;
+    e_ = rows_beta_ + plan_.rows;
+    a_ = e_ + chunk_pad_;
+    rows_a_ = locate<float>(c_, plan_.coefficients);
+    result_ = locate<float>(c_, plan_.exchange);
+    partial_y_ = result_ + plan_.rows * m_.width;
+    partial_scores_ = partial_y_ + plan_.rows * m_.width;
+    norm_ = group_.size > 1 ? partial_scores_ + plan_.rows * chunk_pad_ : partial_y_;
+    q_ = locate<V>(c_, plan_.q);
+    scores_ = locate<V>(c_, plan_.scores);
+  }
+
+  __device__ void run(const Item& item) {
+    row_ = row_of(c_, item);
+    const std::int64_t first = static_cast<std::int64_t>(item.index) * c_.tokens;
+    q_in_ = static_cast<const V*>(c_.q) + first * m_.width;
+    k_in_ = static_cast<const V*>(c_.k) + first * m_.width;
+    v_in_ = static_cast<const V*>(c_.v) + first * m_.width;
+    y_out_ = static_cast<V*>(c_.y) + first * m_.width;
+    gates_ = first;
+    norm_scale_ = c_.norm_scale == nullptr ? nullptr : c_.norm_scale + item.head * m_.width;
+    learn_ = c_.learn == nullptr || c_.learn[item.stream];
+    limit_ = c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream;
+    const int tokens = c_.valid == nullptr ? c_.tokens : static_cast<int>(c_.valid[item.stream]);
+    const int start = c_.fill == nullptr ? 0 : static_cast<int>(c_.fill[item.stream]);
+    counts_ = {};
+    closed_ = changed_ = false;
+
+    load(start);
+    int fill = start;
+    for (int done = 0, count = 0; done < tokens; done += count) {
+      count = min_of(tokens - done, min_of(m_.chunk - fill, plan_.rows));
+      take_coefficients(done, fill, count);
+      learn_ ? surprise(done, fill, count) : no_surprise(done, fill, count);
+      retrieve(done, fill, count);
+      fill += count;
+      if (fill == m_.chunk) {
+        close_chunk();
+        fill = 0;
+      }
+    }
+    store(start, fill);
+    // Padding has no answer, but no garbage either.
+    if (group_.rank == 0) {
+      for (int i = tokens * m_.width + thread_index(); i < c_.tokens * m_.width; i += kThreads) {
+        y_out_[i] = to_value<V>(0.0F);
+      }
+    }
+    counts_.loss = sum_over_block(lane_index() == 0 ? counts_.loss : 0.0F, reduction_);
+    if (c_.stats != nullptr && group_.rank == 0 && thread_index() == 0) {
+      counts_.store(c_.stats + item.index * kStatCount);
+    }
+    sync_group(group_);  // nobody reads here any more
+  }
+
+ private:
+  static __device__ int min_of(int a, int b) { return a < b ? a : b; }
+  static __device__ int up_to_step(int rows) { return (rows + 15) / 16 * 16; }
+
+  __device__ Part part(int i) const { return part_of(m_, plan_.share, group_.rank, i); }
+  __device__ float* w(int i) const { return locate<float>(c_, plan_.w[i]); }
+  __device__ float* s(int i) const { return locate<float>(c_, plan_.s[i]); }
+  __device__ V* left(int i) const { return locate<V>(c_, plan_.left[i]); }
+  __device__ V* right(int i) const { return locate<V>(c_, plan_.right[i]); }
+  __device__ V* x(int i) const { return locate<V>(c_, plan_.x[i]); }
+  // Strides follow from what the largest part holds, so that all blocks have the same.
+  __device__ int columns_in(int i) const { return i == last_ ? plan_.share : m_.widths[i]; }
+  __device__ int columns_out(int i) const { return i == last_ - 1 ? plan_.share : m_.widths[i + 1]; }
+  __device__ int stride_in(int i) const { return stride_of(columns_in(i), sizeof(V)); }
+  __device__ int stride_out(int i) const { return stride_of(columns_out(i), sizeof(V)); }
+  __device__ int stride_w(int i) const { return stride_of(columns_out(i), sizeof(float)); }
+  __device__ int stride_scores() const { return stride_of(m_.chunk, sizeof(V)); }
+
+  // ---- the packed row, in and out ----
+
+  __device__ void load(int fill) {
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      const int stride = stride_w(i), rows = pad(columns_in(i));
+      for (int at = thread_index(); at < rows * stride; at += kThreads) {
+        const int r = at / stride, j = at % stride, index = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin + j;
+        const bool inside = r < p.in && j < p.out;
+        w(i)[at] = inside ? load_weight(m_, row_, m_.w[i], index) : 0.0F;
+        s(i)[at] = inside ? load_weight(m_, row_, m_.s[i], index) : 0.0F;
+      }
+      load_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, fill);
+      load_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, fill);
+      if (i < last_) clear(x(i), plan_.rows * stride_out(i));
+    }
+    clear(q_, plan_.rows * stride_of(m_.width, sizeof(V)));
+    for (int at = thread_index(); at < chunk_pad_; at += kThreads) {
+      e_[at] = at < fill ? row_[m_.e + at] : 0.0F;
+      a_[at] = at < fill ? row_[m_.a + at] : 0.0F;
+    }
+    m_now_ = fill == 0 ? 1.0F : row_[m_.m];
+    f_ = fill == 0 ? 0.0F : row_[m_.f];
+    beta_ = fill == 0 ? 1.0F : row_[m_.beta];
+    sync_block();
+  }
+
+  __device__ void clear(V* data, int count) {
+    for (int at = thread_index(); at < count; at += kThreads) data[at] = to_value<V>(0.0F);
+  }
+
+  __device__ void load_rows(V* to, int stride, const float* from, int width, int begin, int count, int fill) {
+    for (int at = thread_index(); at < chunk_pad_ * stride; at += kThreads) {
+      const int r = at / stride, j = at % stride;
+      to[at] = to_value<V>(r < fill && j < count ? from[r * width + begin + j] : 0.0F);
+    }
+  }
+
+  __device__ void store(int start, int fill) {
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      for (int at = thread_index(); changed_ && at < p.in * p.out; at += kThreads) {
+        const int r = at / p.out, j = at % p.out, index = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin + j;
+        store_weight(m_, row_, m_.w[i], index, w(i)[r * stride_w(i) + j]);
+        store_weight(m_, row_, m_.s[i], index, s(i)[r * stride_w(i) + j]);
+      }
+      const int first = closed_ ? 0 : start;
+      // What every block holds whole, the first one stores.
+      if (i == last_ || group_.rank == 0) {
+        store_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, first, fill);
+      }
+      if (i == last_ - 1 || group_.rank == 0) {
+        store_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, first, fill);
+      }
+    }
+    if (group_.rank != 0) return;
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) {
+      row_[m_.e + at] = e_[at];
+      row_[m_.a + at] = a_[at];
+    }
+    if (thread_index() != 0) return;
+    row_[m_.m] = m_now_;
+    row_[m_.f] = f_;
+    row_[m_.beta] = beta_;
+  }
+
+  __device__ void store_rows(const V* from, int stride, float* to, int width, int begin, int count, int first,
+                             int end) {
+    for (int at = thread_index(); at < (end - first) * count; at += kThreads) {
+      const int r = first + at / count, j = at % count;
+      to[r * width + begin + j] = to_float(from[r * stride + j]);
+    }
+  }
+
+  // ---- tokens [done, done + count) of the call, rows [fill, fill + count) of the chunk ----
+
+  __device__ void take_coefficients(int done, int fill, int count) {
+    for (int t = thread_index(); t < count; t += kThreads) {
+      theta_[t] = c_.step_size[gates_ + done + t];
+      eta_[t] = c_.momentum[gates_ + done + t];
+      keep_[t] = 1.0F - c_.forget_gate[gates_ + done + t];
+    }
+    sync_block();
+    for (int at = thread_index(); at < chunk_pad_; at += kThreads) {
+      float e = e_[at], a = a_[at];
+      for (int t = 0; t < count; ++t) {
+        if (learn_ && at <= fill + t) {
+          e = at == fill + t ? theta_[t] : eta_[t] * e;
+          a = keep_[t] * a + e;
+        }
+        rows_a_[t * chunk_pad_ + at] = a;
+      }
+      e_[at] = e;
+      a_[at] = a;
+    }
+    for (int t = 0; t < count; ++t) {
+      if (learn_) {
+        m_now_ *= eta_[t];
+        f_ = keep_[t] * f_ + m_now_;
+        beta_ *= keep_[t];
+      }
+      if (thread_index() == 0) {
+        rows_f_[t] = f_;
+        rows_beta_[t] = beta_;
+      }
+    }
+  }
+
+  // Queries, and with learning keys, to where products find them. With one layer each block has its columns of them.
+  __device__ void take_rows(int done, int fill, int count) {
+    const Part p = part(0);
+    const int stride_q = stride_of(columns_in(0), sizeof(V));
+    for (int at = thread_index(); at < count * p.in; at += kThreads) {
+      const int t = at / p.in, j = at % p.in, from = (done + t) * m_.width + p.in_begin + j;
+      q_[t * stride_q + j] = q_in_[from];
+      if (learn_) left(0)[(fill + t) * stride_in(0) + j] = k_in_[from];
+    }
+  }
+
+  // Products over the chunk's rows go in steps: what lies between the last row and the end of its step must count
+  // nothing, whatever an earlier chunk has left there.
+  __device__ void clear_tail(int end) {
+    const int tail = min_of(up_to_step(end), chunk_pad_) - end;
+    for (int i = 0; i < m_.depth; ++i) {
+      clear(left(i) + end * stride_in(i), tail * stride_in(i));
+      clear(right(i) + end * stride_out(i), tail * stride_out(i));
+    }
+  }
+
+  // left and right of tokens that learn nothing: anything finite, as it counts zero times.
+  __device__ void no_surprise(int done, int fill, int count) {
+    for (int i = 0; i < m_.depth; ++i) {
+      clear(left(i) + fill * stride_in(i), count * stride_in(i));
+      clear(right(i) + fill * stride_out(i), count * stride_out(i));
+    }
+    take_rows(done, fill, count);
+    clear_tail(fill + count);
+    sync_group(group_);  // others may still read what this block gave for the tokens before
+  }
+
+  __device__ AlongRowsUpTo<V> rows_of(V* data, int stride, int fill, int count) const {
+    return {data + fill * stride, stride, count - 1};
+  }
+
+  __device__ void surprise(int done, int fill, int count) {
+    take_rows(done, fill, count);
+    clear_tail(fill + count);
+    sync_block();
+    for (int i = 0; i < last_; ++i) {
+      V *next = left(i + 1) + fill * stride_in(i + 1), *derivative = x(i);
+      const int stride = stride_in(i + 1);
+      multiply<V>(count, part(i).out, m_.widths[i], rows_of(left(i), stride_in(i), fill, count),
+                  AlongColumns<float>{w(i), stride_w(i)}, [&](int t, int j, float z) {
+                    const Activated act = activate(m_, z);
+                    next[t * stride + j] = to_value<V>(act.value);
+                    derivative[t * stride_out(i) + j] = to_value<V>(act.derivative);
+                  });
+      sync_block();
+    }
+    multiply<V>(count, m_.width, part(last_).in, rows_of(left(last_), stride_in(last_), fill, count),
+                AlongColumns<float>{w(last_), stride_w(last_)},
+                [&](int t, int j, float z) { result_[t * m_.width + j] = z; });
+    sync_group(group_);
+    // The sum goes where no other block reads.
+    float* sums = group_.size > 1 ? partial_y_ : result_;
+    for (int t = warp_index(); t < count; t += kWarps) {
+      float* f = sums + t * m_.width;
+      if (group_.size > 1) {
+        for (int j = lane_index(); j < m_.width; j += kWarpSize) {
+          f[j] = sum_over_group(c_, group_, result_ + t * m_.width + j);
+        }
+      }
+      const int at = (done + t) * m_.width;
+      counts_.loss += error_row(m_, f, k_in_ + at, v_in_ + at, norm_scale_, right(last_) + (fill + t) * stride_out(last_));
+    }
+    sync_block();
+    for (int i = last_; i > 0; --i) {
+      V *to = right(i - 1) + fill * stride_out(i - 1), *derivative = x(i - 1);
+      const int stride = stride_out(i - 1);
+      multiply<V>(count, part(i).in, m_.widths[i + 1], rows_of(right(i), stride_out(i), fill, count),
+                  AlongRows<float>{w(i), stride_w(i)}, [&](int t, int j, float z) {
+                    to[t * stride + j] = to_value<V>(z * to_float(derivative[t * stride + j]));
+                  });
+      sync_block();
+    }
+  }
+
+  // -a (x . left), which right is multiplied with: nothing for tokens that come later.
+  __device__ V score(int t, int at, int fill, float product) const {
+    return to_value<V>(at <= fill + t ? -rows_a_[t * chunk_pad_ + at] * product : 0.0F);
+  }
+
+  // y_t = M_(W_t)(q_t), every layer as the sum of three products: beta (x W) + f (x S) - (a o x left^T) right.
+  __device__ void retrieve(int done, int fill, int count) {
+    const int rows = fill + count, stride = stride_scores();
+    for (int i = 0; i <= last_; ++i) {
+      const bool shared = i == last_ && group_.size > 1;
+      const V* input = i == 0 ? q_ : x(i - 1);
+      const int stride_x = i == 0 ? stride_of(columns_in(0), sizeof(V)) : stride_out(i - 1), depth = part(i).in;
+      const AlongRows<V> along_x{input, stride_x};
+      multiply<V>(count, up_to_step(rows), depth, along_x, AlongRows<V>{left(i), stride_in(i)},
+                  [&](int t, int at, float product) {
+                    if (shared) {
+                      partial_scores_[t * chunk_pad_ + at] = product;
+                    } else {
+                      scores_[t * stride + at] = score(t, at, fill, product);
+                    }
+                  });
+      if (!shared) sync_block();
+      each_tile(count, part(i).out, [&](int row, int column) {
+        Tile tile, of_s;
+        tile.add<V>(row, column, depth, along_x, AlongColumns<float>{w(i), stride_w(i)});
+        of_s.add<V>(row, column, depth, along_x, AlongColumns<float>{s(i), stride_w(i)});
+        tile.combine(row, of_s, [&](int t, float of_w, float of_s_) {
+          const int at = min_of(t, count - 1);
+          return rows_beta_[at] * of_w + rows_f_[at] * of_s_;
+        });
+        if (!shared) {
+          tile.add<V>(row, column, min_of(rows, fill + row + kTileRows), AlongRows<V>{scores_, stride},
+                      AlongColumns<V>{right(i), stride_out(i)});
+        }
+        tile.each(row, column, [&](int t, int j, float h) {
+          if (t >= count || j >= part(i).out) return;
+          if (i < last_) {
+            x(i)[t * stride_out(i) + j] = to_value<V>(activate(m_, h).value);
+          } else {
+            (shared ? partial_y_ : result_)[t * m_.width + j] = h;
+          }
+        });
+      });
+      if (!shared) sync_block();
+    }
+    int begin = 0, end = count;
+    if (group_.size > 1) sum_answers(fill, count, begin, end);
+    for (int t = begin + warp_index(); t < end; t += kWarps) {
+      const int at = (done + t) * m_.width;
+      finish_row(m_, result_ + t * m_.width, q_in_ + at, norm_scale_, y_out_ + at);
+    }
+    sync_block();
+  }
+
+  // Of a head that several blocks share, each finishes some rows: [begin, end).
+  __device__ void sum_answers(int fill, int count, int& begin, int& end) {
+    const int rows = fill + count, stride = stride_scores(), columns = up_to_step(rows);
+    const int each = (count + group_.size - 1) / group_.size;
+    begin = min_of(group_.rank * each, count);
+    end = min_of(begin + each, count);
+    sync_group(group_);
+    for (int at = thread_index(); at < (end - begin) * columns; at += kThreads) {
+      const int t = begin + at / columns, j = at % columns;
+      scores_[t * stride + j] = score(t, j, fill, sum_over_group(c_, group_, partial_scores_ + t * chunk_pad_ + j));
+    }
+    sync_block();
+    multiply<V>(end - begin, m_.width, rows, AlongRowsUpTo<V>{scores_ + begin * stride, stride, end - begin - 1},
+                AlongColumns<V>{right(last_), stride_out(last_)}, [&](int t, int j, float value) {
+                  const int at = (begin + t) * m_.width + j;
+                  result_[at] = sum_over_group(c_, group_, partial_y_ + at) + value;
+                });
+    sync_block();
+  }
+
+  // ---- the end of a chunk ----
+
+  __device__ void close_chunk() {
+    bool touched = beta_ != 1.0F || f_ != 0.0F || m_now_ != 1.0F;
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) touched = touched || e_[at] != 0.0F || a_[at] != 0.0F;
+    touched = any_in_block(touched);
+    float norm = 0.0F;
+    bool commit = true;
+    if (limit_ == nullptr) {
+      if (touched) norm = norm_of(fold(true));
+    } else {
+      // An update that is too large must never have been written, so its size is found first.
+      if (touched) norm = norm_of(fold(false));
+      commit = norm <= *limit_;  // false for NaN
+      if (touched && commit) fold(true);
+    }
+    changed_ = changed_ || (touched && commit);
+    for (int at = thread_index(); at < chunk_pad_; at += kThreads) e_[at] = a_[at] = 0.0F;
+    m_now_ = beta_ = 1.0F;
+    f_ = 0.0F;
+    counts_.close(norm, commit);
+    closed_ = true;
+    sync_block();
+  }
+
+  // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
+  __device__ float fold(bool write) {
+    float squares = 0.0F;
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      float *of_w = w(i), *of_s = s(i);
+      const int stride = stride_w(i);
+      const AlongColumns<V> lefts{left(i), stride_in(i)}, rights{right(i), stride_out(i)};
+      each_tile(p.in, p.out, [&](int row, int column) {
+        Tile change_w, change_s;
+        change_w.add<V>(row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, a_});
+        if (write) change_s.add<V>(row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, e_});
+        change_w.each_with(change_s, row, column, [&](int r, int j, float by_a, float by_e) {
+          if (r >= p.in || j >= p.out) return;
+          const int at = r * stride + j;
+          const float old = of_w[at], surprise = of_s[at];
+          const float now = round_weight(m_, beta_ * old + f_ * surprise - by_a);
+          squares += (now - old) * (now - old);
+          if (!write) return;
+          of_w[at] = now;
+          of_s[at] = round_weight(m_, m_now_ * surprise - by_e);
+        });
+      });
+    }
+    return squares;
+  }
+
+  // Over all layers and blocks.
+  __device__ float norm_of(float squares) {
+    float sum = sum_over_block(squares, reduction_);
+    if (group_.size > 1) {
+      if (thread_index() == 0) *norm_ = sum;
+      sync_group(group_);
+      sum = sum_over_group(c_, group_, norm_);
+    }
+    return square_root(sum);
+  }
+
+  const Call& c_;
+  const Model& m_;
+  const Plan& plan_;
+  Group& group_;
+  int last_, chunk_pad_;
+  float *reduction_, *theta_, *eta_, *keep_, *rows_f_, *rows_beta_, *e_, *a_, *rows_a_;
+  float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
+  V *q_, *scores_;
+  float* row_ = nullptr;
+  const V *q_in_ = nullptr, *k_in_ = nullptr, *v_in_ = nullptr;
+  V* y_out_ = nullptr;
+  std::int64_t gates_ = 0;
+  const float *norm_scale_ = nullptr, *limit_ = nullptr;
+  bool learn_ = true, closed_ = false, changed_ = false;
+  float m_now_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
+  Counts counts_;
+};
+
+template <class V>
+__global__ void __launch_bounds__(kThreads, 1) update_blocks(const __grid_constant__ Call call) {
+  Group group = make_group(call);
+  BlocksRun<V> run(call, group);
+  const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
+  for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
+    const Item item(call, each);
+    if (check_item<V>(call, group, item)) run.run(item);
+  }
+}
+
+}  // namespace titans::kernels::cuda

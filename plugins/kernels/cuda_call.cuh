@@ -1,0 +1,250 @@
+// One launch as its kernels see it: operands, where the block keeps things, and the checks of values.
+#pragma once
+
+#include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_plan.h"
+
+namespace titans::kernels::cuda {
+
+inline constexpr float kLayerNormEpsilon = 1e-5F;
+
+// The operands are those of docs/operator.md, in device memory; optional ones may be null.
+struct Call {
+  Model model;
+  Plan plan;
+  float* state;
+  const void *q, *k, *v;
+  const float *step_size, *momentum, *forget_gate;
+  const std::int64_t* fill;
+  const bool* learn;
+  const std::int64_t *valid, *slots;
+  const float *update_limit, *norm_scale;
+  void* y;
+  float* stats;
+  std::int32_t* status;
+  unsigned* counters;     // one for each group
+  std::byte* workspaces;  // one part for each block
+  int streams, heads, tokens, pool;
+};
+
+// One head of one stream.
+struct Item {
+  int stream, head, index;  // index: of the head among all streams' heads
+  __device__ Item(const Call& call, int work) : stream(work / call.heads), head(work % call.heads), index(work) {}
+};
+
+__device__ inline Group make_group(const Call& call) {
+  const int size = call.plan.blocks, index = block_index() / size;
+  return {size, block_index() % size, call.plan.cluster, call.counters + index, 0};
+}
+
+template <class T>
+__device__ T* locate(const Call& call, const Place& place) {
+  std::byte* base = place.shared ? shared_memory()
+                                 : call.workspaces + static_cast<std::size_t>(block_index()) * call.plan.workspace_bytes;
+  return reinterpret_cast<T*>(base + place.offset);
+}
+
+// A float in the exchange of another block of the group, given where it is in one's own.
+__device__ inline float load_exchanged(const Call& call, const Group& group, const float* own, int rank) {
+  if (rank == group.rank) return *own;
+  if (call.plan.exchange.shared) return *in_rank(own, rank);
+  const std::ptrdiff_t apart = static_cast<std::ptrdiff_t>(rank - group.rank) * call.plan.workspace_bytes;
+  return load_from_group(reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(own) + apart));
+}
+
+__device__ inline float sum_over_group(const Call& call, const Group& group, const float* own) {
+  float sum = 0.0F;
+  for (int rank = 0; rank < group.size; ++rank) sum += load_exchanged(call, group, own, rank);
+  return sum;
+}
+
+// Of the block, in the same order every time; every thread gets it. `words`: kWarps of shared memory.
+__device__ inline float sum_over_block(float value, float* words) {
+  value = sum_over_warp(value);
+  sync_block();
+  if (lane_index() == 0) words[warp_index()] = value;
+  sync_block();
+  float sum = 0.0F;
+  for (int warp = 0; warp < kWarps; ++warp) sum += words[warp];
+  return sum;
+}
+
+__device__ inline bool is_finite(float x) { return x - x == 0.0F; }
+__device__ inline bool is_nan(float x) { return x != x; }
+
+// What status says: 1 + the operand that is wrong. The slots of one stream: twice that of another.
+__device__ inline int wrong_operand(const Call& c, const Item& item) {
+  const auto outside = [&](const std::int64_t* values, std::int64_t end) {
+    return values != nullptr && (values[item.stream] < 0 || values[item.stream] >= end);
+  };
+  if (outside(c.fill, c.model.chunk)) return 1 + kFill;
+  if (outside(c.valid, c.tokens + 1)) return 1 + kValid;
+  if (outside(c.slots, c.pool)) return 1 + kSlots;
+  if (c.slots != nullptr) {
+    bool twice = false;
+    for (int other = thread_index(); other < c.streams; other += kThreads) {
+      twice = twice || (other != item.stream && c.slots[other] == c.slots[item.stream]);
+    }
+    if (any_in_block(twice)) return 1 + kSlots;
+  }
+  if (!c.model.update) return 0;
+  const int valid = c.valid == nullptr ? c.tokens : static_cast<int>(c.valid[item.stream]);
+  if (c.model.aligned && valid % c.model.chunk != 0) return 1 + kValid;
+  // All heads of the stream, so that they agree.
+  const float* gates[] = {c.step_size, c.momentum, c.forget_gate};
+  for (int gate = 0; gate < 3; ++gate) {
+    const float* values = gates[gate] + static_cast<std::int64_t>(item.stream) * c.heads * c.tokens;
+    bool bad = false;
+    for (int head = 0; head < c.heads; ++head) {
+      for (int t = thread_index(); t < valid; t += kThreads) bad = bad || !is_finite(values[head * c.tokens + t]);
+    }
+    if (any_in_block(bad)) return 1 + kStepSize + gate;
+  }
+  return 0;
+}
+
+// Whether the values of the item's stream are good; where not, its answers are NaN and its state is left alone.
+template <class V>
+__device__ bool check_item(const Call& c, const Group& group, const Item& item) {
+  const int wrong = wrong_operand(c, item);
+  if (wrong == 0) return true;
+  if (group.rank == 0) {
+    const float nan = __builtin_nanf("");
+    V* y = static_cast<V*>(c.y) + static_cast<std::int64_t>(item.index) * c.tokens * c.model.width;
+    for (int i = thread_index(); i < c.tokens * c.model.width; i += kThreads) y[i] = to_value<V>(nan);
+    if (c.stats != nullptr && thread_index() < kStatCount) c.stats[item.index * kStatCount + thread_index()] = nan;
+    if (thread_index() == 0) report(c.status, wrong);
+  }
+  return false;
+}
+
+__device__ inline float* row_of(const Call& c, const Item& item) {
+  const std::int64_t slot = c.slots == nullptr ? item.stream : c.slots[item.stream];
+  return c.state + (slot * c.heads + item.head) * c.model.row;
+}
+
+// The part of layer i's weights that a block holds: rows [in_begin, in_begin + in), columns [out_begin, ...).
+struct Part {
+  int in_begin, in, out_begin, out;
+};
+__device__ inline Part part_of(const Model& m, int share, int rank, int i) {
+  const int begin = rank * share, all = m.widths[m.depth - 1];
+  const int count = begin >= all ? 0 : (all - begin < share ? all - begin : share);
+  Part part{0, m.widths[i], 0, m.widths[i + 1]};
+  if (i == m.depth - 1) {
+    part.in_begin = begin;
+    part.in = count;
+  } else if (i == m.depth - 2) {
+    part.out_begin = begin;
+    part.out = count;
+  }
+  return part;
+}
+
+// An element of W or S as it is stored.
+__device__ inline float load_weight(const Model& m, const float* row, int field, int index) {
+  if (m.bfloat16) return to_float(reinterpret_cast<const __nv_bfloat16*>(row + field)[index]);
+  return row[field + index];
+}
+__device__ inline void store_weight(const Model& m, float* row, int field, int index, float value) {
+  if (m.bfloat16) {
+    reinterpret_cast<__nv_bfloat16*>(row + field)[index] = to_value<__nv_bfloat16>(value);
+  } else {
+    row[field + index] = value;
+  }
+}
+__device__ inline float round_weight(const Model& m, float value) {
+  return m.bfloat16 ? to_float(to_value<__nv_bfloat16>(value)) : value;
+}
+
+struct Activated {
+  float value, derivative;
+};
+__device__ inline Activated activate(const Model& m, float z) {
+  if (m.gelu) {
+    constexpr float kHalfRoot = 0.70710678118654752F, kDensity = 0.39894228040143268F;
+    const float below = 0.5F * complementary_error_function(-z * kHalfRoot);
+    return {z * below, below + z * kDensity * exponential(-0.5F * z * z)};
+  }
+  const float gate = 1.0F / (1.0F + exponential(-z));
+  return {z * gate, gate * (1.0F + z * (1.0F - gate))};
+}
+
+// Mean and reciprocal standard deviation of a row that a warp holds, as LayerNorm takes them.
+struct Moments {
+  float mean, reciprocal;
+};
+__device__ inline Moments moments(const float* row, int size) {
+  float sum = 0.0F, squares = 0.0F;
+  for (int j = lane_index(); j < size; j += kWarpSize) sum += row[j];
+  const float mean = sum_over_warp(sum) / static_cast<float>(size);
+  for (int j = lane_index(); j < size; j += kWarpSize) squares += (row[j] - mean) * (row[j] - mean);
+  return {mean, 1.0F / square_root(sum_over_warp(squares) / static_cast<float>(size) + kLayerNormEpsilon)};
+}
+
+// A warp's row: y = M(x) from f(x), norm and residual.
+template <class V>
+__device__ void finish_row(const Model& m, const float* f, const V* x, const float* norm_scale, V* y) {
+  const Moments norm = m.layer_norm ? moments(f, m.width) : Moments{0.0F, 1.0F};
+  for (int j = lane_index(); j < m.width; j += kWarpSize) {
+    float out = f[j];
+    if (m.layer_norm) out = (out - norm.mean) * norm.reciprocal * norm_scale[j];
+    if (m.residual) out += to_float(x[j]);
+    y[j] = to_value<V>(out);
+  }
+}
+
+// A warp's row: the loss || M(k) - v ||^2 from f = f(k), which becomes the loss's gradient at f's output and goes to
+// `gradient` too. The loss is every lane's.
+template <class V, class G>
+__device__ float error_row(const Model& m, float* f, const V* k, const V* v, const float* norm_scale, G* gradient) {
+  const Moments norm = m.layer_norm ? moments(f, m.width) : Moments{0.0F, 1.0F};
+  float loss = 0.0F, sum = 0.0F, sum_unit = 0.0F;
+  for (int j = lane_index(); j < m.width; j += kWarpSize) {
+    const float unit = (f[j] - norm.mean) * norm.reciprocal;
+    const float scale = m.layer_norm ? norm_scale[j] : 1.0F;
+    float out = m.layer_norm ? unit * scale : f[j];
+    if (m.residual) out += to_float(k[j]);
+    const float error = out - to_float(v[j]);
+    const float slope = 2.0F * error * scale;
+    loss += error * error;
+    sum += slope;
+    sum_unit += slope * unit;
+    if (!m.layer_norm) {
+      f[j] = slope;
+      gradient[j] = to_value<G>(slope);
+    }
+  }
+  loss = sum_over_warp(loss);
+  if (!m.layer_norm) return loss;
+  sum = sum_over_warp(sum) / static_cast<float>(m.width);
+  sum_unit = sum_over_warp(sum_unit) / static_cast<float>(m.width);
+  for (int j = lane_index(); j < m.width; j += kWarpSize) {
+    // The slope once more, as it was.
+    const float unit = (f[j] - norm.mean) * norm.reciprocal;
+    float out = unit * norm_scale[j];
+    if (m.residual) out += to_float(k[j]);
+    const float slope = 2.0F * (out - to_float(v[j])) * norm_scale[j];
+    f[j] = norm.reciprocal * (slope - sum - unit * sum_unit);
+    gradient[j] = to_value<G>(f[j]);
+  }
+  return loss;
+}
+
+// What a call counts for one head, the same in every thread.
+struct Counts {
+  float loss = 0.0F, update_norm = 0.0F, committed = 0.0F, rejected = 0.0F;
+  __device__ void close(float norm, bool commit) {
+    if (!(norm <= update_norm) && !is_nan(update_norm)) update_norm = norm;  // a NaN stays
+    (commit ? committed : rejected) += 1.0F;
+  }
+  __device__ void store(float* stats) const {
+    stats[0] = loss;
+    stats[1] = update_norm;
+    stats[2] = committed;
+    stats[3] = rejected;
+  }
+};
+
+}  // namespace titans::kernels::cuda

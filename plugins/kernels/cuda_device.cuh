@@ -1,0 +1,259 @@
+// What the kernels take from CUDA: threads, barriers, groups of blocks, matrix instructions, launches. Kernels are
+// written against this file alone, so that the tests can run them on a CPU (tests/cuda_emulation), where every thread is
+// a fiber and what is here is done in plain C++.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <string>
+
+#include "plugins/kernels/neural_memory_cuda.h"
+
+namespace titans::kernels::cuda {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarpSize = 32;
+inline constexpr int kWarps = kThreads / kWarpSize;
+
+// The blocks that share a head. With clusters they see each other's shared memory and meet at the hardware's barrier;
+// before sm_90 they meet at a counter in global memory, which needs them all to be resident.
+struct Group {
+  int size;
+  int rank;
+  bool cluster;
+  unsigned* counter;  // starts at 0; null with a cluster
+  unsigned arrivals;  // that the counter shows when the next barrier is complete
+};
+
+// A launch of `groups` groups of `size` blocks.
+struct Launch {
+  int groups;
+  int size;
+  std::size_t shared_bytes;
+  bool cluster;
+};
+
+}  // namespace titans::kernels::cuda
+
+#ifndef __CUDACC__
+#include "cuda_emulation.h"
+#else
+
+namespace titans::kernels::cuda {
+
+__device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ inline int block_index() { return static_cast<int>(blockIdx.x); }
+__device__ inline int block_count() { return static_cast<int>(gridDim.x); }
+__device__ inline int lane_index() { return thread_index() % kWarpSize; }
+__device__ inline int warp_index() { return thread_index() / kWarpSize; }
+
+__device__ inline void sync_block() { __syncthreads(); }
+// A barrier that tells every thread whether any of them says yes.
+__device__ inline bool any_in_block(bool yes) { return __syncthreads_or(static_cast<int>(yes)) != 0; }
+// The same for every lane, and in the same order every time.
+__device__ inline float sum_over_warp(float value) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xFFFFFFFFU, value, lanes);
+  return value;
+}
+
+__device__ inline std::byte* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return reinterpret_cast<std::byte*>(bytes);
+}
+
+// What a block wrote before this barrier, into its shared memory or global memory, the others of its group see after it.
+__device__ inline void sync_group(Group& group) {
+  if (group.size == 1) {
+    __syncthreads();
+    return;
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+  group.arrivals += static_cast<unsigned>(group.size);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(group.counter, 1U);
+    while (*static_cast<volatile unsigned*>(group.counter) < group.arrivals) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+#endif
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ inline const float* in_rank(const float* own, [[maybe_unused]] int rank) {
+#if __CUDA_ARCH__ >= 900
+  std::uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<std::uint64_t>(own)), "r"(rank));
+  return reinterpret_cast<const float*>(there);
+#else
+  return own;
+#endif
+}
+
+// Written by another block: past the L1 cache, which knows nothing of that.
+__device__ inline float load_from_group(const float* global) { return __ldcg(global); }
+
+// 16 bytes on their way into shared memory, both ends aligned to that; there after wait_for_copies and a barrier.
+__device__ inline void copy_16(float* shared, const float* global) {
+  const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ inline void report(std::int32_t* status, std::int32_t code) {
+  if (status != nullptr) atomicCAS(status, 0, code);
+}
+
+// ---- values ----
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class V>
+__device__ V to_value(float x);
+template <>
+__device__ inline float to_value<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __half to_value<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 to_value<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline float complementary_error_function(float x) { return erfcf(x); }
+__device__ inline float square_root(float x) { return sqrtf(x); }
+
+// ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8), a word holding one float or two halves ----
+
+template <class V>
+struct WordOf {
+  using Type = std::uint32_t;
+};
+template <>
+struct WordOf<float> {
+  using Type = float;
+};
+template <class V>
+using Word = typename WordOf<V>::Type;
+
+__device__ inline std::uint32_t pack_pair(__half low, __half high) {
+  return static_cast<std::uint32_t>(__half_as_ushort(high)) << 16 | __half_as_ushort(low);
+}
+__device__ inline std::uint32_t pack_pair(__nv_bfloat16 low, __nv_bfloat16 high) {
+  return static_cast<std::uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
+}
+
+template <class V>
+__device__ void multiply_add(float (&d)[4], const Word<V> (&a)[4], const Word<V> (&b)[2]);
+
+#define TITANS_MMA_16(name)                                                                                          \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                               \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                         \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <>
+__device__ inline void multiply_add<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  TITANS_MMA_16("f16");
+}
+template <>
+__device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
+                                                   const std::uint32_t (&b)[2]) {
+  TITANS_MMA_16("bf16");
+}
+#undef TITANS_MMA_16
+
+__device__ inline void multiply_add_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// A float as the sum of two of 11 bits, which leaves 2^-22 of it.
+__device__ inline void split_tf32(float x, std::uint32_t& high, std::uint32_t& low) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
+  const float rest = x - __uint_as_float(high);
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(rest));
+}
+// Float32 through TF32: three of the four products of the parts, the small ones first.
+template <>
+__device__ inline void multiply_add<float>(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  std::uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split_tf32(a[i], a_high[i], a_low[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) split_tf32(b[i], b_high[i], b_low[i]);
+  multiply_add_tf32(d, a_low, b_high);
+  multiply_add_tf32(d, a_high, b_low);
+  multiply_add_tf32(d, a_high, b_high);
+}
+
+// ---- the host's side ----
+
+inline std::string describe(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  return std::string("[NeuralMemory] expected CUDA to take the work but got ") + cudaGetErrorName(error) + ", " +
+         cudaGetErrorString(error) + "; do check device, driver and memory";
+}
+
+inline std::string query_device(CudaDevice& device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
+    return value;
+  };
+  device.sm = ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor);
+  device.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  device.shared_bytes = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return describe(error);
+}
+
+template <class Parameters>
+std::string launch(void (*kernel)(Parameters), const Launch& launch, const Parameters& parameters, CUstream_st* stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.groups * launch.size));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (launch.size > 1 && launch.cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(launch.size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  } else if (launch.size > 1) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  config.attrs = &attribute;
+  config.numAttrs = launch.size > 1 ? 1 : 0;
+  const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(launch.shared_bytes));
+  if (allowed != cudaSuccess) return describe(allowed);
+  return describe(cudaLaunchKernelEx(&config, kernel, parameters));
+}
+
+inline std::string copy(void* to, const void* from, std::size_t bytes, CUstream_st* stream) {
+  return describe(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+}
+inline std::string clear(void* data, std::size_t bytes, CUstream_st* stream) {
+  return describe(cudaMemsetAsync(data, 0, bytes, stream));
+}
+
+}  // namespace titans::kernels::cuda
+
+#endif

@@ -1,0 +1,252 @@
+#include "plugins/kernels/cuda_plan.h"
+
+#include <algorithm>
+#include <array>
+
+namespace titans::kernels::cuda {
+namespace {
+
+constexpr std::size_t kAlignment = 128;
+constexpr std::size_t kWorkspaceAlignment = 256;
+constexpr int kFirstClusterSm = 90;
+
+constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Gives out shared memory as long as there is some, then workspace. What is asked for first gets shared memory first.
+class Placer {
+ public:
+  explicit Placer(std::size_t shared_bytes) : left_(shared_bytes / kAlignment * kAlignment) {}
+
+  Place place(std::size_t bytes) {
+    bytes = round_up(bytes, kAlignment);
+    std::size_t& used = bytes <= left_ - shared_ ? shared_ : workspace_;
+    const Place place{static_cast<std::uint32_t>(used), &used == &shared_};
+    used += bytes;
+    return place;
+  }
+  Place place_in_workspace(std::size_t bytes) {
+    const Place place{static_cast<std::uint32_t>(workspace_), false};
+    workspace_ += round_up(bytes, kAlignment);
+    return place;
+  }
+  std::size_t shared() const { return shared_; }
+  std::size_t workspace() const { return workspace_; }
+
+ private:
+  std::size_t left_, shared_ = 0, workspace_ = 0;
+};
+
+std::size_t matrix(int rows, int columns, int element_bytes) {
+  return static_cast<std::size_t>(pad(rows)) * static_cast<std::size_t>(stride_of(columns, element_bytes)) *
+         static_cast<std::size_t>(element_bytes);
+}
+
+std::size_t floats(int count) { return static_cast<std::size_t>(count) * sizeof(float); }
+
+// Columns and rows of layer i that one block holds.
+int held_in(const Model& m, const Plan& plan, int i) { return i == m.depth - 1 ? plan.share : m.widths[i]; }
+int held_out(const Model& m, const Plan& plan, int i) { return i == m.depth - 2 ? plan.share : m.widths[i + 1]; }
+
+int widest(const Model& m) { return *std::max_element(m.widths, m.widths + m.depth + 1); }
+
+// Other blocks of the group read it: in shared memory only where they are a cluster.
+Place place_exchange(const Plan& plan, int count, Placer& placer) {
+  return plan.blocks > 1 && !plan.cluster ? placer.place_in_workspace(floats(count)) : placer.place(floats(count));
+}
+
+void place_blocks(const Model& m, int value_bytes, Plan& plan, Placer& placer) {
+  constexpr int kFloat = sizeof(float);
+  plan.vectors = placer.place(floats(kReductionWords + 5 * plan.rows + 2 * pad(m.chunk)));
+  for (int i = 0; i < m.depth; ++i) {
+    plan.w[i] = placer.place(matrix(held_in(m, plan, i), held_out(m, plan, i), kFloat));
+    plan.s[i] = placer.place(matrix(held_in(m, plan, i), held_out(m, plan, i), kFloat));
+  }
+  for (int i = 0; i < m.depth; ++i) {
+    plan.left[i] = placer.place(matrix(m.chunk, held_in(m, plan, i), value_bytes));
+    plan.right[i] = placer.place(matrix(m.chunk, held_out(m, plan, i), value_bytes));
+  }
+  plan.coefficients = placer.place(floats(plan.rows * pad(m.chunk)));
+  for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, held_out(m, plan, i), value_bytes));
+  plan.q = placer.place(matrix(plan.rows, m.width, value_bytes));
+  plan.scores = placer.place(matrix(plan.rows, m.chunk, value_bytes));
+  const int partial = plan.blocks > 1 ? m.width + pad(m.chunk) : 0;
+  plan.exchange = place_exchange(plan, plan.rows * (m.width + partial) + kReductionWords, placer);
+}
+
+void place_token(const Model& m, Plan& plan, Placer& placer) {
+  // Rows of the token: k, q, what becomes right of each layer, x of each layer, derivatives; and partial sums of warps.
+  const int widths = pad(widest(m));
+  plan.vectors = placer.place(floats(kReductionWords + (3 + 4 * m.depth) * widths + 3 * pad(m.chunk)));
+  plan.coefficients = placer.place(floats(3 * 8 * std::max(widths, pad(m.chunk))));
+  plan.exchange = place_exchange(plan, 2 * m.width + pad(m.chunk) + kReductionWords, placer);
+  Placer all = placer;
+  const auto weights = [&](int i) { return floats(held_in(m, plan, i) * held_out(m, plan, i)); };
+  // W of later layers is read three times, everything else once.
+  for (int i = m.depth - 1; i >= 0; --i) plan.w[i] = all.place(weights(i));
+  for (int i = 0; i < m.depth; ++i) plan.s[i] = all.place(weights(i));
+  plan.staged = all.workspace() == placer.workspace();
+  if (plan.staged) placer = all;
+}
+
+void place_read(const Model& m, int value_bytes, Plan& plan, Placer& placer) {
+  plan.vectors = placer.place(floats(kReductionWords));
+  plan.exchange = placer.place(floats(plan.rows * m.width));
+  plan.q = placer.place(matrix(plan.rows, m.width, value_bytes));
+  for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, m.widths[i + 1], value_bytes));
+}
+
+Plan plan_for(const Model& m, const CudaDevice& device, const Request& request, int blocks, int rows,
+              std::size_t shared_bytes) {
+  Plan plan;
+  plan.blocks = blocks;
+  plan.cluster = blocks > 1 && device.sm >= kFirstClusterSm;
+  plan.share = m.share(blocks);
+  plan.rows = rows;
+  Placer placer(shared_bytes);
+  switch (request.kind) {
+    case Kind::kBlocks:
+      place_blocks(m, request.value_bytes, plan, placer);
+      break;
+    case Kind::kToken:
+      place_token(m, plan, placer);
+      break;
+    case Kind::kRead:
+      place_read(m, request.value_bytes, plan, placer);
+      break;
+  }
+  plan.shared_bytes = static_cast<std::uint32_t>(placer.shared());
+  plan.workspace_bytes = static_cast<std::uint32_t>(round_up(placer.workspace(), kWorkspaceAlignment));
+  return plan;
+}
+
+// Whether `blocks` blocks can share a head, each with a part of it.
+bool can_share(const Model& m, Kind kind, int blocks) {
+  if (blocks == 1) return true;
+  return kind != Kind::kRead && m.depth <= 2 && m.share(blocks) * (blocks - 1) < m.widths[m.depth - 1];
+}
+
+int rows_of(const Model& m, const Request& request) {
+  if (request.kind == Kind::kToken) return 1;
+  return request.kind == Kind::kRead ? kMostRows : std::min(kMostRows, pad(m.chunk));
+}
+
+// Whether W and S, which are used most, have found a place in shared memory, and then whether everything else has, but
+// for what is exchanged.
+int fitness(const Model& m, const Plan& plan) {
+  bool state = plan.staged, rest = plan.vectors.shared && plan.coefficients.shared && plan.q.shared && plan.scores.shared;
+  for (int i = 0; i < m.depth; ++i) {
+    state = state && plan.w[i].shared && plan.s[i].shared;
+    rest = rest && plan.left[i].shared && plan.right[i].shared && plan.x[i].shared;
+  }
+  return state ? (rest ? 2 : 1) : 0;
+}
+
+}  // namespace
+
+Model make_model(const Configuration& c) {
+  const RowLayout layout(c);
+  Model m{};
+  m.depth = c.depth;
+  m.chunk = static_cast<int>(c.chunk_size);
+  m.width = static_cast<int>(c.widths[0]);
+  for (int i = 0; i <= c.depth; ++i) m.widths[i] = static_cast<int>(c.widths[static_cast<std::size_t>(i)]);
+  for (int i = 0; i < c.depth; ++i) {
+    const auto layer = static_cast<std::size_t>(i);
+    m.w[i] = static_cast<int>(layout.w[layer]);
+    m.s[i] = static_cast<int>(layout.s[layer]);
+    m.left[i] = static_cast<int>(layout.left[layer]);
+    m.right[i] = static_cast<int>(layout.right[layer]);
+  }
+  m.e = static_cast<int>(layout.e);
+  m.a = static_cast<int>(layout.a);
+  m.m = static_cast<int>(layout.m);
+  m.f = static_cast<int>(layout.f);
+  m.beta = static_cast<int>(layout.beta);
+  m.row = static_cast<int>(layout.size);
+  m.update = c.mode == Mode::kUpdate;
+  m.aligned = c.schedule == Schedule::kAligned;
+  m.gelu = c.activation == Activation::kGelu;
+  m.residual = c.residual;
+  m.layer_norm = c.layer_norm;
+  m.bfloat16 = c.storage == Storage::kBFloat16;
+  return m;
+}
+
+// What a block may take of a multiprocessor's shared memory, best first. Single tokens only stream through theirs, so
+// several blocks side by side keep the memory busy.
+std::array<std::size_t, 2> budgets(const CudaDevice& device, Kind kind) {
+  constexpr std::size_t kSideBySide = 3;
+  return {kind == Kind::kToken ? device.shared_bytes / kSideBySide : device.shared_bytes, device.shared_bytes};
+}
+
+// The fewest blocks whose shared memory holds what is used most; and more where that leaves the device's
+// multiprocessors without work. Fewer rows where the last kilobytes are missing.
+Plan make_plan(const Model& m, const CudaDevice& device, const Request& request) {
+  const bool resident_only = device.sm < kFirstClusterSm;
+  const auto allowed = [&](int blocks) {
+    return can_share(m, request.kind, blocks) && (!resident_only || blocks <= std::max(device.multiprocessors, 1));
+  };
+  Plan best;
+  int best_fitness = -1;
+  std::size_t budget = 0;
+  const auto consider = [&](int blocks) {
+    for (int rows = rows_of(m, request); rows >= std::min(kPadding, rows_of(m, request)); rows /= 2) {
+      const Plan plan = plan_for(m, device, request, blocks, rows, budget);
+      if (fitness(m, plan) <= best_fitness) continue;
+      best = plan;
+      best_fitness = fitness(m, plan);
+    }
+  };
+  constexpr int kBestFitness = 2;
+  for (const std::size_t each : budgets(device, request.kind)) {
+    if (best_fitness == kBestFitness) break;
+    budget = each;
+    for (int blocks = 1; blocks <= kMostBlocks && best_fitness < kBestFitness; blocks *= 2) {
+      if (allowed(blocks)) consider(blocks);
+    }
+  }
+  for (int blocks = best.blocks * 2; blocks <= kMostBlocks && request.work * blocks <= device.multiprocessors; blocks *= 2) {
+    if (!allowed(blocks)) continue;
+    best_fitness = -1;
+    consider(blocks);
+  }
+  return best;
+}
+
+int groups_of(const Plan& plan, const CudaDevice& device, std::int64_t work) {
+  std::int64_t most = work;
+  if (plan.blocks > 1 && !plan.cluster) most = device.multiprocessors / plan.blocks;
+  if (plan.workspace_bytes > 0) most = std::min<std::int64_t>(most, 2 * device.multiprocessors / plan.blocks);
+  constexpr std::int64_t kLargestGrid = 1 << 28;
+  return static_cast<int>(std::max<std::int64_t>(1, std::min({work, most, kLargestGrid})));
+}
+
+std::size_t counter_bytes(int groups) {
+  return round_up(static_cast<std::size_t>(groups) * sizeof(unsigned), kWorkspaceAlignment);
+}
+
+std::size_t most_workspace(const Model& m, const CudaDevice& device, const Request& request) {
+  std::size_t most = 0;
+  for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
+    if (!can_share(m, request.kind, blocks)) continue;
+    for (const std::size_t budget : budgets(device, request.kind)) {
+      for (int rows = rows_of(m, request); rows >= std::min(kPadding, rows_of(m, request)); rows /= 2) {
+        const Plan plan = plan_for(m, device, request, blocks, rows, budget);
+        const int groups = groups_of(plan, device, request.work);
+        const std::size_t all = static_cast<std::size_t>(groups) * static_cast<std::size_t>(blocks);
+        most = std::max(most, counter_bytes(groups) + all * plan.workspace_bytes);
+      }
+    }
+  }
+  return most;
+}
+
+std::string describe(const Plan& plan) {
+  const auto where = [](const Place& place) { return std::string(place.shared ? "shared" : "workspace"); };
+  return "blocks " + std::to_string(plan.blocks) + (plan.cluster ? " in a cluster" : "") + ", rows " +
+         std::to_string(plan.rows) + ", state " + (plan.staged ? where(plan.w[0]) : "in place") + ", exchange " +
+         where(plan.exchange) + ", shared " + std::to_string(plan.shared_bytes) + " bytes, workspace " +
+         std::to_string(plan.workspace_bytes) + " bytes a block";
+}
+
+}  // namespace titans::kernels::cuda

@@ -1,0 +1,85 @@
+// Where a call keeps its matrices, and over how many blocks it spreads a head. Decided on the host, followed by the
+// kernels; nothing here needs CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "plugins/kernels/neural_memory_cuda.h"
+
+namespace titans::kernels::cuda {
+
+inline constexpr int kMostBlocks = 8;     // that share a head: a cluster's portable size
+inline constexpr int kPadding = 32;       // rows and columns of buffers are multiples of it
+inline constexpr int kMostRows = 64;      // tokens that are worked on at a time
+inline constexpr int kReductionWords = 64;
+
+#ifdef __CUDACC__
+#define TITANS_BOTH __host__ __device__
+#else
+#define TITANS_BOTH
+#endif
+
+TITANS_BOTH constexpr int pad(int size) { return (size + kPadding - 1) / kPadding * kPadding; }
+// Elements from row to row of a matrix: 16 bytes more than the padded row, so that a column's elements do not all lie in
+// the same banks of shared memory.
+TITANS_BOTH constexpr int stride_of(int columns, int element_bytes) { return pad(columns) + 16 / element_bytes; }
+
+// Bytes from the start of the block's shared memory, or of its part of the workspace.
+struct Place {
+  std::uint32_t offset = 0;
+  bool shared = true;
+};
+
+// The configuration as kernels want it: plain integers. Offsets are words of the packed row.
+struct Model {
+  int depth, chunk, width;
+  int widths[kMaxDepth + 1];
+  int w[kMaxDepth], s[kMaxDepth], left[kMaxDepth], right[kMaxDepth];
+  int e, a, m, f, beta, row;
+  bool update, aligned, gelu, residual, layer_norm, bfloat16;
+
+  // What one of `blocks` blocks holds of layer i: the input of the last layer is dealt out, `share` of it to each, and
+  // with it the output of the layer before.
+  TITANS_BOTH int share(int blocks) const {
+    const int groups_of_columns = (widths[depth - 1] + kPadding - 1) / kPadding;
+    return (groups_of_columns + blocks - 1) / blocks * kPadding;
+  }
+};
+
+Model make_model(const Configuration& configuration);
+
+// Everything that a block of threads keeps while it works on a head.
+struct Plan {
+  int blocks = 1;        // that share a head
+  bool cluster = false;  // and whether they are a cluster
+  int share = 0;         // Model::share(blocks)
+  int rows = 0;          // tokens that are worked on at a time
+  bool staged = true;    // whether W and S are copied to where w and s say, or used where they are
+  Place w[kMaxDepth], s[kMaxDepth], left[kMaxDepth], right[kMaxDepth], x[kMaxDepth];
+  Place q, scores, coefficients, vectors, exchange;
+  std::uint32_t shared_bytes = 0;
+  std::uint32_t workspace_bytes = 0;  // of one block
+};
+
+enum class Kind : std::uint8_t { kBlocks, kToken, kRead };
+
+// A call of one kind: `work` heads, or parts of heads that no other work depends on.
+struct Request {
+  Kind kind;
+  int value_bytes;  // of q, k, v and y
+  std::int64_t work;
+};
+
+Plan make_plan(const Model& model, const CudaDevice& device, const Request& request);
+// How many groups of plan.blocks blocks run at once; they take turns with the work.
+int groups_of(const Plan& plan, const CudaDevice& device, std::int64_t work);
+// Bytes that no call of the kind with at most this much work exceeds, whatever plan it gets.
+std::size_t most_workspace(const Model& model, const CudaDevice& device, const Request& request);
+// Of that, in front: a counter for each group.
+std::size_t counter_bytes(int groups);
+
+std::string describe(const Plan& plan);
+
+}  // namespace titans::kernels::cuda

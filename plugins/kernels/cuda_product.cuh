@@ -1,0 +1,165 @@
+// Matrix products of a block, a warp per tile of the result, with what follows applied while it is in registers.
+//
+// Matrices are told by accessors: word(i, k) is what the matrix instruction wants of row i of A, or of column i of B, at
+// depth k. Buffers are padded (cuda_plan.h), so that tiles need no bounds: what lies beyond rows and columns is computed
+// and dropped, what lies beyond the depth is zero.
+#pragma once
+
+#include "plugins/kernels/cuda_device.cuh"
+
+namespace titans::kernels::cuda {
+
+// Words along the depth: how far apart two lie, and how deep one instruction goes.
+template <class V>
+inline constexpr int kWordDepth = sizeof(float) / sizeof(V);
+template <class V>
+inline constexpr int kStepDepth = 8 * kWordDepth<V>;
+
+template <class V, class Accessor>
+__device__ Word<V> make_word(const Accessor& accessor, int i, int k) {
+  if constexpr (kWordDepth<V> == 1) {
+    return accessor(i, k);
+  } else {
+    return pack_pair(to_value<V>(accessor(i, k)), to_value<V>(accessor(i, k + 1)));
+  }
+}
+
+// Element (i, k) at data[i * stride + k].
+template <class T>
+struct AlongRows {
+  const T* data;
+  int stride;
+  __device__ float operator()(int i, int k) const { return to_float(data[i * stride + k]); }
+  template <class V>
+  __device__ Word<V> word(int i, int k) const {
+    if constexpr (sizeof(T) == 2 && sizeof(V) == 2) {
+      return *reinterpret_cast<const std::uint32_t*>(data + i * stride + k);  // strides and depths are even
+    } else {
+      return make_word<V>(*this, i, k);
+    }
+  }
+};
+
+// Element (i, k) at data[k * stride + i].
+template <class T>
+struct AlongColumns {
+  const T* data;
+  int stride;
+  __device__ float operator()(int i, int k) const { return to_float(data[k * stride + i]); }
+  template <class V>
+  __device__ Word<V> word(int i, int k) const {
+    if constexpr (sizeof(T) == 2 && sizeof(V) == 2) {
+      return pack_pair(data[k * stride + i], data[(k + 1) * stride + i]);
+    } else {
+      return make_word<V>(*this, i, k);
+    }
+  }
+};
+
+// Another's elements times one factor for each depth.
+template <class Of>
+struct ScaledAlongDepth {
+  Of of;
+  const float* factor;
+  __device__ float operator()(int i, int k) const { return of(i, k) * factor[k]; }
+  template <class V>
+  __device__ Word<V> word(int i, int k) const {
+    return make_word<V>(*this, i, k);
+  }
+};
+
+inline constexpr int kTileRows = 32;
+inline constexpr int kTileColumns = 16;
+
+// A warp's tile of a result, float32 in registers.
+struct Tile {
+  static constexpr int kM = kTileRows / 16, kN = kTileColumns / 8;
+  float v[kM][kN][4] = {};
+
+  // Adds A B over depths [0, depth), rounded up to what an instruction takes.
+  template <class V, class A, class B>
+  __device__ void add(int row, int column, int depth, const A& a, const B& b) {
+    const int g = lane_index() / 4, t = lane_index() % 4 * kWordDepth<V>;
+    for (int k = t; k < depth + t; k += kStepDepth<V>) {
+      Word<V> words_a[kM][4], words_b[kN][2];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          words_a[m][part] =
+              a.template word<V>(row + m * 16 + part % 2 * 8 + g, k + part / 2 * 4 * kWordDepth<V>);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          words_b[n][part] = b.template word<V>(column + n * 8 + g, k + part * 4 * kWordDepth<V>);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) multiply_add<V>(v[m][n], words_a[m], words_b[n]);
+      }
+    }
+  }
+
+  // use(row, column, value, value of another tile) of each element that this thread holds.
+  template <class Use>
+  __device__ void each_with(const Tile& other, int row, int column, const Use& use) const {
+    const int g = lane_index() / 4, t = lane_index() % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          use(row + m * 16 + i / 2 * 8 + g, column + n * 8 + i % 2 + t, v[m][n][i], other.v[m][n][i]);
+        }
+      }
+    }
+  }
+  template <class Use>
+  __device__ void each(int row, int column, const Use& use) const {
+    each_with(*this, row, column, [&](int i, int j, float value, float) { use(i, j, value); });
+  }
+
+  // Each element becomes use(row, value, value of another tile).
+  template <class Use>
+  __device__ void combine(int row, const Tile& other, const Use& use) {
+    const int g = lane_index() / 4;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[m][n][i] = use(row + m * 16 + i / 2 * 8 + g, v[m][n][i], other.v[m][n][i]);
+      }
+    }
+  }
+};
+
+// body(row, column) for each tile of a result, the warps taking turns.
+template <class Body>
+__device__ void each_tile(int rows, int columns, const Body& body) {
+  const int across = (columns + kTileColumns - 1) / kTileColumns;
+  const int tiles = (rows + kTileRows - 1) / kTileRows * across;
+  for (int tile = warp_index(); tile < tiles; tile += kWarps) {
+    body(tile / across * kTileRows, tile % across * kTileColumns);
+  }
+}
+
+// use(row, column, value) of each element of A B with row < rows and column < columns.
+template <class V, class A, class B, class Use>
+__device__ void multiply(int rows, int columns, int depth, const A& a, const B& b, const Use& use) {
+  each_tile(rows, columns, [&](int row, int column) {
+    Tile tile;
+    tile.add<V>(row, column, depth, a, b);
+    tile.each(row, column, [&](int i, int j, float value) {
+      if (i < rows && j < columns) use(i, j, value);
+    });
+  });
+}
+
+}  // namespace titans::kernels::cuda

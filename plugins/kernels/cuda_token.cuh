@@ -1,0 +1,437 @@
+// Mode update for calls of one token: inside a chunk W and S are only read, once, and a row is appended; the token that
+// completes the chunk folds it. All of it is float32 and bound by memory. Equations and names are those of
+// docs/operator.md; how several blocks share a head stands in cuda_blocks.cuh.
+#pragma once
+
+#include "plugins/kernels/cuda_call.cuh"
+
+namespace titans::kernels::cuda {
+
+// A part of W or S, copied to shared memory or where it is stored.
+struct Weights {
+  const Model* model;
+  const float* copy;  // [rows][columns] of the part, or null
+  const float* row;
+  int field, first, stride;  // first: index of the part's first element in the field
+  __device__ float operator()(int r, int j) const {
+    const int at = r * stride + j;
+    return copy != nullptr ? copy[at] : load_weight(*model, row, field, first + at);
+  }
+};
+
+template <class V>
+class TokenRun {
+ public:
+  __device__ TokenRun(const Call& call, Group& group)
+      : c_(call), m_(call.model), plan_(call.plan), group_(group), last_(m_.depth - 1) {
+    int widest = 0;
+    for (int i = 0; i <= m_.depth; ++i) widest = widest < m_.widths[i] ? m_.widths[i] : widest;
+    width_ = pad(widest);
+    reduction_ = locate<float>(c_, plan_.vectors);
+    rows_ = reduction_ + kReductionWords;
+    e_ = rows_ + (3 + 4 * m_.depth) * width_;
+    a_ = e_ + pad(m_.chunk);
+    scores_ = a_ + pad(m_.chunk);
+    sums_ = locate<float>(c_, plan_.coefficients);
+    sums_stride_ = width_ < pad(m_.chunk) ? pad(m_.chunk) : width_;
+    result_ = locate<float>(c_, plan_.exchange);
+    partial_y_ = result_ + m_.width;
+    partial_scores_ = partial_y_ + m_.width;
+    norm_ = partial_scores_ + pad(m_.chunk);
+  }
+
+  __device__ void run(const Item& item) {
+    row_ = row_of(c_, item);
+    const std::int64_t first = static_cast<std::int64_t>(item.index) * m_.width;
+    V* y = static_cast<V*>(c_.y) + first;
+    const bool counts = c_.valid == nullptr || c_.valid[item.stream] == 1;
+    learn_ = c_.learn == nullptr || c_.learn[item.stream];
+    fill_ = c_.fill == nullptr ? 0 : static_cast<int>(c_.fill[item.stream]);
+    Counts numbers;
+    if (counts) {
+      const V* q = static_cast<const V*>(c_.q) + first;
+      const V* k = static_cast<const V*>(c_.k) + first;
+      const V* v = static_cast<const V*>(c_.v) + first;
+      const float* scale = c_.norm_scale == nullptr ? nullptr : c_.norm_scale + item.head * m_.width;
+      load(q, k);
+      take_coefficients(c_.step_size[item.index], c_.momentum[item.index], 1.0F - c_.forget_gate[item.index]);
+      first_layer();
+      if (learn_) numbers.loss = surprise(k, v, scale);
+      append();
+      retrieve(q, scale, y);
+      if (fill_ + 1 == m_.chunk) {
+        close_chunk(c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream, numbers);
+      }
+      store_coefficients();
+    } else if (group_.rank == 0) {
+      for (int j = thread_index(); j < m_.width; j += kThreads) y[j] = to_value<V>(0.0F);
+    }
+    if (c_.stats != nullptr && group_.rank == 0 && thread_index() == 0) {
+      numbers.store(c_.stats + item.index * kStatCount);
+    }
+    sync_group(group_);  // nobody reads here any more
+  }
+
+ private:
+  __device__ Part part(int i) const { return part_of(m_, plan_.share, group_.rank, i); }
+  // Rows of this token, of layer i.
+  __device__ float* query() const { return rows_; }
+  __device__ float* key() const { return rows_ + width_; }
+  __device__ float* left(int i) const { return i == 0 ? key() + part(0).in_begin : rows_ + (3 + i) * width_; }
+  __device__ float* x(int i) const {
+    return i == 0 ? query() + part(0).in_begin : rows_ + (3 + m_.depth + i) * width_;
+  }
+  __device__ float* right(int i) const { return rows_ + (3 + 2 * m_.depth + i) * width_; }
+  __device__ float* derivative(int i) const { return rows_ + (3 + 3 * m_.depth + i) * width_; }
+  __device__ float* answer() const { return rows_ + 2 * width_; }
+
+  __device__ Weights weights(const Place& place, int field, int i) const {
+    const Part p = part(i);
+    const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
+    return {&m_, plan_.staged ? locate<float>(c_, place) : nullptr, row_, field, first,
+            plan_.staged ? p.out : m_.widths[i + 1]};
+  }
+  __device__ Weights w(int i) const { return weights(plan_.w[i], m_.w[i], i); }
+  __device__ Weights s(int i) const { return weights(plan_.s[i], m_.s[i], i); }
+
+  // ---- loops over a matrix ----
+
+  // use(j, sums) for each column, where term(r, j, sums) has added what each row gives. Warps take rows in turns.
+  template <int kSums, class Term, class Use>
+  __device__ void sum_rows(int rows, int columns, const Term& term, const Use& use) {
+    for (int j = lane_index(); j < columns; j += kWarpSize) {
+      float sums[kSums] = {};
+#pragma unroll 4
+      for (int r = warp_index(); r < rows; r += kWarps) term(r, j, sums);
+#pragma unroll
+      for (int n = 0; n < kSums; ++n) sums_[(n * kWarps + warp_index()) * sums_stride_ + j] = sums[n];
+    }
+    sync_block();
+    for (int j = thread_index(); j < columns; j += kThreads) {
+      float sums[kSums] = {};
+      for (int warp = 0; warp < kWarps; ++warp) {
+#pragma unroll
+        for (int n = 0; n < kSums; ++n) sums[n] += sums_[(n * kWarps + warp) * sums_stride_ + j];
+      }
+      use(j, sums);
+    }
+    sync_block();
+  }
+
+  // use(r, sum over the columns of term(r, j)) for each row. Warps take rows in turns.
+  template <class Term, class Use>
+  __device__ void sum_columns(int rows, int columns, const Term& term, const Use& use) {
+    for (int r = warp_index(); r < rows; r += kWarps) {
+      float sum = 0.0F;
+      for (int j = lane_index(); j < columns; j += kWarpSize) sum += term(r, j);
+      sum = sum_over_warp(sum);
+      if (lane_index() == 0) use(r, sum);
+    }
+    sync_block();
+  }
+
+  // ---- the packed row ----
+
+  __device__ void load(const V* q, const V* k) {
+    if (plan_.staged) {
+      for (int i = 0; i < m_.depth; ++i) {
+        stage(plan_.w[i], m_.w[i], i);
+        stage(plan_.s[i], m_.s[i], i);
+      }
+    }
+    for (int j = thread_index(); j < m_.width; j += kThreads) {
+      query()[j] = to_float(q[j]);
+      key()[j] = to_float(k[j]);
+    }
+    wait_for_copies();
+    sync_block();
+  }
+
+  __device__ void stage(const Place& place, int field, int i) {
+    const Part p = part(i);
+    float* to = locate<float>(c_, place);
+    const int first = p.in_begin * m_.widths[i + 1] + p.out_begin, width = m_.widths[i + 1];
+    constexpr int kFour = 4;
+    if (!m_.bfloat16 && field % kFour == 0 && first % kFour == 0 && width % kFour == 0 && p.out % kFour == 0) {
+      const int across = p.out / kFour;
+      for (int at = thread_index(); at < p.in * across; at += kThreads) {
+        const int r = at / across, j = at % across * kFour;
+        copy_16(to + r * p.out + j, row_ + field + first + r * width + j);
+      }
+      return;
+    }
+    for (int at = thread_index(); at < p.in * p.out; at += kThreads) {
+      to[at] = load_weight(m_, row_, field, first + at / p.out * width + at % p.out);
+    }
+  }
+
+  __device__ void take_coefficients(float theta, float eta, float keep) {
+    const bool open = fill_ > 0;
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) {
+      float e = open && at < fill_ ? row_[m_.e + at] : 0.0F, a = open && at < fill_ ? row_[m_.a + at] : 0.0F;
+      if (learn_ && at <= fill_) {
+        e = at == fill_ ? theta : eta * e;
+        a = keep * a + e;
+      }
+      e_[at] = e;
+      a_[at] = a;
+    }
+    m_now_ = open ? row_[m_.m] : 1.0F;
+    f_ = open ? row_[m_.f] : 0.0F;
+    beta_ = open ? row_[m_.beta] : 1.0F;
+    if (learn_) {
+      m_now_ *= eta;
+      f_ = keep * f_ + m_now_;
+      beta_ *= keep;
+    }
+    sync_block();
+  }
+
+  // Other blocks have long read what is written here: they read before their first barrier.
+  __device__ void store_coefficients() {
+    if (group_.rank != 0) return;
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) {
+      row_[m_.e + at] = e_[at];
+      row_[m_.a + at] = a_[at];
+    }
+    if (thread_index() != 0) return;
+    row_[m_.m] = m_now_;
+    row_[m_.f] = f_;
+    row_[m_.beta] = beta_;
+  }
+
+  // The token's rows, where it learns nothing zeros, to the open chunk's. What every block holds whole, the first one
+  // stores.
+  __device__ void append() {
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      float* to_left = row_ + m_.left[i] + fill_ * m_.widths[i] + p.in_begin;
+      float* to_right = row_ + m_.right[i] + fill_ * m_.widths[i + 1] + p.out_begin;
+      if (!learn_) {
+        for (int j = thread_index(); j < p.out; j += kThreads) right(i)[j] = 0.0F;
+      }
+      if (i == last_ || group_.rank == 0) {
+        for (int j = thread_index(); j < p.in; j += kThreads) to_left[j] = learn_ ? left(i)[j] : 0.0F;
+      }
+      if (i == last_ - 1 || group_.rank == 0) {
+        for (int j = thread_index(); j < p.out; j += kThreads) to_right[j] = learn_ ? right(i)[j] : 0.0F;
+      }
+    }
+    sync_block();
+  }
+
+  // ---- surprise and retrieval ----
+
+  // One pass over W and S of the first layer serves key and query.
+  __device__ void first_layer() {
+    const Weights of_w = w(0), of_s = s(0);
+    const float *k = left(0), *q = x(0);
+    float* h = last_ == 0 ? answer() : x(1);
+    float* z = last_ == 0 ? right(0) : left(1);
+    float* slope = derivative(0);
+    sum_rows<3>(
+        part(0).in, part(0).out,
+        [&](int r, int j, float (&sums)[3]) {
+          const float weight = of_w(r, j);
+          sums[0] += k[r] * weight;
+          sums[1] += q[r] * weight;
+          sums[2] += q[r] * of_s(r, j);
+        },
+        [&](int j, const float (&sums)[3]) {
+          h[j] = beta_ * sums[1] + f_ * sums[2];
+          keep_activation(0, j, sums[0], z, slope);
+        });
+  }
+
+  // z of layer i for the key: activated where another layer follows.
+  __device__ void keep_activation(int i, int j, float z, float* to, float* slope) const {
+    if (i == last_) {
+      to[j] = z;
+      return;
+    }
+    const Activated act = activate(m_, z);
+    to[j] = act.value;
+    slope[j] = act.derivative;
+  }
+
+  __device__ float surprise(const V* k, const V* v, const float* scale) {
+    for (int i = 1; i <= last_; ++i) {
+      const Weights of_w = w(i);
+      const float* input = left(i);
+      float *z = i == last_ ? right(i) : left(i + 1), *slope = derivative(i);
+      sum_rows<1>(
+          part(i).in, part(i).out, [&](int r, int j, float (&sums)[1]) { sums[0] += input[r] * of_w(r, j); },
+          [&](int j, const float (&sums)[1]) { keep_activation(i, j, sums[0], z, slope); });
+    }
+    float* error = right(last_);
+    if (group_.size > 1) {
+      for (int j = thread_index(); j < m_.width; j += kThreads) result_[j] = error[j];
+      sync_group(group_);
+      for (int j = thread_index(); j < m_.width; j += kThreads) error[j] = sum_over_group(c_, group_, result_ + j);
+      sync_block();
+    }
+    if (warp_index() == 0) {
+      const float loss = error_row(m_, error, k, v, scale, error);
+      if (lane_index() == 0) *reduction_ = loss;
+    }
+    sync_block();
+    const float loss = *reduction_;
+    for (int i = last_; i > 0; --i) {
+      const Weights of_w = w(i);
+      const float *from = right(i), *slope = derivative(i - 1);
+      float* to = right(i - 1);
+      sum_columns(
+          part(i).in, part(i).out, [&](int r, int j) { return of_w(r, j) * from[j]; },
+          [&](int r, float sum) { to[r] = sum * slope[r]; });
+    }
+    return loss;
+  }
+
+  // Rows of the open chunk, this token's from where it has just been made.
+  __device__ float left_at(int i, int at, int j) const {
+    return at == fill_ ? (learn_ ? left(i)[j] : 0.0F) : row_[m_.left[i] + at * m_.widths[i] + part(i).in_begin + j];
+  }
+  __device__ float right_at(int i, int at, int j) const {
+    return at == fill_ ? right(i)[j] : row_[m_.right[i] + at * m_.widths[i + 1] + part(i).out_begin + j];
+  }
+
+  // h <- h - sum_s a_s (x . left_s) right_s, the factors of right being scores_.
+  __device__ void add_surprises(int i, float* h) {
+    sum_rows<1>(
+        fill_ + 1, part(i).out,
+        [&](int at, int j, float (&sums)[1]) { sums[0] += scores_[at] * right_at(i, at, j); },
+        [&](int j, const float (&sums)[1]) { h[j] -= sums[0]; });
+  }
+
+  __device__ void retrieve(const V* q, const float* scale, V* y) {
+    for (int i = 0; i <= last_; ++i) {
+      const bool shared = i == last_ && group_.size > 1;
+      const float* input = x(i);
+      float* h = i == last_ ? answer() : x(i + 1);
+      if (i > 0) {
+        const Weights of_w = w(i), of_s = s(i);
+        sum_rows<2>(
+            part(i).in, part(i).out,
+            [&](int r, int j, float (&sums)[2]) {
+              sums[0] += input[r] * of_w(r, j);
+              sums[1] += input[r] * of_s(r, j);
+            },
+            [&](int j, const float (&sums)[2]) { h[j] = beta_ * sums[0] + f_ * sums[1]; });
+      }
+      sum_columns(
+          fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * left_at(i, at, j); },
+          [&](int at, float sum) { (shared ? partial_scores_ : scores_)[at] = shared ? sum : a_[at] * sum; });
+      if (shared) {
+        for (int j = thread_index(); j < m_.width; j += kThreads) partial_y_[j] = h[j];
+        sync_group(group_);
+        if (group_.rank != 0) return;
+        for (int at = thread_index(); at <= fill_; at += kThreads) {
+          scores_[at] = a_[at] * sum_over_group(c_, group_, partial_scores_ + at);
+        }
+        for (int j = thread_index(); j < m_.width; j += kThreads) h[j] = sum_over_group(c_, group_, partial_y_ + j);
+        sync_block();
+      }
+      add_surprises(i, h);
+      if (i == last_) break;
+      for (int j = thread_index(); j < part(i).out; j += kThreads) h[j] = activate(m_, h[j]).value;
+      sync_block();
+    }
+    if (warp_index() == 0) finish_row(m_, answer(), q, scale, y);
+  }
+
+  // ---- the end of a chunk ----
+
+  __device__ void close_chunk(const float* limit, Counts& numbers) {
+    bool touched = beta_ != 1.0F || f_ != 0.0F || m_now_ != 1.0F;
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) touched = touched || e_[at] != 0.0F || a_[at] != 0.0F;
+    touched = any_in_block(touched);
+    float norm = 0.0F;
+    bool commit = true;
+    if (limit == nullptr) {
+      if (touched) norm = norm_of(fold(true));
+    } else {
+      // An update that is too large must never have been written, so its size is found first.
+      if (touched) norm = norm_of(fold(false));
+      commit = norm <= *limit;  // false for NaN
+      if (touched && commit) fold(true);
+    }
+    sync_block();
+    for (int at = thread_index(); at < m_.chunk; at += kThreads) e_[at] = a_[at] = 0.0F;
+    m_now_ = beta_ = 1.0F;
+    f_ = 0.0F;
+    numbers.close(norm, commit);
+    sync_block();
+  }
+
+  __device__ float norm_of(float squares) {
+    float sum = sum_over_block(squares, reduction_);
+    if (group_.size > 1) {
+      if (thread_index() == 0) *norm_ = sum;
+      sync_group(group_);
+      sum = sum_over_group(c_, group_, norm_);
+    }
+    return square_root(sum);
+  }
+
+  // W and S of the chunk's end, written where they are stored. Returns this thread's part of the square of what that
+  // does to W. A thread takes some rows of a column, which share the row of right.
+  __device__ float fold(bool write) {
+    constexpr int kRows = 4;
+    float squares = 0.0F;
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      const Weights of_w = w(i), of_s = s(i);
+      const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
+      for (int at = thread_index(); at < (p.in + kRows - 1) / kRows * p.out; at += kThreads) {
+        const int r0 = at / p.out * kRows, j = at % p.out;
+        float by_a[kRows] = {}, by_e[kRows] = {};
+        for (int t = 0; t < m_.chunk; ++t) {
+          const float value = right_at(i, t, j);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const float product = r0 + r < p.in ? left_at(i, t, r0 + r) * value : 0.0F;
+            by_a[r] += a_[t] * product;
+            by_e[r] += e_[t] * product;
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (r0 + r >= p.in) continue;
+          const int index = first + (r0 + r) * m_.widths[i + 1] + j;
+          const float old = of_w(r0 + r, j), surprise = of_s(r0 + r, j);
+          const float now = round_weight(m_, beta_ * old + f_ * surprise - by_a[r]);
+          squares += (now - old) * (now - old);
+          if (!write) continue;
+          store_weight(m_, row_, m_.w[i], index, now);
+          store_weight(m_, row_, m_.s[i], index, round_weight(m_, m_now_ * surprise - by_e[r]));
+        }
+      }
+    }
+    return squares;
+  }
+
+  const Call& c_;
+  const Model& m_;
+  const Plan& plan_;
+  Group& group_;
+  int last_, width_, sums_stride_;
+  float *reduction_, *rows_, *e_, *a_, *scores_, *sums_;
+  float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
+  float* row_ = nullptr;
+  bool learn_ = true;
+  int fill_ = 0;
+  float m_now_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
+};
+
+template <class V>
+__global__ void __launch_bounds__(kThreads, 2) update_token(const __grid_constant__ Call call) {
+  Group group = make_group(call);
+  TokenRun<V> run(call, group);
+  const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
+  for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
+    const Item item(call, each);
+    if (check_item<V>(call, group, item)) run.run(item);
+  }
+}
+
+}  // namespace titans::kernels::cuda

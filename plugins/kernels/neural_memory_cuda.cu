@@ -1,0 +1,175 @@
+// The operator on an NVIDIA GPU: checks, the plan of a call, and its one launch. Three kernels: calls of several tokens
+// (cuda_blocks.cuh), of one (cuda_token.cuh), and mode read (cuda_read.cuh), each for three types of values.
+//
+// The idea is that of the CPU's kernel: W and S are loaded once for a call and stay on the chip, in the shared memory of
+// as many blocks as it takes, while a chunk is a handful of matrix products; a single token reads each weight once.
+#include "plugins/kernels/neural_memory_cuda.h"
+
+#include <algorithm>
+
+#include "plugins/kernels/cuda_blocks.cuh"
+#include "plugins/kernels/cuda_call.cuh"
+#include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_plan.h"
+#include "plugins/kernels/cuda_read.cuh"
+#include "plugins/kernels/cuda_token.cuh"
+
+namespace titans::kernels {
+namespace {
+
+using cuda::Call;
+using cuda::Kind;
+using cuda::Plan;
+using cuda::Request;
+
+using Kernel = void (*)(const Call);
+
+template <class V>
+Kernel kernel_for(Kind kind) {
+  switch (kind) {
+    case Kind::kBlocks:
+      return &cuda::update_blocks<V>;
+    case Kind::kToken:
+      return &cuda::update_token<V>;
+    case Kind::kRead:
+      return &cuda::read_rows<V>;
+  }
+  return nullptr;
+}
+
+constexpr int kLeastSm = 80;
+constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;    // words: sizes and places stay within 32 bits
+constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, likewise
+
+class CudaNode final : public CudaKernel {
+ public:
+  CudaNode(const Configuration& configuration, DType values, const CudaDevice& device)
+      : configuration_(configuration), model_(cuda::make_model(configuration)), values_(values), device_(device) {}
+
+  std::size_t workspace_bytes(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const override {
+    if (configuration_.mode == Mode::kRead) {
+      return most_workspace(model_, device_, request(Kind::kRead, streams, heads, tokens));
+    }
+    return std::max(most_workspace(model_, device_, request(Kind::kToken, streams, heads, tokens)),
+                    most_workspace(model_, device_, request(Kind::kBlocks, streams, heads, tokens)));
+  }
+
+  std::string placement(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const override {
+    return describe(make_plan(model_, device_, request(kind(tokens), streams, heads, tokens)));
+  }
+
+  std::string run(const Operands& o, void* workspace, std::int32_t* status, CUstream_st* stream) const override {
+    std::string wrong = check_operands(configuration_, o, values_);
+    if (!wrong.empty()) return wrong;
+    const std::int64_t streams = o[kQ].shape[0], heads = o[kQ].shape[1], tokens = o[kQ].shape[2];
+    const bool update = configuration_.mode == Mode::kUpdate;
+    if (o[kQ].elements() > kLargestCall || streams * heads > kLargestCall) {
+      return "[NeuralMemory] expected at most " + std::to_string(kLargestCall) + " elements of q but got " +
+             std::to_string(o[kQ].elements()) + "; do feed fewer tokens or streams at a time";
+    }
+    if (update && o[kStateOut].data != o[kState].data) {
+      const auto bytes = static_cast<std::size_t>(o[kState].elements()) * sizeof(float);
+      wrong = cuda::copy(o[kStateOut].data, o[kState].data, bytes, stream);
+      if (!wrong.empty()) return wrong;
+    }
+    if (streams * heads == 0 || (!update && tokens == 0)) return {};
+
+    const Request wanted = request(kind(tokens), streams, heads, tokens);
+    Call call{};
+    call.model = model_;
+    call.plan = make_plan(model_, device_, wanted);
+    const int groups = groups_of(call.plan, device_, wanted.work);
+    call.state = o[update ? kStateOut : kState].as<float>();
+    call.q = o[kQ].data;
+    call.k = o[kK].data;
+    call.v = o[kV].data;
+    call.step_size = o[kStepSize].as<float>();
+    call.momentum = o[kMomentum].as<float>();
+    call.forget_gate = o[kForgetGate].as<float>();
+    call.fill = o[kFill].as<std::int64_t>();
+    call.learn = o[kLearn].as<bool>();
+    call.valid = o[kValid].as<std::int64_t>();
+    call.slots = o[kSlots].as<std::int64_t>();
+    call.update_limit = o[kUpdateLimit].as<float>();
+    call.norm_scale = configuration_.layer_norm ? o[kNormScale].as<float>() : nullptr;
+    call.y = o[kY].data;
+    call.stats = o[kStats].as<float>();
+    call.status = status;
+    call.counters = static_cast<unsigned*>(workspace);
+    call.workspaces = static_cast<std::byte*>(workspace) + cuda::counter_bytes(groups);
+    call.streams = static_cast<int>(streams);
+    call.heads = static_cast<int>(heads);
+    call.tokens = static_cast<int>(tokens);
+    call.pool = static_cast<int>(o[kState].shape[0]);
+    if (call.plan.blocks > 1 && !call.plan.cluster) {
+      wrong = cuda::clear(workspace, cuda::counter_bytes(groups), stream);
+      if (!wrong.empty()) return wrong;
+    }
+    const cuda::Launch launch{groups, call.plan.blocks, call.plan.shared_bytes, call.plan.cluster};
+    return cuda::launch(kernel(wanted.kind), launch, call, stream);
+  }
+
+ private:
+  Kind kind(std::int64_t tokens) const {
+    if (configuration_.mode == Mode::kRead) return Kind::kRead;
+    return tokens == 1 ? Kind::kToken : Kind::kBlocks;
+  }
+
+  Request request(Kind kind, std::int64_t streams, std::int64_t heads, std::int64_t tokens) const {
+    const std::int64_t parts = kind == Kind::kRead ? (tokens + cuda::kMostRows - 1) / cuda::kMostRows : 1;
+    return {kind, values_ == DType::kFloat32 ? 4 : 2, streams * heads * parts};
+  }
+
+  Kernel kernel(Kind kind) const {
+    switch (values_) {
+      case DType::kFloat16:
+        return kernel_for<__half>(kind);
+      case DType::kBFloat16:
+        return kernel_for<__nv_bfloat16>(kind);
+      default:
+        return kernel_for<float>(kind);
+    }
+  }
+
+  Configuration configuration_;
+  cuda::Model model_;
+  DType values_;
+  CudaDevice device_;
+};
+
+}  // namespace
+
+std::string CudaDevice::current(CudaDevice& device) { return cuda::query_device(device); }
+
+std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuration, DType values,
+                                               const CudaDevice& device, std::string& error) {
+  if (values != DType::kFloat32 && values != DType::kFloat16 && values != DType::kBFloat16) {
+    error = "[NeuralMemory] expected q, k and v of float32, float16 or bfloat16 but got another type; do cast them";
+    return nullptr;
+  }
+  if (device.sm < kLeastSm) {
+    error = "[NeuralMemory] expected a GPU of compute capability 8.0 or newer but got " +
+            std::to_string(device.sm / 10) + "." + std::to_string(device.sm % 10) + "; do run on the CPU";
+    return nullptr;
+  }
+  if (RowLayout(configuration).size > kLargestRow) {
+    error = "[NeuralMemory] expected a packed row of at most " + std::to_string(kLargestRow) + " words but got " +
+            std::to_string(RowLayout(configuration).size) + "; do run on the CPU";
+    return nullptr;
+  }
+  return std::make_unique<CudaNode>(configuration, values, device);
+}
+
+std::string CudaKernel::status_message(std::int32_t status) {
+  if (status == 0) return {};
+  const int operand = status - 1;
+  const std::string name = operand > 0 && operand < static_cast<int>(kInputs)
+                               ? kOperandNames[static_cast<std::size_t>(operand)]
+                               : "status " + std::to_string(status);
+  const bool gate = operand >= static_cast<int>(kStepSize) && operand <= static_cast<int>(kForgetGate);
+  return "[NeuralMemory] expected " + name + (gate ? " to be finite" : " within its range") +
+         " but got another value for some stream, whose state is as before; do " +
+         (gate ? "look for what overflows in the model before it" : "correct it");
+}
+
+}  // namespace titans::kernels

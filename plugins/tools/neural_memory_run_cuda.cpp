@@ -1,0 +1,206 @@
+// Runs the bare CUDA kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
+//
+//   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--time REPEATS [--graph]]
+//   neural_memory_run_cuda --device
+//
+// CASE is as case_file.h says; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
+// update, its stats; at last the state. With --time all calls together are repeated that often, the state flowing on,
+// with --graph as one CUDA graph, and stdout has the nanoseconds of each. Stdout has a line of JSON: device, placement
+// of the last call. --device prints the device alone.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+
+#include "plugins/kernels/neural_memory_cuda.h"
+#include "plugins/tools/case_file.h"
+#include "plugins/tools/device_memory.h"
+
+namespace {
+
+using nlohmann::json;
+using namespace titans::kernels;
+
+struct Options {
+  std::string input, output;
+  std::size_t repeats = 0;
+  bool two_buffers = false, graph = false;
+};
+
+Options parse_options(int argc, char** argv) {
+  Options options;
+  std::vector<std::string> positional;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--time") {
+      if (i + 1 == argc) throw std::runtime_error("[run] expected a value after --time but got none; do give one");
+      options.repeats = std::stoul(argv[++i]);
+    } else if (word == "--two-buffers") {
+      options.two_buffers = true;
+    } else if (word == "--graph") {
+      options.graph = true;
+    } else {
+      positional.push_back(word);
+    }
+  }
+  if (positional.size() != 2) {
+    throw std::runtime_error("[run] expected CASE and OUT but got other arguments; do give two files");
+  }
+  options.input = positional[0];
+  options.output = positional[1];
+  return options;
+}
+
+std::size_t value_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+json describe(const CudaDevice& device) {
+  return {{"sm", device.sm}, {"multiprocessors", device.multiprocessors}, {"shared_bytes", device.shared_bytes}};
+}
+
+CudaDevice current_device() {
+  CudaDevice device;
+  const std::string error = CudaDevice::current(device);
+  if (!error.empty()) throw std::runtime_error(error);
+  return device;
+}
+
+class Runner {
+ public:
+  explicit Runner(const Options& options) : options_(options), case_(options.input), device_(current_device()) {
+    std::string error = configure(case_.node_attributes(), configuration_);
+    if (!error.empty()) throw std::runtime_error(error);
+    values_ = case_.tensors.at("0.q").dtype;
+    kernel_ = CudaKernel::create(configuration_, values_, device_, error);
+    if (kernel_ == nullptr) throw std::runtime_error(error);
+    prepare();
+  }
+
+  void run() {
+    std::ofstream out(options_.output, std::ios::binary);
+    for (Operands& call : calls_) {
+      enqueue(call);
+      synchronize();
+      std::int32_t status = 0;
+      status_->download(&status);
+      if (status != 0) throw std::runtime_error(CudaKernel::status_message(status));
+      write(out, call[kY]);
+      if (update_) write(out, call[kStats]);
+    }
+    write(out, state_);
+    if (!out.flush()) throw std::runtime_error("[run] expected to write " + options_.output + " but could not; do check the disk");
+    const Tensor& q = calls_.back()[kQ];
+    json report{{"device", describe(device_)}, {"placement", kernel_->placement(q.shape[0], q.shape[1], q.shape[2])}};
+    if (options_.repeats > 0) {
+      const auto all = [&] {
+        for (Operands& call : calls_) enqueue(call);
+      };
+      report["ns"] = time_on_device(all, options_.repeats, options_.graph);
+    }
+    std::cout << report.dump() << "\n";
+  }
+
+ private:
+  DeviceBuffer& device_copy(Tensor& tensor, std::size_t bytes) {
+    buffers_.push_back(std::make_unique<DeviceBuffer>(bytes));
+    if (tensor.data != nullptr) buffers_.back()->upload(tensor.data);
+    tensor.data = buffers_.back()->data();
+    return *buffers_.back();
+  }
+
+  void prepare() {
+    update_ = configuration_.mode == Mode::kUpdate;
+    const std::size_t state_bytes = case_.memory.at("state").bytes();
+    state_ = next_ = case_.tensors.at("state");
+    device_copy(state_, state_bytes);
+    next_.data = state_.data;
+    if (options_.two_buffers) {
+      next_.data = nullptr;
+      device_copy(next_, state_bytes);
+    }
+    std::size_t workspace = 0;
+    for (std::size_t call = 0; call < case_.calls; ++call) {
+      Operands operands = case_.inputs(call);
+      for (std::size_t i = kQ; i < kInputs; ++i) {
+        if (!operands[i].present()) continue;
+        device_copy(operands[i], case_.memory.at(std::to_string(call) + "." + kOperandNames[i]).bytes());
+      }
+      const Tensor& q = operands[kQ];
+      operands[kY] = q;
+      operands[kY].data = nullptr;
+      device_copy(operands[kY], static_cast<std::size_t>(q.elements()) * value_bytes(values_));
+      if (update_) {
+        operands[kStats] = float_tensor(nullptr, {q.shape[0], q.shape[1], kStatCount});
+        device_copy(operands[kStats], static_cast<std::size_t>(operands[kStats].elements()) * sizeof(float));
+      }
+      workspace = std::max(workspace, kernel_->workspace_bytes(q.shape[0], q.shape[1], q.shape[2]));
+      calls_.push_back(operands);
+    }
+    workspace_ = std::make_unique<DeviceBuffer>(workspace);
+    status_ = std::make_unique<DeviceBuffer>(sizeof(std::int32_t));
+    const std::int32_t good = 0;
+    status_->upload(&good);
+  }
+
+  void enqueue(Operands& operands) {
+    operands[kState] = state_;
+    if (update_) operands[kStateOut] = next_;
+    const std::string error =
+        kernel_->run(operands, workspace_->data(), static_cast<std::int32_t*>(status_->data()), work_stream());
+    if (!error.empty()) throw std::runtime_error(error);
+    if (update_) std::swap(state_, next_);
+  }
+
+  // As float32.
+  void write(std::ofstream& out, const Tensor& tensor) const {
+    const auto count = static_cast<std::size_t>(tensor.elements());
+    for (const auto& buffer : buffers_) {
+      if (buffer->data() != tensor.data) continue;
+      std::vector<std::byte> raw(buffer->bytes());
+      buffer->download(raw.data());
+      std::vector<float> values(count);
+      for (std::size_t i = 0; i < count; ++i) values[i] = to_float(raw.data(), tensor.dtype, i);
+      out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
+      return;
+    }
+  }
+
+  static float to_float(const std::byte* raw, DType dtype, std::size_t i) {
+    const std::byte* at = raw + i * value_bytes(dtype);
+    if (dtype == DType::kFloat16) return __half2float(*reinterpret_cast<const __half*>(at));
+    if (dtype == DType::kBFloat16) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(at));
+    return *reinterpret_cast<const float*>(at);
+  }
+
+  Options options_;
+  CaseFile case_;
+  CudaDevice device_;
+  Configuration configuration_;
+  DType values_ = DType::kFloat32;
+  bool update_ = true;
+  std::unique_ptr<CudaKernel> kernel_;
+  Tensor state_, next_;
+  std::vector<Operands> calls_;
+  std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
+  std::unique_ptr<DeviceBuffer> workspace_, status_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    if (argc == 2 && std::string(argv[1]) == "--device") {
+      std::cout << describe(current_device()).dump() << "\n";
+      return 0;
+    }
+    Runner(parse_options(argc, argv)).run();
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}

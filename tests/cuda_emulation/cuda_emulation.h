@@ -1,0 +1,128 @@
+// What plugins/kernels/cuda_device.cuh offers, in plain C++: a kernel's threads are fibers of one CPU thread, so that
+// the CUDA kernels' arithmetic, indices and barriers can be tested without a GPU. Matrix instructions round as the
+// hardware's do (TF32 in two parts, halves exact, sums in float32), in an order of their own.
+//
+// TITANS_EMULATED_GPU names the device as sm:multiprocessors:bytes of shared memory a block can have (90:132:232448
+// when it is not set). TITANS_EMULATED_ORDER chooses who runs first between two barriers: "forward", "reverse" or a
+// number, a random order's seed. What a missing barrier would break depends on it.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#undef __global__
+#undef __device__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace titans::kernels::cuda {
+
+int thread_index();
+int block_index();
+int block_count();
+inline int lane_index() { return thread_index() % kWarpSize; }
+inline int warp_index() { return thread_index() / kWarpSize; }
+
+void sync_block();
+bool any_in_block(bool yes);
+float sum_over_warp(float value);
+std::byte* shared_memory();
+void sync_group(Group& group);
+const float* in_rank(const float* own, int rank);
+inline float load_from_group(const float* global) { return *global; }
+void copy_16(float* shared, const float* global);
+inline void wait_for_copies() {}
+inline void report(std::int32_t* status, std::int32_t code) {
+  if (status != nullptr && *status == 0) *status = code;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(__half x) { return __half2float(x); }
+inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class V>
+V to_value(float x) {
+  if constexpr (std::is_same_v<V, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<V, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+inline float exponential(float x) { return std::exp(x); }
+inline float complementary_error_function(float x) { return std::erfc(x); }
+inline float square_root(float x) { return std::sqrt(x); }
+
+template <class V>
+using Word = std::conditional_t<std::is_same_v<V, float>, float, std::uint32_t>;
+
+template <class V>
+std::uint32_t pack_pair(V low, V high) {
+  std::uint16_t bits[2];
+  std::memcpy(&bits[0], &low, sizeof(low));
+  std::memcpy(&bits[1], &high, sizeof(high));
+  return static_cast<std::uint32_t>(bits[1]) << 16 | bits[0];
+}
+
+// One lane's part of a matrix instruction.
+struct Fragments {
+  float* d;
+  float a[4][2], b[2][2];  // words, as one or two values
+};
+// Gathers the lanes of the warp; `values` a word, for TF32 in three products of parts.
+void multiply_add_warp(const Fragments& lane, int values);
+
+template <class V>
+void multiply_add(float (&d)[4], const Word<V> (&a)[4], const Word<V> (&b)[2]) {
+  Fragments lane{};
+  lane.d = d;
+  const auto unpack = [](Word<V> word, float (&to)[2]) {
+    if constexpr (std::is_same_v<V, float>) {
+      to[0] = word;
+    } else {
+      V halves[2];
+      std::memcpy(static_cast<void*>(halves), &word, sizeof(word));
+      to[0] = to_float(halves[0]);
+      to[1] = to_float(halves[1]);
+    }
+  };
+  for (int i = 0; i < 4; ++i) unpack(a[i], lane.a[i]);
+  for (int i = 0; i < 2; ++i) unpack(b[i], lane.b[i]);
+  multiply_add_warp(lane, std::is_same_v<V, float> ? 1 : 2);
+}
+
+// ---- the host's side ----
+
+std::string query_device(CudaDevice& device);
+// Runs body() as every thread of the launch.
+std::string run_launch(const Launch& launch, void (*body)(const void*), const void* context);
+
+template <class Parameters>
+std::string launch(void (*kernel)(Parameters), const Launch& launch, const Parameters& parameters, CUstream_st*) {
+  struct Context {
+    void (*kernel)(Parameters);
+    const Parameters* parameters;
+  };
+  const Context context{kernel, &parameters};
+  return run_launch(
+      launch,
+      [](const void* raw) {
+        const auto* each = static_cast<const Context*>(raw);
+        each->kernel(*each->parameters);
+      },
+      &context);
+}
+
+std::string copy(void* to, const void* from, std::size_t bytes, CUstream_st* stream);
+std::string clear(void* data, std::size_t bytes, CUstream_st* stream);
+
+}  // namespace titans::kernels::cuda
