@@ -1,6 +1,7 @@
 # make setup    everything into .venv and build/, nothing outside; a second time takes a second
 # make demo     what this project does, in a few minutes       make demo TEXT=book.txt   with a text of yours
 # make test     C++ tests under sanitizers, then pytest        make test PYTEST='-k memory'
+# make cuda     the CUDA kernel for every GPU; needs nvcc
 # make bench    speed, side by side, on an idle machine (about half an hour)             make bench BENCH='--rounds 5'
 # make lint     formatting, lints and types                    make format               mends what can be mended
 # make clean    removes .venv, .deps and build/
@@ -34,13 +35,18 @@ $(VENV)/bin/python -m pip install --no-build-isolation --constraint constraints.
   { tail -n 60 build/setup.log; echo "[setup] pip failed; all of its output is in build/setup.log"; exit 1; } >&2
 endef
 
+# $(call build_preset,PRESET,TARGET): quietly, unless it fails.
+define build_preset
+{ cmake --preset $(1) && cmake --build --preset $(1) --target $(2); } >build/$(1).log || { cat build/$(1).log; exit 1; }
+endef
+
 RUNTIME_SOURCES := CMakeLists.txt $(shell find runtime cmake plugins -type f \
   -not -path '*/__pycache__/*' -not -path 'runtime/python/build/*' 2>/dev/null)
 CXX_SOURCES = $(shell find runtime plugins tests examples benchmarks -type f \
   \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
 PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
 
-.PHONY: help setup run-setup kernels test test-cpp test-python lint format demo bench clean
+.PHONY: help setup run-setup kernels cuda test test-cpp test-python lint format demo bench clean
 
 help:
 	@sed -n '1,/^$$/{s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
@@ -122,8 +128,13 @@ $(TEST_BUNDLE): tests/runtime/synthetic.py | setup
 	@PYTHONPATH=tests/runtime $(VENV)/bin/python -c "import pathlib, synthetic as s; \
 	  s.write_bundle(pathlib.Path('$@'), s.Weights.random())"
 
-# Programs around the bare kernel, from the objects of the runtime's own build; for aarch64 where there is a compiler.
-kernels: $(STAMPS)/kernels $(if $(shell command -v aarch64-linux-gnu-g++),$(STAMPS)/kernels-aarch64)
+# Programs around the bare kernels: the CPU's from the objects of the runtime's own build, for aarch64 where there is a
+# compiler; CUDA's emulated on the CPU where its headers and Boost.Context are, for all GPUs where nvcc is.
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+EMULATION := $(and $(wildcard $(dir $(NVCC))../include/cuda_fp16.h /usr/local/cuda*/include/cuda_fp16.h),$(wildcard \
+  /usr/include/boost/context/fiber.hpp))
+kernels: $(STAMPS)/kernels $(if $(shell command -v aarch64-linux-gnu-g++),$(STAMPS)/kernels-aarch64) \
+  $(if $(EMULATION),$(STAMPS)/kernels-emulation) $(if $(NVCC),cuda)
 
 $(STAMPS)/kernels: $(RUNTIME_SOURCES) | $(STAMPS)/runtime
 	@cmake --build build/runtime --target neural_memory_run >build/kernels.log || { cat build/kernels.log; exit 1; }
@@ -131,8 +142,21 @@ $(STAMPS)/kernels: $(RUNTIME_SOURCES) | $(STAMPS)/runtime
 
 $(STAMPS)/kernels-aarch64: $(RUNTIME_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
 	@echo "[test] the kernel for aarch64 (first build about 60 s)"
-	@{ cmake --preset aarch64 && cmake --build --preset aarch64 --target neural_memory_run; } >build/aarch64.log || \
-	  { cat build/aarch64.log; exit 1; }
+	@$(call build_preset,aarch64,neural_memory_run)
+	@touch $@
+
+KERNEL_SOURCES := CMakeLists.txt $(shell find cmake plugins/kernels plugins/tools tests/cuda_emulation -type f 2>/dev/null)
+
+$(STAMPS)/kernels-emulation: $(KERNEL_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
+	@echo "[test] the CUDA kernel to run on the CPU (first build about 30 s)"
+	@$(call build_preset,emulation,neural_memory_run_cuda_emulated)
+	@touch $@
+
+cuda: $(STAMPS)/cuda
+
+$(STAMPS)/cuda: $(KERNEL_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
+	@echo "[cuda] the CUDA kernel for every GPU (first build about 3 min)"
+	@$(call build_preset,cuda,neural_memory_run_cuda)
 	@touch $@
 
 $(MODEL_BUNDLE): $(STAMPS)/runtime $(STAMPS)/dev $(shell find titans_export/model titans_export/onnx -name '*.py')

@@ -1,7 +1,7 @@
 """Runs the bare kernels through `neural_memory_run` and `neural_memory_run_cuda`.
 
-The CPU's for each instruction set, natively and emulated for aarch64; CUDA's on a GPU where there is one, and everywhere
-emulated thread by thread (tests/cuda_emulation) as GPUs of several kinds.
+The CPU's for each instruction set, natively and emulated for aarch64; CUDA's on a GPU where there is one, and
+everywhere emulated thread by thread (tests/cuda_emulation) as GPUs of several kinds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ EMULATED = ["qemu-aarch64", "-cpu", "neoverse-n1", str(ROOT / "build" / "aarch64
 # Every instruction set that there is code for, and who may run it.
 TARGETS = {"avx512": [NATIVE], "avx2": [NATIVE], "neon": [NATIVE, EMULATED], "plain": [NATIVE, EMULATED]}
 
-CUDA = ROOT / "build" / "cuda" / "bin" / "neural_memory_run_cuda"
+# tools/gpu_check names one that it has built for this GPU alone.
+CUDA = Path(os.environ.get("TITANS_CUDA_RUNNER", ROOT / "build" / "cuda" / "bin" / "neural_memory_run_cuda"))
 CUDA_EMULATED = ROOT / "build" / "emulation" / "bin" / "neural_memory_run_cuda_emulated"
 # Compute capability, multiprocessors and bytes of shared memory of a block; and which thread runs first. Between them
 # they meet every placement: clusters, counters in global memory, W and S in the workspace.

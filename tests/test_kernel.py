@@ -359,4 +359,5 @@ def test_a_target_of_another_machine_is_refused(tmp_path: Path) -> None:
     case = Case(spec, length=8)
     command = parameters[0].values[0].command
     with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] expected an instruction set .* but got sse9; do set"):
-        run_kernel(Target("sse9", command, ("--target", "sse9")), tmp_path, spec, initial_rows(spec, case.weights), _calls(case, [8]))
+        target = Target("sse9", command, ("--target", "sse9"))
+        run_kernel(target, tmp_path, spec, initial_rows(spec, case.weights), _calls(case, [8]))

@@ -22,12 +22,15 @@ struct AlongRowsUpTo {
   }
 };
 
-template <class V>
+// kShared: all but what is exchanged is in shared memory.
+template <class In, bool kShared>
 class BlocksRun {
+  using V = Operand<In>;
+
  public:
   __device__ BlocksRun(const Call& call, Group& group)
       : c_(call), m_(call.model), plan_(call.plan), group_(group), last_(m_.depth - 1), chunk_pad_(pad(m_.chunk)) {
-    float* vectors = locate<float>(c_, plan_.vectors);
+    float* vectors = locate<float, kShared>(c_, plan_.vectors);
     reduction_ = vectors;
     theta_ = vectors + kReductionWords;
     eta_ = theta_ + plan_.rows;
@@ -36,22 +39,22 @@ class BlocksRun {
     rows_beta_ = rows_f_ + plan_.rows;
     e_ = rows_beta_ + plan_.rows;
     a_ = e_ + chunk_pad_;
-    rows_a_ = locate<float>(c_, plan_.coefficients);
+    rows_a_ = locate<float, kShared>(c_, plan_.coefficients);
     result_ = locate<float>(c_, plan_.exchange);
     partial_y_ = result_ + plan_.rows * m_.width;
     partial_scores_ = partial_y_ + plan_.rows * m_.width;
     norm_ = group_.size > 1 ? partial_scores_ + plan_.rows * chunk_pad_ : partial_y_;
-    q_ = locate<V>(c_, plan_.q);
-    scores_ = locate<V>(c_, plan_.scores);
+    q_ = locate<V, kShared>(c_, plan_.q);
+    scores_ = locate<V, kShared>(c_, plan_.scores);
   }
 
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * c_.tokens;
-    q_in_ = static_cast<const V*>(c_.q) + first * m_.width;
-    k_in_ = static_cast<const V*>(c_.k) + first * m_.width;
-    v_in_ = static_cast<const V*>(c_.v) + first * m_.width;
-    y_out_ = static_cast<V*>(c_.y) + first * m_.width;
+    q_in_ = static_cast<const In*>(c_.q) + first * m_.width;
+    k_in_ = static_cast<const In*>(c_.k) + first * m_.width;
+    v_in_ = static_cast<const In*>(c_.v) + first * m_.width;
+    y_out_ = static_cast<In*>(c_.y) + first * m_.width;
     gates_ = first;
     norm_scale_ = c_.norm_scale == nullptr ? nullptr : c_.norm_scale + item.head * m_.width;
     learn_ = c_.learn == nullptr || c_.learn[item.stream];
@@ -78,7 +81,7 @@ class BlocksRun {
     // Padding has no answer, but no garbage either.
     if (group_.rank == 0) {
       for (int i = tokens * m_.width + thread_index(); i < c_.tokens * m_.width; i += kThreads) {
-        y_out_[i] = to_value<V>(0.0F);
+        y_out_[i] = to_value<In>(0.0F);
       }
     }
     counts_.loss = sum_over_block(lane_index() == 0 ? counts_.loss : 0.0F, reduction_);
@@ -93,17 +96,17 @@ class BlocksRun {
   static __device__ int up_to_step(int rows) { return (rows + 15) / 16 * 16; }
 
   __device__ Part part(int i) const { return part_of(m_, plan_.share, group_.rank, i); }
-  __device__ float* w(int i) const { return locate<float>(c_, plan_.w[i]); }
-  __device__ float* s(int i) const { return locate<float>(c_, plan_.s[i]); }
-  __device__ V* left(int i) const { return locate<V>(c_, plan_.left[i]); }
-  __device__ V* right(int i) const { return locate<V>(c_, plan_.right[i]); }
-  __device__ V* x(int i) const { return locate<V>(c_, plan_.x[i]); }
+  __device__ float* w(int i) const { return locate<float, kShared>(c_, plan_.w[i]); }
+  __device__ float* s(int i) const { return locate<float, kShared>(c_, plan_.s[i]); }
+  __device__ V* left(int i) const { return locate<V, kShared>(c_, plan_.left[i]); }
+  __device__ V* right(int i) const { return locate<V, kShared>(c_, plan_.right[i]); }
+  __device__ V* x(int i) const { return locate<V, kShared>(c_, plan_.x[i]); }
   // Strides follow from what the largest part holds, so that all blocks have the same.
   __device__ int columns_in(int i) const { return i == last_ ? plan_.share : m_.widths[i]; }
   __device__ int columns_out(int i) const { return i == last_ - 1 ? plan_.share : m_.widths[i + 1]; }
   __device__ int stride_in(int i) const { return stride_of(columns_in(i), sizeof(V)); }
   __device__ int stride_out(int i) const { return stride_of(columns_out(i), sizeof(V)); }
-  __device__ int stride_w(int i) const { return stride_of(columns_out(i), sizeof(float)); }
+  __device__ int stride_w(int i) const { return weight_stride(columns_out(i)); }
   __device__ int stride_scores() const { return stride_of(m_.chunk, sizeof(V)); }
 
   // ---- the packed row, in and out ----
@@ -111,13 +114,8 @@ class BlocksRun {
   __device__ void load(int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      const int stride = stride_w(i), rows = pad(columns_in(i));
-      for (int at = thread_index(); at < rows * stride; at += kThreads) {
-        const int r = at / stride, j = at % stride, index = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin + j;
-        const bool inside = r < p.in && j < p.out;
-        w(i)[at] = inside ? load_weight(m_, row_, m_.w[i], index) : 0.0F;
-        s(i)[at] = inside ? load_weight(m_, row_, m_.s[i], index) : 0.0F;
-      }
+      load_weights(w(i), m_.w[i], i);
+      load_weights(s(i), m_.s[i], i);
       load_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, fill);
       load_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, fill);
       if (i < last_) clear(x(i), plan_.rows * stride_out(i));
@@ -130,7 +128,29 @@ class BlocksRun {
     m_now_ = fill == 0 ? 1.0F : row_[m_.m];
     f_ = fill == 0 ? 0.0F : row_[m_.f];
     beta_ = fill == 0 ? 1.0F : row_[m_.beta];
+    wait_for_copies();
     sync_block();
+  }
+
+  // A warp takes a row.
+  __device__ void load_weights(float* to, int field, int i) {
+    const Part p = part(i);
+    const int stride = stride_w(i), rows = pad(columns_in(i)), width = m_.widths[i + 1];
+    const int first = p.in_begin * width + p.out_begin;
+    constexpr int kFour = 4;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(row_ + field + first) % (kFour * sizeof(float)) == 0;
+    const bool async = kShared && !m_.bfloat16 && aligned && width % kFour == 0 && p.out % kFour == 0;
+    for (int r = warp_index(); r < rows; r += kWarps) {
+      const int whole = async && r < p.in ? p.out : 0;  // columns that are copied four at a time
+      for (int j = lane_index() * kFour; j < whole; j += kWarpSize * kFour) {
+        copy_16(to + r * stride + j, row_ + field + first + r * width + j);
+      }
+#pragma unroll 4
+      for (int j = whole + lane_index(); j < stride; j += kWarpSize) {
+        const bool inside = r < p.in && j < p.out;
+        to[r * stride + j] = inside ? load_weight(m_, row_, field, first + r * width + j) : 0.0F;
+      }
+    }
   }
 
   __device__ void clear(V* data, int count) {
@@ -138,19 +158,23 @@ class BlocksRun {
   }
 
   __device__ void load_rows(V* to, int stride, const float* from, int width, int begin, int count, int fill) {
-    for (int at = thread_index(); at < chunk_pad_ * stride; at += kThreads) {
-      const int r = at / stride, j = at % stride;
-      to[at] = to_value<V>(r < fill && j < count ? from[r * width + begin + j] : 0.0F);
+    for (int r = warp_index(); r < chunk_pad_; r += kWarps) {
+#pragma unroll 4
+      for (int j = lane_index(); j < stride; j += kWarpSize) {
+        to[r * stride + j] = to_value<V>(r < fill && j < count ? from[r * width + begin + j] : 0.0F);
+      }
     }
   }
 
   __device__ void store(int start, int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      for (int at = thread_index(); changed_ && at < p.in * p.out; at += kThreads) {
-        const int r = at / p.out, j = at % p.out, index = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin + j;
-        store_weight(m_, row_, m_.w[i], index, w(i)[r * stride_w(i) + j]);
-        store_weight(m_, row_, m_.s[i], index, s(i)[r * stride_w(i) + j]);
+      for (int r = warp_index(); changed_ && r < p.in; r += kWarps) {
+        const int first = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin, from = r * stride_w(i);
+        for (int j = lane_index(); j < p.out; j += kWarpSize) {
+          store_weight(m_, row_, m_.w[i], first + j, w(i)[from + j]);
+          store_weight(m_, row_, m_.s[i], first + j, s(i)[from + j]);
+        }
       }
       const int first = closed_ ? 0 : start;
       // What every block holds whole, the first one stores.
@@ -220,8 +244,8 @@ class BlocksRun {
     const int stride_q = stride_of(columns_in(0), sizeof(V));
     for (int at = thread_index(); at < count * p.in; at += kThreads) {
       const int t = at / p.in, j = at % p.in, from = (done + t) * m_.width + p.in_begin + j;
-      q_[t * stride_q + j] = q_in_[from];
-      if (learn_) left(0)[(fill + t) * stride_in(0) + j] = k_in_[from];
+      q_[t * stride_q + j] = to_value<V>(to_float(q_in_[from]));
+      if (learn_) left(0)[(fill + t) * stride_in(0) + j] = to_value<V>(to_float(k_in_[from]));
     }
   }
 
@@ -317,8 +341,8 @@ class BlocksRun {
       if (!shared) sync_block();
       each_tile(count, part(i).out, [&](int row, int column) {
         Tile tile, of_s;
-        tile.add<V>(row, column, depth, along_x, AlongColumns<float>{w(i), stride_w(i)});
-        of_s.add<V>(row, column, depth, along_x, AlongColumns<float>{s(i), stride_w(i)});
+        tile.add_pair<V>(of_s, row, column, depth, along_x, AlongColumns<float>{w(i), stride_w(i)},
+                         AlongColumns<float>{s(i), stride_w(i)});
         tile.combine(row, of_s, [&](int t, float of_w, float of_s_) {
           const int at = min_of(t, count - 1);
           return rows_beta_[at] * of_w + rows_f_[at] * of_s_;
@@ -384,6 +408,7 @@ class BlocksRun {
       if (touched && commit) fold(true);
     }
     changed_ = changed_ || (touched && commit);
+    sync_block();  // the coefficients are read until here
     for (int at = thread_index(); at < chunk_pad_; at += kThreads) e_[at] = a_[at] = 0.0F;
     m_now_ = beta_ = 1.0F;
     f_ = 0.0F;
@@ -402,8 +427,8 @@ class BlocksRun {
       const AlongColumns<V> lefts{left(i), stride_in(i)}, rights{right(i), stride_out(i)};
       each_tile(p.in, p.out, [&](int row, int column) {
         Tile change_w, change_s;
-        change_w.add<V>(row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, a_});
-        if (write) change_s.add<V>(row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, e_});
+        change_w.add_pair<V>(change_s, row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, a_},
+                             ScaledAlongDepth<AlongColumns<V>>{rights, e_});
         change_w.each_with(change_s, row, column, [&](int r, int j, float by_a, float by_e) {
           if (r >= p.in || j >= p.out) return;
           const int at = r * stride + j;
@@ -439,8 +464,8 @@ class BlocksRun {
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   V *q_, *scores_;
   float* row_ = nullptr;
-  const V *q_in_ = nullptr, *k_in_ = nullptr, *v_in_ = nullptr;
-  V* y_out_ = nullptr;
+  const In *q_in_ = nullptr, *k_in_ = nullptr, *v_in_ = nullptr;
+  In* y_out_ = nullptr;
   std::int64_t gates_ = 0;
   const float *norm_scale_ = nullptr, *limit_ = nullptr;
   bool learn_ = true, closed_ = false, changed_ = false;
@@ -448,14 +473,14 @@ class BlocksRun {
   Counts counts_;
 };
 
-template <class V>
+template <class In, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) update_blocks(const __grid_constant__ Call call) {
   Group group = make_group(call);
-  BlocksRun<V> run(call, group);
+  BlocksRun<In, kShared> run(call, group);
   const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
   for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
     const Item item(call, each);
-    if (check_item<V>(call, group, item)) run.run(item);
+    if (check_item<In>(call, group, item)) run.run(item);
   }
 }
 

@@ -38,24 +38,33 @@ __device__ inline Group make_group(const Call& call) {
   return {size, block_index() % size, call.plan.cluster, call.counters + index, 0};
 }
 
-template <class T>
+// With kShared it is known to be shared memory, which the compiler then has shorter instructions for.
+template <class T, bool kShared = false>
 __device__ T* locate(const Call& call, const Place& place) {
+  if constexpr (kShared) return reinterpret_cast<T*>(shared_memory() + place.offset);
   std::byte* base = place.shared ? shared_memory()
                                  : call.workspaces + static_cast<std::size_t>(block_index()) * call.plan.workspace_bytes;
   return reinterpret_cast<T*>(base + place.offset);
 }
 
-// A float in the exchange of another block of the group, given where it is in one's own.
-__device__ inline float load_exchanged(const Call& call, const Group& group, const float* own, int rank) {
-  if (rank == group.rank) return *own;
-  if (call.plan.exchange.shared) return *in_rank(own, rank);
-  const std::ptrdiff_t apart = static_cast<std::ptrdiff_t>(rank - group.rank) * call.plan.workspace_bytes;
-  return load_from_group(reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(own) + apart));
-}
-
+// The sum over the group of a float in each block's exchange, given where it is in one's own; in the order of the ranks.
 __device__ inline float sum_over_group(const Call& call, const Group& group, const float* own) {
+  float parts[kMostBlocks] = {};  // all on their way before the first is used
+  const bool shared = call.plan.exchange.shared;
+  const std::ptrdiff_t apart = call.plan.workspace_bytes;
+#pragma unroll
+  for (int rank = 0; rank < kMostBlocks; ++rank) {
+    if (rank >= group.size) break;
+    parts[rank] = shared ? *in_rank(own, rank)
+                         : load_from_group(reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(own) +
+                                                                          (rank - group.rank) * apart));
+  }
   float sum = 0.0F;
-  for (int rank = 0; rank < group.size; ++rank) sum += load_exchanged(call, group, own, rank);
+#pragma unroll
+  for (int rank = 0; rank < kMostBlocks; ++rank) {
+    if (rank >= group.size) break;
+    sum += parts[rank];
+  }
   return sum;
 }
 
@@ -92,16 +101,19 @@ __device__ inline int wrong_operand(const Call& c, const Item& item) {
   const int valid = c.valid == nullptr ? c.tokens : static_cast<int>(c.valid[item.stream]);
   if (c.model.aligned && valid % c.model.chunk != 0) return 1 + kValid;
   // All heads of the stream, so that they agree.
-  const float* gates[] = {c.step_size, c.momentum, c.forget_gate};
-  for (int gate = 0; gate < 3; ++gate) {
-    const float* values = gates[gate] + static_cast<std::int64_t>(item.stream) * c.heads * c.tokens;
-    bool bad = false;
-    for (int head = 0; head < c.heads; ++head) {
-      for (int t = thread_index(); t < valid; t += kThreads) bad = bad || !is_finite(values[head * c.tokens + t]);
-    }
-    if (any_in_block(bad)) return 1 + kStepSize + gate;
+  const std::int64_t first = static_cast<std::int64_t>(item.stream) * c.heads * c.tokens;
+  const float* gates[] = {c.step_size + first, c.momentum + first, c.forget_gate + first};
+  bool bad[3] = {};
+  for (int at = thread_index(); at < c.heads * c.tokens; at += kThreads) {
+    if (valid < c.tokens && at % c.tokens >= valid) continue;
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) bad[gate] |= !is_finite(gates[gate][at]);
   }
-  return 0;
+  if (!any_in_block(bad[0] || bad[1] || bad[2])) return 0;
+  for (int gate = 0; gate < 2; ++gate) {
+    if (any_in_block(bad[gate])) return 1 + kStepSize + gate;
+  }
+  return 1 + kForgetGate;
 }
 
 // Whether the values of the item's stream are good; where not, its answers are NaN and its state is left alone.

@@ -32,8 +32,26 @@ struct Launch {
   int groups;
   int size;
   std::size_t shared_bytes;
+  std::size_t most_shared_bytes;  // of any launch on this device
   bool cluster;
 };
+
+// An operand of matrix products with float16's precision and float32's range, as surprises fall below what float16 can
+// hold. Values of type float16 are worked on as these, those of bfloat16 as they are, float32 as the sum of two.
+struct Tf32 {
+  float value;
+};
+
+template <class V>
+struct OperandOf {
+  using Type = V;
+};
+template <>
+struct OperandOf<__half> {
+  using Type = Tf32;
+};
+template <class V>
+using Operand = typename OperandOf<V>::Type;
 
 }  // namespace titans::kernels::cuda
 
@@ -114,6 +132,7 @@ __device__ inline void report(std::int32_t* status, std::int32_t code) {
 // ---- values ----
 
 __device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(Tf32 x) { return x.value; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class V>
@@ -121,6 +140,10 @@ __device__ V to_value(float x);
 template <>
 __device__ inline float to_value<float>(float x) {
   return x;
+}
+template <>
+__device__ inline Tf32 to_value<Tf32>(float x) {
+  return {x};
 }
 template <>
 __device__ inline __half to_value<__half>(float x) {
@@ -135,22 +158,19 @@ __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline float complementary_error_function(float x) { return erfcf(x); }
 __device__ inline float square_root(float x) { return sqrtf(x); }
 
-// ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8), a word holding one float or two halves ----
+// ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8), a word holding one float or two bfloat16 ----
 
 template <class V>
 struct WordOf {
-  using Type = std::uint32_t;
+  using Type = float;
 };
 template <>
-struct WordOf<float> {
-  using Type = float;
+struct WordOf<__nv_bfloat16> {
+  using Type = std::uint32_t;
 };
 template <class V>
 using Word = typename WordOf<V>::Type;
 
-__device__ inline std::uint32_t pack_pair(__half low, __half high) {
-  return static_cast<std::uint32_t>(__half_as_ushort(high)) << 16 | __half_as_ushort(low);
-}
 __device__ inline std::uint32_t pack_pair(__nv_bfloat16 low, __nv_bfloat16 high) {
   return static_cast<std::uint32_t>(__bfloat16_as_ushort(high)) << 16 | __bfloat16_as_ushort(low);
 }
@@ -158,34 +178,39 @@ __device__ inline std::uint32_t pack_pair(__nv_bfloat16 low, __nv_bfloat16 high)
 template <class V>
 __device__ void multiply_add(float (&d)[4], const Word<V> (&a)[4], const Word<V> (&b)[2]);
 
-#define TITANS_MMA_16(name)                                                                                          \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                               \
-               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                         \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-
-template <>
-__device__ inline void multiply_add<__half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  TITANS_MMA_16("f16");
-}
 template <>
 __device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
                                                    const std::uint32_t (&b)[2]) {
-  TITANS_MMA_16("bf16");
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-#undef TITANS_MMA_16
 
 __device__ inline void multiply_add_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+__device__ inline std::uint32_t round_tf32(float x) {
+  std::uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return rounded;
+}
+template <>
+__device__ inline void multiply_add<Tf32>(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  std::uint32_t rounded_a[4], rounded_b[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rounded_a[i] = round_tf32(a[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rounded_b[i] = round_tf32(b[i]);
+  multiply_add_tf32(d, rounded_a, rounded_b);
+}
 // A float as the sum of two of 11 bits, which leaves 2^-22 of it.
 __device__ inline void split_tf32(float x, std::uint32_t& high, std::uint32_t& low) {
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
-  const float rest = x - __uint_as_float(high);
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(rest));
+  high = round_tf32(x);
+  low = round_tf32(x - __uint_as_float(high));
 }
 // Float32 through TF32: three of the four products of the parts, the small ones first.
 template <>
@@ -195,9 +220,13 @@ __device__ inline void multiply_add<float>(float (&d)[4], const float (&a)[4], c
   for (int i = 0; i < 4; ++i) split_tf32(a[i], a_high[i], a_low[i]);
 #pragma unroll
   for (int i = 0; i < 2; ++i) split_tf32(b[i], b_high[i], b_low[i]);
-  multiply_add_tf32(d, a_low, b_high);
-  multiply_add_tf32(d, a_high, b_low);
-  multiply_add_tf32(d, a_high, b_high);
+  // By themselves first: what the instruction adds to, it truncates.
+  float sum[4] = {};
+  multiply_add_tf32(sum, a_low, b_high);
+  multiply_add_tf32(sum, a_high, b_low);
+  multiply_add_tf32(sum, a_high, b_high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
 // ---- the host's side ----
@@ -208,7 +237,29 @@ inline std::string describe(cudaError_t error) {
          cudaGetErrorString(error) + "; do check device, driver and memory";
 }
 
-inline std::string query_device(CudaDevice& device) {
+// The most blocks, 8, 4, 2 or 1, that a cluster of such a kernel can have; small GPUs and parts of them have less room.
+inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(device.shared_bytes));
+  int clusters = 0;
+  for (device.most_cluster = 8; error == cudaSuccess && device.most_cluster > 1; device.most_cluster /= 2) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(device.most_cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(device.most_cluster));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = device.shared_bytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (clusters > 0) break;
+  }
+  return error;
+}
+
+inline std::string query_device(CudaDevice& device, [[maybe_unused]] const void* kernel) {
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   const auto ask = [&](cudaDeviceAttr attribute) {
@@ -219,6 +270,8 @@ inline std::string query_device(CudaDevice& device) {
   device.sm = ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor);
   device.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
   device.shared_bytes = static_cast<std::size_t>(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  constexpr int kFirstClusterSm = 90;
+  if (error == cudaSuccess && device.sm >= kFirstClusterSm) error = query_clusters(kernel, device);
   return describe(error);
 }
 
@@ -240,9 +293,10 @@ std::string launch(void (*kernel)(Parameters), const Launch& launch, const Param
   }
   config.attrs = &attribute;
   config.numAttrs = launch.size > 1 ? 1 : 0;
+  // The same for every launch: it belongs to the function, and another thread may be about to launch it.
   const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(launch.shared_bytes));
+                                                   static_cast<int>(launch.most_shared_bytes));
   if (allowed != cudaSuccess) return describe(allowed);
   return describe(cudaLaunchKernelEx(&config, kernel, parameters));
 }

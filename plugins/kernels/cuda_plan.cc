@@ -9,6 +9,7 @@ namespace {
 constexpr std::size_t kAlignment = 128;
 constexpr std::size_t kWorkspaceAlignment = 256;
 constexpr int kFirstClusterSm = 90;
+constexpr int kBestFitness = 2;
 
 constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -54,21 +55,22 @@ Place place_exchange(const Plan& plan, int count, Placer& placer) {
   return plan.blocks > 1 && !plan.cluster ? placer.place_in_workspace(floats(count)) : placer.place(floats(count));
 }
 
-void place_blocks(const Model& m, int value_bytes, Plan& plan, Placer& placer) {
-  constexpr int kFloat = sizeof(float);
+void place_blocks(const Model& m, int operand_bytes, Plan& plan, Placer& placer) {
   plan.vectors = placer.place(floats(kReductionWords + 5 * plan.rows + 2 * pad(m.chunk)));
   for (int i = 0; i < m.depth; ++i) {
-    plan.w[i] = placer.place(matrix(held_in(m, plan, i), held_out(m, plan, i), kFloat));
-    plan.s[i] = placer.place(matrix(held_in(m, plan, i), held_out(m, plan, i), kFloat));
+    const int floats_of_layer = pad(held_in(m, plan, i)) * weight_stride(held_out(m, plan, i));
+    plan.w[i] = placer.place(floats(floats_of_layer));
+    plan.s[i] = placer.place(floats(floats_of_layer));
   }
   for (int i = 0; i < m.depth; ++i) {
-    plan.left[i] = placer.place(matrix(m.chunk, held_in(m, plan, i), value_bytes));
-    plan.right[i] = placer.place(matrix(m.chunk, held_out(m, plan, i), value_bytes));
+    plan.left[i] = placer.place(matrix(m.chunk, held_in(m, plan, i), operand_bytes));
+    plan.right[i] = placer.place(matrix(m.chunk, held_out(m, plan, i), operand_bytes));
   }
   plan.coefficients = placer.place(floats(plan.rows * pad(m.chunk)));
-  for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, held_out(m, plan, i), value_bytes));
-  plan.q = placer.place(matrix(plan.rows, m.width, value_bytes));
-  plan.scores = placer.place(matrix(plan.rows, m.chunk, value_bytes));
+  for (int i = 0; i + 1 < m.depth; ++i)
+    plan.x[i] = placer.place(matrix(plan.rows, held_out(m, plan, i), operand_bytes));
+  plan.q = placer.place(matrix(plan.rows, m.width, operand_bytes));
+  plan.scores = placer.place(matrix(plan.rows, m.chunk, operand_bytes));
   const int partial = plan.blocks > 1 ? m.width + pad(m.chunk) : 0;
   plan.exchange = place_exchange(plan, plan.rows * (m.width + partial) + kReductionWords, placer);
 }
@@ -88,11 +90,27 @@ void place_token(const Model& m, Plan& plan, Placer& placer) {
   if (plan.staged) placer = all;
 }
 
-void place_read(const Model& m, int value_bytes, Plan& plan, Placer& placer) {
+void place_read(const Model& m, int operand_bytes, Plan& plan, Placer& placer) {
   plan.vectors = placer.place(floats(kReductionWords));
   plan.exchange = placer.place(floats(plan.rows * m.width));
-  plan.q = placer.place(matrix(plan.rows, m.width, value_bytes));
-  for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, m.widths[i + 1], value_bytes));
+  plan.q = placer.place(matrix(plan.rows, m.width, operand_bytes));
+  for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, m.widths[i + 1], operand_bytes));
+}
+
+// What two blocks can have of a multiprocessor's shared memory each, of which the system takes its own part.
+std::size_t half_of(const CudaDevice& device) {
+  constexpr std::size_t kReserved = 1024;
+  return (device.shared_bytes + kReserved) / 2 - kReserved;
+}
+
+// Everything that a kernel places, but for what is exchanged.
+bool in_shared(const Model& m, const Plan& plan) {
+  bool all = plan.staged && plan.vectors.shared && plan.coefficients.shared && plan.q.shared && plan.scores.shared;
+  for (int i = 0; i < m.depth; ++i) {
+    all =
+        all && plan.w[i].shared && plan.s[i].shared && plan.left[i].shared && plan.right[i].shared && plan.x[i].shared;
+  }
+  return all;
 }
 
 Plan plan_for(const Model& m, const CudaDevice& device, const Request& request, int blocks, int rows,
@@ -105,16 +123,19 @@ Plan plan_for(const Model& m, const CudaDevice& device, const Request& request, 
   Placer placer(shared_bytes);
   switch (request.kind) {
     case Kind::kBlocks:
-      place_blocks(m, request.value_bytes, plan, placer);
+      place_blocks(m, request.operand_bytes, plan, placer);
       break;
     case Kind::kToken:
       place_token(m, plan, placer);
       break;
     case Kind::kRead:
-      place_read(m, request.value_bytes, plan, placer);
+      place_read(m, request.operand_bytes, plan, placer);
       break;
   }
+  plan.shared = in_shared(m, plan);
   plan.shared_bytes = static_cast<std::uint32_t>(placer.shared());
+  const bool two = request.kind == Kind::kToken && placer.shared() <= half_of(device);
+  plan.resident = two ? 2 : 1;
   plan.workspace_bytes = static_cast<std::uint32_t>(round_up(placer.workspace(), kWorkspaceAlignment));
   return plan;
 }
@@ -130,15 +151,12 @@ int rows_of(const Model& m, const Request& request) {
   return request.kind == Kind::kRead ? kMostRows : std::min(kMostRows, pad(m.chunk));
 }
 
-// Whether W and S, which are used most, have found a place in shared memory, and then whether everything else has, but
-// for what is exchanged.
+// Whether W and S, which are used most, have found a place in shared memory, and then whether everything else has.
 int fitness(const Model& m, const Plan& plan) {
-  bool state = plan.staged, rest = plan.vectors.shared && plan.coefficients.shared && plan.q.shared && plan.scores.shared;
-  for (int i = 0; i < m.depth; ++i) {
-    state = state && plan.w[i].shared && plan.s[i].shared;
-    rest = rest && plan.left[i].shared && plan.right[i].shared && plan.x[i].shared;
-  }
-  return state ? (rest ? 2 : 1) : 0;
+  if (plan.shared) return kBestFitness;
+  bool state = plan.staged;
+  for (int i = 0; i < m.depth; ++i) state = state && plan.w[i].shared && plan.s[i].shared;
+  return state ? 1 : 0;
 }
 
 }  // namespace
@@ -173,19 +191,17 @@ Model make_model(const Configuration& c) {
 }
 
 // What a block may take of a multiprocessor's shared memory, best first. Single tokens only stream through theirs, so
-// several blocks side by side keep the memory busy.
+// of two side by side one copies while the other computes.
 std::array<std::size_t, 2> budgets(const CudaDevice& device, Kind kind) {
-  constexpr std::size_t kSideBySide = 3;
-  return {kind == Kind::kToken ? device.shared_bytes / kSideBySide : device.shared_bytes, device.shared_bytes};
+  return {kind == Kind::kToken ? half_of(device) : device.shared_bytes, device.shared_bytes};
 }
 
 // The fewest blocks whose shared memory holds what is used most; and more where that leaves the device's
 // multiprocessors without work. Fewer rows where the last kilobytes are missing.
 Plan make_plan(const Model& m, const CudaDevice& device, const Request& request) {
   const bool resident_only = device.sm < kFirstClusterSm;
-  const auto allowed = [&](int blocks) {
-    return can_share(m, request.kind, blocks) && (!resident_only || blocks <= std::max(device.multiprocessors, 1));
-  };
+  const int most = resident_only ? std::max(device.multiprocessors, 1) : device.most_cluster;
+  const auto allowed = [&](int blocks) { return can_share(m, request.kind, blocks) && blocks <= most; };
   Plan best;
   int best_fitness = -1;
   std::size_t budget = 0;
@@ -197,7 +213,6 @@ Plan make_plan(const Model& m, const CudaDevice& device, const Request& request)
       best_fitness = fitness(m, plan);
     }
   };
-  constexpr int kBestFitness = 2;
   for (const std::size_t each : budgets(device, request.kind)) {
     if (best_fitness == kBestFitness) break;
     budget = each;
@@ -205,7 +220,8 @@ Plan make_plan(const Model& m, const CudaDevice& device, const Request& request)
       if (allowed(blocks)) consider(blocks);
     }
   }
-  for (int blocks = best.blocks * 2; blocks <= kMostBlocks && request.work * blocks <= device.multiprocessors; blocks *= 2) {
+  for (int blocks = best.blocks * 2; blocks <= kMostBlocks && request.work * blocks <= device.multiprocessors;
+       blocks *= 2) {
     if (!allowed(blocks)) continue;
     best_fitness = -1;
     consider(blocks);
@@ -215,7 +231,7 @@ Plan make_plan(const Model& m, const CudaDevice& device, const Request& request)
 
 int groups_of(const Plan& plan, const CudaDevice& device, std::int64_t work) {
   std::int64_t most = work;
-  if (plan.blocks > 1 && !plan.cluster) most = device.multiprocessors / plan.blocks;
+  if (plan.blocks > 1 && !plan.cluster) most = device.multiprocessors * plan.resident / plan.blocks;
   if (plan.workspace_bytes > 0) most = std::min<std::int64_t>(most, 2 * device.multiprocessors / plan.blocks);
   constexpr std::int64_t kLargestGrid = 1 << 28;
   return static_cast<int>(std::max<std::int64_t>(1, std::min({work, most, kLargestGrid})));

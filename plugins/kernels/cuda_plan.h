@@ -10,9 +10,9 @@
 
 namespace titans::kernels::cuda {
 
-inline constexpr int kMostBlocks = 8;     // that share a head: a cluster's portable size
-inline constexpr int kPadding = 32;       // rows and columns of buffers are multiples of it
-inline constexpr int kMostRows = 64;      // tokens that are worked on at a time
+inline constexpr int kMostBlocks = 8;  // that share a head: a cluster's portable size
+inline constexpr int kPadding = 32;    // rows and columns of buffers are multiples of it
+inline constexpr int kMostRows = 64;   // tokens that are worked on at a time
 inline constexpr int kReductionWords = 64;
 
 #ifdef __CUDACC__
@@ -22,9 +22,12 @@ inline constexpr int kReductionWords = 64;
 #endif
 
 TITANS_BOTH constexpr int pad(int size) { return (size + kPadding - 1) / kPadding * kPadding; }
-// Elements from row to row of a matrix: 16 bytes more than the padded row, so that a column's elements do not all lie in
-// the same banks of shared memory.
+// Elements from row to row of a matrix: 16 bytes more than the padded row, so that a column's elements do not all lie
+// in the same banks of shared memory.
 TITANS_BOTH constexpr int stride_of(int columns, int element_bytes) { return pad(columns) + 16 / element_bytes; }
+
+// Of W and S, float32, which products mostly read down their columns: four rows of eight columns in 32 banks.
+TITANS_BOTH constexpr int weight_stride(int columns) { return pad(columns) + 8; }
 
 // Bytes from the start of the block's shared memory, or of its part of the workspace.
 struct Place {
@@ -56,6 +59,8 @@ struct Plan {
   bool cluster = false;  // and whether they are a cluster
   int share = 0;         // Model::share(blocks)
   int rows = 0;          // tokens that are worked on at a time
+  int resident = 1;      // blocks that fit on a multiprocessor side by side, at least
+  bool shared = true;    // whether all but what is exchanged is in shared memory
   bool staged = true;    // whether W and S are copied to where w and s say, or used where they are
   Place w[kMaxDepth], s[kMaxDepth], left[kMaxDepth], right[kMaxDepth], x[kMaxDepth];
   Place q, scores, coefficients, vectors, exchange;
@@ -68,7 +73,7 @@ enum class Kind : std::uint8_t { kBlocks, kToken, kRead };
 // A call of one kind: `work` heads, or parts of heads that no other work depends on.
 struct Request {
   Kind kind;
-  int value_bytes;  // of q, k, v and y
+  int operand_bytes;  // of the operands of matrix products
   std::int64_t work;
 };
 

@@ -80,28 +80,26 @@ struct Tile {
   template <class V, class A, class B>
   __device__ void add(int row, int column, int depth, const A& a, const B& b) {
     const int g = lane_index() / 4, t = lane_index() % 4 * kWordDepth<V>;
+#pragma unroll 2
     for (int k = t; k < depth + t; k += kStepDepth<V>) {
       Word<V> words_a[kM][4], words_b[kN][2];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-          words_a[m][part] =
-              a.template word<V>(row + m * 16 + part % 2 * 8 + g, k + part / 2 * 4 * kWordDepth<V>);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          words_b[n][part] = b.template word<V>(column + n * 8 + g, k + part * 4 * kWordDepth<V>);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) multiply_add<V>(v[m][n], words_a[m], words_b[n]);
-      }
+      load_a<V>(words_a, row + g, k, a);
+      load_b<V>(words_b, column + g, k, b);
+      multiply<V>(words_a, words_b);
+    }
+  }
+
+  // Adds A B here and A C to another tile.
+  template <class V, class A, class B, class C>
+  __device__ void add_pair(Tile& other, int row, int column, int depth, const A& a, const B& b, const C& c) {
+    const int g = lane_index() / 4, t = lane_index() % 4 * kWordDepth<V>;
+    for (int k = t; k < depth + t; k += kStepDepth<V>) {
+      Word<V> words_a[kM][4], words_b[kN][2], words_c[kN][2];
+      load_a<V>(words_a, row + g, k, a);
+      load_b<V>(words_b, column + g, k, b);
+      load_b<V>(words_c, column + g, k, c);
+      multiply<V>(words_a, words_b);
+      other.multiply<V>(words_a, words_c);
     }
   }
 
@@ -136,6 +134,34 @@ struct Tile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[m][n][i] = use(row + m * 16 + i / 2 * 8 + g, v[m][n][i], other.v[m][n][i]);
       }
+    }
+  }
+
+ private:
+  template <class V, class A>
+  static __device__ void load_a(Word<V> (&words)[kM][4], int i, int k, const A& a) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        words[m][part] = a.template word<V>(i + m * 16 + part % 2 * 8, k + part / 2 * 4 * kWordDepth<V>);
+      }
+    }
+  }
+  template <class V, class B>
+  static __device__ void load_b(Word<V> (&words)[kN][2], int i, int k, const B& b) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) words[n][part] = b.template word<V>(i + n * 8, k + part * 4 * kWordDepth<V>);
+    }
+  }
+  template <class V>
+  __device__ void multiply(const Word<V> (&a)[kM][4], const Word<V> (&b)[kN][2]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) multiply_add<V>(v[m][n], a[m], b[n]);
     }
   }
 };

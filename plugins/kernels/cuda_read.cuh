@@ -21,8 +21,9 @@ struct StoredWeights {
 };
 
 // Each block takes plan.rows queries of a head.
-template <class V>
+template <class In>
 __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__ Call call) {
+  using V = Operand<In>;
   const Model& m = call.model;
   const Group group{1, 0, false, nullptr, 0};
   const int rows = call.plan.rows, parts = (call.tokens + rows - 1) / rows;
@@ -31,14 +32,14 @@ __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__
   const int stride_q = stride_of(m.width, sizeof(V));
   for (int work = block_index(); work < call.streams * call.heads * parts; work += block_count()) {
     const Item item(call, work / parts);
-    if (!check_item<V>(call, group, item)) continue;
+    if (!check_item<In>(call, group, item)) continue;
     const int first = work % parts * rows, count = call.tokens - first < rows ? call.tokens - first : rows;
     const std::int64_t at = (static_cast<std::int64_t>(item.index) * call.tokens + first) * m.width;
-    const V* from = static_cast<const V*>(call.q) + at;
+    const In* from = static_cast<const In*>(call.q) + at;
     const float* row = row_of(call, item);
     for (int i = thread_index(); i < rows * stride_q; i += kThreads) {
       const int t = i / stride_q, j = i % stride_q;
-      q[i] = t < count && j < m.width ? from[t * m.width + j] : to_value<V>(0.0F);
+      q[i] = to_value<V>(t < count && j < m.width ? to_float(from[t * m.width + j]) : 0.0F);
     }
     for (int i = 0; i + 1 < m.depth; ++i) {
       V* x = locate<V>(call, call.plan.x[i]);
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__
     }
     const float* scale = call.norm_scale == nullptr ? nullptr : call.norm_scale + item.head * m.width;
     for (int t = warp_index(); t < count; t += kWarps) {
-      finish_row(m, result + t * m.width, from + t * m.width, scale, static_cast<V*>(call.y) + at + t * m.width);
+      finish_row(m, result + t * m.width, from + t * m.width, scale, static_cast<In*>(call.y) + at + t * m.width);
     }
     sync_block();
   }

@@ -7,19 +7,21 @@
 
 namespace titans::kernels::cuda {
 
-// A part of W or S, copied to shared memory or where it is stored.
+// A part of W or S: a copy of it in shared memory, or where it is stored.
+template <bool kShared>
 struct Weights {
   const Model* model;
-  const float* copy;  // [rows][columns] of the part, or null
+  const float* copy;  // [rows][columns] of the part
   const float* row;
   int field, first, stride;  // first: index of the part's first element in the field
   __device__ float operator()(int r, int j) const {
-    const int at = r * stride + j;
-    return copy != nullptr ? copy[at] : load_weight(*model, row, field, first + at);
+    if constexpr (kShared) return copy[r * stride + j];
+    return load_weight(*model, row, field, first + r * stride + j);
   }
 };
 
-template <class V>
+// kShared: W, S and the token's own rows are in shared memory. Otherwise W and S are read where they are stored.
+template <class In, bool kShared>
 class TokenRun {
  public:
   __device__ TokenRun(const Call& call, Group& group)
@@ -27,12 +29,12 @@ class TokenRun {
     int widest = 0;
     for (int i = 0; i <= m_.depth; ++i) widest = widest < m_.widths[i] ? m_.widths[i] : widest;
     width_ = pad(widest);
-    reduction_ = locate<float>(c_, plan_.vectors);
+    reduction_ = locate<float, kShared>(c_, plan_.vectors);
     rows_ = reduction_ + kReductionWords;
     e_ = rows_ + (3 + 4 * m_.depth) * width_;
     a_ = e_ + pad(m_.chunk);
     scores_ = a_ + pad(m_.chunk);
-    sums_ = locate<float>(c_, plan_.coefficients);
+    sums_ = locate<float, kShared>(c_, plan_.coefficients);
     sums_stride_ = width_ < pad(m_.chunk) ? pad(m_.chunk) : width_;
     result_ = locate<float>(c_, plan_.exchange);
     partial_y_ = result_ + m_.width;
@@ -43,15 +45,15 @@ class TokenRun {
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * m_.width;
-    V* y = static_cast<V*>(c_.y) + first;
+    In* y = static_cast<In*>(c_.y) + first;
     const bool counts = c_.valid == nullptr || c_.valid[item.stream] == 1;
     learn_ = c_.learn == nullptr || c_.learn[item.stream];
     fill_ = c_.fill == nullptr ? 0 : static_cast<int>(c_.fill[item.stream]);
     Counts numbers;
     if (counts) {
-      const V* q = static_cast<const V*>(c_.q) + first;
-      const V* k = static_cast<const V*>(c_.k) + first;
-      const V* v = static_cast<const V*>(c_.v) + first;
+      const In* q = static_cast<const In*>(c_.q) + first;
+      const In* k = static_cast<const In*>(c_.k) + first;
+      const In* v = static_cast<const In*>(c_.v) + first;
       const float* scale = c_.norm_scale == nullptr ? nullptr : c_.norm_scale + item.head * m_.width;
       load(q, k);
       take_coefficients(c_.step_size[item.index], c_.momentum[item.index], 1.0F - c_.forget_gate[item.index]);
@@ -64,7 +66,7 @@ class TokenRun {
       }
       store_coefficients();
     } else if (group_.rank == 0) {
-      for (int j = thread_index(); j < m_.width; j += kThreads) y[j] = to_value<V>(0.0F);
+      for (int j = thread_index(); j < m_.width; j += kThreads) y[j] = to_value<In>(0.0F);
     }
     if (c_.stats != nullptr && group_.rank == 0 && thread_index() == 0) {
       numbers.store(c_.stats + item.index * kStatCount);
@@ -85,14 +87,13 @@ class TokenRun {
   __device__ float* derivative(int i) const { return rows_ + (3 + 3 * m_.depth + i) * width_; }
   __device__ float* answer() const { return rows_ + 2 * width_; }
 
-  __device__ Weights weights(const Place& place, int field, int i) const {
+  __device__ Weights<kShared> weights(const Place& place, int field, int i) const {
     const Part p = part(i);
     const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
-    return {&m_, plan_.staged ? locate<float>(c_, place) : nullptr, row_, field, first,
-            plan_.staged ? p.out : m_.widths[i + 1]};
+    return {&m_, locate<float, kShared>(c_, place), row_, field, first, kShared ? p.out : m_.widths[i + 1]};
   }
-  __device__ Weights w(int i) const { return weights(plan_.w[i], m_.w[i], i); }
-  __device__ Weights s(int i) const { return weights(plan_.s[i], m_.s[i], i); }
+  __device__ Weights<kShared> w(int i) const { return weights(plan_.w[i], m_.w[i], i); }
+  __device__ Weights<kShared> s(int i) const { return weights(plan_.s[i], m_.s[i], i); }
 
   // ---- loops over a matrix ----
 
@@ -132,8 +133,8 @@ class TokenRun {
 
   // ---- the packed row ----
 
-  __device__ void load(const V* q, const V* k) {
-    if (plan_.staged) {
+  __device__ void load(const In* q, const In* k) {
+    if constexpr (kShared) {
       for (int i = 0; i < m_.depth; ++i) {
         stage(plan_.w[i], m_.w[i], i);
         stage(plan_.s[i], m_.s[i], i);
@@ -149,10 +150,11 @@ class TokenRun {
 
   __device__ void stage(const Place& place, int field, int i) {
     const Part p = part(i);
-    float* to = locate<float>(c_, place);
+    float* to = locate<float, kShared>(c_, place);
     const int first = p.in_begin * m_.widths[i + 1] + p.out_begin, width = m_.widths[i + 1];
     constexpr int kFour = 4;
-    if (!m_.bfloat16 && field % kFour == 0 && first % kFour == 0 && width % kFour == 0 && p.out % kFour == 0) {
+    const bool aligned = reinterpret_cast<std::uintptr_t>(row_ + field + first) % (kFour * sizeof(float)) == 0;
+    if (!m_.bfloat16 && aligned && width % kFour == 0 && p.out % kFour == 0) {
       const int across = p.out / kFour;
       for (int at = thread_index(); at < p.in * across; at += kThreads) {
         const int r = at / across, j = at % across * kFour;
@@ -160,6 +162,7 @@ class TokenRun {
       }
       return;
     }
+#pragma unroll 4
     for (int at = thread_index(); at < p.in * p.out; at += kThreads) {
       to[at] = load_weight(m_, row_, field, first + at / p.out * width + at % p.out);
     }
@@ -208,13 +211,14 @@ class TokenRun {
       float* to_left = row_ + m_.left[i] + fill_ * m_.widths[i] + p.in_begin;
       float* to_right = row_ + m_.right[i] + fill_ * m_.widths[i + 1] + p.out_begin;
       if (!learn_) {
+        for (int j = thread_index(); j < p.in; j += kThreads) left(i)[j] = 0.0F;
         for (int j = thread_index(); j < p.out; j += kThreads) right(i)[j] = 0.0F;
       }
       if (i == last_ || group_.rank == 0) {
-        for (int j = thread_index(); j < p.in; j += kThreads) to_left[j] = learn_ ? left(i)[j] : 0.0F;
+        for (int j = thread_index(); j < p.in; j += kThreads) to_left[j] = left(i)[j];
       }
       if (i == last_ - 1 || group_.rank == 0) {
-        for (int j = thread_index(); j < p.out; j += kThreads) to_right[j] = learn_ ? right(i)[j] : 0.0F;
+        for (int j = thread_index(); j < p.out; j += kThreads) to_right[j] = right(i)[j];
       }
     }
     sync_block();
@@ -224,7 +228,7 @@ class TokenRun {
 
   // One pass over W and S of the first layer serves key and query.
   __device__ void first_layer() {
-    const Weights of_w = w(0), of_s = s(0);
+    const auto of_w = w(0), of_s = s(0);
     const float *k = left(0), *q = x(0);
     float* h = last_ == 0 ? answer() : x(1);
     float* z = last_ == 0 ? right(0) : left(1);
@@ -254,9 +258,9 @@ class TokenRun {
     slope[j] = act.derivative;
   }
 
-  __device__ float surprise(const V* k, const V* v, const float* scale) {
+  __device__ float surprise(const In* k, const In* v, const float* scale) {
     for (int i = 1; i <= last_; ++i) {
-      const Weights of_w = w(i);
+      const auto of_w = w(i);
       const float* input = left(i);
       float *z = i == last_ ? right(i) : left(i + 1), *slope = derivative(i);
       sum_rows<1>(
@@ -277,7 +281,7 @@ class TokenRun {
     sync_block();
     const float loss = *reduction_;
     for (int i = last_; i > 0; --i) {
-      const Weights of_w = w(i);
+      const auto of_w = w(i);
       const float *from = right(i), *slope = derivative(i - 1);
       float* to = right(i - 1);
       sum_columns(
@@ -287,29 +291,30 @@ class TokenRun {
     return loss;
   }
 
-  // Rows of the open chunk, this token's from where it has just been made.
-  __device__ float left_at(int i, int at, int j) const {
-    return at == fill_ ? (learn_ ? left(i)[j] : 0.0F) : row_[m_.left[i] + at * m_.widths[i] + part(i).in_begin + j];
+  // Row `at` of the open chunk: this token's from where it has just been made.
+  __device__ const float* left_row(int i, int at) const {
+    return at == fill_ ? left(i) : row_ + m_.left[i] + at * m_.widths[i] + part(i).in_begin;
   }
-  __device__ float right_at(int i, int at, int j) const {
-    return at == fill_ ? right(i)[j] : row_[m_.right[i] + at * m_.widths[i + 1] + part(i).out_begin + j];
+  __device__ const float* right_row(int i, int at) const {
+    return at == fill_ ? right(i) : row_ + m_.right[i] + at * m_.widths[i + 1] + part(i).out_begin;
   }
 
   // h <- h - sum_s a_s (x . left_s) right_s, the factors of right being scores_.
   __device__ void add_surprises(int i, float* h) {
+    const float *rows = row_ + m_.right[i] + part(i).out_begin, *own = right(i);
+    const int width = m_.widths[i + 1];
     sum_rows<1>(
-        fill_ + 1, part(i).out,
-        [&](int at, int j, float (&sums)[1]) { sums[0] += scores_[at] * right_at(i, at, j); },
-        [&](int j, const float (&sums)[1]) { h[j] -= sums[0]; });
+        fill_, part(i).out, [&](int at, int j, float (&sums)[1]) { sums[0] += scores_[at] * rows[at * width + j]; },
+        [&](int j, const float (&sums)[1]) { h[j] -= sums[0] + scores_[fill_] * own[j]; });
   }
 
-  __device__ void retrieve(const V* q, const float* scale, V* y) {
+  __device__ void retrieve(const In* q, const float* scale, In* y) {
     for (int i = 0; i <= last_; ++i) {
       const bool shared = i == last_ && group_.size > 1;
       const float* input = x(i);
       float* h = i == last_ ? answer() : x(i + 1);
       if (i > 0) {
-        const Weights of_w = w(i), of_s = s(i);
+        const auto of_w = w(i), of_s = s(i);
         sum_rows<2>(
             part(i).in, part(i).out,
             [&](int r, int j, float (&sums)[2]) {
@@ -319,7 +324,7 @@ class TokenRun {
             [&](int j, const float (&sums)[2]) { h[j] = beta_ * sums[0] + f_ * sums[1]; });
       }
       sum_columns(
-          fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * left_at(i, at, j); },
+          fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * left_row(i, at)[j]; },
           [&](int at, float sum) { (shared ? partial_scores_ : scores_)[at] = shared ? sum : a_[at] * sum; });
       if (shared) {
         for (int j = thread_index(); j < m_.width; j += kThreads) partial_y_[j] = h[j];
@@ -380,16 +385,18 @@ class TokenRun {
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      const Weights of_w = w(i), of_s = s(i);
+      const auto of_w = w(i), of_s = s(i);
       const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
       for (int at = thread_index(); at < (p.in + kRows - 1) / kRows * p.out; at += kThreads) {
         const int r0 = at / p.out * kRows, j = at % p.out;
         float by_a[kRows] = {}, by_e[kRows] = {};
         for (int t = 0; t < m_.chunk; ++t) {
-          const float value = right_at(i, t, j);
+          if (a_[t] == 0.0F && e_[t] == 0.0F) continue;  // frozen tokens
+          const float value = right_row(i, t)[j];
+          const float* lefts = left_row(i, t) + r0;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const float product = r0 + r < p.in ? left_at(i, t, r0 + r) * value : 0.0F;
+            const float product = r0 + r < p.in ? lefts[r] * value : 0.0F;
             by_a[r] += a_[t] * product;
             by_e[r] += e_[t] * product;
           }
@@ -423,14 +430,14 @@ class TokenRun {
   float m_now_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
 };
 
-template <class V>
+template <class In, bool kShared>
 __global__ void __launch_bounds__(kThreads, 2) update_token(const __grid_constant__ Call call) {
   Group group = make_group(call);
-  TokenRun<V> run(call, group);
+  TokenRun<In, kShared> run(call, group);
   const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
   for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
     const Item item(call, each);
-    if (check_item<V>(call, group, item)) run.run(item);
+    if (check_item<In>(call, group, item)) run.run(item);
   }
 }
 

@@ -1,8 +1,8 @@
 // The operator on an NVIDIA GPU: checks, the plan of a call, and its one launch. Three kernels: calls of several tokens
 // (cuda_blocks.cuh), of one (cuda_token.cuh), and mode read (cuda_read.cuh), each for three types of values.
 //
-// The idea is that of the CPU's kernel: W and S are loaded once for a call and stay on the chip, in the shared memory of
-// as many blocks as it takes, while a chunk is a handful of matrix products; a single token reads each weight once.
+// The idea is that of the CPU's kernel: W and S are loaded once for a call and stay on the chip, in the shared memory
+// of as many blocks as it takes, while a chunk is a handful of matrix products; a single token reads each weight once.
 #include "plugins/kernels/neural_memory_cuda.h"
 
 #include <algorithm>
@@ -25,12 +25,12 @@ using cuda::Request;
 using Kernel = void (*)(const Call);
 
 template <class V>
-Kernel kernel_for(Kind kind) {
+Kernel kernel_for(Kind kind, bool shared) {
   switch (kind) {
     case Kind::kBlocks:
-      return &cuda::update_blocks<V>;
+      return shared ? &cuda::update_blocks<V, true> : &cuda::update_blocks<V, false>;
     case Kind::kToken:
-      return &cuda::update_token<V>;
+      return shared ? &cuda::update_token<V, true> : &cuda::update_token<V, false>;
     case Kind::kRead:
       return &cuda::read_rows<V>;
   }
@@ -38,7 +38,7 @@ Kernel kernel_for(Kind kind) {
 }
 
 constexpr int kLeastSm = 80;
-constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;    // words: sizes and places stay within 32 bits
+constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;   // words: sizes and places stay within 32 bits
 constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, likewise
 
 class CudaNode final : public CudaKernel {
@@ -105,8 +105,9 @@ class CudaNode final : public CudaKernel {
       wrong = cuda::clear(workspace, cuda::counter_bytes(groups), stream);
       if (!wrong.empty()) return wrong;
     }
-    const cuda::Launch launch{groups, call.plan.blocks, call.plan.shared_bytes, call.plan.cluster};
-    return cuda::launch(kernel(wanted.kind), launch, call, stream);
+    const cuda::Launch launch{groups, call.plan.blocks, call.plan.shared_bytes, device_.shared_bytes,
+                              call.plan.cluster};
+    return cuda::launch(kernel(wanted.kind, call.plan.shared), launch, call, stream);
   }
 
  private:
@@ -117,17 +118,31 @@ class CudaNode final : public CudaKernel {
 
   Request request(Kind kind, std::int64_t streams, std::int64_t heads, std::int64_t tokens) const {
     const std::int64_t parts = kind == Kind::kRead ? (tokens + cuda::kMostRows - 1) / cuda::kMostRows : 1;
-    return {kind, values_ == DType::kFloat32 ? 4 : 2, streams * heads * parts};
+    return {kind, operand_bytes(), streams * heads * parts};
   }
 
-  Kernel kernel(Kind kind) const {
+  int operand_bytes() const {
+    const auto bytes = [&] {
+      switch (values_) {
+        case DType::kFloat16:
+          return sizeof(cuda::Operand<__half>);
+        case DType::kBFloat16:
+          return sizeof(cuda::Operand<__nv_bfloat16>);
+        default:
+          return sizeof(cuda::Operand<float>);
+      }
+    };
+    return static_cast<int>(bytes());
+  }
+
+  Kernel kernel(Kind kind, bool shared) const {
     switch (values_) {
       case DType::kFloat16:
-        return kernel_for<__half>(kind);
+        return kernel_for<__half>(kind, shared);
       case DType::kBFloat16:
-        return kernel_for<__nv_bfloat16>(kind);
+        return kernel_for<__nv_bfloat16>(kind, shared);
       default:
-        return kernel_for<float>(kind);
+        return kernel_for<float>(kind, shared);
     }
   }
 
@@ -139,7 +154,10 @@ class CudaNode final : public CudaKernel {
 
 }  // namespace
 
-std::string CudaDevice::current(CudaDevice& device) { return cuda::query_device(device); }
+std::string CudaDevice::current(CudaDevice& device) {
+  // Clusters are asked for with the kernel that needs them most.
+  return cuda::query_device(device, reinterpret_cast<const void*>(kernel_for<float>(Kind::kBlocks, true)));
+}
 
 std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuration, DType values,
                                                const CudaDevice& device, std::string& error) {

@@ -17,6 +17,7 @@ struct CudaDevice {
   int sm = 0;  // compute capability times 10: 87, 90, 120
   int multiprocessors = 0;
   std::size_t shared_bytes = 0;  // that one block can have
+  int most_cluster = 8;          // blocks with that much shared memory each that fit into a cluster; from sm_90 on
 
   // The current device. Returns what is wrong where there is none, or an empty string.
   static std::string current(CudaDevice& device);
@@ -25,8 +26,8 @@ struct CudaDevice {
 // One node. Any number of threads may run it at once, with a workspace each.
 class CudaKernel {
  public:
-  // `values` is the type of q, k, v and y: kFloat32, kFloat16 or kBFloat16. Matrix products take operands of that type
-  // and add up in float32. Returns nothing and sets `error` where the device or the type is not covered.
+  // `values` is the type of q, k, v and y: kFloat32, kFloat16 or kBFloat16. Matrix products take operands of that
+  // precision and add up in float32. Returns nothing and sets `error` where the device or the type is not covered.
   static std::unique_ptr<CudaKernel> create(const Configuration& configuration, DType values, const CudaDevice& device,
                                             std::string& error);
   virtual ~CudaKernel() = default;

@@ -10,8 +10,8 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("[cuda] expected ") + what + " to work but got " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error) + "; do check device, driver and memory");
+  throw std::runtime_error(std::string("[cuda] expected ") + what + " to work but got " + cudaGetErrorName(error) +
+                           ", " + cudaGetErrorString(error) + "; do check device, driver and memory");
 }
 
 }  // namespace
@@ -20,10 +20,13 @@ DeviceBuffer::DeviceBuffer(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
   if (bytes == 0) return;
   check(cudaMalloc(&data_, bytes), "cudaMalloc");
   check(cudaMemset(data_, 0xFF, bytes), "cudaMemset");
+  // The work stream does not wait for the stream that this went into.
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 DeviceBuffer::~DeviceBuffer() { cudaFree(data_); }
 void DeviceBuffer::upload(const void* host) {
   check(cudaMemcpy(data_, host, bytes_, cudaMemcpyHostToDevice), "cudaMemcpy");
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 void DeviceBuffer::download(void* host) const {
   check(cudaMemcpy(host, data_, bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");

@@ -3,9 +3,9 @@
 //   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--time REPEATS]
 //   neural_memory_run --list-targets
 //
-// CASE is as case_file.h says. The state goes from call to call, in one buffer or, with --two-buffers, from one of two to
-// the other. OUT receives float32: each call's y and, after an update, its stats; at
-// last the state. With --time all calls are repeated, the state flowing on, and stdout has the nanoseconds of each.
+// CASE is as case_file.h says. The state goes from call to call, in one buffer or, with --two-buffers, from one of two
+// to the other. OUT receives float32: each call's y and, after an update, its stats; at last the state. With --time all
+// calls are repeated, the state flowing on, and stdout has the nanoseconds of each.
 #include <algorithm>
 #include <chrono>
 #include <fstream>

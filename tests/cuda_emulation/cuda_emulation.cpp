@@ -1,6 +1,6 @@
 #include <algorithm>
 #include <boost/context/fiber.hpp>
-#include <boost/context/pooled_fixedsize_stack.hpp>
+#include <boost/context/stack_context.hpp>
 #include <cstdlib>
 #include <numeric>
 #include <random>
@@ -13,8 +13,6 @@ namespace titans::kernels::cuda {
 namespace {
 
 namespace context = boost::context;
-
-constexpr std::size_t kStackBytes = 64 * 1024;
 
 // Where some threads meet. The last to come opens it.
 struct Barrier {
@@ -46,11 +44,32 @@ struct Thread {
   std::uint64_t generation = 0;
 };
 
-// Kept from launch to launch.
-context::pooled_fixedsize_stack& stacks() {
-  static context::pooled_fixedsize_stack pool(kStackBytes);
-  return pool;
-}
+// Stacks, kept from launch to launch. They lie a little more than a round size apart, as the tops of all of them would
+// otherwise share the same few places of the CPU's cache.
+class Stacks {
+ public:
+  static context::stack_context allocate() {
+    if (free().empty()) {
+      auto* slab = static_cast<std::byte*>(::operator new(kStride * kSlab));
+      for (std::size_t i = 0; i < kSlab; ++i) free().push_back(slab + i * kStride);
+    }
+    context::stack_context stack;
+    stack.size = kBytes;
+    stack.sp = free().back() + kBytes;
+    free().pop_back();
+    return stack;
+  }
+  static void deallocate(context::stack_context& stack) {
+    free().push_back(static_cast<std::byte*>(stack.sp) - kBytes);
+  }
+
+ private:
+  static constexpr std::size_t kBytes = 32 * 1024, kStride = kBytes + 5 * 64, kSlab = kThreads;
+  static std::vector<std::byte*>& free() {
+    static std::vector<std::byte*> list;
+    return list;
+  }
+};
 
 class Machine {
  public:
@@ -98,33 +117,49 @@ class Machine {
     for (std::size_t i = 0; i < threads; ++i) {
       all[i].block = static_cast<int>(i) / kThreads;
       all[i].thread = static_cast<int>(i) % kThreads;
-      all[i].fiber = context::fiber(std::allocator_arg, stacks(),
-                                    [this](context::fiber&& scheduler) {
-                                      scheduler_ = std::move(scheduler);
-                                      try {
-                                        body_(parameters_);
-                                      } catch (...) {
-                                        failure_ = std::current_exception();
-                                      }
-                                      return std::move(scheduler_);
-                                    });
+      all[i].fiber = context::fiber(std::allocator_arg, Stacks(), [this](context::fiber&& scheduler) {
+        scheduler_ = std::move(scheduler);
+        try {
+          body_(parameters_);
+        } catch (...) {
+          failure_ = std::current_exception();
+        }
+        return std::move(scheduler_);
+      });
     }
     const std::vector<std::size_t> order = make_order(threads);
+    std::vector<bool> asleep(threads / kWarpSize);
+    if (random_) put_to_sleep(asleep);
     for (std::size_t alive = threads; alive > 0;) {
-      bool progress = false;
-      for (const std::size_t i : order) {
-        Thread& thread = all[i];
-        if (!thread.fiber) continue;
-        if (thread.waits_for != nullptr && thread.waits_for->generation == thread.generation) continue;
-        thread.waits_for = nullptr;
-        current_ = &thread;
-        progress = true;
-        thread.fiber = std::move(thread.fiber).resume();
-        if (!thread.fiber) --alive;
-        if (failure_) abandon(all);
+      const bool progress = run_once(all, order, asleep, alive);
+      if (progress) continue;
+      // Who is awake has come as far as barriers let it. Next all run for a moment, and then others sleep.
+      const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
+      if (!slept) {
+        throw std::runtime_error("[emulation] expected threads to meet but some wait forever; do check barriers");
       }
-      if (!progress) throw std::runtime_error("[emulation] expected threads to meet but some wait forever; do check barriers");
+      std::fill(asleep.begin(), asleep.end(), false);
+      run_once(all, order, asleep, alive);
+      put_to_sleep(asleep);
     }
+  }
+
+  // Lets each thread that is awake run to its next meeting. Returns whether any could.
+  bool run_once(std::vector<Thread>& all, const std::vector<std::size_t>& order, const std::vector<bool>& asleep,
+                std::size_t& alive) {
+    bool progress = false;
+    for (const std::size_t i : order) {
+      Thread& thread = all[i];
+      if (!thread.fiber || asleep[i / kWarpSize]) continue;
+      if (thread.waits_for != nullptr && thread.waits_for->generation == thread.generation) continue;
+      thread.waits_for = nullptr;
+      current_ = &thread;
+      progress = true;
+      thread.fiber = std::move(thread.fiber).resume();
+      if (!thread.fiber) --alive;
+      if (failure_) abandon(all);
+    }
+    return progress;
   }
 
   // A fiber that goes away while it waits is unwound, which must not run into what has failed.
@@ -141,9 +176,19 @@ class Machine {
     if (name == "reverse") {
       std::reverse(order.begin(), order.end());
     } else if (name != "forward") {
-      std::shuffle(order.begin(), order.end(), std::mt19937(static_cast<unsigned>(std::stoul(name) + random_++)));
+      random_ = true;
+      engine_.seed(static_cast<unsigned>(std::stoul(name)));
+      std::shuffle(order.begin(), order.end(), engine_);
     }
     return order;
+  }
+
+  // In a random order some warps, or some whole blocks, fall as far behind the others as barriers let them.
+  void put_to_sleep(std::vector<bool>& asleep) {
+    const bool blocks = launch_.size > 1 && engine_() % 2 == 0;
+    for (std::size_t warp = 0; warp < asleep.size(); ++warp) {
+      asleep[warp] = blocks && warp % kWarps != 0 ? asleep[warp - 1] : engine_() % 2 == 0;
+    }
   }
 
   Launch launch_;
@@ -155,7 +200,8 @@ class Machine {
   context::fiber scheduler_;
   std::exception_ptr failure_;
   int group_ = 0;
-  unsigned random_ = 0;
+  bool random_ = false;
+  std::mt19937 engine_;
 };
 
 Machine* Machine::running = nullptr;
@@ -170,6 +216,12 @@ float round_tf32(float x) {
   bits = (bits + 0x1000U) & ~0x1FFFU;
   std::memcpy(&x, &bits, sizeof(bits));
   return x;
+}
+
+// To float32, towards zero.
+float truncate(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::abs(static_cast<double>(nearest)) > std::abs(x) ? std::nextafterf(nearest, 0.0F) : nearest;
 }
 
 }  // namespace
@@ -216,19 +268,22 @@ void sync_group(Group& group) {
 }
 
 const float* in_rank(const float* own, int rank) {
-  if (!machine().launch().cluster) throw std::runtime_error("[emulation] expected a cluster but got none; do exchange in global memory");
+  if (!machine().launch().cluster)
+    throw std::runtime_error("[emulation] expected a cluster but got none; do exchange in global memory");
   const std::byte* at = reinterpret_cast<const std::byte*>(own);
   return reinterpret_cast<const float*>(machine().block(rank).shared_data() + (at - machine().block().shared_data()));
 }
 
 void copy_16(float* shared, const float* global) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
-    throw std::runtime_error("[emulation] expected copies of 16 bytes at multiples of 16 but got others; do align them");
+    throw std::runtime_error(
+        "[emulation] expected copies of 16 bytes at multiples of 16 but got others; do align them");
   }
   std::memcpy(shared, global, 16);
 }
 
-void multiply_add_warp(const Fragments& lane, int values) {
+void multiply_add_warp(const Fragments& lane, Products products) {
+  const int values = products == Products::kBFloat16 ? 2 : 1;
   Warp& warp = machine().warp();
   warp.lanes[lane_index()] = &lane;
   machine().meet(warp.barrier, [&] {
@@ -246,32 +301,36 @@ void multiply_add_warp(const Fragments& lane, int values) {
     for (int l = 0; l < kWarpSize; ++l) {
       for (int i = 0; i < 4; ++i) {
         const int row = i / 2 * 8 + l / 4, column = l % 4 * 2 + i % 2;
-        float sum = warp.lanes[l]->d[i], small = 0.0F, cross = 0.0F, large = 0.0F;
+        float& d = warp.lanes[l]->d[i];
+        double small = 0.0, cross = 0.0, large = 0.0;
         for (int k = 0; k < depth; ++k) {
-          if (values == 2) {
-            large += a[row][k] * b[k][column];
+          if (products == Products::kBFloat16) {
+            large += static_cast<double>(a[row][k]) * b[k][column];
             continue;
           }
           const float high_a = round_tf32(a[row][k]), low_a = round_tf32(a[row][k] - high_a);
           const float high_b = round_tf32(b[k][column]), low_b = round_tf32(b[k][column] - high_b);
-          small += low_a * high_b;
-          cross += high_a * low_b;
-          large += high_a * high_b;
+          large += static_cast<double>(high_a) * high_b;
+          small += static_cast<double>(low_a) * high_b;
+          cross += static_cast<double>(high_a) * low_b;
         }
-        sum += small;
-        sum += cross;
-        warp.lanes[l]->d[i] = sum + large;
+        if (products == Products::kTf32InParts) {
+          d += truncate(truncate(truncate(small) + cross) + large);
+        } else {
+          d = truncate(d + large);
+        }
       }
     }
   });
 }
 
-std::string query_device(CudaDevice& device) {
+std::string query_device(CudaDevice& device, const void*) {
   const char* named = std::getenv("TITANS_EMULATED_GPU");
   unsigned long bytes = 0;
-  if (std::sscanf(named == nullptr ? "90:132:232448" : named, "%d:%d:%lu", &device.sm, &device.multiprocessors,
-                  &bytes) != 3) {
-    return std::string("[emulation] expected sm:multiprocessors:bytes but got ") + named + "; do set TITANS_EMULATED_GPU";
+  if (std::sscanf(named == nullptr ? "90:132:232448" : named, "%d:%d:%lu:%d", &device.sm, &device.multiprocessors,
+                  &bytes, &device.most_cluster) < 3) {
+    return std::string("[emulation] expected sm:multiprocessors:bytes but got ") + named +
+           "; do set TITANS_EMULATED_GPU";
   }
   device.shared_bytes = bytes;
   return {};

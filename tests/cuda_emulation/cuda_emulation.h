@@ -1,10 +1,11 @@
 // What plugins/kernels/cuda_device.cuh offers, in plain C++: a kernel's threads are fibers of one CPU thread, so that
 // the CUDA kernels' arithmetic, indices and barriers can be tested without a GPU. Matrix instructions round as the
-// hardware's do (TF32 in two parts, halves exact, sums in float32), in an order of their own.
+// hardware's do: operands to TF32 or bfloat16, sums truncated to float32.
 //
-// TITANS_EMULATED_GPU names the device as sm:multiprocessors:bytes of shared memory a block can have (90:132:232448
-// when it is not set). TITANS_EMULATED_ORDER chooses who runs first between two barriers: "forward", "reverse" or a
-// number, a random order's seed. What a missing barrier would break depends on it.
+// TITANS_EMULATED_GPU names the device as sm:multiprocessors:bytes of shared memory a block can have, with :blocks of
+// the largest cluster after it where those are fewer than 8 (90:132:232448 when it is not set). TITANS_EMULATED_ORDER
+// chooses who runs first between two barriers: "forward", "reverse" or a number, the seed of a random order in which
+// some warps and blocks also fall far behind others. What a missing barrier would break depends on it.
 #pragma once
 
 #include <cmath>
@@ -45,12 +46,13 @@ inline void report(std::int32_t* status, std::int32_t code) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(Tf32 x) { return x.value; }
 inline float to_float(__half x) { return __half2float(x); }
 inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class V>
 V to_value(float x) {
-  if constexpr (std::is_same_v<V, float>) {
-    return x;
+  if constexpr (std::is_same_v<V, float> || std::is_same_v<V, Tf32>) {
+    return {x};
   } else if constexpr (std::is_same_v<V, __half>) {
     return __float2half_rn(x);
   } else {
@@ -63,46 +65,47 @@ inline float complementary_error_function(float x) { return std::erfc(x); }
 inline float square_root(float x) { return std::sqrt(x); }
 
 template <class V>
-using Word = std::conditional_t<std::is_same_v<V, float>, float, std::uint32_t>;
+using Word = std::conditional_t<std::is_same_v<V, __nv_bfloat16>, std::uint32_t, float>;
 
-template <class V>
-std::uint32_t pack_pair(V low, V high) {
+inline std::uint32_t pack_pair(__nv_bfloat16 low, __nv_bfloat16 high) {
   std::uint16_t bits[2];
   std::memcpy(&bits[0], &low, sizeof(low));
   std::memcpy(&bits[1], &high, sizeof(high));
   return static_cast<std::uint32_t>(bits[1]) << 16 | bits[0];
 }
 
+enum class Products { kBFloat16, kTf32, kTf32InParts };
+
 // One lane's part of a matrix instruction.
 struct Fragments {
   float* d;
   float a[4][2], b[2][2];  // words, as one or two values
 };
-// Gathers the lanes of the warp; `values` a word, for TF32 in three products of parts.
-void multiply_add_warp(const Fragments& lane, int values);
+// Gathers the lanes of the warp.
+void multiply_add_warp(const Fragments& lane, Products products);
+
+inline void unpack(float word, float (&to)[2]) { to[0] = word; }
+inline void unpack(std::uint32_t word, float (&to)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t bits = i == 0 ? word << 16 : word & 0xFFFF0000U;
+    std::memcpy(&to[i], &bits, sizeof(bits));
+  }
+}
 
 template <class V>
 void multiply_add(float (&d)[4], const Word<V> (&a)[4], const Word<V> (&b)[2]) {
   Fragments lane{};
   lane.d = d;
-  const auto unpack = [](Word<V> word, float (&to)[2]) {
-    if constexpr (std::is_same_v<V, float>) {
-      to[0] = word;
-    } else {
-      V halves[2];
-      std::memcpy(static_cast<void*>(halves), &word, sizeof(word));
-      to[0] = to_float(halves[0]);
-      to[1] = to_float(halves[1]);
-    }
-  };
   for (int i = 0; i < 4; ++i) unpack(a[i], lane.a[i]);
   for (int i = 0; i < 2; ++i) unpack(b[i], lane.b[i]);
-  multiply_add_warp(lane, std::is_same_v<V, float> ? 1 : 2);
+  multiply_add_warp(lane, std::is_same_v<V, float>  ? Products::kTf32InParts
+                          : std::is_same_v<V, Tf32> ? Products::kTf32
+                                                    : Products::kBFloat16);
 }
 
 // ---- the host's side ----
 
-std::string query_device(CudaDevice& device);
+std::string query_device(CudaDevice& device, const void* kernel);
 // Runs body() as every thread of the launch.
 std::string run_launch(const Launch& launch, void (*body)(const void*), const void* context);
 

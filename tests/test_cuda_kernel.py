@@ -1,0 +1,238 @@
+"""What the CUDA kernel has beyond the CPU's: half precision, placement, order of threads, values it refuses, resources.
+
+The table of test_kernel.py runs on it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import KINDS, Case, random_cuts, worst
+from kernel_runner import CUDA, CUDA_EMULATED, EMULATED_GPUS, Target, cuda_targets, run_kernel
+from oracles import titans_stream
+from test_kernel import GATES, SHAPES, _calls
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from titans_export.model.operator import Layout, initial_rows
+
+REPORT = CUDA.parents[1] / "titans_cuda_kernels.ptxas.txt"
+targets = pytest.mark.parametrize("target", cuda_targets())
+emulated = pytest.mark.skipif(not CUDA_EMULATED.exists(), reason=f"no {CUDA_EMULATED}: make kernels")
+
+
+def emulated_gpu(gpu: str, order: str = "forward") -> Target:
+    environment = (("TITANS_EMULATED_GPU", gpu), ("TITANS_EMULATED_ORDER", order))
+    return Target("emulated", (str(CUDA_EMULATED),), environment=environment, cuda=True)
+
+
+@targets
+@pytest.mark.parametrize("values", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "linear-64", "mlp2-norm", "mlp3-silu", "chunk-33", "mlp-64-256-64", "mlp-31-67-31-gelu-residual-norm"],
+)
+def test_half_precision_is_as_near_as_its_roundings(
+    target: Target, name: str, values: torch.dtype, tmp_path: Path
+) -> None:
+    spec, length = SHAPES[name]
+    case = Case(spec, length, streams=1, heads=2)
+    if spec.layer_norm:
+        case.step_size *= 0.1
+    case.q, case.k, case.v = (x.to(values).double() for x in (case.q, case.k, case.v))
+    kind = "cuda-kernel-norm" if spec.layer_norm else "cuda-kernel"
+    tolerance = TOLERANCES[kind, str(values).removeprefix("torch.")]
+    rows = initial_rows(spec, case.weights)
+    for cuts in ([length], random_cuts(length, seed=1)):
+        result = run_kernel(target, tmp_path, spec, rows, _calls(case, cuts), values=values)
+        y = torch.cat(result.y, 2).double()
+        for h in range(case.heads):
+            scale = None if case.norm_scale is None else case.norm_scale[h]
+            inputs = [x[0, h] for x in (case.q, case.k, case.v, *case.gates)]
+            expected, *_ = titans_stream(spec, [x[0, h] for x in case.weights], *inputs, norm_scale=scale)
+            assert worst((y[0, h], expected)) < tolerance
+            # Where nothing rounds to 8 or 11 bits this would be a thousand times less: the type has its effect.
+            assert worst((y[0, h], expected)) > 20 * TOLERANCES["cuda-kernel", "float32"]
+
+
+@targets
+def test_half_precision_answers_reads(target: Target, tmp_path: Path) -> None:
+    spec, _ = SHAPES["mlp-64-256-64"]
+    case = Case(spec, 70, streams=1, heads=1)
+    rows = initial_rows(spec, case.weights)
+    for values in (torch.float16, torch.bfloat16):
+        q = case.q.to(values).double()
+        result = run_kernel(target, tmp_path, spec, rows, [{"q": q}], mode="read", values=values)
+        w0, w1 = (x[0, 0] for x in case.weights)
+        expected = torch.nn.functional.silu(q[0, 0] @ w0) @ w1
+        tolerance = TOLERANCES["cuda-kernel", str(values).removeprefix("torch.")]
+        assert worst((result.y[0][0, 0].double(), expected)) < tolerance
+
+
+@emulated
+@pytest.mark.parametrize("name", ["mlp-31-67-31-gelu-residual-norm", "mlp-48-100-33-48-norm", "linear-17", "linear-64"])
+@pytest.mark.parametrize("gpu", ["90:132:232448", "87:8:166912", "120:84:16384"])
+def test_who_runs_first_changes_no_bit(gpu: str, name: str, tmp_path: Path) -> None:
+    """What one thread does before another between two barriers must not matter: it would be a race on a GPU."""
+    spec, _ = SHAPES[name]
+    cuts = [1, *random_cuts(2 * spec.chunk_size, seed=5), 3 * spec.chunk_size, 3]
+    case = Case(spec, sum(cuts), streams=1, heads=1)
+    rows = initial_rows(spec, case.weights)
+    calls = _calls(case, cuts)
+    for index, call in enumerate(calls):
+        call["learn"] = torch.tensor([index % 4 != 2 and cuts[index] < 3 * spec.chunk_size])
+        if index % 3 != 0:
+            call["update_limit"] = torch.tensor([1e3])
+    orders = ("forward", "reverse", "1", "2", "3", "4", "5")
+    results = [run_kernel(emulated_gpu(gpu, order), tmp_path, spec, rows, calls) for order in orders]
+    for other in results[1:]:
+        assert torch.equal(results[0].state, other.state)
+        for a, b in zip(results[0].y + results[0].stats, other.y + other.stats, strict=True):
+            assert torch.equal(a, b)
+
+
+def _placement(gpu: str, name: str, streams: int, length: int, folder: Path, values: torch.dtype) -> str:
+    spec, _ = SHAPES[name]
+    case = Case(spec, length, streams=streams, heads=1)
+    rows = initial_rows(spec, case.weights)
+    result = run_kernel(emulated_gpu(gpu), folder, spec, rows, _calls(case, [length]), values=values)
+    placement: str = json.loads(result.report)["placement"]
+    return placement
+
+
+@emulated
+def test_a_head_is_spread_as_far_as_it_must_and_as_the_gpu_has_room(tmp_path: Path) -> None:
+    hopper, ampere, full = "90:132:232448", "80:108:166912", "90:2:232448"
+    values = torch.bfloat16
+    one = _placement(hopper, "mlp-64-256-64", 1, 3, tmp_path, values)
+    assert one.startswith("blocks 8 in a cluster") and "state shared" in one and "exchange shared" in one
+    many = _placement(full, "mlp-64-256-64", 2, 3, tmp_path, values)
+    assert re.match(r"blocks [24] in a cluster", many) and "state shared" in many, "as few as hold W and S"
+    old = _placement(ampere, "mlp-64-256-64", 1, 3, tmp_path, values)
+    assert old.startswith("blocks 8,") and "exchange workspace" in old, "no cluster before sm_90"
+    assert _placement(full, "linear-64", 2, 3, tmp_path, values).startswith("blocks 1,")
+    assert "state workspace" in _placement("120:84:8192", "mlp-64-256-64", 1, 3, tmp_path, values)
+    small = _placement("110:20:232448:2", "mlp-64-256-64", 1, 3, tmp_path, values)
+    assert small.startswith("blocks 2 in a cluster"), "no more than fit into a cluster there"
+    # A single token leaves room for other blocks on its multiprocessor.
+    token = _placement(full, "mlp-64-256-64", 2, 1, tmp_path, values)
+    shared = re.search(r"shared (\d+) bytes", token)
+    assert shared and int(shared.group(1)) <= (232448 + 1024) // 2 - 1024
+
+
+@targets
+@pytest.mark.parametrize("operand", ["fill", "valid", "slots", *GATES])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_stream_with_bad_values_is_left_alone_and_others_go_on(
+    target: Target, operand: str, size: int, tmp_path: Path
+) -> None:
+    spec = KINDS["mlp2-silu"]
+    case = Case(spec, length=size, streams=3)
+    pool = torch.randn(4, case.heads, Layout.of(spec).size, dtype=torch.float64)
+    slots = torch.tensor([3, 1, 2])
+    pool[slots] = initial_rows(spec, case.weights)
+    [call] = _calls(case, [size])
+    call |= {"slots": slots, "valid": torch.full((3,), size)}
+    good = run_kernel(target, tmp_path, spec, pool, [call])
+    bad = {name: value.clone() for name, value in call.items()}
+    wrong = {"fill": spec.chunk_size, "valid": size + 1, "slots": 4}
+    if operand in wrong:
+        bad[operand][1] = wrong[operand]
+    else:
+        bad[operand][1, 2, size - 1] = math.inf
+    words = "finite" if operand in GATES else "its range"
+    with pytest.raises(RuntimeError, match=rf"\[NeuralMemory\] expected {operand} .*{words}.* but got .*; do "):
+        run_kernel(target, tmp_path, spec, pool, [bad])
+    result = run_kernel(target, tmp_path, spec, pool, [bad], options=("--keep-going",))
+    assert operand in json.loads(result.report)["status"]
+    assert torch.equal(result.state[[0, 1]], pool.float()[[0, 1]]), "the bad stream's row and that of no stream"
+    assert torch.isnan(result.y[0][1]).all() and torch.isnan(result.stats[0][1]).all()
+    for b in (0, 2):
+        assert torch.equal(result.y[0][b], good.y[0][b])
+        assert torch.equal(result.state[slots[b]], good.state[slots[b]])
+
+
+@targets
+def test_two_streams_in_one_slot_are_refused(target: Target, tmp_path: Path) -> None:
+    spec = KINDS["linear"]
+    case = Case(spec, length=4, streams=3)
+    [call] = _calls(case, [4])
+    call["slots"] = torch.tensor([0, 2, 2])
+    rows = initial_rows(spec, case.weights)
+    with pytest.raises(RuntimeError, match="expected slots within"):
+        run_kernel(target, tmp_path, spec, rows, [call])
+
+
+@targets
+def test_shapes_are_checked_before_anything_runs(target: Target, tmp_path: Path) -> None:
+    spec = KINDS["linear"]
+    case = Case(spec, length=4)
+    [call] = _calls(case, [4])
+    rows = initial_rows(spec, case.weights)
+    with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] expected step_size of shape"):
+        run_kernel(target, tmp_path, spec, rows, [{**call, "step_size": call["step_size"][..., :2]}])
+    with pytest.raises(RuntimeError, match=r"expected whole chunks of 8 tokens"):
+        run_kernel(target, tmp_path, spec, rows, [{n: x for n, x in call.items() if n != "fill"}], aligned=True)
+
+
+@emulated
+def test_gpus_that_are_too_old_or_rows_too_large_are_refused(tmp_path: Path) -> None:
+    def attempt(gpu: str, width: int) -> str:
+        spec = replace(KINDS["linear"], widths=(width, width))
+        case = Case(KINDS["linear"], length=1, streams=1, heads=1)
+        call: dict[str, Tensor] = _calls(case, [1])[0]
+        with pytest.raises(RuntimeError) as caught:
+            run_kernel(emulated_gpu(gpu), tmp_path, spec, torch.zeros(1, 1, 16), [call])
+        return str(caught.value)
+
+    old = attempt("75:40:65536", 6)
+    assert re.match(r"\[NeuralMemory\] expected a GPU of compute capability 8.0 .* but got 7.5; do", old)
+    assert "expected a packed row of at most" in attempt("90:132:232448", 12_000)
+
+
+@pytest.mark.skipif(not CUDA.exists(), reason=f"no {CUDA}: make cuda")
+def test_a_machine_without_a_gpu_is_told_so() -> None:
+    done = subprocess.run([str(CUDA), "--device"], capture_output=True, text=True)
+    if done.returncode == 0:
+        pytest.skip("this machine has a GPU")
+    assert re.match(r"\[NeuralMemory\] expected CUDA .* but got cudaError\w+, .*; do ", done.stderr)
+
+
+# The most registers a thread may have for the blocks that shall share a multiprocessor: 65536 / (256 threads x blocks).
+KERNELS = {"update_blocks": 255, "update_token": 128, "read_rows": 255}
+
+
+@pytest.mark.skipif(not REPORT.exists(), reason=f"no {REPORT}: make cuda")
+def test_no_kernel_spills_on_any_gpu() -> None:
+    report = REPORT.read_text()
+    entries = re.findall(
+        r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    found: dict[str, set[tuple[str, str]]] = {}
+    for symbol, architecture, stack, stores, loads, registers in entries:
+        named = re.search(r"cuda\d+(update_blocks|update_token|read_rows)I(\w+?)EEv", symbol)
+        assert named, symbol
+        kernel, values = named.groups()
+        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel}<{values}> spills on {architecture}"
+        assert int(registers) <= KERNELS[kernel], f"{kernel}<{values}> on {architecture}"
+        found.setdefault(architecture, set()).add((kernel, values))
+    listed = re.search(r"TITANS_CUDA_ARCHITECTURES:\w+=(\S+)", (CUDA.parents[1] / "CMakeCache.txt").read_text())
+    assert listed
+    assert found.keys() == {f"sm_{each}" for each in listed.group(1).split(";")}
+    # Three types of values; updates for what fits into shared memory, and for what does not.
+    assert all(len(kernels) == 3 * 5 for kernels in found.values())
+
+
+def test_emulated_gpus_differ_in_what_decides() -> None:
+    cluster = {gpu.split(":")[0] >= "90" for gpu, _ in EMULATED_GPUS.values()}
+    assert cluster == {True, False}
