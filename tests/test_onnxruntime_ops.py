@@ -13,81 +13,24 @@ import onnxruntime
 import pytest
 import torch
 from cases import KINDS, Case, kinds, worst
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from onnx_ops import LIBRARY, Arrays, make_case, make_feeds, make_model, make_session
 from oracles import network, titans_stream
 from tolerances import TOLERANCES
 
-import titans_runtime
 from titans_export.model.memory import MemorySpec
-from titans_export.model.node import DOMAIN, INPUTS, OPERATOR, OUTPUTS, attributes
+from titans_export.model.node import attributes
 from titans_export.model.operator import Layout, initial_rows, neural_memory_update
 
-Arrays = dict[str, npt.NDArray[Any]]
-LIBRARY = Path(titans_runtime.__file__).with_name("libtitans_onnxruntime_ops.so")
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
-TYPES = {"fill": TensorProto.INT64, "valid": TensorProto.INT64, "slots": TensorProto.INT64, "learn": TensorProto.BOOL}
-
-
-def _model(feeds: Arrays, node_attributes: dict[str, Any], repeat: int = 1) -> bytes:
-    """`repeat` nodes one after the other, the state going from each to the next, over inputs of the feeds' shapes."""
-    names = [name if name in feeds else "" for name in INPUTS]
-    while not names[-1]:
-        names.pop()
-    outputs = OUTPUTS[node_attributes["mode"]]
-    nodes = []
-    for i in range(repeat):
-        first, last = i == 0, i == repeat - 1
-        inputs = [name if first or name != "state" else f"state_{i}" for name in names]
-        results = [name if last else f"{name}_{i}" if name != "state_out" else f"state_{i + 1}" for name in outputs]
-        nodes.append(helper.make_node(OPERATOR, inputs, results, domain=DOMAIN, **node_attributes))
-    shapes = {"y": feeds["q"].shape, "state_out": feeds["state"].shape, "stats": (*feeds["q"].shape[:2], 4)}
-    graph = helper.make_graph(
-        nodes,
-        "one",
-        [
-            helper.make_tensor_value_info(name, TYPES.get(name, TensorProto.FLOAT), feeds[name].shape)
-            for name in names
-            if name
-        ],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in outputs],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return model.SerializeToString()
-
-
-def _session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(LIBRARY))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _feeds(case: Case, aligned: bool = False) -> Arrays:
-    names = ("q", "k", "v", "step_size", "momentum", "forget_gate")
-    feeds = {"state": initial_rows(case.spec, case.weights).float().numpy().copy()}
-    feeds |= {n: x.float().numpy() for n, x in zip(names, (case.q, case.k, case.v, *case.gates), strict=True)}
-    if not aligned:
-        feeds["fill"] = np.zeros(case.streams, np.int64)
-    if case.norm_scale is not None:
-        feeds["norm_scale"] = case.norm_scale.float().numpy()
-    return feeds
-
-
-def _case(spec: MemorySpec, length: int) -> Case:
-    case = Case(spec, length)
-    if spec.layer_norm:
-        case.step_size *= 0.1
-    return case
 
 
 @kinds
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "any"])
 def test_a_node_computes_the_recurrence(spec: MemorySpec, aligned: bool) -> None:
-    case = _case(spec, 16 if aligned else 19)
-    feeds = _feeds(case, aligned)
-    y, state, stats = _session(_model(feeds, attributes(spec, "update", aligned))).run(None, feeds)
+    case = make_case(spec, 16 if aligned else 19)
+    feeds = make_feeds(case, aligned)
+    y, state, stats = make_session(make_model(feeds, attributes(spec, "update", aligned))).run(None, feeds)
     fields = Layout.of(spec).unpack(torch.from_numpy(state).double())
     for b in range(case.streams):
         for h in range(case.heads):
@@ -103,8 +46,8 @@ def test_a_node_computes_the_recurrence(spec: MemorySpec, aligned: bool) -> None
 @kinds
 def test_a_node_reads(spec: MemorySpec) -> None:
     case = Case(spec, 5)
-    feeds = {name: value for name, value in _feeds(case).items() if name in ("state", "q", "norm_scale")}
-    [y] = _session(_model(feeds, attributes(spec, "read", False))).run(None, feeds)
+    feeds = {name: value for name, value in make_feeds(case).items() if name in ("state", "q", "norm_scale")}
+    [y] = make_session(make_model(feeds, attributes(spec, "read", False))).run(None, feeds)
     for b in range(case.streams):
         for h in range(case.heads):
             scale = None if case.norm_scale is None else case.norm_scale[h]
@@ -125,14 +68,14 @@ def test_absent_and_optional_inputs_reach_the_kernel_in_their_places() -> None:
         "slots": slots,
         "update_limit": torch.tensor([1e-3, 1e9]),
     }
-    base = _feeds(case) | {"state": pool.float().numpy()}
+    base = make_feeds(case) | {"state": pool.float().numpy()}
     for left_out in options:
         if left_out == "slots":
             continue
         given = {name: value for name, value in options.items() if name != left_out}
         feeds = base | {name: value.numpy() for name, value in given.items()}
         feeds = {n: (a.astype(np.float32) if a.dtype == np.float64 else a) for n, a in feeds.items()}
-        y, state, stats = _session(_model(feeds, attributes(spec, "update", False))).run(None, feeds)
+        y, state, stats = make_session(make_model(feeds, attributes(spec, "update", False))).run(None, feeds)
         inputs = (case.q, case.k, case.v, *case.gates)
         expected = neural_memory_update(spec, pool, *inputs, fill=torch.zeros(2, dtype=torch.int64), **given)
         valid = given.get("valid", torch.tensor([8, 8])).tolist()
@@ -160,8 +103,8 @@ def _bind(session: onnxruntime.InferenceSession, feeds: Arrays, state: int, stat
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_one_buffer_for_the_state_gives_what_two_give(nodes: int) -> None:
     spec = KINDS["mlp3-silu"]
-    feeds = _feeds(Case(spec, 16), aligned=True)
-    session = _session(_model(feeds, attributes(spec, "update", True), nodes))
+    feeds = make_feeds(Case(spec, 16), aligned=True)
+    session = make_session(make_model(feeds, attributes(spec, "update", True), nodes))
     y, two, _ = session.run(["y", "state_out", "stats"], feeds)
     one = feeds["state"].copy()
     binding = _bind(session, feeds, one.ctypes.data, one.ctypes.data)
@@ -174,8 +117,8 @@ def test_one_buffer_for_the_state_gives_what_two_give(nodes: int) -> None:
 
 def test_buffers_reach_the_kernel_as_they_are_bound_and_wrong_ones_are_refused() -> None:
     spec = KINDS["linear"]
-    feeds = _feeds(Case(spec, 8))
-    session = _session(_model(feeds, attributes(spec, "update", False)))
+    feeds = make_feeds(Case(spec, 8))
+    session = make_session(make_model(feeds, attributes(spec, "update", False)))
     memory = np.concatenate([feeds["state"].ravel(), np.zeros(64, np.float32)])
     before, start = memory.copy(), memory.ctypes.data
     for state, state_out, words in (
@@ -198,8 +141,8 @@ def test_buffers_reach_the_kernel_as_they_are_bound_and_wrong_ones_are_refused()
 )
 def test_wrong_values_are_refused_and_the_state_stays(name: str, value: npt.NDArray[Any], words: str) -> None:
     spec = KINDS["linear"]
-    feeds = _feeds(Case(spec, 8))
-    session = _session(_model(feeds, attributes(spec, "update", False)))
+    feeds = make_feeds(Case(spec, 8))
+    session = make_session(make_model(feeds, attributes(spec, "update", False)))
     state = feeds["state"].copy()
     with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected {words}.*; do "):
         session.run_with_iobinding(_bind(session, feeds | {name: value}, state.ctypes.data, state.ctypes.data))
@@ -208,12 +151,12 @@ def test_wrong_values_are_refused_and_the_state_stays(name: str, value: npt.NDAr
 
 def test_wrong_shapes_are_refused_at_run_time_too() -> None:
     spec = KINDS["linear"]
-    feeds = _feeds(Case(spec, 8))
-    model = onnx.load_from_string(_model(feeds, attributes(spec, "update", False)))
+    feeds = make_feeds(Case(spec, 8))
+    model = onnx.load_from_string(make_model(feeds, attributes(spec, "update", False)))
     for value in (*model.graph.input, *model.graph.output):
         for i, dimension in enumerate(value.type.tensor_type.shape.dim):
             dimension.dim_param = f"{value.name}_{i}"
-    session = _session(model.SerializeToString())
+    session = make_session(model.SerializeToString())
     session.run(None, feeds)
     for name, bad, words in (
         ("k", feeds["k"][..., :5], r"k of shape \(2, 3, 8, 6\) but got \(2, 3, 8, 5\)"),
@@ -239,59 +182,59 @@ def test_wrong_shapes_are_refused_at_run_time_too() -> None:
 )
 def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str, Any], words: str) -> None:
     spec = KINDS["linear"]
-    feeds = _feeds(Case(spec, 8))
+    feeds = make_feeds(Case(spec, 8))
     node = attributes(spec, "update", False)
     if change.get("mode"):
-        model = _model(feeds, node).replace(b"update", b"writes")
+        model = make_model(feeds, node).replace(b"update", b"writes")
         words = words.replace('"write"', '"writes"')
     else:
-        model = _model(feeds, {name: value for name, value in (node | change).items() if value is not None})
+        model = make_model(feeds, {name: value for name, value in (node | change).items() if value is not None})
     with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected .*{words}"):
-        _session(model)
+        make_session(model)
 
 
 def test_a_type_that_the_operator_does_not_take_is_refused_when_the_model_is_loaded() -> None:
     spec = KINDS["linear"]
-    feeds = _feeds(Case(spec, 8))
-    model = onnx.load_from_string(_model(feeds, attributes(spec, "update", False)))
+    feeds = make_feeds(Case(spec, 8))
+    model = onnx.load_from_string(make_model(feeds, attributes(spec, "update", False)))
     [q] = [value for value in model.graph.input if value.name == "q"]
     q.type.tensor_type.elem_type = TensorProto.DOUBLE
     with pytest.raises(Exception, match=r"Type Error.*tensor\(double\).*NeuralMemory"):
-        _session(model.SerializeToString())
+        make_session(model.SerializeToString())
 
 
 def test_the_instruction_set_can_be_forced_and_a_wrong_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = KINDS["mlp2-gelu"]
-    feeds = _feeds(Case(spec, 8))
-    model = _model(feeds, attributes(spec, "update", False))
-    best = _session(model).run(None, feeds)
+    feeds = make_feeds(Case(spec, 8))
+    model = make_model(feeds, attributes(spec, "update", False))
+    best = make_session(model).run(None, feeds)
     monkeypatch.setenv("TITANS_CPU_TARGET", "plain")
-    plain = _session(model).run(None, feeds)
+    plain = make_session(model).run(None, feeds)
     assert worst((torch.from_numpy(plain[0]), torch.from_numpy(best[0]))) < TOLERANCE
     assert not all(np.array_equal(a, b) for a, b in zip(plain, best, strict=True)), "both ran the same code"
     monkeypatch.setenv("TITANS_CPU_TARGET", "mmx")
     with pytest.raises(Exception, match=r"expected an instruction set of this processor .* but got mmx"):
-        _session(model)
+        make_session(model)
 
 
 def test_threads_change_no_bit() -> None:
     spec = KINDS["mlp2-norm"]
-    feeds = _feeds(Case(spec, 40), aligned=True)
-    model = _model(feeds, attributes(spec, "update", True))
-    one, *others = (_session(model, threads).run(None, feeds) for threads in (1, 2, 3))
+    feeds = make_feeds(Case(spec, 40), aligned=True)
+    model = make_model(feeds, attributes(spec, "update", True))
+    one, *others = (make_session(model, threads).run(None, feeds) for threads in (1, 2, 3))
     assert all(np.array_equal(a, b) for other in others for a, b in zip(one, other, strict=True))
 
 
 def test_the_kernel_runs_on_the_session_threads_and_starts_none() -> None:
     """Many heads on a session of three threads: as many threads in the process after the calls as before."""
     spec = MemorySpec((32, 64, 32), chunk_size=16)
-    feeds = _feeds(Case(spec, 64, streams=2, heads=16), aligned=True)
+    feeds = make_feeds(Case(spec, 64, streams=2, heads=16), aligned=True)
 
     def threads() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
     none = threads()
-    session = _session(_model(feeds, attributes(spec, "update", True)), threads=3)
+    session = make_session(make_model(feeds, attributes(spec, "update", True)), threads=3)
     opened = threads()
     assert opened == none + 2, "the session's pool, beside the thread that calls"
     for _ in range(20):

@@ -25,6 +25,7 @@ using Signatures = std::map<std::string, Signature>;
 // kernel reads the matrix as it lies and is slower on a rearranged one (five times, at 4096 x 4096).
 bool wants_prepacking(const Bundle& bundle, const Graph& graph) {
   if (graph.tokens > 1) return true;
+  if (bundle.engine() != nullptr) return bundle.engine()->precision != "fp32";
   return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
     return bundle.weights().find(name)->second.dtype != DType::kFloat32;
   });
@@ -65,9 +66,12 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, spin ? "1" : "0"));
   const bool prepack = wants_prepacking(share.bundle, graph);
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigDisablePrepacking, prepack ? "0" : "1"));
+  share.placement.add_provider(*raw);
   share.memory_kernel.register_in(*raw, library);
-  for (const std::string& name : graph.weights) {
-    check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
+  if (share.bundle.engine() == nullptr) {
+    for (const std::string& name : graph.weights) {
+      check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
+    }
   }
   return options;
 }
@@ -126,9 +130,10 @@ Signatures promised(const Manifest& manifest, const Graph& graph, Side side) {
   return signatures;
 }
 
-void check_signatures(const Signatures& expected, const Signatures& found, const Graph& graph, std::string_view side) {
+void check_signatures(const Signatures& expected, const Signatures& found, std::string_view file,
+                      std::string_view side) {
   const auto fail = [&](const std::string& name, std::string_view want, std::string_view got) {
-    throw Error(TITANS_FAILED, graph.file, text(side, " ", name, " ", want), got, kAdvice);
+    throw Error(TITANS_FAILED, file, text(side, " ", name, " ", want), got, kAdvice);
   };
   for (const auto& [name, signature] : expected) {
     const auto entry = found.find(name);
@@ -148,20 +153,20 @@ void check_signatures(const Signatures& expected, const Signatures& found, const
 
 }  // namespace
 
-OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, bool spin) {
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, const std::string& file, bool spin) {
   const OrtLibrary& library = share.library;
-  check_weights(share.bundle, graph);
+  if (share.bundle.engine() == nullptr) check_weights(share.bundle, graph);
   const OrtHandle<OrtSessionOptions> options = make_options(share, graph, spin);
-  const std::string path = (share.bundle.folder() / graph.file).string();
+  const std::string path = (share.bundle.folder() / file).string();
   OrtSession* raw = nullptr;
   library.check(library.api().CreateSessionWithPrepackedWeightsContainer(&library.env(), path.c_str(), options.get(),
                                                                          &share.prepacked, &raw),
-                text("a graph that ONNX Runtime ", library.version(), " runs in ", graph.file), kAdvice);
+                text("a graph that ONNX Runtime ", library.version(), " runs in ", file), kAdvice);
   OrtHandle<OrtSession> session(raw, library.api().ReleaseSession);
   const Manifest& manifest = share.bundle.manifest();
-  check_signatures(promised(manifest, graph, Side::kInputs), read_signatures(library, *raw, Side::kInputs), graph,
+  check_signatures(promised(manifest, graph, Side::kInputs), read_signatures(library, *raw, Side::kInputs), file,
                    "input");
-  check_signatures(promised(manifest, graph, Side::kOutputs), read_signatures(library, *raw, Side::kOutputs), graph,
+  check_signatures(promised(manifest, graph, Side::kOutputs), read_signatures(library, *raw, Side::kOutputs), file,
                    "output");
   return session;
 }

@@ -6,6 +6,7 @@
 
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
+#include "backends/onnxruntime/placement.h"
 #include "bundle.h"
 
 namespace titans::core {
@@ -14,16 +15,17 @@ namespace titans::core {
 struct SessionShare {
   const OrtLibrary& library;
   const Bundle& bundle;
-  // Initialisers by name, over the bundle's mapping: every session reads the same memory.
+  // Initialisers by name: every session reads the same memory. None with an engine, whose files hold their weights.
   const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
   // Weights that kernels have rearranged for themselves, kept once for all sessions.
   OrtPrepackedWeightsContainer& prepacked;
+  const Placement& placement;
   const MemoryKernel& memory_kernel;
   int threads;
 };
 
-// Opens the graph and checks that its inputs and outputs are those that the manifest promises. Idle threads of a
-// session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.
-OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, bool spin);
+// Opens the graph from its file and checks that its inputs and outputs are those that the manifest promises. Idle
+// threads of a session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, const std::string& file, bool spin);
 
 }  // namespace titans::core

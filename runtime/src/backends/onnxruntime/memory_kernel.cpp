@@ -2,9 +2,12 @@
 
 #include <dlfcn.h>
 
+#include <array>
 #include <cstdlib>
+#include <mutex>
 #include <system_error>
 
+#include "backends/onnxruntime/memory_nodes.h"
 #include "error.h"
 #include "shared_library.h"
 
@@ -12,52 +15,104 @@ namespace titans::core {
 namespace {
 
 constexpr const char* kFileName = "libtitans_onnxruntime_ops.so";
-constexpr const char* kTargetSymbol = "titans_onnxruntime_ops_target";
 constexpr std::string_view kAdvice = R"(install runtime and kernels of the same version, or pass memory_kernel="off")";
+constexpr std::size_t kTextBytes = 1024;
 
 // Only for its address.
 void here() {}
 
 const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&here));
 
-// The instruction set that the kernel has chosen.
-std::string load_target(const std::filesystem::path& path) {
-  const auto expected = text("the memory kernel's library ", path.string());
+std::string expected_library(const std::filesystem::path& path) {
+  return text("the memory kernel's library ", path.string());
+}
+
+void* open(const std::filesystem::path& path) {
   // Never closed, as ONNX Runtime's own is not: sessions may outlive whoever opened them.
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected, ::dlerror(), kAdvice);
-  const auto ask_target = reinterpret_cast<const char* (*)()>(::dlsym(library, kTargetSymbol));
-  if (ask_target == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected, text("one without ", kTargetSymbol), kAdvice);
+  if (library == nullptr) throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), ::dlerror(), kAdvice);
+  return library;
+}
+
+template <typename Function>
+Function find(void* library, const std::filesystem::path& path, const char* symbol) {
+  const auto found = reinterpret_cast<Function>(::dlsym(library, symbol));
+  if (found == nullptr) {
+    throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), text("one without ", symbol), kAdvice);
   }
-  const char* target = ask_target();
+  return found;
+}
+
+// The instruction set that the kernel has chosen.
+std::string cpu_target(void* library, const std::filesystem::path& path) {
+  const char* target = find<const char* (*)()>(library, path, "titans_onnxruntime_ops_target")();
   if (target == nullptr) {
     const char* wanted = std::getenv("TITANS_CPU_TARGET");
     throw Error(TITANS_UNSUPPORTED, "onnxruntime", "TITANS_CPU_TARGET to name an instruction set of this machine",
                 wanted == nullptr ? "none" : wanted, R"(unset it, or pass memory_kernel="off")");
   }
-  return target;
+  return text("cpu-", target);
 }
 
 }  // namespace
 
-MemoryKernel::MemoryKernel(KernelChoice choice) {
+MemoryKernel::MemoryKernel(KernelChoice choice, int cuda_ordinal) {
   if (choice == KernelChoice::kOff) return;
   const std::filesystem::path path = kThisLibrary.parent_path() / kFileName;
   std::error_code ignored;  // what cannot be looked at is not there
   if (std::filesystem::exists(path, ignored)) {
-    name_ = text("cpu-", load_target(path));
+    handle_ = open(path);
     library_ = path;
+    if (cuda_ordinal < 0) {
+      name_ = cpu_target(handle_, path);
+    } else {
+      load_gpu(cuda_ordinal);
+    }
   } else if (choice == KernelChoice::kRequire) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", text("the memory kernel's library ", path.string()), "no such file",
+    throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), "no such file",
                 R"(install the runtime with its kernels, or pass memory_kernel="auto")");
   }
 }
 
+void MemoryKernel::load_gpu(int ordinal) {
+  count_made_ = find<decltype(count_made_)>(handle_, library_, "titans_onnxruntime_ops_made");
+  gpu_error_ = find<decltype(gpu_error_)>(handle_, library_, "titans_onnxruntime_ops_cuda_error");
+  const auto ask = find<int (*)(int, char*, std::size_t)>(handle_, library_, "titans_onnxruntime_ops_cuda_target");
+  std::array<char, kTextBytes> said{};
+  if (ask(ordinal, said.data(), said.size()) == 0) {
+    throw Error(TITANS_UNSUPPORTED, "onnxruntime", text(expected_library(library_), " to run on this GPU"), said.data(),
+                R"(install a runtime that was built with a CUDA compiler, or pass memory_kernel="off")");
+  }
+  name_ = said.data();
+}
+
 void MemoryKernel::register_in(OrtSessionOptions& options, const OrtLibrary& library) const {
   if (!used()) return;
-  library.check(library.api().RegisterCustomOpsLibrary_V2(&options, library_.c_str()),
-                text("the memory kernel's library ", library_.string()), kAdvice, TITANS_UNSUPPORTED);
+  library.check(library.api().RegisterCustomOpsLibrary_V2(&options, library_.c_str()), expected_library(library_),
+                kAdvice, TITANS_UNSUPPORTED);
+}
+
+void MemoryKernel::open_on_gpu(const GraphNodes& graph, std::string_view file_name,
+                               const std::function<void()>& open) const {
+  if (count_made_ == nullptr) return open();
+  // The library counts for the whole process.
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  std::size_t cpu_before = 0, cpu = 0, gpu_before = 0, gpu = 0;
+  count_made_(&cpu_before, &gpu_before);
+  open();
+  count_made_(&cpu, &gpu);
+  const std::size_t wanted = count_memory_nodes(graph);
+  if (cpu - cpu_before == 0 && gpu - gpu_before == wanted) return;
+  throw Error(TITANS_FAILED, file_name, text(wanted, " NeuralMemory nodes on the GPU"),
+              text(gpu - gpu_before, " there and ", cpu - cpu_before, " on the CPU"),
+              R"(use an ONNX Runtime whose CUDA provider takes them, or pass memory_kernel="off")");
+}
+
+std::string MemoryKernel::take_gpu_error() const {
+  if (gpu_error_ == nullptr) return {};
+  std::array<char, kTextBytes> said{};
+  return gpu_error_(said.data(), said.size()) == 0 ? std::string() : std::string(said.data());
 }
 
 }  // namespace titans::core

@@ -62,6 +62,11 @@ void check_memory_attributes(const GraphNodes& graph, std::string_view file_name
   }
 }
 
+std::size_t count_memory_nodes(const GraphNodes& graph) {
+  return static_cast<std::size_t>(std::count_if(graph.nodes.begin(), graph.nodes.end(), is_memory) +
+                                  std::count_if(graph.inner.begin(), graph.inner.end(), is_memory));
+}
+
 StateFlow::StateFlow(const GraphNodes& graph) : outputs_(graph.outputs) {
   const auto add = [](Users& users, const std::vector<std::string_view>& values, const Node& node) {
     for (const std::string_view value : values) {

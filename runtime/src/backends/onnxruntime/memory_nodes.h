@@ -1,6 +1,7 @@
 // The nodes of a graph that write a state: which of them are right on one buffer, and what our kernel takes of its own.
 #pragma once
 
+#include <cstddef>
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
@@ -13,6 +14,9 @@ namespace titans::core {
 // Throws an Error that names `file_name` where a NeuralMemory node, wherever it stands, has an attribute that the
 // kernel does not know: ONNX Runtime drops such attributes without a word.
 void check_memory_attributes(const GraphNodes& graph, std::string_view file_name);
+
+// How many NeuralMemory nodes a session on the graph has, when it runs them on the kernel.
+std::size_t count_memory_nodes(const GraphNodes& graph);
 
 // Answers whether one buffer may be input and output of a graph. Two operators are right on one buffer: the kernel's,
 // and ScatterElements, which ONNX Runtime itself lets write over its input. What is left to prove is that nobody else

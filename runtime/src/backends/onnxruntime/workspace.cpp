@@ -1,0 +1,52 @@
+#include "backends/onnxruntime/workspace.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace titans::core {
+namespace {
+
+// The first graph consumes most tokens.
+std::size_t most_tokens(const Manifest& manifest) { return static_cast<std::size_t>(manifest.graphs[0].tokens); }
+
+}  // namespace
+
+OrtWorkspace::OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, Placement& placement,
+                           const Manifest& manifest)
+    : row_bytes_(static_cast<std::size_t>(manifest.vocab_size) * sizeof(float)),
+      tokens_(most_tokens(manifest) * sizeof(std::int64_t)),
+      logits_(placement.make_logits(most_tokens(manifest) * row_bytes_)),
+      position_(sizeof(std::int64_t)),
+      learn_(sizeof(bool)),
+      position_value_(view_tensor(library, host, position_.data(), position_.size(), DType::kInt64, {1})),
+      learn_value_(view_tensor(library, host, learn_.data(), learn_.size(), DType::kBool, {1})),
+      inputs_(3 + manifest.state.size()),
+      outputs_(1 + manifest.state.size()) {
+  for (const Graph& graph : manifest.graphs) {
+    const auto count = static_cast<std::size_t>(graph.tokens);
+    token_values_.push_back(
+        view_tensor(library, host, tokens_.data(), count * sizeof(std::int64_t), DType::kInt64, {1, graph.tokens}));
+    logit_values_.push_back(view_tensor(library, logits_->memory(), logits_->data(), count * row_bytes_,
+                                        DType::kFloat32, {1, graph.tokens, manifest.vocab_size}));
+  }
+}
+
+const float* OrtWorkspace::logits(std::size_t first_row, std::size_t rows) {
+  return reinterpret_cast<const float*>(logits_->read(first_row * row_bytes_, rows * row_bytes_));
+}
+
+void OrtWorkspace::bind(const Call& call, std::size_t token_count) {
+  std::copy_n(call.tokens, token_count, reinterpret_cast<std::int64_t*>(tokens_.data()));
+  std::memcpy(position_.data(), &call.position, sizeof(call.position));
+  std::memcpy(learn_.data(), &call.learn, sizeof(call.learn));
+  inputs_[0] = token_values_[call.graph].get();
+  inputs_[1] = position_value_.get();
+  inputs_[2] = learn_value_.get();
+  outputs_[0] = logit_values_[call.graph].get();
+  for (std::size_t state = 0; state + 1 < outputs_.size(); ++state) {
+    inputs_[3 + state] = static_cast<const StateBuffer*>(call.state[state])->value();
+    outputs_[1 + state] = static_cast<const StateBuffer*>(call.next_state[state])->value();
+  }
+}
+
+}  // namespace titans::core
