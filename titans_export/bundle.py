@@ -31,6 +31,18 @@ REQUIRED = (
     "initial_state",
     "files",
 )
+ENGINE_KEYS = (
+    "name",
+    "target",
+    "compiler",
+    "compiler_version",
+    "precision",
+    "device",
+    "sm",
+    "platform",
+    "memory",
+    "graphs",
+)
 _REMEDY = "export the checkpoint again or copy the bundle again"
 
 
@@ -75,6 +87,38 @@ class Bundle:
         from safetensors.numpy import load_file
 
         return load_file(self.path / self.manifest["initial_state"]["file"])
+
+
+def engines(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's engines, as far as this version reads them. Raises BundleError."""
+    found = manifest.get("engines", [])
+    if not isinstance(found, list) or not all(isinstance(engine, dict) for engine in found):
+        raise BundleError("bundle", "engines of the manifest to be a list of objects", repr(found)[:80], _REMEDY)
+    names = [engine.get("name") for engine in found]
+    for engine, name in zip(found, names, strict=True):
+        if missing := [key for key in ENGINE_KEYS if key not in engine]:
+            raise BundleError("bundle", f"key {missing[0]!r} in the engine {name!r}", "none", _REMEDY)
+        if not isinstance(name, str) or names.count(name) > 1:
+            raise BundleError("bundle", "engines of different names", repr(name), _REMEDY)
+        graphs = engine["graphs"]
+        if not isinstance(graphs, list) or not all(isinstance(g, dict) and {"graph", "file"} <= set(g) for g in graphs):
+            raise BundleError("bundle", f"graph and file of each graph of the engine {name}", "another", _REMEDY)
+        if unlisted := [g["file"] for g in graphs if g["file"] not in manifest["files"]]:
+            raise BundleError("bundle", f"{unlisted[0]!r} among the files of the manifest", "no such entry", _REMEDY)
+    return found
+
+
+def with_engine(
+    manifest: dict[str, Any], engine: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], set[str]]:
+    """The manifest with the engine, of these files, in place of one of its name; and the files that one had."""
+    dropped = {
+        graph["file"] for other in engines(manifest) if other["name"] == engine["name"] for graph in other["graphs"]
+    }
+    kept = {name: entry for name, entry in manifest["files"].items() if name not in dropped}
+    others = [other for other in engines(manifest) if other["name"] != engine["name"]]
+    listed = dict(sorted({**kept, **files}.items()))
+    return {**manifest, "engines": [*others, engine], "files": listed}, dropped
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -124,4 +168,5 @@ def read_bundle(path: Path) -> Bundle:
         entries.append(manifest["tokenizer"])
     if unlisted := [e.get("file") for e in entries if e.get("file") not in manifest["files"]]:
         raise BundleError("bundle", f"{unlisted[0]!r} among the files of the manifest", "no such entry", _REMEDY)
+    engines(manifest)
     return Bundle(path, manifest)

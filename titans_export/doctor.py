@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -63,13 +64,20 @@ def examine() -> list[Finding]:
             "install the CUDA toolkit from developer.nvidia.com/cuda-downloads",
             places=("/usr/local/cuda/bin/nvcc",),
         ),
-        _library("tensorrt", ("nvinfer",), "engines for Jetson and datacenter GPUs", "pip install tensorrt"),
+        _library(
+            "tensorrt",
+            ("nvinfer",),
+            "building and running engines on Jetson and datacenter GPUs",
+            "install JetPack on a Jetson, or TensorRT from developer.nvidia.com/tensorrt",
+        ),
+        _plugin(),
         _library(
             "tensorrt-rtx",
             ("tensorrt_rtx",),
-            "engines for RTX GPUs",
-            "install the SDK from developer.nvidia.com/tensorrt-rtx",
+            "engines for RTX GPUs, which it builds without one",
+            "pip install 'titans-export[rtx]'",
         ),
+        _cuda_provider(),
     ]
 
 
@@ -139,8 +147,6 @@ def _onnxruntime() -> Finding:
 
 def _onnxruntime_candidates() -> list[str]:
     """Where the runtime looks, in its order."""
-    import os
-
     if named := os.environ.get("TITANS_ONNXRUNTIME"):
         return [named]
     with suppress(ImportError):
@@ -229,6 +235,40 @@ def _gpus() -> list[str]:
         with suppress(OSError):
             models += re.findall(r"^Model:\s*(.+)$", path.read_text(), re.MULTILINE)
     return models
+
+
+def _plugin() -> Finding:
+    """Our plugin for TensorRT, beside the runtime's library or named by the environment."""
+    name, needed_for = "tensorrt plugin", "the memory in engines of TensorRT"
+    remedy = "build it, docs/tensorrt-plugin.md"
+    places = [Path(named)] if (named := os.environ.get("TITANS_TENSORRT_PLUGIN")) else []
+    with suppress(ImportError):
+        from titans_runtime._library import _library_path
+
+        places += sorted(Path(_library_path()).parent.glob("libtitans_tensorrt_plugin_*.so"))
+    found = [path for path in places if path.is_file()]
+    if not found:
+        return Finding(name, None, needed_for, remedy)
+    majors = [match[1] for path in found if (match := re.search(r"_plugin_(\d+)\.so$", path.name))]
+    version = "for TensorRT " + ", ".join(majors) if majors else "unknown"
+    return Finding(name, version, needed_for, remedy, ", ".join(map(str, found)))
+
+
+def _cuda_provider() -> Finding:
+    """ONNX Runtime's provider for CUDA, a library beside its own."""
+    name, needed_for, remedy = (
+        "onnxruntime CUDA",
+        "running on NVIDIA GPUs without an engine",
+        "pip install onnxruntime-gpu",
+    )
+    for path in _onnxruntime_candidates():
+        provider = Path(path).with_name("libonnxruntime_providers_cuda.so")
+        if not provider.is_file():
+            continue
+        with suppress(OSError, AttributeError):
+            version, _ = _ask_onnxruntime(path)
+            return Finding(name, version, needed_for, remedy, str(provider))
+    return Finding(name, None, needed_for, remedy)
 
 
 def _library(package: str, names: tuple[str, ...], needed_for: str, remedy: str) -> Finding:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle
+from .bundle import Bundle, engines
 
 OPERATOR_DOMAIN = "ai.titans"
 _BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -29,8 +29,20 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "state_bytes": sum(entry["bytes"] for entry in state),
         "files": _files(bundle),
         "hashes": "ok",
-        "targets": [{"backend": "onnxruntime", "device": "cpu"}],
+        "engines": engines(manifest),
+        "targets": [{"backend": "onnxruntime", "device": "cpu"}, *_engine_targets(manifest)],
     }
+
+
+def _engine_targets(manifest: dict[str, Any]) -> list[dict[str, str]]:
+    """Where the engines run, each once."""
+    found = []
+    for engine in engines(manifest):
+        device = " ".join([engine["device"], *(f"sm_{sm}" for sm in engine["sm"])])
+        target = {"backend": engine["compiler"], "device": device}
+        if target not in found and device != "cpu":
+            found.append(target)
+    return found
 
 
 def _state(entry: dict[str, Any]) -> dict[str, Any]:

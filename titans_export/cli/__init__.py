@@ -6,6 +6,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .build import build
 from .command import CONTEXT, NAME, Program
 from .doctor import doctor
 from .export import export
@@ -40,5 +41,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, run, verify, bench, inspect, doctor):
+for command in (export, build, run, verify, bench, inspect, doctor):
     main.add_command(command)

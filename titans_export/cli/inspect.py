@@ -47,10 +47,29 @@ def _text(facts: dict[str, Any]) -> str:
         "\n".join(head),
         table(("graph", "tokens", "align", "nodes", "most frequent operators"), graphs),
         _memories(facts["graphs"]),
+        _engines(facts),
         table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(facts['state_bytes'])}",
         table(("file", "size"), [(f["name"], size(f["bytes"])) for f in facts["files"]]),
     ]
     return "\n\n".join(section for section in sections if section)
+
+
+def _engines(facts: dict[str, Any]) -> str:
+    sizes = {file["name"]: file["bytes"] for file in facts["files"]}
+    rows = [
+        (
+            e["name"],
+            e["target"],
+            f"{e['compiler']} {e['compiler_version']}",
+            e["precision"],
+            e["memory"],
+            ", ".join(graph["graph"] for graph in e["graphs"]),
+            size(sum(sizes[graph["file"]] for graph in e["graphs"])),
+        )
+        for e in facts["engines"]
+    ]
+    header = ("engine", "target", "compiler", "precision", "memory", "graphs", "size")
+    return table(header, rows) if rows else ""
 
 
 def _memories(graphs: list[dict[str, Any]]) -> str:

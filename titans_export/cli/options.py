@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 bundle_argument = click.argument("bundle", type=PATH)
+engine_option = click.option(
+    "--engine", help="Engine of the bundle to insist on; none: the plain graphs.  [default: chosen by the device]"
+)
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,16 +31,18 @@ def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--threads", type=click.IntRange(0), default=0, help="Threads in a call; 0: the backend chooses."),
         click.option("--backend", help="Backend to insist on, such as onnxruntime.  [default: chosen by the device]"),
-        click.option("--device", default="cpu", help="Where to run."),
+        click.option("--device", default="cpu", help="Where to run: cpu, cuda or cuda:N."),
     ):
         function = option(function)
     return function
 
 
 def open_session(
-    bundle: Path, device: str, backend: str | None, threads: int, memory_kernel: str
+    bundle: Path, device: str, backend: str | None, threads: int, memory_kernel: str, engine: str | None = None
 ) -> titans_runtime.Session:
     """The bundle on the device. Needs numpy and the runtime, nothing else."""
     import titans_runtime
 
-    return titans_runtime.Session(bundle, device=device, backend=backend, threads=threads, memory_kernel=memory_kernel)
+    return titans_runtime.Session(
+        bundle, device=device, backend=backend, threads=threads, memory_kernel=memory_kernel, engine=engine
+    )

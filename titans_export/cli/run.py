@@ -17,7 +17,7 @@ import click
 
 from ..errors import UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH, bundle_argument, open_session, session_options
+from .options import PATH, bundle_argument, engine_option, open_session, session_options
 from .progress import progress_bar
 from .table import size
 
@@ -64,6 +64,7 @@ class Sampling:
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Same seed, same tokens.")
 @click.option("--stop", multiple=True, help="End after this text has been written; may be given again.")
 @click.option("--freeze", is_flag=True, help="Keep the memory as it is: read, but do not learn.")
+@engine_option
 @session_options
 @json_option
 def run(
@@ -78,6 +79,7 @@ def run(
     seed: int,
     stop: tuple[str, ...],
     freeze: bool,
+    engine: str | None,
     device: str,
     backend: str | None,
     threads: int,
@@ -95,7 +97,7 @@ def run(
     if start is None and text is None:
         start = _stdin_prompt()
 
-    session = open_session(bundle, device, backend, threads, memory_kernel)
+    session = open_session(bundle, device, backend, threads, memory_kernel, engine)
     from ..tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(session.info["tokenizer"], bundle)
@@ -105,6 +107,8 @@ def run(
     result: dict[str, Any] = {
         "bundle": str(bundle),
         "device": session.info["device"],
+        "engine": session.info["engine"],
+        "engine_reason": session.info["engine_reason"],
         "backend": session.info["backend"],
         "memory_kernel": session.info["memory_kernel"],
         "learning": not freeze,

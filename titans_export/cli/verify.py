@@ -11,7 +11,7 @@ import click
 
 from ..errors import CheckpointError, MismatchError, UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH, bundle_argument, open_session, session_options
+from .options import PATH, bundle_argument, engine_option, open_session, session_options
 from .progress import progress_bar
 from .table import number, table
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--cuts", type=click.IntRange(0), default=0, metavar="SEED", help="Seed of random cuts and tokens.")
 @click.option("--polygraphy", is_flag=True, help="Also compare each graph's ONNX Runtime with ONNX's NumPy reference.")
+@engine_option
 @session_options
 @json_option
 def verify(
@@ -50,6 +51,7 @@ def verify(
     tolerance: float | None,
     cuts: int,
     polygraphy: bool,
+    engine: str | None,
     device: str,
     backend: str | None,
     threads: int,
@@ -70,7 +72,7 @@ def verify(
 
     opened = read_bundle(bundle)
     limit = opened.tolerance if tolerance is None else tolerance
-    session = open_session(bundle, device, backend, threads, memory_kernel)
+    session = open_session(bundle, device, backend, threads, memory_kernel, engine)
     stream, reference = (
         _golden(opened, tokens) if against is None else _pytorch(opened, session, against, text, tokens, cuts)
     )

@@ -1,0 +1,1 @@
+"""Engines: a bundle's graphs, compiled for one device each. docs/engines.md."""

@@ -1,0 +1,224 @@
+"""Building engines into a bundle: every graph compiled, then the bundle written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import MANIFEST, Bundle, file_entry, read_bundle, with_engine
+from ..errors import BundleError, MachineError
+from ..files import check_output, replacing_file, replacing_folder
+from . import graphs, tensorrt, tensorrt_rtx
+from .machine import Machine, this_machine
+from .messages import Progress
+from .plan import Plan, Request, check_machine, check_memory, check_name, make_plan
+from .precision import lower_precision
+from .targets import ORT, RTX, TENSORRT
+from .vendor import Settings, build_plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a build did."""
+
+    bundle: str
+    engine: dict[str, Any]  # the manifest's entry
+    graphs: list[dict[str, Any]]  # graph, file, bytes, layers, engine_layers, warnings, seconds
+    estimate: dict[str, int]
+    workspace: int
+    notes: list[str]
+    seconds: float
+
+
+def build_engine(
+    path: Path,
+    request: Request,
+    *,
+    output: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda text: None,
+    step: Progress = lambda text: None,
+    vendor: Any = None,
+) -> Report:
+    """Builds an engine of the bundle at `path` into it, or into a copy of it at `output`.
+
+    `vendor` stands in for the vendor's module. Raises TitansError; then nothing is written.
+    """
+    began = time.monotonic()
+    bundle = read_bundle(path)
+    plan = make_plan(bundle, request)
+    check_name(plan, overwrite)
+    if output is not None and output.resolve() != path.resolve():
+        check_output(output, overwrite, MANIFEST)
+    notes = [note] if (note := check_memory(plan)) else []
+    if request.embed_plugin:
+        notes.append("titans_runtime runs no code from an engine's file: this one is for other programs")
+    machine = this_machine()
+    check_machine(plan, machine)
+    vendor = vendor or _find(plan)
+    target = (output or path).resolve()
+    reports, entries = [], []
+    # Beside the bundle, so that what is built is moved, not copied.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.build.", dir=target.parent) as name:
+        work = Path(name)
+        for number, graph in enumerate(plan.graphs, start=1):
+            progress(f"building {plan.name} of {graph['name']}, graph {number} of {len(plan.graphs)}")
+            started = time.monotonic()
+            file = work / plan.file(graph["name"])
+            known = _COMPILERS[plan.compiler](plan, graph, vendor, machine, work, file, step)
+            seconds = round(time.monotonic() - started, 2)
+            reports.append({"graph": graph["name"], "file": file.name, "bytes": file.stat().st_size, **known})
+            reports[-1]["seconds"] = seconds
+            entries.append({"graph": graph["name"], "file": file.name})
+        engine = _entry(plan, vendor, machine, entries)
+        _write(bundle, target, engine, work, overwrite)
+    return Report(
+        bundle=str(output or path),
+        engine=engine,
+        graphs=reports,
+        estimate=asdict(plan.estimate),
+        workspace=plan.workspace if plan.target.gpu else 0,
+        notes=notes,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def _find(plan: Plan) -> Any:
+    """The vendor's module, of a release that serves the target. Raises MachineError."""
+    if plan.compiler == TENSORRT:
+        vendor = tensorrt.find()
+        tensorrt.check(vendor, plan.target)
+        return vendor
+    if plan.compiler == RTX:
+        return tensorrt_rtx.find()
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _tensorrt(
+    plan: Plan, graph: dict[str, Any], vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
+) -> dict[str, Any]:
+    """Compiles a graph to `file`; returns what the report says of it."""
+    request, cache = plan.request, None
+    if request.timing_cache is not None:
+        cache = request.timing_cache.read_bytes() if request.timing_cache.exists() else b""
+    settings = Settings(workspace=plan.workspace, timing_cache=cache, profiles=request.profiles)
+    if plan.compiler == TENSORRT:
+        settings.plugin_library = tensorrt.plugin_library(
+            request.plugin_library, tensorrt.release(vendor.__version__)[0]
+        )
+        settings.embed_plugin = request.embed_plugin
+        settings.aliased = plan.alias == graphs.DECLARED
+        settings.open_here = True
+    else:
+        settings.capabilities = [plan.target.sm or 0]
+        settings.open_here = machine.find(plan.target.sm or 0) is not None
+    source = graphs.write_graph(plan.prepare(graph), work / "graph.onnx")
+    built = build_plan(vendor, source, settings, step)
+    file.write_bytes(built.plan)
+    if request.timing_cache is not None and built.timing_cache is not None:
+        with replacing_file(request.timing_cache) as aside:
+            aside.write_bytes(built.timing_cache)
+    return {"layers": built.layers, "engine_layers": built.engine_layers, "warnings": built.warnings}
+
+
+def _onnxruntime(
+    plan: Plan, graph: dict[str, Any], vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
+) -> dict[str, Any]:
+    from . import onnxruntime as ort
+
+    source = plan.source(graph)
+    if plan.target.gpu:
+        lowered = lower_precision(graphs.load_graph(source), plan.precision, memory=False)
+        model = ort.point_back(lowered, source)
+    else:
+        model = ort.optimise(source, work)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    layers: dict[str, int] = {}
+    for node in model.graph.node:
+        layers[node.op_type] = layers.get(node.op_type, 0) + 1
+    return {"layers": layers, "engine_layers": None, "warnings": []}
+
+
+_COMPILERS: dict[str, Callable[..., dict[str, Any]]] = {
+    TENSORRT: _tensorrt,
+    RTX: _tensorrt,
+    ORT: _onnxruntime,
+}
+
+
+def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's entry, as docs/bundle.md defines it."""
+    target, cuda, driver = plan.target, None, None
+    if plan.compiler == TENSORRT:
+        driver = machine.driver  # the one it was built with; older ones were not tried
+    elif plan.compiler == RTX:
+        driver = tensorrt_rtx.cuda_major() * 1000
+    if driver is not None:
+        cuda = f"{driver // 1000}.{driver % 1000 // 10}"
+    plugin = plan.compiler == TENSORRT
+    return {
+        "name": plan.name,
+        "target": target.name,
+        "compiler": plan.compiler,
+        "compiler_version": vendor.__version__,
+        "precision": plan.precision,
+        "device": "cuda" if target.gpu else "cpu",
+        "sm": [target.sm] if target.gpu else [],
+        "platform": target.platform if target.gpu else machine.platform,
+        "cuda": cuda,
+        "driver": driver,
+        "memory": {TENSORRT: "plugin", RTX: "standard-operators", ORT: "either"}[plan.compiler],
+        "plugin": graphs.PLUGIN if plugin else None,
+        "alias": plan.alias,
+        "state_in_place": plan.in_place,
+        "graphs": entries,
+    }
+
+
+def _write(before: Bundle, target: Path, engine: dict[str, Any], work: Path, overwrite: bool) -> None:
+    """The bundle with the engine, aside, then under its name. What others did to it meanwhile stays."""
+    bundle = read_bundle(before.path)
+    same = target == before.path.resolve()
+    changed = [
+        graph["file"]
+        for graph in before.manifest["graphs"]
+        if bundle.manifest["files"].get(graph["file"]) != before.manifest["files"][graph["file"]]
+    ]
+    if changed:
+        raise BundleError("build", f"{changed[0]} as it was when the build began", "another", "build the engine again")
+    files = {entry["file"]: file_entry(work / entry["file"]) for entry in engine["graphs"]}
+    manifest, dropped = with_engine(bundle.manifest, engine, files)
+    with replacing_folder(target, overwrite=same or overwrite, marker=MANIFEST) as aside:
+        for path in bundle.path.iterdir():
+            if path.name not in dropped and path.name != MANIFEST:
+                _take(path, aside / path.name)
+        for name in files:
+            os.replace(work / name, aside / name)
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _take(path: Path, to: Path) -> None:
+    """A copy of what is in the old bundle: ONNX takes no weights from files with several hard links."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, to, symlinks=True)
+    else:
+        shutil.copy2(path, to, follow_symlinks=False)
+
+
+def refusal(plan: Plan) -> str | None:
+    """Why this machine cannot build the plan, or nothing."""
+    try:
+        check_machine(plan, this_machine())
+        _find(plan)
+    except MachineError as error:
+        return str(error)
+    return None

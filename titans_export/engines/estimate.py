@@ -1,0 +1,79 @@
+"""How much memory an engine will take, before it is built. docs/engines.md has the formula and what it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from onnx import GraphProto, ModelProto, TensorProto
+
+from .targets import Target
+
+MIB, GIB = 1 << 20, 1 << 30
+# Allowances, not measurements: the CUDA context with the vendor's libraries, and the system where memory is shared.
+LIBRARIES, SYSTEM = 512 * MIB, GIB
+# The Python process and, per byte of weights, the parsed graph and the engine. Measured with TensorRT-RTX 1.7.1,
+# without a GPU, on graphs of 4 MiB, 256 MiB and 1 GiB of weights.
+PROCESS, COPIES = 256 * MIB, 2
+_LARGEST_WORKSPACE = 4 * GIB
+_BYTES: dict[int, int] = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+_ONE_BYTE = (TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `build` counts what is in the target's memory while it builds there; 0 where it is built elsewhere."""
+
+    weights: int  # of all graphs, as each engine holds its own
+    state: int  # of one stream
+    activations: int
+    workspace: int
+    build: int
+    run: int
+
+
+def default_workspace(target: Target) -> int:
+    """The builder's limit where none is given: a quarter of the memory, 4 GiB at most."""
+    return min(target.memory // 4, _LARGEST_WORKSPACE)
+
+
+def estimate(target: Target, models: Iterable[ModelProto], state: int, workspace: int, here: bool) -> Estimate:
+    """For the graphs in the precision they will have. `here`: the target itself builds."""
+    weights, activations = [], []
+    for model in models:
+        weights.append(sum(_size(tensor.dims, tensor.data_type) for tensor in model.graph.initializer))
+        activations.append(live_bytes(model.graph))
+    largest = max(weights, default=0)
+    device = largest + state + max(activations, default=0) + workspace + LIBRARIES
+    host = PROCESS + COPIES * largest + SYSTEM if target.shared_memory else 0
+    run = sum(weights) + state + sum(activations) + LIBRARIES + (SYSTEM if target.shared_memory else 0)
+    if not target.gpu:
+        device, run = 0, sum(weights) + state + sum(activations)
+    build = device + host if here and target.gpu else 0
+    return Estimate(sum(weights), state, sum(activations), workspace, build, run)
+
+
+def live_bytes(graph: GraphProto) -> int:
+    """The most bytes of values that are alive at one moment, in the order of the nodes. Unknown shapes count as 0."""
+    sizes = {
+        value.name: _size(
+            [max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim], value.type.tensor_type.elem_type
+        )
+        for value in (*graph.value_info, *graph.output)
+    }
+    last = {name: i for i, node in enumerate(graph.node) for name in node.input}
+    last.update({value.name: len(graph.node) for value in graph.output})
+    alive, most = 0, 0
+    ending: dict[int, int] = {}
+    for i, node in enumerate(graph.node):
+        for name in node.output:
+            alive += sizes.get(name, 0)
+            ending[last.get(name, i)] = ending.get(last.get(name, i), 0) + sizes.get(name, 0)
+        most = max(most, alive)
+        alive -= ending.pop(i, 0)
+    return most
+
+
+def _size(shape: Iterable[int], element: int) -> int:
+    return math.prod(shape) * (1 if element in _ONE_BYTE else _BYTES.get(element, 4))

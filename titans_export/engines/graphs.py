@@ -1,0 +1,195 @@
+"""A bundle's graphs as compilers take them: inlined, or with the memory as a plugin's node."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper, inliner
+from onnx.external_data_helper import load_external_data_for_model
+
+from ..errors import BundleError
+
+DOMAIN, OPERATOR = "ai.titans", "NeuralMemory"
+PLUGIN = {"name": OPERATOR, "namespace": DOMAIN, "version": "1"}
+INPUTS = (
+    "state", "q", "k", "v", "step_size", "momentum", "forget_gate", "fill", "learn", "valid", "slots", "update_limit",
+    "norm_scale",
+)  # fmt: skip
+OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}
+DECLARED, UNDECLARED, TWO_BUFFERS = "declared", "undeclared", "two-buffers"
+ALIASES = (DECLARED, UNDECLARED, TWO_BUFFERS)
+_SHAPE_ONLY = {"Shape", "Size"}  # what takes no values from its input, so proves no order
+_EXTERNAL_BYTES = 1024  # smaller initialisers stay inside a graph's file
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph with its weights, its functions as they are."""
+    model = onnx.load(str(path), load_external_data=False)
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def write_graph(model: onnx.ModelProto, path: Path) -> Path:
+    """Writes the graph, its large weights into a file beside it, so that no size is too large for protobuf."""
+    data = path.with_suffix(".data")
+    data.unlink(missing_ok=True)
+    onnx.save_model(
+        copy.deepcopy(model),  # which turns its weights into references
+        str(path),
+        save_as_external_data=True,
+        location=data.name,
+        size_threshold=_EXTERNAL_BYTES,
+    )
+    if data.exists():
+        data.chmod(path.stat().st_mode & 0o777)  # onnx makes it private
+    return path
+
+
+def is_memory(node: onnx.NodeProto) -> bool:
+    """Whether the node is a memory's."""
+    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """An attribute's value, text as str; None where there is none."""
+    for entry in node.attribute:
+        if entry.name == name:
+            value = helper.get_attribute_value(entry)
+            return value.decode() if isinstance(value, bytes) else value
+    return None
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph in ONNX's own operators alone. Raises BundleError where one is left that is not."""
+    inlined = inliner.inline_local_functions(model)
+    kept = [entry for entry in inlined.opset_import if entry.domain in ("", "ai.onnx")]
+    for node in _all_nodes(inlined.graph):
+        # A foreign node would be taken for a plugin, and TensorRT-RTX ends the process when it meets one.
+        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+            raise BundleError(
+                "build",
+                "operators of ONNX alone once functions are inlined",
+                f"{node.domain or 'ai.onnx'}::{node.op_type} (node {node.name!r})",
+                "export the checkpoint again",
+            )
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(kept)
+    return inlined
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for entry in node.attribute:
+            if entry.HasField("g"):
+                yield from _all_nodes(entry.g)
+
+
+def in_place(models: Iterable[onnx.ModelProto], state: Sequence[dict[str, Any]]) -> list[str]:
+    """The state tensors that one buffer may serve as input and output of the memory's plugin, in every graph."""
+    names = [entry["name"] for entry in state]
+    for model in models:
+        names = [entry["name"] for entry in state if entry["name"] in names and _may_share(model.graph, entry)]
+    return names
+
+
+def _may_share(graph: onnx.GraphProto, entry: dict[str, Any]) -> bool:
+    """Whether memory nodes alone lead from the old state to the new, and everyone else reads before it is overwritten.
+
+    Others read before where they are memory nodes themselves and the update needs what they give.
+    """
+    chain = _chain(graph, entry["output"])
+    if not chain or chain[0].input[0] != entry["input"]:
+        return False
+    captured = {name for node in graph.node for inner in _inner(node) for name in inner.input}
+    given = {value.name for value in graph.output}
+    for update in chain:
+        rows = update.input[0]
+        others = [node for node in graph.node if rows in node.input and node.output[0] != update.output[0]]
+        before = _ancestors(graph, update)
+        if rows in captured or rows in given or list(update.input).count(rows) != 1:
+            return False
+        if not all(is_memory(node) and node.output[0] in before for node in others):
+            return False
+    return True
+
+
+def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+    """The memory updates that make a value one from the other's rows, in their order."""
+    makers = {name: node for node in graph.node for name in node.output}
+    found: list[onnx.NodeProto] = []
+    while (node := makers.get(output)) is not None and is_memory(node) and attribute(node, "mode") == "update":
+        if node.output[1] != output:
+            return []
+        found.insert(0, node)
+        output = node.input[0]
+    return found
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    for entry in node.attribute:
+        if entry.HasField("g"):
+            yield from _all_nodes(entry.g)
+
+
+def _ancestors(graph: onnx.GraphProto, node: onnx.NodeProto) -> set[str]:
+    """The first outputs of the nodes whose values the node needs."""
+    makers = {name: maker for maker in graph.node for name in maker.output}
+    found: set[str] = set()
+    waiting = [makers[name] for name in node.input if name in makers]
+    while waiting:
+        maker = waiting.pop()
+        if maker.output[0] not in found and maker.op_type not in _SHAPE_ONLY:
+            found.add(maker.output[0])
+            waiting += [makers[name] for name in maker.input if name in makers]
+    return found
+
+
+def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> onnx.ModelProto:
+    """The graph for full TensorRT: memory nodes as its parser gives them to the plugin, and no functions.
+
+    `shared` are the state inputs that one buffer serves; nodes of any other state have two.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    # A function of the same name would win over the plugin.
+    del result.functions[:]
+    used = {name for node in _all_nodes(result.graph) for name in node.input} | {v.name for v in result.graph.output}
+    updates = [node for node in result.graph.node if is_memory(node) and attribute(node, "mode") == "update"]
+    roots = {node.output[0]: _chain(result.graph, node.output[1])[0].input[0] for node in updates}
+    whole_numbers: dict[str, str] = {}  # of what is bool, which TensorRT does not give to plugins
+    for node in result.graph.node:
+        if not is_memory(node):
+            continue
+        mode = attribute(node, "mode")
+        given = [name for name, value in zip(INPUTS, node.input, strict=False) if value]
+        outputs = [name for name, value in zip(OUTPUTS[mode], node.output, strict=False) if value in used]
+        if outputs != list(OUTPUTS[mode][: len(outputs)]):  # an unused one between used ones stays
+            outputs = list(OUTPUTS[mode][: 1 + max(OUTPUTS[mode].index(name) for name in outputs)])
+        own = alias if roots.get(node.output[0]) in shared else TWO_BUFFERS
+        present = [value for value in node.input if value]
+        if "learn" in given:
+            at = given.index("learn")
+            present[at] = whole_numbers.setdefault(present[at], f"{present[at]}.int64")
+        node.ClearField("overload")
+        del node.input[:], node.output[len(outputs) :]
+        node.input.extend(present)
+        added = {
+            "plugin_namespace": PLUGIN["namespace"],
+            "plugin_version": PLUGIN["version"],
+            "alias": own,
+            "inputs": ",".join(given),
+            "outputs": ",".join(outputs),
+        }
+        if attribute(node, "storage") is None:
+            added["storage"] = "float32"
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in added.items())
+    for name, converted in whole_numbers.items():
+        makers = [index for index, node in enumerate(result.graph.node) if name in node.output]
+        cast = helper.make_node("Cast", [name], [converted], name=converted, to=TensorProto.INT64)
+        result.graph.node.insert(makers[0] + 1 if makers else 0, cast)
+    return result

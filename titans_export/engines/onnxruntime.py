@@ -1,0 +1,78 @@
+"""ONNX Runtime: for the CPU a graph optimised ahead of time, for CUDA the graph in its precision.
+
+Weights stay where they are, in the bundle's weights.safetensors; an engine's file has only what is new. The memory's
+function bodies stay too, so a session runs with our kernel registered or without.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import uses_external_data
+
+from ..errors import MachineError
+from .graphs import DOMAIN, is_memory
+
+_DOMAINS = ("", "ai.titans", "com.microsoft")
+
+
+def optimise(source: Path, work: Path) -> ModelProto:
+    """What ONNX Runtime makes of the graph, by rewrites that no instruction set decides: any CPU may run it."""
+    options = onnxruntime.SessionOptions()
+    # The level above also lays tensors out for the machine it runs on.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    optimised = work / "optimised.onnx"
+    options.optimized_model_filepath = str(optimised)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+    # With the kernel's operator registered, memory nodes stay nodes; else their functions would be written out.
+    options.register_custom_ops_library(str(kernel_library()))
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(str(optimised))
+    original = onnx.load(str(source), load_external_data=False)
+    model.functions.extend(original.functions)
+    kept = [entry for entry in model.opset_import if entry.domain in _DOMAINS]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    model.producer_name, model.producer_version = original.producer_name, original.producer_version
+    missing = {node.overload for node in model.graph.node if is_memory(node)} - {f.overload for f in model.functions}
+    if missing or not any(node.domain == DOMAIN for node in model.graph.node):
+        raise MachineError(
+            "build", "ONNX Runtime to keep the memory's nodes", f"{onnxruntime.__version__}, which does not",
+            "pip install -U onnxruntime",
+        )  # fmt: skip
+    return point_back(model, source)
+
+
+def kernel_library() -> Path:
+    """The library of custom operators beside the runtime. Raises MachineError where it is missing."""
+    from titans_runtime._library import _library_path
+
+    path = Path(_library_path()).with_name("libtitans_onnxruntime_ops.so")
+    if not path.is_file():
+        remedy = "install titans-runtime again, with Highway's headers in .deps"
+        raise MachineError("build", "the memory's kernel for ONNX Runtime", f"no {path}", remedy)
+    return path
+
+
+def point_back(model: ModelProto, source: Path) -> ModelProto:
+    """Weights that are the bundle's own become references into its file again."""
+    references = {t.name: t for t in onnx.load(str(source), load_external_data=False).graph.initializer}
+    values = {t.name: t for t in onnx.load(str(source)).graph.initializer}
+    result = ModelProto()
+    result.CopyFrom(model)
+    for tensor in result.graph.initializer:
+        reference = references.get(tensor.name)
+        if reference is not None and uses_external_data(reference) and _equal(tensor, values[tensor.name]):
+            tensor.CopyFrom(reference)
+        else:
+            tensor.ClearField("external_data")
+            tensor.data_location = TensorProto.DEFAULT
+    return result
+
+
+def _equal(a: TensorProto, b: TensorProto) -> bool:
+    return a.data_type == b.data_type and list(a.dims) == list(b.dims) and bool(a.raw_data == b.raw_data)

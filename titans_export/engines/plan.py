@@ -1,0 +1,202 @@
+"""What a build will do, decided and checked before anything is built."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from ..bundle import Bundle, engines
+from ..errors import MachineError, UsageError
+from . import estimate as memory
+from . import graphs, tensorrt, tensorrt_rtx
+from .machine import Machine
+from .precision import lower_precision
+from .targets import FP32, ORT, RTX, TENSORRT, Target, find_target
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SUFFIXES = {TENSORRT: "engine", RTX: "engine", ORT: "onnx"}
+_SHORT = {TENSORRT: "trt", RTX: "rtx", ORT: "ort"}
+TIGHT = 0.75  # of a target's memory: beyond it a note is said
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for. None and empty: the default."""
+
+    target: str
+    precision: str = FP32
+    compiler: str | None = None
+    name: str | None = None
+    graphs: Sequence[str] = ()
+    alias: str | None = None
+    workspace_limit: int | None = None  # MiB
+    timing_cache: Path | None = None
+    profiles: dict[str, tuple[Shape, Shape, Shape]] = field(default_factory=dict)
+    plugin_library: Path | None = None
+    embed_plugin: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built."""
+
+    request: Request
+    bundle: Bundle
+    target: Target
+    compiler: str
+    name: str
+    graphs: list[dict[str, Any]]  # the manifest's entries
+    alias: str | None
+    in_place: list[str]
+    workspace: int
+    estimate: memory.Estimate
+
+    @property
+    def precision(self) -> str:
+        """The precision of the matrix products."""
+        return self.request.precision
+
+    def file(self, graph: str) -> str:
+        """The engine's file of a graph."""
+        return f"{self.name}.{graph}.{_SUFFIXES[self.compiler]}"
+
+    def source(self, graph: dict[str, Any]) -> Path:
+        """The graph's own file."""
+        return self.bundle.path / str(graph["file"])
+
+    def prepare(self, graph: dict[str, Any]) -> ModelProto:
+        """The graph as the compiler's parser takes it."""
+        model = graphs.load_graph(self.source(graph))
+        lowered = lower_precision(model, self.precision, memory=self.compiler == TENSORRT)
+        if self.compiler == RTX:
+            return graphs.inline(lowered)
+        if self.compiler == TENSORRT:
+            inputs = [entry["input"] for entry in self.bundle.manifest["state"] if entry["name"] in self.in_place]
+            return graphs.with_plugin(lowered, self.alias or graphs.TWO_BUFFERS, inputs)
+        return lowered
+
+
+def make_plan(bundle: Bundle, request: Request) -> Plan:
+    """Decides everything. Raises UsageError, and MachineError where target and compiler do not go together."""
+    target = find_target(request.target)
+    compiler = request.compiler or target.compilers[0]
+    _check_options(request, target, compiler)
+    name = request.name or _default_name(target, request.precision, compiler)
+    if not _NAME.fullmatch(name) or name == "none":
+        raise UsageError("build", "a name of letters, digits, '.', '_' and '-'", repr(name), "give another --name")
+    chosen = _choose_graphs(bundle, request.graphs)
+    state = bundle.manifest["state"]
+    models = [graphs.load_graph(bundle.path / graph["file"]) for graph in chosen]
+    alias, in_place = None, []
+    if compiler == TENSORRT:
+        alias = request.alias or graphs.UNDECLARED
+        in_place = [] if alias == graphs.TWO_BUFFERS else graphs.in_place(models, state)
+        alias = alias if in_place else graphs.TWO_BUFFERS
+    workspace = memory.default_workspace(target)
+    if request.workspace_limit is not None:
+        workspace = request.workspace_limit << 20
+    lowered = [lower_precision(model, request.precision, memory=compiler == TENSORRT) for model in models]
+    estimated = memory.estimate(
+        target, lowered, _state_bytes(state, in_place), workspace if target.gpu else 0, here=compiler == TENSORRT
+    )
+    return Plan(request, bundle, target, compiler, name, chosen, alias, in_place, workspace, estimated)
+
+
+def check_memory(plan: Plan) -> str | None:
+    """Refuses an engine that its target cannot hold or build; says where it gets tight. Raises MachineError."""
+    target, estimated = plan.target, plan.estimate
+    need = max(estimated.build, estimated.run)
+    what = f"about {_gib(need)} to {'build' if need == estimated.build else 'run'} on {target.name}"
+    if not target.gpu:
+        return None
+    if need > target.memory:
+        remedy = "give a smaller --workspace-limit, a lower --precision or fewer --graph"
+        raise MachineError("build", f"at most {target.memory_gib} GiB, the memory of {target.name}", what, remedy)
+    if need > TIGHT * target.memory:
+        return f"{what}, which has {target.memory_gib} GiB"
+    return None
+
+
+def check_machine(plan: Plan, machine: Machine) -> None:
+    """Refuses to build where that compiler cannot build for that target. Raises MachineError."""
+    if plan.compiler == TENSORRT:
+        tensorrt.check_machine(plan.target, machine)
+    elif plan.compiler == RTX:
+        tensorrt_rtx.check_machine(plan.target, machine)
+
+
+def where(plan: Plan) -> str:
+    """Where the engine can be built."""
+    if plan.compiler == TENSORRT:
+        return f"on the {plan.target.device} itself, with {plan.target.system or 'TensorRT'}"
+    if plan.compiler == RTX:
+        return f"on any {plan.target.platform} machine with tensorrt-rtx, GPU or not"
+    return "anywhere"
+
+
+def _check_options(request: Request, target: Target, compiler: str) -> None:
+    if request.precision not in target.precisions:
+        known = " or ".join(target.precisions)
+        raise UsageError("build", f"--precision {known} for {target.name}", request.precision, "take that one")
+    if compiler == RTX:
+        tensorrt_rtx.check_target(target)
+    if compiler not in target.compilers:
+        known = " or ".join(target.compilers)
+        raise MachineError("build", f"--compiler {known} for {target.name}", compiler, "take one of these")
+    for option, given, served in (
+        ("--alias", request.alias, (TENSORRT,)),
+        ("--plugin-library", request.plugin_library, (TENSORRT,)),
+        ("--embed-plugin", request.embed_plugin, (TENSORRT,)),
+        ("--timing-cache", request.timing_cache, (TENSORRT,)),
+        ("--profile", request.profiles, (TENSORRT, RTX)),
+        ("--workspace-limit", request.workspace_limit, (TENSORRT, RTX)),
+    ):
+        if given and compiler not in served:
+            raise UsageError("build", f"{option} with --compiler {' or '.join(served)}", compiler, "leave it out")
+
+
+def _default_name(target: Target, precision: str, compiler: str) -> str:
+    other = "" if compiler == target.compilers[0] else f"-{_SHORT[compiler]}"
+    return f"{target.name}-{precision}{other}"
+
+
+def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    known: list[dict[str, Any]] = bundle.manifest["graphs"]
+    names = [graph["name"] for graph in known]
+    if unknown := [name for name in wanted if name not in names]:
+        raise UsageError("build", f"--graph of {', '.join(names)}", unknown[0], "give one of these")
+    chosen = [graph for graph in known if not wanted or graph["name"] in wanted]
+    if not any(graph["tokens"] == 1 and graph["align"] == 1 for graph in chosen):
+        single = next(graph["name"] for graph in known if graph["tokens"] == 1)
+        raise UsageError(
+            "build", "a graph that takes one token anywhere", f"{', '.join(wanted)}", f"add --graph {single}"
+        )
+    return chosen
+
+
+def check_name(plan: Plan, overwrite: bool) -> None:
+    """Refuses to write over what is not to be written over. Raises UsageError."""
+    own = {entry["file"] for e in engines(plan.bundle.manifest) if e["name"] == plan.name for entry in e["graphs"]}
+    if own and not overwrite:
+        remedy = "give --overwrite to build it again, or another --name"
+        raise UsageError("build", f"no engine {plan.name} in {plan.bundle.path}", "one", remedy)
+    taken = {path.name for path in plan.bundle.path.iterdir()} - own
+    for graph in plan.graphs:
+        if (file := plan.file(graph["name"])) in taken:
+            raise UsageError("build", f"no file {file} in {plan.bundle.path}", "one", "give another --name")
+
+
+def _state_bytes(state: Sequence[dict[str, Any]], in_place: Sequence[str]) -> int:
+    return sum(4 * math.prod(entry["shape"]) * (1 if entry["name"] in in_place else 2) for entry in state)
+
+
+def _gib(count: int) -> str:
+    return f"{count / memory.GIB:.1f} GiB"

@@ -1,0 +1,128 @@
+"""Graphs whose matrix products take float16 or bfloat16, and nothing else does.
+
+The products outside of the memory are most of a model's bytes and time. Norms, softmax, residuals, the state and the
+memory's mathematics stay float32, and so do a graph's inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..errors import TitansError
+from .graphs import is_memory
+from .targets import BF16, FP16, FP32
+
+ELEMENT = {FP32: TensorProto.FLOAT, FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
+_PRODUCTS = {"MatMul", "Gemm", "Conv"}
+_QUERY, _VALUE = 1, 3  # q, k and v among a memory's inputs
+_LARGEST = {FP16: 65504.0, BF16: 3.3895313892515355e38}
+
+
+class PrecisionError(TitansError):
+    """Weights that the precision cannot hold."""
+
+
+def lower_precision(model: ModelProto, precision: str, memory: bool) -> ModelProto:
+    """The graph in the precision. With `memory` the memory's q, k, v and y are of its type too, as our plugin takes.
+
+    The model has its weights inside. Raises PrecisionError where one does not fit.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    if precision != FP32:
+        _Pass(result.graph, precision).run(memory)
+    return result
+
+
+class _Pass:
+    def __init__(self, graph: GraphProto, precision: str) -> None:
+        self.graph, self.precision, self.element = graph, precision, ELEMENT[precision]
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
+        self.types.update({name: tensor.data_type for name, tensor in self.weights.items()})
+        self.low: dict[str, str] = {}  # float32 value to its low twin
+        self.nodes: list[NodeProto] = []
+
+    def run(self, memory: bool) -> None:
+        for node in list(self.graph.node):
+            if memory and is_memory(node):
+                last = min(_VALUE, len(node.input) - 1)
+                self._convert(node, [i for i in range(_QUERY, last + 1) if node.input[i]])
+            elif node.op_type in _PRODUCTS and node.domain == "" and self._is_float32(node):
+                self._convert(node, [i for i, name in enumerate(node.input) if name])
+            else:
+                self.nodes.append(node)
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        del self.graph.node[:]
+        self.graph.node.extend(copies)
+        self._drop_unused()
+
+    def _is_float32(self, node: NodeProto) -> bool:
+        """Whether it is, as far as the graph says."""
+        return all(self.types.get(name, TensorProto.FLOAT) == TensorProto.FLOAT for name in node.input if name)
+
+    def _convert(self, node: NodeProto, places: list[int]) -> None:
+        """Inputs at `places` cast down, the first output cast back up under its old name."""
+        for i in places:
+            node.input[i] = self._lowered(node.input[i])
+        name = node.output[0]
+        node.output[0] = f"{name}.{self.precision}"
+        self.nodes.append(node)
+        self.nodes.append(_cast(node.output[0], name, TensorProto.FLOAT))
+
+    def _lowered(self, name: str) -> str:
+        if name not in self.low:
+            self.low[name] = f"{name}.{self.precision}"
+            if name in self.weights:
+                self.graph.initializer.append(self._weight(self.weights[name], self.low[name]))
+            else:
+                self.nodes.append(_cast(name, self.low[name], self.element))
+        return self.low[name]
+
+    def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
+        value = numpy_helper.to_array(tensor)
+        largest = float(np.abs(value).max(initial=0.0))
+        if not largest <= _LARGEST[self.precision]:  # which NaN is not either
+            raise PrecisionError(
+                "build",
+                f"weights within {_LARGEST[self.precision]:g}, which {self.precision} holds",
+                f"{largest:g} in {tensor.name}",
+                f"take --precision {BF16 if self.precision == FP16 and np.isfinite(largest) else FP32}",
+            )
+        raw = value.astype(np.float16) if self.precision == FP16 else to_bfloat16(value.astype(np.float32))
+        return helper.make_tensor(name, self.element, value.shape, raw.tobytes(), raw=True)
+
+    def _drop_unused(self) -> None:
+        used = {name for node in self.graph.node for name in _names(node)} | {v.name for v in self.graph.output}
+        kept = [TensorProto.FromString(t.SerializeToString()) for t in self.graph.initializer if t.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+
+
+def to_bfloat16(value: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of finite numbers as bfloat16, to the nearest, ties to even."""
+    bits = np.ascontiguousarray(value).view(np.uint32)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def _cast(source: str, target: str, element: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"cast:{target}", to=element)
+
+
+def _values(graph: GraphProto) -> list[Any]:
+    return [*graph.input, *graph.value_info, *graph.output]
+
+
+def _names(node: NodeProto) -> set[str]:
+    """What a node reads, its branches included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            names |= {name for inner in attribute.g.node for name in _names(inner)}
+            names |= {value.name for value in attribute.g.output}
+    return names

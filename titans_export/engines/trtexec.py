@@ -1,0 +1,65 @@
+"""The same build as lines of trtexec, for who builds on the device without Python."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from ..errors import UsageError
+from ..files import replacing_folder
+from . import graphs, tensorrt
+from .plan import Plan
+from .targets import TENSORRT
+
+SCRIPT = "build.sh"
+_PREVIEW = "aliasedPluginIO1003"
+
+
+def lines(plan: Plan) -> list[str]:
+    """One line for each graph, for the folder that holds the prepared graphs. Raises UsageError."""
+    if plan.compiler != TENSORRT:
+        raise UsageError("build", "--emit-trtexec with the compiler tensorrt", plan.compiler, "build it here instead")
+    return [shlex.join(_arguments(plan, graph["name"])) for graph in plan.graphs]
+
+
+def _arguments(plan: Plan, graph: str) -> list[str]:
+    request = plan.request
+    library = request.plugin_library or Path(tensorrt.library_name(plan.target.tensorrt[0]))
+    arguments = [
+        "trtexec",
+        f"--onnx={source_name(plan, graph)}",
+        f"--saveEngine={plan.file(graph)}",
+        f"--dynamicPlugins={library}",
+        *([f"--setPluginsToSerialize={library}"] if request.embed_plugin else []),
+        "--stronglyTyped",
+        "--noTF32",
+        f"--memPoolSize=workspace:{plan.workspace >> 20}M",
+        "--profilingVerbosity=detailed",
+        "--skipInference",
+    ]
+    if plan.alias == graphs.DECLARED:
+        arguments.append(f"--preview=+{_PREVIEW}")
+    if request.timing_cache:
+        arguments.append(f"--timingCacheFile={request.timing_cache}")
+    for place, word in enumerate(("min", "opt", "max")):
+        if request.profiles:
+            shapes = (f"{name}:{'x'.join(map(str, three[place]))}" for name, three in request.profiles.items())
+            arguments.append(f"--{word}Shapes={','.join(shapes)}")
+    return arguments
+
+
+def source_name(plan: Plan, graph: str) -> str:
+    """The prepared graph's file."""
+    return f"{plan.name}.{graph}.onnx"
+
+
+def write_folder(plan: Plan, folder: Path, overwrite: bool) -> list[Path]:
+    """Writes the prepared graphs and a script with the lines into a new folder; returns what it holds."""
+    text = "\n".join(lines(plan))
+    with replacing_folder(folder, overwrite, SCRIPT) as aside:
+        for graph in plan.graphs:
+            graphs.write_graph(plan.prepare(graph), aside / source_name(plan, graph["name"]))
+        script = aside / SCRIPT
+        script.write_text(f'#!/bin/sh\nset -e\ncd "$(dirname "$0")"\n{text}\n', encoding="utf-8")
+        script.chmod(0o755)
+    return sorted(folder.iterdir())

@@ -1,0 +1,215 @@
+"""What building has in common for full TensorRT and TensorRT-RTX: the vendor's module is a parameter.
+
+The log is read after every step, since some calls only log that they failed and give an engine all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from ..errors import MachineError, UsageError
+from .messages import BuildError, Progress, explain, interruptible, make_log, make_monitor
+
+_DTYPES = {
+    TensorProto.FLOAT: "FLOAT",
+    TensorProto.INT64: "INT64",
+    TensorProto.BOOL: "BOOL",
+    TensorProto.FLOAT16: "HALF",
+    TensorProto.BFLOAT16: "BF16",
+    TensorProto.INT32: "INT32",
+}
+
+
+@dataclass
+class Settings:
+    """How to build, for any device."""
+
+    workspace: int | None = None  # bytes
+    timing_cache: bytes | None = None  # empty: a new one
+    profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    aliased: bool = False  # a plugin declares that an output is its input's buffer
+    plugin_library: Path | None = None
+    embed_plugin: bool = False
+    capabilities: Sequence[int] = ()  # TensorRT-RTX: the compute capabilities to build for
+    open_here: bool = False  # this machine can run the engine, so it is opened once and asked for its layers
+
+
+@dataclass
+class Built:
+    """An engine and what is known of it."""
+
+    plan: memoryview  # of the vendor's own buffer: a copy would take an engine's size again
+    layers: dict[str, int]  # of the network, by kind
+    engine_layers: list[str] | None  # as the engine's inspector says; None where it cannot be opened
+    timing_cache: bytes | None
+    warnings: list[str]
+
+
+def build_plan(trt: Any, path: Path, settings: Settings, progress: Progress = lambda text: None) -> Built:
+    """Builds the graph at `path` with the vendor's module. Raises BuildError."""
+    log = make_log(trt)
+    builder = trt.Builder(log)
+    if settings.plugin_library:
+        _load_plugin(builder.get_plugin_registry(), settings.plugin_library, log)
+    network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
+    parse(trt, network, path, log)
+    return build_network(trt, builder, network, settings, log, progress)
+
+
+def build_network(
+    trt: Any, builder: Any, network: Any, settings: Settings, log: Any, progress: Progress = lambda text: None
+) -> Built:
+    """Builds what has been parsed. Raises BuildError, also for what the vendor only logs."""
+    config = _configure(trt, builder, network, settings, log)
+    layers = Counter(network.get_layer(i).type.name.lower() for i in range(network.num_layers))
+    with interruptible() as interrupted:
+        monitor = make_monitor(trt, progress, interrupted)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    log.check("engine")
+    if plan is None:
+        raise BuildError("build", "an engine", "none, and no word why", "report this with the bundle")
+    data = memoryview(plan)
+    cache = config.get_timing_cache() if settings.timing_cache is not None else None
+    return Built(
+        plan=data,
+        layers=dict(layers.most_common()),
+        engine_layers=_inspect(trt, data, settings) if settings.open_here else None,
+        timing_cache=bytes(cache.serialize()) if cache is not None else None,
+        warnings=log.texts("WARNING"),
+    )
+
+
+def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
+    """Reads the graph into the network, and checks that its inputs and outputs are the graph's."""
+    parser = trt.OnnxParser(network, log)
+    parsed = parser.parse_from_file(str(path))
+    if not parsed or parser.num_errors:
+        raise BuildError("parser", "a graph it can read", explain(parser, log), "report this with the bundle")
+    log.check("parser")
+    graph = onnx.load(str(path), load_external_data=False).graph
+    for what, values, count, get in (
+        ("input", graph.input, network.num_inputs, network.get_input),
+        ("output", graph.output, network.num_outputs, network.get_output),
+    ):
+        expected = {value.name: _DTYPES.get(value.type.tensor_type.elem_type, "?") for value in values}
+        got = {get(i).name: get(i).dtype.name for i in range(count)}
+        if differing := sorted(set(expected.items()) ^ set(got.items())):
+            raise BuildError(
+                "parser",
+                f"the {what}s of the graph",
+                f"{differing[0][0]} of another type or missing",
+                "report this with the bundle",
+            )
+
+
+def _configure(trt: Any, builder: Any, network: Any, settings: Settings, log: Any) -> Any:
+    config = builder.create_builder_config()
+    # TensorFloat-32 keeps 10 bits: neither what fp32 promises nor what the memory's mathematics takes.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.capabilities:
+        _set_capabilities(trt, config, settings.capabilities)
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+    if settings.aliased:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if settings.plugin_library and settings.embed_plugin:
+        config.plugins_to_serialize = [str(settings.plugin_library)]
+    if settings.timing_cache is not None:
+        cache = config.create_timing_cache(settings.timing_cache)
+        if cache is None or not config.set_timing_cache(cache, False):
+            got = log.first() or "one of another device or version"
+            raise MachineError("timing cache", "one made by this device and version", got, "give another file")
+    _set_profile(builder, config, network, settings)
+    log.check("configuration")
+    return config
+
+
+def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[int]) -> None:
+    known = trt.ComputeCapability.__members__
+    config.num_compute_capabilities = len(capabilities)
+    for place, sm in enumerate(capabilities):
+        if f"SM{sm}" not in known or not config.set_compute_capability(known[f"SM{sm}"], place):
+            raise MachineError(
+                "build",
+                f"a compute capability that this release builds for ({', '.join(n for n in known if n[:2] == 'SM')})",
+                f"SM{sm}",
+                "take --compiler tensorrt",
+            )
+
+
+def _set_profile(builder: Any, config: Any, network: Any, settings: Settings) -> None:
+    dynamic = {}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if any(size < 0 for size in tensor.shape):
+            dynamic[tensor.name] = tuple(tensor.shape)
+    for name in settings.profiles:
+        if name not in dynamic:
+            known = f"one of {', '.join(dynamic)}" if dynamic else "none, as every shape of this bundle is fixed"
+            raise UsageError("build", f"--profile for an input of open shape, {known}", name, "leave it out")
+    if missing := [name for name in dynamic if name not in settings.profiles]:
+        raise UsageError(
+            "build", f"--profile for {missing[0]}, whose shape is {dynamic[missing[0]]}", "none",
+            f"give --profile {missing[0]}=MIN:OPT:MAX",
+        )  # fmt: skip
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shapes in settings.profiles.items():
+        for shape in shapes:
+            wanted = dynamic[name]
+            if len(shape) != len(wanted) or any(w not in (-1, s) for w, s in zip(wanted, shape, strict=True)):
+                text = "x".join(map(str, shape))
+                raise UsageError("build", f"shapes of {name} that fit {wanted}", text, "give MIN:OPT:MAX that do")
+        least, best, most = shapes
+        if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
+            raise UsageError("build", f"shapes of {name} that grow from MIN to MAX", str(shapes), "put them in order")
+        profile.set_shape(name, tuple(least), tuple(best), tuple(most))
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildError("build", "profiles that the builder takes", "a refusal", "give other shapes")
+
+
+def _load_plugin(registry: Any, path: Path, log: Any) -> None:
+    handle = registry.load_library(str(path))
+    log.check("plugin library")
+    creators = [(creator.name, creator.plugin_namespace) for creator in registry.all_creators]
+    if handle is None or ("NeuralMemory", "ai.titans") not in creators:
+        raise MachineError(
+            "plugin library",
+            f"{path} to register ai.titans::NeuralMemory",
+            "nothing of that name",
+            "give --plugin-library the library that was built for this TensorRT's major version",
+        )
+
+
+def _inspect(trt: Any, plan: memoryview, settings: Settings) -> list[str]:
+    """Names of the engine's layers, from the engine opened as a runtime would."""
+    log = make_log(trt)
+    runtime = trt.Runtime(log)
+    if settings.embed_plugin:
+        runtime.engine_host_code_allowed = True
+    elif settings.plugin_library:
+        runtime.get_plugin_registry().load_library(str(settings.plugin_library))
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        said = (log.texts("ERROR", "INTERNAL_ERROR") or ["no word why"])[0]
+        raise BuildError("build", "an engine that opens on this device", said, "report this with the bundle")
+    inspector = engine.create_engine_inspector()
+    layers = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers", [])
+    return [layer["Name"] if isinstance(layer, dict) else str(layer) for layer in layers]
+
+
+def _flag(enumeration: Any, name: str) -> int:
+    """The bit of a creation flag; 0 where a later release has dropped it for being the rule."""
+    member = enumeration.__members__.get(name)
+    return 0 if member is None else 1 << int(member)
