@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -16,7 +17,7 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 4;
+inline constexpr std::uint32_t kBackendAbi = 5;
 
 // The same bytes of each row of a tensor: in each of `rows` rows, which start `pitch` bytes apart, `bytes` from
 // `offset` on.
@@ -49,7 +50,7 @@ class Workspace {
 };
 
 struct Call {
-  std::size_t graph;           // index into the manifest's graphs
+  std::size_t graph;           // index into the manifest's graphs, of one that Bundle::graphs has
   const std::int32_t* tokens;  // as many as the graph consumes
   std::int64_t position;
   bool learn;
@@ -63,6 +64,8 @@ class Engine {
   virtual std::string version() const = 0;  // of the vendor's library
   // What computes the memory: our kernel, as "cpu-avx512", or "standard-operators", which is the graphs' own.
   virtual std::string memory_kernel() const = 0;
+  // What else people may want to know, for the session's info.
+  virtual std::map<std::string, std::string> details() const { return {}; }
   // Whether one buffer serves as input and output of that state tensor in every graph.
   virtual bool in_place(std::size_t state) const = 0;
   virtual std::unique_ptr<Buffer> allocate(std::size_t state) = 0;
@@ -81,10 +84,21 @@ struct EngineOptions {
   KernelChoice memory_kernel;
 };
 
+// What a backend finds of its vendor's library on this machine.
+struct LibraryFacts {
+  std::string version;         // "10.3.0", empty: not known
+  std::string why_not;         // why it cannot be used, empty: it can
+  std::string plugin_version;  // of our plugin for that library, empty: not known
+  std::string plugin_why_not;  // why our plugin cannot be used, empty: it can
+};
+
 struct BackendEntry {
   std::uint32_t abi;
-  // The bundle outlives the engine.
+  // Opens Bundle::graphs: an engine's files where Bundle::engine says so. The bundle outlives the engine.
   std::unique_ptr<Engine> (*open)(const Bundle& bundle, const EngineOptions& options);
+  // Asked before an engine is chosen, with the vendor's library as in EngineOptions. Throws nothing for what is
+  // missing. May be NULL: then only opening tells.
+  LibraryFacts (*find_library)(const std::string& library) = nullptr;
 };
 
 inline constexpr const char* kBackendEntrySymbol = "titans_backend_entry";

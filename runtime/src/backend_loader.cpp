@@ -13,19 +13,10 @@ namespace {
 
 struct Backend {
   std::string_view name;
-  std::string_view device;
+  std::string_view devices;  // whose plain graphs it runs unless the caller insists on another, empty: none
 };
 
-constexpr std::array<Backend, 1> kBackends{{{"onnxruntime", "cpu"}}};
-
-std::string known(std::string_view Backend::* column) {
-  std::string out;
-  for (const Backend& backend : kBackends) {
-    if (!out.empty()) out += ", ";
-    out += backend.*column;
-  }
-  return out;
-}
+constexpr std::array<Backend, 3> kBackends{{{"onnxruntime", "cpu cuda"}, {"tensorrt", ""}, {"tensorrt_rtx", ""}}};
 
 // Found when the library is loaded: the loader's name for it may be relative to a folder that the program leaves, or a
 // link whose folder has no backends.
@@ -33,23 +24,27 @@ const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<c
 
 }  // namespace
 
-std::string default_backend(const std::string& device) {
+std::string default_backend(const std::string& device_kind) {
   for (const Backend& backend : kBackends) {
-    if (backend.device == device) return std::string(backend.name);
+    if (backend.devices.find(device_kind) != std::string_view::npos) return std::string(backend.name);
   }
-  throw Error(TITANS_UNSUPPORTED, "session", text("a device out of: ", known(&Backend::device)), device,
+  throw Error(TITANS_UNSUPPORTED, "session", "a device of kind cpu or cuda", device_kind,
               "open the session on one of these");
 }
 
-const BackendEntry& load_backend(const std::string& name, const std::filesystem::path& plugin_dir) {
-  bool is_known = false;
-  for (const Backend& backend : kBackends) is_known = is_known || backend.name == name;
-  if (!is_known) {
-    throw Error(TITANS_UNSUPPORTED, "session", text("a backend out of: ", known(&Backend::name)), name,
-                "name one of these, or none to have it chosen by the device");
+void check_backend(const std::string& name) {
+  std::string known;
+  for (const Backend& backend : kBackends) {
+    if (backend.name == name) return;
+    known += text(known.empty() ? "" : ", ", backend.name);
   }
+  throw Error(TITANS_UNSUPPORTED, "session", text("a backend out of: ", known), name,
+              "name one of these, or none to have it chosen by the device");
+}
+
+const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir) {
   const std::filesystem::path folder = plugin_dir.empty() ? kThisLibrary.parent_path() : plugin_dir;
-  const std::filesystem::path path = folder / ("libtitans_backend_" + name + ".so");
+  const std::filesystem::path path = folder / ("libtitans_backend_" + module + ".so");
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     throw Error(TITANS_UNSUPPORTED, "session", text("the backend library ", path.string()), ::dlerror(),
@@ -62,6 +57,18 @@ const BackendEntry& load_backend(const std::string& name, const std::filesystem:
                 "install runtime and backend of the same version");
   }
   return *entry();
+}
+
+LibraryFacts find_library(const std::string& module, const std::filesystem::path& plugin_dir,
+                          const std::string& library) {
+  try {
+    const BackendEntry& backend = load_backend(module, plugin_dir);
+    return backend.find_library == nullptr ? LibraryFacts{} : backend.find_library(library);
+  } catch (const Error& error) {
+    LibraryFacts facts;
+    facts.why_not = error.got();
+    return facts;
+  }
 }
 
 }  // namespace titans::core

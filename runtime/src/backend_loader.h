@@ -8,11 +8,18 @@
 
 namespace titans::core {
 
-// The backend that serves `device` unless the caller insists on another.
-std::string default_backend(const std::string& device);
+// The backend that runs plain graphs on a device of that kind, "cpu" or "cuda".
+std::string default_backend(const std::string& device_kind);
 
-// Loads libtitans_backend_NAME.so from `plugin_dir`, or from beside this library where that is empty. It stays loaded
+// An Error unless there is a backend of that name.
+void check_backend(const std::string& name);
+
+// Loads libtitans_backend_MODULE.so from `plugin_dir`, or from beside this library where that is empty. It stays loaded
 // until the process ends: vendor libraries do not survive being unloaded.
-const BackendEntry& load_backend(const std::string& name, const std::filesystem::path& plugin_dir);
+const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir);
+
+// What that backend finds of its vendor's library; where the backend itself is missing, that is why not.
+LibraryFacts find_library(const std::string& module, const std::filesystem::path& plugin_dir,
+                          const std::string& library);
 
 }  // namespace titans::core

@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <algorithm>
 #include <system_error>
 
 #include "error.h"
@@ -31,18 +32,36 @@ void check_file(const Manifest& manifest, const std::string& name, const MappedF
   if (hash != listed.hash) throw Error(TITANS_FAILED, name, text("hash ", listed.hash), hash, kAdvice);
 }
 
+std::vector<EngineGraph> plain_graphs(const Manifest& manifest) {
+  std::vector<EngineGraph> graphs;
+  for (const Graph& graph : manifest.graphs) graphs.push_back({graphs.size(), graph.file, graph.weights});
+  return graphs;
+}
+
 }  // namespace
 
-Bundle::Bundle(const std::filesystem::path& folder) : folder_(folder), manifest_(read_manifest(folder)) {
+Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
+    : folder_(folder),
+      manifest_(read_manifest(folder)),
+      engine_(choose ? choose(manifest_) : nullptr),
+      graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs) {
   // Backends read graph files themselves; what is checked here is that they are what was exported.
-  for (const Graph& graph : manifest_.graphs) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
+  for (const EngineGraph& graph : graphs_) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
   if (!manifest_.tokenizer_file.empty()) {
     check_file(manifest_, manifest_.tokenizer_file, MappedFile(folder_ / manifest_.tokenizer_file));
   }
-  weights_ = read_safetensors(open_checked(manifest_.weights_file), manifest_.weights_file);
+  if (needs_weights()) {
+    weights_ = read_safetensors(open_checked(manifest_.weights_file), manifest_.weights_file);
+    check_weights();
+  }
   initial_state_ = read_safetensors(open_checked(manifest_.initial_state_file), manifest_.initial_state_file);
-  check_weights();
   check_initial_state();
+}
+
+bool Bundle::needs_weights() const {
+  // A graph file of ONNX points into them, also where the manifest lists none to hand over.
+  if (engine_ == nullptr || engine_->compiler == "onnxruntime") return true;
+  return std::any_of(graphs_.begin(), graphs_.end(), [](const EngineGraph& graph) { return !graph.weights.empty(); });
 }
 
 const MappedFile& Bundle::open_checked(const std::string& name) {
@@ -52,11 +71,11 @@ const MappedFile& Bundle::open_checked(const std::string& name) {
 }
 
 void Bundle::check_weights() const {
-  for (const Graph& graph : manifest_.graphs) {
+  for (const EngineGraph& graph : graphs_) {
     for (const std::string& name : graph.weights) {
       if (weights_.count(name) == 0) {
-        throw Error(TITANS_FAILED, manifest_.weights_file, text("tensor ", name, " of graph ", graph.name), "none",
-                    kAdvice);
+        throw Error(TITANS_FAILED, manifest_.weights_file,
+                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name), "none", kAdvice);
       }
     }
   }

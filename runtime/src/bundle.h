@@ -2,7 +2,9 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <list>
+#include <vector>
 
 #include "manifest.h"
 #include "mapped_file.h"
@@ -10,13 +12,25 @@
 
 namespace titans::core {
 
+// Which engine of the manifest to open, NULL for the plain graphs. Asked when the manifest is read and before any other
+// file is opened.
+using EngineChooser = std::function<const EngineRecord*(const Manifest&)>;
+
 class Bundle {
  public:
-  explicit Bundle(const std::filesystem::path& folder);
+  // Without a chooser the plain graphs.
+  explicit Bundle(const std::filesystem::path& folder, const EngineChooser& choose = {});
+  // The engine points into the manifest.
+  Bundle(const Bundle&) = delete;
+  Bundle& operator=(const Bundle&) = delete;
 
   const std::filesystem::path& folder() const { return folder_; }
   const Manifest& manifest() const { return manifest_; }
-  // Every graph's `weights` are in here.
+  // NULL: the plain graphs.
+  const EngineRecord* engine() const { return engine_; }
+  // The graphs that are there to run, and the file of each: the engine's, or all of the manifest's.
+  const std::vector<EngineGraph>& graphs() const { return graphs_; }
+  // The `weights` of each of `graphs` are in here; nothing with an engine that holds all of them itself.
   const Tensors& weights() const { return weights_; }
   // One tensor for each of the manifest's state, of its shape and type.
   const Tensors& initial_state() const { return initial_state_; }
@@ -24,11 +38,14 @@ class Bundle {
  private:
   // Maps a file after checking its size and hash against the manifest.
   const MappedFile& open_checked(const std::string& name);
+  bool needs_weights() const;
   void check_weights() const;
   void check_initial_state() const;
 
   std::filesystem::path folder_;
   Manifest manifest_;
+  const EngineRecord* engine_;
+  std::vector<EngineGraph> graphs_;
   std::list<MappedFile> mapped_;  // what the tensors point into
   Tensors weights_;
   Tensors initial_state_;

@@ -72,6 +72,8 @@ void require_array(const void* pointer, std::size_t count, std::string_view name
 // A field that a later version adds is read only where struct_size covers it, and has its default elsewhere.
 constexpr std::size_t kFirstSessionOptions = offsetof(titans_session_options, threads) + sizeof(std::int32_t);
 constexpr std::size_t kMemoryKernelEnd = offsetof(titans_session_options, memory_kernel) + sizeof(const char*);
+constexpr std::size_t kEngineEnd = offsetof(titans_session_options, engine) + sizeof(const char*);
+constexpr std::size_t kLibrariesEnd = offsetof(titans_session_options, libraries) + sizeof(const char*);
 constexpr std::size_t kFirstSampling = offsetof(titans_sampling, stop_count) + sizeof(std::size_t);
 
 void require_size(std::size_t got, std::size_t least, std::string_view name) {
@@ -98,8 +100,10 @@ core::SessionOptions read_options(const titans_session_options* options) {
   if (options->backend_library != nullptr) out.backend_library = options->backend_library;
   if (options->plugin_dir != nullptr) out.plugin_dir = options->plugin_dir;
   out.threads = options->threads;
-  const bool has_kernel = options->struct_size >= kMemoryKernelEnd;
-  if (has_kernel && options->memory_kernel != nullptr) out.memory_kernel = options->memory_kernel;
+  const auto has = [&](std::size_t end) { return options->struct_size >= end; };
+  if (has(kMemoryKernelEnd) && options->memory_kernel != nullptr) out.memory_kernel = options->memory_kernel;
+  if (has(kEngineEnd) && options->engine != nullptr) out.engine = options->engine;
+  if (has(kLibrariesEnd) && options->libraries != nullptr) out.libraries = options->libraries;
   return out;
 }
 

@@ -41,12 +41,16 @@ class Error : public std::runtime_error {
         std::string_view advice)
       : std::runtime_error(one_line(
             text("[", where, "] expected ", expected, " but got ", got.empty() ? "nothing" : got, "; do ", advice))),
-        status_(status) {}
+        status_(status),
+        got_(one_line(got)) {}
 
   titans_status status() const noexcept { return status_; }
+  // Part of the text, for one that says more.
+  const std::string& got() const noexcept { return got_; }
 
  private:
   titans_status status_;
+  std::string got_;
 };
 
 }  // namespace titans::core

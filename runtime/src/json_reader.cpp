@@ -75,6 +75,14 @@ std::string JsonReader::string() const {
   return out;
 }
 
+std::string JsonReader::file_name() const {
+  std::string name = string();
+  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos) {
+    fail("a plain file name");
+  }
+  return name;
+}
+
 std::int64_t JsonReader::integer(std::int64_t least, std::int64_t most) const {
   constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   const bool fits =

@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "json_reader.h"
+#include "manifest_engines.h"
 
 namespace titans::core {
 namespace {
@@ -15,15 +16,6 @@ constexpr std::string_view kWhere = "manifest.json";
 
 void require(const JsonReader& field, std::string_view value) {
   if (field.string() != value) field.fail(text('"', value, '"'));
-}
-
-// A plain name: it cannot lead out of the bundle.
-std::string file_name(const JsonReader& field) {
-  std::string name = field.string();
-  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos) {
-    field.fail("a plain file name");
-  }
-  return name;
 }
 
 std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
@@ -82,7 +74,7 @@ StateTensor read_state(const JsonReader& entry) {
 Graph read_graph(const JsonReader& entry) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   Graph graph{entry.at("name").string(),
-              file_name(entry.at("file")),
+              entry.at("file").file_name(),
               entry.at("tokens").integer(1, kMost),
               entry.at("align").integer(1, kMost),
               {}};
@@ -94,7 +86,7 @@ Graph read_graph(const JsonReader& entry) {
 std::string read_tokenizer_file(const JsonReader& tokenizer) {
   if (!tokenizer.raw().is_object()) return {};
   const std::optional<JsonReader> kind = tokenizer.find("kind");
-  return kind && kind->raw() == "file" ? file_name(tokenizer.at("file")) : std::string();
+  return kind && kind->raw() == "file" ? tokenizer.at("file").file_name() : std::string();
 }
 
 // The scheduler takes the first that fits, so the one with most tokens comes first.
@@ -175,8 +167,11 @@ Manifest Manifest::parse(std::string_view source) {
   sort_graphs(graphs, manifest.graphs);
   check_names(document, manifest);
 
-  manifest.weights_file = file_name(document.at("weights").at("file"));
-  manifest.initial_state_file = file_name(document.at("initial_state").at("file"));
+  const std::optional<JsonReader> engines = document.find("engines");
+  if (engines) manifest.engines = read_engines(*engines, manifest);
+
+  manifest.weights_file = document.at("weights").at("file").file_name();
+  manifest.initial_state_file = document.at("initial_state").at("file").file_name();
   for (const auto& [name, record] : document.at("files").members()) {
     manifest.files[name] = {static_cast<std::uint64_t>(record.at("bytes").integer(0)), record.at("xxh3_128").string()};
   }

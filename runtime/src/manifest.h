@@ -53,6 +53,39 @@ struct Graph {
   std::vector<std::string> weights;  // initialisers that the runtime hands over
 };
 
+// One graph of an engine, in a file of its own.
+struct EngineGraph {
+  std::size_t graph;  // index into the manifest's graphs
+  std::string file;
+  std::vector<std::string> weights;  // initialisers that the runtime hands over, of those that the file does not hold
+};
+
+// The library that an engine calls for the memory, under these names.
+struct EnginePlugin {
+  std::string name;
+  std::string name_space;
+  std::string version;
+};
+
+// The bundle's graphs, compiled for a kind of device.
+struct EngineRecord {
+  std::string name;
+  std::string target;            // as `titans-export build --target` takes it
+  std::string compiler;          // that is, the backend: "tensorrt", "tensorrt_rtx", "onnxruntime"
+  std::string compiler_version;  // "10.3.0"
+  std::string precision;
+  std::string device;  // "cpu" or "cuda"
+  std::vector<int> sm;
+  std::string platform;  // "linux-aarch64"
+  std::string cuda;      // that it was made with, empty on a cpu
+  int driver;            // the least cuDriverGetVersion, 0: any
+  std::string memory;    // "plugin", "standard-operators", "either"
+  std::optional<EnginePlugin> plugin;
+  std::string alias;                 // "declared", "undeclared", "two-buffers", empty without a plugin
+  std::vector<bool> state_in_place;  // for each of the manifest's state, whether one buffer serves
+  std::vector<EngineGraph> graphs;   // most tokens first; the last consumes one token anywhere
+};
+
 struct FileRecord {
   std::uint64_t bytes;
   std::string hash;
@@ -69,6 +102,7 @@ struct Manifest {
   std::int32_t vocab_size;
   std::vector<StateTensor> state;
   std::vector<Graph> graphs;  // most tokens first; the last consumes one token anywhere
+  std::vector<EngineRecord> engines;
   std::string weights_file;
   std::string initial_state_file;
   std::map<std::string, FileRecord> files;

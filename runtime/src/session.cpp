@@ -1,5 +1,8 @@
 #include "session.h"
 
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
 #include <utility>
 
 #include <nlohmann/json.hpp>
@@ -16,6 +19,38 @@ KernelChoice read_kernel_choice(const std::string& name) {
   if (name == "off") return KernelChoice::kOff;
   throw Error(TITANS_INVALID_ARGUMENT, "session", "memory_kernel out of: auto, require, off", name,
               "choose one of these");
+}
+
+// Where the vendor's library for a backend lies: the path that `lines` has for it, unless the environment names one,
+// which the backend reads itself. TITANS_TENSORRT serves tensorrt_10 and tensorrt_11.
+std::string hinted_library(const std::string& lines, const std::string& module, const std::string& backend) {
+  std::string variable = "TITANS_" + backend;
+  std::transform(variable.begin(), variable.end(), variable.begin(),
+                 [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); });
+  const char* named = std::getenv(variable.c_str());
+  if (named != nullptr && *named != '\0') return {};
+  std::size_t at = 0;
+  while (at < lines.size()) {
+    const std::size_t end = std::min(lines.find('\n', at), lines.size());
+    const std::string line = lines.substr(at, end - at);
+    if (line.compare(0, module.size() + 1, module + "=") == 0) return line.substr(module.size() + 1);
+    at = end + 1;
+  }
+  return {};
+}
+
+std::string library_for(const SessionOptions& options, const std::string& module) {
+  if (!options.backend_library.empty()) return options.backend_library;
+  // "tensorrt_10" is of the backend tensorrt.
+  const std::size_t digits = module.find_last_not_of("0123456789");
+  const bool numbered = digits + 1 < module.size() && module[digits] == '_';
+  return hinted_library(options.libraries, module, numbered ? module.substr(0, digits) : module);
+}
+
+std::vector<Graph> list_schedule(const Bundle& bundle) {
+  std::vector<Graph> schedule;
+  for (const EngineGraph& graph : bundle.graphs()) schedule.push_back(bundle.manifest().graphs[graph.graph]);
+  return schedule;
 }
 
 std::vector<MemoryView> list_memories(const Manifest& manifest) {
@@ -37,13 +72,17 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
   return memories;
 }
 
-std::string describe(const Bundle& bundle, const Engine& engine, const SessionOptions& options) {
+std::string describe(const Bundle& bundle, const Engine& engine, const SessionOptions& options,
+                     const DeviceFacts& facts, const EngineChoice& choice) {
   using nlohmann::json;
   const Manifest& manifest = bundle.manifest();
   json graphs = json::array();
-  for (const Graph& graph : manifest.graphs) {
+  for (const EngineGraph& one : bundle.graphs()) {
+    const Graph& graph = manifest.graphs[one.graph];
     graphs.push_back({{"name", graph.name}, {"tokens", graph.tokens}, {"align", graph.align}});
   }
+  json others = json::array();
+  for (const auto& [name, reason] : choice.others) others.push_back({{"name", name}, {"reason", reason}});
   json state = json::array();
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
     const StateTensor& tensor = manifest.state[index];
@@ -56,6 +95,11 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
   const json info{{"bundle", bundle.folder().string()},
                   {"model", json::parse(manifest.model)},
                   {"device", options.device},
+                  {"device_name", facts.name.empty() ? json() : json(facts.name)},
+                  {"engine", choice.engine == nullptr ? json() : json(choice.engine->name)},
+                  {"engine_reason", choice.reason},
+                  {"engines_not_chosen", others},
+                  {"details", engine.details()},
                   {"backend", options.backend},
                   {"backend_version", engine.version()},
                   {"memory_kernel", engine.memory_kernel()},
@@ -71,22 +115,35 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
 
 std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const SessionOptions& options) {
   SessionOptions chosen = options;
-  if (chosen.backend.empty()) chosen.backend = default_backend(chosen.device);
   if (chosen.threads < 0) {
     throw Error(TITANS_INVALID_ARGUMENT, "session", "threads >= 0", text(chosen.threads), "give 0 for the default");
   }
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
-  auto bundle = std::make_unique<const Bundle>(path);
-  const BackendEntry& backend = load_backend(chosen.backend, chosen.plugin_dir);
-  auto engine = backend.open(*bundle, {chosen.device, chosen.backend_library, chosen.threads, memory_kernel});
-  return std::make_shared<Session>(std::move(bundle), std::move(engine), chosen);
+  if (!chosen.backend.empty()) check_backend(chosen.backend);
+  DeviceFacts facts = find_device_facts(chosen.device);
+  EngineChoice choice;
+  auto bundle = std::make_unique<const Bundle>(path, [&](const Manifest& manifest) {
+    const EngineWish wish{path.string(), chosen.device, chosen.engine, chosen.backend, chosen.memory_kernel};
+    for (const std::string& module : modules_to_look_at(manifest, facts, wish)) {
+      facts.libraries[module] = find_library(module, chosen.plugin_dir, library_for(chosen, module));
+    }
+    choice = choose_engine(manifest, facts, wish, default_backend(facts.kind));
+    return choice.engine;
+  });
+  chosen.backend = choice.backend;
+  const BackendEntry& backend = load_backend(choice.module, chosen.plugin_dir);
+  auto engine =
+      backend.open(*bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel});
+  return std::make_shared<Session>(std::move(bundle), std::move(engine), chosen, facts, choice);
 }
 
-Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options)
+Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
+                 const DeviceFacts& facts, const EngineChoice& choice)
     : bundle_(std::move(bundle)),
       engine_(std::move(engine)),
+      schedule_(list_schedule(*bundle_)),
       memories_(list_memories(bundle_->manifest())),
-      info_(describe(*bundle_, *engine_, options)) {}
+      info_(describe(*bundle_, *engine_, options, facts, choice)) {}
 
 Session::WorkspaceLease::WorkspaceLease(Session& session) : session_(session) {
   {

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "backend.h"
+#include "engine_choice.h"
+#include "schedule.h"
 
 namespace titans::core {
 
@@ -18,6 +20,8 @@ struct SessionOptions {
   std::filesystem::path plugin_dir;  // empty: beside this library
   int threads = 0;
   std::string memory_kernel = "auto";
+  std::string engine;     // of the bundle, to insist on; "none": the plain graphs; empty: by device
+  std::string libraries;  // MODULE=PATH lines: where vendors' libraries lie that nothing else says where to find
 };
 
 // A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
@@ -33,13 +37,19 @@ struct MemoryView {
 class Session {
  public:
   static std::shared_ptr<Session> open(const std::filesystem::path& path, const SessionOptions& options);
-  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options);
+  // `facts` and `choice` are what the session's info tells.
+  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
+          const DeviceFacts& facts = {}, const EngineChoice& choice = {});
 
   const Manifest& manifest() const { return bundle_->manifest(); }
   const Bundle& bundle() const { return *bundle_; }
   Engine& engine() const { return *engine_; }
   const std::string& info() const { return info_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
+  // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
+  std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
+    return bundle_->graphs()[core::next_graph(schedule_, position, remaining)].graph;
+  }
   std::size_t vocab_size() const { return static_cast<std::size_t>(manifest().vocab_size); }
 
   // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
@@ -60,6 +70,7 @@ class Session {
  private:
   std::unique_ptr<const Bundle> bundle_;
   std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
+  std::vector<Graph> schedule_;     // the graphs that are there to run
   std::vector<MemoryView> memories_;
   std::string info_;
   std::mutex mutex_;  // guards what follows

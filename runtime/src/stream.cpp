@@ -7,7 +7,6 @@
 
 #include "error.h"
 #include "logits.h"
-#include "schedule.h"
 
 namespace titans::core {
 namespace {
@@ -106,7 +105,7 @@ void Stream::advance(const std::int32_t* tokens, std::size_t count, Sink&& sink)
     std::size_t rows = 0;
     for (std::size_t done = 0; done < count; done += rows) {
       const std::uint64_t position = position_ + done;
-      const std::size_t graph = next_graph(graphs, position, count - done);
+      const std::size_t graph = session_->next_graph(position, count - done);
       const std::size_t next = free_set(current_, at);
       rows = static_cast<std::size_t>(graphs[graph].tokens);
       journal_.save_for(position, rows);

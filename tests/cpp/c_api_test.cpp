@@ -106,6 +106,27 @@ TEST(CApi, MemoryKernels) {
   }
 }
 
+TEST(CApi, Engines) {
+  TemporaryFolder folder;
+  write_bundle(folder.path());
+  titans_session_options options = default_options();
+  titans_session* session = nullptr;
+  options.engine = "orin";
+  EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_INVALID_ARGUMENT);
+  EXPECT_TRUE(last_error_has("an engine out of")) << titans_last_error();
+  // Without a backend beside the test, what is left is that.
+  const auto expect_no_backend = [&] {
+    EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_UNSUPPORTED);
+    EXPECT_TRUE(last_error_has("libtitans_backend_onnxruntime.so")) << titans_last_error();
+  };
+  options.plugin_dir = folder.path().c_str();
+  options.struct_size = offsetof(titans_session_options, engine);
+  expect_no_backend();
+  options.struct_size = sizeof(options);
+  options.engine = "none";
+  expect_no_backend();
+}
+
 TEST(CApi, BackendsAndDevices) {
   TemporaryFolder folder;
   write_bundle(folder.path());

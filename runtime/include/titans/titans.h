@@ -48,13 +48,18 @@ TITANS_API const char* titans_last_error(void);
 
 typedef struct titans_session_options {
   size_t struct_size;          /* sizeof(titans_session_options), see above */
-  const char* device;          /* "cpu" (default when NULL), later "cuda:0" */
-  const char* backend;         /* NULL: choose by device; "onnxruntime" to insist */
+  const char* device;          /* "cpu" (default when NULL), "cuda" or "cuda:N" */
+  const char* backend;         /* NULL: choose by engine and device; "onnxruntime", "tensorrt" or "tensorrt_rtx" to
+                                  insist */
   const char* backend_library; /* path of the vendor library, e.g. libonnxruntime.so.1; NULL: docs/runtime.md */
   const char* plugin_dir;      /* folder of our backend libraries; NULL: beside this library */
   int32_t threads;             /* intra-op threads; 0: the backend's default */
   const char* memory_kernel;   /* what computes the memory. NULL or "auto": our kernel where its library is installed;
                                   "require": fail without it; "off": the graphs' own standard operators */
+  const char* engine;          /* name of one of the bundle's engines to insist on, "none" for the plain graphs; NULL:
+                                  the best that fits the device, docs/runtime.md */
+  const char* libraries;       /* lines MODULE=PATH, such as "tensorrt_rtx=/path/libtensorrt_rtx.so.1": where vendors'
+                                  libraries lie that neither backend_library nor the environment names; may be NULL */
 } titans_session_options;
 
 /* Opens the bundle at `path` (a folder). `options` may be NULL. */
@@ -62,9 +67,10 @@ TITANS_API titans_status titans_session_open(const char* path, const titans_sess
                                              titans_session** session);
 TITANS_API void titans_session_close(titans_session* session);
 
-/* Facts about a session as one JSON object: bundle, model, device, backend, backend_version, memory_kernel (our kernel,
- * such as "cpu-avx512", or "standard-operators"), vocab_size, graphs, state (name, role, dtype, shape, in_place),
- * tokenizer. The string lives as long as the session handle. */
+/* Facts about a session as one JSON object: bundle, model, device, device_name, engine (its name, or null for the plain
+ * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
+ * as "cpu-avx512", or "standard-operators"), vocab_size, graphs, state (name, role, dtype, shape, in_place), tokenizer,
+ * details (what the backend has to say, texts). The string lives as long as the session handle. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 TITANS_API int32_t titans_session_vocab_size(const titans_session* session);
 

@@ -194,16 +194,19 @@ struct SessionOptions {
   std::string plugin_dir;
   std::int32_t threads = 0;
   std::string memory_kernel;
+  std::string engine;
+  std::string libraries;
 };
 
 // A loaded bundle. Any number of threads may use it.
 class Session {
  public:
   explicit Session(const std::string& path, const SessionOptions& options = {}) {
-    const titans_session_options raw{sizeof(titans_session_options),        detail::or_null(options.device),
-                                     detail::or_null(options.backend),      detail::or_null(options.backend_library),
-                                     detail::or_null(options.plugin_dir),   options.threads,
-                                     detail::or_null(options.memory_kernel)};
+    const titans_session_options raw{sizeof(titans_session_options),         detail::or_null(options.device),
+                                     detail::or_null(options.backend),       detail::or_null(options.backend_library),
+                                     detail::or_null(options.plugin_dir),    options.threads,
+                                     detail::or_null(options.memory_kernel), detail::or_null(options.engine),
+                                     detail::or_null(options.libraries)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);

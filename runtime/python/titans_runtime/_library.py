@@ -24,6 +24,8 @@ class SessionOptions(ctypes.Structure):
         ("plugin_dir", ctypes.c_char_p),
         ("threads", ctypes.c_int32),
         ("memory_kernel", ctypes.c_char_p),
+        ("engine", ctypes.c_char_p),
+        ("libraries", ctypes.c_char_p),
     ]
 
 
@@ -129,3 +131,24 @@ def backend_library() -> str | None:
         return None
     found = sorted(glob.glob(str(Path(spec.origin).parent / "capi" / "libonnxruntime.so.1*")))
     return found[-1] if found else None
+
+
+# Wheels that hold a vendor's library which the loader does not find by itself: the runtime's backend module, the
+# package, and the library in it. ONNX Runtime's is in `backend_library`.
+_VENDOR_LIBRARIES = (
+    ("tensorrt_10", "tensorrt_libs", "libnvinfer.so.10"),
+    ("tensorrt_11", "tensorrt_libs", "libnvinfer.so.11"),
+    ("tensorrt_rtx", "tensorrt_rtx_libs", "libtensorrt_rtx.so.1"),
+)
+
+
+def vendor_libraries() -> str:
+    """Where installed wheels have vendors' libraries, as titans.h takes it: MODULE=PATH lines. No wheel is imported."""
+    found = {"onnxruntime": backend_library()}
+    for module, package, name in _VENDOR_LIBRARIES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+            path = Path(folder, name)
+            if path.is_file():
+                found.setdefault(module, str(path))
+    return "\n".join(f"{module}={path}" for module, path in found.items() if path)

@@ -8,18 +8,19 @@ import os
 from types import TracebackType
 from typing import Any
 
-from ._library import INVALID_ARGUMENT, Error, SessionOptions, backend_library, check, lib
+from ._library import INVALID_ARGUMENT, Error, SessionOptions, check, lib, vendor_libraries
 from ._stream import Stream, whole_number
 
 
 class Session:
     """A bundle opened on a device. Any number of threads may use it; a stream belongs to one thread at a time.
 
-    ``backend`` insists on one (None: chosen by the device), ``threads`` is the number of threads within one call
-    (0: the backend's default), ``backend_library`` the path of the vendor's library and ``plugin_dir`` the
-    folder of the runtime's backends (None: searched, see docs/runtime.md). ``memory_kernel`` says what computes the
-    memory: "auto", our kernel where it is installed; "require", fail without it; "off", the graphs' own standard
-    operators.
+    ``device`` is "cpu", "cuda" or "cuda:N". ``engine`` names one of the bundle's engines to insist on, "none" for the
+    plain graphs (None: the best that fits the device). ``backend`` insists on one (None: chosen by engine and device),
+    ``threads`` is the number of threads within one call (0: the backend's default), ``backend_library`` the path of the
+    vendor's library and ``plugin_dir`` the folder of the runtime's backends (None: searched, see docs/runtime.md).
+    ``memory_kernel`` says what computes the memory: "auto", our kernel where it is installed; "require", fail without
+    it; "off", the graphs' own standard operators.
     """
 
     def __init__(
@@ -32,16 +33,19 @@ class Session:
         backend_library: str | os.PathLike[str] | None = None,
         plugin_dir: str | os.PathLike[str] | None = None,
         memory_kernel: str = "auto",
+        engine: str | None = None,
     ) -> None:
         self._handle = ctypes.c_void_p()
         options = SessionOptions(
             struct_size=ctypes.sizeof(SessionOptions),
             device=_encode(device),
             backend=_encode(backend),
-            backend_library=_encode(backend_library or _find_library(backend)),
+            backend_library=_encode(backend_library),
             plugin_dir=_encode(plugin_dir),
             threads=whole_number(threads, "threads", 0, 2**31),
             memory_kernel=_encode(memory_kernel),
+            engine=_encode(engine),
+            libraries=_encode(vendor_libraries()),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
@@ -79,7 +83,3 @@ def _encode(value: str | os.PathLike[str] | None) -> bytes | None:
     if encoded is not None and b"\0" in encoded:
         raise Error(f"[session] expected text without NUL but got {value!r}; do correct it", INVALID_ARGUMENT)
     return encoded
-
-
-def _find_library(backend: str | None) -> str | None:
-    return backend_library() if backend in (None, "onnxruntime") else None

@@ -1,0 +1,187 @@
+// The backend for TensorRT, and with TITANS_TENSORRT_RTX for TensorRT-RTX: an engine for each graph, state and logits
+// on the device, decoding as one recorded launch.
+#include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "backends/tensorrt/device_state.h"
+#include "backends/tensorrt/graph_engine.h"
+#include "backends/tensorrt/library.h"
+#include "backends/tensorrt/plugin_library.h"
+#include "backends/tensorrt/workspace.h"
+#include "error.h"
+
+namespace titans::core {
+namespace {
+
+class DeviceEngine final : public Engine {
+ public:
+  DeviceEngine(const Bundle& bundle, const EngineOptions& options)
+      : library_(VendorLibrary::load(options.library)),
+        bundle_(bundle),
+        record_(*bundle.engine()),
+        device_(cuda::find_device(cuda::Driver::require(), options.device)),
+        context_(cuda::Driver::require(), device_.ordinal),
+        copies_(context_),
+        graphs_(bundle.manifest().graphs.size()),
+        share_{bundle.manifest(), context_, copies_, recording_, graphs_, device_.integrated} {
+    const cuda::Context::Scope scope(context_);
+    try {
+      open_graphs();
+      rehearse();
+    } catch (...) {
+      close();
+      throw;
+    }
+  }
+
+  ~DeviceEngine() override {
+    try {
+      const cuda::Context::Scope scope(context_);
+      close();
+    } catch (...) {  // NOLINT: a broken context has nothing left to free
+    }
+  }
+
+  std::string version() const override { return library_.version(); }
+  std::string memory_kernel() const override { return record_.plugin ? "tensorrt-plugin" : "standard-operators"; }
+  bool in_place(std::size_t state) const override { return record_.state_in_place[state]; }
+
+  std::map<std::string, std::string> details() const override {
+    return {
+        {"cuda_graphs", cuda_graphs_},
+        {"memory", device_.integrated ? "shared with the host: inputs and logits are not copied" : "the device's own"},
+        {"sm", text(device_.sm)},
+        {"driver", text("CUDA ", cuda::cuda_version_text(device_.driver_version))},
+        {"precision", record_.precision}};
+  }
+
+  std::unique_ptr<Buffer> allocate(std::size_t state) override {
+    return std::make_unique<DeviceBuffer>(copies_, bundle_.manifest().state[state].bytes);
+  }
+
+  std::unique_ptr<Workspace> make_workspace() override {
+    const std::lock_guard lock(mutex_);
+    if (warm_) return std::move(warm_);
+    const cuda::Context::Scope scope(context_);
+    return std::make_unique<DeviceWorkspace>(share_);
+  }
+
+  void run(const Call& call, Workspace& workspace) override { static_cast<DeviceWorkspace&>(workspace).run(call); }
+
+ private:
+  void open_graphs() {
+    runtime_ = library_.make_runtime();
+    if (record_.plugin) load_plugin();
+    for (const EngineGraph& graph : bundle_.graphs()) {
+      graphs_[graph.graph] = std::make_unique<GraphEngine>(*runtime_, bundle_, graph);
+    }
+  }
+
+  // The vendor's objects want their context to be current when they are destroyed.
+  void close() noexcept {
+    warm_.reset();
+    graphs_.clear();
+    runtime_.reset();
+  }
+
+  // A registry of the runtime's own: another runtime in this process may have another plugin of that name.
+  void load_plugin() {
+    const PluginLibrary plugin = find_plugin_library();
+    if (!plugin.why_not.empty()) {
+      throw Error(TITANS_UNSUPPORTED, kVendor, text("the plugin ", record_.plugin->name), plugin.why_not,
+                  "put its library beside the runtime's backend");
+    }
+    VendorLogger::clear();
+    if (runtime_->getPluginRegistry().loadLibrary(plugin.path.c_str()) == nullptr) {
+      throw Error(TITANS_UNSUPPORTED, kVendor, text("the plugins of ", plugin.path.string()),
+                  VendorLogger::errors("a refusal"), "build the runtime with the headers of this TensorRT");
+    }
+  }
+
+  // Decodes the same token from the same state three times: as it is, recorded, and from the recording. So an engine
+  // that does not run is told now, and a recording is used only where it gives the same numbers.
+  void rehearse() {
+    const Manifest& manifest = bundle_.manifest();
+    warm_ = std::make_unique<DeviceWorkspace>(share_);
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    std::vector<Buffer*> from;
+    std::vector<Buffer*> to;
+    for (std::size_t state = 0; state < manifest.state.size(); ++state) {
+      from.push_back(buffers.emplace_back(allocate(state)).get());
+      to.push_back(in_place(state) ? from.back() : buffers.emplace_back(allocate(state)).get());
+    }
+    const std::int32_t token = 0;
+    const std::size_t decode = bundle_.graphs().back().graph;
+    std::vector<std::vector<float>> answers;
+    constexpr int kTimes = 3;
+    for (int time = 0; time < kTimes; ++time) {
+      for (std::size_t state = 0; state < from.size(); ++state) {
+        from[state]->upload(bundle_.initial_state().find(manifest.state[state].name)->second.data);
+      }
+      warm_->run({decode, &token, 0, true, from.data(), to.data()});
+      const float* logits = warm_->logits(0, 1);
+      answers.emplace_back(logits, logits + manifest.vocab_size);
+    }
+    const auto bytes = static_cast<std::size_t>(manifest.vocab_size) * sizeof(float);
+    const bool same = std::memcmp(answers[0].data(), answers[1].data(), bytes) == 0 &&
+                      std::memcmp(answers[0].data(), answers[2].data(), bytes) == 0;
+    if (graphs_[decode]->any_on_host()) {
+      cuda_graphs_ = "none: the vendor wants an input of the decode graph in host memory";
+    } else if (warm_->recorded() == 0) {
+      cuda_graphs_ = text("none: ", one_line(warm_->why_not_recorded()));
+    } else if (!same) {
+      recording_.turn_off();
+      cuda_graphs_ = "none: the recorded graph gave other logits";
+    } else {
+      cuda_graphs_ = "decode";
+    }
+  }
+
+  const VendorLibrary& library_;
+  const Bundle& bundle_;
+  const EngineRecord& record_;
+  cuda::DeviceInfo device_;
+  cuda::Context context_;
+  Copies copies_;
+  Recording recording_;
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;       // outlives its engines
+  std::vector<std::unique_ptr<GraphEngine>> graphs_;  // by the manifest's graphs, NULL for one that the engine lacks
+  WorkspaceShare share_;
+  std::string cuda_graphs_;
+  std::mutex mutex_;                       // guards what follows
+  std::unique_ptr<DeviceWorkspace> warm_;  // of the rehearsal, until somebody takes it
+};
+
+std::unique_ptr<Engine> open_engine(const Bundle& bundle, const EngineOptions& options) {
+  if (bundle.engine() == nullptr) {
+    throw Error(TITANS_UNSUPPORTED, kVendor, "an engine of the bundle to open", "the plain graphs",
+                "run titans-export build for this device, or open with another backend");
+  }
+  return std::make_unique<DeviceEngine>(bundle, options);
+}
+
+LibraryFacts look_for_library(const std::string& path) {
+  LibraryFacts facts;
+  try {
+    facts.version = VendorLibrary::load(path).version();
+  } catch (const Error& error) {
+    facts.why_not = error.got();
+    return facts;
+  }
+  const PluginLibrary plugin = find_plugin_library();
+  facts.plugin_version = plugin.version;
+  facts.plugin_why_not = plugin.why_not;
+  return facts;
+}
+
+}  // namespace
+}  // namespace titans::core
+
+extern "C" __attribute__((visibility("default"))) const titans::core::BackendEntry* titans_backend_entry() {
+  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &titans::core::open_engine,
+                                                &titans::core::look_for_library};
+  return &entry;
+}

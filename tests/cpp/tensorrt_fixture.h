@@ -1,0 +1,180 @@
+// The backends for TensorRT and TensorRT-RTX on a driver and a vendor's library made for tests: all of them but the
+// device. What the engines compute is in fake_engine.h.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "fake_engine.h"
+#include "stream.h"
+#include "test_bundle.h"
+
+namespace titans::test {
+
+using nlohmann::json;
+using Tokens = std::vector<std::int32_t>;
+
+// Paths and versions come from CMake.
+struct Vendor {
+  const char* name;
+  const char* module;
+  const char* backend;  // our library
+  const char* library;  // the vendor's
+  const char* version;
+  bool plugins;
+};
+
+inline const std::vector<Vendor> kVendors{
+    {"tensorrt", TENSORRT_MODULE, TENSORRT_BACKEND, FAKE_NVINFER, TENSORRT_VERSION, true},
+#ifdef TENSORRT_RTX_BACKEND
+    {"tensorrt_rtx", "tensorrt_rtx", TENSORRT_RTX_BACKEND, FAKE_TENSORRT_RTX, "1.7.1", false},
+#endif
+};
+
+inline void PrintTo(const Vendor& vendor, std::ostream* out) { *out << vendor.name; }
+
+// A variable of the environment, for as long as a test runs.
+class Setting {
+ public:
+  Setting(const char* name, const std::string& value) : name_(name) { ::setenv(name, value.c_str(), 1); }
+  ~Setting() { ::unsetenv(name_); }
+  Setting(const Setting&) = delete;
+  Setting& operator=(const Setting&) = delete;
+
+ private:
+  const char* name_;
+};
+
+// A function of a library that is loaded, or is now.
+template <typename Function>
+Function* function_of(const char* library, const char* name) {
+  void* loaded = ::dlopen(library, RTLD_NOW | RTLD_LOCAL);
+  return loaded == nullptr ? nullptr : reinterpret_cast<Function*>(::dlsym(loaded, name));
+}
+
+class TensorRt : public testing::TestWithParam<Vendor> {
+ protected:
+  TensorRt() : driver_("TITANS_CUDA_DRIVER", FAKE_CUDA) {
+    write_bundle(folder_.path());
+    std::filesystem::copy(GetParam().backend, backends_.path());
+    if (GetParam().plugins) install_plugin(FAKE_PLUGIN);
+    use_engine(/*plugin=*/GetParam().plugins);
+  }
+  ~TensorRt() override {
+    EXPECT_EQ(function_of<std::size_t()>(FAKE_CUDA, "fake_cuda_held")(), 0U);
+    EXPECT_EQ(function_of<int()>(GetParam().library, "fake_nvinfer_alive")(), 0);
+  }
+
+  void install_plugin(const std::filesystem::path& library) {
+    const std::string module = GetParam().module;
+    const std::string name = "libtitans_tensorrt_plugin_" + module.substr(module.rfind('_') + 1) + ".so";
+    std::filesystem::copy(library, backends_.path() / name, std::filesystem::copy_options::overwrite_existing);
+  }
+
+  // What an engine file says of its graph.
+  static std::string engine_text(int tokens, bool plugin) {
+    const std::string count = std::to_string(tokens);
+    return std::string("FAKE ENGINE\nplugin ") + (plugin ? "1" : "0") + "\nin tokens 8 1 " + count +
+           "\nin position 8 1\nin learn 4 1\nin memory 0 1 1 4\nin last 0 1 1\nout logits 0 1 " + count +
+           " 8\nout memory.next 0 1 1 4\nout last.next 0 1 1\n";
+  }
+
+  // Gives the bundle an engine, which `change` may alter in the manifest.
+  template <typename Change>
+  void use_engine(bool plugin, Change&& change) {
+    json manifest = manifest_json();
+    json engine{{"name", "fake-fp32"},
+                {"target", "rtx-40"},
+                {"compiler", GetParam().name},
+                {"compiler_version", GetParam().version},
+                {"precision", "fp32"},
+                {"device", "cuda"},
+                {"sm", {86, 89}},
+                {"platform", PLATFORM},
+                {"cuda", "12.6"},
+                {"driver", 12060},
+                {"memory", plugin ? "plugin" : "standard-operators"},
+                {"plugin", nullptr},
+                {"alias", nullptr},
+                {"state_in_place", json::array()}};
+    if (plugin) {
+      engine["plugin"] = {{"name", "NeuralMemory"}, {"namespace", "ai.titans"}, {"version", "1"}};
+      engine["alias"] = "undeclared";
+      engine["state_in_place"] = {"layers.0.memory"};
+    }
+    for (const auto& [graph, tokens] : std::map<std::string, int>{{"prefill", 4}, {"chunk", 2}, {"decode", 1}}) {
+      const std::string file = "fake-fp32." + graph + ".engine";
+      if (!std::filesystem::exists(folder_.path() / file)) {
+        write_file(folder_.path() / file, engine_text(tokens, plugin));
+      }
+      engine["graphs"].push_back({{"graph", graph}, {"file", file}});
+    }
+    change(engine);
+    manifest["engines"] = {engine};
+    write_manifest(folder_.path(), manifest);
+  }
+  void use_engine(bool plugin) {
+    use_engine(plugin, [](json&) {});
+  }
+  void write_engine(const std::string& graph, const std::string& content) {
+    write_file(folder_.path() / ("fake-fp32." + graph + ".engine"), content);
+    use_engine(GetParam().plugins);
+  }
+
+  core::SessionOptions options() const {
+    core::SessionOptions options;
+    options.device = "cuda";
+    options.plugin_dir = backends_.path();
+    options.libraries = std::string("other=/nowhere\n") + GetParam().module + "=" + library_;
+    return options;
+  }
+  std::shared_ptr<core::Session> open() const { return core::Session::open(folder_.path(), options()); }
+  void refuse(titans_status status, const std::vector<std::string>& words) const {
+    expect_error(status, words, [&] { open(); });
+  }
+  static json info(const core::Session& session) { return json::parse(session.info()); }
+  std::string cuda_graphs(const core::Session& session) const { return info(session)["details"]["cuda_graphs"]; }
+
+  TemporaryFolder folder_;
+  TemporaryFolder backends_;
+  std::string library_ = GetParam().library;
+  Setting driver_;
+};
+
+inline std::vector<float> feed(core::Stream& stream, const Tokens& tokens) {
+  std::vector<float> logits(tokens.size() * kFakeVocab);
+  stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+  return logits;
+}
+
+inline Tokens some_tokens(std::size_t count, std::size_t seed = 0) {
+  Tokens tokens;
+  for (std::size_t i = 0; i < count; ++i) tokens.push_back(static_cast<std::int32_t>((i * 5 + seed) % kFakeVocab));
+  return tokens;
+}
+
+// However the stream is cut, the logits are those of the recurrence.
+inline void expect_any_cut(const std::shared_ptr<core::Session>& session) {
+  const Tokens tokens = some_tokens(16);
+  const std::vector<float> expected = expected_logits(tokens);
+  for (const std::size_t cut : {1U, 2U, 3U, 5U, 7U, 16U}) {
+    core::Stream stream(session);
+    std::vector<float> logits;
+    for (std::size_t at = 0; at < tokens.size(); at += cut) {
+      const Tokens part(tokens.begin() + static_cast<std::ptrdiff_t>(at),
+                        tokens.begin() + static_cast<std::ptrdiff_t>(std::min(at + cut, tokens.size())));
+      const std::vector<float> some = feed(stream, part);
+      logits.insert(logits.end(), some.begin(), some.end());
+    }
+    EXPECT_EQ(logits, expected) << "in parts of " << cut;
+  }
+}
+
+}  // namespace titans::test
