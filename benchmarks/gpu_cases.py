@@ -1,0 +1,150 @@
+"""What a GPU is timed and checked with: rows of the layer benchmark's cases, and the small cases of sanitizers.
+
+Sizes follow what a GPU is for: enough heads times streams to fill it, and one stream, which cannot.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import costs
+from benchmarks.case import Case
+from benchmarks.reference import TOLERANCE
+from titans_export.model.node import attributes
+from titans_export.model.operator import STATS, Layout, initial_rows
+
+MLP, LINEAR = (64, 256, 64), (64, 64)
+CHUNK = 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the largest value of the same output, by what matrix products take. TF32 keeps 10 bits and bfloat16 7, and a state
+# is some chunks of sums of such products; a wrong coefficient is beyond 0.1.
+TOLERANCES = {"float32": TOLERANCE, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
+# What costs counts is float32; with this storage W and S are half of it.
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and how it is held: the type of q, k, v and y, and of W and S.
+
+    bound_by: the measured limit that it is held against, "matrix" or "copy"; reach_...: what the project aims at, as a
+    share of that limit, or in microseconds a chunk.
+    """
+
+    case: Case
+    values: str
+    storage: str
+    bound_by: str
+    reach_share: float | None = None
+    reach_us_per_chunk: float | None = None
+
+    @property
+    def name(self) -> str:
+        stored = "" if self.storage == "float32" else f"-stored-{self.storage}"
+        return f"{self.case.name}-{self.values}{stored}"
+
+    @property
+    def flop_per_pass(self) -> float:
+        return float(self.case.flop_per_token * self.case.tokens)
+
+    @property
+    def bytes_per_pass(self) -> float:
+        """Of decode in the cached form: what has to move, once."""
+        case = self.case
+        per_head = costs.decode_bytes(case.widths, case.chunk)
+        if self.storage == "bfloat16":
+            per_head -= (1 - HALF) * costs.state_bytes(case.widths) * (1 + 2 / case.chunk)
+        return float(case.streams * case.heads * case.tokens * per_head)
+
+
+def _case(name: str, kind: str, widths: tuple[int, ...], streams: int, tokens: int) -> Case:
+    return Case(name, kind, widths, streams, 8, CHUNK, tokens, threads=0)
+
+
+def rows() -> list[Row]:
+    """Every row that is timed, the most wanted first."""
+    many, one = _case("prefill-264", "prefill", MLP, 33, 2048), _case("prefill-8", "prefill", MLP, 1, 4096)
+    decode, decode_one = _case("decode-1056", "decode", MLP, 132, CHUNK), _case("decode-8", "decode", MLP, 1, CHUNK)
+    linear = _case("linear-prefill-264", "prefill", LINEAR, 33, 2048)
+    linear_decode = _case("linear-decode-8448", "decode", LINEAR, 1056, CHUNK)
+    found = []
+    for values in ("bfloat16", "float32"):
+        found += [
+            Row(many, values, "float32", "matrix", reach_share=0.3),
+            Row(decode, values, "float32", "copy", reach_share=0.8),
+            Row(one, values, "float32", "matrix", reach_us_per_chunk=40.0),
+            Row(decode_one, values, "float32", "copy"),
+            Row(linear, values, "float32", "matrix"),
+            Row(linear_decode, values, "float32", "copy", reach_share=0.8),
+        ]
+    return [*found, Row(decode, "bfloat16", "bfloat16", "copy", reach_share=0.8)]
+
+
+def small(row: Row) -> Row:
+    """The same memory, few heads and three chunks: what is checked against the recurrence before a row is timed."""
+    return replace(row, case=replace(row.case, streams=2, heads=2, tokens=3 * row.case.chunk))
+
+
+def sanitizer_rows() -> list[Row]:
+    """Small cases of every path: both schedules, one and several layers, widths that are no multiple of tiles."""
+    found = []
+    for widths in ((6, 6), (17, 33, 17), (64, 64), MLP):
+        for kind in ("prefill", "decode"):
+            chunk = 8 if widths[0] < 64 else 16
+            case = Case(f"{kind}-{'x'.join(map(str, widths))}", kind, widths, 2, 2, chunk, 2 * chunk, threads=0)
+            found += [Row(case, values, "float32", "copy") for values in ("float32", "bfloat16")]
+    return found
+
+
+def write_case(row: Row, path: Path) -> None:
+    """The file that `neural_memory_run_cuda` takes: all tokens in one call, or a token a call."""
+    from safetensors.torch import save_file  # a GPU machine may be without it; only this needs it
+
+    case, kind = row.case, DTYPES[row.values]
+    tensors = {"state": _initial(row)}
+    operands = {name: torch.from_numpy(value) for name, value in case.data.operands.items()}
+    operands = {name: value.to(kind) if name in "qkv" else value for name, value in operands.items()}
+    calls = 1 if case.kind == "prefill" else case.tokens
+    for call in range(calls):
+        part = slice(None) if calls == 1 else slice(call, call + 1)
+        tensors |= {f"{call}.{name}": value[:, :, part].contiguous() for name, value in operands.items()}
+        if calls > 1:
+            tensors[f"{call}.fill"] = torch.full((case.streams,), call % case.chunk, dtype=torch.int64)
+    node = {**attributes(case.spec, "update", calls == 1), "storage": row.storage}
+    save_file(tensors, path, {"calls": str(calls), "attributes": json.dumps(node)})
+
+
+def read_answer(row: Row, path: Path) -> dict[str, Any]:
+    """What `benchmarks.reference.recurrence` has, from the program's output; W and S only where stored in float32."""
+    case = row.case
+    values = np.fromfile(path, np.float32)
+    lead, width, y, at = (case.streams, case.heads), case.widths[0], [], 0
+    for tokens in [case.tokens] if case.kind == "prefill" else [1] * case.tokens:
+        size = int(np.prod(lead)) * tokens * width
+        y.append(values[at : at + size].reshape(*lead, tokens, width))
+        at += size + int(np.prod(lead)) * len(STATS)
+    found = {"y": np.concatenate(y, 2)}
+    if row.storage == "float32":
+        fields = Layout.of(case.spec).unpack(torch.from_numpy(values[at:].reshape(_initial(row).shape)))
+        found |= {name: field.numpy() for name, field in fields.items() if name[0] in "WS"}
+    return found
+
+
+def _initial(row: Row) -> torch.Tensor:
+    """Packed rows of a fresh memory; in bfloat16 two values share a word, the first in its lower half."""
+    spec = row.case.spec
+    packed = initial_rows(spec, [torch.from_numpy(value) for value in row.case.data.weights])
+    if row.storage == "float32":
+        return packed.contiguous()
+    count = 2 * spec.weights
+    if any(i * o % 2 for i, o in spec.shapes):
+        raise ValueError("bfloat16 rows of an odd number of weights: a field would not begin with a word")
+    used = Layout.of(spec).fields[-1].offset + 1
+    words = packed[..., :count].to(torch.bfloat16).contiguous().view(torch.float32)
+    return torch.nn.functional.pad(torch.cat([words, packed[..., count:used]], -1), (0, -(used - count // 2) % 16))

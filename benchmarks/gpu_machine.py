@@ -1,0 +1,106 @@
+"""The NVIDIA GPU and the CUDA toolkit of this machine: whether they are there, and what a report says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from titans_export.bench.machine import describe_commit, describe_machine
+from titans_export.errors import MachineError
+
+ROOT = Path(__file__).parents[1]
+WHERE = "gpu_check"
+# What nvidia-smi is asked for: the names that reports have, with their units, and its own.
+FIELDS = {
+    "name": "name",
+    "compute_capability": "compute_cap",
+    "driver": "driver_version",
+    "memory_mib": "memory.total",
+    "power_limit_w": "power.limit",
+    "sm_clock_max_mhz": "clocks.max.sm",
+    "memory_clock_max_mhz": "clocks.max.mem",
+    "mig": "mig.mode.current",
+}
+# Sources that decide what is measured: parts of a report are kept together only while these are the same.
+SOURCES = ("plugins", "cmake", "benchmarks", "tests")
+SUFFIXES = {".cc", ".cpp", ".cu", ".cuh", ".h", ".txt", ".cmake", ".py"}
+
+Runner = Callable[[Sequence[str]], str]
+
+
+def run(command: Sequence[str]) -> str:
+    """Its stdout. Raises OSError or CalledProcessError."""
+    return subprocess.run(list(command), capture_output=True, text=True, check=True).stdout
+
+
+def find_gpu(runner: Runner = run) -> dict[str, Any]:
+    """The first GPU, as nvidia-smi describes it, with `sm` as in sm_90. Raises MachineError where there is none."""
+    remedy = "run this on a machine with an NVIDIA GPU and its driver"
+    command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits"]
+    try:
+        lines = runner(command).strip().splitlines()
+    except FileNotFoundError:
+        raise MachineError(WHERE, "an NVIDIA GPU", "no nvidia-smi", remedy) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stdout", "") or getattr(error, "stderr", "") or str(error)
+        raise MachineError(WHERE, "an NVIDIA GPU", f"nvidia-smi that fails: {said}", remedy) from None
+    if not lines:
+        raise MachineError(WHERE, "an NVIDIA GPU", "none that nvidia-smi lists", remedy)
+    gpu = dict(zip(FIELDS, (_number(field.strip()) for field in lines[0].split(",")), strict=True))
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(gpu["compute_capability"]))
+    if capability is None:
+        got = f"{gpu['compute_capability']} from nvidia-smi"
+        raise MachineError(WHERE, "a GPU's compute capability", got, "install a newer driver")
+    return {**gpu, "sm": int(capability[1]) * 10 + int(capability[2])}
+
+
+def find_toolkit(which: Callable[[str], str | None] = shutil.which, runner: Runner = run) -> dict[str, str]:
+    """Compiler, its version, and compute-sanitizer where it is. Raises MachineError without a compiler."""
+    folders = (Path("/usr/local/cuda/bin"),)
+    nvcc = which("nvcc") or _first(folders, "nvcc")
+    if nvcc is None:
+        remedy = "install the CUDA toolkit, 12.6 or newer, and put its bin folder on PATH"
+        raise MachineError(WHERE, "a CUDA compiler", "no nvcc on PATH or in /usr/local/cuda/bin", remedy)
+    version = re.search(r"release (\d+\.\d+)", runner([nvcc, "--version"]))
+    found = {"nvcc": nvcc, "cuda": version[1] if version else "unknown"}
+    sanitizer = which("compute-sanitizer") or _first((Path(nvcc).parent,), "compute-sanitizer")
+    return found | ({"compute_sanitizer": sanitizer} if sanitizer else {})
+
+
+def describe(gpu: dict[str, Any], toolkit: dict[str, str]) -> dict[str, Any]:
+    """What a report holds beside its parts. Nothing that differs between two runs on the same machine and sources."""
+    return {
+        **describe_commit(),
+        "sources": hash_sources(),
+        "device": gpu,
+        "cuda": toolkit["cuda"],
+        "machine": describe_machine(),
+    }
+
+
+def hash_sources(root: Path = ROOT, folders: Iterable[str] = SOURCES) -> str:
+    """One hash over everything that is compiled, tested and timed."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and path.suffix in SUFFIXES and "results" not in path.parts:
+                found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _first(folders: Iterable[Path], name: str) -> str | None:
+    return next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
+
+
+def _number(text: str) -> str | float | int:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    # A compute capability is a name, not a number: 9.0 is not 9.
+    return text if re.fullmatch(r"\d+\.\d", text) else int(value) if value.is_integer() else value

@@ -1,0 +1,82 @@
+"""The one JSON that the parts of a check fill, each in a run of its own: read, merged, written aside and renamed."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from titans_export.errors import OutputError, TitansError
+
+SCHEMA = 1
+DONE, FAILED, PARTIAL, NOT_RUN = "done", "failed", "partial", "not run"
+# What has to be the same for parts to stand in one report.
+IDENTITY = ("sources", "device", "cuda")
+
+
+class Report:
+    """A file that holds `what` ("gpu_check"), the machine, and a part for each name."""
+
+    def __init__(self, path: Path, what: str, description: dict[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {"check": what, "schema": SCHEMA, **description, "parts": {}}
+        if path.exists():
+            self._content["parts"] = self._earlier(what, description)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = self._content["parts"]
+        return parts
+
+    def part(self, name: str) -> dict[str, Any]:
+        """What an earlier run has left of that part, or nothing."""
+        found: dict[str, Any] = self.parts.get(name, {})
+        return found
+
+    def save(self, name: str, status: str, **content: Any) -> None:
+        """Replaces a part and writes the file."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self.parts[name] = {"status": status, "date": now.date().isoformat(), **content}
+        self._content["date"] = now.date().isoformat()
+        report.write(self._path, self._content)
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """A part that cannot run here is in the report with its reason, and so is one that ends with an error."""
+        try:
+            yield
+        except TitansError as error:
+            status = NOT_RUN if error.exit_code == 4 else FAILED
+            self.save(name, status, **{**_kept(self.part(name)), "reason": str(error)})
+            raise
+
+    def _earlier(self, what: str, description: dict[str, Any]) -> dict[str, Any]:
+        """The parts of the file, which must be of the same sources on the same machine."""
+        remedy = "give another -o, or remove that file"
+        try:
+            earlier = json.loads(self._path.read_text(encoding="utf-8"))
+            parts: dict[str, Any] = earlier["parts"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(what, f"a report in {self._path}", f"something else ({error})", remedy) from error
+        if (earlier.get("check"), earlier.get("schema")) != (what, SCHEMA):
+            got = f"one of {earlier.get('check')}, schema {earlier.get('schema')}"
+            raise OutputError(what, f"a report of {what}, schema {SCHEMA}, in {self._path}", got, remedy)
+        ours = report.rounded(description)
+        for key in IDENTITY:
+            if earlier.get(key) != ours[key]:
+                expected = f"a report of the same {key} in {self._path}, {ours[key]}"
+                raise OutputError(what, expected, str(earlier.get(key)), remedy)
+        return parts
+
+
+def _kept(part: dict[str, Any]) -> dict[str, Any]:
+    """What a part that failed keeps of the run before: what was finished then."""
+    return {key: value for key, value in part.items() if key == "rows"}
+
+
+def failed_parts(parts: dict[str, Any]) -> list[str]:
+    return [name for name, part in parts.items() if part["status"] == FAILED]
