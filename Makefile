@@ -43,7 +43,7 @@ endef
 RUNTIME_SOURCES := CMakeLists.txt $(shell find runtime cmake plugins -type f \
   -not -path '*/__pycache__/*' -not -path 'runtime/python/build/*' 2>/dev/null)
 CXX_SOURCES = $(shell find runtime plugins tests examples benchmarks -type f \
-  \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' \) 2>/dev/null)
+  \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
 
 .PHONY: help setup run-setup kernels cuda test test-cpp test-python lint format demo bench clean

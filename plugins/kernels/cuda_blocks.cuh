@@ -1,5 +1,5 @@
-// Mode update for calls of several tokens: blocks of up to plan.rows tokens as matrix products, W and S staying with the
-// block of threads from the first token of the call to the last. Equations and names are those of docs/operator.md.
+// Mode update for calls of several tokens: blocks of up to plan.rows tokens as matrix products, W and S staying with
+// the block of threads from the first token of the call to the last. Equations and names are those of docs/operator.md.
 //
 // Where several blocks share a head, each holds a part of the last layer's input (and of the output of the layer
 // before), so that what the network's last layer gives is a sum over them: they meet twice for a block of tokens, once
@@ -37,8 +37,8 @@ class BlocksRun {
     keep_ = eta_ + plan_.rows;
     rows_f_ = keep_ + plan_.rows;
     rows_beta_ = rows_f_ + plan_.rows;
-    e_ = rows_beta_ + plan_.rows;
-    a_ = e_ + chunk_pad_;
+    chunk_.e = rows_beta_ + plan_.rows;
+    chunk_.a = chunk_.e + chunk_pad_;
     rows_a_ = locate<float, kShared>(c_, plan_.coefficients);
     result_ = locate<float>(c_, plan_.exchange);
     partial_y_ = result_ + plan_.rows * m_.width;
@@ -73,7 +73,7 @@ class BlocksRun {
       retrieve(done, fill, count);
       fill += count;
       if (fill == m_.chunk) {
-        close_chunk();
+        close();
         fill = 0;
       }
     }
@@ -122,12 +122,12 @@ class BlocksRun {
     }
     clear(q_, plan_.rows * stride_of(m_.width, sizeof(V)));
     for (int at = thread_index(); at < chunk_pad_; at += kThreads) {
-      e_[at] = at < fill ? row_[m_.e + at] : 0.0F;
-      a_[at] = at < fill ? row_[m_.a + at] : 0.0F;
+      chunk_.e[at] = at < fill ? row_[m_.e + at] : 0.0F;
+      chunk_.a[at] = at < fill ? row_[m_.a + at] : 0.0F;
     }
-    m_now_ = fill == 0 ? 1.0F : row_[m_.m];
-    f_ = fill == 0 ? 0.0F : row_[m_.f];
-    beta_ = fill == 0 ? 1.0F : row_[m_.beta];
+    chunk_.m = fill == 0 ? 1.0F : row_[m_.m];
+    chunk_.f = fill == 0 ? 0.0F : row_[m_.f];
+    chunk_.beta = fill == 0 ? 1.0F : row_[m_.beta];
     wait_for_copies();
     sync_block();
   }
@@ -187,13 +187,13 @@ class BlocksRun {
     }
     if (group_.rank != 0) return;
     for (int at = thread_index(); at < m_.chunk; at += kThreads) {
-      row_[m_.e + at] = e_[at];
-      row_[m_.a + at] = a_[at];
+      row_[m_.e + at] = chunk_.e[at];
+      row_[m_.a + at] = chunk_.a[at];
     }
     if (thread_index() != 0) return;
-    row_[m_.m] = m_now_;
-    row_[m_.f] = f_;
-    row_[m_.beta] = beta_;
+    row_[m_.m] = chunk_.m;
+    row_[m_.f] = chunk_.f;
+    row_[m_.beta] = chunk_.beta;
   }
 
   __device__ void store_rows(const V* from, int stride, float* to, int width, int begin, int count, int first,
@@ -214,7 +214,7 @@ class BlocksRun {
     }
     sync_block();
     for (int at = thread_index(); at < chunk_pad_; at += kThreads) {
-      float e = e_[at], a = a_[at];
+      float e = chunk_.e[at], a = chunk_.a[at];
       for (int t = 0; t < count; ++t) {
         if (learn_ && at <= fill + t) {
           e = at == fill + t ? theta_[t] : eta_[t] * e;
@@ -222,18 +222,18 @@ class BlocksRun {
         }
         rows_a_[t * chunk_pad_ + at] = a;
       }
-      e_[at] = e;
-      a_[at] = a;
+      chunk_.e[at] = e;
+      chunk_.a[at] = a;
     }
     for (int t = 0; t < count; ++t) {
       if (learn_) {
-        m_now_ *= eta_[t];
-        f_ = keep_[t] * f_ + m_now_;
-        beta_ *= keep_[t];
+        chunk_.m *= eta_[t];
+        chunk_.f = keep_[t] * chunk_.f + chunk_.m;
+        chunk_.beta *= keep_[t];
       }
       if (thread_index() == 0) {
-        rows_f_[t] = f_;
-        rows_beta_[t] = beta_;
+        rows_f_[t] = chunk_.f;
+        rows_beta_[t] = chunk_.beta;
       }
     }
   }
@@ -303,7 +303,8 @@ class BlocksRun {
         }
       }
       const int at = (done + t) * m_.width;
-      counts_.loss += error_row(m_, f, k_in_ + at, v_in_ + at, norm_scale_, right(last_) + (fill + t) * stride_out(last_));
+      counts_.loss +=
+          error_row(m_, f, k_in_ + at, v_in_ + at, norm_scale_, right(last_) + (fill + t) * stride_out(last_));
     }
     sync_block();
     for (int i = last_; i > 0; --i) {
@@ -393,28 +394,10 @@ class BlocksRun {
 
   // ---- the end of a chunk ----
 
-  __device__ void close_chunk() {
-    bool touched = beta_ != 1.0F || f_ != 0.0F || m_now_ != 1.0F;
-    for (int at = thread_index(); at < m_.chunk; at += kThreads) touched = touched || e_[at] != 0.0F || a_[at] != 0.0F;
-    touched = any_in_block(touched);
-    float norm = 0.0F;
-    bool commit = true;
-    if (limit_ == nullptr) {
-      if (touched) norm = norm_of(fold(true));
-    } else {
-      // An update that is too large must never have been written, so its size is found first.
-      if (touched) norm = norm_of(fold(false));
-      commit = norm <= *limit_;  // false for NaN
-      if (touched && commit) fold(true);
-    }
-    changed_ = changed_ || (touched && commit);
-    sync_block();  // the coefficients are read until here
-    for (int at = thread_index(); at < chunk_pad_; at += kThreads) e_[at] = a_[at] = 0.0F;
-    m_now_ = beta_ = 1.0F;
-    f_ = 0.0F;
-    counts_.close(norm, commit);
+  __device__ void close() {
+    const auto fold_all = [&](bool write) { return fold(write); };
+    changed_ |= close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, fold_all);
     closed_ = true;
-    sync_block();
   }
 
   // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
@@ -427,32 +410,22 @@ class BlocksRun {
       const AlongColumns<V> lefts{left(i), stride_in(i)}, rights{right(i), stride_out(i)};
       each_tile(p.in, p.out, [&](int row, int column) {
         Tile change_w, change_s;
-        change_w.add_pair<V>(change_s, row, column, m_.chunk, lefts, ScaledAlongDepth<AlongColumns<V>>{rights, a_},
-                             ScaledAlongDepth<AlongColumns<V>>{rights, e_});
+        change_w.add_pair<V>(change_s, row, column, m_.chunk, lefts,
+                             ScaledAlongDepth<AlongColumns<V>>{rights, chunk_.a},
+                             ScaledAlongDepth<AlongColumns<V>>{rights, chunk_.e});
         change_w.each_with(change_s, row, column, [&](int r, int j, float by_a, float by_e) {
           if (r >= p.in || j >= p.out) return;
           const int at = r * stride + j;
           const float old = of_w[at], surprise = of_s[at];
-          const float now = round_weight(m_, beta_ * old + f_ * surprise - by_a);
+          const float now = round_weight(m_, chunk_.beta * old + chunk_.f * surprise - by_a);
           squares += (now - old) * (now - old);
           if (!write) return;
           of_w[at] = now;
-          of_s[at] = round_weight(m_, m_now_ * surprise - by_e);
+          of_s[at] = round_weight(m_, chunk_.m * surprise - by_e);
         });
       });
     }
     return squares;
-  }
-
-  // Over all layers and blocks.
-  __device__ float norm_of(float squares) {
-    float sum = sum_over_block(squares, reduction_);
-    if (group_.size > 1) {
-      if (thread_index() == 0) *norm_ = sum;
-      sync_group(group_);
-      sum = sum_over_group(c_, group_, norm_);
-    }
-    return square_root(sum);
   }
 
   const Call& c_;
@@ -460,7 +433,7 @@ class BlocksRun {
   const Plan& plan_;
   Group& group_;
   int last_, chunk_pad_;
-  float *reduction_, *theta_, *eta_, *keep_, *rows_f_, *rows_beta_, *e_, *a_, *rows_a_;
+  float *reduction_, *theta_, *eta_, *keep_, *rows_f_, *rows_beta_, *rows_a_;
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   V *q_, *scores_;
   float* row_ = nullptr;
@@ -469,7 +442,7 @@ class BlocksRun {
   std::int64_t gates_ = 0;
   const float *norm_scale_ = nullptr, *limit_ = nullptr;
   bool learn_ = true, closed_ = false, changed_ = false;
-  float m_now_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
+  Coefficients chunk_;
   Counts counts_;
 };
 

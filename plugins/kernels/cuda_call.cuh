@@ -42,12 +42,14 @@ __device__ inline Group make_group(const Call& call) {
 template <class T, bool kShared = false>
 __device__ T* locate(const Call& call, const Place& place) {
   if constexpr (kShared) return reinterpret_cast<T*>(shared_memory() + place.offset);
-  std::byte* base = place.shared ? shared_memory()
-                                 : call.workspaces + static_cast<std::size_t>(block_index()) * call.plan.workspace_bytes;
+  std::byte* base = place.shared
+                        ? shared_memory()
+                        : call.workspaces + static_cast<std::size_t>(block_index()) * call.plan.workspace_bytes;
   return reinterpret_cast<T*>(base + place.offset);
 }
 
-// The sum over the group of a float in each block's exchange, given where it is in one's own; in the order of the ranks.
+// The sum over the group of a float in each block's exchange, given where it is in one's own; in the order of the
+// ranks.
 __device__ inline float sum_over_group(const Call& call, const Group& group, const float* own) {
   float parts[kMostBlocks] = {};  // all on their way before the first is used
   const bool shared = call.plan.exchange.shared;
@@ -258,5 +260,51 @@ struct Counts {
     stats[3] = rejected;
   }
 };
+
+// Of the open chunk at its last token: e and a of each token in the block's memory, the others in every thread.
+struct Coefficients {
+  float *e = nullptr, *a = nullptr;
+  float m = 1.0F, f = 0.0F, beta = 1.0F;
+};
+
+// The end of a chunk: commits it unless its update is too large, and starts the next. fold(write) computes W and S of
+// the chunk's end, writes them if it shall, and returns this thread's part of the square of what that does to W.
+// `words` are kWarps of the block's memory, `exchanged` a float of its exchange. Returns whether W and S have changed.
+template <class Fold>
+__device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, const float* limit, float* words,
+                            float* exchanged, Counts& counts, const Fold& fold) {
+  // Frobenius norm over all layers and blocks.
+  const auto norm_of = [&](float squares) {
+    float sum = sum_over_block(squares, words);
+    if (group.size > 1) {
+      if (thread_index() == 0) *exchanged = sum;
+      sync_group(group);
+      sum = sum_over_group(c, group, exchanged);
+    }
+    return square_root(sum);
+  };
+  bool touched = chunk.beta != 1.0F || chunk.f != 0.0F || chunk.m != 1.0F;
+  for (int at = thread_index(); at < c.model.chunk; at += kThreads) {
+    touched = touched || chunk.e[at] != 0.0F || chunk.a[at] != 0.0F;
+  }
+  touched = any_in_block(touched);
+  float norm = 0.0F;
+  bool commit = true;
+  if (limit == nullptr) {
+    if (touched) norm = norm_of(fold(true));
+  } else {
+    // An update that is too large must never have been written, so its size is found first.
+    if (touched) norm = norm_of(fold(false));
+    commit = norm <= *limit;  // false for NaN
+    if (touched && commit) fold(true);
+  }
+  sync_block();  // the coefficients are read until here
+  for (int at = thread_index(); at < c.model.chunk; at += kThreads) chunk.e[at] = chunk.a[at] = 0.0F;
+  chunk.m = chunk.beta = 1.0F;
+  chunk.f = 0.0F;
+  counts.close(norm, commit);
+  sync_block();
+  return touched && commit;
+}
 
 }  // namespace titans::kernels::cuda

@@ -1,6 +1,6 @@
 // What the kernels take from CUDA: threads, barriers, groups of blocks, matrix instructions, launches. Kernels are
-// written against this file alone, so that the tests can run them on a CPU (tests/cuda_emulation), where every thread is
-// a fiber and what is here is done in plain C++.
+// written against this file alone, so that the tests can run them on a CPU (tests/cuda_emulation), where every thread
+// is a fiber and what is here is done in plain C++.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -82,7 +82,8 @@ __device__ inline std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(bytes);
 }
 
-// What a block wrote before this barrier, into its shared memory or global memory, the others of its group see after it.
+// What a block wrote before this barrier, into its shared memory or global memory, the others of its group see after
+// it.
 __device__ inline void sync_group(Group& group) {
   if (group.size == 1) {
     __syncthreads();
@@ -181,15 +182,13 @@ __device__ void multiply_add(float (&d)[4], const Word<V> (&a)[4], const Word<V>
 template <>
 __device__ inline void multiply_add<__nv_bfloat16>(float (&d)[4], const std::uint32_t (&a)[4],
                                                    const std::uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ inline void multiply_add_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -239,8 +238,8 @@ inline std::string describe(cudaError_t error) {
 
 // The most blocks, 8, 4, 2 or 1, that a cluster of such a kernel can have; small GPUs and parts of them have less room.
 inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(device.shared_bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
   int clusters = 0;
   for (device.most_cluster = 8; error == cudaSuccess && device.most_cluster > 1; device.most_cluster /= 2) {
     cudaLaunchAttribute attribute{};
@@ -276,7 +275,8 @@ inline std::string query_device(CudaDevice& device, [[maybe_unused]] const void*
 }
 
 template <class Parameters>
-std::string launch(void (*kernel)(Parameters), const Launch& launch, const Parameters& parameters, CUstream_st* stream) {
+std::string launch(void (*kernel)(Parameters), const Launch& launch, const Parameters& parameters,
+                   CUstream_st* stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(launch.groups * launch.size));
   config.blockDim = dim3(kThreads);
@@ -294,9 +294,9 @@ std::string launch(void (*kernel)(Parameters), const Launch& launch, const Param
   config.attrs = &attribute;
   config.numAttrs = launch.size > 1 ? 1 : 0;
   // The same for every launch: it belongs to the function, and another thread may be about to launch it.
-  const cudaError_t allowed = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(launch.most_shared_bytes));
+  const cudaError_t allowed =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(launch.most_shared_bytes));
   if (allowed != cudaSuccess) return describe(allowed);
   return describe(cudaLaunchKernelEx(&config, kernel, parameters));
 }

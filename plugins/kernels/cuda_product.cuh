@@ -1,8 +1,8 @@
 // Matrix products of a block, a warp per tile of the result, with what follows applied while it is in registers.
 //
-// Matrices are told by accessors: word(i, k) is what the matrix instruction wants of row i of A, or of column i of B, at
-// depth k. Buffers are padded (cuda_plan.h), so that tiles need no bounds: what lies beyond rows and columns is computed
-// and dropped, what lies beyond the depth is zero.
+// Matrices are told by accessors: word(i, k) is what the matrix instruction wants of row i of A, or of column i of B,
+// at depth k. Buffers are padded (cuda_plan.h), so that tiles need no bounds: what lies beyond rows and columns is
+// computed and dropped, what lies beyond the depth is zero.
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"

@@ -31,9 +31,9 @@ class TokenRun {
     width_ = pad(widest);
     reduction_ = locate<float, kShared>(c_, plan_.vectors);
     rows_ = reduction_ + kReductionWords;
-    e_ = rows_ + (3 + 4 * m_.depth) * width_;
-    a_ = e_ + pad(m_.chunk);
-    scores_ = a_ + pad(m_.chunk);
+    chunk_.e = rows_ + (3 + 4 * m_.depth) * width_;
+    chunk_.a = chunk_.e + pad(m_.chunk);
+    scores_ = chunk_.a + pad(m_.chunk);
     sums_ = locate<float, kShared>(c_, plan_.coefficients);
     sums_stride_ = width_ < pad(m_.chunk) ? pad(m_.chunk) : width_;
     result_ = locate<float>(c_, plan_.exchange);
@@ -62,7 +62,9 @@ class TokenRun {
       append();
       retrieve(q, scale, y);
       if (fill_ + 1 == m_.chunk) {
-        close_chunk(c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream, numbers);
+        const float* limit = c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream;
+        const auto fold_all = [&](bool write) { return fold(write); };
+        close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, fold_all);
       }
       store_coefficients();
     } else if (group_.rank == 0) {
@@ -80,9 +82,7 @@ class TokenRun {
   __device__ float* query() const { return rows_; }
   __device__ float* key() const { return rows_ + width_; }
   __device__ float* left(int i) const { return i == 0 ? key() + part(0).in_begin : rows_ + (3 + i) * width_; }
-  __device__ float* x(int i) const {
-    return i == 0 ? query() + part(0).in_begin : rows_ + (3 + m_.depth + i) * width_;
-  }
+  __device__ float* x(int i) const { return i == 0 ? query() + part(0).in_begin : rows_ + (3 + m_.depth + i) * width_; }
   __device__ float* right(int i) const { return rows_ + (3 + 2 * m_.depth + i) * width_; }
   __device__ float* derivative(int i) const { return rows_ + (3 + 3 * m_.depth + i) * width_; }
   __device__ float* answer() const { return rows_ + 2 * width_; }
@@ -176,16 +176,16 @@ class TokenRun {
         e = at == fill_ ? theta : eta * e;
         a = keep * a + e;
       }
-      e_[at] = e;
-      a_[at] = a;
+      chunk_.e[at] = e;
+      chunk_.a[at] = a;
     }
-    m_now_ = open ? row_[m_.m] : 1.0F;
-    f_ = open ? row_[m_.f] : 0.0F;
-    beta_ = open ? row_[m_.beta] : 1.0F;
+    chunk_.m = open ? row_[m_.m] : 1.0F;
+    chunk_.f = open ? row_[m_.f] : 0.0F;
+    chunk_.beta = open ? row_[m_.beta] : 1.0F;
     if (learn_) {
-      m_now_ *= eta;
-      f_ = keep * f_ + m_now_;
-      beta_ *= keep;
+      chunk_.m *= eta;
+      chunk_.f = keep * chunk_.f + chunk_.m;
+      chunk_.beta *= keep;
     }
     sync_block();
   }
@@ -194,13 +194,13 @@ class TokenRun {
   __device__ void store_coefficients() {
     if (group_.rank != 0) return;
     for (int at = thread_index(); at < m_.chunk; at += kThreads) {
-      row_[m_.e + at] = e_[at];
-      row_[m_.a + at] = a_[at];
+      row_[m_.e + at] = chunk_.e[at];
+      row_[m_.a + at] = chunk_.a[at];
     }
     if (thread_index() != 0) return;
-    row_[m_.m] = m_now_;
-    row_[m_.f] = f_;
-    row_[m_.beta] = beta_;
+    row_[m_.m] = chunk_.m;
+    row_[m_.f] = chunk_.f;
+    row_[m_.beta] = chunk_.beta;
   }
 
   // The token's rows, where it learns nothing zeros, to the open chunk's. What every block holds whole, the first one
@@ -242,7 +242,7 @@ class TokenRun {
           sums[2] += q[r] * of_s(r, j);
         },
         [&](int j, const float (&sums)[3]) {
-          h[j] = beta_ * sums[1] + f_ * sums[2];
+          h[j] = chunk_.beta * sums[1] + chunk_.f * sums[2];
           keep_activation(0, j, sums[0], z, slope);
         });
   }
@@ -321,17 +321,17 @@ class TokenRun {
               sums[0] += input[r] * of_w(r, j);
               sums[1] += input[r] * of_s(r, j);
             },
-            [&](int j, const float (&sums)[2]) { h[j] = beta_ * sums[0] + f_ * sums[1]; });
+            [&](int j, const float (&sums)[2]) { h[j] = chunk_.beta * sums[0] + chunk_.f * sums[1]; });
       }
       sum_columns(
           fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * left_row(i, at)[j]; },
-          [&](int at, float sum) { (shared ? partial_scores_ : scores_)[at] = shared ? sum : a_[at] * sum; });
+          [&](int at, float sum) { (shared ? partial_scores_ : scores_)[at] = shared ? sum : chunk_.a[at] * sum; });
       if (shared) {
         for (int j = thread_index(); j < m_.width; j += kThreads) partial_y_[j] = h[j];
         sync_group(group_);
         if (group_.rank != 0) return;
         for (int at = thread_index(); at <= fill_; at += kThreads) {
-          scores_[at] = a_[at] * sum_over_group(c_, group_, partial_scores_ + at);
+          scores_[at] = chunk_.a[at] * sum_over_group(c_, group_, partial_scores_ + at);
         }
         for (int j = thread_index(); j < m_.width; j += kThreads) h[j] = sum_over_group(c_, group_, partial_y_ + j);
         sync_block();
@@ -346,38 +346,6 @@ class TokenRun {
 
   // ---- the end of a chunk ----
 
-  __device__ void close_chunk(const float* limit, Counts& numbers) {
-    bool touched = beta_ != 1.0F || f_ != 0.0F || m_now_ != 1.0F;
-    for (int at = thread_index(); at < m_.chunk; at += kThreads) touched = touched || e_[at] != 0.0F || a_[at] != 0.0F;
-    touched = any_in_block(touched);
-    float norm = 0.0F;
-    bool commit = true;
-    if (limit == nullptr) {
-      if (touched) norm = norm_of(fold(true));
-    } else {
-      // An update that is too large must never have been written, so its size is found first.
-      if (touched) norm = norm_of(fold(false));
-      commit = norm <= *limit;  // false for NaN
-      if (touched && commit) fold(true);
-    }
-    sync_block();
-    for (int at = thread_index(); at < m_.chunk; at += kThreads) e_[at] = a_[at] = 0.0F;
-    m_now_ = beta_ = 1.0F;
-    f_ = 0.0F;
-    numbers.close(norm, commit);
-    sync_block();
-  }
-
-  __device__ float norm_of(float squares) {
-    float sum = sum_over_block(squares, reduction_);
-    if (group_.size > 1) {
-      if (thread_index() == 0) *norm_ = sum;
-      sync_group(group_);
-      sum = sum_over_group(c_, group_, norm_);
-    }
-    return square_root(sum);
-  }
-
   // W and S of the chunk's end, written where they are stored. Returns this thread's part of the square of what that
   // does to W. A thread takes some rows of a column, which share the row of right.
   __device__ float fold(bool write) {
@@ -391,14 +359,14 @@ class TokenRun {
         const int r0 = at / p.out * kRows, j = at % p.out;
         float by_a[kRows] = {}, by_e[kRows] = {};
         for (int t = 0; t < m_.chunk; ++t) {
-          if (a_[t] == 0.0F && e_[t] == 0.0F) continue;  // frozen tokens
+          if (chunk_.a[t] == 0.0F && chunk_.e[t] == 0.0F) continue;  // frozen tokens
           const float value = right_row(i, t)[j];
           const float* lefts = left_row(i, t) + r0;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             const float product = r0 + r < p.in ? lefts[r] * value : 0.0F;
-            by_a[r] += a_[t] * product;
-            by_e[r] += e_[t] * product;
+            by_a[r] += chunk_.a[t] * product;
+            by_e[r] += chunk_.e[t] * product;
           }
         }
 #pragma unroll
@@ -406,11 +374,11 @@ class TokenRun {
           if (r0 + r >= p.in) continue;
           const int index = first + (r0 + r) * m_.widths[i + 1] + j;
           const float old = of_w(r0 + r, j), surprise = of_s(r0 + r, j);
-          const float now = round_weight(m_, beta_ * old + f_ * surprise - by_a[r]);
+          const float now = round_weight(m_, chunk_.beta * old + chunk_.f * surprise - by_a[r]);
           squares += (now - old) * (now - old);
           if (!write) continue;
           store_weight(m_, row_, m_.w[i], index, now);
-          store_weight(m_, row_, m_.s[i], index, round_weight(m_, m_now_ * surprise - by_e[r]));
+          store_weight(m_, row_, m_.s[i], index, round_weight(m_, chunk_.m * surprise - by_e[r]));
         }
       }
     }
@@ -422,12 +390,12 @@ class TokenRun {
   const Plan& plan_;
   Group& group_;
   int last_, width_, sums_stride_;
-  float *reduction_, *rows_, *e_, *a_, *scores_, *sums_;
+  float *reduction_, *rows_, *scores_, *sums_;
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   float* row_ = nullptr;
   bool learn_ = true;
   int fill_ = 0;
-  float m_now_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
+  Coefficients chunk_;
 };
 
 template <class In, bool kShared>

@@ -84,7 +84,9 @@ TEST(CudaPlan, DealsTheWholeLastLayerOutAndLeavesNoBlockWithoutAPart) {
       const Plan plan = make_plan(model, device, {kind, bytes, work});
       EXPECT_GE(plan.share * plan.blocks, model.widths[model.depth - 1]);
       EXPECT_LT(plan.share * (plan.blocks - 1), model.widths[model.depth - 1]);
-      if (model.depth == 3 || kind == Kind::kRead) EXPECT_EQ(plan.blocks, 1);
+      if (model.depth == 3 || kind == Kind::kRead) {
+        EXPECT_EQ(plan.blocks, 1);
+      }
     }
   });
 }
@@ -98,7 +100,8 @@ TEST(CudaPlan, BlocksThatMeetAtACounterAreAllResident) {
       EXPECT_GE(groups, 1);
       EXPECT_LE(groups, work);
       if (plan.blocks == 1 || plan.cluster) continue;
-      EXPECT_LE(groups * plan.blocks, device.multiprocessors);
+      EXPECT_LE(groups * plan.blocks, device.multiprocessors * plan.resident);
+      EXPECT_LE(plan.resident * (plan.shared_bytes + 1024), device.shared_bytes + 1024) << "1 KiB each is the system's";
       EXPECT_FALSE(plan.exchange.shared) << "no other block can read it there";
     }
   });
