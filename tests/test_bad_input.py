@@ -150,7 +150,7 @@ class TestRunning:
 
     @pytest.mark.parametrize("option", [("--device", "cuda:0"), ("--device", "toaster"), ("--backend", "abacus")])
     def test_what_this_machine_has_not(self, shared_bundle: Path, option: tuple[str, str]) -> None:
-        invoke("run", shared_bundle, "--prompt", "a", *option).check_failure(4, option[1])
+        invoke("run", shared_bundle, "--prompt", "a", *option).check_failure(4, option[1].partition(":")[0])
 
     def test_no_onnxruntime(self, shared_bundle: Path, tmp_path: Path) -> None:
         nowhere = str(tmp_path / "libonnxruntime.so")
