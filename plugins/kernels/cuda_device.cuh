@@ -238,10 +238,10 @@ inline std::string describe(cudaError_t error) {
 
 // The most blocks, 8, 4, 2 or 1, that a cluster of such a kernel can have; small GPUs and parts of them have less room.
 inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
-  cudaError_t error =
+  const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
-  int clusters = 0;
-  for (device.most_cluster = 8; error == cudaSuccess && device.most_cluster > 1; device.most_cluster /= 2) {
+  if (error != cudaSuccess) return error;
+  for (device.most_cluster = 8; device.most_cluster > 1; device.most_cluster /= 2) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(device.most_cluster);
@@ -252,10 +252,11 @@ inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
     config.dynamicSmemBytes = device.shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (clusters > 0) break;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return cudaSuccess;
+    cudaGetLastError();  // a size that there cannot be is no failure
   }
-  return error;
+  return cudaSuccess;
 }
 
 inline std::string query_device(CudaDevice& device, [[maybe_unused]] const void* kernel) {
