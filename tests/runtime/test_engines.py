@@ -188,6 +188,7 @@ def test_libraries_in_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     library = package / "libtensorrt_rtx.so.1"
     library.touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx_libs", raising=False)  # where it is installed and has been imported
     assert f"tensorrt_rtx={library}" in _library.vendor_libraries().splitlines()
     library.unlink()
     assert f"tensorrt_rtx={library}" not in _library.vendor_libraries().splitlines()
