@@ -66,6 +66,8 @@ def runs(results: Sequence[Result]) -> Runs:
                 entry = result["parts"].get(part, {})
                 for column in columns if entry.get("status") == "done" else ():
                     add(result["target"], column, entry["date"], result["device"]["name"])
+        elif result.get("check") == "engine" and result["verify"]["passed"]:
+            add(result["target"], "engine", result["date"], result["machine"]["processor"])
         elif result.get("passed") and result.get("benchmark") in ("layer", "model"):
             column = {"layer": "kernel", "model": "runtime"}[result["benchmark"]]
             add("cpu", column, result["date"], result["machine"]["processor"])

@@ -252,6 +252,15 @@ def test_cells_say_what_was_done() -> None:
         "parts": {part: {"status": "done", "date": "2026-12-02"} for part in ("engines", "run")},
     }
     assert _cells([check, orin], "orin-agx") == ["run on Orin, 2026-12-02"] * 4
+    engine = {
+        "check": "engine",
+        "target": "cpu",
+        "date": "2026-12-03",
+        "machine": {"processor": "a CPU"},
+        "verify": {"passed": True},
+    }
+    assert _cells([engine], "cpu") == ["not tried", "-", "run on a CPU, 2026-12-03", "not tried"]
+    assert _cells([{**engine, "verify": {"passed": False}}], "cpu")[2] == "not tried"
 
 
 @pytest.mark.parametrize(
