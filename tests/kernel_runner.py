@@ -60,7 +60,7 @@ class Target:
     def harmless_options(self) -> tuple[tuple[str, ...], ...]:
         """Options of the program that must not change a bit."""
         if self.cuda:
-            return (("--two-buffers",),)
+            return ("--two-buffers",), ("--misaligned",), ("--two-buffers", "--misaligned")
         return ("--threads", "3"), ("--two-buffers",), ("--threads", "2", "--two-buffers")
 
 

@@ -41,14 +41,20 @@ def test_an_engine_and_what_is_known_of_it(tmp_path: Path) -> None:
     assert any(text.startswith("Building engine") for text in said)
 
 
-def test_what_is_only_logged_is_an_error(tmp_path: Path) -> None:
-    """A network whose output is its input: the builder gives an engine all the same."""
-    path = write_graph(product(4, 16), tmp_path / "g.onnx")
+def _input_as_output(folder: Path) -> tuple[Any, Any, Any]:
+    """The log, the builder and a network whose output is its input, which is only logged."""
+    path = write_graph(product(4, 16), folder / "g.onnx")
     log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(trt, network, path, log)
     network.mark_output(network.get_input(0))
+    return log, builder, network
+
+
+def test_what_is_only_logged_is_an_error(tmp_path: Path) -> None:
+    """A network whose output is its input: the builder gives an engine all the same."""
+    log, builder, network = _input_as_output(tmp_path)
     assert log.texts("ERROR"), "the release says it some other way"
     with pytest.raises(BuildError, match="no error in the log"):
         build_network(trt, builder, network, ADA, log)
@@ -56,12 +62,7 @@ def test_what_is_only_logged_is_an_error(tmp_path: Path) -> None:
 
 def test_the_log_without_our_reading_gives_an_engine(tmp_path: Path) -> None:
     """So the test above proves that it is the log that is read."""
-    path = write_graph(product(4, 16), tmp_path / "g.onnx")
-    log = make_log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parse(trt, network, path, log)
-    network.mark_output(network.get_input(0))
+    log, builder, network = _input_as_output(tmp_path)
     log.messages.clear()
     assert len(build_network(trt, builder, network, ADA, log).plan) > 0
 

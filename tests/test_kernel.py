@@ -325,8 +325,11 @@ def test_bfloat16_storage_rounds_at_the_end_of_each_chunk_and_nowhere_else(
 
 
 @targets
-def test_threads_and_buffers_change_no_bit(target: Target, tmp_path: Path) -> None:
-    spec, length = SHAPES["mlp-31-67-31-gelu-residual-norm"]
+@pytest.mark.parametrize(
+    "name", ["mlp-31-67-31-gelu-residual-norm", "linear-64"]
+)  # the latter copied 16 bytes at a time
+def test_threads_and_buffers_change_no_bit(target: Target, name: str, tmp_path: Path) -> None:
+    spec, length = SHAPES[name]
     case = Case(spec, length, streams=2, heads=3)
     rows, calls = initial_rows(spec, case.weights), _calls(case, random_cuts(length, seed=3))
     one = run_kernel(target, tmp_path, spec, rows, calls)

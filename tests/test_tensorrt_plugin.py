@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from cases import KINDS, Case, random_cuts, worst
 from kernel_runner import Target, run_kernel
 from oracles import titans_stream
 from safetensors.torch import save_file
+from tensorrt_headers import header_roots, header_version
 from test_kernel import _calls
 from tolerances import TOLERANCES
 
@@ -56,29 +56,16 @@ class Built:
         return [each for each in (self.double, self.emulated, self.cuda) if each]
 
 
-def _version(root: Path) -> str:
-    text = (root / "include" / "NvInferVersion.h").read_text()
-    parts = [re.search(rf"define (NV_TENSORRT|TRT)_{part}(_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")]
-    return ".".join(found[3] for found in parts if found)
-
-
-def _roots() -> list[Any]:
-    listed = os.environ.get("TENSORRT_ROOTS") or os.environ.get("TENSORRT_ROOT") or ""
-    roots = [Path(folder) for folder in listed.split(":") if folder]
-    missing = pytest.mark.skip(reason="no headers of TensorRT: TENSORRT_ROOTS names no folder")
-    return [pytest.param(root, id=_version(root)) for root in roots] or [pytest.param(None, id="none", marks=missing)]
-
-
 def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 # All tests of one version come together, so one folder serves all: the kernels are compiled once.
-@pytest.fixture(scope="module", params=_roots())
+@pytest.fixture(scope="module", params=header_roots())
 def built(request: pytest.FixtureRequest) -> Built:
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("no cmake or no ninja")
-    version = _version(request.param)
+    version = header_version(request.param)
     cuda = shutil.which("nvcc") is not None
     configured = _run(
         ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), f"-DTENSORRT_ROOT={request.param}",

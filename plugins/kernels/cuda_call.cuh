@@ -35,7 +35,7 @@ struct Item {
 
 __device__ inline Group make_group(const Call& call) {
   const int size = call.plan.blocks, index = block_index() / size;
-  return {size, block_index() % size, call.plan.cluster, call.counters + index, 0};
+  return {size, block_index() % size, call.counters + index, 0};
 }
 
 // With kShared it is known to be shared memory, which the compiler then has shorter instructions for.
@@ -305,6 +305,18 @@ __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, co
   counts.close(norm, commit);
   sync_block();
   return touched && commit;
+}
+
+// The groups of a launch take turns with the heads of all streams.
+template <class In, class Run>
+__device__ void run_items(const Call& call) {
+  Group group = make_group(call);
+  Run run(call, group);
+  const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
+  for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
+    const Item item(call, each);
+    if (check_item<In>(call, group, item)) run.run(item);
+  }
 }
 
 }  // namespace titans::kernels::cuda

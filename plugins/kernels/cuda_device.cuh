@@ -22,7 +22,6 @@ inline constexpr int kWarps = kThreads / kWarpSize;
 struct Group {
   int size;
   int rank;
-  bool cluster;
   unsigned* counter;  // starts at 0; null with a cluster
   unsigned arrivals;  // that the counter shows when the next barrier is complete
 };

@@ -25,7 +25,7 @@ template <class In>
 __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__ Call call) {
   using V = Operand<In>;
   const Model& m = call.model;
-  const Group group{1, 0, false, nullptr, 0};
+  const Group group{1, 0, nullptr, 0};
   const int rows = call.plan.rows, parts = (call.tokens + rows - 1) / rows;
   V* q = locate<V>(call, call.plan.q);
   float* result = locate<float>(call, call.plan.exchange);

@@ -400,13 +400,7 @@ class TokenRun {
 
 template <class In, bool kShared>
 __global__ void __launch_bounds__(kThreads, 2) update_token(const __grid_constant__ Call call) {
-  Group group = make_group(call);
-  TokenRun<In, kShared> run(call, group);
-  const int work = call.streams * call.heads, groups = block_count() / call.plan.blocks;
-  for (int each = block_index() / call.plan.blocks; each < work; each += groups) {
-    const Item item(call, each);
-    if (check_item<In>(call, group, item)) run.run(item);
-  }
+  run_items<In, TokenRun<In, kShared>>(call);
 }
 
 }  // namespace titans::kernels::cuda

@@ -1,13 +1,13 @@
 // Runs the bare CUDA kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
 //
-//   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--keep-going] [--time REPEATS [--graph]]
-//   neural_memory_run_cuda --device
+//   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--misaligned] [--keep-going] [--time REPEATS
+//   [--graph]] neural_memory_run_cuda --device
 //
 // CASE is as case_file.h says; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
 // update, its stats; at last the state. With --time all calls together are repeated that often, the state flowing on,
 // with --graph as one CUDA graph, and stdout has the nanoseconds of each. Stdout has a line of JSON: device, placement
-// of the last call. --device prints the device alone. With --keep-going values that are not allowed are no failure:
-// what the kernel says of them is in the line of JSON.
+// of the last call. --misaligned puts the state 4 bytes beyond where memory begins. --device prints the device alone.
+// With --keep-going values that are not allowed are no failure: what the kernel says of them is in the line of JSON.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,7 +30,7 @@ using namespace titans::kernels;
 struct Options {
   std::string input, output;
   std::size_t repeats = 0;
-  bool two_buffers = false, graph = false, keep_going = false;
+  bool two_buffers = false, misaligned = false, graph = false, keep_going = false;
 };
 
 Options parse_options(int argc, char** argv) {
@@ -43,6 +43,8 @@ Options parse_options(int argc, char** argv) {
       options.repeats = std::stoul(argv[++i]);
     } else if (word == "--two-buffers") {
       options.two_buffers = true;
+    } else if (word == "--misaligned") {
+      options.misaligned = true;
     } else if (word == "--keep-going") {
       options.keep_going = true;
     } else if (word == "--graph") {
@@ -110,22 +112,27 @@ class Runner {
   }
 
  private:
-  DeviceBuffer& device_copy(Tensor& tensor, std::size_t bytes) {
-    buffers_.push_back(std::make_unique<DeviceBuffer>(bytes));
-    if (tensor.data != nullptr) buffers_.back()->upload(tensor.data);
-    tensor.data = buffers_.back()->data();
-    return *buffers_.back();
+  // The tensor in memory of the device, `before` bytes beyond where that begins.
+  void device_copy(Tensor& tensor, std::size_t bytes, std::size_t before = 0) {
+    buffers_.push_back(std::make_unique<DeviceBuffer>(before + bytes));
+    if (tensor.data != nullptr) {
+      std::vector<std::byte> host(before + bytes);
+      std::memcpy(host.data() + before, tensor.data, bytes);
+      buffers_.back()->upload(host.data());
+    }
+    tensor.data = static_cast<std::byte*>(buffers_.back()->data()) + before;
   }
 
   void prepare() {
     update_ = configuration_.mode == Mode::kUpdate;
     const std::size_t state_bytes = case_.memory.at("state").bytes();
     state_ = next_ = case_.tensors.at("state");
-    device_copy(state_, state_bytes);
+    const std::size_t before = options_.misaligned ? sizeof(float) : 0;
+    device_copy(state_, state_bytes, before);
     next_.data = state_.data;
     if (options_.two_buffers) {
       next_.data = nullptr;
-      device_copy(next_, state_bytes);
+      device_copy(next_, state_bytes, before);
     }
     std::size_t workspace = 0;
     for (std::size_t call = 0; call < case_.calls; ++call) {
@@ -164,11 +171,13 @@ class Runner {
   void write(std::ofstream& out, const Tensor& tensor) const {
     const auto count = static_cast<std::size_t>(tensor.elements());
     for (const auto& buffer : buffers_) {
-      if (buffer->data() != tensor.data) continue;
+      const std::byte* begin = static_cast<std::byte*>(buffer->data());
+      if (tensor.as<std::byte>() < begin || tensor.as<std::byte>() >= begin + buffer->bytes()) continue;
       std::vector<std::byte> raw(buffer->bytes());
       buffer->download(raw.data());
+      const std::byte* values_at = raw.data() + (tensor.as<std::byte>() - begin);
       std::vector<float> values(count);
-      for (std::size_t i = 0; i < count; ++i) values[i] = to_float(raw.data(), tensor.dtype, i);
+      for (std::size_t i = 0; i < count; ++i) values[i] = to_float(values_at, tensor.dtype, i);
       out.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
       return;
     }

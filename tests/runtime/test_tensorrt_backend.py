@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from synthetic import write_manifest
+from tensorrt_headers import header_roots, header_version
 from test_engines import CUDA, FORM, entry
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,19 +26,6 @@ PACKAGE = ROOT / "runtime" / "python"
 TARGETS = ["titans", "titans_backend_tensorrt", "titans_tensorrt_tests", "titans_cuda_tests"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def _version(root: Path) -> str:
-    text = (root / "include" / "NvInferVersion.h").read_text()
-    parts = [re.search(rf"define (NV_TENSORRT|TRT)_{part}(_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")]
-    return ".".join(found[3] for found in parts if found)
-
-
-def _roots() -> list[Any]:
-    listed = os.environ.get("TENSORRT_ROOTS") or os.environ.get("TENSORRT_ROOT") or ""
-    missing = pytest.mark.skip(reason="no headers of TensorRT: TENSORRT_ROOTS names no folder")
-    roots = [pytest.param(Path(folder), id=_version(Path(folder))) for folder in listed.split(":") if folder]
-    return roots or [pytest.param(None, id="none", marks=missing)]
 
 
 @dataclass(frozen=True)
@@ -66,11 +53,11 @@ def _rtx_library() -> str | None:
     return next((str(path) for folder in folders if (path := Path(folder, "libtensorrt_rtx.so.1")).is_file()), None)
 
 
-@pytest.fixture(scope="module", params=_roots())
+@pytest.fixture(scope="module", params=header_roots())
 def built(request: pytest.FixtureRequest) -> Built:
     if shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("no cmake or no ninja")
-    version = _version(request.param)
+    version = header_version(request.param)
     folder = ROOT / "build" / "tensorrt-runtime" / version
     configured = _run(
         ["cmake", "-G", "Ninja", "-S", ".", "-B", folder, "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
