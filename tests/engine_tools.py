@@ -42,8 +42,8 @@ def stream_logits(
     tokens, state, at, rows = bundle.golden()[0], bundle.initial_state(), 0, []
     by_length = sorted(bundle.manifest["graphs"], key=lambda graph: -graph["tokens"])
     while at < count:
-        fits = (g for g in by_length if g["name"] in sessions and g["tokens"] <= count - at and at % g["align"] == 0)
-        graph = next(fits)
+        fits = (g for g in by_length if g["name"] in sessions and g["tokens"] <= count - at)
+        graph = next(g for g in fits if at % g["align"] in g.get("phases", [0]))
         names = [output.name for output in sessions[graph["name"]].get_outputs()]
         feed = {
             "tokens": tokens[at : at + graph["tokens"]].astype(np.int64)[None],

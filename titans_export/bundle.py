@@ -13,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from .errors import BundleError, NewerBundleError
+from .schedule import check_schedule
 
 FORMAT, SCHEMA_VERSION = "titans-bundle", 1
 MANIFEST = "manifest.json"
@@ -74,13 +75,23 @@ class Bundle:
             raise BundleError("bundle", "golden.tolerance to be a finite number", repr(value), _REMEDY)
         return float(value)
 
-    def golden(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Tokens (n,) int32 of one stream and the logits (n, vocab) float32 that follow each."""
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether streams consume vectors of floats, not tokens."""
+        return bool(self.manifest["input"]["kind"] == "vectors")
+
+    def golden(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Tokens (n,) int32 of one stream and the logits (n, vocab) float32 that follow each.
+
+        Of a bundle that takes vectors: those, (n, input size) float32, and the vectors (n, output size) that follow.
+        """
         from safetensors.numpy import load_file
 
         entry = self.manifest["golden"]
         tensors = load_file(self.path / entry["file"])
-        return tensors[entry["tokens"]], tensors[entry["logits"]]
+        keys = ("vectors", "outputs") if self.takes_vectors else ("tokens", "logits")
+        found = [tensors[entry[key]] for key in keys]
+        return found[0], found[1]
 
     def initial_state(self) -> dict[str, NDArray[np.float32]]:
         """The state of a fresh stream, by name."""
@@ -121,6 +132,38 @@ def with_engine(
     return {**manifest, "engines": [*others, engine], "files": listed}, dropped
 
 
+# Of each kind of input: its element type and the key of its size, the kind of the output, and what golden names.
+_KINDS = {
+    "tokens": ("int64", "vocab_size", "logits", ("tokens", "logits")),
+    "vectors": ("float32", "size", "vectors", ("vectors", "outputs")),
+}
+
+
+def _check_streams(manifest: dict[str, Any]) -> None:
+    """What streams consume and give. Raises BundleError."""
+    for key in ("input", "output", "golden"):
+        if not isinstance(manifest[key], dict):
+            raise BundleError("bundle", f"{key} of the manifest to be an object", repr(manifest[key])[:80], _REMEDY)
+    given, result, golden = manifest["input"], manifest["output"], manifest["golden"]
+    if given.get("kind") not in _KINDS:
+        raise BundleError("bundle", f"an input of kind {' or '.join(_KINDS)}", repr(given.get("kind")), _REMEDY)
+    dtype, size, kind, tensors = _KINDS[given["kind"]]
+    for entry, key, expected in ((given, "dtype", dtype), (result, "kind", kind), (result, "dtype", "float32")):
+        if entry.get(key) != expected:
+            name = "input" if entry is given else "output"
+            wanted = f"{name}.{key} {expected!r} with an input of {given['kind']}"
+            raise BundleError("bundle", wanted, repr(entry.get(key)), _REMEDY)
+    for name, value in ((f"input.{size}", given.get(size)), ("output.size", result.get("size"))):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BundleError("bundle", f"{name} to be an integer from 1 on", repr(value), _REMEDY)
+    if given["kind"] == "tokens" and result["size"] != given[size]:
+        raise BundleError("bundle", f"output.size {given[size]}, the vocabulary", repr(result["size"]), _REMEDY)
+    if absent := [key for key in tensors if not isinstance(golden.get(key), str)]:
+        raise BundleError("bundle", f"the tensor's name golden.{absent[0]}", repr(golden.get(absent[0])), _REMEDY)
+    if given["kind"] == "vectors" and manifest["tokenizer"] != {"kind": "none"}:
+        raise BundleError("bundle", "no tokenizer with an input of vectors", repr(manifest["tokenizer"]), _REMEDY)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -149,6 +192,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 def read_bundle(path: Path) -> Bundle:
     """Opens the bundle at `path` and checks schema version, sizes and hashes. Raises BundleError."""
     manifest = _manifest(path)
+    _check_streams(manifest)
+    check_schedule(manifest["graphs"], _REMEDY)
     if not isinstance(manifest["files"], dict):
         raise BundleError("bundle", "files of the manifest to be an object", repr(manifest["files"]), _REMEDY)
     for name, entry in manifest["files"].items():

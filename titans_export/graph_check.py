@@ -1,7 +1,7 @@
 """Each graph of a bundle in ONNX Runtime against ONNX's own NumPy reference, compared by Polygraphy.
 
 The two share no code, so what they agree on is what the graph says. They are fed states that a stream really has: the
-fresh one, and those after the golden tokens.
+fresh one, and those after the golden tokens or vectors.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.logger import G_LOGGER
 
 from .bundle import Bundle
+from .schedule import may_start, next_graph, phases
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -113,25 +114,26 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class _Samples:
-    """Inputs for a graph from a stream of the golden tokens."""
+    """Inputs for a graph from the golden stream."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._manifest = bundle.manifest
-        self._graphs = sorted(self._manifest["graphs"], key=lambda graph: -graph["tokens"])
+        self._graphs: list[dict[str, Any]] = self._manifest["graphs"]
         self._sessions = {graph["name"]: _session(bundle.path / graph["file"]) for graph in self._graphs}
-        self._tokens = bundle.golden()[0].astype(np.int64)
+        self._given = bundle.golden()[0].astype(np.float32 if bundle.takes_vectors else np.int64)
         self._states: dict[int, Arrays] = {0: bundle.initial_state()}
 
     def of(self, graph: dict[str, Any]) -> list[Arrays]:
-        """From a fresh stream, and from the last places where the graph can run: for one token, the last two."""
-        last = len(self._tokens) - graph["tokens"]
-        places = [0, last - 1, last] if graph["tokens"] == 1 else [0, last - last % graph["align"]]
-        return [self._inputs(graph, place, self._state(place)) for place in sorted({max(0, place) for place in places})]
+        """From the first place where the graph can run, and from the last ones: for one token, the last two."""
+        last = max(0, len(self._given) - graph["tokens"])
+        places = [place for place in range(last + 1) if may_start(graph, place)] or phases(graph)[:1]
+        chosen = {places[0], *places[-2 if graph["tokens"] == 1 else -1 :]}
+        return [self._inputs(graph, place, self._state(place)) for place in sorted(chosen)]
 
     def _inputs(self, graph: dict[str, Any], position: int, state: Arrays) -> Arrays:
-        tokens = np.resize(self._tokens[position:], graph["tokens"])
+        given = np.resize(self._given[position:], (graph["tokens"], *self._given.shape[1:]))
         return {
-            self._manifest["input"]["name"]: tokens[None],
+            self._manifest["input"]["name"]: given[None],
             self._manifest["controls"]["position"]: np.array([position], np.int64),
             self._manifest["controls"]["learn"]: np.array([True]),
             **{entry["input"]: state[entry["name"]] for entry in self._manifest["state"]},
@@ -142,7 +144,7 @@ class _Samples:
         at = max(known for known in self._states if known <= position)
         state = self._states[at]
         while at < position:
-            graph = next(g for g in self._graphs if g["tokens"] <= position - at and at % g["align"] == 0)
+            graph = next_graph(self._graphs, at, position - at)
             session = self._sessions[graph["name"]]
             names = [value.name for value in session.get_outputs()]
             outputs = dict(zip(names, session.run(names, self._inputs(graph, at, state)), strict=True))

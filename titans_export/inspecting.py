@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, engines
+from .schedule import phases
 
 OPERATOR_DOMAIN = "ai.titans"
 _BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -22,9 +23,13 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "schema_version": manifest["schema_version"],
         "producer": manifest["producer"],
         "model": manifest["model"],
-        "vocab_size": manifest["input"]["vocab_size"],
+        "input": manifest["input"],
+        "output": manifest["output"],
+        "vocab_size": manifest["input"].get("vocab_size"),
         "tokenizer": manifest["tokenizer"],
-        "graphs": [{**entry, **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]],
+        "graphs": [
+            {**entry, "phases": phases(entry), **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]
+        ],
         "state": state,
         "state_bytes": sum(entry["bytes"] for entry in state),
         "files": _files(bundle),
@@ -65,9 +70,13 @@ def _graph(path: Path) -> dict[str, Any]:
     return {
         "opset": next((entry.version for entry in model.opset_import if entry.domain == ""), None),
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
-        "neural_memory": [_memory_node(node) for node in model.graph.node if node.domain == OPERATOR_DOMAIN],
+        "neural_memory": [_memory_node(node) for node in model.graph.node if _is_memory(node)],
         "functions": [f"{function.name}:{function.overload}" for function in model.functions],
     }
+
+
+def _is_memory(node: Any) -> bool:
+    return bool(node.domain == OPERATOR_DOMAIN and node.op_type == "NeuralMemory")
 
 
 def _memory_node(node: Any) -> dict[str, Any]:

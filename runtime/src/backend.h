@@ -17,7 +17,7 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 5;
+inline constexpr std::uint32_t kBackendAbi = 6;
 
 // The same bytes of each row of a tensor: in each of `rows` rows, which start `pitch` bytes apart, `bytes` from
 // `offset` on.
@@ -39,19 +39,20 @@ class Buffer {
   virtual void copy_stripe_from(const Buffer& other, const Stripe& stripe) = 0;
 };
 
-// What one call needs beside state: the inputs' and the logits' buffers. Reused from call to call, never by two at
+// What one call needs beside state: the inputs' and the output's buffers. Reused from call to call, never by two at
 // once.
 class Workspace {
  public:
   virtual ~Workspace() = default;
-  // Rows of the last call's logits in host memory, row t after its token t; valid until the next call. A device copies
-  // here, and only what is asked for.
-  virtual const float* logits(std::size_t first_row, std::size_t rows) = 0;
+  // Rows of the last call's output, logits or vectors, in host memory, row t after its token t; valid until the next
+  // call. A device copies here, and only what is asked for.
+  virtual const float* output(std::size_t first_row, std::size_t rows) = 0;
 };
 
 struct Call {
   std::size_t graph;           // index into the manifest's graphs, of one that Bundle::graphs has
-  const std::int32_t* tokens;  // as many as the graph consumes
+  const std::int32_t* tokens;  // as many as the graph consumes; NULL where the bundle takes vectors
+  const float* vectors;        // the same of vectors, one after the other; NULL where it takes tokens
   std::int64_t position;
   bool learn;
   const Buffer* const* state;  // one for each of the manifest's state

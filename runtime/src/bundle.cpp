@@ -44,7 +44,8 @@ Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
     : folder_(folder),
       manifest_(read_manifest(folder)),
       engine_(choose ? choose(manifest_) : nullptr),
-      graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs) {
+      graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs),
+      schedule_(listed_graphs(manifest_, graphs_)) {
   // Backends read graph files themselves; what is checked here is that they are what was exported.
   for (const EngineGraph& graph : graphs_) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
   if (!manifest_.tokenizer_file.empty()) {

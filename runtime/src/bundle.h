@@ -9,6 +9,7 @@
 #include "manifest.h"
 #include "mapped_file.h"
 #include "safetensors.h"
+#include "schedule.h"
 
 namespace titans::core {
 
@@ -30,6 +31,8 @@ class Bundle {
   const EngineRecord* engine() const { return engine_; }
   // The graphs that are there to run, and the file of each: the engine's, or all of the manifest's.
   const std::vector<EngineGraph>& graphs() const { return graphs_; }
+  // Of `graphs`, in their order.
+  const Schedule& schedule() const { return schedule_; }
   // The `weights` of each of `graphs` are in here; nothing with an engine that holds all of them itself.
   const Tensors& weights() const { return weights_; }
   // One tensor for each of the manifest's state, of its shape and type.
@@ -46,6 +49,7 @@ class Bundle {
   Manifest manifest_;
   const EngineRecord* engine_;
   std::vector<EngineGraph> graphs_;
+  Schedule schedule_;
   std::list<MappedFile> mapped_;  // what the tensors point into
   Tensors weights_;
   Tensors initial_state_;

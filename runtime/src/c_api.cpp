@@ -83,6 +83,12 @@ void require_size(std::size_t got, std::size_t least, std::string_view name) {
   }
 }
 
+void require_choice(titans_logits which) {
+  if (which == TITANS_LOGITS_NONE || which == TITANS_LOGITS_LAST || which == TITANS_LOGITS_ALL) return;
+  throw core::Error(TITANS_INVALID_ARGUMENT, "stream", "which logits as a titans_logits",
+                    core::text(static_cast<int>(which)), "pass a value of that enumeration");
+}
+
 void require_memory(const titans_stream* stream, std::size_t index) {
   const std::size_t count = stream->stream->session().memories().size();
   if (index >= count) {
@@ -129,7 +135,21 @@ const char* titans_session_info(const titans_session* session) {
 }
 
 int32_t titans_session_vocab_size(const titans_session* session) {
-  return session == nullptr ? 0 : session->session->manifest().vocab_size;
+  if (session == nullptr || session->session->manifest().input_kind != core::InputKind::kTokens) return 0;
+  return static_cast<std::int32_t>(session->session->manifest().input_size);  // the manifest's fit
+}
+
+const char* titans_session_input_kind(const titans_session* session) {
+  // A literal, which ends with NUL.
+  return session == nullptr ? "" : core::input_kind_name(session->session->manifest().input_kind).data();
+}
+
+size_t titans_session_input_size(const titans_session* session) {
+  return session == nullptr ? 0 : session->session->input_size();
+}
+
+size_t titans_session_output_size(const titans_session* session) {
+  return session == nullptr ? 0 : session->session->output_size();
 }
 
 titans_status titans_stream_create(titans_session* session, titans_stream** stream) {
@@ -164,11 +184,18 @@ titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, s
   return guard([&] {
     require(stream, "stream");
     require_array(tokens, count, "tokens");
-    if (which != TITANS_LOGITS_NONE && which != TITANS_LOGITS_LAST && which != TITANS_LOGITS_ALL) {
-      throw core::Error(TITANS_INVALID_ARGUMENT, "stream", "which logits as a titans_logits",
-                        core::text(static_cast<int>(which)), "pass a value of that enumeration");
-    }
+    require_choice(which);
     stream->stream->feed(tokens, count, which, logits, capacity);
+  });
+}
+
+titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count, titans_logits which,
+                                         float* outputs, size_t capacity) {
+  return guard([&] {
+    require(stream, "stream");
+    require_array(vectors, count, "vectors");
+    require_choice(which);
+    stream->stream->feed_vectors(vectors, count, which, outputs, capacity);
   });
 }
 
@@ -176,7 +203,7 @@ titans_status titans_stream_step(titans_stream* stream, int32_t token, float* lo
   return guard([&] {
     require(stream, "stream");
     stream->stream->feed(&token, 1, logits == nullptr ? TITANS_LOGITS_NONE : TITANS_LOGITS_LAST, logits,
-                         stream->stream->session().vocab_size());
+                         stream->stream->session().output_size());
   });
 }
 

@@ -8,11 +8,13 @@
 #include "error.h"
 #include "json_reader.h"
 #include "manifest_engines.h"
+#include "schedule.h"
 
 namespace titans::core {
 namespace {
 
 constexpr std::string_view kWhere = "manifest.json";
+constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
 
 void require(const JsonReader& field, std::string_view value) {
   if (field.string() != value) field.fail(text('"', value, '"'));
@@ -79,6 +81,16 @@ Graph read_graph(const JsonReader& entry) {
               entry.at("align").integer(1, kMost),
               {}};
   for (const JsonReader& weight : entry.at("weights").items()) graph.weights.push_back(weight.string());
+  const std::optional<JsonReader> phases = entry.find("phases");
+  if (!phases) return graph;
+  graph.phases.clear();
+  for (const JsonReader& phase : phases->items()) {
+    const std::int64_t value = phase.integer(0);
+    const bool ascends = graph.phases.empty() || value > graph.phases.back();
+    if (!ascends || value >= graph.align) phase.fail(text("above the phase before it and below align, ", graph.align));
+    graph.phases.push_back(value);
+  }
+  if (graph.phases.empty()) phases->fail("at least one of the positions modulo align");
   return graph;
 }
 
@@ -92,15 +104,38 @@ std::string read_tokenizer_file(const JsonReader& tokenizer) {
 // The scheduler takes the first that fits, so the one with most tokens comes first.
 void sort_graphs(const JsonReader& field, std::vector<Graph>& graphs) {
   std::stable_sort(graphs.begin(), graphs.end(), [](const Graph& a, const Graph& b) { return a.tokens > b.tokens; });
-  const bool any_length = std::any_of(graphs.begin(), graphs.end(),
-                                      [](const Graph& graph) { return graph.tokens == 1 && graph.align == 1; });
-  if (!any_length) field.fail("graphs of which one has tokens = 1 and align = 1");
+  const std::string missing = missing_of_schedule(graphs);
+  if (!missing.empty()) field.fail(missing);
+}
+
+void read_input(const JsonReader& input, Manifest& manifest) {
+  const JsonReader kind = input.at("kind");
+  const std::string name = kind.string();
+  if (name == input_kind_name(InputKind::kVectors)) {
+    manifest.input_kind = InputKind::kVectors;
+  } else if (name != input_kind_name(InputKind::kTokens)) {
+    kind.fail("\"tokens\" or \"vectors\"");
+  }
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  require(input.at("dtype"), dtype_info(manifest.input_dtype()).name);
+  manifest.input = input.at("name").string();
+  manifest.input_size = input.at(tokens ? "vocab_size" : "size").integer(1, kLargestSize);
+}
+
+void read_output(const JsonReader& output, Manifest& manifest) {
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  require(output.at("kind"), tokens ? "logits" : "vectors");
+  require(output.at("dtype"), "float32");
+  manifest.output = output.at("name").string();
+  const JsonReader size = output.at("size");
+  manifest.output_size =
+      tokens ? size.integer(manifest.input_size, manifest.input_size) : size.integer(1, kLargestSize);
 }
 
 // Every name that a graph binds must mean one thing.
 void check_names(const JsonReader& document, const Manifest& manifest) {
-  std::set<std::string> inputs{manifest.tokens_input, manifest.position_input, manifest.learn_input};
-  std::set<std::string> outputs{manifest.logits_output};
+  std::set<std::string> inputs{manifest.input, manifest.position_input, manifest.learn_input};
+  std::set<std::string> outputs{manifest.output};
   std::set<std::string> names;
   std::set<std::string> memories;
   const auto fail = [&](const std::string& name) {
@@ -138,24 +173,14 @@ Manifest Manifest::parse(std::string_view source) {
                 "install a newer titans runtime, or export the bundle with an older titans-export");
   }
 
-  Manifest manifest;
+  Manifest manifest{};
   manifest.model = document.at("model").raw().dump();
   const std::optional<JsonReader> tokenizer = document.find("tokenizer");
   manifest.tokenizer = tokenizer ? tokenizer->raw().dump() : "null";
   if (tokenizer) manifest.tokenizer_file = read_tokenizer_file(*tokenizer);
 
-  const JsonReader input = document.at("input");
-  require(input.at("kind"), "tokens");
-  require(input.at("dtype"), "int64");
-  manifest.tokens_input = input.at("name").string();
-  constexpr std::int64_t kLargestVocabulary = std::numeric_limits<std::int32_t>::max();
-  manifest.vocab_size = static_cast<std::int32_t>(input.at("vocab_size").integer(1, kLargestVocabulary));
-
-  const JsonReader output = document.at("output");
-  require(output.at("kind"), "logits");
-  require(output.at("dtype"), "float32");
-  manifest.logits_output = output.at("name").string();
-  output.at("size").integer(manifest.vocab_size, manifest.vocab_size);
+  read_input(document.at("input"), manifest);
+  read_output(document.at("output"), manifest);
 
   const JsonReader controls = document.at("controls");
   manifest.position_input = controls.at("position").string();

@@ -50,8 +50,14 @@ struct Graph {
   std::string file;
   std::int64_t tokens;
   std::int64_t align;
-  std::vector<std::string> weights;  // initialisers that the runtime hands over
+  std::vector<std::string> weights;        // initialisers that the runtime hands over
+  std::vector<std::int64_t> phases = {0};  // it may start where position % align is one of these; ascending
 };
+
+// What a stream consumes: token ids, or vectors of floats. A vector counts as one token.
+enum class InputKind : std::uint8_t { kTokens, kVectors };
+
+inline std::string_view input_kind_name(InputKind kind) { return kind == InputKind::kTokens ? "tokens" : "vectors"; }
 
 // One graph of an engine, in a file of its own.
 struct EngineGraph {
@@ -83,7 +89,7 @@ struct EngineRecord {
   std::optional<EnginePlugin> plugin;
   std::string alias;                 // "declared", "undeclared", "two-buffers", empty without a plugin
   std::vector<bool> state_in_place;  // for each of the manifest's state, whether one buffer serves
-  std::vector<EngineGraph> graphs;   // most tokens first; the last consumes one token anywhere
+  std::vector<EngineGraph> graphs;   // most tokens first; at any position one of a single token may start
 };
 
 struct FileRecord {
@@ -95,19 +101,39 @@ struct Manifest {
   std::string model;           // JSON text, for people
   std::string tokenizer;       // JSON text, for people
   std::string tokenizer_file;  // empty: none
-  std::string tokens_input;
   std::string position_input;
   std::string learn_input;
-  std::string logits_output;
-  std::int32_t vocab_size;
+  InputKind input_kind = InputKind::kTokens;
+  std::string input;         // graph input that takes the tokens or vectors
+  std::int64_t input_size;   // floats of a vector; of tokens the vocabulary
+  std::string output;        // graph output that gives logits or vectors
+  std::int64_t output_size;  // floats of one row of it
   std::vector<StateTensor> state;
-  std::vector<Graph> graphs;  // most tokens first; the last consumes one token anywhere
+  std::vector<Graph> graphs;  // most tokens first; at any position one of a single token may start
   std::vector<EngineRecord> engines;
   std::string weights_file;
   std::string initial_state_file;
   std::map<std::string, FileRecord> files;
 
+  DType input_dtype() const { return input_kind == InputKind::kTokens ? DType::kInt64 : DType::kFloat32; }
+  // Of one token or vector in the graph's input.
+  std::size_t input_row_bytes() const {
+    const std::size_t elements = input_kind == InputKind::kTokens ? 1 : static_cast<std::size_t>(input_size);
+    return elements * dtype_info(input_dtype()).bytes;
+  }
+  Shape input_shape(const Graph& graph) const {
+    return input_kind == InputKind::kTokens ? Shape{1, graph.tokens} : Shape{1, graph.tokens, input_size};
+  }
+  Shape output_shape(const Graph& graph) const { return {1, graph.tokens, output_size}; }
+
   static Manifest parse(std::string_view source);
 };
+
+// The graphs that an engine, or a bundle without one, has there to run.
+inline std::vector<Graph> listed_graphs(const Manifest& manifest, const std::vector<EngineGraph>& listed) {
+  std::vector<Graph> graphs;
+  for (const EngineGraph& graph : listed) graphs.push_back(manifest.graphs[graph.graph]);
+  return graphs;
+}
 
 }  // namespace titans::core

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "error.h"
+#include "schedule.h"
 #include "versions.h"
 
 namespace titans::core {
@@ -87,10 +88,8 @@ std::vector<EngineGraph> read_graphs(const JsonReader& field, const Manifest& ma
     graphs.push_back(std::move(graph));
   }
   std::sort(graphs.begin(), graphs.end(), [](const auto& a, const auto& b) { return a.graph < b.graph; });
-  const bool any_length = std::any_of(graphs.begin(), graphs.end(), [&](const EngineGraph& graph) {
-    return manifest.graphs[graph.graph].tokens == 1 && manifest.graphs[graph.graph].align == 1;
-  });
-  if (!any_length) field.fail("graphs of which one has tokens = 1 and align = 1");
+  const std::string missing = missing_of_schedule(listed_graphs(manifest, graphs));
+  if (!missing.empty()) field.fail(missing);
   return graphs;
 }
 

@@ -47,12 +47,6 @@ std::string library_for(const SessionOptions& options, const std::string& module
   return hinted_library(options.libraries, module, numbered ? module.substr(0, digits) : module);
 }
 
-std::vector<Graph> list_schedule(const Bundle& bundle) {
-  std::vector<Graph> schedule;
-  for (const EngineGraph& graph : bundle.graphs()) schedule.push_back(bundle.manifest().graphs[graph.graph]);
-  return schedule;
-}
-
 std::vector<MemoryView> list_memories(const Manifest& manifest) {
   std::vector<MemoryView> memories;
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
@@ -79,7 +73,8 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
   json graphs = json::array();
   for (const EngineGraph& one : bundle.graphs()) {
     const Graph& graph = manifest.graphs[one.graph];
-    graphs.push_back({{"name", graph.name}, {"tokens", graph.tokens}, {"align", graph.align}});
+    graphs.push_back(
+        {{"name", graph.name}, {"tokens", graph.tokens}, {"align", graph.align}, {"phases", graph.phases}});
   }
   json others = json::array();
   for (const auto& [name, reason] : choice.others) others.push_back({{"name", name}, {"reason", reason}});
@@ -92,6 +87,15 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
                      {"shape", tensor.shape},
                      {"in_place", engine.in_place(index)}});
   }
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  const json input{{"kind", input_kind_name(manifest.input_kind)},
+                   {"name", manifest.input},
+                   {"dtype", dtype_info(manifest.input_dtype()).name},
+                   {"size", manifest.input_size}};
+  const json output{{"kind", tokens ? "logits" : "vectors"},
+                    {"name", manifest.output},
+                    {"dtype", "float32"},
+                    {"size", manifest.output_size}};
   const json info{{"bundle", bundle.folder().string()},
                   {"model", json::parse(manifest.model)},
                   {"device", options.device},
@@ -103,7 +107,9 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
                   {"backend", options.backend},
                   {"backend_version", engine.version()},
                   {"memory_kernel", engine.memory_kernel()},
-                  {"vocab_size", manifest.vocab_size},
+                  {"vocab_size", tokens ? json(manifest.input_size) : json()},
+                  {"input", input},
+                  {"output", output},
                   {"graphs", graphs},
                   {"state", state},
                   {"tokenizer", json::parse(manifest.tokenizer)}};
@@ -141,7 +147,6 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> e
                  const DeviceFacts& facts, const EngineChoice& choice)
     : bundle_(std::move(bundle)),
       engine_(std::move(engine)),
-      schedule_(list_schedule(*bundle_)),
       memories_(list_memories(bundle_->manifest())),
       info_(describe(*bundle_, *engine_, options, facts, choice)) {}
 

@@ -9,7 +9,6 @@
 
 #include "backend.h"
 #include "engine_choice.h"
-#include "schedule.h"
 
 namespace titans::core {
 
@@ -48,9 +47,11 @@ class Session {
   const std::vector<MemoryView>& memories() const { return memories_; }
   // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
   std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
-    return bundle_->graphs()[core::next_graph(schedule_, position, remaining)].graph;
+    return bundle_->graphs()[bundle_->schedule().next_graph(position, remaining)].graph;
   }
-  std::size_t vocab_size() const { return static_cast<std::size_t>(manifest().vocab_size); }
+  // Floats of a vector that goes in, or the vocabulary; floats of a row that comes out.
+  std::size_t input_size() const { return static_cast<std::size_t>(manifest().input_size); }
+  std::size_t output_size() const { return static_cast<std::size_t>(manifest().output_size); }
 
   // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
   // idle streams hold none.
@@ -70,7 +71,6 @@ class Session {
  private:
   std::unique_ptr<const Bundle> bundle_;
   std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
-  std::vector<Graph> schedule_;     // the graphs that are there to run
   std::vector<MemoryView> memories_;
   std::string info_;
   std::mutex mutex_;  // guards what follows

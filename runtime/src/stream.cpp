@@ -20,6 +20,13 @@ float log_probability(const float* logits, std::size_t vocab, std::int32_t token
 
 }  // namespace
 
+void require_input(const Manifest& manifest, InputKind kind) {
+  if (manifest.input_kind == kind) return;
+  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a bundle that takes ", input_kind_name(kind)),
+              text("one that takes ", input_kind_name(manifest.input_kind)),
+              kind == InputKind::kTokens ? "feed it vectors: it has neither tokens nor logits" : "feed it tokens");
+}
+
 Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) { reset(); }
 
 Stream::Stream(std::shared_ptr<Session> session, Allocate) : session_(std::move(session)) {
@@ -33,7 +40,7 @@ Stream::Stream(std::shared_ptr<Session> session, Allocate) : session_(std::move(
       for (BufferSet& set : sets_) set.push_back(add_buffer(state));
     }
   }
-  last_logits_.resize(session_->vocab_size());
+  last_output_.resize(session_->output_size());
 }
 
 Buffer* Stream::add_buffer(std::size_t state) {
@@ -48,7 +55,7 @@ std::unique_ptr<Stream> Stream::fork() const {
   }
   twin->position_ = position_;
   twin->learning_ = learning_;
-  twin->last_logits_ = last_logits_;
+  twin->last_output_ = last_output_;
   return twin;
 }
 
@@ -63,7 +70,7 @@ void Stream::reset() {
   });
   current_ = next;
   position_ = 0;
-  std::fill(last_logits_.begin(), last_logits_.end(), 0.0F);
+  std::fill(last_output_.begin(), last_output_.end(), 0.0F);
 }
 
 std::size_t Stream::free_set(std::size_t a, std::size_t b) const {
@@ -73,13 +80,27 @@ std::size_t Stream::free_set(std::size_t a, std::size_t b) const {
 }
 
 void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
-  const std::int32_t vocab = session_->manifest().vocab_size;
+  const std::int64_t vocab = session_->manifest().input_size;
   for (std::size_t i = 0; i < count; ++i) {
     if (tokens[i] < 0 || tokens[i] >= vocab) {
       throw Error(TITANS_INVALID_ARGUMENT, "stream", text("token ", i, " in [0, ", vocab, ")"), text(tokens[i]),
                   "encode the text with the model's own tokenizer");
     }
   }
+}
+
+void Stream::check_vectors(const float* vectors, std::size_t count) const {
+  const std::size_t size = session_->input_size();
+  if (count > std::numeric_limits<std::size_t>::max() / sizeof(float) / size) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a count whose vectors fit into memory", text(count),
+                "feed in blocks");
+  }
+  const float* end = vectors + count * size;
+  const float* wrong = std::find_if(vectors, end, [](float value) { return !std::isfinite(value); });
+  if (wrong == end) return;
+  const auto at = static_cast<std::size_t>(wrong - vectors);
+  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("vector ", at / size, " of finite numbers"),
+              text(*wrong, " as its element ", at % size), "feed numbers that are neither NaN nor infinite");
 }
 
 template <typename Change>
@@ -94,8 +115,8 @@ void Stream::transact(Change&& change) {
 }
 
 template <typename Sink>
-void Stream::advance(const std::int32_t* tokens, std::size_t count, Sink&& sink) {
-  check_tokens(tokens, count);
+void Stream::advance(const Sequence& sequence, Sink&& sink) {
+  const std::size_t count = sequence.count;
   if (count == 0) return;
   const std::vector<Graph>& graphs = session_->manifest().graphs;
   std::size_t at = current_;
@@ -109,50 +130,74 @@ void Stream::advance(const std::int32_t* tokens, std::size_t count, Sink&& sink)
       const std::size_t next = free_set(current_, at);
       rows = static_cast<std::size_t>(graphs[graph].tokens);
       journal_.save_for(position, rows);
-      session_->engine().run(
-          {graph, tokens + done, static_cast<std::int64_t>(position), learning_, sets_[at].data(), sets_[next].data()},
-          workspace);
+      const std::int32_t* tokens = sequence.tokens == nullptr ? nullptr : sequence.tokens + done;
+      const float* vectors = sequence.vectors == nullptr ? nullptr : sequence.vectors + done * session_->input_size();
+      session_->engine().run({graph, tokens, vectors, static_cast<std::int64_t>(position), learning_, sets_[at].data(),
+                              sets_[next].data()},
+                             workspace);
       sink(done, rows, workspace);
       at = next;
     }
-    std::copy_n(workspace.logits(rows - 1, 1), last_logits_.size(), last_logits_.begin());
+    std::copy_n(workspace.output(rows - 1, 1), last_output_.size(), last_output_.begin());
   });
   current_ = at;
   position_ += count;
 }
 
-void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits,
-                  std::size_t capacity) {
-  const std::size_t vocab = session_->vocab_size();
+void Stream::check_room(std::size_t count, titans_logits which, const float* output, std::size_t capacity) const {
+  const std::size_t size = session_->output_size();
+  const char* what = session_->manifest().input_kind == InputKind::kTokens ? "logits" : "outputs";
   if (which == TITANS_LOGITS_LAST && count == 0 && position_ == 0) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", "at least one token consumed before its last logits are asked for",
-                "a fresh stream", "feed a token first");
+    throw Error(TITANS_INVALID_ARGUMENT, "stream",
+                text("at least one token consumed before its last ", what, " are asked for"), "a fresh stream",
+                "feed a token first");
   }
-  if (which == TITANS_LOGITS_ALL && count > std::numeric_limits<std::size_t>::max() / vocab) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a count whose logits fit into memory", text(count),
+  if (which == TITANS_LOGITS_ALL && count > std::numeric_limits<std::size_t>::max() / size) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a count whose ", what, " fit into memory"), text(count),
                 "feed in blocks");
   }
-  const std::size_t needed = which == TITANS_LOGITS_ALL ? count * vocab : which == TITANS_LOGITS_LAST ? vocab : 0;
-  if (capacity < needed || (needed > 0 && logits == nullptr)) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " logits"),
-                logits == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
+  const std::size_t needed = which == TITANS_LOGITS_ALL ? count * size : which == TITANS_LOGITS_LAST ? size : 0;
+  if (capacity < needed || (needed > 0 && output == nullptr)) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " ", what),
+                output == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
   }
-  advance(tokens, count, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+}
+
+void Stream::feed(const Sequence& sequence, titans_logits which, float* output) {
+  const std::size_t size = session_->output_size();
+  advance(sequence, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
     if (which != TITANS_LOGITS_ALL) return;
-    std::copy_n(workspace.logits(0, rows), rows * vocab, logits + first * vocab);
+    std::copy_n(workspace.output(0, rows), rows * size, output + first * size);
   });
-  if (which == TITANS_LOGITS_LAST) std::copy(last_logits_.begin(), last_logits_.end(), logits);
+  if (which == TITANS_LOGITS_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
+}
+
+void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits,
+                  std::size_t capacity) {
+  require_input(session_->manifest(), InputKind::kTokens);
+  check_room(count, which, logits, capacity);
+  check_tokens(tokens, count);
+  feed({tokens, nullptr, count}, which, logits);
+}
+
+void Stream::feed_vectors(const float* vectors, std::size_t count, titans_logits which, float* outputs,
+                          std::size_t capacity) {
+  require_input(session_->manifest(), InputKind::kVectors);
+  check_room(count, which, outputs, capacity);
+  check_vectors(vectors, count);
+  feed({nullptr, vectors, count}, which, outputs);
 }
 
 void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprobs) {
+  require_input(session_->manifest(), InputKind::kTokens);
   check_tokens(tokens, count);
   if (count == 0) return;
-  const std::size_t vocab = session_->vocab_size();
+  const std::size_t vocab = session_->output_size();
   const float first_logprob =
-      position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_logits_.data(), vocab, tokens[0]);
-  advance(tokens, count, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+      position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_output_.data(), vocab, tokens[0]);
+  advance({tokens, nullptr, count}, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
     const std::size_t scored = std::min(rows, count - first - 1);  // the row after the last token scores none of these
-    const float* logits = workspace.logits(0, scored);
+    const float* logits = workspace.output(0, scored);
     for (std::size_t row = 0; row < scored; ++row) {
       const std::size_t next = first + row + 1;
       logprobs[next] = log_probability(logits + row * vocab, vocab, tokens[next]);
@@ -161,7 +206,7 @@ void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprob
   logprobs[0] = first_logprob;
 }
 
-std::uint64_t Stream::state_bytes() const { return state_bytes_ + last_logits_.size() * sizeof(float); }
+std::uint64_t Stream::state_bytes() const { return state_bytes_ + last_output_.size() * sizeof(float); }
 
 void Stream::read_memory(std::size_t index, float* values, std::size_t capacity) const {
   const MemoryView& memory = session_->memories()[index];

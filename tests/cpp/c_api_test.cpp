@@ -1,13 +1,17 @@
-// The C interface where no backend is needed: bad pointers, sizes, and the life of errors.
+// The C interface: bad pointers, sizes, and the life of errors; and on a backend made for tests, tokens and vectors,
+// also through the C++ header.
 #include "titans/titans.h"
 
+#include <cmath>
 #include <cstddef>
 #include <string>
 #include <thread>
 
 #include <gtest/gtest.h>
 
+#include "fake_engine.h"
 #include "test_bundle.h"
+#include "titans/titans.hpp"
 
 namespace titans::test {
 namespace {
@@ -43,6 +47,7 @@ TEST(CApi, NullIsAnErrorEverywhere) {
       titans_stream_fork(nullptr, nullptr),
       titans_stream_reset(nullptr),
       titans_stream_feed(nullptr, &token, 1, TITANS_LOGITS_NONE, nullptr, 0),
+      titans_stream_feed_vectors(nullptr, &number, 1, TITANS_LOGITS_NONE, nullptr, 0),
       titans_stream_step(nullptr, 0, &number),
       titans_stream_score(nullptr, &token, 1, &number),
       titans_stream_set_learning(nullptr, 1),
@@ -63,6 +68,9 @@ TEST(CApi, NullReadsAsNothing) {
   titans_sampling_init(nullptr);
   EXPECT_STREQ(titans_session_info(nullptr), "");
   EXPECT_EQ(titans_session_vocab_size(nullptr), 0);
+  EXPECT_STREQ(titans_session_input_kind(nullptr), "");
+  EXPECT_EQ(titans_session_input_size(nullptr), 0U);
+  EXPECT_EQ(titans_session_output_size(nullptr), 0U);
   EXPECT_EQ(titans_stream_learning(nullptr), 0);
   EXPECT_EQ(titans_stream_position(nullptr), 0U);
   EXPECT_EQ(titans_stream_state_bytes(nullptr), 0U);
@@ -143,6 +151,90 @@ TEST(CApi, BackendsAndDevices) {
   options.plugin_dir = folder.path().c_str();
   EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_UNSUPPORTED);
   EXPECT_TRUE(last_error_has("libtitans_backend_onnxruntime.so"));
+}
+
+// On the backend made for tests, with a bundle of either kind.
+class CApiStream : public testing::Test {
+ protected:
+  CApiStream() { std::filesystem::copy(FAKE_BACKEND, folder_.path() / "libtitans_backend_onnxruntime.so"); }
+
+  Session open(const nlohmann::json& manifest) const {
+    const std::filesystem::path bundle = folder_.path() / "bundle";
+    std::filesystem::create_directories(bundle);
+    write_bundle(bundle, manifest);
+    SessionOptions options;
+    options.plugin_dir = folder_.path();
+    return Session(bundle, options);
+  }
+
+  template <typename Action>
+  static void expect_invalid(const std::vector<std::string>& words, Action&& action) {
+    try {
+      action();
+      ADD_FAILURE() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.status(), TITANS_INVALID_ARGUMENT);
+      for (const std::string& word : words) EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word;
+    }
+  }
+
+  TemporaryFolder folder_;
+};
+
+TEST_F(CApiStream, Vectors) {
+  const std::vector<float> vectors{1, 2, -3, 0.5, 0, 1, 4, -2, 2, 2};
+  const std::vector<float> expected = expected_outputs(vectors);
+  Session session = open(vectors_json());
+  EXPECT_EQ(session.input_kind(), "vectors");
+  EXPECT_EQ(session.input_size(), kFakeInputs);
+  EXPECT_EQ(session.output_size(), kFakeOutputs);
+  EXPECT_EQ(session.vocab_size(), 0);
+  const nlohmann::json info = nlohmann::json::parse(session.info());
+  EXPECT_EQ(info["input"], nlohmann::json::parse(R"({"kind": "vectors", "name": "x", "dtype": "float32", "size": 2})"));
+  EXPECT_EQ(info["output"],
+            nlohmann::json::parse(R"({"kind": "vectors", "name": "y", "dtype": "float32", "size": 3})"));
+  EXPECT_TRUE(info["vocab_size"].is_null());
+
+  Stream stream = session.stream();
+  EXPECT_EQ(stream.feed_vectors(vectors), expected);
+  EXPECT_EQ(stream.position(), 5U);
+  stream.reset();
+  stream.feed_vectors_none({1, 2, -3, 0.5});
+  Stream twin = stream.fork();
+  EXPECT_EQ(stream.feed_vectors_last({0, 1}), std::vector<float>(expected.begin() + 6, expected.begin() + 9));
+  EXPECT_EQ(twin.feed_vectors({0, 1, 4, -2, 2, 2}), std::vector<float>(expected.begin() + 6, expected.end()));
+  expect_invalid({"2 floats each", "3 floats"}, [&] { twin.feed_vectors({1, 2, 3}); });
+  expect_invalid({"vector 1", "finite"}, [&] { twin.feed_vectors({1, 2, 3, HUGE_VALF}); });
+  expect_invalid({"pointer for vectors"}, [&] { twin.feed_vectors(nullptr, 1, TITANS_LOGITS_NONE, nullptr, 0); });
+  expect_invalid({"titans_logits"},
+                 [&] { twin.feed_vectors(vectors.data(), 1, static_cast<titans_logits>(3), nullptr, 0); });
+  expect_invalid({"room for 6 outputs"},
+                 [&] { twin.feed_vectors(vectors.data(), 2, TITANS_LOGITS_ALL, std::vector<float>(5).data(), 5); });
+  const std::vector<std::string> words{"takes tokens", "takes vectors"};
+  expect_invalid(words, [&] { twin.feed({1}); });
+  expect_invalid(words, [&] { twin.feed_last({1}); });
+  expect_invalid(words, [&] { twin.step(1); });
+  expect_invalid(words, [&] { twin.score({1}); });
+  expect_invalid(words, [&] { twin.generate(); });
+  EXPECT_EQ(twin.position(), 5U);
+}
+
+TEST_F(CApiStream, Tokens) {
+  Session session = open(manifest_json());
+  EXPECT_EQ(session.input_kind(), "tokens");
+  EXPECT_EQ(session.input_size(), kFakeVocab);
+  EXPECT_EQ(session.output_size(), kFakeVocab);
+  EXPECT_EQ(session.vocab_size(), static_cast<std::int32_t>(kFakeVocab));
+  const nlohmann::json info = nlohmann::json::parse(session.info());
+  EXPECT_EQ(info["vocab_size"], kFakeVocab);
+  EXPECT_EQ(info["input"]["kind"], "tokens");
+  EXPECT_EQ(info["output"]["kind"], "logits");
+  Stream stream = session.stream();
+  const Tokens tokens{3, 1, 4, 1, 5, 2, 6};
+  EXPECT_EQ(stream.feed(tokens), expected_logits(tokens));
+  expect_invalid({"takes vectors", "takes tokens"},
+                 [&] { stream.feed_vectors(std::vector<float>(2 * kFakeVocab, 1.0F)); });
+  EXPECT_EQ(stream.position(), tokens.size());
 }
 
 TEST(CApi, ErrorsBelongToTheirThread) {

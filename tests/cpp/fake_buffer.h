@@ -53,10 +53,12 @@ struct FakeBuffer final : core::Buffer {
 };
 
 struct FakeWorkspace final : core::Workspace {
-  const float* logits(std::size_t first_row, std::size_t rows) override {
-    EXPECT_LE((first_row + rows) * kFakeVocab, values.size());
-    return values.data() + first_row * kFakeVocab;
+  explicit FakeWorkspace(std::size_t row_elements = kFakeVocab) : row(row_elements) {}
+  const float* output(std::size_t first_row, std::size_t rows) override {
+    EXPECT_LE((first_row + rows) * row, values.size());
+    return values.data() + first_row * row;
   }
+  std::size_t row;  // elements
   std::vector<float> values;
 };
 

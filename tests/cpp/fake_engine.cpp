@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "test_bundle.h"
 
 namespace titans::test {
 namespace {
@@ -10,8 +11,20 @@ namespace {
 constexpr float kInitialMemory = 0.5F;
 constexpr float kInitialLast = 1.0F;
 
-void append_row(std::vector<float>& logits, float memory, float last, float position) {
-  for (std::size_t v = 0; v < kFakeVocab; ++v) logits.push_back(memory + static_cast<float>(v) * last + position);
+void append_row(std::vector<float>& logits, float memory, float last, float position, std::size_t size) {
+  for (std::size_t v = 0; v < size; ++v) logits.push_back(memory + static_cast<float>(v) * last + position);
+}
+
+std::vector<float> expected(const std::vector<float>& inputs, bool learning, std::size_t size) {
+  float memory = kInitialMemory;
+  float last = kInitialLast;
+  std::vector<float> rows;
+  for (std::size_t t = 0; t < inputs.size(); ++t) {
+    append_row(rows, memory, last, static_cast<float>(t), size);
+    if (learning) memory = memory / 2 + inputs[t];
+    last = inputs[t];
+  }
+  return rows;
 }
 
 class FakeEngine final : public core::Engine {
@@ -26,7 +39,7 @@ class FakeEngine final : public core::Engine {
   }
   std::unique_ptr<core::Workspace> make_workspace() override {
     ++control_.workspaces;
-    return std::make_unique<FakeWorkspace>();
+    return std::make_unique<FakeWorkspace>(static_cast<std::size_t>(manifest_.output_size));
   }
 
   void run(const core::Call& call, core::Workspace& workspace) override {
@@ -36,9 +49,15 @@ class FakeEngine final : public core::Engine {
     std::vector<float> memory = static_cast<const FakeBuffer*>(call.state[0])->values;
     float last = static_cast<const FakeBuffer*>(call.state[1])->values[0];
     std::vector<float> logits;
-    for (std::int64_t t = 0; t < manifest_.graphs[call.graph].tokens; ++t) {
-      append_row(logits, memory[0], last, static_cast<float>(call.position + t));
-      const auto token = static_cast<float>(call.tokens[t]);
+    EXPECT_EQ(call.vectors != nullptr, manifest_.input_kind == core::InputKind::kVectors);
+    EXPECT_EQ(call.tokens == nullptr, call.vectors != nullptr);
+    const core::Graph& graph = manifest_.graphs[call.graph];
+    EXPECT_TRUE(std::count(graph.phases.begin(), graph.phases.end(), call.position % graph.align)) << graph.name;
+    for (std::int64_t t = 0; t < graph.tokens; ++t) {
+      append_row(logits, memory[0], last, static_cast<float>(call.position + t),
+                 static_cast<std::size_t>(manifest_.output_size));
+      const float* vector = call.vectors == nullptr ? nullptr : call.vectors + t * manifest_.input_size;
+      const float token = vector == nullptr ? static_cast<float>(call.tokens[t]) : vector[0] + 2 * vector[1];
       if (call.learn) memory[0] = memory[0] / 2 + token;
       last = token;
     }
@@ -69,15 +88,13 @@ std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& fo
 }
 
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning) {
-  float memory = kInitialMemory;
-  float last = kInitialLast;
-  std::vector<float> logits;
-  for (std::size_t t = 0; t < tokens.size(); ++t) {
-    append_row(logits, memory, last, static_cast<float>(t));
-    if (learning) memory = memory / 2 + static_cast<float>(tokens[t]);
-    last = static_cast<float>(tokens[t]);
-  }
-  return logits;
+  return expected(std::vector<float>(tokens.begin(), tokens.end()), learning, kFakeVocab);
+}
+
+std::vector<float> expected_outputs(const std::vector<float>& vectors, bool learning) {
+  std::vector<float> inputs;
+  for (std::size_t at = 0; at < vectors.size(); at += kFakeInputs) inputs.push_back(vectors[at] + 2 * vectors[at + 1]);
+  return expected(inputs, learning, kFakeOutputs);
 }
 
 }  // namespace titans::test

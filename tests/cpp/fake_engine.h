@@ -2,7 +2,8 @@
 //   logits[v] = W0[0] + v * last + p
 //   W0[0] = W0[0] / 2 + x  if learning
 //   last = x
-// in numbers that float holds exactly, so tests compare without a tolerance.
+// in numbers that float holds exactly, so tests compare without a tolerance. Of a vector x, where the bundle takes
+// these, it takes x[0] + 2 x[1] for the token.
 #pragma once
 
 #include <memory>
@@ -32,5 +33,7 @@ std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& fo
 
 // What the model answers, computed without any of the runtime.
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning = true);
+// The same for vectors of kFakeInputs floats, one after the other.
+std::vector<float> expected_outputs(const std::vector<float>& vectors, bool learning = true);
 
 }  // namespace titans::test

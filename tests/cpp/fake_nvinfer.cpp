@@ -99,7 +99,8 @@ struct Step {
   }
 
   void run() const {
-    const Dims logits_dims = network->tensors.at("logits").dims;
+    const bool vectors = network->tensors.count("x") != 0;
+    const Dims output_dims = network->tensors.at(vectors ? "y" : "logits").dims;
     auto* next_memory = find<float>("memory.next");
     auto* next_last = find<float>("last.next");
     if (spoil || !network->plugin) next_memory[0] = std::nanf("");
@@ -110,12 +111,13 @@ struct Step {
     float last = *find<float>("last");
     const bool host = network->on_host.count("position") != 0;
     const std::int64_t position = host ? host_position : *find<std::int64_t>("position");
-    auto* logits = find<float>("logits");
-    for (std::int64_t t = 0; t < logits_dims.d[1]; ++t) {
-      for (std::int64_t v = 0; v < logits_dims.d[2]; ++v) {
-        *logits++ = memory[0] + static_cast<float>(v) * last + static_cast<float>(position + t);
+    auto* output = find<float>(vectors ? "y" : "logits");
+    for (std::int64_t t = 0; t < output_dims.d[1]; ++t) {
+      for (std::int64_t v = 0; v < output_dims.d[2]; ++v) {
+        *output++ = memory[0] + static_cast<float>(v) * last + static_cast<float>(position + t);
       }
-      const auto token = static_cast<float>(find<std::int64_t>("tokens")[t]);
+      const float* vector = vectors ? find<float>("x") + t * network->tensors.at("x").dims.d[2] : nullptr;
+      const float token = vectors ? vector[0] + 2 * vector[1] : static_cast<float>(find<std::int64_t>("tokens")[t]);
       if (*find<bool>("learn")) memory[0] = memory[0] / 2 + token;
       last = token;
     }

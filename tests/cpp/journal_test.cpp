@@ -85,7 +85,7 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
   Stream twin(session_);
   feed(twin, head);
   const std::vector<float> memory_before = memory(twin);
-  const std::vector<float> last_before = twin.last_logits();
+  const std::vector<float> last_before = twin.last_output();
   const std::size_t calls_before = control_.calls.size();
   const std::vector<float> tail_logits = feed(twin, tail);
   const auto calls = static_cast<int>(control_.calls.size() - calls_before);
@@ -99,7 +99,7 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
       control_.fail_at = static_cast<int>(control_.calls.size()) + call;
       expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
       EXPECT_EQ(stream.position(), head.size());
-      EXPECT_EQ(stream.last_logits(), last_before);
+      EXPECT_EQ(stream.last_output(), last_before);
       EXPECT_EQ(memory(stream), memory_before) << call;
     }
     const auto fork = stream.fork();

@@ -38,6 +38,18 @@ TEST(ManifestEngines, NewerOnesDoNotHarm) {
   EXPECT_EQ(choice.engine, nullptr);
 }
 
+TEST(ManifestEngines, HaveGraphsForEveryPhase) {
+  json manifest = manifest_json();
+  manifest["graphs"].push_back(manifest["graphs"][0]);
+  manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
+  manifest["graphs"][3].update({{"name", "last"}, {"align", 4}, {"phases", {3}}});
+  manifest["engines"] = {engine_json("orin", "tensorrt", 87)};
+  expect_error(TITANS_FAILED, {"engines[0].graphs", "also at 3 modulo 4"},
+               [&] { core::Manifest::parse(manifest.dump()); });
+  manifest["engines"][0]["graphs"].push_back({{"graph", "last"}, {"file", "orin.last.engine"}});
+  EXPECT_EQ(core::Manifest::parse(manifest.dump()).engines.at(0).graphs.size(), 2U);
+}
+
 struct Wrong {
   const char* pointer;
   json value;

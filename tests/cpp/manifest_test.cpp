@@ -56,6 +56,65 @@ TEST(Manifest, TheRowsThatATokenWrites) {
   EXPECT_EQ(state.written->period, 1U);
 }
 
+TEST(Manifest, Phases) {
+  json manifest = manifest_json();
+  EXPECT_EQ(parse(manifest).graphs[0].phases, (std::vector<std::int64_t>{0}));
+  json last = manifest["graphs"][0];
+  manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
+  expect_error(TITANS_FAILED, {"manifest.json", "graphs", "also at 3 modulo 4"}, [&] { parse(manifest); });
+  last.update({{"name", "last"}, {"align", 4}, {"phases", {3}}});
+  manifest["graphs"].push_back(last);
+  const core::Manifest read = parse(manifest);
+  EXPECT_EQ(read.graphs[2].phases, (std::vector<std::int64_t>{0, 1, 2}));
+  EXPECT_EQ(read.graphs[3].phases, (std::vector<std::int64_t>{3}));
+  const std::vector<json> wrong{json::array(), {4}, {3, 3}, {3, 2}, {-1},          {2, 3},
+                                {1.5},         3,   {"3"},  {{3}},  {{"phase", 3}}};
+  for (const json& phases : wrong) {
+    manifest["graphs"][3]["phases"] = phases;
+    expect_error(TITANS_FAILED, {"manifest.json", "graphs"}, [&] { parse(manifest); });
+  }
+}
+
+TEST(Manifest, Vectors) {
+  const core::Manifest manifest = parse(vectors_json());
+  EXPECT_EQ(manifest.input_kind, core::InputKind::kVectors);
+  EXPECT_EQ(manifest.input, "x");
+  EXPECT_EQ(manifest.output, "y");
+  EXPECT_EQ(manifest.input_shape(manifest.graphs[0]), (core::Shape{1, 4, kFakeInputs}));
+  EXPECT_EQ(manifest.output_shape(manifest.graphs[0]), (core::Shape{1, 4, kFakeOutputs}));
+  EXPECT_EQ(manifest.input_dtype(), core::DType::kFloat32);
+  EXPECT_EQ(manifest.input_row_bytes(), kFakeInputs * sizeof(float));
+  const core::Manifest tokens = parse(manifest_json());
+  EXPECT_EQ(tokens.input_kind, core::InputKind::kTokens);
+  EXPECT_EQ(tokens.input_shape(tokens.graphs[0]), (core::Shape{1, 4}));
+  EXPECT_EQ(tokens.output_shape(tokens.graphs[0]), (core::Shape{1, 4, 8}));
+  EXPECT_EQ(tokens.input_row_bytes(), sizeof(std::int64_t));
+}
+
+TEST(Manifest, VectorsThatAreWrong) {
+  const std::vector<std::pair<const char*, json>> changes{{"/input/kind", "floats"},
+                                                          {"/input/kind", "tokens"},
+                                                          {"/input/dtype", "int64"},
+                                                          {"/input/dtype", "float16"},
+                                                          {"/input/size", 0},
+                                                          {"/input/size", "2"},
+                                                          {"/output/kind", "logits"},
+                                                          {"/output/dtype", "float64"},
+                                                          {"/output/size", 0},
+                                                          {"/output/size", nullptr},
+                                                          {"/input/name", "position"},
+                                                          {"/output/name", "x"},
+                                                          {"/input/size", std::int64_t{1} << 31}};
+  for (const auto& [pointer, value] : changes) {
+    json manifest = vectors_json();
+    manifest[json::json_pointer(pointer)] = value;
+    expect_error(TITANS_FAILED, {"manifest.json"}, [&] { parse(manifest); });
+  }
+  json manifest = vectors_json();
+  manifest["input"].erase("size");
+  expect_error(TITANS_FAILED, {"input.size"}, [&] { parse(manifest); });
+}
+
 TEST(Manifest, AnOutputIsNoInput) {
   json manifest = manifest_json();
   manifest["state"][0]["output"] = manifest["state"][0]["input"];

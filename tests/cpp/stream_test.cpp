@@ -1,7 +1,10 @@
 #include "stream.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
+#include <utility>
 
 #include <gtest/gtest.h>
 
@@ -14,6 +17,7 @@ namespace titans::test {
 namespace {
 
 using core::Stream;
+using nlohmann::json;
 using Tokens = std::vector<std::int32_t>;
 
 constexpr std::size_t kVocab = 8;
@@ -80,11 +84,11 @@ TEST_P(StreamTest, AFailureAnywhereLeavesTheStreamAsItWas) {
   for (int call = 0; call < 4; ++call) {
     Stream stream(session_);
     feed(stream, head);
-    const std::vector<float> last = stream.last_logits();
+    const std::vector<float> last = stream.last_output();
     control_.fail_at = static_cast<int>(control_.calls.size()) + call;
     expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
     EXPECT_EQ(stream.position(), 3U);
-    EXPECT_EQ(stream.last_logits(), last);
+    EXPECT_EQ(stream.last_output(), last);
     EXPECT_EQ(feed(stream, tail), std::vector<float>(expected.begin() + 3 * kVocab, expected.end())) << call;
   }
 }
@@ -104,7 +108,7 @@ TEST_P(StreamTest, ForkAndResetAndFreeze) {
   Stream stream(session_);
   feed(stream, {1, 2, 3});
   const auto twin = stream.fork();
-  EXPECT_EQ(twin->last_logits(), stream.last_logits());
+  EXPECT_EQ(twin->last_output(), stream.last_output());
   EXPECT_EQ(feed(*twin, {4, 5}), feed(stream, {4, 5}));
   feed(*twin, {6});
   stream.reset();
@@ -236,7 +240,7 @@ TEST_P(StreamTest, AGeneratorOfAStreamThatWasReset) {
   core::Generator generator(stream, {}, -1, {});
   generator.next();
   stream.reset();
-  EXPECT_EQ(stream.last_logits(), std::vector<float>(kVocab, 0.0F));
+  EXPECT_EQ(stream.last_output(), std::vector<float>(kVocab, 0.0F));
   expect_error(TITANS_INVALID_ARGUMENT, {"consumed a token"}, [&] { generator.next(); });
   EXPECT_EQ(stream.position(), 0U);
   feed(stream, {1});
@@ -273,13 +277,202 @@ TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
   }
 }
 
+// Vectors in the tokens' stead, and phases.
+class VectorStreamTest : public testing::TestWithParam<std::vector<bool>> {
+ protected:
+  VectorStreamTest() {
+    json manifest = vectors_json();
+    manifest["graphs"].push_back(manifest["graphs"][0]);
+    manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
+    manifest["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"align", 4}, {"phases", {3}}});
+    write_bundle(folder_.path(), manifest);
+    control_.in_place = GetParam();
+    session_ = open_fake_session(folder_.path(), control_);
+    for (std::size_t i = 0; i < kCount * kFakeInputs; ++i) vectors_.push_back(static_cast<float>((i * 7 + 3) % 11) - 4);
+  }
+
+  // Of `count` vectors from `first` on.
+  std::vector<float> feed(Stream& stream, std::size_t first, std::size_t count) const {
+    std::vector<float> outputs(count * kFakeOutputs);
+    stream.feed_vectors(vectors_.data() + first * kFakeInputs, count, TITANS_LOGITS_ALL, outputs.data(),
+                        outputs.size());
+    return outputs;
+  }
+  std::vector<float> expected(std::size_t first, bool learning = true) const {
+    const std::vector<float> all = expected_outputs(vectors_, learning);
+    return {all.begin() + static_cast<std::ptrdiff_t>(first * kFakeOutputs), all.end()};
+  }
+
+  static constexpr std::size_t kCount = 13;
+  TemporaryFolder folder_;
+  FakeControl control_;
+  std::shared_ptr<core::Session> session_;
+  std::vector<float> vectors_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Buffers, VectorStreamTest,
+                         testing::Values(std::vector<bool>{false, false}, std::vector<bool>{true, true}));
+
+TEST_P(VectorStreamTest, AnyCutGivesTheSameOutputs) {
+  for (std::size_t cut = 0; cut <= kCount; ++cut) {
+    Stream stream(session_);
+    std::vector<float> outputs = feed(stream, 0, cut);
+    const std::vector<float> rest = feed(stream, cut, kCount - cut);
+    outputs.insert(outputs.end(), rest.begin(), rest.end());
+    ASSERT_EQ(outputs, expected(0)) << cut;
+    ASSERT_EQ(stream.position(), kCount);
+  }
+}
+
+// The engine compares each call's position with the graph's phases. The manifest's order: prefill, chunk, decode, last.
+TEST_P(VectorStreamTest, TheGraphOfThePhaseRuns) {
+  Stream stream(session_);
+  for (std::size_t at = 0; at < 9; ++at) feed(stream, at, 1);
+  EXPECT_EQ(control_.calls, (std::vector<std::size_t>{2, 2, 2, 3, 2, 2, 2, 3, 2}));
+  control_.calls.clear();
+  Stream other(session_);
+  feed(other, 0, 3);
+  feed(other, 3, 2);
+  feed(other, 5, 8);
+  EXPECT_EQ(control_.calls, (std::vector<std::size_t>{1, 2, 3, 2, 2, 0, 1, 2}));
+}
+
+TEST_P(VectorStreamTest, AFailureAnywhereLeavesTheStreamAsItWas) {
+  for (int call = 0; call < 4; ++call) {
+    Stream stream(session_);
+    feed(stream, 0, 3);
+    const std::vector<float> last = stream.last_output();
+    control_.fail_at = static_cast<int>(control_.calls.size()) + call;
+    expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, 3, kCount - 3); });
+    EXPECT_EQ(stream.position(), 3U);
+    EXPECT_EQ(stream.last_output(), last);
+    EXPECT_EQ(feed(stream, 3, kCount - 3), expected(3)) << call;
+  }
+}
+
+TEST_P(VectorStreamTest, NumbersThatAreNotFiniteAreSeenBeforeAnythingRuns) {
+  Stream stream(session_);
+  const std::vector<float> right = vectors_;
+  for (const float wrong : {std::nanf(""), INFINITY, -INFINITY}) {
+    vectors_ = right;
+    vectors_[2 * 9 + 1] = wrong;
+    expect_error(TITANS_INVALID_ARGUMENT, {"vector 9", "element 1", "finite"}, [&] { feed(stream, 0, kCount); });
+  }
+  EXPECT_TRUE(control_.calls.empty());
+  vectors_ = right;
+  EXPECT_EQ(feed(stream, 0, kCount), expected(0));
+}
+
+TEST_P(VectorStreamTest, ForkResetAndFreeze) {
+  Stream stream(session_);
+  feed(stream, 0, 6);
+  const auto twin = stream.fork();
+  EXPECT_EQ(twin->last_output(), stream.last_output());
+  EXPECT_EQ(feed(*twin, 6, kCount - 6), expected(6));
+  EXPECT_EQ(feed(stream, 6, kCount - 6), expected(6));
+  stream.reset();
+  EXPECT_EQ(stream.position(), 0U);
+  stream.set_learning(false);
+  EXPECT_EQ(feed(stream, 0, kCount), expected(0, /*learning=*/false));
+}
+
+TEST_P(VectorStreamTest, WhichOutputs) {
+  Stream stream(session_);
+  std::vector<float> last(kFakeOutputs);
+  expect_error(TITANS_INVALID_ARGUMENT, {"at least one token", "outputs"},
+               [&] { stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size()); });
+  expect_error(TITANS_INVALID_ARGUMENT, {"6 outputs", "5"},
+               [&] { stream.feed_vectors(vectors_.data(), 2, TITANS_LOGITS_ALL, last.data(), 5); });
+  for (const std::size_t count :
+       {std::numeric_limits<std::size_t>::max() / 2, std::numeric_limits<std::size_t>::max() / 8 + 1}) {
+    expect_error(TITANS_INVALID_ARGUMENT, {"fit into memory"},
+                 [&] { stream.feed_vectors(vectors_.data(), count, TITANS_LOGITS_NONE, nullptr, 0); });
+  }
+  stream.feed_vectors(vectors_.data(), 5, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size());
+  const std::vector<float> all = expected(0);
+  EXPECT_EQ(last, std::vector<float>(all.begin() + 4 * kFakeOutputs, all.begin() + 5 * kFakeOutputs));
+}
+
+TEST_P(VectorStreamTest, WhatNeedsTokens) {
+  Stream stream(session_);
+  feed(stream, 0, 2);
+  const std::int32_t token = 0;
+  std::vector<float> values(8);
+  const std::vector<std::string> words{"takes tokens", "takes vectors"};
+  expect_error(TITANS_INVALID_ARGUMENT, words,
+               [&] { stream.feed(&token, 1, TITANS_LOGITS_ALL, values.data(), values.size()); });
+  expect_error(TITANS_INVALID_ARGUMENT, words, [&] { stream.score(&token, 1, values.data()); });
+  expect_error(TITANS_INVALID_ARGUMENT, words, [&] { core::Generator(stream, {}, 3, {}); });
+  EXPECT_EQ(stream.position(), 2U);
+}
+
+TEST_P(StreamTest, VectorsForABundleOfTokens) {
+  Stream stream(session_);
+  const std::vector<float> vectors(kVocab, 1.0F);
+  expect_error(TITANS_INVALID_ARGUMENT, {"takes vectors", "takes tokens"},
+               [&] { stream.feed_vectors(vectors.data(), 1, TITANS_LOGITS_NONE, nullptr, 0); });
+  EXPECT_EQ(stream.position(), 0U);
+}
+
+core::Graph graph(std::int64_t tokens, std::int64_t align, std::vector<std::int64_t> phases = {0}) {
+  return {std::to_string(tokens) + " at " + std::to_string(align), "", tokens, align, {}, std::move(phases)};
+}
+
 TEST(Schedule, AlignmentHoldsAtEveryPosition) {
-  const std::vector<core::Graph> graphs{{"a", "", 128, 32, {}}, {"b", "", 32, 32, {}}, {"c", "", 1, 1, {}}};
-  EXPECT_EQ(core::next_graph(graphs, 0, 128), 0U);
-  EXPECT_EQ(core::next_graph(graphs, 32, 500), 0U);
-  EXPECT_EQ(core::next_graph(graphs, 32, 127), 1U);
-  EXPECT_EQ(core::next_graph(graphs, 33, 500), 2U);
-  EXPECT_EQ(core::next_graph(graphs, 64, 31), 2U);
+  const core::Schedule schedule({graph(128, 32), graph(32, 32), graph(1, 1)});
+  EXPECT_EQ(schedule.next_graph(0, 128), 0U);
+  EXPECT_EQ(schedule.next_graph(32, 500), 0U);
+  EXPECT_EQ(schedule.next_graph(32, 127), 1U);
+  EXPECT_EQ(schedule.next_graph(33, 500), 2U);
+  EXPECT_EQ(schedule.next_graph(64, 31), 2U);
+}
+
+// At every position and for every number of tokens left, against the words of docs/bundle.md.
+TEST(Schedule, TheLongestGraphOfThePhase) {
+  const std::vector<core::Graph> graphs{graph(12, 6, {0, 3, 4}), graph(6, 6, {1}), graph(6, 4, {0, 2}),
+                                        graph(1, 6, {0, 1, 3, 4}), graph(1, 6, {2, 5})};
+  ASSERT_EQ(core::missing_of_schedule(graphs), "");
+  const core::Schedule schedule(graphs);
+  constexpr std::uint64_t kFar = std::uint64_t{1} << 40;
+  for (const std::uint64_t start : {std::uint64_t{0}, kFar - kFar % 12}) {
+    for (std::uint64_t position = start; position < start + 24; ++position) {
+      for (std::size_t remaining = 1; remaining < 14; ++remaining) {
+        const core::Graph* best = nullptr;
+        for (const core::Graph& one : graphs) {
+          const auto phase = static_cast<std::int64_t>(position % static_cast<std::uint64_t>(one.align));
+          const bool starts = std::count(one.phases.begin(), one.phases.end(), phase) > 0;
+          if (!starts || one.tokens > static_cast<std::int64_t>(remaining)) continue;
+          if (best == nullptr || one.tokens > best->tokens) best = &one;
+        }
+        ASSERT_EQ(&graphs[schedule.next_graph(position, remaining)], best) << position << ' ' << remaining;
+      }
+    }
+  }
+}
+
+TEST(Schedule, TheDecodingGraphIsTheOneThatRunsMost) {
+  EXPECT_EQ(core::Schedule({graph(8, 4), graph(1, 4, {3}), graph(1, 4, {0, 1, 2})}).decoding_graph(), 2U);
+  EXPECT_EQ(core::Schedule({graph(8, 4), graph(1, 4, {0, 1, 2}), graph(1, 4, {3})}).decoding_graph(), 1U);
+  EXPECT_EQ(core::Schedule({graph(8, 4, {0, 1, 2, 3}), graph(1, 1)}).decoding_graph(), 1U);
+}
+
+TEST(Schedule, WhatGraphsLack) {
+  const auto expect = [](const std::vector<core::Graph>& graphs, const std::string& words) {
+    const std::string missing = core::missing_of_schedule(graphs);
+    EXPECT_NE(missing.find(words), std::string::npos) << missing;
+  };
+  expect({}, "tokens = 1");
+  expect({graph(4, 1)}, "tokens = 1");
+  expect({graph(1, 2)}, "also at 1 modulo 2");
+  expect({graph(1, 4, {0, 1}), graph(1, 6, {2})}, "equal tokens");
+  expect({graph(1, 4, {0, 1}), graph(1, 6, {3})}, "equal tokens");  // both at 9
+  expect({graph(1, 2), graph(1, 4, {1})}, "also at 3 modulo 4");
+  expect({graph(8, 4), graph(8, 6, {2}), graph(1, 1)}, "equal tokens");  // both at 8
+  expect({graph(1, std::int64_t{1} << 21)}, "repeat within");
+  expect({graph(1, 1024), graph(1, 1025 * 1024, {1})}, "repeat within");
+  EXPECT_EQ(core::missing_of_schedule({graph(8, 4), graph(8, 4, {1}), graph(1, 1)}), "");
+  EXPECT_EQ(core::missing_of_schedule({graph(1, 2), graph(1, 4, {1}), graph(1, 4, {3})}), "");
 }
 
 }  // namespace

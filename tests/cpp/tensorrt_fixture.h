@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -79,17 +80,33 @@ class TensorRt : public testing::TestWithParam<Vendor> {
   }
 
   // What an engine file says of its graph.
-  static std::string engine_text(int tokens, bool plugin) {
+  static std::string engine_text(int tokens, bool plugin, bool vectors = false) {
     const std::string count = std::to_string(tokens);
-    return std::string("FAKE ENGINE\nplugin ") + (plugin ? "1" : "0") + "\nin tokens 8 1 " + count +
-           "\nin position 8 1\nin learn 4 1\nin memory 0 1 1 4\nin last 0 1 1\nout logits 0 1 " + count +
-           " 8\nout memory.next 0 1 1 4\nout last.next 0 1 1\n";
+    const std::string input = vectors ? "x 0 1 " + count + " 2" : "tokens 8 1 " + count;
+    const std::string output = vectors ? "y 0 1 " + count + " 3" : "logits 0 1 " + count + " 8";
+    return std::string("FAKE ENGINE\nplugin ") + (plugin ? "1" : "0") + "\nin " + input +
+           "\nin position 8 1\nin learn 4 1\nin memory 0 1 1 4\nin last 0 1 1\nout " + output +
+           "\nout memory.next 0 1 1 4\nout last.next 0 1 1\n";
+  }
+
+  // In place of the bundle, one that takes vectors, and whose last token of four has a graph of its own.
+  void use_vectors() {
+    manifest_ = vectors_json();
+    manifest_["graphs"].push_back(manifest_["graphs"][0]);
+    manifest_["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
+    manifest_["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"align", 4}, {"phases", {3}}});
+    for (const auto& file : std::vector<std::filesystem::directory_entry>(
+             std::filesystem::directory_iterator(folder_.path()), std::filesystem::directory_iterator())) {
+      std::filesystem::remove(file);
+    }
+    write_bundle(folder_.path(), manifest_);
+    use_engine(GetParam().plugins);
   }
 
   // Gives the bundle an engine, which `change` may alter in the manifest.
   template <typename Change>
   void use_engine(bool plugin, Change&& change) {
-    json manifest = manifest_json();
+    json manifest = manifest_;
     json engine{{"name", "fake-fp32"},
                 {"target", "rtx-40"},
                 {"compiler", GetParam().name},
@@ -109,10 +126,14 @@ class TensorRt : public testing::TestWithParam<Vendor> {
       engine["alias"] = "undeclared";
       engine["state_in_place"] = {"layers.0.memory"};
     }
-    for (const auto& [graph, tokens] : std::map<std::string, int>{{"prefill", 4}, {"chunk", 2}, {"decode", 1}}) {
+    for (const auto& [graph, tokens] :
+         std::map<std::string, int>{{"prefill", 4}, {"chunk", 2}, {"decode", 1}, {"last", 1}}) {
+      const json& graphs = manifest["graphs"];
+      const std::string& name = graph;
+      if (std::none_of(graphs.begin(), graphs.end(), [&](const json& one) { return one["name"] == name; })) continue;
       const std::string file = "fake-fp32." + graph + ".engine";
       if (!std::filesystem::exists(folder_.path() / file)) {
-        write_file(folder_.path() / file, engine_text(tokens, plugin));
+        write_file(folder_.path() / file, engine_text(tokens, plugin, manifest["input"]["kind"] == "vectors"));
       }
       engine["graphs"].push_back({{"graph", graph}, {"file", file}});
     }
@@ -146,6 +167,7 @@ class TensorRt : public testing::TestWithParam<Vendor> {
   TemporaryFolder backends_;
   std::string library_ = GetParam().library;
   Setting driver_;
+  json manifest_ = manifest_json();
 };
 
 inline std::vector<float> feed(core::Stream& stream, const Tokens& tokens) {

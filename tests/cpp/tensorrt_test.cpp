@@ -182,6 +182,52 @@ TEST_P(TensorRt, StreamsInThreads) {
   for (std::size_t i = 0; i < logits.size(); ++i) EXPECT_EQ(logits[i], expected_logits(some_tokens(40, i)));
 }
 
+TEST_P(TensorRt, VectorsAndPhases) {
+  use_vectors();
+  std::vector<float> vectors;
+  for (std::size_t i = 0; i < 23 * kFakeInputs; ++i) vectors.push_back(static_cast<float>((i * 7 + 3) % 11) - 4);
+  const std::vector<float> expected = expected_outputs(vectors);
+  for (const char* integrated : {"0", "1"}) {
+    const Setting unified("TITANS_FAKE_INTEGRATED", integrated);
+    const auto session = open();
+    EXPECT_EQ(cuda_graphs(*session), "decode");
+    for (const std::size_t cut : {1U, 2U, 3U, 5U, 23U}) {
+      core::Stream stream(session);
+      std::vector<float> outputs(23 * kFakeOutputs);
+      std::vector<float> last(kFakeOutputs);
+      for (std::size_t at = 0; at < 23; at += cut) {
+        const std::size_t count = std::min(cut, 23 - at);
+        float* out = outputs.data() + at * kFakeOutputs;
+        stream.feed_vectors(vectors.data() + at * kFakeInputs, count, TITANS_LOGITS_ALL, out, count * kFakeOutputs);
+        stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size());
+        EXPECT_EQ(last, std::vector<float>(out + (count - 1) * kFakeOutputs, out + count * kFakeOutputs));
+      }
+      EXPECT_EQ(outputs, expected) << cut;
+    }
+  }
+}
+
+// Each graph that decodes has its own recording, made when the session opens.
+TEST_P(TensorRt, BothGraphsThatDecodeAreRecorded) {
+  use_vectors();
+  const auto session = open();
+  core::Stream stream(session);
+  const auto enqueued = function_of<int()>(GetParam().library, "fake_nvinfer_enqueued");
+  const std::vector<float> vector{1, -1};
+  const auto feed_one = [&] { stream.feed_vectors(vector.data(), 1, TITANS_LOGITS_NONE, nullptr, 0); };
+  for (int i = 0; i < 60; ++i) feed_one();
+  const int before = enqueued();
+  for (int i = 0; i < 60; ++i) feed_one();
+  EXPECT_EQ(enqueued(), before);
+}
+
+TEST_P(TensorRt, OneOfTheGraphsThatDecodeWantsItsInputOnTheHost) {
+  use_vectors();
+  write_engine("last", engine_text(1, GetParam().plugins, /*vectors=*/true) + "host position\n");
+  const auto session = open();
+  EXPECT_EQ(cuda_graphs(*session), "decode, in part: the vendor wants an input in host memory, of last");
+}
+
 TEST_P(TensorRt, AnEngineOfSomeGraphs) {
   use_engine(GetParam().plugins, [](json& engine) {
     json graphs = json::array();

@@ -64,6 +64,13 @@ json manifest_json() {
     "files": {}})");
 }
 
+json vectors_json() {
+  json manifest = manifest_json();
+  manifest["input"] = {{"kind", "vectors"}, {"name", "x"}, {"dtype", "float32"}, {"size", kFakeInputs}};
+  manifest["output"] = {{"kind", "vectors"}, {"name", "y"}, {"dtype", "float32"}, {"size", kFakeOutputs}};
+  return manifest;
+}
+
 void write_manifest(const std::filesystem::path& folder, json manifest) {
   for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
@@ -74,8 +81,10 @@ void write_manifest(const std::filesystem::path& folder, json manifest) {
   write_file(folder / "manifest.json", manifest.dump());
 }
 
-void write_bundle(const std::filesystem::path& folder) {
-  for (const char* name : {"prefill.onnx", "chunk.onnx", "decode.onnx"}) write_file(folder / name, name);
+void write_bundle(const std::filesystem::path& folder) { write_bundle(folder, manifest_json()); }
+
+void write_bundle(const std::filesystem::path& folder, const json& manifest) {
+  for (const json& graph : manifest["graphs"]) write_file(folder / graph["file"], graph["name"]);
   write_file(
       folder / "weights.safetensors",
       safetensors(R"({"E": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})", float_bytes({1.0F, 2.0F})));
@@ -83,7 +92,7 @@ void write_bundle(const std::filesystem::path& folder) {
              safetensors(R"({"layers.0.memory": {"dtype": "F32", "shape": [1, 1, 4], "data_offsets": [0, 16]},)"
                          R"( "layers.0.last": {"dtype": "F32", "shape": [1, 1], "data_offsets": [16, 20]}})",
                          float_bytes({0.5F, 0.25F, 0.0F, 3.0F, 1.0F})));
-  write_manifest(folder, manifest_json());
+  write_manifest(folder, manifest);
 }
 
 }  // namespace titans::test

@@ -37,9 +37,16 @@ std::string float_bytes(const std::vector<float>& values);
 // state "layers.0.memory" [1, 1, 4] with the fields W0 [1, 2] and S0 [2], and "layers.0.last" [1, 1].
 nlohmann::json manifest_json();
 
+inline constexpr std::size_t kFakeInputs = 2;   // floats of a vector that goes in
+inline constexpr std::size_t kFakeOutputs = 3;  // and of one that comes out
+
+// The same for a bundle that takes vectors, as input x and output y.
+nlohmann::json vectors_json();
+
 // Completes `manifest` with sizes and hashes of what is in the folder and writes it.
 void write_manifest(const std::filesystem::path& folder, nlohmann::json manifest);
 void write_bundle(const std::filesystem::path& folder);
+void write_bundle(const std::filesystem::path& folder, const nlohmann::json& manifest);
 
 // That `action` throws an Error of that status, in the one form, that contains all the words.
 template <typename Action>

@@ -5,6 +5,9 @@ The model is a leaky sum with a switch: for each token x with vector e = E[x],
     W_t = a W_{t-1} + learn * e p'       p the vector of the token before (a cache)
     logits_t = U y_t + U e + 0.001 * position
 so every part of the runtime's contract shows in the logits: order, position, learning, both kinds of state.
+
+With vectors in the tokens' stead e = x E, and what the logits were is the output. With a period P the memory is halved
+after the tokens at P - 1, 2 P - 1, ..., which only graphs that know the position modulo P can do.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,15 @@ from safetensors.numpy import save_file
 Array = npt.NDArray[Any]
 DECAY = np.float32(0.9)
 GRAPHS = (("prefill", 8, 4), ("chunk", 4, 4), ("decode", 1, 1))  # name, tokens, align
+PERIOD = 4
+# The same where the memory is halved every PERIOD tokens: which graph runs shows in the numbers. And phases.
+PERIODIC_GRAPHS = (
+    ("prefill", 8, 4),
+    ("middle", 2, 4, (1,)),
+    ("decode", 1, 4, (0, 1, 2)),
+    ("halve", 1, 4, (3,)),
+)
+Graph: TypeAlias = "tuple[str, int, int] | tuple[str, int, int, tuple[int, ...]]"
 MEMORY, CACHE = "layers.0.memory", "layers.0.previous"
 
 
@@ -32,13 +44,13 @@ MEMORY, CACHE = "layers.0.memory", "layers.0.previous"
 class Weights:
     """What the graphs share. The ballast multiplies something and is then multiplied by zero."""
 
-    embed: Array  # E (vocab, width)
-    unembed: Array  # U (width, vocab)
+    embed: Array  # E (vocab, width), or (size of an input vector, width)
+    unembed: Array  # U (width, vocab), or (width, size of an output vector)
     initial: Array  # W of a fresh stream
     ballast: Array | None = None  # square: a large weight, for measuring memory and time
 
     @staticmethod
-    def random(vocab: int = 16, width: int = 6, seed: int = 0, ballast: int = 0) -> Weights:
+    def random(vocab: int = 16, width: int = 6, seed: int = 0, ballast: int = 0, outputs: int | None = None) -> Weights:
         rng = np.random.default_rng(seed)
 
         def draw(*shape: int) -> Array:
@@ -46,7 +58,7 @@ class Weights:
 
         return Weights(
             draw(vocab, width),
-            draw(width, vocab),
+            draw(width, vocab if outputs is None else outputs),
             0.1 * draw(width, width),
             draw(ballast, ballast) if ballast else None,
         )
@@ -63,6 +75,7 @@ class Reference:
     weights: Weights
     learning: bool = True
     position: int = 0
+    period: int = 0  # 0: the memory is never halved
     memory: Array = field(init=False)
     previous: Array = field(init=False)
 
@@ -70,16 +83,18 @@ class Reference:
         self.memory = self.weights.initial.copy()
         self.previous = np.zeros(self.weights.embed.shape[1], np.float32)
 
-    def step(self, token: int) -> Array:
-        e = self.weights.embed[token]
+    def step(self, token: int | Array) -> Array:
+        e = self.weights.embed[token] if np.ndim(token) == 0 else token @ self.weights.embed
         y = self.memory @ e
         self.memory = DECAY * self.memory + np.outer(e, self.previous) if self.learning else self.memory
         self.previous = e
         logits = (y + e) @ self.weights.unembed + np.float32(0.001 * self.position)
         self.position += 1
+        if self.period and self.position % self.period == 0:
+            self.memory = self.memory / 2
         return np.asarray(logits, np.float32)
 
-    def feed(self, tokens: Sequence[int]) -> Array:
+    def feed(self, tokens: Sequence[int] | Array) -> Array:
         return np.stack([self.step(token) for token in tokens])
 
 
@@ -89,16 +104,22 @@ def log_softmax(logits: Array) -> Array:
     return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
 
 
-def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -> onnx.ModelProto:
-    """`tokens` steps unrolled."""
-    vocab, width = weights.embed.shape
+def _graph(
+    weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]], vectors: bool, halvings: Sequence[bool]
+) -> onnx.ModelProto:
+    """`tokens` steps unrolled, the memory halved after those of `halvings`."""
+    size, width = weights.embed.shape
+    outputs = weights.unembed.shape[1]
     nodes: list[onnx.NodeProto] = []
 
     def op(kind: str, *inputs: str, out: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [out], **attributes))
         return out
 
-    op("Gather", "embed", "tokens", out="vectors")  # (1, T, width)
+    if vectors:
+        op("MatMul", "x", "embed", out="vectors")  # (1, T, width)
+    else:
+        op("Gather", "embed", "tokens", out="vectors")
     op("Cast", "position", out="position_float", to=TensorProto.FLOAT)
     op("Slice", MEMORY, "zero", "size", "two", out="packed")  # W is the first field of the row, S the rest
     op("Slice", MEMORY, "size", "end", "two", out="rest")
@@ -113,6 +134,8 @@ def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -
         op("MatMul", f"column_{t}", previous, out=f"outer_{t}")
         op("Add", f"decayed_{t}", f"outer_{t}", out=f"learned_{t}")
         memory = op("Where", "learn", f"learned_{t}", memory, out=f"memory_{t + 1}")
+        if halvings[t]:
+            memory = op("Mul", memory, "half", out=f"halved_{t}")
         previous = op("Reshape", f"column_{t}", "row", out=CACHE + ".next" if t == tokens - 1 else f"previous_{t}")
         op("Add", f"y_{t}", f"column_{t}", out=f"h_{t}")
         op("Reshape", f"h_{t}", "row", out=f"row_{t}")
@@ -130,7 +153,8 @@ def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -
         op("ReduceMax", "wide", "axis_1", out="widest")  # (T, 1)
         op("Mul", "widest", "nought", out="nothing")
         total = op("Add", "rows", "nothing", out="with_ballast")
-    op("Unsqueeze", total, "axis_0", out="logits")
+    output = "y" if vectors else "logits"
+    op("Unsqueeze", total, "axis_0", out=output)
     op("Reshape", memory, "flat_shape", out="packed_next")
     op("Concat", "packed_next", "rest", out=MEMORY + ".next", axis=2)
 
@@ -151,6 +175,7 @@ def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -
         constant("axis_2", [2], np.int64),
         constant("decay", DECAY, np.float32),
         constant("slope", 0.001, np.float32),
+        constant("half", 0.5, np.float32),
         constant("nought", 0.0, np.float32),
     ]
     if weights.ballast is not None:
@@ -174,14 +199,16 @@ def _graph(weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]]) -
         nodes,
         "leaky_sum",
         [
-            info("tokens", TensorProto.INT64, (1, tokens)),
+            info("x", TensorProto.FLOAT, (1, tokens, size))
+            if vectors
+            else info("tokens", TensorProto.INT64, (1, tokens)),
             info("position", TensorProto.INT64, (1,)),
             info("learn", TensorProto.BOOL, (1,)),
             info(MEMORY, TensorProto.FLOAT, memory_shape),
             info(CACHE, TensorProto.FLOAT, cache_shape),
         ],
         [
-            info("logits", TensorProto.FLOAT, (1, tokens, vocab)),
+            info(output, TensorProto.FLOAT, (1, tokens, outputs)),
             info(MEMORY + ".next", TensorProto.FLOAT, memory_shape),
             info(CACHE + ".next", TensorProto.FLOAT, cache_shape),
         ],
@@ -209,15 +236,25 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def write_bundle(folder: Path, weights: Weights, graphs: Sequence[tuple[str, int, int]] = GRAPHS) -> Path:
+def write_bundle(
+    folder: Path, weights: Weights, graphs: Sequence[Graph] = GRAPHS, *, period: int = 0, vectors: bool = False
+) -> Path:
     folder.mkdir(parents=True)
-    vocab, width = weights.embed.shape
+    size, width = weights.embed.shape
+    outputs = weights.unembed.shape[1]
     save_file(weights.named(), folder / "weights.safetensors")
     row = np.concatenate([weights.initial.ravel(), np.float32([7, 8])]).astype(np.float32)
     save_file({MEMORY: row[None, None], CACHE: np.zeros((1, width), np.float32)}, folder / "state.safetensors")
     offsets = tensor_offsets(folder / "weights.safetensors")
-    for name, tokens, _ in graphs:
-        (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets).SerializeToString())
+    for name, tokens, _, *phases in graphs:
+        start = phases[0][0] if phases else 0
+        halvings = [period > 0 and (start + t) % period == period - 1 for t in range(tokens)]
+        (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets, vectors, halvings).SerializeToString())
+    rng = np.random.default_rng(3)
+    given: Array = rng.normal(size=(13, size)).astype(np.float32) if vectors else rng.integers(0, size, 13, np.int32)
+    golden = {"x": "x", "y": "y"} if vectors else {"x": "tokens", "y": "logits"}
+    answers = Reference(weights, period=period).feed(given)
+    save_file({golden["x"]: given, golden["y"]: answers}, folder / "golden.safetensors")
 
     def state(name: str, shape: list[int], role: str, **more: Any) -> dict[str, Any]:
         return {
@@ -230,24 +267,40 @@ def write_bundle(folder: Path, weights: Weights, graphs: Sequence[tuple[str, int
             **more,
         }
 
-    size = width * width
+    square = width * width
     layout = [
         {"name": "W0", "offset": 0, "shape": [width, width]},
-        {"name": "S0", "offset": size, "shape": [2]},
+        {"name": "S0", "offset": square, "shape": [2]},
     ]
+    if vectors:
+        described = {
+            "input": {"kind": "vectors", "name": "x", "dtype": "float32", "size": size},
+            "output": {"kind": "vectors", "name": "y", "dtype": "float32", "size": outputs},
+            "tokenizer": {"kind": "none"},
+            "golden": {"file": "golden.safetensors", "vectors": "x", "outputs": "y", "tolerance": 1e-4},
+        }
+    else:
+        described = {
+            "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": size},
+            "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": outputs},
+            "tokenizer": {"kind": "bytes"},
+            "golden": {"file": "golden.safetensors", "tokens": "tokens", "logits": "logits", "tolerance": 1e-4},
+        }
     write_manifest(
         folder,
         {
             "format": "titans-bundle",
             "schema_version": 1,
             "producer": "synthetic",
-            "model": {"name": "leaky-sum", "variant": "none"},
-            "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": vocab},
-            "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": vocab},
+            "model": {
+                "name": "leaky-sum",
+                "variant": "none",
+                "parameters": sum(w.size for w in weights.named().values()),
+            },
+            **described,
             "controls": {"position": "position", "learn": "learn"},
-            "tokenizer": {"kind": "bytes"},
             "state": [
-                state(MEMORY, [1, 1, size + 2], "memory", layout=layout),
+                state(MEMORY, [1, 1, square + 2], "memory", layout=layout),
                 state(CACHE, [1, width], "cache"),
             ],
             "graphs": [
@@ -257,8 +310,9 @@ def write_bundle(folder: Path, weights: Weights, graphs: Sequence[tuple[str, int
                     "tokens": tokens,
                     "align": align,
                     "weights": sorted(weights.named()),
+                    **({"phases": list(phases[0])} if phases else {}),
                 }
-                for name, tokens, align in graphs
+                for name, tokens, align, *phases in graphs
             ],
             "weights": {"file": "weights.safetensors"},
             "initial_state": {"file": "state.safetensors"},

@@ -36,22 +36,40 @@ def _text(facts: dict[str, Any]) -> str:
     head = [
         f"{facts['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
         f"made by {facts['producer']}, schema {facts['schema_version']}, hashes ok",
-        f"vocabulary {facts['vocab_size']}, tokenizer {facts['tokenizer']['kind']}, runs on: {targets}",
+        f"{_streams(facts)}, runs on: {targets}",
     ]
     graphs = [
-        (g["name"], g["tokens"], g["align"], sum(g["operators"].values()), _most(g["operators"]))
+        (g["name"], g["tokens"], g["align"], _spans(g["phases"]), sum(g["operators"].values()), _most(g["operators"]))
         for g in facts["graphs"]
     ]
     state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in facts["state"]]
     sections = [
         "\n".join(head),
-        table(("graph", "tokens", "align", "nodes", "most frequent operators"), graphs),
+        table(("graph", "tokens", "align", "phases", "nodes", "most frequent operators"), graphs),
         _memories(facts["graphs"]),
         _engines(facts),
         table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(facts['state_bytes'])}",
         table(("file", "size"), [(f["name"], size(f["bytes"])) for f in facts["files"]]),
     ]
     return "\n\n".join(section for section in sections if section)
+
+
+def _streams(facts: dict[str, Any]) -> str:
+    """What streams consume and give."""
+    if facts["input"]["kind"] == "vectors":
+        return f"vectors of {facts['input']['size']} floats in, of {facts['output']['size']} out"
+    return f"vocabulary {facts['vocab_size']}, tokenizer {facts['tokenizer']['kind']}"
+
+
+def _spans(phases: list[int]) -> str:
+    """Ascending numbers, those that follow each other as 0-14."""
+    spans: list[list[int]] = []
+    for phase in phases:
+        if spans and spans[-1][-1] + 1 == phase:
+            spans[-1][1:] = [phase]
+        else:
+            spans.append([phase])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _engines(facts: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from ..bundle import Bundle, engines
 from ..errors import MachineError, UsageError
+from ..schedule import missing
 from . import estimate as memory
 from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine
@@ -54,6 +55,7 @@ class Plan:
     compiler: str
     name: str
     graphs: list[dict[str, Any]]  # the manifest's entries
+    plugin: bool  # whether nodes are left to the memory's plugin
     alias: str | None
     in_place: list[str]
     workspace: int
@@ -95,6 +97,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     chosen = _choose_graphs(bundle, request.graphs)
     state = bundle.manifest["state"]
     models = [graphs.load_graph(bundle.path / graph["file"]) for graph in chosen]
+    plugin = compiler == TENSORRT and any(graphs.has_kernel(node) for model in models for node in model.graph.node)
     alias, in_place = None, []
     if compiler == TENSORRT:
         alias = request.alias or graphs.UNDECLARED
@@ -107,7 +110,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     estimated = memory.estimate(
         target, lowered, _state_bytes(state, in_place), workspace if target.gpu else 0, here=compiler == TENSORRT
     )
-    return Plan(request, bundle, target, compiler, name, chosen, alias, in_place, workspace, estimated)
+    return Plan(request, bundle, target, compiler, name, chosen, plugin, alias, in_place, workspace, estimated)
 
 
 def check_memory(plan: Plan) -> str | None:
@@ -174,11 +177,10 @@ def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[dict[str, Any]
     if unknown := [name for name in wanted if name not in names]:
         raise UsageError("build", f"--graph of {', '.join(names)}", unknown[0], "give one of these")
     chosen = [graph for graph in known if not wanted or graph["name"] in wanted]
-    if not any(graph["tokens"] == 1 and graph["align"] == 1 for graph in chosen):
-        single = next(graph["name"] for graph in known if graph["tokens"] == 1)
-        raise UsageError(
-            "build", "a graph that takes one token anywhere", f"{', '.join(wanted)}", f"add --graph {single}"
-        )
+    if missing(chosen):  # the bundle's own graphs lack nothing
+        singles = [graph["name"] for graph in known if graph["tokens"] == 1 and graph not in chosen]
+        remedy = "add " + " ".join(f"--graph {name}" for name in singles)
+        raise UsageError("build", "graphs that take one token at every position", ", ".join(wanted), remedy)
     return chosen
 
 

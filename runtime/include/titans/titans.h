@@ -69,9 +69,17 @@ TITANS_API void titans_session_close(titans_session* session);
 
 /* Facts about a session as one JSON object: bundle, model, device, device_name, engine (its name, or null for the plain
  * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
- * as "cpu-avx512", or "standard-operators"), vocab_size, graphs, state (name, role, dtype, shape, in_place), tokenizer,
- * details (what the backend has to say, texts). The string lives as long as the session handle. */
+ * as "cpu-avx512", or "standard-operators"), input and output (kind, name, dtype, size), vocab_size (null without
+ * tokens), graphs (name, tokens, align, phases), state (name, role, dtype, shape, in_place), tokenizer, details (what
+ * the backend has to say, texts). The string lives as long as the session handle. */
 TITANS_API const char* titans_session_info(const titans_session* session);
+
+/* What streams consume: "tokens", whose outputs are logits, or "vectors" of floats, whose outputs are vectors. */
+TITANS_API const char* titans_session_input_kind(const titans_session* session);
+/* Floats of one vector that goes in, and of one that comes out; with tokens both are the vocabulary. */
+TITANS_API size_t titans_session_input_size(const titans_session* session);
+TITANS_API size_t titans_session_output_size(const titans_session* session);
+/* 0 for a bundle that takes vectors. */
 TITANS_API int32_t titans_session_vocab_size(const titans_session* session);
 
 /* ---- streams: one sequence and what its memory has learned ---- */
@@ -80,7 +88,7 @@ typedef enum titans_logits {
   TITANS_LOGITS_NONE = 0, /* write nothing */
   TITANS_LOGITS_LAST = 1, /* (vocab,) after the last token */
   TITANS_LOGITS_ALL = 2   /* (count, vocab), row i after token i */
-} titans_logits;
+} titans_logits;          /* of a bundle that gives vectors: the same of these */
 
 TITANS_API titans_status titans_stream_create(titans_session* session, titans_stream** stream);
 TITANS_API void titans_stream_destroy(titans_stream* stream);
@@ -96,6 +104,12 @@ TITANS_API titans_status titans_stream_reset(titans_stream* stream);
  * first is consumed; if the backend fails midway the stream is put back to where it stood. */
 TITANS_API titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count,
                                             titans_logits which, float* logits, size_t capacity);
+
+/* The same of a bundle that takes vectors: `count` of them, one after the other, titans_session_input_size floats each;
+ * an output is of titans_session_output_size floats. NaN and infinity are refused before anything is consumed. On such
+ * a bundle titans_stream_feed, _step, _score and generators are TITANS_INVALID_ARGUMENT, and this is on all others. */
+TITANS_API titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count,
+                                                    titans_logits which, float* outputs, size_t capacity);
 
 /* Consumes one token; `logits` (vocab floats) may be NULL. */
 TITANS_API titans_status titans_stream_step(titans_stream* stream, int32_t token, float* logits);

@@ -96,14 +96,14 @@ class Stream {
  public:
   // Consumes the tokens. Logits after each of them, row by row.
   std::vector<float> feed(const Tokens& tokens) {
-    std::vector<float> logits(tokens.size() * vocab_size_);
+    std::vector<float> logits(tokens.size() * output_size_);
     feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
     return logits;
   }
 
   // Consumes the tokens. Logits after the last.
   std::vector<float> feed_last(const Tokens& tokens) {
-    std::vector<float> logits(vocab_size_);
+    std::vector<float> logits(output_size_);
     feed(tokens.data(), tokens.size(), TITANS_LOGITS_LAST, logits.data(), logits.size());
     return logits;
   }
@@ -116,9 +116,36 @@ class Stream {
     detail::check(titans_stream_feed(handle_.get(), tokens, count, which, logits, capacity));
   }
 
+  // Of a bundle that takes vectors: consumes them, one after the other in `vectors`, Session::input_size() floats each.
+  // Outputs after each of them, row by row.
+  std::vector<float> feed_vectors(const std::vector<float>& vectors) {
+    const std::size_t count = count_vectors(vectors);
+    std::vector<float> outputs(count * output_size_);
+    feed_vectors(vectors.data(), count, TITANS_LOGITS_ALL, outputs.data(), outputs.size());
+    return outputs;
+  }
+
+  // The output after the last.
+  std::vector<float> feed_vectors_last(const std::vector<float>& vectors) {
+    std::vector<float> output(output_size_);
+    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_LOGITS_LAST, output.data(), output.size());
+    return output;
+  }
+
+  // No output.
+  void feed_vectors_none(const std::vector<float>& vectors) {
+    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_LOGITS_NONE, nullptr, 0);
+  }
+
+  // The same into a buffer of the caller's.
+  void feed_vectors(const float* vectors, std::size_t count, titans_logits which, float* outputs,
+                    std::size_t capacity) {
+    detail::check(titans_stream_feed_vectors(handle_.get(), vectors, count, which, outputs, capacity));
+  }
+
   // Consumes one token. Logits after it.
   std::vector<float> step(Token token) {
-    std::vector<float> logits(vocab_size_);
+    std::vector<float> logits(output_size_);
     step(token, logits.data());
     return logits;
   }
@@ -156,7 +183,7 @@ class Stream {
   Stream fork() const {
     titans_stream* twin = nullptr;
     detail::check(titans_stream_fork(handle_.get(), &twin));
-    return Stream(twin, vocab_size_);
+    return Stream(twin, input_size_, output_size_);
   }
 
   void freeze() { detail::check(titans_stream_set_learning(handle_.get(), 0)); }
@@ -181,9 +208,20 @@ class Stream {
 
  private:
   friend class Session;
-  Stream(titans_stream* handle, std::size_t vocab_size) : handle_(handle), vocab_size_(vocab_size) {}
+  Stream(titans_stream* handle, std::size_t input_size, std::size_t output_size)
+      : handle_(handle), input_size_(input_size), output_size_(output_size) {}
+
+  std::size_t count_vectors(const std::vector<float>& vectors) const {
+    if (vectors.size() % input_size_ == 0) return vectors.size() / input_size_;
+    const std::string message = "[stream] expected vectors of " + std::to_string(input_size_) +
+                                " floats each but got " + std::to_string(vectors.size()) +
+                                " floats; do pass whole vectors";
+    throw Error(TITANS_INVALID_ARGUMENT, message.c_str());
+  }
+
   detail::Handle<titans_stream> handle_;
-  std::size_t vocab_size_;
+  std::size_t input_size_;
+  std::size_t output_size_;
 };
 
 // Empty strings: the default, as described in titans.h.
@@ -216,11 +254,17 @@ class Session {
   Stream stream() {
     titans_stream* stream = nullptr;
     detail::check(titans_stream_create(handle_.get(), &stream));
-    return Stream(stream, static_cast<std::size_t>(vocab_size()));
+    return Stream(stream, input_size(), output_size());
   }
 
   // Facts about the session as a JSON object.
   std::string info() const { return titans_session_info(handle_.get()); }
+  // "tokens" or "vectors".
+  std::string input_kind() const { return titans_session_input_kind(handle_.get()); }
+  // Floats of one vector that goes in, and of one that comes out; with tokens both are the vocabulary.
+  std::size_t input_size() const { return titans_session_input_size(handle_.get()); }
+  std::size_t output_size() const { return titans_session_output_size(handle_.get()); }
+  // 0 where the bundle takes vectors.
   std::int32_t vocab_size() const { return titans_session_vocab_size(handle_.get()); }
 
  private:

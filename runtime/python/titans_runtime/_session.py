@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ._library import INVALID_ARGUMENT, Error, SessionOptions, check, lib, vendor_libraries
-from ._stream import Stream, whole_number
+from ._stream import Stream, StreamFormat, whole_number
 
 
 class Session:
@@ -21,6 +21,9 @@ class Session:
     vendor's library and ``plugin_dir`` the folder of the runtime's backends (None: searched, see docs/runtime.md).
     ``memory_kernel`` says what computes the memory: "auto", our kernel where it is installed; "require", fail without
     it; "off", the graphs' own standard operators.
+
+    ``input_kind`` is "tokens" or "vectors", what streams consume; ``input_size`` and ``output_size`` are the floats of
+    a vector that goes in and of one that comes out. With tokens both are ``vocab_size``, which is 0 with vectors.
     """
 
     def __init__(
@@ -50,6 +53,9 @@ class Session:
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
         self.vocab_size: int = lib.titans_session_vocab_size(self._handle)
+        self.input_kind: str = lib.titans_session_input_kind(self._handle).decode()
+        self.input_size: int = lib.titans_session_input_size(self._handle)
+        self.output_size: int = lib.titans_session_output_size(self._handle)
 
     def stream(self) -> Stream:
         """A stream with a fresh memory. It keeps what it needs of the session, also when that is closed."""
@@ -57,7 +63,7 @@ class Session:
             raise Error("[session] expected an open session but got a closed one; do open it again", INVALID_ARGUMENT)
         handle = ctypes.c_void_p()
         check(lib.titans_stream_create(self._handle, ctypes.byref(handle)))
-        return Stream(handle, self.vocab_size)
+        return Stream(handle, StreamFormat(self.input_kind, self.input_size, self.output_size))
 
     def close(self) -> None:
         """Gives back what no stream needs any more. Closing twice does nothing."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
@@ -16,31 +18,59 @@ import numpy.typing as npt
 from ._library import INVALID_ARGUMENT, LOGITS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, lib
 
 Tokens: TypeAlias = "bytes | bytearray | Sequence[int] | npt.NDArray[np.integer[Any]]"
+Vectors: TypeAlias = "npt.NDArray[np.floating[Any]] | Sequence[Any]"
 Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """What streams of a bundle consume and give: "tokens" or "vectors", and the sizes of a row."""
+
+    kind: str
+    input_size: int
+    output_size: int
 
 
 class Stream:
     """Made by :meth:`Session.stream`. A call that fails leaves the stream as it was."""
 
-    def __init__(self, handle: ctypes.c_void_p, vocab_size: int) -> None:
+    def __init__(self, handle: ctypes.c_void_p, form: StreamFormat) -> None:
         self._handle = handle
-        self._vocab_size = vocab_size
+        self._form = form
         self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
 
-    def feed(self, tokens: Tokens, logits: Literal["all", "last", "none"] = "all") -> Floats | None:
-        """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None."""
+    def feed(self, tokens: Tokens | Vectors, logits: Literal["all", "last", "none"] = "all") -> Floats | None:
+        """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None.
+
+        A bundle that takes vectors is fed floats, (T, size) or (T, views, size / views) with views side by side, and
+        gives vectors in the logits' stead.
+        """
         if logits not in LOGITS:
             raise _wrong("logits to be 'all', 'last' or 'none'", repr(logits), "pass one of these")
-        ids = _token_array(tokens)
-        shape = {"all": (ids.size, self._vocab_size), "last": (self._vocab_size,), "none": (0,)}[logits]
+        size = self._form.output_size
+        if self._form.kind == "vectors":
+            rows: npt.NDArray[Any] = _vector_array(tokens, self._form.input_size)
+            call, given = lib.titans_stream_feed_vectors, _floats(rows)
+        else:
+            rows = _token_array(tokens)
+            call, given = lib.titans_stream_feed, _tokens(rows)
+        shape = {"all": (len(rows), size), "last": (size,), "none": (0,)}[logits]
         out = np.empty(shape, np.float32)
-        check(lib.titans_stream_feed(self._open(), _tokens(ids), ids.size, LOGITS[logits], _floats(out), out.size))
+        check(call(self._open(), given, len(rows), LOGITS[logits], _floats(out), out.size))
         return None if logits == "none" else out
 
-    def step(self, token: int) -> Floats:
-        """Consumes one token and returns the logits after it, (vocab,)."""
-        out = np.empty(self._vocab_size, np.float32)
-        check(lib.titans_stream_step(self._open(), _token(token), _floats(out)))
+    def step(self, token: int | Vectors) -> Floats:
+        """Consumes one token and returns the logits after it, (vocab,).
+
+        Of a bundle that takes vectors: one vector, (size,), and the vector after it.
+        """
+        out = np.empty(self._form.output_size, np.float32)
+        if self._form.kind == "vectors":
+            row = _vector_array([token], self._form.input_size)
+            last = LOGITS["last"]
+            check(lib.titans_stream_feed_vectors(self._open(), _floats(row), 1, last, _floats(out), out.size))
+        else:
+            check(lib.titans_stream_step(self._open(), _token(token), _floats(out)))
         return out
 
     def score(self, tokens: Tokens) -> Floats:
@@ -48,6 +78,7 @@ class Stream:
 
         On a stream that has consumed nothing the first token is scored as uniform, -ln(vocab).
         """
+        self._require_tokens()
         ids = _token_array(tokens)
         out = np.empty(ids.size, np.float32)
         check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
@@ -70,6 +101,7 @@ class Stream:
         and it is not yielded; a sequence (bytes or token ids) ends it once all of it has been generated, and its tokens
         have been consumed and yielded. A sequence counts within what is generated here, not across the prompt.
         """
+        self._require_tokens()
         if isinstance(stop, (bytes, str)):
             raise _wrong("stop to be a list of what ends the generation", repr(stop), "write [stop]")
         if any(isinstance(entry, bool) for entry in stop):
@@ -100,7 +132,7 @@ class Stream:
         """A second stream with the same state, independent from here on."""
         handle = ctypes.c_void_p()
         check(lib.titans_stream_fork(self._open(), ctypes.byref(handle)))
-        return Stream(handle, self._vocab_size)
+        return Stream(handle, self._form)
 
     def freeze(self) -> None:
         """From the next token on the memory stays as it is."""
@@ -154,6 +186,11 @@ class Stream:
         if self._handle:
             self.close()
 
+    def _require_tokens(self) -> None:
+        if self._form.kind != "tokens":
+            advice = "feed it vectors: it has neither tokens nor logits"
+            raise _wrong("a bundle that takes tokens", f"one that takes {self._form.kind}", advice)
+
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:
             raise _wrong("an open stream", "a closed one", "make another")
@@ -205,7 +242,24 @@ def _wrong(expected: str, got: str, advice: str) -> Error:
     return Error(f"[stream] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)
 
 
-def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
+def _vector_array(vectors: Any, size: int) -> Floats:
+    """Floats as (T, size), without taking token ids for numbers."""
+    expected = f"float vectors of shape (T, {size}) or (T, V, {size}/V)"
+    try:
+        values = np.asarray(vectors)
+    except ValueError as error:
+        raise _wrong(expected, str(error), "pass one stream's vectors") from None
+    if values.shape == (0,):
+        return np.empty((0, size), np.float32)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise _wrong(expected, f"{values.dtype}", "pass floats: this bundle takes vectors, not tokens")
+    if values.ndim not in (2, 3) or math.prod(values.shape[1:]) != size:
+        raise _wrong(expected, f"shape {values.shape}", "pass one stream's vectors, each whole")
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused
+        return np.ascontiguousarray(values.reshape(len(values), size), np.float32)
+
+
+def _token_array(tokens: Any) -> npt.NDArray[np.int32]:
     """Any one-dimensional sequence of integers as int32, without letting a value wrap."""
     if isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens):
         raise _wrong("tokens as bytes or integers", "a bool", "pass token ids")
@@ -213,6 +267,8 @@ def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
         values = np.frombuffer(tokens, np.uint8) if isinstance(tokens, (bytes, bytearray)) else np.asarray(tokens)
     except (ValueError, OverflowError) as error:
         raise _wrong("tokens in one dimension", str(error), "pass one stream's tokens") from None
+    if np.issubdtype(values.dtype, np.floating) and values.size > 0:
+        raise _wrong("tokens as bytes or integers", str(values.dtype), "pass token ids: this bundle takes no vectors")
     if values.ndim != 1:
         raise _wrong("tokens in one dimension", f"shape {values.shape}", "pass one stream's tokens")
     if values.size == 0:
@@ -225,7 +281,7 @@ def _token_array(tokens: Tokens) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(values, np.int32)
 
 
-def _token(token: int) -> int:
+def _token(token: Any) -> int:
     return int(_token_array([token])[0])
 
 

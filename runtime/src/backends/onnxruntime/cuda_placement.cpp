@@ -1,5 +1,5 @@
-// State, weights and logits in the memory of a GPU, on ONNX Runtime's CUDA provider. The addresses are the driver's, so
-// they stay while a stream lives, whatever ONNX Runtime's own allocators do.
+// State, weights and outputs in the memory of a GPU, on ONNX Runtime's CUDA provider. The addresses are the driver's,
+// so they stay while a stream lives, whatever ONNX Runtime's own allocators do.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -74,9 +74,9 @@ class CudaBuffer final : public StateBuffer {
 
 // Rows come to the host one call at a time, and only those that are asked for. Where host and device share their
 // memory, the graph writes them where the host reads.
-class CudaLogits final : public LogitsMemory {
+class CudaOutput final : public OutputMemory {
  public:
-  CudaLogits(const OrtMemoryInfo& info, const cuda::Stream& stream, std::size_t bytes, bool shared)
+  CudaOutput(const OrtMemoryInfo& info, const cuda::Stream& stream, std::size_t bytes, bool shared)
       : info_(info),
         stream_(stream),
         pinned_(stream.context(), bytes),
@@ -146,8 +146,8 @@ class CudaPlacement final : public Placement {
   std::unique_ptr<StateBuffer> allocate(const StateTensor& state) override {
     return std::make_unique<CudaBuffer>(library_, *info_, stream_, state);
   }
-  std::unique_ptr<LogitsMemory> make_logits(std::size_t bytes) override {
-    return std::make_unique<CudaLogits>(*info_, stream_, bytes, device_.integrated);
+  std::unique_ptr<OutputMemory> make_output(std::size_t bytes) override {
+    return std::make_unique<CudaOutput>(*info_, stream_, bytes, device_.integrated);
   }
   void before_run() override { stream_.synchronize(); }
 

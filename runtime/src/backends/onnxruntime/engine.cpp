@@ -51,7 +51,7 @@ class OrtEngine final : public Engine {
     const Graph& graph = manifest_.graphs[call.graph];
     constexpr std::string_view kExpected = "a graph that runs";
     const std::string advice = text("check the bundle's graph ", graph.name);
-    bound.bind(call, static_cast<std::size_t>(graph.tokens));
+    bound.bind(call);
     placement_->before_run();
     library_.check(library_.api().Run(sessions_.find(call.graph)->second.get(), nullptr, input_names_.data(),
                                       bound.inputs().data(), bound.inputs().size(), output_names_.data(),
@@ -72,8 +72,9 @@ class OrtEngine final : public Engine {
   void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
     const Graph& graph = manifest_.graphs[entry.graph];
     const SessionShare share{library_, bundle, weights_, *prepacked_, *placement_, memory_kernel_, threads};
-    // The last graph decodes: there a call is short and waking threads would cost most.
-    const bool spin = &graph == &manifest_.graphs.back() && placement_->cuda_ordinal() < 0;
+    // One graph decodes most tokens: there a call is short and waking threads would cost most.
+    const EngineGraph& decoding = bundle.graphs()[bundle.schedule().decoding_graph()];
+    const bool spin = entry.graph == decoding.graph && placement_->cuda_ordinal() < 0;
     const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, graph, entry.file, spin)); };
     if (!memory_kernel_.used()) return open_session();
     const MappedFile file(bundle.folder() / entry.file);
@@ -101,8 +102,8 @@ class OrtEngine final : public Engine {
   }
 
   void name_bindings() {
-    input_names_ = {manifest_.tokens_input.c_str(), manifest_.position_input.c_str(), manifest_.learn_input.c_str()};
-    output_names_ = {manifest_.logits_output.c_str()};
+    input_names_ = {manifest_.input.c_str(), manifest_.position_input.c_str(), manifest_.learn_input.c_str()};
+    output_names_ = {manifest_.output.c_str()};
     for (const StateTensor& state : manifest_.state) {
       input_names_.push_back(state.input.c_str());
       output_names_.push_back(state.output.c_str());

@@ -118,11 +118,11 @@ Signatures read_signatures(const OrtLibrary& library, const OrtSession& session,
 Signatures promised(const Manifest& manifest, const Graph& graph, Side side) {
   Signatures signatures;
   if (side == Side::kInputs) {
-    signatures[manifest.tokens_input] = {ort_type(DType::kInt64), {1, graph.tokens}};
+    signatures[manifest.input] = {ort_type(manifest.input_dtype()), manifest.input_shape(graph)};
     signatures[manifest.position_input] = {ort_type(DType::kInt64), {1}};
     signatures[manifest.learn_input] = {ort_type(DType::kBool), {1}};
   } else {
-    signatures[manifest.logits_output] = {ort_type(DType::kFloat32), {1, graph.tokens, manifest.vocab_size}};
+    signatures[manifest.output] = {ort_type(DType::kFloat32), manifest.output_shape(graph)};
   }
   for (const StateTensor& state : manifest.state) {
     signatures[side == Side::kInputs ? state.input : state.output] = {ort_type(state.dtype), state.shape};

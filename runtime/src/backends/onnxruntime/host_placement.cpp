@@ -30,9 +30,9 @@ class HostBuffer final : public StateBuffer {
   OrtHandle<OrtValue> value_;
 };
 
-class HostLogits final : public LogitsMemory {
+class HostOutput final : public OutputMemory {
  public:
-  HostLogits(const OrtMemoryInfo& host, std::size_t bytes) : host_(host), memory_(bytes) {}
+  HostOutput(const OrtMemoryInfo& host, std::size_t bytes) : host_(host), memory_(bytes) {}
   const OrtMemoryInfo& memory() const override { return host_; }
   void* data() const override { return memory_.data(); }
   const std::byte* read(std::size_t offset, std::size_t) override { return memory_.data() + offset; }
@@ -55,8 +55,8 @@ class HostPlacement final : public Placement {
   std::unique_ptr<StateBuffer> allocate(const StateTensor& state) override {
     return std::make_unique<HostBuffer>(library_, *host_, state);
   }
-  std::unique_ptr<LogitsMemory> make_logits(std::size_t bytes) override {
-    return std::make_unique<HostLogits>(*host_, bytes);
+  std::unique_ptr<OutputMemory> make_output(std::size_t bytes) override {
+    return std::make_unique<HostOutput>(*host_, bytes);
   }
   void before_run() override {}
 

@@ -1,4 +1,4 @@
-// Where the graphs compute: which of ONNX Runtime's providers runs them, and where state, weights and logits lie.
+// Where the graphs compute: which of ONNX Runtime's providers runs them, and where state, weights and outputs lie.
 #pragma once
 
 #include <cstddef>
@@ -16,10 +16,10 @@ class StateBuffer : public Buffer {
   virtual OrtValue* value() const = 0;
 };
 
-// The logits of one workspace.
-class LogitsMemory {
+// The output, logits or vectors, of one workspace.
+class OutputMemory {
  public:
-  virtual ~LogitsMemory() = default;
+  virtual ~OutputMemory() = default;
   // Tensors over it are made of this.
   virtual const OrtMemoryInfo& memory() const = 0;
   virtual void* data() const = 0;
@@ -36,7 +36,7 @@ class Placement {
   // The weight for all sessions, over the host memory of `tensor`, which lives longer, or over a copy of it.
   virtual OrtHandle<OrtValue> share_weight(const TensorView& tensor) = 0;
   virtual std::unique_ptr<StateBuffer> allocate(const StateTensor& state) = 0;
-  virtual std::unique_ptr<LogitsMemory> make_logits(std::size_t bytes) = 0;
+  virtual std::unique_ptr<OutputMemory> make_output(std::size_t bytes) = 0;
   // What was done with buffers before is seen by a graph that runs from here on.
   virtual void before_run() = 0;
 };

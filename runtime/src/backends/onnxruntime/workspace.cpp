@@ -13,9 +13,10 @@ std::size_t most_tokens(const Manifest& manifest) { return static_cast<std::size
 
 OrtWorkspace::OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, Placement& placement,
                            const Manifest& manifest)
-    : row_bytes_(static_cast<std::size_t>(manifest.vocab_size) * sizeof(float)),
-      tokens_(most_tokens(manifest) * sizeof(std::int64_t)),
-      logits_(placement.make_logits(most_tokens(manifest) * row_bytes_)),
+    : manifest_(manifest),
+      row_bytes_(static_cast<std::size_t>(manifest.output_size) * sizeof(float)),
+      input_(most_tokens(manifest) * manifest.input_row_bytes()),
+      output_(placement.make_output(most_tokens(manifest) * row_bytes_)),
       position_(sizeof(std::int64_t)),
       learn_(sizeof(bool)),
       position_value_(view_tensor(library, host, position_.data(), position_.size(), DType::kInt64, {1})),
@@ -24,25 +25,30 @@ OrtWorkspace::OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host,
       outputs_(1 + manifest.state.size()) {
   for (const Graph& graph : manifest.graphs) {
     const auto count = static_cast<std::size_t>(graph.tokens);
-    token_values_.push_back(
-        view_tensor(library, host, tokens_.data(), count * sizeof(std::int64_t), DType::kInt64, {1, graph.tokens}));
-    logit_values_.push_back(view_tensor(library, logits_->memory(), logits_->data(), count * row_bytes_,
-                                        DType::kFloat32, {1, graph.tokens, manifest.vocab_size}));
+    input_values_.push_back(view_tensor(library, host, input_.data(), count * manifest.input_row_bytes(),
+                                        manifest.input_dtype(), manifest.input_shape(graph)));
+    output_values_.push_back(view_tensor(library, output_->memory(), output_->data(), count * row_bytes_,
+                                         DType::kFloat32, manifest.output_shape(graph)));
   }
 }
 
-const float* OrtWorkspace::logits(std::size_t first_row, std::size_t rows) {
-  return reinterpret_cast<const float*>(logits_->read(first_row * row_bytes_, rows * row_bytes_));
+const float* OrtWorkspace::output(std::size_t first_row, std::size_t rows) {
+  return reinterpret_cast<const float*>(output_->read(first_row * row_bytes_, rows * row_bytes_));
 }
 
-void OrtWorkspace::bind(const Call& call, std::size_t token_count) {
-  std::copy_n(call.tokens, token_count, reinterpret_cast<std::int64_t*>(tokens_.data()));
+void OrtWorkspace::bind(const Call& call) {
+  const auto count = static_cast<std::size_t>(manifest_.graphs[call.graph].tokens);
+  if (call.vectors != nullptr) {
+    std::memcpy(input_.data(), call.vectors, count * manifest_.input_row_bytes());
+  } else {
+    std::copy_n(call.tokens, count, reinterpret_cast<std::int64_t*>(input_.data()));
+  }
   std::memcpy(position_.data(), &call.position, sizeof(call.position));
   std::memcpy(learn_.data(), &call.learn, sizeof(call.learn));
-  inputs_[0] = token_values_[call.graph].get();
+  inputs_[0] = input_values_[call.graph].get();
   inputs_[1] = position_value_.get();
   inputs_[2] = learn_value_.get();
-  outputs_[0] = logit_values_[call.graph].get();
+  outputs_[0] = output_values_[call.graph].get();
   for (std::size_t state = 0; state + 1 < outputs_.size(); ++state) {
     inputs_[3 + state] = static_cast<const StateBuffer*>(call.state[state])->value();
     outputs_[1 + state] = static_cast<const StateBuffer*>(call.next_state[state])->value();

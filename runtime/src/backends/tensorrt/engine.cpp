@@ -1,4 +1,4 @@
-// The backend for TensorRT, and with TITANS_TENSORRT_RTX for TensorRT-RTX: an engine for each graph, state and logits
+// The backend for TensorRT, and with TITANS_TENSORRT_RTX for TensorRT-RTX: an engine for each graph, state and output
 // on the device, decoding as one recorded launch.
 #include <cstring>
 #include <mutex>
@@ -52,7 +52,7 @@ class DeviceEngine final : public Engine {
   std::map<std::string, std::string> details() const override {
     return {
         {"cuda_graphs", cuda_graphs_},
-        {"memory", device_.integrated ? "shared with the host: inputs and logits are not copied" : "the device's own"},
+        {"memory", device_.integrated ? "shared with the host: inputs and outputs are not copied" : "the device's own"},
         {"sm", text(device_.sm)},
         {"driver", text("CUDA ", cuda::cuda_version_text(device_.driver_version))},
         {"precision", record_.precision}};
@@ -102,7 +102,8 @@ class DeviceEngine final : public Engine {
   }
 
   // Decodes the same token from the same state three times: as it is, recorded, and from the recording. So an engine
-  // that does not run is told now, and a recording is used only where it gives the same numbers.
+  // that does not run is told now, and a recording is used only where it gives the same numbers. All graphs of one
+  // token.
   void rehearse() {
     const Manifest& manifest = bundle_.manifest();
     warm_ = std::make_unique<DeviceWorkspace>(share_);
@@ -114,29 +115,44 @@ class DeviceEngine final : public Engine {
       to.push_back(in_place(state) ? from.back() : buffers.emplace_back(allocate(state)).get());
     }
     const std::int32_t token = 0;
-    const std::size_t decode = bundle_.graphs().back().graph;
-    std::vector<std::vector<float>> answers;
-    constexpr int kTimes = 3;
-    for (int time = 0; time < kTimes; ++time) {
-      for (std::size_t state = 0; state < from.size(); ++state) {
-        from[state]->upload(bundle_.initial_state().find(manifest.state[state].name)->second.data);
+    const std::vector<float> vector(static_cast<std::size_t>(manifest.input_size), 0.0F);
+    const bool tokens = manifest.input_kind == InputKind::kTokens;
+    bool same = true;
+    std::size_t recordable = 0;
+    std::string on_host;  // the graphs that are not
+    for (const EngineGraph& entry : bundle_.graphs()) {
+      const Graph& graph = manifest.graphs[entry.graph];
+      if (graph.tokens != 1) continue;
+      if (graphs_[entry.graph]->any_on_host()) {
+        on_host += " " + graph.name;
+      } else {
+        ++recordable;
       }
-      warm_->run({decode, &token, 0, true, from.data(), to.data()});
-      const float* logits = warm_->logits(0, 1);
-      answers.emplace_back(logits, logits + manifest.vocab_size);
+      std::vector<std::vector<float>> answers;
+      constexpr int kTimes = 3;
+      for (int time = 0; time < kTimes; ++time) {
+        for (std::size_t state = 0; state < from.size(); ++state) {
+          from[state]->upload(bundle_.initial_state().find(manifest.state[state].name)->second.data);
+        }
+        warm_->run({entry.graph, tokens ? &token : nullptr, tokens ? nullptr : vector.data(), graph.phases.front(),
+                    true, from.data(), to.data()});
+        const float* output = warm_->output(0, 1);
+        answers.emplace_back(output, output + manifest.output_size);
+      }
+      const auto bytes = static_cast<std::size_t>(manifest.output_size) * sizeof(float);
+      same = same && std::memcmp(answers[0].data(), answers[1].data(), bytes) == 0 &&
+             std::memcmp(answers[0].data(), answers[2].data(), bytes) == 0;
     }
-    const auto bytes = static_cast<std::size_t>(manifest.vocab_size) * sizeof(float);
-    const bool same = std::memcmp(answers[0].data(), answers[1].data(), bytes) == 0 &&
-                      std::memcmp(answers[0].data(), answers[2].data(), bytes) == 0;
-    if (graphs_[decode]->any_on_host()) {
-      cuda_graphs_ = "none: the vendor wants an input of the decode graph in host memory";
-    } else if (warm_->recorded() == 0) {
+    const std::string why_not = text("the vendor wants an input in host memory, of", on_host);
+    if (recordable == 0) {
+      cuda_graphs_ = "none: " + why_not;
+    } else if (warm_->recorded() < recordable) {
       cuda_graphs_ = text("none: ", one_line(warm_->why_not_recorded()));
     } else if (!same) {
       recording_.turn_off();
-      cuda_graphs_ = "none: the recorded graph gave other logits";
+      cuda_graphs_ = "none: the recorded graph gave other numbers";
     } else {
-      cuda_graphs_ = "decode";
+      cuda_graphs_ = on_host.empty() ? "decode" : "decode, in part: " + why_not;
     }
   }
 

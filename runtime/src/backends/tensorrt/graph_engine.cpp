@@ -47,7 +47,7 @@ std::optional<DType> dtype_of(DataType type) {
 }
 
 Signatures promised_inputs(const Manifest& manifest, const Graph& graph) {
-  Signatures inputs{{manifest.tokens_input, {DType::kInt64, {1, graph.tokens}}},
+  Signatures inputs{{manifest.input, {manifest.input_dtype(), manifest.input_shape(graph)}},
                     {manifest.position_input, {DType::kInt64, {1}}},
                     {manifest.learn_input, {DType::kBool, {1}}}};
   for (const StateTensor& state : manifest.state) inputs[state.input] = {state.dtype, state.shape};
@@ -55,7 +55,7 @@ Signatures promised_inputs(const Manifest& manifest, const Graph& graph) {
 }
 
 Signatures promised_outputs(const Manifest& manifest, const Graph& graph) {
-  Signatures outputs{{manifest.logits_output, {DType::kFloat32, {1, graph.tokens, manifest.vocab_size}}}};
+  Signatures outputs{{manifest.output, {DType::kFloat32, manifest.output_shape(graph)}}};
   for (const StateTensor& state : manifest.state) outputs[state.output] = {state.dtype, state.shape};
   return outputs;
 }
@@ -112,7 +112,7 @@ GraphEngine::GraphEngine(nvinfer1::IRuntime& runtime, const Bundle& bundle, cons
   const Manifest& manifest = bundle.manifest();
   check_side(*engine_, promised_inputs(manifest, graph_), nvinfer1::TensorIOMode::kINPUT, file_);
   check_side(*engine_, promised_outputs(manifest, graph_), nvinfer1::TensorIOMode::kOUTPUT, file_);
-  for (const std::string* name : {&manifest.tokens_input, &manifest.position_input, &manifest.learn_input}) {
+  for (const std::string* name : {&manifest.input, &manifest.position_input, &manifest.learn_input}) {
     if (engine_->getTensorLocation(name->c_str()) == nvinfer1::TensorLocation::kHOST) on_host_.push_back(*name);
   }
 }

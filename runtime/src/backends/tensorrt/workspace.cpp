@@ -14,7 +14,7 @@ constexpr std::size_t kAlignment = 256;
 // Where the inputs lie in their block.
 constexpr std::size_t kPosition = 0;
 constexpr std::size_t kLearn = kAlignment;
-constexpr std::size_t kTokens = 2 * kAlignment;
+constexpr std::size_t kInput = 2 * kAlignment;
 
 void* pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
@@ -30,19 +30,19 @@ std::size_t most_tokens(const WorkspaceShare& share) {
 
 DeviceWorkspace::DeviceWorkspace(const WorkspaceShare& share)
     : share_(share),
-      vocab_(static_cast<std::size_t>(share.manifest.vocab_size)),
+      output_row_(static_cast<std::size_t>(share.manifest.output_size)),
       stream_(share.context),
       copied_(share.context),
-      input_bytes_(kTokens + most_tokens(share) * sizeof(std::int64_t)),
+      input_bytes_(kInput + most_tokens(share) * share.manifest.input_row_bytes()),
       inputs_(share.context, input_bytes_),
-      last_row_(share.context, share.unified ? 0 : vocab_ * sizeof(float)),
+      last_row_(share.context, share.unified ? 0 : output_row_ * sizeof(float)),
       contexts_(share.graphs.size()) {
-  const std::size_t logits_bytes = most_tokens(share) * vocab_ * sizeof(float);
+  const std::size_t output_bytes = most_tokens(share) * output_row_ * sizeof(float);
   if (share.unified) {
-    unified_logits_ = std::make_unique<cuda::PinnedMemory>(share.context, logits_bytes);
+    unified_output_ = std::make_unique<cuda::PinnedMemory>(share.context, output_bytes);
   } else {
     device_inputs_ = std::make_unique<cuda::DeviceMemory>(stream_, input_bytes_);
-    device_logits_ = std::make_unique<cuda::DeviceMemory>(stream_, logits_bytes);
+    device_output_ = std::make_unique<cuda::DeviceMemory>(stream_, output_bytes);
   }
 }
 
@@ -75,8 +75,12 @@ void DeviceWorkspace::run(const Call& call) {
 void DeviceWorkspace::fill_inputs(const Call& call) {
   std::memcpy(inputs_.data() + kPosition, &call.position, sizeof(call.position));
   std::memcpy(inputs_.data() + kLearn, &call.learn, sizeof(call.learn));
-  std::copy_n(call.tokens, share_.manifest.graphs[call.graph].tokens,
-              reinterpret_cast<std::int64_t*>(inputs_.data() + kTokens));
+  const auto count = static_cast<std::size_t>(share_.manifest.graphs[call.graph].tokens);
+  if (call.vectors != nullptr) {
+    std::memcpy(inputs_.data() + kInput, call.vectors, count * share_.manifest.input_row_bytes());
+  } else {
+    std::copy_n(call.tokens, count, reinterpret_cast<std::int64_t*>(inputs_.data() + kInput));
+  }
 }
 
 void DeviceWorkspace::wait_for_copies() {
@@ -125,9 +129,9 @@ void DeviceWorkspace::bind(const Call& call) {
   VendorLogger::clear();
   bind_input(manifest.position_input, kPosition);
   bind_input(manifest.learn_input, kLearn);
-  bind_input(manifest.tokens_input, kTokens);
-  const CUdeviceptr logits = share_.unified ? unified_logits_->device_address() : device_logits_->address();
-  all = context.setTensorAddress(manifest.logits_output.c_str(), pointer(logits)) && all;
+  bind_input(manifest.input, kInput);
+  const CUdeviceptr output = share_.unified ? unified_output_->device_address() : device_output_->address();
+  all = context.setTensorAddress(manifest.output.c_str(), pointer(output)) && all;
   for (std::size_t state = 0; state < manifest.state.size(); ++state) {
     const CUdeviceptr from = static_cast<const DeviceBuffer*>(call.state[state])->address();
     const CUdeviceptr to = static_cast<const DeviceBuffer*>(call.next_state[state])->address();
@@ -148,7 +152,7 @@ void DeviceWorkspace::enqueue(const Call& call) {
                 VendorLogger::errors("a refusal"), "check the device with nvidia-smi, or build the engine again");
   }
   if (!share_.unified && decoded_) {
-    cuda::copy_to_host(stream_, last_row_.data(), device_logits_->address(), last_row_.size());
+    cuda::copy_to_host(stream_, last_row_.data(), device_output_->address(), last_row_.size());
   }
 }
 
@@ -158,16 +162,16 @@ nvinfer1::IExecutionContext& DeviceWorkspace::context_of(std::size_t graph) {
   return *context;
 }
 
-const float* DeviceWorkspace::logits(std::size_t first_row, std::size_t rows) {
-  const std::size_t offset = first_row * vocab_ * sizeof(float);
-  if (share_.unified) return reinterpret_cast<const float*>(unified_logits_->data() + offset);
+const float* DeviceWorkspace::output(std::size_t first_row, std::size_t rows) {
+  const std::size_t offset = first_row * output_row_ * sizeof(float);
+  if (share_.unified) return reinterpret_cast<const float*>(unified_output_->data() + offset);
   if (decoded_) return reinterpret_cast<const float*>(last_row_.data());
-  const std::size_t bytes = rows * vocab_ * sizeof(float);
+  const std::size_t bytes = rows * output_row_ * sizeof(float);
   if (!rows_ || rows_->size() < bytes) {
     rows_.reset();
     rows_ = std::make_unique<cuda::PinnedMemory>(share_.context, bytes);
   }
-  cuda::copy_to_host(stream_, rows_->data(), device_logits_->address() + offset, bytes);
+  cuda::copy_to_host(stream_, rows_->data(), device_output_->address() + offset, bytes);
   stream_.synchronize();
   return reinterpret_cast<const float*>(rows_->data());
 }

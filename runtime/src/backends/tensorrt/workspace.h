@@ -1,4 +1,4 @@
-// What one call needs beside state: contexts, a stream, the inputs and the logits.
+// What one call needs beside state: contexts, a stream, the inputs and the output.
 #pragma once
 
 #include <atomic>
@@ -31,7 +31,7 @@ struct WorkspaceShare {
   Recording& recording;
   // By the manifest's graphs, NULL for one that the engine lacks.
   std::vector<std::unique_ptr<GraphEngine>>& graphs;
-  // The device reads the inputs and writes the logits where the host has them, so none are copied.
+  // The device reads the inputs and writes the output where the host has them, so none are copied.
   bool unified;
 };
 
@@ -41,7 +41,7 @@ class DeviceWorkspace final : public Workspace {
   ~DeviceWorkspace() override;
   // Returns when the results are there; nothing of the call runs on when it throws.
   void run(const Call& call);
-  const float* logits(std::size_t first_row, std::size_t rows) override;
+  const float* output(std::size_t first_row, std::size_t rows) override;
 
   std::size_t recorded() const { return captures_.size(); }
   // Why the last attempt to record failed.
@@ -57,15 +57,15 @@ class DeviceWorkspace final : public Workspace {
   bool decodes(const Call& call) const { return share_.manifest.graphs[call.graph].tokens == 1; }
 
   const WorkspaceShare& share_;
-  std::size_t vocab_;
+  std::size_t output_row_;  // elements
   cuda::Stream stream_;
   cuda::Event copied_;
   std::uint64_t copies_seen_ = 0;
   std::size_t input_bytes_;
-  cuda::PinnedMemory inputs_;                          // position, flag, tokens
+  cuda::PinnedMemory inputs_;                          // position, flag, tokens or vectors
   std::unique_ptr<cuda::DeviceMemory> device_inputs_;  // the same on the device, none where memory is unified
-  std::unique_ptr<cuda::DeviceMemory> device_logits_;
-  std::unique_ptr<cuda::PinnedMemory> unified_logits_;  // instead of it
+  std::unique_ptr<cuda::DeviceMemory> device_output_;
+  std::unique_ptr<cuda::PinnedMemory> unified_output_;  // instead of it
   cuda::PinnedMemory last_row_;                         // of a call of one token
   std::unique_ptr<cuda::PinnedMemory> rows_;            // of other calls, as many as were ever asked for
   bool decoded_ = false;                                // the last call was of one token
