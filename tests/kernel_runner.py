@@ -12,7 +12,9 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +123,7 @@ class Result:
     stats: list[Tensor]  # of each update, (B, H, 4)
     state: Tensor  # (P, H, R)
     report: str  # what the program printed
+    before: list[Tensor]  # of each update with --before, (B, H, N, |W|)
 
 
 def run_kernel(
@@ -139,13 +142,26 @@ def run_kernel(
 
     `values` is the type of q, k and v, and inside of y; all other numbers are float32.
     """
+    node = {**attributes(spec, mode, aligned), "storage": storage}
+    return run_node(target, folder, node, state, calls, options, values)
+
+
+def run_node(
+    target: Target,
+    folder: Path,
+    node: dict[str, Any],
+    state: Tensor,
+    calls: list[dict[str, Tensor]],
+    options: tuple[str, ...] = (),
+    values: torch.dtype = torch.float32,
+) -> Result:
+    """As `run_kernel`, for a node of these attributes."""
     tensors = {"state": state.float()}
     for index, call in enumerate(calls):
         for name, value in call.items():
             wanted = values if name in ("q", "k", "v") else torch.float32
             tensors[f"{index}.{name}"] = value.to(wanted) if value.is_floating_point() else value
     case, out = folder / "case.safetensors", folder / "out.bin"
-    node = {**attributes(spec, mode, aligned), "storage": storage}
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         case,
@@ -160,7 +176,9 @@ def run_kernel(
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
     raw = torch.from_numpy(np.fromfile(out, np.float32))
-    y, stats, at = [], [], 0
+    y, stats, before, at = [], [], [], 0
+    chunk, layers = node["chunk_size"], list(pairwise(node["widths"]))
+    weights = sum(a * b for a, b in layers) + (layers[0][0] if node.get("norm_weight") == "fast" else 0)
 
     def take(*shape: int) -> Tensor:
         nonlocal at
@@ -171,8 +189,10 @@ def run_kernel(
     for call in calls:
         shape = tuple(call["q"].shape)
         y.append(take(*shape))
-        if mode == "update":
+        if node["mode"] == "update":
             stats.append(take(*shape[:2], 4))
-    result = Result(y, stats, take(*state.shape), done.stdout)
+        if "--before" in options:
+            before.append(take(*shape[:2], -(-shape[2] // chunk), weights))
+    result = Result(y, stats, take(*state.shape), done.stdout, before)
     assert at == raw.numel()
     return result

@@ -23,14 +23,20 @@ CPU = "CPUExecutionProvider"
 TYPES = {"fill": TensorProto.INT64, "valid": TensorProto.INT64, "slots": TensorProto.INT64, "learn": TensorProto.BOOL}
 
 
-def make_model(feeds: Arrays, node: dict[str, Any], repeat: int = 1, values: int = TensorProto.FLOAT) -> bytes:
+def make_model(
+    feeds: Arrays,
+    node: dict[str, Any],
+    repeat: int = 1,
+    values: int = TensorProto.FLOAT,
+    before: tuple[int, ...] | None = None,
+) -> bytes:
     """`repeat` nodes one after the other, the state going from each to the next, over inputs of the feeds' shapes; q,
-    k, v and y are of the type `values`.
+    k, v and y are of the type `values`. `before`: the shape of that output, None where the node does not have it.
     """
     names = [name if name in feeds else "" for name in INPUTS]
     while not names[-1]:
         names.pop()
-    outputs = OUTPUTS[node["mode"]]
+    outputs = (*OUTPUTS[node["mode"]], *(("before",) if before else ()))
     nodes = []
     for i in range(repeat):
         first, last = i == 0, i == repeat - 1
@@ -38,7 +44,12 @@ def make_model(feeds: Arrays, node: dict[str, Any], repeat: int = 1, values: int
         results = [name if last else f"{name}_{i}" if name != "state_out" else f"state_{i + 1}" for name in outputs]
         nodes.append(helper.make_node(OPERATOR, inputs, results, domain=DOMAIN, **node))
     types = TYPES | dict.fromkeys(("q", "k", "v", "y"), values)
-    shapes = {"y": feeds["q"].shape, "state_out": feeds["state"].shape, "stats": (*feeds["q"].shape[:2], 4)}
+    shapes = {
+        "y": feeds["q"].shape,
+        "state_out": feeds["state"].shape,
+        "stats": (*feeds["q"].shape[:2], 4),
+        "before": before,
+    }
     graph = helper.make_graph(
         nodes,
         "one",

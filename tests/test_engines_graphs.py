@@ -165,6 +165,59 @@ def test_the_plugin_takes_the_low_type(bundles: dict[str, Path]) -> None:
         assert up[node.output[0]] == TensorProto.FLOAT
 
 
+def _two_memories() -> onnx.ModelProto:
+    """A memory that kernels for GPUs cover, the state of which feeds one that they do not, both with functions."""
+
+    def memory(overload: str, inputs: list[str], outputs: list[str], gates: str | None) -> onnx.NodeProto:
+        given = {"mode": "update", "overload": overload} | ({"gates": gates} if gates else {})
+        return helper.make_node(graphs.OPERATOR, inputs, outputs, domain=graphs.DOMAIN, **given)
+
+    def body(name: str, overload: str, operator: str) -> onnx.FunctionProto:
+        nodes = [helper.make_node(operator, ["q"], ["y"]), helper.make_node(operator, ["state"], ["state_out"])]
+        opset = [helper.make_opsetid("", 20)]
+        return helper.make_function(
+            graphs.DOMAIN, name, ["state", "q"], ["y", "state_out"], nodes, opset, overload=overload
+        )
+
+    nodes = [
+        memory("token", ["m", "q"], ["y", "m.next"], None),
+        memory("chunk", ["n", "y"], ["z", "n.next"], "chunk"),
+        helper.make_node("Mix", ["z", "y"], ["out", "unused"], domain=graphs.DOMAIN),
+    ]
+    shapes = [value(name, (1, 2)) for name in ("m", "n", "q")]
+    model = model_of(nodes, shapes, [value(name, (1, 2)) for name in ("out", "m.next", "n.next")])
+    model.functions.extend(
+        [body(graphs.OPERATOR, "token", "Neg"), body(graphs.OPERATOR, "chunk", "Exp"), body("Mix", "", "Abs")]
+    )
+    return model
+
+
+def test_memories_without_a_gpu_kernel_are_written_out() -> None:
+    model = _two_memories()
+    kept = graphs.with_kernels(model)
+    assert [graphs.has_kernel(node) for node in model.graph.node] == [True, False, False]
+    assert [node.op_type for node in kept.graph.node] == [graphs.OPERATOR, "Exp", "Exp", "Abs", "Abs"]
+    assert [function.overload for function in kept.functions] == ["token"]
+    plugin = graphs.with_plugin(model, graphs.DECLARED, ["m"])
+    [node] = [node for node in plugin.graph.node if node.domain]
+    assert graphs.attribute(node, "gates") == "token"
+    assert not plugin.functions
+    states = [{"name": name, "input": name, "output": f"{name}.next"} for name in ("m", "n")]
+    assert graphs.in_place([model], states) == ["m"]
+    given = {name: np.array([[1, 2]], np.float32) for name in ("m", "n", "q")}
+    for one, other in zip(session(model).run(None, given), session(kept).run(None, given), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_is_written_out_stays_float32(precision: str) -> None:
+    lowered = lower_precision(_two_memories(), precision, memory=True)
+    casts = [node.output[0] for node in lowered.graph.node if node.op_type == "Cast"]
+    [token, chunk] = [node for node in lowered.graph.node if graphs.is_memory(node)]
+    assert token.input[1] in casts
+    assert chunk.input[1] == "y" and not chunk.output[0].endswith(precision)
+
+
 def _emulated(model: onnx.ModelProto) -> onnx.ModelProto:
     """bfloat16 products in float32, as ONNX Runtime has none for the CPU: the same roundings on the way in and out."""
     result = onnx.ModelProto()

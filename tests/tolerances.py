@@ -11,7 +11,10 @@ TOLERANCES = {
     # The kernel against autograd in float64, relative to the largest value. Most memories stay below 1e-6; a LayerNorm
     # over six outputs amplifies rounding to 4e-6.
     ("cpu-kernel", "float32"): 1e-5,
-    # The same, float32 as sums of TF32: what is left out is 2^-22 of a product. Emulated: 2e-6.
+    # Five Newton-Schulz steps multiply by 485 what rounding leaves where the surprise has no direction: PyTorch's own
+    # float32 is off by 4.7e-5, the kernel by 5.4e-5.
+    ("cpu-kernel-orthogonal", "float32"): 1e-4,
+    # As "cpu-kernel", float32 as sums of TF32: what is left out is 2^-22 of a product. Emulated: 2e-6.
     ("cuda-kernel", "float32"): 1e-5,
     # A few roundings of q, k, v, y and of the products' operands, 2^-11 and 2^-8 each; emulated 1.1e-3 and 6.2e-3.
     ("cuda-kernel", "float16"): 2e-3,

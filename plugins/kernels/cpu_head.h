@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 #include "plugins/kernels/neural_memory.h"
 
@@ -18,23 +20,42 @@ inline constexpr std::size_t kCacheLine = 64;
 // all fall into the same few sets of the cache.
 constexpr std::size_t padded(std::size_t width) { return (width + 15) / 16 * 16 + 16; }
 
-// One thread's scratch for one head. Matrices are row-major with stride padded(columns).
+// Rows or columns of a matrix that is padded to whole tiles of any instruction set.
+inline constexpr std::size_t kTileRowBlock = 16;
+constexpr std::size_t whole_tiles(std::size_t size) {
+  return (size + kTileRowBlock - 1) / kTileRowBlock * kTileRowBlock;
+}
+
+// One thread's scratch for one head, of which a configuration has what it needs. Matrices are row-major with stride
+// padded(columns).
 struct Scratch {
   explicit Scratch(const Configuration& configuration);
 
   // The open chunk's coefficients at the last token, and of each token of a block: a (C x C), f and beta.
-  float *e, *a, *rows_a, *rows_f, *rows_beta;
+  float *e = nullptr, *a = nullptr, *rows_a = nullptr, *rows_f = nullptr, *rows_beta = nullptr;
   // Per layer, of a block: left and right as in the packed row, the activation's derivative.
   std::array<float*, kMaxDepth> left{}, right{}, derivative{};
   // Retrieval: x of the layer, beta x, f x; the masked products with left.
   std::array<float*, 2> x{}, x_beta{}, x_f{};
-  float* scores;
-  float* transposed;                                 // W^T or left^T
-  float *right_a, *right_e;                          // of the fold
+  float* scores = nullptr;
+  float* transposed = nullptr;                       // W^T or left^T
+  float *right_a = nullptr, *right_e = nullptr;      // of the fold
   std::array<float*, kMaxDepth> w{}, s{};            // float32 copies, for a state that is stored otherwise
   std::array<float*, kMaxDepth> w_next{}, s_next{};  // where a guarded fold waits
 
+  // With gates = "chunk": left, right and derivative are of the chunk's keys.
+  std::size_t rows = 0;                                                       // that x has
+  float *scale = nullptr, *gamma_gradient = nullptr;                          // of the LayerNorm
+  float *point = nullptr, *weights_next = nullptr, *surprise_next = nullptr;  // of all weights
+  float* update = nullptr;                                                    // of one matrix
+  std::array<float*, 2> iterate{};                                            // of Newton-Schulz
+  std::array<float*, 4> square{};
+
  private:
+  using Wanted = std::vector<std::pair<float**, std::size_t>>;
+  void want_token(const Configuration& configuration, Wanted& wanted);
+  void want_chunk(const Configuration& configuration, Wanted& wanted);
+
   struct Free {
     void operator()(float* data) const noexcept { ::operator delete(data, std::align_val_t{kCacheLine}); }
   };
@@ -53,11 +74,15 @@ struct Head {
   const float* q;  // tokens x D, as are k, v and y
   const float* k;
   const float* v;
-  const float* step_size;  // one for each token, as are the other gates
+  const float* step_size;  // one for each token, as are the other gates; or for each key
   const float* momentum;
   const float* forget_gate;
   const float* norm_scale;  // D, or null
+  const float* modulation;  // tokens x tensors, or null
+  const float* previous;    // chunks x all weights, or null
+  const float* previous_gate;
   float* y;
+  float* before;        // chunks x all weights, or null
   std::int64_t tokens;  // that count
   std::int64_t fill;
   bool learn;

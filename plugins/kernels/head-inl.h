@@ -22,20 +22,11 @@
 #include "plugins/kernels/fold-inl.h"
 #include "plugins/kernels/gemv-inl.h"
 #include "plugins/kernels/product-inl.h"
+#include "plugins/kernels/rows-inl.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
-
-inline constexpr float kLayerNormEpsilon = 1e-5F;
-
-// A matrix of some rows: the open chunk's left and right lie in the packed row without gaps, those of a block that is a
-// whole chunk in scratch.
-struct Rows {
-  float* data = nullptr;
-  std::size_t stride = 0;
-  float* operator[](std::size_t row) const { return data + row * stride; }
-};
 
 template <class Storage>
 class HeadRun {
@@ -47,7 +38,8 @@ class HeadRun {
         scratch_(scratch),
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
-        width_(static_cast<std::size_t>(c_.widths[0])) {}
+        width_(static_cast<std::size_t>(c_.widths[0])),
+        around_{c_.layer_norm, c_.residual, head.norm_scale, width_, scratch.scores} {}
 
   void update() {
     const auto tokens = static_cast<std::size_t>(head_.tokens);
@@ -84,10 +76,10 @@ class HeadRun {
       for (int i = 0; i < depth_; ++i) {
         float* h = scratch_.x[static_cast<std::size_t>(i & 1)];
         gemv<Pass::kOne>(Gemv<Storage>{in(i), out(i), stored_w(i), nullptr, x, nullptr, nullptr, h, nullptr});
-        if (i + 1 < depth_) activate_row(h, out(i), h, nullptr);
+        if (i + 1 < depth_) activate_row(c_.activation, h, out(i), h, nullptr);
         x = h;
       }
-      finish_row(x, head_.q, head_.y);
+      finish_row(around_, x, head_.q, head_.y);
       return;
     }
     unpack_weights();
@@ -100,7 +92,7 @@ class HeadRun {
         const Rows next{scratch_.x[static_cast<std::size_t>(i & 1)], padded(out(i))};
         const Product products[] = {{x.data, x.stride, weights_w(i), out(i), in(i)}};
         if (i + 1 < depth_) {
-          activated(products, count, out(i),
+          activated(c_.activation, products, count, out(i),
                     [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n)
                         HWY_ATTR { store(act.value, next[row] + column, n); });
         } else {
@@ -108,7 +100,7 @@ class HeadRun {
         }
         x = next;
       }
-      for (std::size_t t = 0; t < count; ++t) finish_row(x[t], q + t * width_, head_.y + (done + t) * width_);
+      for (std::size_t t = 0; t < count; ++t) finish_row(around_, x[t], q + t * width_, head_.y + (done + t) * width_);
     }
   }
 
@@ -238,7 +230,7 @@ class HeadRun {
       const Rows next{left_[i + 1][fill], left_[i + 1].stride};
       const Rows derivative{scratch_.derivative[index(i)], padded(out(i))};
       const Product products[] = {{left_[i][fill], left_[i].stride, weights_w(i), out(i), in(i)}};
-      activated(products, count, out(i),
+      activated(c_.activation, products, count, out(i),
                 [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                   store(act.value, next[row] + column, n);
                   store(act.derivative, derivative[row] + column, n);
@@ -247,7 +239,7 @@ class HeadRun {
     const Rows error{right_[last][fill], right_[last].stride};
     const Product products[] = {{left_[last][fill], left_[last].stride, weights_w(last), out(last), in(last)}};
     plain(products, count, out(last), error);
-    for (std::size_t t = 0; t < count; ++t) loss_ += error_row(error[t], k + t * width_, v + t * width_);
+    for (std::size_t t = 0; t < count; ++t) loss_ += error_row(around_, error[t], k + t * width_, v + t * width_);
     for (int i = last; i > 0; --i) {
       const std::size_t stride = padded(in(i));
       transpose(weights_w(i), out(i), in(i), out(i), scratch_.transposed, stride);
@@ -287,7 +279,7 @@ class HeadRun {
       const Rows next{scratch_.x[side], padded(out(i))};
       if (i + 1 < depth_) {
         const Rows next_beta{scratch_.x_beta[side], padded(out(i))}, next_f{scratch_.x_f[side], padded(out(i))};
-        activated(products, count, out(i),
+        activated(c_.activation, products, count, out(i),
                   [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                     store(act.value, next[row] + column, n);
                     store(hn::Mul(act.value, hn::Set(Floats(), scratch_.rows_beta[row])), next_beta[row] + column, n);
@@ -300,7 +292,7 @@ class HeadRun {
       }
       x = next;
     }
-    for (std::size_t t = 0; t < count; ++t) finish_row(x[t], q + t * width_, head_.y + (done + t) * width_);
+    for (std::size_t t = 0; t < count; ++t) finish_row(around_, x[t], q + t * width_, head_.y + (done + t) * width_);
   }
 
   // ---- one token: `at` of the call, row `fill` of the chunk ----
@@ -320,12 +312,12 @@ class HeadRun {
       float* z = last == 0 ? right_[0][fill] : left_[1][fill];
       gemv<Pass::kTwoMore>(Gemv<Storage>{in(0), out(0), stored_w(0), stored_s(0), x_beta, x_f, left_[0][fill], x, z});
       for (int i = 0; i < last; ++i) {
-        activate_row(left_[i + 1][fill], out(i), left_[i + 1][fill], scratch_.derivative[index(i)]);
+        activate_row(c_.activation, left_[i + 1][fill], out(i), left_[i + 1][fill], scratch_.derivative[index(i)]);
         z = i + 1 == last ? right_[last][fill] : left_[i + 2][fill];
         gemv<Pass::kOne>(Gemv<Storage>{in(i + 1), out(i + 1), stored_w(i + 1), nullptr, left_[i + 1][fill], nullptr,
                                        nullptr, z, nullptr});
       }
-      loss_ += error_row(right_[last][fill], k, head_.v + at * width_);
+      loss_ += error_row(around_, right_[last][fill], k, head_.v + at * width_);
       for (int i = last; i > 0; --i) {
         float* to = right_[i - 1][fill];
         gemv_transposed<Storage>(stored_w(i), in(i), out(i), right_[i][fill], to);
@@ -340,7 +332,7 @@ class HeadRun {
     const std::size_t rows = head_.learn ? fill + 1 : fill;
     add_surprises(0, rows, q, x);
     for (int i = 1; i < depth_; ++i) {
-      activate_row(x, in(i), x, nullptr);
+      activate_row(c_.activation, x, in(i), x, nullptr);
       scale_row(x, beta_, in(i), x_beta);
       scale_row(x, f_, in(i), x_f);
       float* h = scratch_.x[index(i & 1)];
@@ -348,7 +340,7 @@ class HeadRun {
       add_surprises(i, rows, x, h);
       x = h;
     }
-    finish_row(x, q, head_.y + at * width_);
+    finish_row(around_, x, q, head_.y + at * width_);
   }
 
   // h <- h - sum_s a_s (x . left_s) right_s over the chunk's first `rows` tokens.
@@ -428,114 +420,6 @@ class HeadRun {
     }
   }
 
-  // ---- rows ----
-
-  void activate_row(const float* z, std::size_t size, float* value, float* derivative) {
-    each_vector(size, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      const Vector zs = load(z + i, n);
-      const Activated act =
-          c_.activation == Activation::kSilu ? activate<Activation::kSilu>(zs) : activate<Activation::kGelu>(zs);
-      store(act.value, value + i, n);
-      if (derivative != nullptr) store(act.derivative, derivative + i, n);
-    });
-  }
-
-  // Mean and reciprocal standard deviation of a row, as LayerNorm takes them.
-  struct Moments {
-    float mean, reciprocal;
-  };
-  Moments moments(const float* z) const {
-    const auto size = static_cast<float>(width_);
-    const float mean =
-        sum_vectors(width_, [&](std::size_t i, std::size_t n) HWY_ATTR { return load(z + i, n); }) / size;
-    const Vector means = hn::Set(Floats(), mean);
-    const float squares = sum_vectors(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      // Lanes beyond the row would add mean^2 each.
-      const Vector centred = hn::IfThenElseZero(hn::FirstN(Floats(), n), hn::Sub(load(z + i, n), means));
-      return hn::Mul(centred, centred);
-    });
-    return {mean, 1.0F / std::sqrt(squares / size + kLayerNormEpsilon)};
-  }
-
-  // y = M(x) from f(x): norm and residual.
-  void finish_row(const float* f, const float* x, float* y) const {
-    const Moments norm = c_.layer_norm ? moments(f) : Moments{0.0F, 1.0F};
-    each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      Vector out = load(f + i, n);
-      if (c_.layer_norm) {
-        out = hn::Mul(hn::Sub(out, hn::Set(Floats(), norm.mean)), hn::Set(Floats(), norm.reciprocal));
-        out = hn::Mul(out, load(head_.norm_scale + i, n));
-      }
-      if (c_.residual) out = hn::Add(out, load(x + i, n));
-      store(out, y + i, n);
-    });
-  }
-
-  // z = f(k) becomes the loss's gradient at f's output. Returns the loss, || M(k) - v ||^2.
-  float error_row(float* z, const float* k, const float* v) const {
-    const Floats d;
-    const Moments norm = c_.layer_norm ? moments(z) : Moments{0.0F, 1.0F};
-    const Vector mean = hn::Set(d, norm.mean), reciprocal = hn::Set(d, norm.reciprocal);
-    Vector loss = hn::Zero(d), sum = hn::Zero(d), sum_unit = hn::Zero(d);
-    each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      Vector m = load(z + i, n), unit = hn::Zero(d), scale = hn::Set(d, 1.0F);
-      if (c_.layer_norm) {
-        unit = hn::IfThenElseZero(hn::FirstN(d, n), hn::Mul(hn::Sub(m, mean), reciprocal));
-        scale = load(head_.norm_scale + i, n);
-        m = hn::Mul(unit, scale);
-      }
-      if (c_.residual) m = hn::Add(m, load(k + i, n));
-      const Vector error = hn::Sub(m, load(v + i, n));
-      loss = hn::MulAdd(error, error, loss);
-      const Vector gradient = hn::Mul(hn::Add(error, error), scale);
-      if (c_.layer_norm) {
-        sum = hn::Add(sum, gradient);
-        sum_unit = hn::MulAdd(gradient, unit, sum_unit);
-        // z holds the unit row until the second pass, the gradient waits in scratch.
-        store(unit, z + i, n);
-        store(gradient, scratch_.scores + i, n);
-      } else {
-        store(gradient, z + i, n);
-      }
-    });
-    if (c_.layer_norm) {
-      const auto size = static_cast<float>(width_);
-      const Vector mean_gradient = hn::Set(d, hn::ReduceSum(d, sum) / size);
-      const Vector mean_unit = hn::Set(d, hn::ReduceSum(d, sum_unit) / size);
-      each_vector(width_, [&](std::size_t i, std::size_t n) HWY_ATTR {
-        const Vector centred = hn::Sub(load(scratch_.scores + i, n), mean_gradient);
-        store(hn::Mul(reciprocal, hn::NegMulAdd(load(z + i, n), mean_unit, centred)), z + i, n);
-      });
-    }
-    return hn::ReduceSum(d, loss);
-  }
-
-  // ---- products with an epilogue ----
-
-  template <int kProducts>
-  static void plain(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, const Rows& to) {
-    multiply<Part::kAll>(products, rows, columns, 0,
-                         [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
-                             HWY_ATTR { store(sum, to[row] + column, n); });
-  }
-
-  template <int kProducts, class Use>
-  void activated(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, const Use& use) {
-    if (c_.activation == Activation::kSilu) {
-      activated_by<Activation::kSilu>(products, rows, columns, use);
-    } else {
-      activated_by<Activation::kGelu>(products, rows, columns, use);
-    }
-  }
-
-  template <Activation kActivation, int kProducts, class Use>
-  static void activated_by(const Product (&products)[kProducts], std::size_t rows, std::size_t columns,
-                           const Use& use) {
-    multiply<Part::kAll>(products, rows, columns, 0,
-                         [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
-                             HWY_ATTR { use(activate<kActivation>(sum), row, column, n); });
-  }
-
  public:
   void write_stats() const {
     if (head_.stats == nullptr) return;
@@ -552,6 +436,7 @@ class HeadRun {
   Scratch& scratch_;
   int depth_;
   std::size_t chunk_, width_;
+  Around around_;
   Rows left_[kMaxDepth], right_[kMaxDepth];
   float m_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
   bool unpacked_ = false;

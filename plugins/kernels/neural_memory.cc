@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 namespace titans::kernels {
 namespace {
@@ -9,6 +11,8 @@ namespace {
 constexpr std::int64_t kRowAlignment = 16;       // words: a head's row starts on a cache line
 constexpr std::int64_t kLargestWidth = 1 << 20;  // keeps every size far from overflow
 constexpr std::int64_t kLargestChunk = 1 << 20;
+constexpr std::int64_t kLargestBatch = std::int64_t{1} << 40;
+constexpr std::int64_t kMostSteps = 100;  // of Newton-Schulz
 
 std::string wrong(const std::string& expected, const std::string& got, const std::string& advice) {
   return "[NeuralMemory] expected " + expected + " but got " + got + "; do " + advice;
@@ -34,6 +38,72 @@ std::string flag(const std::string& name, std::int64_t value, bool& chosen) {
   chosen = value == 1;
   if (value == 0 || value == 1) return {};
   return wrong("attribute " + name + " to be 0 or 1", std::to_string(value), "export the model again");
+}
+
+std::string whole(const std::string& name, std::int64_t value, std::int64_t least, std::int64_t most) {
+  if (value >= least && value <= most) return {};
+  return wrong("attribute " + name + " in [" + std::to_string(least) + ", " + std::to_string(most) + "]",
+               std::to_string(value), "export the model again");
+}
+
+// `zero`: whether it may be 0.
+std::string real(const std::string& name, float value, bool zero) {
+  if (std::isfinite(value) && (zero ? value >= 0.0F : value > 0.0F)) return {};
+  return wrong("attribute " + name + " to be finite and " + (zero ? "at least" : "above") + " 0", std::to_string(value),
+               "export the model again");
+}
+
+// What only gates = "chunk" has, for a configuration that has it.
+std::string configure_chunk(const Attributes& attributes, Configuration& c) {
+  bool order = true;
+  for (const std::string& problem :
+       {whole("keys_per_token", attributes.keys_per_token, 1, kLargestChunk / c.chunk_size),
+        flag("lookahead", attributes.lookahead, c.lookahead), flag("momentum_order", attributes.momentum_order, order),
+        whole("orthogonalise", attributes.orthogonalise, 0, kMostSteps),
+        real("loss_scale", attributes.loss_scale, false), real("grad_clamp", attributes.grad_clamp, true),
+        choose("norm_weight", attributes.norm_weight, std::array{"slow", "fast"}, c.norm_weight)}) {
+    if (!problem.empty()) return problem;
+  }
+  c.batch_size = attributes.batch_size.value_or(c.chunk_size);
+  if (c.batch_size < 0 || c.batch_size > kLargestBatch || c.batch_size % c.chunk_size != 0) {
+    return wrong("attribute batch_size to be 0 or a multiple of chunk_size, " + std::to_string(c.chunk_size) +
+                     ", up to " + std::to_string(kLargestBatch),
+                 std::to_string(c.batch_size), "export the model again");
+  }
+  if (c.fast_norm() && !c.layer_norm) {
+    return wrong("attribute layer_norm to be 1 with norm_weight \"fast\"", "0", "export the model again");
+  }
+  if (c.storage != Storage::kFloat32) {
+    return wrong("attribute storage to be \"float32\" with gates \"chunk\"", "\"" + attributes.storage + "\"",
+                 "export the model again");
+  }
+  c.keys_per_token = attributes.keys_per_token;
+  c.momentum = order;
+  c.loss_scale = attributes.loss_scale;
+  c.grad_clamp = attributes.grad_clamp;
+  c.orthogonalise = attributes.orthogonalise;
+  return {};
+}
+
+// For a configuration without: an attribute that would be ignored is a mistake.
+std::string check_no_chunk(const Attributes& attributes, Configuration& c) {
+  const Attributes none;
+  c.batch_size = c.chunk_size;
+  const std::pair<const char*, bool> given[] = {
+      {"batch_size", attributes.batch_size.value_or(c.chunk_size) != c.chunk_size},
+      {"loss_scale", attributes.loss_scale != none.loss_scale},
+      {"keys_per_token", attributes.keys_per_token != none.keys_per_token},
+      {"lookahead", attributes.lookahead != none.lookahead},
+      {"norm_weight", attributes.norm_weight != none.norm_weight},
+      {"momentum_order", attributes.momentum_order != none.momentum_order},
+      {"grad_clamp", attributes.grad_clamp != none.grad_clamp},
+      {"orthogonalise", attributes.orthogonalise != none.orthogonalise}};
+  for (const auto& [name, is_given] : given) {
+    if (!is_given) continue;
+    return wrong("attribute " + std::string(name) + " to be left out with gates \"token\"",
+                 "another value than its default", "export the model again");
+  }
+  return {};
 }
 
 std::string list(const std::int64_t* values, std::size_t count) {
@@ -122,11 +192,29 @@ std::int64_t Tensor::elements() const {
   return count;
 }
 
+std::int64_t Configuration::all_elements() const {
+  std::int64_t count = 0;
+  for (int i = 0; i < tensors(); ++i) count += elements(i);
+  return count;
+}
+
 RowLayout::RowLayout(const Configuration& c) {
   const auto place = [this](std::int64_t& offset, std::int64_t words) {
     offset = size;
     size += words;
   };
+  const auto align = [this] { size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment; };
+  if (c.gates == Gates::kChunk) {
+    for (auto* field : {&w, c.keeps_point() ? &g : nullptr, c.momentum ? &s : nullptr}) {
+      for (int i = 0; i < c.tensors() && field != nullptr; ++i) {
+        place((*field)[static_cast<std::size_t>(i)], c.elements(i));
+      }
+    }
+    for (std::int64_t* rows : {&k, &v}) place(*rows, c.keys() * c.widths[0]);
+    place(theta, c.keys());
+    align();
+    return;
+  }
   const auto words = [&](std::int64_t values) { return c.storage == Storage::kBFloat16 ? (values + 1) / 2 : values; };
   for (int i = 0; i < c.depth; ++i) place(w[static_cast<std::size_t>(i)], words(c.weights(i)));
   for (int i = 0; i < c.depth; ++i) place(s[static_cast<std::size_t>(i)], words(c.weights(i)));
@@ -137,7 +225,7 @@ RowLayout::RowLayout(const Configuration& c) {
   place(e, c.chunk_size);
   place(a, c.chunk_size);
   for (std::int64_t* coefficient : {&m, &f, &beta}) place(*coefficient, 1);
-  size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  align();
 }
 
 std::string configure(const Attributes& attributes, Configuration& c) {
@@ -166,10 +254,11 @@ std::string configure(const Attributes& attributes, Configuration& c) {
         choose("schedule", attributes.schedule, std::array{"aligned", "any"}, c.schedule),
         choose("activation", attributes.activation, std::array{"silu", "gelu"}, c.activation),
         choose("storage", attributes.storage, std::array{"float32", "bfloat16"}, c.storage),
+        choose("gates", attributes.gates, std::array{"token", "chunk"}, c.gates),
         flag("residual", attributes.residual, c.residual), flag("layer_norm", attributes.layer_norm, c.layer_norm)}) {
     if (!problem.empty()) return problem;
   }
-  return {};
+  return c.gates == Gates::kChunk ? configure_chunk(attributes, c) : check_no_chunk(attributes, c);
 }
 
 std::string check_operands(const Configuration& c, const Operands& operands, DType values) {
@@ -182,32 +271,51 @@ std::string check_operands(const Configuration& c, const Operands& operands, DTy
   }
   const std::int64_t streams = q.shape[0], heads = q.shape[1], tokens = q.shape[2], width = c.widths[0];
   const std::int64_t slots = operands[kSlots].present() ? state.shape[0] : streams;
-  const bool update = c.mode == Mode::kUpdate;
+  const bool update = c.mode == Mode::kUpdate, chunk = c.gates == Gates::kChunk;
   const bool any = update && c.schedule == Schedule::kAny;
-  const std::array<std::int64_t, 4> rows{streams, heads, tokens, width}, gates{streams, heads, tokens, 0},
-      per_stream{streams, 0, 0, 0}, pool{slots, heads, RowLayout(c).size, 0};
-  const Expectation expectations[] = {{kState, DType::kFloat32, pool, 3, true},
-                                      {kQ, values, rows, 4, true},
-                                      {kK, values, rows, 4, update},
-                                      {kV, values, rows, 4, update},
-                                      {kStepSize, DType::kFloat32, gates, 3, update},
-                                      {kMomentum, DType::kFloat32, gates, 3, update},
-                                      {kForgetGate, DType::kFloat32, gates, 3, update},
-                                      {kFill, DType::kInt64, per_stream, 1, any},
-                                      {kLearn, DType::kBool, per_stream, 1, false},
-                                      {kValid, DType::kInt64, per_stream, 1, false},
-                                      {kSlots, DType::kInt64, per_stream, 1, false},
-                                      {kUpdateLimit, DType::kFloat32, per_stream, 1, false},
-                                      {kNormScale, DType::kFloat32, {heads, width, 0, 0}, 2, c.layer_norm},
-                                      {kY, values, rows, 4, true},
-                                      {kStateOut, DType::kFloat32, pool, 3, update},
-                                      {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false}};
+  const std::int64_t keys = tokens * c.keys_per_token;
+  const std::array<std::int64_t, 4> rows{streams, heads, tokens, width}, key_rows{streams, heads, keys, width},
+      gates{streams, heads, tokens, 0}, steps{streams, heads, keys, 0}, per_stream{streams, 0, 0, 0},
+      pool{slots, heads, RowLayout(c).size, 0}, modulation{streams, heads, tokens, c.tensors()},
+      weights{streams, heads, c.chunks(tokens), c.all_elements()};
+  const Expectation expectations[] = {
+      {kState, DType::kFloat32, pool, 3, true},
+      {kQ, values, rows, 4, true},
+      {kK, values, key_rows, 4, update},
+      {kV, values, key_rows, 4, update},
+      {kStepSize, DType::kFloat32, steps, 3, update},
+      {kMomentum, DType::kFloat32, gates, 3, update && c.momentum},
+      {kForgetGate, DType::kFloat32, gates, 3, update},
+      {kFill, DType::kInt64, per_stream, 1, any || (update && c.counts_batch())},
+      {kLearn, DType::kBool, per_stream, 1, false},
+      {kValid, DType::kInt64, per_stream, 1, false},
+      {kSlots, DType::kInt64, per_stream, 1, false},
+      {kUpdateLimit, DType::kFloat32, per_stream, 1, false},
+      {kNormScale, DType::kFloat32, {heads, width, 0, 0}, 2, c.layer_norm && !c.fast_norm()},
+      {kModulation, DType::kFloat32, modulation, 4, false},
+      {kPrevious, DType::kFloat32, weights, 4, false},
+      {kPreviousGate, DType::kFloat32, gates, 3, operands[kPrevious].present()},
+      {kY, values, rows, 4, true},
+      {kStateOut, DType::kFloat32, pool, 3, update},
+      {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false},
+      {kBefore, DType::kFloat32, weights, 4, false}};
   for (const Expectation& expectation : expectations) {
     std::string problem = check_one(operands[expectation.which], expectation);
     if (!problem.empty()) return problem;
   }
+  const std::tuple<Operand, bool, const char*> refused[] = {
+      {kMomentum, !c.momentum, "momentum_order 0"},
+      {kNormScale, c.fast_norm(), "norm_weight \"fast\""},
+      {kModulation, !chunk, "gates \"token\""},
+      {kPrevious, !chunk, "gates \"token\""},
+      {kPreviousGate, !operands[kPrevious].present(), "no previous"},
+      {kBefore, !chunk, "gates \"token\""},
+      {kFill, update && !any && !c.counts_batch(), "schedule \"aligned\""}};
+  for (const auto& [which, is_refused, where] : refused) {
+    if (!is_refused || !operands[which].present()) continue;
+    return wrong("no " + std::string(kOperandNames[which]) + " with " + where, "one", "leave it out");
+  }
   if (update && !any) {
-    if (operands[kFill].present()) return wrong("no fill with schedule \"aligned\"", "one", "leave it out");
     if (tokens % c.chunk_size != 0) {
       return wrong("whole chunks of " + std::to_string(c.chunk_size) + " tokens with schedule \"aligned\"",
                    std::to_string(tokens) + " tokens", "use schedule \"any\"");
@@ -229,7 +337,7 @@ std::string check_values(const Configuration& c, const Operands& operands) {
     return {};
   };
   for (const auto& [which, end] :
-       {std::pair{kFill, c.chunk_size}, std::pair{kValid, tokens + 1}, std::pair{kSlots, operands[kState].shape[0]}}) {
+       {std::pair{kFill, c.period()}, std::pair{kValid, tokens + 1}, std::pair{kSlots, operands[kState].shape[0]}}) {
     std::string problem = check_range(which, end);
     if (!problem.empty()) return problem;
   }
@@ -247,14 +355,25 @@ std::string check_values(const Configuration& c, const Operands& operands) {
       return wrong("valid to be a multiple of " + std::to_string(c.chunk_size) + " with schedule \"aligned\"",
                    std::to_string(valid) + " for stream " + std::to_string(b), "use schedule \"any\"");
     }
-    for (const Operand gate : {kStepSize, kMomentum, kForgetGate}) {
+    const std::int64_t fill = operands[kFill].present() ? operands[kFill].as<std::int64_t>()[b] : 0;
+    if (c.schedule == Schedule::kAligned && fill % c.chunk_size != 0) {
+      return wrong("fill to be a multiple of " + std::to_string(c.chunk_size) + " with schedule \"aligned\"",
+                   std::to_string(fill) + " for stream " + std::to_string(b), "use schedule \"any\"");
+    }
+    const std::pair<Operand, std::int64_t> gates[] = {{kStepSize, c.keys_per_token},
+                                                      {kMomentum, 1},
+                                                      {kForgetGate, 1},
+                                                      {kModulation, c.tensors()},
+                                                      {kPreviousGate, 1}};
+    for (const auto& [gate, per_token] : gates) {
+      if (!operands[gate].present()) continue;
       for (std::int64_t h = 0; h < heads; ++h) {
-        const float* values = operands[gate].as<float>() + (b * heads + h) * tokens;
-        for (std::int64_t t = 0; t < valid; ++t) {
-          if (std::isfinite(values[t])) continue;
+        const float* values = operands[gate].as<float>() + (b * heads + h) * tokens * per_token;
+        for (std::int64_t i = 0; i < valid * per_token; ++i) {
+          if (std::isfinite(values[i])) continue;
           return wrong(std::string(kOperandNames[gate]) + " to be finite",
-                       std::to_string(values[t]) + " at stream " + std::to_string(b) + ", head " + std::to_string(h) +
-                           ", token " + std::to_string(t),
+                       std::to_string(values[i]) + " at stream " + std::to_string(b) + ", head " + std::to_string(h) +
+                           ", token " + std::to_string(i / per_token),
                        "look for what overflows in the model before it");
         }
       }

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,14 +13,19 @@
 namespace titans::kernels {
 
 inline constexpr int kMaxDepth = 3;
+inline constexpr int kMaxTensors = kMaxDepth + 1;  // the matrices, and the LayerNorm's scale where it is a fast weight
 
 enum class Mode : std::uint8_t { kUpdate, kRead };
 enum class Schedule : std::uint8_t { kAligned, kAny };
 enum class Activation : std::uint8_t { kSilu, kGelu };
 // How a packed row holds W and S. Arithmetic is float32 in any case.
 enum class Storage : std::uint8_t { kFloat32, kBFloat16 };
+// Whether W moves with every token, or with every chunk and by the gates of the token that completes it.
+enum class Gates : std::uint8_t { kToken, kChunk };
+// Whether the LayerNorm's scale is given to each call, or part of W.
+enum class NormWeight : std::uint8_t { kSlow, kFast };
 
-// The node's attributes as they are written. `storage` may be left out.
+// The node's attributes as they are written. `storage` and what follows it may be left out.
 struct Attributes {
   std::string mode;
   std::string schedule;
@@ -29,10 +35,25 @@ struct Attributes {
   std::int64_t layer_norm = 0;
   std::int64_t chunk_size = 0;
   std::string storage = "float32";
+  std::string gates = "token";
+  // Only with gates = "chunk".
+  std::optional<std::int64_t> batch_size;  // left out: chunk_size
+  float loss_scale = 1.0F;
+  std::int64_t keys_per_token = 1;
+  std::int64_t lookahead = 0;
+  std::string norm_weight = "slow";
+  std::int64_t momentum_order = 1;
+  float grad_clamp = 0.0F;
+  std::int64_t orthogonalise = 0;
 };
 
-inline constexpr std::array<std::string_view, 8> kAttributeNames{"mode",     "schedule",   "widths",     "activation",
-                                                                 "residual", "layer_norm", "chunk_size", "storage"};
+inline constexpr std::array<std::string_view, 17> kAttributeNames{
+    "mode",       "schedule",    "widths",         "activation", "residual",     "layer_norm",
+    "chunk_size", "storage",     "gates",          "batch_size", "loss_scale",   "keys_per_token",
+    "lookahead",  "norm_weight", "momentum_order", "grad_clamp", "orthogonalise"};
+
+// The first of them, which have a meaning with any gates.
+inline constexpr std::size_t kCommonAttributes = 9;
 
 struct Configuration {
   Mode mode = Mode::kUpdate;
@@ -44,16 +65,45 @@ struct Configuration {
   bool layer_norm = false;
   std::int64_t chunk_size = 1;
   Storage storage = Storage::kFloat32;
+  Gates gates = Gates::kToken;
+  std::int64_t batch_size = 1;  // 0: the gradient point never moves
+  float loss_scale = 1.0F;
+  std::int64_t keys_per_token = 1;
+  bool lookahead = false;
+  NormWeight norm_weight = NormWeight::kSlow;
+  bool momentum = true;
+  float grad_clamp = 0.0F;  // 0: off
+  std::int64_t orthogonalise = 0;
 
   std::int64_t in(int layer) const { return widths[static_cast<std::size_t>(layer)]; }
   std::int64_t out(int layer) const { return widths[static_cast<std::size_t>(layer) + 1]; }
   std::int64_t weights(int layer) const { return in(layer) * out(layer); }
+
+  bool fast_norm() const { return norm_weight == NormWeight::kFast; }
+  // The weight tensors in their order: the matrices, then gamma. Elements of one, and of all.
+  int tensors() const { return depth + (fast_norm() ? 1 : 0); }
+  std::int64_t elements(int tensor) const { return tensor < depth ? weights(tensor) : widths[0]; }
+  std::int64_t all_elements() const;
+
+  // With gates = "chunk": keys of a chunk; whether the gradient point is another than W; what `fill` counts up to; the
+  // most chunks that a call completes.
+  std::int64_t keys() const { return chunk_size * keys_per_token; }
+  bool keeps_point() const { return gates == Gates::kChunk && batch_size != chunk_size; }
+  bool counts_batch() const { return keeps_point() && batch_size != 0; }
+  std::int64_t period() const { return counts_batch() ? batch_size : chunk_size; }
+  std::int64_t chunks(std::int64_t tokens) const { return (tokens + chunk_size - 1) / chunk_size; }
 };
 
-// Where the fields of a packed row lie, in 32-bit words from its start.
+// Where the fields of a packed row lie, in 32-bit words from its start. Those of W, one after the other without gaps,
+// and those of G and S likewise.
 struct RowLayout {
-  std::array<std::int64_t, kMaxDepth> w{}, s{}, left{}, right{};
+  std::array<std::int64_t, kMaxTensors> w{}, s{};
+  // gates = "token"
+  std::array<std::int64_t, kMaxDepth> left{}, right{};
   std::int64_t e = 0, a = 0, m = 0, f = 0, beta = 0;
+  // gates = "chunk"
+  std::array<std::int64_t, kMaxTensors> g{};
+  std::int64_t k = 0, v = 0, theta = 0;
   std::int64_t size = 0;
 
   explicit RowLayout(const Configuration& configuration);
@@ -77,7 +127,8 @@ struct Tensor {
   }
 };
 
-// The operator's inputs and outputs in their order. Mode "read" has state, q, y and perhaps slots and norm_scale.
+// The operator's inputs and outputs in their order. Mode "read" has state, q, y and perhaps slots and norm_scale;
+// modulation, previous, previous_gate and before come with gates = "chunk".
 enum Operand : std::size_t {
   kState,
   kQ,
@@ -92,17 +143,23 @@ enum Operand : std::size_t {
   kSlots,
   kUpdateLimit,
   kNormScale,
+  kModulation,
+  kPrevious,
+  kPreviousGate,
   kInputs,  // how many inputs there are
   kY = kInputs,
   kStateOut,
-  kStats,  // optional
+  kStats,   // optional
+  kBefore,  // optional
   kOperands
 };
 
 inline constexpr std::array<const char*, kOperands> kOperandNames{
-    "state",       "q",    "k",         "v",     "step_size", "momentum",
-    "forget_gate", "fill", "learn",     "valid", "slots",     "update_limit",
-    "norm_scale",  "y",    "state_out", "stats"};
+    "state",      "q",          "k",           "v",
+    "step_size",  "momentum",   "forget_gate", "fill",
+    "learn",      "valid",      "slots",       "update_limit",
+    "norm_scale", "modulation", "previous",    "previous_gate",
+    "y",          "state_out",  "stats",       "before"};
 
 using Operands = std::array<Tensor, kOperands>;
 

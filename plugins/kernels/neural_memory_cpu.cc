@@ -14,6 +14,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // What includes this file again comes first.
 #include "hwy/highway.h"
+#include "plugins/kernels/chunk-inl.h"
 #include "plugins/kernels/head-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -24,8 +25,9 @@ constexpr CpuFunctions functions_for() {
   return {&update_head<Storage>, &read_head<Storage>};
 }
 
-CpuFunctions functions(Storage storage) {
-  return storage == Storage::kFloat32 ? functions_for<Float32>() : functions_for<BFloat16>();
+CpuFunctions functions(const Configuration& configuration) {
+  if (configuration.gates == Gates::kChunk) return {&update_chunk_head, &read_chunk_head};
+  return configuration.storage == Storage::kFloat32 ? functions_for<Float32>() : functions_for<BFloat16>();
 }
 
 }  // namespace titans::kernels::HWY_NAMESPACE
@@ -47,7 +49,7 @@ namespace {
 struct Target {
   std::string_view name;
   bool (*supported)();
-  CpuFunctions (*functions)(Storage storage);
+  CpuFunctions (*functions)(const Configuration& configuration);
 };
 
 // The best first. The names of what they need are those of Highway's targets.
@@ -126,7 +128,7 @@ class Kernel final : public CpuKernel {
   Kernel(const Configuration& configuration, const Target& target)
       : plan_(configuration),
         target_(target.name),
-        functions_(target.functions(configuration.storage)),
+        functions_(target.functions(configuration)),
         scratch_(configuration) {}
 
   std::string_view target() const override { return target_; }
@@ -167,29 +169,37 @@ class Kernel final : public CpuKernel {
   void run_head(const Operands& o, std::int64_t index) const {
     const std::int64_t heads = o[kQ].shape[1], all = o[kQ].shape[2], width = o[kQ].shape[3];
     const std::int64_t stream = index / heads, h = index % heads;
-    const auto rows = [&](Operand which) { return o[which].as<float>() + index * all * width; };
-    const auto gates = [&](Operand which) { return o[which].as<float>() + index * all; };
+    const Configuration& c = plan_.configuration;
+    // A head's part of an operand, `size` numbers; null where that is absent.
+    const auto part = [&](Operand which, std::int64_t size) {
+      return o[which].present() ? o[which].as<float>() + index * size : nullptr;
+    };
     const auto of_stream = [&](Operand which, std::int64_t otherwise) {
       return o[which].present() ? o[which].as<std::int64_t>()[stream] : otherwise;
     };
-    const bool update = plan_.configuration.mode == Mode::kUpdate;
+    const bool update = c.mode == Mode::kUpdate;
+    const std::int64_t keys = all * c.keys_per_token, weights = c.chunks(all) * c.all_elements();
     Head head{};
     head.row = o[update ? kStateOut : kState].as<float>() + (of_stream(kSlots, stream) * heads + h) * plan_.layout.size;
-    head.q = rows(kQ);
-    head.y = rows(kY);
+    head.q = part(kQ, all * width);
+    head.y = part(kY, all * width);
     head.tokens = all;
-    if (plan_.configuration.layer_norm) head.norm_scale = o[kNormScale].as<float>() + h * width;
+    if (o[kNormScale].present()) head.norm_scale = o[kNormScale].as<float>() + h * width;
     if (update) {
-      head.k = rows(kK);
-      head.v = rows(kV);
-      head.step_size = gates(kStepSize);
-      head.momentum = gates(kMomentum);
-      head.forget_gate = gates(kForgetGate);
+      head.k = part(kK, keys * width);
+      head.v = part(kV, keys * width);
+      head.step_size = part(kStepSize, keys);
+      head.momentum = part(kMomentum, all);
+      head.forget_gate = part(kForgetGate, all);
+      head.modulation = part(kModulation, all * c.tensors());
+      head.previous = part(kPrevious, weights);
+      head.previous_gate = part(kPreviousGate, all);
+      head.before = part(kBefore, weights);
+      head.stats = part(kStats, kStatCount);
       head.tokens = of_stream(kValid, all);
       head.fill = of_stream(kFill, 0);
       head.learn = !o[kLearn].present() || o[kLearn].as<bool>()[stream];
       if (o[kUpdateLimit].present()) head.update_limit = o[kUpdateLimit].as<float>() + stream;
-      if (o[kStats].present()) head.stats = o[kStats].as<float>() + index * kStatCount;
     }
     // Padding has no answer, but no garbage either.
     std::fill(head.y + head.tokens * width, head.y + all * width, 0.0F);

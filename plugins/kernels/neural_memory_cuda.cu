@@ -161,6 +161,11 @@ std::string CudaDevice::current(CudaDevice& device) {
 
 std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuration, DType values,
                                                const CudaDevice& device, std::string& error) {
+  if (configuration.gates != Gates::kToken) {
+    error = "[NeuralMemory] expected gates \"token\" on a GPU but got \"chunk\"; do build an engine for it with ";
+    error += "titans-export build, or pass memory_kernel=\"off\"";
+    return nullptr;
+  }
   if (values != DType::kFloat32 && values != DType::kFloat16 && values != DType::kBFloat16) {
     error = "[NeuralMemory] expected q, k and v of float32, float16 or bfloat16 but got another type; do cast them";
     return nullptr;

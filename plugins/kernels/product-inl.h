@@ -110,6 +110,9 @@ HWY_INLINE void panel(const Product (&products)[kProducts], std::size_t row, std
   for (; row + kTileRows <= rows; row += kTileRows) {
     tile<kTileRows, kVectors, kTail>(products, row, column, tail, epilogue);
   }
+  if constexpr (kTileRows > 4) {
+    for (; row + 4 <= rows; row += 4) tile<4, kVectors, kTail>(products, row, column, tail, epilogue);
+  }
   for (; row < rows; ++row) tile<1, kVectors, kTail>(products, row, column, tail, epilogue);
 }
 

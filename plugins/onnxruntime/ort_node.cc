@@ -45,6 +45,11 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
     if (!is_number(name, number)) return refuse_another_type(name);
     value = number;
   };
+  const auto read_real = [&](const char* name, float& value) {
+    float real = 0;
+    if (!found(api.KernelInfoGetAttribute_float(&info, name, &real))) return refuse_another_type(name);
+    value = real;
+  };
   read_text("mode", attributes.mode);
   read_text("schedule", attributes.schedule);
   read_text("activation", attributes.activation);
@@ -52,6 +57,19 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
   read_number("residual", attributes.residual);
   read_number("layer_norm", attributes.layer_norm);
   read_number("chunk_size", attributes.chunk_size);
+  read_text("gates", attributes.gates);
+  if (std::int64_t size = 0; is_number("batch_size", size)) {
+    attributes.batch_size = size;
+  } else {
+    refuse_another_type("batch_size");
+  }
+  read_real("loss_scale", attributes.loss_scale);
+  read_number("keys_per_token", attributes.keys_per_token);
+  read_number("lookahead", attributes.lookahead);
+  read_text("norm_weight", attributes.norm_weight);
+  read_number("momentum_order", attributes.momentum_order);
+  read_real("grad_clamp", attributes.grad_clamp);
+  read_number("orthogonalise", attributes.orthogonalise);
   std::size_t count = 0;
   if (found(api.KernelInfoGetAttributeArray_int64(&info, "widths", nullptr, &count))) {
     attributes.widths.resize(count);
@@ -133,6 +151,12 @@ Operands read_operands(const OrtApi& api, OrtKernelContext& context, const Confi
       stats.rank = 3;
       stats.shape[2] = kStatCount;
       operands[kStats] = output(api, context, kStats, stats, DType::kFloat32);
+    }
+    if (outputs > kBefore - kY) {
+      Tensor before = operands[kQ];
+      before.shape[2] = configuration.chunks(before.shape[2]);
+      before.shape[3] = configuration.all_elements();
+      operands[kBefore] = output(api, context, kBefore, before, DType::kFloat32);
     }
   }
   return operands;

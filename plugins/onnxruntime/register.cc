@@ -6,33 +6,39 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/onnxruntime/hyper_connection_op.h"
 #include "plugins/onnxruntime/neural_memory_op.h"
+#include "plugins/onnxruntime/session_entry.h"
 
 #define TITANS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-std::vector<const OrtCustomOp*> all_ops() {
+std::vector<const OrtCustomOp*> all_ops(bool on_cuda) {
   std::vector<const OrtCustomOp*> ops = titans::plugins::cpu_ops();
+  if (!on_cuda) ops.push_back(titans::plugins::hyper_connection_op());
 #ifdef TITANS_WITH_CUDA
   for (const OrtCustomOp* op : titans::plugins::cuda_ops()) ops.push_back(op);
 #endif
   return ops;
 }
 
-// Sessions refer to the domain for as long as they live, so it is never released. All sessions of one ONNX Runtime
-// share it; a process may hold two.
+// Sessions refer to the domain for as long as they live, so it is never released. All sessions of one ONNX Runtime on
+// one kind of device share it; a process may hold two.
 OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions& options) {
   static std::mutex mutex;
-  static auto& domains = *new std::map<const OrtApi*, OrtCustomOpDomain*>;
+  static auto& domains = *new std::map<std::pair<const OrtApi*, bool>, OrtCustomOpDomain*>;
+  int on_cuda = 0;
+  if (OrtStatus* status = api.HasSessionConfigEntry(&options, titans::plugins::kCudaEntry, &on_cuda)) return status;
   const std::lock_guard lock(mutex);
-  OrtCustomOpDomain*& domain = domains[&api];
+  OrtCustomOpDomain*& domain = domains[{&api, on_cuda != 0}];
   if (domain == nullptr) {
     OrtCustomOpDomain* made = nullptr;
     if (OrtStatus* status = api.CreateCustomOpDomain(titans::plugins::kDomain, &made)) return status;
-    for (const OrtCustomOp* op : all_ops()) {
+    for (const OrtCustomOp* op : all_ops(on_cuda != 0)) {
       if (OrtStatus* status = api.CustomOpDomain_Add(made, op)) {
         api.ReleaseCustomOpDomain(made);
         return status;

@@ -136,6 +136,12 @@ std::string check_presence(const Node& node) {
         break;
       case kSlots:
         break;
+      case kModulation:
+      case kPrevious:
+      case kPreviousGate:
+      case kBefore:
+        allowed = false;  // they come with gates "chunk"
+        break;
       case kLearn:
       case kValid:
       case kUpdateLimit:
@@ -185,10 +191,14 @@ std::string read_fields(const PluginFieldCollection& fields, Node& node) {
   std::string alias = kAliases[static_cast<std::size_t>(Alias::kTwoBuffers)], inputs, outputs;
   for (const Text& text :
        {Text{"mode", &a.mode, true}, Text{"schedule", &a.schedule, true}, Text{"activation", &a.activation, true},
-        Text{"storage", &a.storage, false}, Text{"alias", &alias, false}, Text{"inputs", &inputs, true},
-        Text{"outputs", &outputs, true}}) {
+        Text{"storage", &a.storage, false}, Text{"gates", &a.gates, false}, Text{"alias", &alias, false},
+        Text{"inputs", &inputs, true}, Text{"outputs", &outputs, true}}) {
     std::string problem = read(fields, text);
     if (!problem.empty()) return problem;
+  }
+  if (a.gates == "chunk") {
+    return wrong("gates \"token\", which this plugin computes", "\"chunk\"",
+                 "build the engine with titans-export build, which writes such a memory as standard operators");
   }
   std::vector<std::int64_t> residual{a.residual}, layer_norm{a.layer_norm}, chunk_size, built_for;
   for (const Integers& integers : {Integers{"widths", &a.widths, true}, Integers{"chunk_size", &chunk_size, true},
@@ -225,6 +235,7 @@ NodeFields::NodeFields(const Node& node) {
   add_text("schedule", a.schedule);
   add_text("activation", a.activation);
   add_text("storage", a.storage);
+  add_text("gates", a.gates);
   add_integers("widths", {a.widths.begin(), a.widths.end()});
   add_integers("residual", {static_cast<std::int32_t>(a.residual)});
   add_integers("layer_norm", {static_cast<std::int32_t>(a.layer_norm)});
@@ -253,10 +264,11 @@ void NodeFields::add_integers(const char* name, std::vector<std::int32_t> values
 }
 
 const PluginFieldCollection& NodeFields::names() {
-  static const std::array<PluginField, 11> fields{{{"mode", nullptr, PluginFieldType::kCHAR},
+  static const std::array<PluginField, 12> fields{{{"mode", nullptr, PluginFieldType::kCHAR},
                                                    {"schedule", nullptr, PluginFieldType::kCHAR},
                                                    {"activation", nullptr, PluginFieldType::kCHAR},
                                                    {"storage", nullptr, PluginFieldType::kCHAR},
+                                                   {"gates", nullptr, PluginFieldType::kCHAR},
                                                    {"widths", nullptr, PluginFieldType::kINT32},
                                                    {"residual", nullptr, PluginFieldType::kINT32},
                                                    {"layer_norm", nullptr, PluginFieldType::kINT32},

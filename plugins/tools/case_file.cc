@@ -71,6 +71,15 @@ Attributes CaseFile::node_attributes() const {
   a.residual = attributes.value("residual", a.residual);
   a.layer_norm = attributes.value("layer_norm", a.layer_norm);
   a.storage = attributes.value("storage", a.storage);
+  a.gates = attributes.value("gates", a.gates);
+  if (attributes.contains("batch_size")) a.batch_size = attributes.at("batch_size").get<std::int64_t>();
+  a.loss_scale = attributes.value("loss_scale", a.loss_scale);
+  a.keys_per_token = attributes.value("keys_per_token", a.keys_per_token);
+  a.lookahead = attributes.value("lookahead", a.lookahead);
+  a.norm_weight = attributes.value("norm_weight", a.norm_weight);
+  a.momentum_order = attributes.value("momentum_order", a.momentum_order);
+  a.grad_clamp = attributes.value("grad_clamp", a.grad_clamp);
+  a.orthogonalise = attributes.value("orthogonalise", a.orthogonalise);
   return a;
 }
 

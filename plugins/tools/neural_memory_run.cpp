@@ -1,11 +1,12 @@
 // Runs the bare kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
 //
-//   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--time REPEATS]
+//   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--before]
+//                     [--time REPEATS]
 //   neural_memory_run --list-targets
 //
 // CASE is as case_file.h says. The state goes from call to call, in one buffer or, with --two-buffers, from one of two
-// to the other. OUT receives float32: each call's y and, after an update, its stats; at last the state. With --time all
-// calls are repeated, the state flowing on, and stdout has the nanoseconds of each.
+// to the other. OUT receives float32: each call's y and, after an update, its stats, with --before also that output; at
+// last the state. With --time all calls are repeated, the state flowing on, and stdout has the nanoseconds of each.
 #include <algorithm>
 #include <chrono>
 #include <fstream>
@@ -27,7 +28,7 @@ using namespace titans::kernels;
 struct Options {
   std::string input, output, target;
   std::size_t threads = 1, repeats = 0;
-  bool two_buffers = false;
+  bool two_buffers = false, before = false;
 };
 
 Options parse_options(int argc, char** argv) {
@@ -47,6 +48,8 @@ Options parse_options(int argc, char** argv) {
       options.repeats = std::stoul(value());
     } else if (word == "--two-buffers") {
       options.two_buffers = true;
+    } else if (word == "--before") {
+      options.before = true;
     } else {
       positional.push_back(word);
     }
@@ -90,6 +93,11 @@ void run(const Options& options) {
     if (!update) continue;
     results.push_back(std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1]) * kStatCount * 4));
     operands[kStats] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], kStatCount});
+    if (!options.before) continue;
+    const std::int64_t chunks = configuration.chunks(q.shape[2]), weights = configuration.all_elements();
+    results.push_back(
+        std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1] * chunks * weights) * 4));
+    operands[kBefore] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], chunks, weights});
   }
   for (std::size_t repeat = 0; repeat < std::max<std::size_t>(options.repeats, 1); ++repeat) {
     json each = json::array();
@@ -104,7 +112,9 @@ void run(const Options& options) {
       if (update) std::swap(state, next);
       if (repeat != 0) continue;
       write(out, operands[kY]);
-      if (update) write(out, operands[kStats]);
+      for (const Operand which : {kStats, kBefore}) {
+        if (operands[which].present()) write(out, operands[which]);
+      }
     }
     times.push_back(each);
   }

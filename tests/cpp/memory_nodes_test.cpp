@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "plugins/kernels/neural_memory.h"
 #include "test_bundle.h"
 #include "wire.h"
 
@@ -75,6 +76,29 @@ TEST(StateFlow, AReaderThatTheUpdateNeeds) {
   EXPECT_TRUE(in_place(before + update("state", "attended", "logits", "next")));
   const std::string chunks = before + update("state", "attended", "y", "state1") + read("state1", "y", "h1");
   EXPECT_TRUE(in_place(chunks + update("state1", "h1", "logits", "next")));
+}
+
+TEST(StateFlow, AReaderThatTheUpdateNeedsThroughHyperConnections) {
+  const auto connect = [](const std::string& domain) {
+    return node(domain, "HyperConnection", {"streams", "p", "b", "h", "weights"}, {"q", "streams_out", "beta"});
+  };
+  const std::string reader = read("state", "x", "h");
+  const std::string rest = update("state", "q", "y", "next") + plain("Relu", {"y"}, {"logits"});
+  EXPECT_TRUE(in_place(reader + connect("ai.titans") + rest));
+  EXPECT_FALSE(in_place(reader + connect("com.example") + rest)) << "nothing is known of somebody else's";
+}
+
+TEST(StateFlow, AMemoryThatReadsTheWeightsBeforeAnothersChunks) {
+  const auto chunk = [](const Names& inputs, const std::string& y, const std::string& next, const std::string& before) {
+    return node("ai.titans", "NeuralMemory", inputs, {y, next, "", before},
+                text_attribute("mode", "update") + text_attribute("gates", "chunk"));
+  };
+  const std::string first = chunk({"other", "x"}, "y", "other_next", "before");
+  const std::string second = chunk({"state", "y", "before"}, "logits", "next", "");
+  EXPECT_TRUE(in_place(first + second));
+  // The weights before a chunk are no view of the state that they came from.
+  EXPECT_TRUE(in_place(chunk({"state", "x"}, "y", "next", "before") + plain("Add", {"y", "before"}, {"logits"})));
+  EXPECT_FALSE(in_place(first + second + read("state", "x", "h"), {"logits", "next", "h"}));
 }
 
 TEST(StateFlow, AReaderThatMayComeLater) {
@@ -212,16 +236,19 @@ TEST(GraphNodes, SubgraphsWithinEachOther) {
 TEST(MemoryAttributes, UnknownOnesAreRefusedWhereverTheyStand) {
   const std::string good = update("state", "x", "y", "next");
   const std::string bad = node("ai.titans", "NeuralMemory", {"state"}, {"y"},
-                               text_attribute("mode", "read") + text_attribute("orthogonalise", "5"));
+                               text_attribute("mode", "read") + text_attribute("network", "swiglu"));
   const std::string within = plain("If", {"c"}, {"z"}, graph_attribute("then_branch", bad));
   const auto check = [](const std::string& bytes) {
     core::check_memory_attributes(core::read_nodes(bytes, "m.onnx"), "m.onnx");
   };
   check(model(good + plain("Softmax", {"x"}, {"z"}, text_attribute("axis", "1"))));
+  std::string known;
+  for (const std::string_view name : kernels::kAttributeNames) known += text_attribute(std::string(name), "1");
+  check(model(node("ai.titans", "NeuralMemory", {"state"}, {"y"}, known)));
   for (const std::string& bytes :
        {model(good + bad), model(good + within), model(good) + field(25, field(7, bad.substr(2)))}) {
     expect_error(TITANS_UNSUPPORTED,
-                 {"m.onnx", "NeuralMemory", "mode, schedule, widths", "got orthogonalise", "export the bundle again"},
+                 {"m.onnx", "NeuralMemory", "mode, schedule, widths", "got network", "export the bundle again"},
                  [&] { check(bytes); });
   }
 }

@@ -63,6 +63,20 @@ Attributes attributes(const std::string& mode = "update", const std::string& sch
   return a;
 }
 
+// With all that gates = "chunk" may have.
+Attributes chunk_attributes(const std::string& mode = "update", const std::string& schedule = "any") {
+  Attributes a = attributes(mode, schedule);
+  a.gates = "chunk";
+  a.batch_size = 2 * kChunk;
+  a.loss_scale = 1.0F / kWidth;
+  a.keys_per_token = 2;
+  a.lookahead = a.residual = a.layer_norm = 1;
+  a.norm_weight = "fast";
+  a.grad_clamp = 0.5F;
+  a.orthogonalise = 5;
+  return a;
+}
+
 Configuration configured(const Attributes& a) {
   Configuration c;
   EXPECT_EQ(configure(a, c), "");
@@ -75,15 +89,30 @@ class Call {
   explicit Call(const Configuration& c, std::int64_t tokens = 3) {
     const std::int64_t row = RowLayout(c).size;
     floats(kState, {kStreams, kHeads, row}, 0.3F);
-    for (const Operand operand : {kQ, kK, kV}) floats(operand, {kStreams, kHeads, tokens, kWidth}, 1.0F);
+    const std::int64_t keys = tokens * c.keys_per_token;
+    floats(kQ, {kStreams, kHeads, tokens, kWidth}, 1.0F);
+    for (const Operand operand : {kK, kV}) floats(operand, {kStreams, kHeads, keys, kWidth}, 1.0F);
+    floats(kStepSize, {kStreams, kHeads, keys}, 0.1F);
+    for (const Operand gate : {kMomentum, kForgetGate}) floats(gate, {kStreams, kHeads, tokens}, 0.1F);
     for (const Operand gate : {kStepSize, kMomentum, kForgetGate}) {
-      floats(gate, {kStreams, kHeads, tokens}, 0.1F);
       for (float& value : values_[gate]) value = std::abs(value);
     }
-    if (c.schedule == Schedule::kAny) integers(kFill, {0, 1});
+    if (c.schedule == Schedule::kAny) {
+      integers(kFill, {0, 1});
+    } else if (c.counts_batch()) {
+      integers(kFill, {0, c.chunk_size});
+    }
     floats(kY, {kStreams, kHeads, tokens, kWidth}, 0.0F);
     floats(kStateOut, {kStreams, kHeads, row}, 0.0F);
     floats(kStats, {kStreams, kHeads, kStatCount}, 0.0F);
+    if (c.gates == Gates::kChunk) {
+      const std::vector<std::int64_t> weights{kStreams, kHeads, c.chunks(tokens), c.all_elements()};
+      floats(kModulation, {kStreams, kHeads, tokens, c.tensors()}, 1.0F);
+      floats(kPrevious, weights, 0.3F);
+      floats(kPreviousGate, {kStreams, kHeads, tokens}, 0.3F);
+      floats(kBefore, weights, 0.0F);
+      return;
+    }
     // An open chunk's coefficients are gates and their products.
     const RowLayout layout(c);
     for (std::int64_t head = 0; head < kStreams * kHeads; ++head) {
@@ -175,6 +204,102 @@ TEST(NeuralMemoryAttributes, WrongOnesAreRefusedByName) {
   expect("layer_norm to be 0 or 1", [](Attributes& a) { a.layer_norm = -1; });
 }
 
+TEST(NeuralMemoryAttributes, WrongOnesOfChunksAreRefusedByName) {
+  const auto expect = [](const char* words, void (*change)(Attributes&)) {
+    Attributes a = chunk_attributes();
+    change(a);
+    Configuration c;
+    const std::string error = configure(a, c);
+    EXPECT_NE(error.find(words), std::string::npos) << error;
+    EXPECT_NE(error.find("; do "), std::string::npos) << error;
+  };
+  expect("gates to be \"token\" or \"chunk\" but got \"block\"", [](Attributes& a) { a.gates = "block"; });
+  expect("batch_size to be 0 or a multiple of chunk_size, 4, up to", [](Attributes& a) { a.batch_size = 6; });
+  expect("but got -4", [](Attributes& a) { a.batch_size = -4; });
+  expect("loss_scale to be finite and above 0", [](Attributes& a) { a.loss_scale = 0.0F; });
+  expect("loss_scale to be finite and above 0", [](Attributes& a) { a.loss_scale = std::nanf(""); });
+  expect("grad_clamp to be finite and at least 0", [](Attributes& a) { a.grad_clamp = -1.0F; });
+  expect("keys_per_token in [1,", [](Attributes& a) { a.keys_per_token = 0; });
+  expect("orthogonalise in [0, 100] but got 101", [](Attributes& a) { a.orthogonalise = 101; });
+  expect("lookahead to be 0 or 1 but got 2", [](Attributes& a) { a.lookahead = 2; });
+  expect("momentum_order to be 0 or 1 but got 2", [](Attributes& a) { a.momentum_order = 2; });
+  expect("norm_weight to be \"slow\" or \"fast\" but got \"\"", [](Attributes& a) { a.norm_weight.clear(); });
+  expect("layer_norm to be 1 with norm_weight \"fast\"", [](Attributes& a) { a.layer_norm = 0; });
+  expect("storage to be \"float32\" with gates \"chunk\"", [](Attributes& a) { a.storage = "bfloat16"; });
+
+  // Without chunks each of them would be ignored.
+  const auto expect_unknown = [](const std::string& name, void (*change)(Attributes&)) {
+    Attributes a = attributes();
+    change(a);
+    Configuration c;
+    EXPECT_NE(configure(a, c).find("attribute " + name + " to be left out with gates \"token\""), std::string::npos)
+        << configure(a, c);
+  };
+  expect_unknown("batch_size", [](Attributes& a) { a.batch_size = 2 * kChunk; });
+  expect_unknown("loss_scale", [](Attributes& a) { a.loss_scale = 0.5F; });
+  expect_unknown("keys_per_token", [](Attributes& a) { a.keys_per_token = 2; });
+  expect_unknown("lookahead", [](Attributes& a) { a.lookahead = 1; });
+  expect_unknown("norm_weight", [](Attributes& a) { a.norm_weight = "fast"; });
+  expect_unknown("momentum_order", [](Attributes& a) { a.momentum_order = 0; });
+  expect_unknown("grad_clamp", [](Attributes& a) { a.grad_clamp = 1.0F; });
+  expect_unknown("orthogonalise", [](Attributes& a) { a.orthogonalise = 5; });
+  Attributes same = attributes();
+  same.batch_size = kChunk;
+  EXPECT_EQ(configured(same).batch_size, kChunk);
+}
+
+TEST(NeuralMemoryCheck, RefusesOperandsOfChunks) {
+  const Configuration c = configured(chunk_attributes());
+  const auto expect = [](const Configuration& c, const char* words, const std::function<void(Call&)>& change,
+                         std::int64_t tokens = 3) {
+    Call call(c, tokens);
+    change(call);
+    expect_refused(c, call, words);
+  };
+  Call right(c);
+  EXPECT_EQ(make(c, {})->run(right.operands, alone()), "");
+  expect(c, "k of shape (2, 3, 6, 6) but got (2, 3, 3, 6)", [](Call& call) { call.operands[kK].shape[2] = 3; });
+  expect(c, "step_size of shape (2, 3, 6)", [](Call& call) { call.operands[kStepSize].shape[2] = 3; });
+  expect(c, "modulation of shape (2, 3, 3, 3)", [](Call& call) { call.operands[kModulation].shape[3] = 2; });
+  expect(c, "previous of shape (2, 3, 1, 126)", [](Call& call) { call.operands[kPrevious].shape[2] = 2; });
+  expect(c, "before of shape (2, 3, 1, 126)", [](Call& call) { call.operands[kBefore].shape[3] = 120; });
+  expect(c, "operand previous_gate but got none", [](Call& call) { call.operands[kPreviousGate] = {}; });
+  expect(c, "no previous_gate with no previous", [](Call& call) { call.operands[kPrevious] = {}; });
+  expect(c, "no norm_scale with norm_weight \"fast\"",
+         [](Call& call) { call.floats(kNormScale, {kHeads, kWidth}, 1.0F); });
+  expect(c, "before in memory of its own",
+         [](Call& call) { call.operands[kBefore].data = call.operands[kPrevious].data; });
+  expect(c, "fill in [0, 8) but got 8", [](Call& call) { call.integers(kFill, {0, 8}); });
+  for (const Operand gate : {kStepSize, kModulation, kPreviousGate}) {
+    expect(c, "to be finite", [&](Call& call) { call.values(gate).back() = std::nanf(""); });
+    expect(c, "at stream 1, head 2, token 2", [&](Call& call) { call.values(gate).back() = std::nanf(""); });
+  }
+  Call padded(c);
+  padded.integers(kValid, {3, 2});
+  for (const Operand gate : {kStepSize, kModulation, kPreviousGate}) padded.values(gate).back() = std::nanf("");
+  EXPECT_EQ(make(c, {})->run(padded.operands, alone()), "");
+
+  Attributes without = chunk_attributes();
+  without.momentum_order = 0;
+  expect(configured(without), "no momentum with momentum_order 0", [](Call&) {});
+  const Configuration aligned = configured(chunk_attributes("update", "aligned"));
+  expect(aligned, "operand fill but got none", [](Call& call) { call.operands[kFill] = {}; }, kChunk);
+  expect(aligned, "fill to be a multiple of 4", [](Call& call) { call.integers(kFill, {0, 2}); }, kChunk);
+  Attributes still = chunk_attributes("update", "aligned");
+  still.batch_size = 0;
+  expect(
+      configured(still), "no fill with schedule \"aligned\"", [](Call& call) { call.integers(kFill, {0, 0}); }, kChunk);
+  const Configuration token = configured(attributes());
+  for (const Operand operand : {kModulation, kPrevious, kBefore}) {
+    expect(token, "with gates \"token\" but got one", [&](Call& call) {
+      const std::int64_t weights = token.all_elements();
+      operand == kModulation ? call.floats(operand, {kStreams, kHeads, 3, 2}, 1.0F)
+                             : call.floats(operand, {kStreams, kHeads, 1, weights}, 1.0F);
+      if (operand == kPrevious) call.floats(kPreviousGate, {kStreams, kHeads, 3}, 1.0F);
+    });
+  }
+}
+
 TEST(NeuralMemoryCheck, RefusesShapesTypesAndLayouts) {
   const Configuration c = configured(attributes());
   const auto expect = [&](const char* words, const std::function<void(Call&)>& change) {
@@ -257,30 +382,32 @@ TEST(NeuralMemoryCheck, RefusesValuesOutOfRange) {
 class NeuralMemoryKernel : public testing::TestWithParam<std::string_view> {};
 
 TEST_P(NeuralMemoryKernel, AllocatesNothingAfterItsFirstCalls) {
-  for (const std::int64_t tokens : {1, 3, 9}) {
-    const Configuration c = configured(attributes());
-    const std::unique_ptr<CpuKernel> kernel = make(c, GetParam());
-    Call call(c, tokens);
-    EXPECT_EQ(kernel->run(call.operands, alone()), "");
-    const std::size_t before = allocations;
-    for (int i = 0; i < 20; ++i) EXPECT_EQ(kernel->run(call.operands, alone()), "");
-    EXPECT_EQ(allocations, before) << tokens << " tokens";
+  for (const Configuration& c : {configured(attributes()), configured(chunk_attributes())}) {
+    for (const std::int64_t tokens : {1, 3, 9}) {
+      const std::unique_ptr<CpuKernel> kernel = make(c, GetParam());
+      Call call(c, tokens);
+      EXPECT_EQ(kernel->run(call.operands, alone()), "");
+      const std::size_t before = allocations;
+      for (int i = 0; i < 20; ++i) EXPECT_EQ(kernel->run(call.operands, alone()), "");
+      EXPECT_EQ(allocations, before) << tokens << " tokens";
+    }
   }
 }
 
 TEST_P(NeuralMemoryKernel, GivesTheSameBitsWithAnyNumberOfThreads) {
-  const Configuration c = configured(attributes());
-  const std::unique_ptr<CpuKernel> kernel = make(c, GetParam());
-  Call once(c, 9);
-  EXPECT_EQ(kernel->run(once.operands, alone()), "");
-  for (const std::size_t threads : {2U, 3U, 5U}) {
-    SpinPool pool(threads);
-    for (int repeat = 0; repeat < 20; ++repeat) {
-      Call again(c, 9);
-      EXPECT_EQ(kernel->run(again.operands, pool.parallel()), "");
-      EXPECT_EQ(again.values(kY), once.values(kY));
-      EXPECT_EQ(again.values(kStateOut), once.values(kStateOut));
-      EXPECT_EQ(again.values(kStats), once.values(kStats));
+  for (const Configuration& c : {configured(attributes()), configured(chunk_attributes())}) {
+    const std::unique_ptr<CpuKernel> kernel = make(c, GetParam());
+    Call once(c, 9);
+    EXPECT_EQ(kernel->run(once.operands, alone()), "");
+    for (const std::size_t threads : {2U, 3U, 5U}) {
+      SpinPool pool(threads);
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        Call again(c, 9);
+        EXPECT_EQ(kernel->run(again.operands, pool.parallel()), "");
+        for (const Operand operand : {kY, kStateOut, kStats, kBefore}) {
+          EXPECT_EQ(again.values(operand), once.values(operand)) << kOperandNames[operand];
+        }
+      }
     }
   }
 }

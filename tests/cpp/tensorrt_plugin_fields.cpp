@@ -12,6 +12,7 @@ Fields::Fields(const kernels::Attributes& a, const std::string& inputs, const st
   set_text("schedule", a.schedule);
   set_text("activation", a.activation);
   set_text("storage", a.storage);
+  set_text("gates", a.gates);
   set_int32("widths", {a.widths.begin(), a.widths.end()});
   set_int32("residual", {static_cast<std::int32_t>(a.residual)});
   set_int32("layer_norm", {static_cast<std::int32_t>(a.layer_norm)});

@@ -65,7 +65,8 @@ TEST_P(PluginLibrary, NamesTheFieldsThatTheParserShallPass) {
   const nvinfer1::PluginFieldCollection* known = library.creator().getFieldNames();
   for (std::int32_t i = 0; i < known->nbFields; ++i) names.insert(known->fields[i].name);
   std::set<std::string> expected{"alias", "inputs", "outputs"};
-  for (const std::string_view name : kAttributeNames) expected.emplace(name);
+  // Of the others none has a meaning where gates is what the plugin takes.
+  for (std::size_t i = 0; i < kCommonAttributes; ++i) expected.emplace(kAttributeNames[i]);
   EXPECT_EQ(names, expected);
 }
 
@@ -110,7 +111,7 @@ TEST_P(PluginLibrary, AliasesTheStateOnlyWhereItIsDeclared) {
   Fields left_out = fields();
   left_out.remove("alias");
   Fields kept = built(left_out).engine;
-  EXPECT_EQ(std::string(static_cast<const char*>(kept.collection().fields[8].data)), "two-buffers");
+  EXPECT_EQ(std::string(static_cast<const char*>(kept.collection().fields[9].data)), "two-buffers");
 }
 
 TEST_P(PluginLibrary, TakesTheTypesOfTheOperatorAndNoOthers) {
@@ -167,8 +168,8 @@ TEST_P(PluginLibrary, AnEngineKeepsAllThatTheNodeIs) {
   inputs.push_back({DataType::kFLOAT, {3, 6}, {3, 6}, {3, 6}});
   const Built b = build(library, Fields(a, names, "y,state_out", "declared"), inputs, false);
   for (const char* part :
-       {"mode=update", "schedule=any", "activation=gelu", "storage=bfloat16", "widths=6x10x6", "residual=1",
-        "layer_norm=1", "chunk_size=4", "alias=declared",
+       {"mode=update", "schedule=any", "activation=gelu", "storage=bfloat16", "gates=token", "widths=6x10x6",
+        "residual=1", "layer_norm=1", "chunk_size=4", "alias=declared",
         "inputs=state,q,k,v,step_size,momentum,forget_gate,fill,learn,norm_scale", "outputs=y,state_out "}) {
     EXPECT_NE((b.timing_cache_id + " ").find(part), std::string::npos) << b.timing_cache_id;
   }
@@ -190,7 +191,7 @@ TEST_P(PluginLibrary, TakesFieldsAsOthersWriteThem) {
   other.set_int64("widths", {6, 10, 6});
   other.set_int64("chunk_size", {4});
   other.set_text("mode", "update", false);
-  for (const char* name : {"storage", "residual", "layer_norm"}) other.remove(name);
+  for (const char* name : {"storage", "gates", "residual", "layer_norm"}) other.remove(name);
   EXPECT_EQ(built(other).timing_cache_id, built(fields()).timing_cache_id);
 }
 
@@ -215,7 +216,12 @@ TEST_P(PluginLibrary, RefusesWrongFieldsByName) {
   expect("attribute storage to be", [](Fields& f) { f.set_text("storage", "int8"); });
   expect("field alias to be \"declared\" or \"undeclared\" or \"two-buffers\" but got \"both\"",
          [](Fields& f) { f.set_text("alias", "both"); });
-  expect("fields that this plugin knows but got \"gates\"", [](Fields& f) { f.set_text("gates", "chunk"); });
+  expect("fields that this plugin knows but got \"loss_scale\"", [](Fields& f) { f.set_float("loss_scale", 0.5F); });
+  expect("gates \"token\", which this plugin computes but got \"chunk\"; do build the engine with titans-export build",
+         [](Fields& f) { f.set_text("gates", "chunk"); });
+  expect("attribute gates to be \"token\" or \"chunk\"", [](Fields& f) { f.set_text("gates", "block"); });
+  expect("no modulation in field inputs",
+         [](Fields& f) { f.set_text("inputs", "state,q,k,v,step_size,momentum,forget_gate,fill,modulation"); });
   expect("in field inputs but got \"w\"", [](Fields& f) { f.set_text("inputs", "state,q,w"); });
   expect("in field outputs but got \"state\"", [](Fields& f) { f.set_text("outputs", "y,state"); });
   expect("in field inputs but got \"\"", [](Fields& f) { f.set_text("inputs", ""); });

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hyper_nodes import MORE_THAN_THE_KERNEL_TAKES, add_connections
 
 from titans_runtime._library import _library_path, backend_library
 
@@ -174,3 +175,15 @@ def test_a_second_device(machine: dict[str, str], bundles: dict[str, Path]) -> N
     two = {"TITANS_FAKE_DEVICES": "2", "TITANS_FAKE_ORDINAL": "1"}
     assert _run(machine, bundles["lmm"], device="cuda:1", **two).get("passed")
     assert _run(machine, bundles["lmm"], device="cuda:2", **two)["status"] == 4
+
+
+def test_hyper_connections_run_as_functions_on_the_device(
+    machine: dict[str, str], bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """Their kernel is the CPU's, and it refuses these nodes."""
+    path = Path(shutil.copytree(bundles["lmm"], tmp_path / "connected.titans"))
+    add_connections(path, MORE_THAN_THE_KERNEL_TAKES)
+    answer = _run(machine, path)
+    assert answer.get("passed"), answer
+    assert answer["info"]["memory_kernel"] == "cuda-sm89"
+    assert "[HyperConnection] expected attribute iterations" in _run(machine, path, device="cpu")["error"]

@@ -112,11 +112,12 @@ def _tensorrt(
         cache = request.timing_cache.read_bytes() if request.timing_cache.exists() else b""
     settings = Settings(workspace=plan.workspace, timing_cache=cache, profiles=request.profiles)
     if plan.compiler == TENSORRT:
-        settings.plugin_library = tensorrt.plugin_library(
-            request.plugin_library, tensorrt.release(vendor.__version__)[0]
-        )
-        settings.embed_plugin = request.embed_plugin
-        settings.aliased = plan.alias == graphs.DECLARED
+        if plan.plugin:
+            settings.plugin_library = tensorrt.plugin_library(
+                request.plugin_library, tensorrt.release(vendor.__version__)[0]
+            )
+            settings.embed_plugin = request.embed_plugin
+            settings.aliased = plan.alias == graphs.DECLARED
         settings.open_here = True
     else:
         settings.capabilities = [plan.target.sm or 0]
@@ -138,7 +139,7 @@ def _onnxruntime(
     source = plan.source(graph)
     if plan.target.gpu:
         lowered = lower_precision(graphs.load_graph(source), plan.precision, memory=False)
-        model = ort.point_back(lowered, source)
+        model = ort.point_back(graphs.with_kernels(lowered), source)
     else:
         model = ort.optimise(source, work)
     file.write_bytes(model.SerializeToString(deterministic=True))
@@ -164,7 +165,6 @@ def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, An
         driver = tensorrt_rtx.cuda_major() * 1000
     if driver is not None:
         cuda = f"{driver // 1000}.{driver % 1000 // 10}"
-    plugin = plan.compiler == TENSORRT
     return {
         "name": plan.name,
         "target": target.name,
@@ -176,8 +176,8 @@ def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, An
         "platform": target.platform if target.gpu else machine.platform,
         "cuda": cuda,
         "driver": driver,
-        "memory": {TENSORRT: "plugin", RTX: "standard-operators", ORT: "either"}[plan.compiler],
-        "plugin": graphs.PLUGIN if plugin else None,
+        "memory": "either" if plan.compiler == ORT else "plugin" if plan.plugin else "standard-operators",
+        "plugin": graphs.PLUGIN if plan.plugin else None,
         "alias": plan.alias,
         "state_in_place": plan.in_place,
         "graphs": entries,

@@ -17,9 +17,9 @@ DOMAIN, OPERATOR = "ai.titans", "NeuralMemory"
 PLUGIN = {"name": OPERATOR, "namespace": DOMAIN, "version": "1"}
 INPUTS = (
     "state", "q", "k", "v", "step_size", "momentum", "forget_gate", "fill", "learn", "valid", "slots", "update_limit",
-    "norm_scale",
+    "norm_scale", "modulation", "previous", "previous_gate",
 )  # fmt: skip
-OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}
+OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}  # of nodes that a GPU's kernels cover
 DECLARED, UNDECLARED, TWO_BUFFERS = "declared", "undeclared", "two-buffers"
 ALIASES = (DECLARED, UNDECLARED, TWO_BUFFERS)
 _SHAPE_ONLY = {"Shape", "Size"}  # what takes no values from its input, so proves no order
@@ -52,6 +52,11 @@ def write_graph(model: onnx.ModelProto, path: Path) -> Path:
 def is_memory(node: onnx.NodeProto) -> bool:
     """Whether the node is a memory's."""
     return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
+
+
+def has_kernel(node: onnx.NodeProto) -> bool:
+    """Whether the node is a memory's that our kernels for GPUs compute. Others become operators of ONNX for a GPU."""
+    return is_memory(node) and attribute(node, "gates") in (None, "token")
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
@@ -113,7 +118,7 @@ def _may_share(graph: onnx.GraphProto, entry: dict[str, Any]) -> bool:
         before = _ancestors(graph, update)
         if rows in captured or rows in given or list(update.input).count(rows) != 1:
             return False
-        if not all(is_memory(node) and node.output[0] in before for node in others):
+        if not all(has_kernel(node) and node.output[0] in before for node in others):
             return False
     return True
 
@@ -122,7 +127,7 @@ def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     """The memory updates that make a value one from the other's rows, in their order."""
     makers = {name: node for node in graph.node for name in node.output}
     found: list[onnx.NodeProto] = []
-    while (node := makers.get(output)) is not None and is_memory(node) and attribute(node, "mode") == "update":
+    while (node := makers.get(output)) is not None and has_kernel(node) and attribute(node, "mode") == "update":
         if node.output[1] != output:
             return []
         found.insert(0, node)
@@ -149,21 +154,42 @@ def _ancestors(graph: onnx.GraphProto, node: onnx.NodeProto) -> set[str]:
     return found
 
 
+def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose memory nodes with a kernel for GPUs stay nodes, with their functions. All other functions become
+    operators of ONNX.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    covered = {node.overload for node in _all_nodes(model.graph) if has_kernel(node)}
+    kept: list[onnx.FunctionProto] = []
+    others: list[onnx.FunctionProto] = []
+    for function in model.functions:
+        memory = (function.domain, function.name) == (DOMAIN, OPERATOR) and function.overload in covered
+        (kept if memory else others).append(function)
+    if others:
+        # The inliner leaves what it finds no function for.
+        del result.functions[:]
+        result.functions.extend(others)
+        result = inliner.inline_local_functions(result)
+        del result.functions[:]
+        result.functions.extend(kept)
+    return result
+
+
 def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> onnx.ModelProto:
     """The graph for full TensorRT: memory nodes as its parser gives them to the plugin, and no functions.
 
     `shared` are the state inputs that one buffer serves; nodes of any other state have two.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = with_kernels(model)
     # A function of the same name would win over the plugin.
     del result.functions[:]
     used = {name for node in _all_nodes(result.graph) for name in node.input} | {v.name for v in result.graph.output}
-    updates = [node for node in result.graph.node if is_memory(node) and attribute(node, "mode") == "update"]
+    updates = [node for node in result.graph.node if has_kernel(node) and attribute(node, "mode") == "update"]
     roots = {node.output[0]: _chain(result.graph, node.output[1])[0].input[0] for node in updates}
     whole_numbers: dict[str, str] = {}  # of what is bool, which TensorRT does not give to plugins
     for node in result.graph.node:
-        if not is_memory(node):
+        if not has_kernel(node):
             continue
         mode = attribute(node, "mode")
         given = [name for name, value in zip(INPUTS, node.input, strict=False) if value]
@@ -185,8 +211,9 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
             "inputs": ",".join(given),
             "outputs": ",".join(outputs),
         }
-        if attribute(node, "storage") is None:
-            added["storage"] = "float32"
+        for name, value in (("storage", "float32"), ("gates", "token")):
+            if attribute(node, name) is None:
+                added[name] = value
         node.attribute.extend(helper.make_attribute(name, value) for name, value in added.items())
     for name, converted in whole_numbers.items():
         makers = [index for index, node in enumerate(result.graph.node) if name in node.output]

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from ..errors import MachineError
-from .graphs import DOMAIN, is_memory
+from .graphs import DOMAIN
 
 _DOMAINS = ("", "ai.titans", "com.microsoft")
 
@@ -38,8 +38,8 @@ def optimise(source: Path, work: Path) -> ModelProto:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
-    missing = {node.overload for node in model.graph.node if is_memory(node)} - {f.overload for f in model.functions}
-    if missing or not any(node.domain == DOMAIN for node in model.graph.node):
+    kept_nodes = {(node.op_type, node.overload) for node in model.graph.node if node.domain == DOMAIN}
+    if not kept_nodes or kept_nodes - {(function.name, function.overload) for function in model.functions}:
         raise MachineError(
             "build", "ONNX Runtime to keep the memory's nodes", f"{onnxruntime.__version__}, which does not",
             "pip install -U onnxruntime",

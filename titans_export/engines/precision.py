@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import TitansError
-from .graphs import is_memory
+from .graphs import has_kernel
 from .targets import BF16, FP16, FP32
 
 ELEMENT = {FP32: TensorProto.FLOAT, FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
@@ -49,7 +49,7 @@ class _Pass:
 
     def run(self, memory: bool) -> None:
         for node in list(self.graph.node):
-            if memory and is_memory(node):
+            if memory and has_kernel(node):
                 last = min(_VALUE, len(node.input) - 1)
                 self._convert(node, [i for i in range(_QUERY, last + 1) if node.input[i]])
             elif node.op_type in _PRODUCTS and node.domain == "" and self._is_float32(node):

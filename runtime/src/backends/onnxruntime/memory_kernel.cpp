@@ -9,6 +9,7 @@
 
 #include "backends/onnxruntime/memory_nodes.h"
 #include "error.h"
+#include "plugins/onnxruntime/session_entry.h"
 #include "shared_library.h"
 
 namespace titans::core {
@@ -88,6 +89,9 @@ void MemoryKernel::load_gpu(int ordinal) {
 
 void MemoryKernel::register_in(OrtSessionOptions& options, const OrtLibrary& library) const {
   if (!used()) return;
+  if (count_made_ != nullptr) {
+    library.check(library.api().AddSessionConfigEntry(&options, plugins::kCudaEntry, "1"), "session options", kAdvice);
+  }
   library.check(library.api().RegisterCustomOpsLibrary_V2(&options, library_.c_str()), expected_library(library_),
                 kAdvice, TITANS_UNSUPPORTED);
 }

@@ -16,6 +16,8 @@ constexpr std::size_t kStateOutput = 1;  // as docs/operator.md numbers them
 
 bool is_standard(const Node& node) { return node.domain.empty() || node.domain == "ai.onnx"; }
 bool is_memory(const Node& node) { return node.domain == "ai.titans" && node.op_type == "NeuralMemory"; }
+// Each of its outputs needs the values of all its inputs.
+bool is_hyper_connection(const Node& node) { return node.domain == "ai.titans" && node.op_type == "HyperConnection"; }
 
 // The output that is input 0 written over, where the node is right on one buffer for both.
 std::optional<std::string_view> written_over(const Node& node) {
@@ -37,7 +39,7 @@ std::optional<std::string_view> written_over(const Node& node) {
 bool may_ignore_values(const Node& node) {
   constexpr std::array<std::string_view, 7> kIgnorant{
       "Shape", "Size", "CastLike", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Dropout"};
-  if (is_memory(node)) return false;
+  if (is_memory(node) || is_hyper_connection(node)) return false;
   return !is_standard(node) || std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
 }
 

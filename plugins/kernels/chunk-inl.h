@@ -1,0 +1,319 @@
+// One head of the operator with gates = "chunk" (docs/operator.md has the equations; names are those of the packed
+// row). Compiled once for each instruction set.
+//
+// Between two folds W is only read, for the queries of up to a chunk of tokens at once; keys, values and step sizes
+// wait in the packed row, or stay where they are when a call brings the whole chunk. A fold is one forward and backward
+// pass over the chunk's keys and then, tensor by tensor, one pass over the outer products with S and W.
+
+#if defined(TITANS_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_CHUNK_INL_H_
+#undef TITANS_CHUNK_INL_H_
+#else
+#define TITANS_CHUNK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "plugins/kernels/cpu_head.h"
+#include "plugins/kernels/gemv-inl.h"
+#include "plugins/kernels/newton_schulz-inl.h"
+#include "plugins/kernels/outer-inl.h"
+#include "plugins/kernels/product-inl.h"
+#include "plugins/kernels/rows-inl.h"
+#include "plugins/kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace titans::kernels::HWY_NAMESPACE {
+
+class ChunkRun {
+ public:
+  ChunkRun(const Plan& plan, const Head& head, Scratch& scratch)
+      : c_(plan.configuration),
+        layout_(plan.layout),
+        head_(head),
+        scratch_(scratch),
+        depth_(c_.depth),
+        chunk_(static_cast<std::size_t>(c_.chunk_size)),
+        keys_per_token_(static_cast<std::size_t>(c_.keys_per_token)),
+        width_(static_cast<std::size_t>(c_.widths[0])),
+        elements_(static_cast<std::size_t>(c_.all_elements())),
+        w_(field(layout_.w[0])) {}
+
+  void update() {
+    const auto tokens = static_cast<std::size_t>(head_.tokens);
+    std::size_t fill = static_cast<std::size_t>(head_.fill) % chunk_, done = 0, answered = 0;
+    while (done < tokens) {
+      const std::size_t count = HWY_MIN(tokens - done, chunk_ - fill);
+      const bool whole = count == chunk_;
+      if (!whole) keep(done, fill, count);
+      done += count;
+      fill += count;
+      if (fill < chunk_) break;
+      // The token that completes a chunk is answered by the weights that contain it.
+      retrieve(answered, done - 1 - answered);
+      answered = done - 1;
+      complete(done, whole);
+      fill = 0;
+    }
+    retrieve(answered, tokens - answered);
+  }
+
+  void read() {
+    const auto tokens = static_cast<std::size_t>(head_.tokens), rows = scratch_.rows;
+    for (std::size_t done = 0; done < tokens; done += rows) retrieve(done, HWY_MIN(rows, tokens - done));
+  }
+
+  void write_stats() const {
+    if (head_.stats == nullptr) return;
+    head_.stats[0] = loss_;
+    head_.stats[1] = update_norm_;
+    head_.stats[2] = committed_;
+    head_.stats[3] = rejected_;
+  }
+
+ private:
+  std::size_t in(int layer) const { return static_cast<std::size_t>(c_.in(layer)); }
+  std::size_t out(int layer) const { return static_cast<std::size_t>(c_.out(layer)); }
+  std::size_t index(int layer) const { return static_cast<std::size_t>(layer); }
+  float* field(std::int64_t offset) const { return head_.row + offset; }
+  // Where a tensor begins among all weights.
+  std::size_t offset(int tensor) const { return static_cast<std::size_t>(layout_.w[index(tensor)] - layout_.w[0]); }
+
+  // What stands around the network with these weights.
+  Around around(const float* weights) const {
+    const float* scale = head_.norm_scale;
+    if (c_.fast_norm()) {
+      const float* gamma = weights + offset(depth_);
+      const Vector one = hn::Set(Floats(), 1.0F);
+      each_vector(width_, [&](std::size_t i, std::size_t n)
+                              HWY_ATTR { store(hn::Add(load(gamma + i, n), one), scratch_.scale + i, n); });
+      scale = scratch_.scale;
+    }
+    return {c_.layer_norm, c_.residual, scale, width_, scratch_.scores};
+  }
+
+  // Takes `count` tokens of the call from `at` into rows of the open chunk.
+  void keep(std::size_t at, std::size_t fill, std::size_t count) {
+    const std::size_t from = at * keys_per_token_, to = fill * keys_per_token_, rows = count * keys_per_token_;
+    std::memcpy(field(layout_.k) + to * width_, head_.k + from * width_, rows * width_ * sizeof(float));
+    std::memcpy(field(layout_.v) + to * width_, head_.v + from * width_, rows * width_ * sizeof(float));
+    if (head_.learn) {
+      std::memcpy(field(layout_.theta) + to, head_.step_size + from, rows * sizeof(float));
+    } else {
+      std::memset(field(layout_.theta) + to, 0, rows * sizeof(float));
+    }
+  }
+
+  // y = M_W(q) for tokens [at, at + count).
+  void retrieve(std::size_t at, std::size_t count) {
+    if (count == 0) return;
+    const float* q = head_.q + at * width_;
+    float* y = head_.y + at * width_;
+    const Around around = this->around(w_);
+    Rows x{const_cast<float*>(q), width_};
+    for (int i = 0; i < depth_; ++i) {
+      const Rows next{scratch_.x[index(i & 1)], padded(out(i))};
+      const float* w = w_ + offset(i);
+      if (count == 1) {
+        gemv<Pass::kOne>(Gemv<Float32>{in(i), out(i), w, nullptr, x.data, nullptr, nullptr, next.data, nullptr});
+        if (i + 1 < depth_) activate_row(c_.activation, next.data, out(i), next.data, nullptr);
+      } else {
+        const Product products[] = {{x.data, x.stride, w, out(i), in(i)}};
+        if (i + 1 < depth_) {
+          activated(c_.activation, products, count, out(i),
+                    [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n)
+                        HWY_ATTR { store(act.value, next[row] + column, n); });
+        } else {
+          plain(products, count, out(i), next);
+        }
+      }
+      x = next;
+    }
+    for (std::size_t t = 0; t < count; ++t) finish_row(around, x[t], q + t * width_, y + t * width_);
+  }
+
+  // ---- the end of a chunk, whose last token is `done` - 1 ----
+
+  void complete(std::size_t done, bool whole) {
+    if (head_.before != nullptr) std::memcpy(head_.before + chunks_ * elements_, w_, elements_ * sizeof(float));
+    const std::size_t chunk = chunks_++;
+    if (!head_.learn) return;
+    const std::size_t first = (done - chunk_) * keys_per_token_;
+    const float* k = whole ? head_.k + first * width_ : field(layout_.k);
+    const float* v = whole ? head_.v + first * width_ : field(layout_.v);
+    const float* theta = whole ? head_.step_size + first : field(layout_.theta);
+    const std::size_t rows = chunk_ * keys_per_token_ - (c_.lookahead ? 1 : 0);
+    differentiate(point(done - 1, chunk), k, c_.lookahead ? v + width_ : v, theta, rows);
+
+    const bool guarded = head_.update_limit != nullptr;
+    eta_ = c_.momentum ? head_.momentum[done - 1] : 0.0F;
+    keep_ = 1.0F - head_.forget_gate[done - 1];
+    w_next_ = guarded ? scratch_.weights_next : w_;
+    s_next_ = guarded ? scratch_.surprise_next : field(layout_.s[0]);
+    float squares = 0.0F;
+    for (int p = 0; p < c_.tensors(); ++p) squares += fold(p, done - 1, rows);
+    const float norm = std::sqrt(squares);
+    const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
+    if (commit) {
+      if (guarded) std::memcpy(w_, w_next_, elements_ * sizeof(float));
+      if (guarded && c_.momentum) std::memcpy(field(layout_.s[0]), s_next_, elements_ * sizeof(float));
+      if (c_.counts_batch() && (head_.fill + static_cast<std::int64_t>(done)) % c_.batch_size == 0) {
+        std::memcpy(field(layout_.g[0]), w_, elements_ * sizeof(float));
+      }
+    }
+    if (!(norm <= update_norm_) && !std::isnan(update_norm_)) update_norm_ = norm;  // a NaN stays
+    (commit ? committed_ : rejected_) += 1.0F;
+  }
+
+  // The weights at which the gradient is taken.
+  const float* point(std::size_t token, std::size_t chunk) {
+    const float* point = c_.keeps_point() ? field(layout_.g[0]) : w_;
+    if (head_.previous == nullptr) return point;
+    const float* previous = head_.previous + chunk * elements_;
+    const Vector rho = hn::Set(Floats(), head_.previous_gate[token]);
+    each_vector(elements_, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      store(hn::MulAdd(rho, load(previous + i, n), load(point + i, n)), scratch_.point + i, n);
+    });
+    return scratch_.point;
+  }
+
+  // The gradient of the loss, in factors: that of matrix i is left_i^T right_i, that of gamma is in scratch.
+  void differentiate(const float* weights, const float* k, const float* v, const float* theta, std::size_t rows) {
+    const int last = depth_ - 1;
+    left_[0] = {const_cast<float*>(k), width_};
+    for (int i = 0; i < depth_; ++i) {
+      if (i > 0) left_[i] = {scratch_.left[index(i)], padded(in(i))};
+      right_[i] = {scratch_.right[index(i)], padded(out(i))};
+    }
+    for (int i = 0; i < last; ++i) {
+      const Rows derivative{scratch_.derivative[index(i)], padded(out(i))};
+      const Product products[] = {{left_[i].data, left_[i].stride, weights + offset(i), out(i), in(i)}};
+      activated(c_.activation, products, rows, out(i),
+                [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                  store(act.value, left_[i + 1][row] + column, n);
+                  store(act.derivative, derivative[row] + column, n);
+                });
+    }
+    const Product products[] = {{left_[last].data, left_[last].stride, weights + offset(last), out(last), in(last)}};
+    plain(products, rows, out(last), right_[last]);
+    const Around around = this->around(weights);
+    float* gamma = c_.fast_norm() ? scratch_.gamma_gradient : nullptr;
+    if (gamma != nullptr) fill_row(gamma, 0.0F, width_);
+    for (std::size_t r = 0; r < rows; ++r) {
+      loss_ += c_.loss_scale *
+               error_row(around, right_[last][r], k + r * width_, v + r * width_, c_.loss_scale * theta[r], gamma);
+    }
+    for (int i = last; i > 0; --i) {
+      const std::size_t stride = padded(in(i));
+      transpose(weights + offset(i), out(i), in(i), out(i), scratch_.transposed, stride);
+      const Rows derivative{scratch_.derivative[index(i - 1)], padded(in(i))};
+      const Product backward[] = {{right_[i].data, right_[i].stride, scratch_.transposed, stride, out(i)}};
+      multiply<Part::kAll>(backward, rows, in(i), 0,
+                           [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+                             store(hn::Mul(sum, load(derivative[row] + column, n)), right_[i - 1][row] + column, n);
+                           });
+    }
+  }
+
+  // Calls body(gradient, where among the tensor's elements, how many count) for each vector of tensor p's gradient.
+  template <class Body>
+  HWY_INLINE void each_gradient(int p, std::size_t rows, const Body& body) {
+    if (p == depth_) {
+      each_vector(width_,
+                  [&](std::size_t i, std::size_t n) HWY_ATTR { body(load(scratch_.gamma_gradient + i, n), i, n); });
+      return;
+    }
+    const std::size_t columns = out(p);
+    multiply_outer(Outer{left_[p].data, left_[p].stride, right_[p].data, right_[p].stride, rows}, in(p), columns,
+                   [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
+                       HWY_ATTR { body(sum, row * columns + column, n); });
+  }
+
+  // What grad_clamp makes of a gradient of that norm, as a factor.
+  float clamped(float norm) const {
+    if (norm == 0.0F) return 1.0F;
+    const float half = c_.grad_clamp / 2.0F;
+    return (std::tanh(norm / half) * half + half) / norm;
+  }
+
+  // Updates tensor p of W and S, in place or where a guarded fold waits. Returns the squared Frobenius norm of what W
+  // changes by.
+  float fold(int p, std::size_t token, std::size_t rows) {
+    const Floats d;
+    float by = head_.modulation == nullptr
+                   ? -1.0F
+                   : -head_.modulation[token * static_cast<std::size_t>(c_.tensors()) + index(p)];
+    if (c_.grad_clamp != 0.0F) {
+      Vector squares = hn::Zero(d);
+      each_gradient(p, rows, [&](Vector g, std::size_t, std::size_t) HWY_ATTR { squares = hn::MulAdd(g, g, squares); });
+      by *= clamped(std::sqrt(hn::ReduceSum(d, squares)));
+    }
+    const float* w = w_ + offset(p);
+    const float* s = c_.momentum ? field(layout_.s[0]) + offset(p) : nullptr;
+    float* w_next = w_next_ + offset(p);
+    float* s_next = c_.momentum ? s_next_ + offset(p) : nullptr;
+    const bool orthogonal = c_.orthogonalise > 0 && p < depth_;
+    const Vector scale = hn::Set(d, by), eta = hn::Set(d, eta_), keep = hn::Set(d, keep_);
+    Vector squares = hn::Zero(d);
+    const auto advance = [&](Vector update, std::size_t at, std::size_t n) HWY_ATTR {
+      const Vector old = load(w + at, n);
+      const Vector made = hn::MulAdd(keep, old, update);
+      const Vector change = hn::Sub(made, old);
+      squares = hn::MulAdd(change, change, squares);
+      store(made, w_next + at, n);
+    };
+    float* waiting = s_next != nullptr ? s_next : scratch_.update;
+    each_gradient(p, rows, [&](Vector g, std::size_t at, std::size_t n) HWY_ATTR {
+      Vector update = hn::Mul(scale, g);
+      if (s != nullptr) update = hn::MulAdd(eta, load(s + at, n), update);
+      if (s != nullptr || orthogonal) store(update, waiting + at, n);
+      if (orthogonal) {
+        squares = hn::MulAdd(update, update, squares);
+      } else {
+        advance(update, at, n);
+      }
+    });
+    if (!orthogonal) return hn::ReduceSum(d, squares);
+    const float norm = std::sqrt(hn::ReduceSum(d, squares));
+    const Rows update = orthogonalise(waiting, in(p), out(p), norm, c_.orthogonalise, scratch_);
+    squares = hn::Zero(d);
+    for (std::size_t i = 0; i < in(p); ++i) {
+      each_vector(out(p),
+                  [&](std::size_t j, std::size_t n) HWY_ATTR { advance(load(update[i] + j, n), i * out(p) + j, n); });
+    }
+    return hn::ReduceSum(d, squares);
+  }
+
+  const Configuration& c_;
+  const RowLayout& layout_;
+  const Head& head_;
+  Scratch& scratch_;
+  int depth_;
+  std::size_t chunk_, keys_per_token_, width_, elements_;
+  float* w_;  // all weights
+  Rows left_[kMaxDepth], right_[kMaxDepth];
+  float eta_ = 0.0F, keep_ = 1.0F;
+  float *w_next_ = nullptr, *s_next_ = nullptr;
+  std::size_t chunks_ = 0;  // that this call has completed
+  float loss_ = 0.0F, update_norm_ = 0.0F, committed_ = 0.0F, rejected_ = 0.0F;
+};
+
+inline void update_chunk_head(const Plan& plan, const Head& head, Scratch& scratch) {
+  ChunkRun run(plan, head, scratch);
+  run.update();
+  run.write_stats();
+}
+
+inline void read_chunk_head(const Plan& plan, const Head& head, Scratch& scratch) {
+  ChunkRun(plan, head, scratch).read();
+}
+
+}  // namespace titans::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

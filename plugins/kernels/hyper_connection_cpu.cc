@@ -1,0 +1,355 @@
+// HyperConnection on the CPU. A token's streams are read twice: for their norms and products with the projection, whose
+// few columns lie side by side in a vector, and for the mixture. Between the two come the exponentials and Sinkhorn's
+// iterations of a block of tokens, a token in each lane.
+//
+// This file is compiled once for each instruction set (Highway's foreach_target), those of neural_memory_cpu.cc.
+
+#define HWY_DISABLED_TARGETS (~(HWY_AVX3 | HWY_AVX2 | HWY_NEON_WITHOUT_AES | HWY_EMU128 | HWY_SCALAR))
+#define HWY_COMPILE_ALL_ATTAINABLE
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "plugins/kernels/hyper_connection_cpu.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+// What includes this file again comes first.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "plugins/kernels/hyper_connection_cpu.h"
+#include "plugins/kernels/vector-inl.h"
+
+#ifndef TITANS_HYPER_CONNECTION_CALL_
+#define TITANS_HYPER_CONNECTION_CALL_
+
+namespace titans::kernels::hyper_connection {
+
+// The operands of one call, row-major.
+struct Call {
+  const float *residuals, *projection, *bias;
+  const float *branch, *weight;  // null: none
+  float *input, *residuals_out;
+  float* beta;  // null: not wanted
+  std::size_t tokens, streams, width, columns;
+  std::int64_t iterations;
+};
+
+// The code of one instruction set: tokens [block * tokens_in_block, ...).
+struct CpuFunctions {
+  void (*mix)(const Call& call, std::size_t block);
+  std::size_t tokens_in_block;
+};
+
+}  // namespace titans::kernels::hyper_connection
+
+#endif  // TITANS_HYPER_CONNECTION_CALL_
+
+HWY_BEFORE_NAMESPACE();
+namespace titans::kernels::HWY_NAMESPACE {
+
+using hyper_connection::Call;
+using hyper_connection::CpuFunctions;
+using hyper_connection::kMaxStreams;
+
+inline constexpr float kEps = 1e-12F;
+inline constexpr std::size_t kMost = kMaxStreams;  // streams
+// Floats of each stream that are looked at together; a multiple of every vector.
+inline constexpr std::size_t kStrip = 256;
+
+// The columns of the projection, and the tokens of a block.
+using Columns = hn::CappedTag<float, 8>;
+inline constexpr std::size_t kColumnLanes = HWY_MAX_LANES_D(Columns);
+inline constexpr std::size_t kMostColumns = (kMost + 2 + kColumnLanes - 1) / kColumnLanes * kColumnLanes;
+using Tokens = hn::CappedTag<float, 8>;
+using TokenVector = hn::Vec<Tokens>;
+inline constexpr std::size_t kBlock = HWY_MAX_LANES_D(Tokens);
+
+HWY_INLINE TokenVector sigmoid_of_tokens(TokenVector x) {
+  const Tokens d;
+  const auto one = hn::Set(d, 1.0F);
+  return hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(x), hn::Set(d, 88.0F)))));
+}
+
+// Floats [i, i + count) of a stream with the branch's output added.
+template <bool kHasBranch>
+HWY_INLINE Vector load_stream(const float* stream, const float* branch, Vector weight, std::size_t i, std::size_t n) {
+  const Vector x = load(stream + i, n);
+  return kHasBranch ? hn::MulAdd(weight, load(branch + i, n), x) : x;
+}
+
+// products[s * kMostColumns + c] += sum over d of strips[s * kStrip + d] * projection[d * columns + c], for kStreams
+// streams and the columns of one vector. Of the rows, the first `whole` may be read beyond their end.
+template <std::size_t kStreams>
+void add_products(const float* strips, const float* projection, std::size_t size, std::size_t whole,
+                  std::size_t columns, std::size_t count, float* products) {
+  const Columns d;
+  hn::Vec<Columns> even[kStreams], odd[kStreams];
+  for (std::size_t s = 0; s < kStreams; ++s) even[s] = odd[s] = hn::Zero(d);
+  std::size_t i = 0;
+  for (; i + 2 <= whole; i += 2) {
+    const auto first = hn::LoadU(d, projection + i * columns);
+    const auto second = hn::LoadU(d, projection + (i + 1) * columns);
+    for (std::size_t s = 0; s < kStreams; ++s) {
+      even[s] = hn::MulAdd(hn::Set(d, strips[s * kStrip + i]), first, even[s]);
+      odd[s] = hn::MulAdd(hn::Set(d, strips[s * kStrip + i + 1]), second, odd[s]);
+    }
+  }
+  for (; i < size; ++i) {
+    const auto row = hn::LoadN(d, projection + i * columns, count);
+    for (std::size_t s = 0; s < kStreams; ++s) {
+      even[s] = hn::MulAdd(hn::Set(d, strips[s * kStrip + i]), row, even[s]);
+    }
+  }
+  for (std::size_t s = 0; s < kStreams; ++s) {
+    float* to = products + s * kMostColumns;
+    hn::StoreU(hn::Add(hn::LoadU(d, to), hn::Add(even[s], odd[s])), d, to);
+  }
+}
+
+// The logits of a token: to logits[(s * columns + c) * kBlock].
+template <bool kHasBranch, class Streams>
+void project_token(const Call& call, Streams streams, std::size_t token, float* logits) {
+  HWY_ALIGN float strips[kMost * kStrip];
+  HWY_ALIGN float products[kMost * kMostColumns];
+  float squares[kMost];
+  const std::size_t columns = call.columns;
+  const float* residuals = call.residuals + token * streams * call.width;
+  const float* branch = kHasBranch ? call.branch + token * call.width : nullptr;
+  std::fill(products, products + streams * kMostColumns, 0.0F);
+  std::fill(squares, squares + streams, 0.0F);
+  for (std::size_t start = 0; start < call.width; start += kStrip) {
+    const std::size_t size = std::min(kStrip, call.width - start);
+    for (std::size_t s = 0; s < streams; ++s) {
+      const Vector weight = hn::Set(Floats(), kHasBranch ? call.weight[token * streams + s] : 0.0F);
+      const float* stream = residuals + s * call.width;
+      squares[s] += sum_vectors(size, [&](std::size_t i, std::size_t n) HWY_ATTR {
+        const Vector x = load_stream<kHasBranch>(stream, branch, weight, start + i, n);
+        hn::StoreU(x, Floats(), strips + s * kStrip + i);
+        return hn::Mul(x, x);
+      });
+    }
+    for (std::size_t c = 0; c < columns; c += kColumnLanes) {
+      const std::size_t count = std::min(columns - c, kColumnLanes);
+      const float* projection = call.projection + start * columns + c;
+      // A vector from row i on ends at the last within the projection.
+      const std::size_t left = (call.width - start) * columns - c;
+      const std::size_t whole = left < kColumnLanes ? 0 : std::min(size, (left - kColumnLanes) / columns + 1);
+      std::size_t s = 0;
+      for (; s + 4 <= streams; s += 4) {
+        add_products<4>(strips + s * kStrip, projection, size, whole, columns, count, products + s * kMostColumns + c);
+      }
+      for (; s < streams; ++s) {
+        add_products<1>(strips + s * kStrip, projection, size, whole, columns, count, products + s * kMostColumns + c);
+      }
+    }
+  }
+  for (std::size_t s = 0; s < streams; ++s) {
+    const float norm = std::max(std::sqrt(squares[s]), kEps);
+    for (std::size_t c = 0; c < columns; ++c) {
+      logits[(s * columns + c) * kBlock] = products[s * kMostColumns + c] / norm + call.bias[s * columns + c];
+    }
+  }
+}
+
+// exp(mix) with its columns and then its rows divided by their sums, so many times. mix[s * streams + t].
+template <class Streams>
+HWY_INLINE void sinkhorn(Streams streams, std::int64_t iterations, TokenVector* mix) {
+  const Tokens d;
+  const auto one = hn::Set(d, 1.0F);
+  for (std::size_t t = 0; t < streams; ++t) {
+    auto most = mix[t];
+    for (std::size_t s = 1; s < streams; ++s) most = hn::Max(most, mix[s * streams + t]);
+    for (std::size_t s = 0; s < streams; ++s) {
+      mix[s * streams + t] = hn::Exp(d, hn::Sub(mix[s * streams + t], most));
+    }
+  }
+  for (std::int64_t i = 0; i < iterations; ++i) {
+    for (std::size_t t = 0; t < streams; ++t) {
+      auto sum = mix[t];
+      for (std::size_t s = 1; s < streams; ++s) sum = hn::Add(sum, mix[s * streams + t]);
+      // Never below the floor: a column has an entry of at least 1 / S^2.
+      const auto factor = hn::Div(one, sum);
+      for (std::size_t s = 0; s < streams; ++s) mix[s * streams + t] = hn::Mul(mix[s * streams + t], factor);
+    }
+    for (std::size_t s = 0; s < streams; ++s) {
+      auto sum = mix[s * streams];
+      for (std::size_t t = 1; t < streams; ++t) sum = hn::Add(sum, mix[s * streams + t]);
+      const auto factor = hn::Div(one, hn::Max(hn::Set(d, kEps), sum));
+      for (std::size_t t = 0; t < streams; ++t) mix[s * streams + t] = hn::Mul(mix[s * streams + t], factor);
+    }
+  }
+}
+
+// A token's outputs: output 0 is the branch's input, 1 + t is stream t. weights[output * streams + s].
+template <bool kHasBranch, class Streams>
+void mix_token(const Call& call, Streams streams, std::size_t token, const float* weights) {
+  const float* residuals = call.residuals + token * streams * call.width;
+  const float* branch = kHasBranch ? call.branch + token * call.width : nullptr;
+  float* input = call.input + token * call.width;
+  float* out = call.residuals_out + token * streams * call.width;
+  Vector of_branch[kMost];
+  if constexpr (kHasBranch) {
+    for (std::size_t s = 0; s < streams; ++s) of_branch[s] = hn::Set(Floats(), call.weight[token * streams + s]);
+  }
+  each_vector(call.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
+    Vector x[kMost];
+    for (std::size_t s = 0; s < streams; ++s) {
+      const Vector weight = kHasBranch ? of_branch[s] : hn::Zero(Floats());
+      x[s] = load_stream<kHasBranch>(residuals + s * call.width, branch, weight, i, n);
+    }
+    for (std::size_t t = 0; t <= streams; ++t) {
+      Vector sum = hn::Mul(hn::Set(Floats(), weights[t * streams]), x[0]);
+      for (std::size_t s = 1; s < streams; ++s) {
+        sum = hn::MulAdd(hn::Set(Floats(), weights[t * streams + s]), x[s], sum);
+      }
+      store(sum, t == 0 ? input + i : out + (t - 1) * call.width + i, n);
+    }
+  });
+}
+
+// `streams` is a number, or the type of one that the code is made for.
+template <bool kHasBranch, class Streams>
+void mix_block(const Call& call, Streams streams, std::size_t block) {
+  const Tokens d;
+  const std::size_t first = block * kBlock, tokens = std::min(kBlock, call.tokens - first), columns = call.columns;
+  HWY_ALIGN float logits[kMost * (kMost + 2) * kBlock];
+  if (tokens < kBlock) std::fill(logits, logits + streams * columns * kBlock, 0.0F);
+  for (std::size_t i = 0; i < tokens; ++i) project_token<kHasBranch>(call, streams, first + i, logits + i);
+
+  TokenVector mix[kMost * kMost];
+  for (std::size_t s = 0; s < streams; ++s) {
+    float* of_stream = logits + s * columns * kBlock;
+    hn::Store(sigmoid_of_tokens(hn::Load(d, of_stream)), d, of_stream);
+    for (std::size_t t = 0; t < streams; ++t) mix[s * streams + t] = hn::Load(d, of_stream + (1 + t) * kBlock);
+    if (call.beta == nullptr) continue;
+    const auto beta = sigmoid_of_tokens(hn::Load(d, of_stream + (1 + streams) * kBlock));
+    hn::Store(hn::Add(beta, beta), d, of_stream + (1 + streams) * kBlock);
+  }
+  sinkhorn(streams, call.iterations, mix);
+  for (std::size_t s = 0; s < streams; ++s) {
+    for (std::size_t t = 0; t < streams; ++t) {
+      hn::Store(mix[s * streams + t], d, logits + (s * columns + 1 + t) * kBlock);
+    }
+  }
+
+  float weights[(kMost + 1) * kMost];
+  for (std::size_t i = 0; i < tokens; ++i) {
+    for (std::size_t s = 0; s < streams; ++s) {
+      const float* of_stream = logits + s * columns * kBlock + i;
+      for (std::size_t t = 0; t <= streams; ++t) weights[t * streams + s] = of_stream[t * kBlock];
+      if (call.beta != nullptr) call.beta[(first + i) * streams + s] = of_stream[(streams + 1) * kBlock];
+    }
+    mix_token<kHasBranch>(call, streams, first + i, weights);
+  }
+}
+
+template <bool kHasBranch>
+void choose_streams(const Call& call, std::size_t block) {
+  // What titans-pytorch's models have by default.
+  if (call.streams == 4) return mix_block<kHasBranch>(call, std::integral_constant<std::size_t, 4>(), block);
+  mix_block<kHasBranch>(call, call.streams, block);
+}
+
+void mix(const Call& call, std::size_t block) {
+  if (call.branch == nullptr) {
+    choose_streams<false>(call, block);
+  } else {
+    choose_streams<true>(call, block);
+  }
+}
+
+CpuFunctions hyper_connection_functions() { return {&mix, kBlock}; }
+
+}  // namespace titans::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+namespace titans::kernels::hyper_connection {
+namespace {
+
+struct Target {
+  std::string_view name;
+  CpuFunctions (*functions)();
+};
+
+// Named as in neural_memory_cpu.cc, which knows what this processor runs.
+constexpr Target kTargets[] = {
+#if HWY_TARGETS & HWY_AVX3
+    {"avx512", &N_AVX3::hyper_connection_functions},
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    {"avx2", &N_AVX2::hyper_connection_functions},
+#endif
+#if HWY_TARGETS & HWY_NEON_WITHOUT_AES
+    {"neon", &N_NEON_WITHOUT_AES::hyper_connection_functions},
+#endif
+#if HWY_TARGETS & HWY_EMU128
+    {"plain", &N_EMU128::hyper_connection_functions},
+#endif
+#if HWY_TARGETS & HWY_SCALAR
+    {"plain", &N_SCALAR::hyper_connection_functions},
+#endif
+};
+
+class Kernel final : public CpuKernel {
+ public:
+  Kernel(std::int64_t iterations, const CpuFunctions& functions) : iterations_(iterations), functions_(functions) {}
+
+  std::string run(const Operands& o, const Parallel& parallel) const override {
+    std::string wrong = check_operands(o);
+    if (!wrong.empty()) return wrong;
+    const auto& shape = o[kResiduals].shape;
+    const auto floats = [&](Operand which) { return o[which].as<float>(); };
+    Work work{functions_,
+              {floats(kResiduals), floats(kProjection), floats(kBias), floats(kBranch), floats(kWeight), floats(kInput),
+               floats(kResidualsOut), floats(kBeta), static_cast<std::size_t>(shape[0] * shape[1]),
+               static_cast<std::size_t>(shape[2]), static_cast<std::size_t>(shape[3]),
+               static_cast<std::size_t>(o[kProjection].shape[1]), iterations_}};
+    const std::size_t blocks = (work.call.tokens + functions_.tokens_in_block - 1) / functions_.tokens_in_block;
+    if (blocks == 1) {
+      Work::mix_block(&work, 0);  // one token takes less time than asking others to help
+    } else {
+      parallel.run(parallel.pool, blocks, &Work::mix_block, &work);
+    }
+    return {};
+  }
+
+ private:
+  struct Work {
+    CpuFunctions functions;
+    Call call;
+
+    static void mix_block(void* context, std::size_t block) {
+      const Work& work = *static_cast<const Work*>(context);
+      work.functions.mix(work.call, block);
+    }
+  };
+
+  std::int64_t iterations_;
+  CpuFunctions functions_;
+};
+
+}  // namespace
+
+std::unique_ptr<CpuKernel> CpuKernel::create(std::int64_t iterations, std::string_view target, std::string& error) {
+  error = check_iterations(iterations);
+  if (!error.empty()) return nullptr;
+  const std::string_view chosen = target.empty() ? chosen_cpu_target() : target;
+  const auto& names = cpu_targets();
+  if (std::find(names.begin(), names.end(), chosen) != names.end()) {
+    for (const Target& each : kTargets) {
+      if (each.name == chosen) return std::make_unique<Kernel>(iterations, each.functions());
+    }
+  }
+  error = "[HyperConnection] expected an instruction set of this processor out of:";
+  for (const std::string_view name : names) error += " " + std::string(name);
+  const char* named = std::getenv("TITANS_CPU_TARGET");
+  error += " but got " + std::string(target.empty() && named != nullptr ? named : target) +
+           "; do set TITANS_CPU_TARGET to one of these, or not at all";
+  return nullptr;
+}
+
+}  // namespace titans::kernels::hyper_connection
+
+#endif  // HWY_ONCE

@@ -1,0 +1,11 @@
+// ai.titans::HyperConnection as ONNX Runtime asks about custom operators.
+#pragma once
+
+#include <onnxruntime_c_api.h>
+
+namespace titans::plugins {
+
+// The definition, for the CPU provider alone, which lives as long as the process.
+const OrtCustomOp* hyper_connection_op();
+
+}  // namespace titans::plugins
