@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +17,33 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .bundle import FORMAT, GOLDEN, MANIFEST, SCHEMA_VERSION, STATE, TOKENIZER, WEIGHTS, file_entry
-from .checkpoints import Checkpoint, load_checkpoint
+from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
-from .model import Titans
-from .model.operator import Layout
-from .onnx.graphs import LEARN, LOGITS, NEXT, POSITION, TOKENS, Graph, export_graph, schedule
+from .model import Graph, StreamModel
+from .model.stream import next_graph
+from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
 from .onnx.weights import share_weights
 from .safetensors_file import write_safetensors
 
-TOLERANCE = 1e-4  # absolute, on logits
+TOLERANCE = 1e-4  # absolute, on outputs
+# Where PyTorch's own float32 is farther from float64 than this share of the tolerance, a bundle may be so many times as
+# far as PyTorch: memories whose updates are orthogonalised enlarge every rounding error.
+FLOAT32_SHARE = 0.25
 GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it: finer differences between machines round away
+ORACLE_POSITIONS = 640  # at most so many go through the library that trained the checkpoint
 GOLDEN_FLOATS = 1 << 19  # at most so many golden logits
-ROLES = {"memory": "memory", "conv": "conv", "context_conv": "conv", "keys": "cache", "values": "cache"}
+# By the kind of input: the manifest's words for golden inputs and outputs.
+GOLDEN_NAMES = {"tokens": ("tokens", "logits"), "vectors": ("vectors", "outputs")}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. Errors are the largest absolute differences of logits over `positions` tokens."""
+    """What an export did. Errors are the largest absolute differences of outputs over `positions` tokens.
+
+    library_error: of PyTorch in float64 from the library that trained the checkpoint, over up to ORACLE_POSITIONS;
+    None where it is not installed or there is none.
+    """
 
     bundle: str
     variant: str
@@ -45,48 +54,75 @@ class ExportReport:
     positions: int
     max_abs_error: float
     pytorch_float32_error: float
+    library_error: float | None
     tolerance: float
     seconds: float
 
 
-def _state_table(model: Titans) -> list[dict[str, Any]]:
+class Golden(NamedTuple):
+    """Inputs (1, T, ...) of one stream, the outputs (T, size) of float64 PyTorch, and how far others may be."""
+
+    inputs: torch.Tensor
+    outputs: NDArray[Any]
+    tolerance: float
+
+
+def _state_table(model: StreamModel) -> list[dict[str, Any]]:
     table = []
+    facts = model.state_facts()
     for name, value in model.initial_state(1).items():
-        role = ROLES[name.rsplit(".", 1)[-1]]
         entry: dict[str, Any] = {
             "name": name,
             "input": name,
             "output": name + NEXT,
             "dtype": "float32",
             "shape": list(value.shape),
-            "role": role,
+            "role": facts[name].role,
         }
-        if role == "memory":
-            fields = Layout.of(model.config.memory.spec).fields
-            entry["layout"] = [{"name": f.name, "offset": f.offset, "shape": list(f.shape)} for f in fields]
-        if role == "cache" and model.config.variant == "mac":
-            persistent, segment = model.config.persistent, model.config.window
-            entry["written"] = {"axis": 2, "first": [persistent, persistent + segment], "period": segment}
+        if facts[name].layout:
+            entry["layout"] = [{"name": f.name, "offset": f.offset, "shape": list(f.shape)} for f in facts[name].layout]
+        if facts[name].written:
+            entry["written"] = facts[name].written
         table.append(entry)
     return table
 
 
-def _sample_tokens(model: Titans, count: int) -> torch.Tensor:
-    """(1, count) tokens that are the same everywhere: the low bits of a multiplicative sequence."""
+def _graph_table(graphs: list[Graph], shared: dict[str, list[str]]) -> list[dict[str, Any]]:
+    table = []
+    for graph in graphs:
+        entry = {"name": graph.name, "file": f"{graph.name}.onnx", "tokens": graph.tokens, "align": graph.align}
+        if graph.phases != (0,):
+            entry["phases"] = list(graph.phases)
+        table.append(entry | {"weights": shared[graph.name]})
+    return table
+
+
+def _sample_numbers(count: int) -> list[int]:
+    """Numbers below 2^31 that are the same everywhere: the high bits of a multiplicative sequence."""
     values, x = [], 1
     for _ in range(count):
         x = x * 6364136223846793005 + 1442695040888963407 & 0xFFFFFFFFFFFFFFFF
-        values.append((x >> 33) % model.config.vocab_size)
-    return torch.tensor([values])
+        values.append(x >> 33)
+    return values
 
 
-def _logits(model: Titans, tokens: torch.Tensor) -> NDArray[Any]:
-    """Logits (T, vocab) of one stream from a fresh memory, in the model's precision."""
-    return model.feed(tokens, model.initial_state(1), 0)[0][0].numpy()
+def sample_inputs(model: StreamModel, count: int) -> torch.Tensor:
+    """(1, count) token ids, or (1, count, size) vectors of about unit variance, the same everywhere."""
+    size = model.input.size
+    if model.input.kind == "tokens":
+        return torch.tensor([[value % size for value in _sample_numbers(count)]])
+    values = torch.tensor(_sample_numbers(count * size), dtype=torch.float64).reshape(1, count, size)
+    # Uniform within sqrt(3) has variance 1; 2^-16 apart, so that float32 holds each exactly.
+    return (((values / 2**31 * 2 - 1) * 3**0.5 * 2**16).round() / 2**16).float()
+
+
+def _outputs(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
+    """Outputs (T, size) of one stream from a fresh memory, in the model's precision."""
+    return model.feed(inputs, model.initial_state(1), 0)[0][0].detach().numpy()
 
 
 def _write(
-    folder: Path, checkpoint: Checkpoint, graphs: list[Graph], golden: tuple[torch.Tensor, NDArray[Any]], progress: Any
+    folder: Path, checkpoint: Checkpoint, graphs: list[Graph], golden: Golden, progress: Callable[[str], None]
 ) -> None:
     """Everything of the bundle, into an empty folder."""
     model = checkpoint.model
@@ -99,33 +135,38 @@ def _write(
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
     write_safetensors(folder / STATE, state)
-    tokens, logits = golden
-    grid = (np.round(logits / GOLDEN_GRID) * GOLDEN_GRID).astype(np.float32)
-    write_safetensors(folder / GOLDEN, {"tokens": tokens[0].numpy().astype(np.int32), "logits": grid})
+    grid = (np.round(golden.outputs / GOLDEN_GRID) * GOLDEN_GRID).astype(np.float32)
+    given, got = GOLDEN_NAMES[model.input.kind]
+    as_type = np.int32 if model.input.kind == "tokens" else np.float32
+    write_safetensors(
+        folder / GOLDEN, {model.input.name: golden.inputs[0].numpy().astype(as_type), model.output.name: grid}
+    )
     if checkpoint.tokenizer:
         shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-    config = model.config
+    source = {"format": checkpoint.format, "weights_sha256": checkpoint.weights_sha256}
     manifest = {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "producer": f"titans-export {__version__}",
         "model": {
-            "name": config.name,
-            "variant": config.variant,
+            "name": model.name,
+            "variant": model.variant,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "config": config.to_json(),
-            "source": {"format": checkpoint.format, "weights_sha256": checkpoint.weights_sha256},
+            "config": model.config_json(),
+            "source": source,
         },
-        "input": {"kind": "tokens", "name": TOKENS, "dtype": "int64", "vocab_size": config.vocab_size},
-        "output": {"kind": "logits", "name": LOGITS, "dtype": "float32", "size": config.vocab_size},
+        "input": _input_entry(model),
+        "output": {
+            "kind": model.output.kind,
+            "name": model.output.name,
+            "dtype": "float32",
+            "size": model.output.size,
+        },
         "controls": {"position": POSITION, "learn": LEARN},
         "tokenizer": _tokenizer(checkpoint),
         "state": _state_table(model),
-        "graphs": [
-            {"name": g.name, "file": f"{g.name}.onnx", "tokens": g.tokens, "align": g.align, "weights": shared[g.name]}
-            for g in graphs
-        ],
-        "golden": {"file": GOLDEN, "tokens": "tokens", "logits": "logits", "tolerance": TOLERANCE},
+        "graphs": _graph_table(graphs, shared),
+        "golden": {"file": GOLDEN, given: model.input.name, got: model.output.name, "tolerance": golden.tolerance},
         "weights": {"file": WEIGHTS},
         "initial_state": {"file": STATE},
         "files": {path.name: file_entry(path) for path in sorted(folder.iterdir())},
@@ -133,32 +174,59 @@ def _write(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def _input_entry(model: StreamModel) -> dict[str, Any]:
+    if model.input.kind == "tokens":
+        return {"kind": "tokens", "name": model.input.name, "dtype": "int64", "vocab_size": model.input.size}
+    return {"kind": "vectors", "name": model.input.name, "dtype": "float32", "size": model.input.size}
+
+
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
     if checkpoint.tokenizer:
         return {"kind": "file", "file": TOKENIZER}
-    return {"kind": "bytes"} if checkpoint.model.config.vocab_size == 256 else {"kind": "none"}
+    signal = checkpoint.model.input
+    return {"kind": "bytes"} if signal.kind == "tokens" and signal.size == 256 else {"kind": "none"}
 
 
 def _cuts(graphs: list[Graph], positions: int) -> list[int]:
     """Lengths of feeds that make every graph of the schedule run, then uneven ones, of `positions` or more in all."""
-    cuts, length = [graph.tokens for graph in graphs], 1
+    cuts: list[int] = []
+    unseen = {graph.name for graph in graphs}
+    for graph in graphs:
+        # To where it may start, then through it alone.
+        while graph.name in unseen:
+            start = sum(cuts)
+            ahead = next(n for n in range(graph.align) if graph.starts_at(start + n))
+            for length in (ahead, graph.tokens):
+                at = sum(cuts)
+                cuts += [length] * (length > 0)
+                unseen -= {g.name for g in _runs(graphs, at, length)}
+    length = 1
     while sum(cuts) < positions:
         cuts.append(min(length, positions - sum(cuts)))
         length = length * 3 % 1021
     return cuts
 
 
-def _run(folder: Path, tokens: NDArray[np.int64], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
-    """The bundle's logits through the runtime, fed in the given cuts, and the bytes of a stream's state."""
+def _runs(graphs: list[Graph], position: int, count: int) -> list[Graph]:
+    """The graphs that a feed of `count` tokens runs."""
+    out, end = [], position + count
+    while position < end:
+        out.append(next_graph(graphs, position, end - position))
+        position += out[-1].tokens
+    return out
+
+
+def _run(folder: Path, inputs: NDArray[Any], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
+    """The bundle's outputs through the runtime, fed in the given cuts, and the bytes of a stream's state."""
     import titans_runtime
 
     with titans_runtime.Session(folder) as session:
         stream = session.stream()
         rows: list[NDArray[np.float32]] = []
-        for part in np.split(tokens, np.cumsum(cuts)[:-1]):
-            logits = stream.feed(part)
-            assert logits is not None
-            rows.append(logits)
+        for part in np.split(inputs, np.cumsum(cuts)[:-1]):
+            outputs = stream.feed(part)
+            assert outputs is not None
+            rows.append(outputs)
         return np.concatenate(rows), stream.state_bytes
 
 
@@ -167,6 +235,8 @@ def export_checkpoint(
     output: Path,
     *,
     format: str = "titans",
+    config: str | None = None,
+    bug_compatible: int | None = None,
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int = 1024,
@@ -174,52 +244,103 @@ def export_checkpoint(
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    Before it takes its name the C++ runtime runs it over `positions` tokens, or as many as every graph needs to run
-    once, and it is compared with PyTorch in float64; the report has PyTorch's own float32 beside it. Raises
-    TitansError, of which MismatchError when the logits differ by more than the tolerance; then nothing is written.
+    config, bug_compatible: see `LoadOptions`. The rest is that of `export_loaded`.
     """
-    began = time.monotonic()
+    _check_numbers(chunks_per_call, positions)
+    check_output(output, overwrite, MANIFEST)
+    progress(f"loading {source}")
+    checkpoint = load_checkpoint(source, format, LoadOptions(config, bug_compatible))
+    return export_loaded(
+        checkpoint,
+        output,
+        chunks_per_call=chunks_per_call,
+        overwrite=overwrite,
+        positions=positions,
+        progress=progress,
+    )
+
+
+def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
+    """How far our PyTorch is from the library that trained the checkpoint. Raises MismatchError where it matters."""
+    if checkpoint.oracle is None:
+        return None
+    inputs = inputs[:, :ORACLE_POSITIONS]
+    right = checkpoint.oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
+    error = np.abs(float64[: len(right)] - right).max()
+    if not error <= TOLERANCE:
+        raise MismatchError(
+            "export",
+            f"PyTorch within {TOLERANCE:g} of the library that trained the checkpoint",
+            f"{error:.3g}",
+            "check the configuration; if it is right, report this with it",
+        )
+    return float(error)
+
+
+def _check_numbers(chunks_per_call: int, positions: int) -> None:
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
         if value < 1:
             raise UsageError("export", f"--{name} of at least 1", str(value), "give a larger one")
+
+
+def export_loaded(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    chunks_per_call: int = 4,
+    overwrite: bool = False,
+    positions: int = 1024,
+    progress: Callable[[str], None] = lambda text: None,
+) -> ExportReport:
+    """Exports a loaded checkpoint to the bundle `output`.
+
+    Before it takes its name the C++ runtime runs it over `positions` tokens, or as many as every graph needs to run
+    once, and it is compared with PyTorch in float64; the report has PyTorch's own float32 beside it. Raises
+    TitansError, of which MismatchError when the outputs differ by more than the tolerance; then nothing is written.
+    The tolerance is TOLERANCE, or 1 / FLOAT32_SHARE times PyTorch's own float32 error where that is more.
+    """
+    began = time.monotonic()
+    _check_numbers(chunks_per_call, positions)
     check_output(output, overwrite, MANIFEST)
-    progress(f"loading {source}")
-    checkpoint = load_checkpoint(source, format)
     model = checkpoint.model
-    vocab = model.config.vocab_size
-    graphs = schedule(model, chunks_per_call)
+    graphs = model.graphs(chunks_per_call)
     cuts = _cuts(graphs, positions)
     positions = sum(cuts)
-    tokens = _sample_tokens(model, positions)
+    inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
-    float32 = _logits(model, tokens)
-    float64 = _logits(copy.deepcopy(model).double(), tokens)
-    kept = min(positions, max(GOLDEN_FLOATS // vocab, 2))
+    float32 = _outputs(model, inputs)
+    double = copy.deepcopy(model).double()
+    float64 = _outputs(double, inputs if model.input.kind == "tokens" else inputs.double())
+    library_error = _library_error(checkpoint, inputs, float64)
+    own_error = float(np.abs(float32 - float64).max())
+    tolerance = max(TOLERANCE, own_error / FLOAT32_SHARE)
+    kept = min(positions, max(GOLDEN_FLOATS // max(model.output.size, model.input.size), 2))
     with replacing_folder(output, overwrite, MANIFEST) as folder:
-        _write(folder, checkpoint, graphs, (tokens[:, :kept], float64[:kept]), progress)
+        _write(folder, checkpoint, graphs, Golden(inputs[:, :kept], float64[:kept], tolerance), progress)
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
-        logits, state_bytes = _run(folder, tokens[0].numpy(), cuts)
-        error = np.abs(logits - float64)
+        outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts)
+        error = np.abs(outputs - float64)
         # not <=, so that NaN is a mismatch
-        if not error.max() <= TOLERANCE:
-            bad = int(np.argmax(~(error.max(-1) <= TOLERANCE)))
+        if not error.max() <= tolerance:
+            bad = int(np.argmax(~(error.max(-1) <= tolerance)))
             raise MismatchError(
                 "export",
-                f"logits within {TOLERANCE:g} of PyTorch",
+                f"{model.output.kind} within {tolerance:.3g} of PyTorch",
                 f"{error.max():.3g}, first beyond it at position {bad}",
-                "report this with the checkpoint's config.json",
+                "report this with the checkpoint's configuration",
             )
         report = ExportReport(
             bundle=str(output),
-            variant=model.config.variant,
+            variant=model.variant,
             parameters=sum(p.numel() for p in model.parameters()),
             graphs=[graph.name for graph in graphs],
             weights_bytes=(folder / WEIGHTS).stat().st_size,
             state_bytes=state_bytes,
             positions=positions,
             max_abs_error=float(error.max()),
-            pytorch_float32_error=float(np.abs(float32 - float64).max()),
-            tolerance=TOLERANCE,
+            pytorch_float32_error=own_error,
+            library_error=library_error,
+            tolerance=tolerance,
             seconds=round(time.monotonic() - began, 1),
         )
     return report

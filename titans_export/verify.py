@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     import titans_runtime
 
-    from .model import Titans
+    from .model import StreamModel
 
-Tokens = npt.NDArray[np.int32]
-Logits = npt.NDArray[Any]  # (T, vocab)
+Tokens = npt.NDArray[Any]  # (T,) int32, or (T, size) float32 of a bundle that takes vectors
+Logits = npt.NDArray[Any]  # (T, size)
 
 # What one block's logits may take; a block is fed to every stream before the next, so that any length fits.
 _BLOCK_BYTES = 32 << 20
@@ -52,7 +52,7 @@ class Golden:
 class PyTorch:
     """The model in PyTorch, float32, with the same model in float64 beside it."""
 
-    def __init__(self, model: Titans) -> None:
+    def __init__(self, model: StreamModel) -> None:
         single, double = model.float(), copy.deepcopy(model).double()
         self._models = (single, double)
         self._states = [single.initial_state(1), double.initial_state(1)]
@@ -68,10 +68,12 @@ class PyTorch:
         """Streams both on by the tokens; the float32 logits."""
         import torch
 
-        batch = torch.from_numpy(tokens.astype(np.int64))[None]
+        vectors = tokens.dtype.kind == "f"
+        batch = torch.from_numpy(tokens if vectors else tokens.astype(np.int64))[None]
         logits: list[torch.Tensor] = []
         for i, model in enumerate(self._models):
-            out, self._states[i] = model.feed(batch, self._states[i], self._position)
+            given = batch.double() if vectors and i else batch
+            out, self._states[i] = model.feed(given, self._states[i], self._position)
             logits.append(out[0])
         self._position += len(tokens)
         if len(tokens):
@@ -136,13 +138,13 @@ def verify_stream(
     rng = np.random.default_rng(cuts_seed)
     feeds: dict[str, Callable[[titans_runtime.Stream, Tokens], Logits]] = {
         "whole": lambda stream, block: _feed(stream, [block]),
-        "token_by_token": lambda stream, block: np.stack([stream.step(int(token)) for token in block]),
+        "token_by_token": lambda stream, block: np.stack([stream.step(_one(token)) for token in block]),
         "random_cuts": lambda stream, block: _feed(stream, random_cuts(block, largest, rng)),
     }
     streams = {name: session.stream() for name in feeds}
     distances = {name: Distance() for name in feeds}
     # Whole calls of the largest graph, so that blocks are treated as one feed of everything would be.
-    calls = max(1, _BLOCK_BYTES // (largest * session.vocab_size * 4))
+    calls = max(1, _BLOCK_BYTES // (largest * session.output_size * 4))
     for start in range(0, len(tokens), calls * largest):
         block = tokens[start : start + calls * largest]
         right = reference.advance(block)
@@ -150,6 +152,11 @@ def verify_stream(
             distances[name].add(feed(streams[name], block), right, start, tolerance)
         progress(len(block))
     return VerifyReport(len(tokens), tolerance, reference.own_error, distances)
+
+
+def _one(token: Any) -> Any:
+    """What `step` takes: an int, or a vector."""
+    return token if np.ndim(token) else int(token)
 
 
 def _feed(stream: titans_runtime.Stream, cuts: Iterable[Tokens]) -> Logits:

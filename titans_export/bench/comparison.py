@@ -81,6 +81,7 @@ def contenders(
     memory_kernel: str,
     checkpoint: Path | None = None,
     format: str = "titans",
+    config: str | None = None,
 ) -> list[Contender]:
     """Who takes part, the one that the others are compared with first."""
     found = []
@@ -93,7 +94,7 @@ def contenders(
     if checkpoint is not None:
         for name, compiled in (("pytorch-eager", False), ("pytorch-compile", True)):
             what = "the checkpoint in PyTorch" + (" through torch.compile" if compiled else "")
-            found.append(Contender(name, what, f"{_MODELS}:PyTorch", (checkpoint, format, threads, compiled)))
+            found.append(Contender(name, what, f"{_MODELS}:PyTorch", (checkpoint, format, threads, compiled, config)))
     return found
 
 

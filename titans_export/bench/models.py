@@ -20,10 +20,14 @@ from .worker import explain, forget_peak, memory_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..model import Graph
     from ..model.layers import StreamState
 
 # What was fastest: Inductor calls its kernels from C++.
 _COMPILE_OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
+
+# Beyond it no schedule has a place that it did not have before.
+_MOST_POSITIONS = 4096
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]  # (T, vocab)
@@ -130,27 +134,27 @@ class Runtime(Measured):
 
 
 class PyTorch(Measured):
-    """The checkpoint in PyTorch, eager or with its chunk step and its decode step through torch.compile."""
+    """The checkpoint in PyTorch, eager or with one call of each graph of its schedule through torch.compile."""
 
-    def __init__(self, checkpoint: Path, format: str, threads: int, compiled: bool) -> None:
+    def __init__(self, checkpoint: Path, format: str, threads: int, compiled: bool, config: str | None = None) -> None:
         import torch
 
-        from ..checkpoints import load_checkpoint
+        from ..checkpoints import LoadOptions, load_checkpoint
 
         torch.set_num_threads(threads)
-        self._model = load_checkpoint(checkpoint, format).model.float()
-        self._chunk = self._model.config.memory.chunk
+        self._model = load_checkpoint(checkpoint, format, LoadOptions(config)).model.float()
+        self._graphs = self._model.graphs(1)
         self._compiled = compiled
-        self._steps = {True: self._step, False: self._step}
+        self._calls = {graph.name: self._call for graph in self._graphs}
         self.reset()
 
-    def _step(
-        self, tokens: Tensor, position: Tensor, learn: Tensor, state: StreamState, aligned: bool
+    def _call(
+        self, inputs: Tensor, position: Tensor, learn: Tensor, state: StreamState, graph: Graph
     ) -> tuple[Tensor, StreamState]:
-        from ..model import Step
+        from ..model import Call
 
-        logits, following = self._model.step(tokens, state, Step(position, learn, aligned))
-        return logits, {name: _packed(value) for name, value in following.items()}
+        outputs, following = self._model.call(inputs, state, Call(graph, position, learn))
+        return outputs, {name: _packed(value) for name, value in following.items()}
 
     def prepare(self) -> dict[str, Any]:
         import torch
@@ -159,34 +163,53 @@ class PyTorch(Measured):
         if not self._compiled:
             return notes
         _decide_branches_on_the_host()
-        for name, aligned, length in (("chunk_step", True, self._chunk), ("decode_step", False, self._chunk)):
+        for graph in self._graphs:
             began = time.monotonic()
-            self.reset()
-            self._steps[aligned] = torch.compile(self._step, dynamic=False, fullgraph=True, options=_COMPILE_OPTIONS)
+            self._calls[graph.name] = torch.compile(self._call, dynamic=False, fullgraph=True, options=_COMPILE_OPTIONS)
+            name = f"{graph.name}_call"
             try:
-                # A whole chunk of tokens: the last one folds, which is another graph.
-                self._advance(np.zeros(length, np.int32), [length] if aligned else [1] * length)
+                self._through(graph)
                 notes[name] = f"compiled in {time.monotonic() - began:.1f} s"
-            except Exception as error:  # torch.compile has many kinds; whatever it was, the step still runs eagerly
-                self._steps[aligned] = self._step
+            except Exception as error:  # torch.compile has many kinds; whatever it was, the call still runs eagerly
+                self._calls[graph.name] = self._call
                 notes[name] = f"not compiled, runs eagerly: {explain(error)}"
         return notes
+
+    def _through(self, graph: Graph) -> None:
+        """Runs a fresh stream until the graph has run at as many places as differ: those that complete a chunk do."""
+        self.reset()
+        chunk = min((g.tokens for g in self._graphs if g.tokens > 1), default=1)
+        tokens = np.zeros(graph.tokens, np.int32)
+        runs = 0
+        while runs < (1 if graph.tokens > 1 else chunk):
+            if graph.starts_at(self._position):
+                self._advance(tokens, [graph])
+                runs += 1
+            else:
+                self._position += 1  # what the state holds does not matter here
+            if self._position > _MOST_POSITIONS:
+                break
 
     def reset(self) -> None:
         import torch
 
-        # Tensors of the kind that a step returns, else they would be compiled for on their own.
+        # Tensors of the kind that a call returns, else they would be compiled for on their own.
         with torch.inference_mode():
             state = self._model.initial_state(1)
             self._state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
         self._position = 0
 
     def feed(self, tokens: Tokens) -> Logits:
-        whole = len(tokens) // self._chunk if self._position % self._chunk == 0 else 0
-        return self._advance(tokens, [self._chunk] * whole + [1] * (len(tokens) - whole * self._chunk))
+        from ..model.stream import next_graph
+
+        plan, position = [], self._position
+        while position < self._position + len(tokens):
+            plan.append(next_graph(self._graphs, position, self._position + len(tokens) - position))
+            position += plan[-1].tokens
+        return self._advance(tokens, plan)
 
     def step(self, token: int) -> Logits:
-        row: Logits = self._advance(np.array([token], np.int32), [1])[0]
+        row: Logits = self.feed(np.array([token], np.int32))[0]
         return row
 
     def state_bytes(self) -> int:
@@ -194,10 +217,13 @@ class PyTorch(Measured):
 
     def start(self) -> None:
         super().start()
-        # Every change from one kind of step to the other, so that nothing is left to compile.
-        once = np.zeros(self._chunk, np.int32)
-        for sizes in ([self._chunk], [1] * self._chunk, [self._chunk], [self._chunk]):
-            self._advance(once, sizes)
+        # Every change from one kind of call to the other, so that nothing is left to compile.
+        largest = max(graph.tokens for graph in self._graphs)
+        once = np.zeros(largest, np.int32)
+        for _ in range(2):
+            self.feed(once)
+            for token in once:
+                self.step(int(token))
 
     def prefill(self, tokens: Tokens, passes: int) -> Turn:
         with self._fewest_guards():
@@ -213,22 +239,21 @@ class PyTorch(Measured):
 
         return torch.compiler.set_stance("default", skip_guard_eval_unsafe=True) if self._compiled else nullcontext()
 
-    def _advance(self, tokens: Tokens, sizes: list[int]) -> Logits:
-        """Consumes the tokens in calls of the given sizes, each a chunk from a chunk's start or a single token."""
+    def _advance(self, tokens: Tokens, plan: list[Graph]) -> Logits:
+        """Consumes the tokens by calls of these graphs."""
         import torch
 
         rows, done = [], 0
         with torch.inference_mode():
             learn = torch.ones(1, dtype=torch.bool)
-            for size in sizes:
-                aligned = size == self._chunk and self._position % self._chunk == 0
-                _Host.fills = self._position % self._chunk == self._chunk - 1
-                part = torch.from_numpy(tokens[done : done + size].astype(np.int64))[None]
+            for graph in plan:
+                _Host.fills = self._model.completing_tokens(graph, self._position)
+                part = torch.from_numpy(tokens[done : done + graph.tokens].astype(np.int64))[None]
                 position = torch.tensor([self._position])
-                logits, self._state = self._steps[aligned](part, position, learn, self._state, aligned)
+                logits, self._state = self._calls[graph.name](part, position, learn, self._state, graph)
                 rows.append(logits[0])
-                done += size
-                self._position += size
+                done += graph.tokens
+                self._position += graph.tokens
             result: Logits = torch.cat(rows).numpy()
         return result
 
@@ -242,9 +267,9 @@ def _packed(value: Tensor) -> Tensor:
 
 
 class _Host:
-    """What the host knows about the token to come: whether it fills its chunk."""
+    """What the host knows about the rows to come: whether each fills its chunk."""
 
-    fills = False
+    fills: tuple[bool, ...] = (False,)
 
 
 def _decide_branches_on_the_host() -> None:
@@ -255,8 +280,8 @@ def _decide_branches_on_the_host() -> None:
     """
     from ..model import operator
 
-    def branch(condition: Tensor, yes: Any, no: Any, *args: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = yes(*args) if _Host.fills else no(*args)
+    def branch(condition: Tensor, yes: Any, no: Any, *args: Tensor, token: int = 0) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = yes(*args) if _Host.fills[token] else no(*args)
         return result
 
-    operator._branch = branch
+    operator.branch = branch

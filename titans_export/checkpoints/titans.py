@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..files import replacing_file
 from ..model import Titans, read_config
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, LoadOptions
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -54,7 +55,14 @@ def _check(tensors: dict[str, torch.Tensor], model: Titans, path: Path) -> None:
             raise CheckpointError("checkpoint", f"{name} to be finite", "NaN or infinity", "use an earlier checkpoint")
 
 
-def load(path: Path) -> Checkpoint:
+@dataclass(frozen=True)
+class TitansCheckpoint(Checkpoint):
+    """A checkpoint of this format."""
+
+    model: Titans
+
+
+def load(path: Path) -> TitansCheckpoint:
     """Loads the folder at `path`. Raises CheckpointError naming what is missing or wrong."""
     if not path.is_dir():
         got = "a file" if path.exists() else "nothing"
@@ -67,7 +75,16 @@ def load(path: Path) -> Checkpoint:
     model.load_state_dict(tensors)
     digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
     tokenizer = path / TOKENIZER
-    return Checkpoint(model.eval(), "titans", digest, tokenizer if tokenizer.is_file() else None)
+    return TitansCheckpoint(model.eval(), "titans", digest, tokenizer if tokenizer.is_file() else None)
+
+
+def load_with(path: Path, options: LoadOptions) -> Checkpoint:
+    """`load`, refusing what this format does not have."""
+    if options.config is not None:
+        raise UsageError("checkpoint", "no --config with --format titans", options.config, "leave it out")
+    if options.bug_compatible is not None:
+        raise UsageError("checkpoint", "no --bug-compatible with --format titans", "one", "leave it out")
+    return load(path)
 
 
 def save(model: Titans, path: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from ..bench import KINDS
 from ..errors import MachineError, MismatchError, OutputError, UsageError
 from .command import Command, emit, json_option, note, to_json
-from .options import PATH, bundle_argument, open_session, session_options
+from .options import PATH, bundle_argument, config_option, open_session, session_options
 from .table import number, size, table
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 )
 @bundle_argument
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="Also measure this checkpoint in PyTorch.")
+@config_option
 @click.option("--tokens", type=click.IntRange(1), default=4096, help="Tokens of a pass of prefill, at least.")
 @click.option("--decode-tokens", type=click.IntRange(1), default=256, help="Tokens of a pass of decode, at least.")
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Turns that each contender gets.")
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 def bench(
     bundle: Path,
     against: Path | None,
+    config: str | None,
     tokens: int,
     decode_tokens: int,
     rounds: int,
@@ -64,11 +66,18 @@ def bench(
     from ..bundle import read_bundle
 
     opened = read_bundle(bundle)
+    if opened.takes_vectors:
+        raise UsageError(
+            "bench",
+            "a bundle that takes tokens",
+            f"{bundle}, which takes vectors",
+            "measure its Stream.feed from Python",
+        )
     # Opened here first: what the runtime cannot open is a failure of the command, with the runtime's own words.
     open_session(bundle, device, backend, threads, memory_kernel).close()
     plan = Plan.of(opened, tokens, decode_tokens, rounds, threads or cores())
     format = opened.manifest["model"]["source"].get("format", "titans")
-    taking_part = contenders(bundle, device, backend, plan.threads, memory_kernel, against, format)
+    taking_part = contenders(bundle, device, backend, plan.threads, memory_kernel, against, format, config)
     busy = others_busy()
     if busy > QUIET:
         note(f"others keep {busy:.0%} of this machine busy: expect little of these numbers")

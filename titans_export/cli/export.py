@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .command import Command, emit, json_option, note
-from .options import PATH
+from .options import PATH, config_option
 from .table import number, size
 
 
@@ -17,11 +17,25 @@ from .table import number, size
     examples=(
         "titans-export export checkpoints/mac -o mac.titans",
         "titans-export export checkpoints/mac -o mac.titans --overwrite --json",
+        "titans-export export model.pt --format titans-pytorch --config model.json -o model.titans",
+        "titans-export export model.pt --format titans-pytorch --config train_mac -o model.titans",
     ),
 )
 @click.argument("checkpoint", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="NAME.titans", help="Bundle to write.")
-@click.option("--format", default="titans", help="Format of the checkpoint; this version reads titans.")
+@click.option(
+    "--format",
+    default="titans",
+    help="Format of the checkpoint: titans, titans-pytorch or titans-pytorch-mlx.",
+    show_default=True,
+)
+@config_option
+@click.option(
+    "--bug-compatible",
+    type=click.IntRange(1),
+    metavar="PROMPT",
+    help="titans-pytorch: compute what its cached decoding gives after a prompt of so many tokens, bugs included.",
+)
 @click.option(
     "--chunks-per-call",
     type=click.IntRange(1, 64),
@@ -35,6 +49,8 @@ def export(
     checkpoint: Path,
     output: Path,
     format: str,
+    config: str | None,
+    bug_compatible: int | None,
     chunks_per_call: int,
     positions: int,
     overwrite: bool,
@@ -42,7 +58,8 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle.
 
-    CHECKPOINT is a folder with config.json and model.safetensors; the bundle runs without PyTorch. Before it takes its
+    CHECKPOINT is a folder with config.json and model.safetensors, or with --format titans-pytorch a state dict in .pt
+    or .safetensors and --config beside it; the bundle runs without PyTorch. Before it takes its
     name it is run and compared with PyTorch: if they differ, the exit code is 3 and nothing is written.
     """
     from ..exporting import export_checkpoint
@@ -51,6 +68,8 @@ def export(
         checkpoint,
         output,
         format=format,
+        config=config,
+        bug_compatible=bug_compatible,
         chunks_per_call=chunks_per_call,
         positions=positions,
         overwrite=overwrite,
@@ -66,3 +85,5 @@ def export(
         f"largest difference to PyTorch over {report.positions} tokens: {number(report.max_abs_error)} "
         f"(tolerance {number(report.tolerance)}, PyTorch float32 itself {number(report.pytorch_float32_error)})"
     )
+    if report.library_error is not None:
+        click.echo(f"largest difference of PyTorch to the library that trained it: {number(report.library_error)}")

@@ -19,6 +19,12 @@ engine_option = click.option(
     "--engine", help="Engine of the bundle to insist on; none: the plain graphs.  [default: chosen by the device]"
 )
 
+config_option = click.option(
+    "--config",
+    metavar="JSON|NAME",
+    help="Constructor's arguments, for formats whose checkpoints have none: a JSON file, or train_mac.",
+)
+
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --device, --backend, --threads and --memory-kernel, for `open_session`."""

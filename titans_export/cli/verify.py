@@ -11,7 +11,7 @@ import click
 
 from ..errors import CheckpointError, MismatchError, UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH, bundle_argument, engine_option, open_session, session_options
+from .options import PATH, bundle_argument, config_option, engine_option, open_session, session_options
 from .progress import progress_bar
 from .table import number, table
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 )
 @bundle_argument
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="Compare with this checkpoint in PyTorch, float32.")
+@config_option
 @click.option("--text", type=PATH, help="Text to compare over, with --against.  [default: random tokens]")
 @click.option("--tokens", type=click.IntRange(1), default=10_000, help="Tokens to compare over at most.")
 @click.option(
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 def verify(
     bundle: Path,
     against: Path | None,
+    config: str | None,
     text: Path | None,
     tokens: int,
     tolerance: float | None,
@@ -74,7 +76,7 @@ def verify(
     limit = opened.tolerance if tolerance is None else tolerance
     session = open_session(bundle, device, backend, threads, memory_kernel, engine)
     stream, reference = (
-        _golden(opened, tokens) if against is None else _pytorch(opened, session, against, text, tokens, cuts)
+        _golden(opened, tokens) if against is None else _pytorch(opened, session, against, config, text, tokens, cuts)
     )
     with progress_bar("verifying", len(stream), "tok") as advance:
         report = verify_stream(session, stream, reference, limit, cuts, advance)
@@ -97,25 +99,43 @@ def _golden(bundle: Bundle, count: int) -> tuple[Tokens, Reference]:
 
 
 def _pytorch(
-    bundle: Bundle, session: titans_runtime.Session, source: Path, text: Path | None, count: int, seed: int
+    bundle: Bundle,
+    session: titans_runtime.Session,
+    source: Path,
+    config: str | None,
+    text: Path | None,
+    count: int,
+    seed: int,
 ) -> tuple[Tokens, Reference]:
     import numpy as np
 
-    from ..checkpoints import load_checkpoint
+    from ..checkpoints import LoadOptions, load_checkpoint
     from ..verify import PyTorch
 
-    checkpoint = load_checkpoint(source, bundle.manifest["model"]["source"].get("format", "titans"))
-    if checkpoint.model.config.vocab_size != session.vocab_size:
+    model_entry = bundle.manifest["model"]
+    options = LoadOptions(config, model_entry.get("config", {}).get("bug_compatible_after"))
+    checkpoint = load_checkpoint(source, model_entry["source"].get("format", "titans"), options)
+    signal = checkpoint.model.input
+    if (signal.kind, signal.size) != (session.input_kind, session.input_size):
+        wanted, got = (
+            f"a vocabulary of {size}" if kind == "tokens" else f"vectors of {size}"
+            for kind, size in ((session.input_kind, session.input_size), (signal.kind, signal.size))
+        )
         raise CheckpointError(
             "verify",
-            f"a checkpoint with the bundle's vocabulary of {session.vocab_size}",
-            str(checkpoint.model.config.vocab_size),
+            f"a checkpoint that takes what the bundle does, {wanted}",
+            got,
             "give the checkpoint that the bundle was exported from",
         )
     if bundle.manifest["model"]["source"].get("weights_sha256") not in (None, checkpoint.weights_sha256):
         note(f"{bundle.path} was exported from other weights than {source}")
-    if text is None:
-        tokens = np.random.default_rng(seed).integers(0, session.vocab_size, count, np.int32)
+    rng = np.random.default_rng(seed)
+    if signal.kind == "vectors":
+        if text is not None:
+            raise UsageError("verify", "no --text with a bundle that takes vectors", str(text), "leave it out")
+        tokens = rng.standard_normal((count, signal.size), np.float32)
+    elif text is None:
+        tokens = rng.integers(0, session.vocab_size, count, np.int32)
     else:
         tokens = _read_tokens(text, bundle, count)
     return tokens, PyTorch(checkpoint.model)

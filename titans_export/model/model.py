@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,14 @@ from .lmm import LMMBlock
 from .mac import MACBlock
 from .mag import MAGBlock
 from .mal import MALBlock
+from .operator import Layout
+from .stream import Call, Graph, Signal, StateFacts, StreamModel
 
+ROLES = {"memory": "memory", "conv": "conv", "context_conv": "conv", "keys": "cache", "values": "cache"}
 BLOCKS = {"lmm": LMMBlock, "mac": MACBlock, "mag": MAGBlock, "mal": MALBlock}
 
 
-class Titans(nn.Module):
+class Titans(StreamModel):
     """The model that a `ModelConfig` describes.
 
     `forward` is what training uses: whole sequences from a fresh memory. `step` advances streams by whole chunks or by
@@ -27,12 +31,38 @@ class Titans(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.name, self.variant = config, config.name, config.variant
+        self.input = Signal("tokens", "tokens", config.vocab_size)
+        self.output = Signal("logits", "logits", config.vocab_size)
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         block = BLOCKS[config.variant]
         self.layers = nn.ModuleList(block(config, config.has_memory(i)) for i in range(config.layers))
         self.norm = RMSNorm(config.dim)
         self.head = Linear(config.dim, config.vocab_size)
+
+    def config_json(self) -> dict[str, Any]:
+        return self.config.to_json()
+
+    def graphs(self, chunks_per_call: int) -> list[Graph]:
+        """Prefill by `chunks_per_call` chunks, by one chunk, and decoding by one token."""
+        chunk = self.config.memory.chunk
+        graphs = [Graph("decode", 1)]
+        if chunk > 1:
+            graphs.insert(0, Graph("chunk", chunk, chunk))
+        if chunks_per_call > 1:
+            graphs.insert(0, Graph("prefill", chunks_per_call * chunk, chunk))
+        return graphs
+
+    def state_facts(self) -> dict[str, StateFacts]:
+        layout, facts = Layout.of(self.config.memory.spec).fields, {}
+        for name in self.initial_state(1):
+            role = ROLES[name.rsplit(".", 1)[-1]]
+            written = None
+            if role == "cache" and self.config.variant == "mac":
+                first, segment = self.config.persistent, self.config.window
+                written = {"axis": 2, "first": [first, first + segment], "period": segment}
+            facts[name] = StateFacts(role, layout if role == "memory" else (), written)
+        return facts
 
     def initial_state(self, batch: int) -> StreamState:
         """State of `batch` fresh streams, by name: "layers.0.memory" and so on, batch first."""
@@ -41,6 +71,12 @@ class Titans(nn.Module):
             own: StreamState = layer.initial_state(batch)  # type: ignore[operator]  # ModuleList forgets the class
             state |= {f"layers.{i}.{name}": value for name, value in own.items()}
         return state
+
+    def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
+        return self.step(inputs, state, Step(call.position, call.learn, aligned=call.graph.tokens > 1))
+
+    def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
+        return ((position + 1) % self.config.memory.chunk == 0,)
 
     def step(self, tokens: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """tokens: (B, T) int64, T as `step` says. Returns logits (B, T, vocab), row t following token t, and the
@@ -66,21 +102,3 @@ class Titans(nn.Module):
         learning = None if learn else torch.zeros(batch, dtype=torch.bool, device=tokens.device)
         logits, _ = self.step(padded, self.initial_state(batch), Step(position, learning, aligned=True))
         return logits[:, :length] if rows is None else logits[:, rows]
-
-    @torch.no_grad()
-    def feed(self, tokens: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:
-        """Streams on by any number of tokens, whole chunks at once where they start at one. tokens: (B, T), T >= 0.
-
-        Returns logits (B, T, vocab) and the state at position + T.
-        """
-        batch, length = tokens.shape
-        chunk, done, out = self.config.memory.chunk, 0, []
-        learning = torch.full((batch,), learn, device=tokens.device)
-        while done < length:
-            aligned = (position + done) % chunk == 0 and length - done >= chunk
-            size = chunk if aligned else 1
-            where = torch.full((batch,), position + done, device=tokens.device)
-            logits, state = self.step(tokens[:, done : done + size], state, Step(where, learning, aligned))
-            out.append(logits)
-            done += size
-        return torch.cat(out, 1) if out else self.head.weight.new_zeros(batch, 0, self.config.vocab_size), state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chunk_memory import ChunkInputs, ChunkMemorySpec, ChunkUpdate, update_chunk_memory
 from .layers import Step
 from .memory import MemorySpec
 from .operator import neural_memory_read, neural_memory_update
@@ -26,8 +28,12 @@ INPUTS = (
     "slots",
     "update_limit",
     "norm_scale",
+    "modulation",
+    "previous",
+    "previous_gate",
 )
 OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}
+CHUNK_OUTPUTS = ("y", "state_out", "stats", "before")
 
 
 def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
@@ -40,6 +46,29 @@ def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
         "residual": int(spec.residual),
         "layer_norm": int(spec.layer_norm),
         "chunk_size": spec.chunk_size,
+    }
+
+
+def chunk_attributes(spec: ChunkMemorySpec, aligned: bool) -> dict[str, Any]:
+    """The attributes of a node with one gate a chunk."""
+    network = spec.network
+    return {
+        "mode": "update",
+        "schedule": "aligned" if aligned else "any",
+        "widths": [network.width, *((network.hidden,) * (network.depth - 1)), network.width],
+        "activation": network.activation,
+        "residual": int(network.residual),
+        "layer_norm": int(network.norm),
+        "chunk_size": spec.chunk_size,
+        "gates": "chunk",
+        "batch_size": spec.batch_size,
+        "loss_scale": spec.loss_scale,
+        "keys_per_token": spec.keys_per_token,
+        "lookahead": int(spec.lookahead),
+        "norm_weight": "fast" if network.norm else "slow",
+        "momentum_order": spec.momentum_order,
+        "grad_clamp": spec.grad_clamp,
+        "orthogonalise": spec.orthogonalise,
     }
 
 
@@ -102,3 +131,35 @@ def memory_read(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor |
     if torch.compiler.is_exporting():
         return _node(attributes(spec, "read", False), [q.shape], state=state, q=q, norm_scale=norm_scale)[0]
     return neural_memory_read(spec, state, q, norm_scale=norm_scale)
+
+
+def chunk_memory_update(
+    spec: ChunkMemorySpec, x: ChunkInputs, position: Tensor, learn: Tensor | None, aligned: bool
+) -> ChunkUpdate:
+    """Updates and reads a memory with one gate a chunk; shapes as in `ChunkInputs`, whose fill and learn are made here.
+
+    position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all.
+    """
+    fill = torch.remainder(position, spec.period) if not aligned or spec.period != spec.chunk_size else None
+    if torch.compiler.is_exporting() and spec.fused:
+        lead, tokens = x.rows.shape[:2], x.q.shape[2]
+        chunks = (tokens + spec.chunk_size - 1) // spec.chunk_size
+        y, rows, stats, before = _node(
+            chunk_attributes(spec, aligned),
+            [x.q.shape, x.rows.shape, torch.Size((*lead, 4)), torch.Size((*lead, chunks, spec.weight_count()))],
+            state=x.rows,
+            q=x.q,
+            k=x.k,
+            v=x.v,
+            step_size=x.step_size,
+            momentum=None if x.momentum is None else x.momentum.squeeze(-1),
+            forget_gate=x.forget,
+            fill=fill,
+            learn=learn,
+            modulation=x.modulation,
+            previous=x.previous,
+            previous_gate=x.previous_gate,
+        )
+        return ChunkUpdate(y, rows, stats, before)
+    learns = None if learn is None else learn.unsqueeze(-1).expand(-1, x.q.shape[2])
+    return update_chunk_memory(spec, replace(x, fill=fill, learn=learns), aligned)

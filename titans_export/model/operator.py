@@ -44,6 +44,11 @@ class Layout:
         for i, (width_in, width_out) in enumerate(spec.shapes):
             shapes += [(f"left{i}", (c, width_in)), (f"right{i}", (c, width_out))]
         shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
+        return Layout.from_shapes(shapes)
+
+    @staticmethod
+    def from_shapes(shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
+        """The fields one after the other."""
         fields, offset = [], 0
         for name, shape in shapes:
             fields.append(Field(name, offset, shape))
@@ -59,7 +64,8 @@ class Layout:
 
     def pack(self, fields: dict[str, Tensor]) -> Tensor:
         """The fields, each (..., *shape), to (..., R)."""
-        lead = fields["m"].shape
+        first = self.fields[0]
+        lead = fields[first.name].shape[: fields[first.name].dim() - len(first.shape)]
         parts = [fields[f.name].reshape(*lead, -1) for f in self.fields]
         padding = self.size - sum(math.prod(f.shape) for f in self.fields)
         if padding:
@@ -200,12 +206,21 @@ def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     return Update(torch.cat(out, -2), _pack_aligned(spec, state, lead), torch.stack(stats, -1))
 
 
-def _branch(
-    condition: Tensor, yes: Callable[..., tuple[Tensor, ...]], no: Callable[..., tuple[Tensor, ...]], *args: Tensor
+def branch(
+    condition: Tensor,
+    yes: Callable[..., tuple[Tensor, ...]],
+    no: Callable[..., tuple[Tensor, ...]],
+    *args: Tensor,
+    token: int = 0,
 ) -> tuple[Tensor, ...]:
-    """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise."""
+    """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise. token: which of the call's tokens
+    asks, for whoever knows the answer without the condition.
+    """
     if torch.compiler.is_exporting():
-        result: tuple[Tensor, ...] = torch.cond(condition, yes, no, args)
+        from torch._higher_order_ops.cond import cond_op
+
+        # The operator itself: torch.cond has dynamo look at every line first, which doubles the time of tracing.
+        result: tuple[Tensor, ...] = cond_op(condition, yes, no, args)
         return result
     return yes(*args) if bool(condition) else no(*args)
 
@@ -244,7 +259,7 @@ def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
         def leave(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(*rows.shape[:-1], 3, dtype=rows.dtype, device=rows.device)
 
-        rows, numbers = _branch(full.any(), fold, leave, rows, full)
+        rows, numbers = branch(full.any(), fold, leave, rows, full, token=t)
         stats.append(torch.cat([surprised.unsqueeze(-1), numbers], -1))
         fill = torch.where(full, torch.zeros_like(fill), after)
         if t + 1 < x.q.shape[-2]:

@@ -1,0 +1,67 @@
+"""From what was read to a model that streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import CheckpointError, UsageError
+from ...model import StreamModel
+from ...model.titans_pytorch.loading import load_memory, load_transformer
+from ...model.titans_pytorch.options import TransformerOptions
+from ...model.titans_pytorch.transformer import MemoryAsContext
+from ...model.titans_pytorch.vectors import VectorMemory
+from ..checkpoint import Checkpoint, LoadOptions
+from .library import library_oracle
+from .live import from_module
+from .source import Source, read
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = "titans-pytorch"
+
+
+def _model(source: Source, name: str, bug_compatible: int | None) -> StreamModel:
+    options = source.options
+    if isinstance(options, TransformerOptions):
+        transformer = MemoryAsContext(options, name, bug_compatible)
+        load_transformer(transformer, source.tensors)
+        return transformer
+    if bug_compatible is not None:
+        raise UsageError(
+            "checkpoint",
+            "a MemoryAsContextTransformer with --bug-compatible",
+            "a NeuralMemory, whose cached decoding equals its training",
+            "leave it out",
+        )
+    if options.accept_weight_residual:
+        raise CheckpointError(
+            "checkpoint",
+            "a NeuralMemory that runs on its own",
+            "one that takes the weights of a previous layer (accept_weight_residual)",
+            "export the transformer that it belongs to",
+        )
+    memory = VectorMemory(options, name)
+    load_memory(memory.layer, source.tensors)
+    return memory
+
+
+def _checkpoint(source: Source, name: str, bug_compatible: int | None) -> Checkpoint:
+    if bug_compatible is not None and bug_compatible < 1:
+        raise UsageError(
+            "checkpoint", "--bug-compatible with a prompt of at least 1 token", str(bug_compatible), "give its length"
+        )
+    # What the library trains; what it decodes differs, which is the point of bug_compatible.
+    oracle = None if bug_compatible is not None else library_oracle(source)
+    return Checkpoint(_model(source, name, bug_compatible).eval(), FORMAT, source.weights_sha256, None, oracle)
+
+
+def load(path: Path, options: LoadOptions) -> Checkpoint:
+    """Loads a state dict as `options.config` describes it. Raises CheckpointError naming what is missing or wrong."""
+    return _checkpoint(read(path, options.config), path.stem, options.bug_compatible)
+
+
+def from_live(module: nn.Module, name: str = "titans-pytorch", bug_compatible: int | None = None) -> Checkpoint:
+    """The checkpoint of a live MemoryAsContextTransformer or NeuralMemory."""
+    return _checkpoint(from_module(module), name, bug_compatible)

@@ -1,0 +1,264 @@
+"""What names and shapes of tensors reveal of the constructor's arguments, each with the tensor that says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ...errors import CheckpointError
+from ...model.titans_pytorch.options import NetworkOptions
+from .config import ATTENTION_REFUSED, CLASSES, Kind, NetworkKind
+from .layout import (
+    ATTENTION,
+    FEED_FORWARD,
+    MEMORY,
+    MEMORY_CONNECTION,
+    SELECTOR,
+    Shape,
+    Shapes,
+    layer_prefix,
+    network_shapes,
+)
+
+
+class Found(NamedTuple):
+    """A value that the tensors reveal. evidence: which tensor of which shape says so, as a clause."""
+
+    value: Any
+    evidence: str
+
+
+@dataclass(frozen=True)
+class FoundNetwork:
+    """The memory network, or, where kind is None, one of several networks of the same shapes."""
+
+    kind: NetworkKind | None
+    depth: int
+    hidden: int
+    evidence: str
+
+
+class View:
+    """The shapes of the tensors whose names begin with a prefix, which is left out of the names."""
+
+    def __init__(self, shapes: Shapes, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+    def under(self, prefix: str) -> View:
+        inner = View(self.shapes, prefix)
+        inner.prefix = self.prefix + prefix
+        return inner
+
+    def evidence(self, name: str) -> str:
+        if name in self.shapes:
+            return f"tensor {self.prefix}{name} has shape {list(self.shapes[name])}"
+        return f"there is no tensor {self.prefix}{name}"
+
+    def has(self, name: str) -> Found:
+        return Found(name in self.shapes, self.evidence(name))
+
+    def shape(self, name: str, dimensions: int) -> Shape:
+        if name not in self.shapes:
+            raise CheckpointError(
+                "checkpoint",
+                f"tensor {self.prefix}{name}, which every titans-pytorch 0.5 model of this kind has",
+                "none",
+                "give the state dict of the whole module",
+            )
+        shape = self.shapes[name]
+        if len(shape) != dimensions or (name != "longterm_mems" and "persistent" not in name and 0 in shape):
+            raise CheckpointError(
+                "checkpoint",
+                f"tensor {self.prefix}{name} of {dimensions} dimensions, none of them empty",
+                f"shape {list(shape)}",
+                "give an unchanged state dict of titans-pytorch 0.5",
+            )
+        return shape
+
+    def size(self, name: str, axis: int, dimensions: int = 2, per: int = 1) -> Found:
+        size = self.shape(name, dimensions)[axis]
+        if size % per:
+            raise CheckpointError(
+                "checkpoint",
+                f"size {axis} of tensor {self.prefix}{name} to be a multiple of {per}",
+                f"shape {list(self.shapes[name])}",
+                "give an unchanged state dict of titans-pytorch 0.5",
+            )
+        return Found(size // per, self.evidence(name))
+
+
+# One tensor of each class that no other has.
+_SIGNS: dict[Kind, str] = {
+    "transformer": "axial_pos_emb.mlps.0.0.weight",
+    "memory": "to_adaptive_step.0.weight",
+}
+_BELONGS = re.compile(
+    r"layers\.\d+\.[0-6]\.|axial_pos_emb|expand_streams|longterm_mems$|(token_emb|norm|to_logits)\.weight$"
+)
+
+
+def find_kind(shapes: Shapes) -> Kind:
+    """Whose state dict it is. Raises CheckpointError for other versions and other models."""
+    _refuse_other_versions(shapes)
+    for kind, sign in _SIGNS.items():
+        if sign in shapes:
+            return kind
+    foreign = [name for name in sorted(shapes) if not _BELONGS.match(name)] or sorted(shapes)
+    classes, remedy = " or ".join(CLASSES.values()), "give the state dict of one of these"
+    for kind, sign in _SIGNS.items():
+        if inside := next((name for name in sorted(shapes) if name.endswith(f".{sign}")), None):
+            module = inside.removesuffix(f".{sign}")
+            remedy = f"a {CLASSES[kind]} is in it: save the state dict of the module {module} alone"
+            break
+    raise CheckpointError("checkpoint", f"tensors of {classes}", f"another model's, {', '.join(foreign[:3])}", remedy)
+
+
+def _refuse_other_versions(shapes: Shapes) -> None:
+    """By the tensors that only they have."""
+    signs: list[tuple[str, Callable[[str], bool]]] = [
+        ("titans-pytorch 0.3 or older", lambda name: name.endswith(("to_keys_values.weight", "empty_memory_embed"))),
+        ("titans-pytorch 0.4 or older", lambda name: name.endswith(("dynamic_alpha_scale", "dynamic_beta_scale"))),
+        (
+            "hyper-connections older than 0.4",
+            lambda name: name.endswith(".dynamic_alpha_fn") and len(shapes[name]) == 2,
+        ),
+    ]
+    for version, recognises in signs:
+        if sign := next((name for name in sorted(shapes) if recognises(name)), None):
+            raise CheckpointError(
+                "checkpoint",
+                "tensors of titans-pytorch 0.5 with hyper-connections 0.4",
+                f"{sign} of shape {list(shapes[sign])}, which {version} makes",
+                "train with version 0.5: what other versions compute differs",
+            )
+
+
+def infer_memory(view: View) -> tuple[dict[str, Found], FoundNetwork]:
+    """A NeuralMemory's arguments, and "activated", whether there is an activation; then its network."""
+    heads = view.size("to_decay_factor.0.weight", 0)
+    per = heads.value
+    query = "to_queries.0.weight" if view.has("to_queries.0.weight").value else "to_queries.weight"
+    dim_head = view.size(query, 0, per=per)
+    found = {
+        "dim": view.size("to_decay_factor.0.weight", 1),
+        "heads": heads,
+        "dim_head": dim_head,
+        "num_kv_per_token": view.size("to_adaptive_step.0.weight", 0, per=per),
+        "per_parameter_lr_modulation": view.has("to_layer_modulation.0.weight"),
+        "attn_pool_chunks": view.has("reduce_to_chunk_rep.to_attn_logits.weight"),
+        "momentum": view.has("to_momentum.0.weight"),
+        "learned_momentum_combine": view.has("to_learned_momentum_combine.0.weight"),
+        "pre_rmsnorm": view.has("retrieve_norm.weight"),
+        "post_rmsnorm": view.has("multihead_rmsnorm.gamma"),
+        "qk_rmsnorm": view.has("q_norm.gamma"),
+        "accept_weight_residual": view.has("to_learned_weight_residual_mix.0.weight"),
+        "gated_transition": view.has("transition_gate"),
+        "activated": view.has("to_queries.0.weight"),
+    }
+    if found["momentum"].value:
+        order = found["momentum_order"] = view.size("to_momentum.0.weight", 0, per=per)
+        if found["learned_momentum_combine"].value:
+            combined = view.size("to_learned_momentum_combine.0.weight", 0, per=per)
+            found["learned_combine_include_zeroth"] = Found(combined.value > order.value, combined.evidence)
+    network, found["mem_model_norm_add_residual"] = _infer_network(view.under("memory_model."), dim_head.value)
+    first = "memory_model_parameters.0"
+    learned = view.shape(first, len(view.shapes.get(first, ())))
+    shared = next(iter(_network_of(network, dim_head.value, found["mem_model_norm_add_residual"].value).values()))
+    found["per_head_learned_parameters"] = Found(len(learned) > len(shared), view.evidence(first))
+    return found, network
+
+
+def _network_of(network: FoundNetwork, dim_head: int, norm_add_residual: bool) -> Shapes:
+    options = NetworkOptions(network.kind or "mlp", network.depth, network.hidden)
+    return network_shapes(options, dim_head, norm_add_residual)
+
+
+def _infer_network(view: View, dim: int) -> tuple[FoundNetwork, Found]:
+    shapes = view.shapes
+    residual = view.has("norm.gamma")
+    if residual.value and not any(name.startswith("model.") for name in shapes):
+        residual = Found(False, f"there is no tensor {view.prefix}model.*")  # the norm is MemorySwiGluMLP's own
+    inner = view.under("model.") if residual.value else view
+    first = next((name for name in ("weights.0", "weights.0.0") if name in inner.shapes), None)
+    hidden = inner.shapes[first][-1] if first and len(inner.shapes[first]) == 2 else 0
+    depth = len({name.split(".")[1] for name in inner.shapes if re.fullmatch(r"weights\.\d+(\.\d+)?", name)})
+    candidates: list[tuple[NetworkKind, int]] = [
+        ("mlp", hidden if depth > 1 else dim),
+        ("gated-residual", hidden),
+        ("factorized", hidden),
+        ("swiglu", hidden // 2),
+    ]
+    kinds = [
+        FoundNetwork(kind, depth, width, inner.evidence(first or "weights.0"))
+        for kind, width in candidates
+        if depth and network_shapes(NetworkOptions(kind, depth, width), dim, False) == inner.shapes
+    ]
+    if _is_attention(inner.shapes, dim):
+        if not kinds:
+            raise CheckpointError("checkpoint", *ATTENTION_REFUSED)
+        return FoundNetwork(None, depth, dim, kinds[0].evidence), residual
+    if not kinds:
+        known = re.compile(r"weights\.\d+(\.[012])?|norm\.gamma|final_proj")
+        odd = next((name for name in sorted(inner.shapes) if not known.fullmatch(name)), first)
+        raise CheckpointError(
+            "checkpoint",
+            "a memory network of titans-pytorch",
+            f"tensor {inner.prefix}{odd} of shape {list(inner.shapes[odd])}" if odd else f"no tensor {view.prefix}*",
+            "train with one of the library's: a memory module of one's own is code, which is not in the tensors",
+        )
+    return kinds[0], residual
+
+
+def _is_attention(shapes: Shapes, dim: int) -> bool:
+    """MemoryAttention's shapes, which are also those of a MemoryMLP of depth 5 if everything is as wide as dim."""
+    if set(shapes) != {f"weights.{i}" for i in range(5)}:
+        return False
+    *square, up, down = (shapes[f"weights.{i}"] for i in range(5))
+    return square == [(dim, dim)] * 3 and up[:1] == (dim,) and down == up[::-1]
+
+
+def infer_transformer(view: View) -> dict[str, Found]:
+    """MemoryAsContextTransformer's arguments apart from its memory's."""
+    tokens = "token_emb.weight"
+    layers = {int(match[1]) + 1 for name in view.shapes if (match := re.match(r"layers\.(\d+)\.", name))}
+    depth = max(layers, default=0)
+    if not layers or len(layers) != depth:
+        gap = next(layer for layer in range(1, depth + 2) if layer not in layers)
+        raise CheckpointError("checkpoint", f"tensors {layer_prefix(gap, ATTENTION)}*", "none", "save the whole model")
+    attention, feed_forward = (view.under(layer_prefix(1, part)) for part in (ATTENTION, FEED_FORWARD))
+    memory = [layer for layer in sorted(layers) if view.under(layer_prefix(layer, MEMORY)).shapes]
+    if not memory:
+        raise CheckpointError(
+            "checkpoint",
+            "a transformer with a memory in some layer",
+            f"none in layers 1 to {depth}",
+            "export it as an ordinary transformer: nothing in it learns while it runs",
+        )
+    embedding = "expand_streams.stream_embed"
+    streams = view.size(embedding, 0) if view.has(embedding).value else Found(1, view.evidence(embedding))
+    parts = ", ".join(layer_prefix(layer, MEMORY) + "*" for layer in memory)
+    found = {
+        "num_tokens": view.size(tokens, 0),
+        "dim": view.size(tokens, 1),
+        "depth": Found(depth, f"the last layer's tensors are layers.{depth - 1}.*"),
+        "num_longterm_mem_tokens": view.size("longterm_mems", 0),
+        "num_persist_mem_tokens": attention.size("persistent_memory", 2, 4),
+        "dim_head": attention.size("persistent_memory", 3, 4),
+        "heads": attention.size("persistent_memory", 1, 4),
+        "ff_hidden": feed_forward.size("3.weight", 1),
+        "num_residual_streams": streams,
+        "neural_memory_layers": Found(tuple(memory), f"those with a memory are {parts}"),
+    }
+    if streams.value > 1:
+        beta = view.under(layer_prefix(memory[0], MEMORY_CONNECTION)).has("static_beta")
+        found["neural_mem_gate_attn_output"] = Found(not beta.value, beta.evidence)
+    if memory[-1] > 1:
+        later = view.under(layer_prefix(memory[-1], SELECTOR))
+        found["neural_memory_qkv_receives_diff_views"] = later.has("1.weight")
+    if len(memory) > 1:
+        later = view.under(layer_prefix(memory[-1], MEMORY))
+        found["neural_mem_weight_residual"] = later.has("to_learned_weight_residual_mix.0.weight")
+    return found

@@ -1,0 +1,285 @@
+"""The options: what the tensors reveal, held against what the arguments say, and of the rest what the arguments say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ...errors import CheckpointError
+from ...model.titans_pytorch.options import MemoryOptions, NetworkOptions, TransformerOptions
+from .config import ACTIVATIONS, DEFAULT_NETWORK, KWARGS, NETWORKS, Config, Kind, correct, network_key
+from .infer import Found, FoundNetwork, View, infer_memory, infer_transformer
+from .layout import MEMORY, Shapes, layer_prefix
+
+# Of the arguments that no tensor reveals. What is not here has no default: the library's, if any, cannot be it.
+_DEFAULTS: dict[str, Any] = {
+    "chunk_size": 1,
+    "batch_size": None,
+    "qkv_receives_diff_views": False,
+    "default_step_transform_max_lr": 1.0,
+    "max_mem_layer_modulation": 1.0,
+    "max_grad_norm": None,
+    "spectral_norm_surprises": False,
+    "store_with_lookahead_value": False,
+    "neural_memory_segment_len": None,
+    "neural_memory_batch_size": None,
+    "sliding_window_attn": False,
+    "neural_mem_gate_attn_output": False,
+}
+
+
+class Answers:
+    """Takes each argument from where it stands; what is missing is collected and said at once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.missing: list[str] = []
+
+    def given(self, key: str, otherwise: Any = None) -> Any:
+        return self.config.given.get(key, otherwise)
+
+    def agree(self, key: str, found: Found, wanted: Any = None) -> Any:
+        """The found value. wanted: the given one in the terms of found, where the two are not written alike."""
+        if key in self.config.given:
+            value = self.given(key)
+            if (value if wanted is None else wanted) != found.value:
+                self.contradict(key, value, found)
+        return found.value
+
+    def contradict(self, key: str, value: Any, found: Found) -> None:
+        shown = list(found.value) if isinstance(found.value, tuple) else found.value
+        raise correct(
+            f"{key} to be {json.dumps(shown)}, as {found.evidence},",
+            f"{json.dumps(value)} in {self.config.name}",
+            f"{self.config.name} or give the checkpoint that it describes",
+        )
+
+    def need(self, key: str) -> Any:
+        """The given value; None for one that is missing, which `finish` will say."""
+        if key not in self.config.given:
+            self.missing.append(key)
+        return self.given(key)
+
+    def finish(self) -> None:
+        if not self.missing:
+            return
+        defaults: dict[str, Any] = {}
+        bare = []
+        for key in self.missing:
+            scope, _, argument = key.rpartition(".")
+            if argument not in _DEFAULTS:
+                bare.append(key + _HINTS.get(argument, ""))
+                continue
+            inner = defaults.setdefault(scope, {}) if scope else defaults
+            inner[argument] = self._default(argument)
+        remedy = "add what training used"
+        if defaults:
+            remedy += f"; the library's defaults are {json.dumps(defaults)}"
+        if bare:
+            remedy += f"; without a default: {', '.join(bare)}"
+        raise CheckpointError(
+            "config", f"in {self.config.name} what tensors do not show", f"no {', '.join(self.missing)}", remedy
+        )
+
+    def _default(self, argument: str) -> Any:
+        if argument == "store_with_lookahead_value" and self.config.json.get("version") == "0.5.2":
+            return True  # in that one version
+        return _DEFAULTS[argument]
+
+
+_HINTS = {
+    "activation": f" (one of {', '.join(ACTIVATIONS)})",
+    "model": " (the tensors fit MemoryMLP and MemoryAttention)",
+    "neural_memory_model": " (the tensors fit MemoryMLP and MemoryAttention)",
+}
+
+
+def resolve_memory(config: Config, shapes: Shapes) -> MemoryOptions:
+    """Of a bare NeuralMemory."""
+    answers = Answers(config)
+    options = _memory(answers, View(shapes), "memory")
+    answers.finish()
+    return _checked(options, config, "")
+
+
+def resolve_transformer(config: Config, shapes: Shapes) -> tuple[TransformerOptions, MemoryOptions]:
+    """Of a MemoryAsContextTransformer; then those of its first memory layer, which has no weight residual."""
+    answers = Answers(config)
+    found = infer_transformer(View(shapes))
+    values = {key: answers.agree(key, found[key]) for key in found if key not in ("neural_memory_layers", "ff_hidden")}
+    dim, depth = values["dim"], values["depth"]
+    layers, inner = found["neural_memory_layers"], found["ff_hidden"]
+    if "neural_memory_layers" in config.given:
+        every = range(1, depth + 1)
+        wanted = config.given["neural_memory_layers"]
+        answers.agree("neural_memory_layers", layers, tuple(i for i in every if wanted is None or i in wanted))
+    if (mult := config.given.get("ff_mult")) is not None and int(dim * mult * 2 / 3) != inner.value:
+        raise correct(
+            f"ff_mult to make int(dim * ff_mult * 2 / 3) {inner.value}, as {inner.evidence},",
+            f"{mult} in {config.name}, which makes {int(dim * mult * 2 / 3)}",
+            config.name,
+        )
+    segment, sliding = answers.need("segment_len"), answers.need("sliding_window_attn")
+    memory = _memory(answers, View(shapes, layer_prefix(layers.value[0], MEMORY)), "transformer")
+    gate = values.get("neural_mem_gate_attn_output")
+    if gate is None:  # without hyper-connections no tensor shows it
+        gate = answers.need("neural_mem_gate_attn_output")
+    answers.finish()
+    longterm = values["num_longterm_mem_tokens"]
+    if memory.chunk_size is None:
+        memory = dataclasses.replace(memory, chunk_size=segment + longterm)
+    memory = _checked(memory, config, f"{KWARGS}.")
+    _check_head(values["dim_head"], config)
+    residual = values.get("neural_mem_weight_residual", False)
+    options = TransformerOptions(
+        num_tokens=values["num_tokens"],
+        dim=dim,
+        depth=depth,
+        segment_len=segment,
+        num_longterm_mem_tokens=longterm,
+        num_persist_mem_tokens=values["num_persist_mem_tokens"],
+        dim_head=values["dim_head"],
+        heads=values["heads"],
+        ff_hidden=inner.value,
+        num_residual_streams=values["num_residual_streams"],
+        neural_memory_layers=layers.value,
+        sliding_window_attn=sliding,
+        neural_mem_gate_attn_output=gate,
+        neural_mem_weight_residual=residual,
+        neural_memory_qkv_receives_diff_views=values.get("neural_memory_qkv_receives_diff_views", False),
+        memory=dataclasses.replace(memory, accept_weight_residual=residual),
+    )
+    return options, memory
+
+
+def _memory(answers: Answers, view: View, kind: Kind) -> MemoryOptions:
+    """A transformer's chunk_size is None where it follows from the segment."""
+    bare = kind == "memory"
+    prefix = "" if bare else f"{KWARGS}."
+    found, network = infer_memory(view)
+    activated = found.pop("activated")
+    dim_head = found["dim_head"]
+    if f"{prefix}dim_head" in answers.config.given and answers.given(f"{prefix}dim_head") is None:
+        answers.agree(f"{prefix}dim_head", dim_head, found["dim"].value)
+    for key, value in found.items():
+        null_head = key == "dim_head" and answers.given(f"{prefix}dim_head") is None
+        if not null_head and (bare or key not in ("dim", "accept_weight_residual")):  # a transformer sets these itself
+            answers.agree(prefix + key, value)
+    values = {key: value.value for key, value in found.items()}
+    momentum, combine = values["momentum"], values["learned_momentum_combine"]
+    activation = None
+    if activated.value:
+        if f"{prefix}activation" in answers.config.given and answers.given(f"{prefix}activation") is None:
+            answers.contradict(f"{prefix}activation", None, Found("one", activated.evidence))
+        activation = answers.need(f"{prefix}activation")
+    elif answers.given(f"{prefix}activation") is not None:
+        said = answers.given(f"{prefix}activation")
+        answers.contradict(f"{prefix}activation", said, Found(None, activated.evidence))
+    modulated = values["per_parameter_lr_modulation"]
+    return MemoryOptions(
+        dim=values["dim"],
+        chunk_size=answers.need("chunk_size" if bare else "neural_memory_segment_len"),
+        batch_size=answers.need("batch_size" if bare else "neural_memory_batch_size"),
+        dim_head=dim_head.value,
+        heads=values["heads"],
+        network=_network(answers, network, dim_head, kind),
+        default_step_transform_max_lr=answers.need(f"{prefix}default_step_transform_max_lr"),
+        per_parameter_lr_modulation=modulated,
+        max_mem_layer_modulation=answers.need(f"{prefix}max_mem_layer_modulation") if modulated else 1.0,
+        per_head_learned_parameters=values["per_head_learned_parameters"],
+        attn_pool_chunks=values["attn_pool_chunks"],
+        momentum=momentum,
+        momentum_order=values["momentum_order"] if momentum else 1,
+        learned_momentum_combine=combine,
+        learned_combine_include_zeroth=values.get("learned_combine_include_zeroth", False),
+        num_kv_per_token=values["num_kv_per_token"],
+        qkv_receives_diff_views=answers.need("qkv_receives_diff_views") if bare else True,
+        pre_rmsnorm=values["pre_rmsnorm"],
+        post_rmsnorm=values["post_rmsnorm"],
+        qk_rmsnorm=values["qk_rmsnorm"],
+        max_grad_norm=answers.need(f"{prefix}max_grad_norm"),
+        activation=activation,
+        accept_weight_residual=values["accept_weight_residual"],
+        spectral_norm_surprises=answers.need(f"{prefix}spectral_norm_surprises"),
+        gated_transition=values["gated_transition"],
+        mem_model_norm_add_residual=values["mem_model_norm_add_residual"],
+        store_with_lookahead_value=answers.need(f"{prefix}store_with_lookahead_value"),
+    )
+
+
+def _network(answers: Answers, found: FoundNetwork, dim_head: Found, kind: Kind) -> NetworkOptions:
+    key, given = network_key(kind), answers.config.given
+    kwargs_key = "default_model_kwargs" if kind == "memory" else f"{KWARGS}.default_model_kwargs"
+    spec, name = given.get(key), key
+    if spec is None and (key in given or kwargs_key in given):
+        spec, name = {"type": "MemoryMLP", **given.get(kwargs_key, DEFAULT_NETWORK)}, kwargs_key
+    if spec is None and found.kind is None:
+        answers.missing.append(key)
+    if spec is not None:
+        named = NETWORKS[spec["type"]]
+        spec = named.defaults | spec
+        evidence = found.evidence
+        if found.kind is not None and named.kind != found.kind:
+            fits = next(name for name, network in NETWORKS.items() if network.kind == found.kind)
+            answers.contradict(f"{name}.type", spec["type"], Found(fits, evidence))
+        for part, value in (("dim", dim_head), ("depth", Found(found.depth, evidence))):
+            if part in spec and spec[part] != value.value:
+                answers.contradict(f"{name}.{part}", spec[part], value)
+        hidden = _hidden(spec, dim_head.value)
+        if hidden != found.hidden and not (named.kind == "mlp" and found.depth == 1):
+            raise correct(
+                f"{name}.{named.width} to make an inner width of {found.hidden}, as {evidence},",
+                f"{spec[named.width]} in {answers.config.name} (unless given, the library's default), "
+                f"which makes {hidden}",
+                answers.config.name,
+            )
+    return NetworkOptions(found.kind or "mlp", found.depth, found.hidden)
+
+
+def _hidden(spec: dict[str, Any], dim_head: int) -> int:
+    if "k" in spec:
+        return int(spec["k"])
+    factor = spec["expansion_factor"]
+    return int(dim_head * factor * 2 / 3) if spec["type"] == "MemorySwiGluMLP" else int(dim_head * factor)
+
+
+def _checked(memory: MemoryOptions, config: Config, prefix: str) -> MemoryOptions:
+    """Refuses what the library itself fails on."""
+    chunk, batch = ("neural_memory_segment_len", "neural_memory_batch_size") if prefix else ("chunk_size", "batch_size")
+    if memory.batch_size is not None and memory.batch_size % memory.chunk_size:
+        raise correct(
+            f"{batch} to be a multiple of {chunk}, {memory.chunk_size}",
+            f"{memory.batch_size} in {config.name}, on which the library itself fails",
+            config.name,
+        )
+    if memory.attn_pool_chunks and memory.chunk_size == 1:
+        raise correct(
+            f"{chunk} above 1 with {prefix}attn_pool_chunks", f"1 in {config.name}, on which the library itself fails",
+            config.name,
+        )  # fmt: skip
+    if memory.learned_momentum_combine and memory.momentum_order < 2:
+        raise CheckpointError(
+            "checkpoint",
+            f"{prefix}momentum of order 2 or more with learned_momentum_combine",
+            f"tensors of order {memory.momentum_order}",
+            "give an unchanged state dict: the library itself cannot make this one",
+        )
+    if memory.heads == 1 and memory.dim_head != memory.dim:
+        raise CheckpointError(
+            "checkpoint",
+            f"{prefix}dim_head to be dim, {memory.dim}, where {prefix}heads is 1",
+            f"tensors of a dim_head of {memory.dim_head}",
+            "give an unchanged state dict: the library itself cannot make this one",
+        )
+    return memory
+
+
+def _check_head(dim_head: int, config: Config) -> None:
+    if dim_head % 2 or dim_head < 4:
+        raise CheckpointError(
+            "checkpoint",
+            "an even dim_head of at least 4",
+            f"{dim_head}, on which the library's rotary embedding fails",
+            "train with another",
+        )

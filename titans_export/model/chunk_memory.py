@@ -1,0 +1,567 @@
+"""`ai.titans::NeuralMemory` with one gate a chunk (`gates` = "chunk"), as titans-pytorch trains it, in PyTorch.
+
+The reference of the operator in docs/operator.md, and what is traced where no kernel covers a memory. For every chunk
+of C tokens, when its last one has come, with the gates of that last token:
+
+    G = d/dWg sum over the chunk of theta_r scale ||M_Wg(k_r) - v_r||^2      at the gradient point Wg, by weight tensor
+    U = -mu clamp(G)                                                         momentary surprise
+    S = eta S + U                                                            accumulated surprise, equation 14
+    W = (1 - alpha) W + orthogonalised S                                     equation 13
+
+and token t is answered by the weights of the last complete chunk, its own included: y_t = M_W(q_t). The gradient point
+moves to W every `batch_size` tokens, or never.
+
+Shapes: packed rows (B, H, R); q (B, H, T, D); k, v (B, H, T u, D); step sizes (B, H, T u); other gates (B, H, T, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operator
+from .fast_networks import NetworkSpec, Weights, forward, pull
+from .operator import Layout
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NORM_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class ChunkMemorySpec:
+    """The structure of one head's memory and of its update.
+
+    batch_size: tokens between moves of the gradient point, a multiple of chunk_size; 0: it stays at the first weights.
+    loss_scale: of the squared error. keys_per_token: u. lookahead: a key is stored with the value after it, the chunk's
+    last key not at all. momentum_order: S^1 accumulates surprise, S^(m+1) accumulates S^m; 0: none. combine: the update
+    is a mix of "momenta", or of "surprise and momenta"; None: the last of them. grad_clamp: maps the norm of each
+    tensor's gradient smoothly into [clamp / 2, clamp]; 0: off. orthogonalise: Newton-Schulz steps on each matrix of the
+    update. transition: the gradient point, and W with it, moves only by that share of the way.
+    """
+
+    network: NetworkSpec
+    chunk_size: int
+    batch_size: int
+    loss_scale: float
+    keys_per_token: int = 1
+    lookahead: bool = False
+    momentum_order: int = 1
+    combine: str | None = None
+    grad_clamp: float = 0.0
+    orthogonalise: int = 0
+    transition: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether the operator has it, and so a kernel; otherwise it runs as standard operators."""
+        simple = self.momentum_order <= 1 and self.combine is None and not self.transition
+        return simple and self.network.kind == "mlp" and self.network.depth <= 3
+
+    @property
+    def keeps_point(self) -> bool:
+        """Whether the gradient point is another than W."""
+        return self.batch_size != self.chunk_size
+
+    @property
+    def period(self) -> int:
+        """What `fill` counts up to."""
+        return self.batch_size if self.keeps_point and self.batch_size else self.chunk_size
+
+    @property
+    def rows(self) -> int:
+        """Keys of a chunk."""
+        return self.chunk_size * self.keys_per_token
+
+    def weight_count(self) -> int:
+        return sum(int(torch.Size(shape).numel()) for shape in self.network.shapes.values())
+
+
+def _names(spec: ChunkMemorySpec, letter: str) -> list[str]:
+    """Names of W's tensors, or of the gradient point's (G) or of an accumulated surprise's (S, S2, ...)."""
+    return [name.replace("W", letter, 1) if name[0] == "W" else f"{letter}_{name}" for name in spec.network.shapes]
+
+
+def chunk_layout(spec: ChunkMemorySpec) -> Layout:
+    """W | gradient point | S of each order | the open chunk's k, v and step sizes | padding."""
+    shapes = spec.network.shapes
+    fields = list(shapes.items())
+    if spec.keeps_point:
+        fields += zip(_names(spec, "G"), shapes.values(), strict=True)
+    for letter in _surprise_letters(spec):
+        fields += zip(_names(spec, letter), shapes.values(), strict=True)
+    rows, width = spec.rows, spec.network.width
+    return Layout.from_shapes([*fields, ("k", (rows, width)), ("v", (rows, width)), ("theta", (rows,))])
+
+
+def _surprise_letters(spec: ChunkMemorySpec) -> list[str]:
+    return ["S" if order == 0 else f"S{order + 1}_" for order in range(spec.momentum_order)]
+
+
+class _State(NamedTuple):
+    w: Weights
+    point: Weights | None
+    s: list[Weights]  # by order
+
+
+def _unpack(spec: ChunkMemorySpec, fields: dict[str, Tensor]) -> _State:
+    point = [fields[name] for name in _names(spec, "G")] if spec.keeps_point else None
+    s = [[fields[name] for name in _names(spec, letter)] for letter in _surprise_letters(spec)]
+    return _State([fields[name] for name in spec.network.shapes], point, s)
+
+
+def _fields(spec: ChunkMemorySpec, state: _State) -> dict[str, Tensor]:
+    fields = dict(zip(spec.network.shapes, state.w, strict=True))
+    if state.point is not None:
+        fields |= zip(_names(spec, "G"), state.point, strict=True)
+    for letter, values in zip(_surprise_letters(spec), state.s, strict=True):
+        fields |= zip(_names(spec, letter), values, strict=True)
+    return fields
+
+
+def _flat(weights: Weights, lead: int) -> Tensor:
+    return torch.cat([w.flatten(lead) for w in weights], -1)
+
+
+def _split(spec: ChunkMemorySpec, flat: Tensor) -> Weights:
+    """(..., |W|) to the weight tensors."""
+    shapes = list(spec.network.shapes.values())
+    parts = flat.split([int(torch.Size(shape).numel()) for shape in shapes], -1)
+    return [part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def initial_chunk_rows(spec: ChunkMemorySpec, weights: Weights) -> Tensor:
+    """Packed rows (..., R) of a fresh memory with weights W (..., *shape), S = 0 and an empty chunk."""
+    layout = chunk_layout(spec)
+    lead = weights[0].shape[: weights[0].dim() - 2]
+    like = weights[0]
+    fields = {f.name: like.new_zeros(1).expand(*lead, *f.shape) for f in layout.fields}
+    zeros = [[torch.zeros_like(w) for w in weights] for _ in range(spec.momentum_order)]
+    fields |= _fields(spec, _State(weights, list(weights) if spec.keeps_point else None, zeros))
+    return layout.pack(fields)
+
+
+def orthogonalise(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix. x: (..., rows, columns)."""
+    a, b, c = NEWTON_SCHULZ
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.transpose(-1, -2)
+    x = x / (x * x).sum((-1, -2), keepdim=True).sqrt().clamp(min=NORM_FLOOR)
+    for _ in range(steps):
+        gram = x @ x.transpose(-1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x if wide else x.transpose(-1, -2)
+
+
+class Gates(NamedTuple):
+    """Gates of a chunk, of its last token. momentum: (B, H, order); forget: (B, H); modulation: (B, H, tensors);
+    combine: (B, H, terms); previous: the previous layer's weights (B, H, |W|), previous_gate (B, H); transition: ().
+    """
+
+    momentum: Tensor | None
+    forget: Tensor
+    modulation: Tensor | None = None
+    combine: Tensor | None = None
+    previous: Tensor | None = None
+    previous_gate: Tensor | None = None
+    transition: Tensor | None = None
+
+
+def _per_tensor(gate: Tensor, like: Tensor) -> Tensor:
+    """(B, H) against (B, H, *shape)."""
+    return gate.reshape(*gate.shape, *(1,) * (like.dim() - gate.dim()))
+
+
+def _clamp(g: Tensor, limit: float) -> Tensor:
+    dims = tuple(range(2, g.dim()))
+    norm = (g * g).sum(dims, keepdim=True).sqrt()
+    half = limit / 2
+    safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+    return g * ((torch.tanh(norm / half) * half + half) / safe)
+
+
+def fold(
+    spec: ChunkMemorySpec, state: _State, k: Tensor, v: Tensor, theta: Tensor, gates: Gates, moved: Tensor | None
+) -> tuple[_State, Tensor]:
+    """The state after a complete chunk, and its losses (B, H, rows stored).
+
+    k, v: (B, H, rows, D); theta: (B, H, rows). moved: (B,) bool, whether the gradient point moves after this chunk.
+    """
+    point = state.w if state.point is None else state.point
+    if gates.previous is not None:
+        assert gates.previous_gate is not None
+        others = _split(spec, gates.previous)
+        mix = gates.previous_gate
+        point = [p + _per_tensor(mix, o) * o for p, o in zip(point, others, strict=True)]
+    if spec.lookahead:
+        k, v, theta = k[..., :-1, :], v[..., 1:, :], theta[..., :-1]
+    prediction, back = pull(spec.network, point, k)
+    error = prediction - v
+    gradients = back((2 * spec.loss_scale) * theta.unsqueeze(-1) * error)
+    w, s = [], [list(order) for order in state.s]
+    for i, (old, g) in enumerate(zip(state.w, gradients, strict=True)):
+        g = _clamp(g, spec.grad_clamp) if spec.grad_clamp else g
+        update = -g if gates.modulation is None else -_per_tensor(gates.modulation[..., i], g) * g
+        terms = [update]
+        for order in range(spec.momentum_order):
+            assert gates.momentum is not None
+            update = _per_tensor(gates.momentum[..., order], g) * s[order][i] + update
+            s[order][i] = update
+            terms.append(update)
+        if spec.combine:
+            assert gates.combine is not None
+            terms = terms if spec.combine == "surprise and momenta" else terms[1:]
+            mixed = [_per_tensor(gates.combine[..., j], g) * term for j, term in enumerate(terms)]
+            update = torch.stack(mixed).sum(0)
+        if spec.orthogonalise and g.dim() == 4:
+            update = orthogonalise(update, spec.orthogonalise)
+        w.append(_per_tensor(1 - gates.forget, old) * old + update)
+    following = state.point
+    if following is not None and spec.batch_size:
+        assert moved is not None
+        target = w
+        if spec.transition:
+            assert gates.transition is not None
+            share = gates.transition
+            target = [p + share * (n - p) for p, n in zip(following, w, strict=True)]
+            w = _where(moved, target, w)
+        following = _where(moved, target, following)
+    losses = spec.loss_scale * (error * error).sum(-1)
+    return _State(w, following, s), losses
+
+
+def _where(condition: Tensor, yes: Weights, no: Weights) -> Weights:
+    """Per stream. condition: (B,) bool."""
+    return [torch.where(_per_tensor(condition, a), a, b) for a, b in zip(yes, no, strict=True)]
+
+
+def _pick(condition: Tensor, yes: _State, no: _State) -> _State:
+    """By stream and head. condition: (B, H) bool."""
+    point = None if yes.point is None or no.point is None else _where(condition, yes.point, no.point)
+    s = [_where(condition, a, b) for a, b in zip(yes.s, no.s, strict=True)]
+    return _State(_where(condition, yes.w, no.w), point, s)
+
+
+@dataclass(frozen=True)
+class ChunkInputs:
+    """The operator's inputs; shapes above. momentum: (B, H, T, order); modulation: (B, H, T, tensors); combine: (B, H,
+    T, terms); previous: (B, H, N, |W|), N chunks that the call may complete; fill: (B,); learn: (B, T) bool, valid:
+    (B, T) bool, each None for all; limit: (B,); transition: ().
+    """
+
+    rows: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    step_size: Tensor
+    momentum: Tensor | None
+    forget: Tensor
+    fill: Tensor | None = None
+    learn: Tensor | None = None
+    valid: Tensor | None = None
+    limit: Tensor | None = None
+    modulation: Tensor | None = None
+    combine: Tensor | None = None
+    previous: Tensor | None = None
+    previous_gate: Tensor | None = None
+    transition: Tensor | None = None
+
+
+def _slot(values: Tensor, index: Tensor) -> Tensor:
+    """(B, H, N, size) at index (B,), N small: (B, H, size)."""
+    if values.shape[2] == 1:
+        return values[:, :, 0]
+    slots = torch.arange(values.shape[2], device=index.device)
+    chosen = (slots == index.unsqueeze(-1))[:, None, :, None]
+    return torch.where(chosen, values, 0.0).sum(2)
+
+
+class ChunkUpdate(NamedTuple):
+    """`Update`, and the weights before each chunk that the call completed, (B, H, N, |W|)."""
+
+    y: Tensor
+    state: Tensor
+    stats: Tensor
+    before: Tensor
+
+
+def _committed(
+    spec: ChunkMemorySpec, old: _State, new: _State, losses: Tensor, x: ChunkInputs, done: Tensor | None
+) -> tuple[_State, Tensor]:
+    """The state to keep, and (B, H, 4) numbers as `STATS`. done: (B,) or (B, H) bool, None: all complete and learn."""
+    squares = [((a - b) ** 2).flatten(2).sum(-1) for a, b in zip(new.w, old.w, strict=True)]
+    norm = torch.stack(squares).sum(0).sqrt()
+    surprise = losses.sum(-1)
+    good = torch.ones_like(norm, dtype=torch.bool) if x.limit is None else norm <= x.limit.unsqueeze(-1)
+    on = torch.ones_like(good) if done is None else done.reshape(-1, 1).expand_as(good)
+    zero = torch.zeros_like(norm)
+    numbers = [torch.where(on, surprise, zero), torch.where(on, norm, zero), (on & good) + zero, (on & ~good) + zero]
+    state = new if x.limit is None and done is None else _pick(on & good, new, old)
+    return state, torch.stack(numbers, -1)
+
+
+def _total(numbers: Tensor) -> Tensor:
+    """(chunks, B, H, 4) to (B, H, 4)."""
+    return torch.cat([numbers[..., :1].sum(0), numbers[..., 1:2].amax(0), numbers[..., 2:].sum(0)], -1)
+
+
+def _moved(spec: ChunkMemorySpec, fill: Tensor | None, after: int) -> Tensor | None:
+    """Whether the gradient point moves when `after` more tokens have come. (B,) bool, None where it never does."""
+    if not (spec.keeps_point and spec.batch_size):
+        return None
+    assert fill is not None
+    return torch.remainder(fill + after, spec.batch_size) == 0
+
+
+def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
+    """Whole chunks, every stream at a chunk's start: T = n C. One chunk after the other; exported, one `Scan`."""
+    size, rows = spec.chunk_size, spec.rows
+    count = x.q.shape[2] // size
+    layout = chunk_layout(spec)
+    begin = layout.unpack(x.rows)
+    state = _unpack(spec, begin)
+    lead = x.rows.shape[:2]
+
+    def parts(t: Tensor | None, per: int) -> Tensor | None:
+        """(B, H, n per, ...) to (n, B, H, per, ...)."""
+        if t is None:
+            return None
+        return t.reshape(*lead, count, per, *t.shape[3:]).movedim(2, 0)
+
+    def last(t: Tensor | None) -> Tensor | None:
+        found = parts(t, size)
+        return None if found is None else found[:, :, :, -1]
+
+    moves = [_moved(spec, x.fill, size * (i + 1)) for i in range(count)]
+    done = None
+    if x.learn is not None or x.valid is not None:
+        on = torch.ones(lead[0], count * size, dtype=torch.bool, device=x.q.device)
+        on = on if x.learn is None else on & x.learn
+        on = on if x.valid is None else on & x.valid
+        done = on.reshape(lead[0], count, size)[..., -1].movedim(1, 0)
+    xs: dict[str, Tensor | None] = {
+        "q": parts(x.q, size),
+        "k": parts(x.k, rows),
+        "v": parts(x.v, rows),
+        "theta": parts(_masked_steps(spec, x), rows),
+        "momentum": last(x.momentum),
+        "forget": last(x.forget),
+        "modulation": last(x.modulation),
+        "combine": last(x.combine),
+        "previous": None if x.previous is None else x.previous.movedim(2, 0),
+        "previous_gate": last(x.previous_gate),
+        "moved": None if moves[0] is None else torch.stack([m for m in moves if m is not None]),
+        "done": done,
+    }
+    keys = [name for name, value in xs.items() if value is not None]
+    given = [value for value in xs.values() if value is not None]
+
+    def step(carry: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        old = _unflatten(spec, carry)
+        one = dict(zip(keys, values, strict=True))
+        gates = Gates(
+            one.get("momentum"),
+            one["forget"],
+            one.get("modulation"),
+            one.get("combine"),
+            one.get("previous"),
+            one.get("previous_gate"),
+            x.transition,
+        )
+        new, losses = fold(spec, old, one["k"], one["v"], one["theta"], gates, one.get("moved"))
+        new, numbers = _committed(spec, old, new, losses, x, one.get("done"))
+        q = one["q"]
+        y = torch.cat([forward(spec.network, old.w, q[:, :, :-1]), forward(spec.network, new.w, q[:, :, -1:])], 2)
+        return _flatten(new), [y, numbers, _flat(old.w, 2)]
+
+    carry, outs = _scan(step, _flatten(state), given)
+    y, numbers, before = outs
+    state = _unflatten(spec, carry)
+    fields = {name: begin[name] for name in ("k", "v", "theta")} | _fields(spec, state)
+    y = y.movedim(0, 2).reshape(x.q.shape)
+    return ChunkUpdate(y, layout.pack(fields), _total(numbers), before.movedim(0, 2))
+
+
+def _masked_steps(spec: ChunkMemorySpec, x: ChunkInputs) -> Tensor:
+    """Step sizes, 0 for tokens that do not learn."""
+    if x.learn is None and x.valid is None:
+        return x.step_size
+    on = torch.ones(x.q.shape[0], x.q.shape[2], dtype=torch.bool, device=x.q.device)
+    on = on if x.learn is None else on & x.learn
+    on = on if x.valid is None else on & x.valid
+    on = on.repeat_interleave(spec.keys_per_token, -1).unsqueeze(1)
+    return torch.where(on, x.step_size, torch.zeros_like(x.step_size))
+
+
+def _flatten(state: _State) -> list[Tensor]:
+    return [*state.w, *(state.point or []), *(t for order in state.s for t in order)]
+
+
+def _unflatten(spec: ChunkMemorySpec, tensors: list[Tensor]) -> _State:
+    count = len(spec.network.shapes)
+    groups = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+    point = groups.pop(1) if spec.keeps_point else None
+    return _State(groups[0], point, groups[1:])
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _scan(step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
+    """step(carry, x_i) over the leading dimension: a loop, and a `Scan` where it is exported, so that the graph does
+    not grow with the number of chunks.
+    """
+    count = xs[0].shape[0]
+    if torch.compiler.is_exporting() and count > 1:
+        from torch._higher_order_ops.scan import scan
+
+        def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            # It refuses outputs that are views of its inputs, and carries that change their strides.
+            new, out = step(c, x)
+            return [_copy(t) for t in new], [_copy(t) for t in out]
+
+        result: tuple[list[Tensor], list[Tensor]] = scan(cloned, [_copy(t) for t in carry], xs)
+        return result
+    outs = []
+    for i in range(count):
+        carry, out = step(carry, [x[i] for x in xs])
+        outs.append(out)
+    return carry, [torch.stack(column) for column in zip(*outs, strict=True)]
+
+
+def _place(old: Tensor, new: Tensor, place: Tensor, counts: Tensor | None) -> Tensor:
+    """old: (B, H, rows, size) with the rows of new, (B, H, u, size), from `place`, (B,), on. counts: (B,) bool."""
+    index = torch.arange(old.shape[2], device=old.device)
+    for j in range(new.shape[2]):
+        at = index == (place + j).unsqueeze(-1)
+        at = at if counts is None else at & counts.unsqueeze(-1)
+        old = torch.where(at[:, None, :, None], new[:, :, j : j + 1], old)
+    return old
+
+
+def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
+    """Token by token, streams anywhere in their chunks; a chunk that fills up is folded under an `If`.
+
+    fill counts tokens since the gradient point last moved (or since the chunk's start where it does not, or with every
+    chunk).
+    """
+    assert x.fill is not None
+    size, u, tokens = spec.chunk_size, spec.keys_per_token, x.q.shape[2]
+    layout = chunk_layout(spec)
+    slots = (tokens + size - 1) // size
+
+    def parts(t: Tensor | None, per: int) -> Tensor | None:
+        """(B, H, T per, ...) to (T, B, H, per, ...)."""
+        return None if t is None else t.reshape(*t.shape[:2], tokens, per, *t.shape[3:]).movedim(2, 0)
+
+    def each(t: Tensor | None) -> Tensor | None:
+        """(B, T) to (T, B)."""
+        return None if t is None else t.movedim(1, 0)
+
+    def gate(t: Tensor | None) -> Tensor | None:
+        """(B, H, T, ...) to (T, B, H, ...)."""
+        return None if t is None else t.movedim(2, 0)
+
+    xs: dict[str, Tensor | None] = {
+        "q": parts(x.q, 1),
+        "k": parts(x.k, u),
+        "v": parts(x.v, u),
+        "theta": parts(_masked_steps(spec, x), u),
+        "momentum": gate(x.momentum),
+        "forget": gate(x.forget),
+        "modulation": gate(x.modulation),
+        "combine": gate(x.combine),
+        "previous_gate": gate(x.previous_gate),
+        "learn": each(x.learn),
+        "valid": each(x.valid),
+    }
+    keys = [name for name, value in xs.items() if value is not None]
+    given = [value for value in xs.values() if value is not None]
+    numbered = iter(range(tokens))
+
+    def step(carry: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        rows, fill, completed, before = carry
+        one = dict(zip(keys, values, strict=True))
+        counts = one.get("valid")
+        fields = layout.unpack(rows)
+        place = torch.remainder(fill, size) * u
+        fields["k"] = _place(fields["k"], one["k"], place, counts)
+        fields["v"] = _place(fields["v"], one["v"], place, counts)
+        fields["theta"] = _place(fields["theta"].unsqueeze(-1), one["theta"].unsqueeze(-1), place, counts).squeeze(-1)
+        after = fill + 1 if counts is None else fill + counts.to(fill.dtype)
+        full = (torch.remainder(after, size) == 0) & (after > fill)
+        learns = full & one["learn"] if "learn" in one else full
+        moved = _moved(spec, after, 0)
+        gates = Gates(
+            one.get("momentum"),
+            one["forget"],
+            one.get("modulation"),
+            one.get("combine"),
+            None if x.previous is None else _slot(x.previous, completed),
+            one.get("previous_gate"),
+            x.transition,
+        )
+        kinds = [value is not None for value in gates]
+
+        def complete(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            fields, values = layout.unpack(rows), iter(rest)
+            gates = Gates(*(next(values) if kind else None for kind in kinds))  # type: ignore[arg-type]
+            old = _unpack(spec, fields)
+            new, losses = fold(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
+            new, numbers = _committed(spec, old, new, losses, x, learns)
+            return layout.pack(fields | _fields(spec, new)), numbers
+
+        def leave(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            return rows.clone(), torch.zeros(*rows.shape[:2], 4, dtype=rows.dtype, device=rows.device)
+
+        rows, numbers = operator.branch(
+            full.any(),
+            complete,
+            leave,
+            layout.pack(fields),
+            learns,
+            torch.zeros_like(full) if moved is None else moved,
+            *(value for value in gates if value is not None),
+            token=next(numbered, 0),
+        )
+        weights = _unpack(spec, layout.unpack(rows)).w
+        y = forward(spec.network, weights, one["q"])
+        completed = completed + full.to(completed.dtype)
+        if slots > 1:
+            # Slot j follows W until another chunk than the j first ones has been completed.
+            later = torch.arange(slots, device=fill.device) >= completed.unsqueeze(-1)
+            before = torch.where(later[:, None, :, None], _flat(weights, 2).unsqueeze(2), before)
+        return [rows, torch.remainder(after, spec.period), completed, before], [y, numbers]
+
+    first = _flat(_unpack(spec, layout.unpack(x.rows)).w, 2).unsqueeze(2)
+    carry, (y, numbers) = _scan(
+        step, [x.rows, x.fill, torch.zeros_like(x.fill), first.expand(-1, -1, slots, -1)], given
+    )
+    return ChunkUpdate(y.movedim(0, 2).reshape(x.q.shape), carry[0], _total(numbers), carry[3])
+
+
+def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) -> ChunkUpdate:
+    """The operator in mode "update", without slots: see the module."""
+    if x.valid is not None:
+        # Padding may hold anything, NaN too, which no mask multiplies away.
+        def clean(t: Tensor, times: int) -> Tensor:
+            assert x.valid is not None
+            on = x.valid.repeat_interleave(times, -1)[:, None, :, None]
+            return torch.where(on, t, torch.zeros_like(t))
+
+        u = spec.keys_per_token
+        x = replace(x, q=clean(x.q, 1), k=clean(x.k, u), v=clean(x.v, u))
+    return update_chunks(spec, x) if aligned else update_open(spec, x)
+
+
+def read_chunk_memory(spec: ChunkMemorySpec, rows: Tensor, q: Tensor) -> Tensor:
+    """The operator in mode "read": y = M_W(q). rows: (B, H, R); q: (B, H, T, D)."""
+    return forward(spec.network, _unpack(spec, chunk_layout(spec).unpack(rows)).w, q)
+
+
+def chunk_weights(spec: ChunkMemorySpec, rows: Tensor) -> Tensor:
+    """W of packed rows (B, H, R), flat: (B, H, |W|)."""
+    return _flat(_unpack(spec, chunk_layout(spec).unpack(rows)).w, 2)

@@ -1,0 +1,119 @@
+"""What a model has to be, for export, verification and benchmarks, whatever format its checkpoint came in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layers import StreamState
+from .operator import Field
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph of the schedule: it consumes `tokens` tokens where position % align is one of `phases`."""
+
+    name: str
+    tokens: int
+    align: int = 1
+    phases: tuple[int, ...] = (0,)
+
+    def starts_at(self, position: int) -> bool:
+        return position % self.align in self.phases
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What goes in, or comes out, per token: token ids below `size`, logits or float vectors of width `size`."""
+
+    kind: Literal["tokens", "logits", "vectors"]
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """What the manifest says of a state tensor beside its shape.
+
+    role: "memory" (holds W and S), "conv" or "cache". layout: the fields of a packed memory row. written: which rows of
+    a cache a token writes, as docs/bundle.md has it.
+    """
+
+    role: str
+    layout: tuple[Field, ...] = ()
+    written: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a graph. position: (B,) int64, tokens consumed before it; learn: (B,) bool, None for all True."""
+
+    graph: Graph
+    position: Tensor
+    learn: Tensor | None = field(default=None)
+
+
+def next_graph(graphs: list[Graph], position: int, remaining: int) -> Graph:
+    """The graph with most tokens that may start at `position` and does not overrun `remaining` >= 1 tokens."""
+    return max((g for g in graphs if g.tokens <= remaining and g.starts_at(position)), key=lambda g: g.tokens)
+
+
+class StreamModel(nn.Module, ABC):
+    """A model that runs as a stream.
+
+    Attributes: name; variant, such as "mac"; input and output, per token; config, as JSON.
+    """
+
+    name: str
+    variant: str
+    input: Signal
+    output: Signal
+
+    @abstractmethod
+    def config_json(self) -> dict[str, Any]:
+        """The configuration, for the manifest."""
+
+    @abstractmethod
+    def graphs(self, chunks_per_call: int) -> list[Graph]:
+        """The schedule, most tokens first. Every position has a graph of one token."""
+
+    @abstractmethod
+    def initial_state(self, batch: int) -> StreamState:
+        """State of `batch` fresh streams by name, batch first."""
+
+    @abstractmethod
+    def state_facts(self) -> dict[str, StateFacts]:
+        """By the names of `initial_state`."""
+
+    @abstractmethod
+    def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
+        """inputs: (B, T) int64 or (B, T, size) float. Returns outputs (B, T, size), row t after token t, and the state
+        at position + T.
+        """
+
+    def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
+        """Of a call that is not aligned to chunks, whether each of its rows completes one: what an exported graph asks
+        at run time. Of an aligned one: anything.
+        """
+        return (False,)
+
+    @torch.no_grad()
+    def feed(self, inputs: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:
+        """Streams on by any number of tokens T >= 0, by the schedule. Returns (B, T, size) and the state there."""
+        batch, length = inputs.shape[:2]
+        graphs, done, out = self.graphs(1), 0, []
+        learning = torch.full((batch,), learn, device=inputs.device)
+        while done < length:
+            graph = next_graph(graphs, position + done, length - done)
+            where = torch.full((batch,), position + done, device=inputs.device)
+            y, state = self.call(inputs[:, done : done + graph.tokens], state, Call(graph, where, learning))
+            out.append(y)
+            done += graph.tokens
+        if not out:
+            like = next(self.parameters())
+            return like.new_zeros(batch, 0, self.output.size), state
+        return torch.cat(out, 1), state

@@ -1,0 +1,133 @@
+"""Attention of the library's transformer as a stream: a window of rotated keys is carried, each rotated once.
+
+Sliding: a row sees itself and the `window` rows before it. Segmented: itself and the rows of its segment before it.
+Persistent keys and values stand in front of every window; they are not rotated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import Linear, StreamState, join_heads
+from .memory import rms_norm
+from .options import TransformerOptions
+from .positions import Angle, PairRotary
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a call's attention layers share. hidden: (B, 1, T, persistent + past + T), -infinity where a row does not
+    see a key, else 0. angle: of the rows; persistent_angle: of queries against persistent keys, where the library's
+    cached decoding has another one.
+    """
+
+    hidden: Tensor
+    angle: Angle
+    persistent_angle: Angle | None = None
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """Which rows a row sees, and, to be like the library's cached decoding, from which row on it decoded.
+
+    The library decodes with positions relative to its cache: persistent keys, which are not rotated, then see queries
+    at another angle than in training; and of segmented attention the cache begins anew where the prompt ended, if that
+    was longer than a segment. decoded_from: the first decoded row; None: as in training, everywhere.
+    """
+
+    window: int
+    sliding: bool
+    persistent: int
+    decoded_from: int | None = None
+
+    @property
+    def past(self) -> int:
+        """Rows carried."""
+        return self.window if self.sliding else self.window - 1
+
+    def _begin(self, rows: Tensor) -> Tensor:
+        """The first row that each row sees."""
+        if self.sliding:
+            return (rows - self.window).clamp(min=0)
+        begin = rows - torch.remainder(rows, self.window)
+        start = self.decoded_from
+        if start is None or start <= self.window:
+            return begin
+        return torch.where(rows < start, begin, rows - torch.remainder(rows - start, self.window))
+
+    def __call__(self, first: Tensor, count: int, rotary: PairRotary) -> Window:
+        """Of `count` rows from `first`, (B,) int64."""
+        rows = first.unsqueeze(-1) + torch.arange(count, device=first.device)
+        keys = first.unsqueeze(-1) + torch.arange(-self.past, count, device=first.device)
+        begin = self._begin(rows)
+        # Rows before the stream are negative, and no row begins there.
+        seen = (keys.unsqueeze(1) >= begin.unsqueeze(-1)) & (keys.unsqueeze(1) <= rows.unsqueeze(-1))
+        relative = None
+        if self.decoded_from is not None:
+            relative = rotary(torch.where(rows < self.decoded_from, rows, rows - begin))
+        hidden = torch.where(seen, 0.0, -math.inf).to(rotary.quarter.dtype).unsqueeze(1)
+        return Window(F.pad(hidden, (self.persistent, 0)), rotary(rows), relative)
+
+
+class StreamAttention(nn.Module):
+    """The library's SegmentedAttention. mixes: later layers mix the first layer's values into theirs."""
+
+    def __init__(self, options: TransformerOptions, rule: WindowRule, mixes: bool) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.rule, self.mixes = options.heads, options.dim_head, rule, mixes
+        inner = self.heads * self.head_dim
+        self.norm = nn.Parameter(torch.ones(options.dim))
+        # Queries, keys, values, and the logits of how much of the first layer's values each head takes.
+        self.qkv = Linear(options.dim, 3 * inner + (self.heads if mixes else 0))
+        self.mix_bias = nn.Parameter(torch.zeros(self.heads)) if mixes else None
+        self.out = Linear(inner, options.dim)
+        self.persistent = nn.Parameter(torch.zeros(2, self.heads, options.num_persist_mem_tokens, self.head_dim))
+        self.rotary = PairRotary(self.head_dim)
+
+    def initial_state(self, batch: int) -> StreamState:
+        empty = self.norm.new_zeros(batch, self.heads, self.rule.past, self.head_dim)
+        return {"keys": empty, "values": empty.clone()}
+
+    def _heads(self, x: Tensor, count: int) -> Tensor:
+        batch, length, _ = x.shape
+        x = x.reshape(batch, length, count, self.head_dim)
+        return x.reshape(batch, count, 1, self.head_dim) if length == 1 else x.transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, state: StreamState, window: Window, first_values: Tensor | None
+    ) -> tuple[Tensor, Tensor, StreamState]:
+        """x: (B, T, dim). Returns the output, this layer's own values (B, heads, T, D), and the next state."""
+        length, inner, past = x.shape[1], self.heads * self.head_dim, self.rule.past
+        projected = self.qkv(rms_norm(x, self.norm))
+        qk, v, mix = projected.split([2 * inner, inner, projected.shape[-1] - 3 * inner], -1)
+        qk, v = self._heads(qk, 2 * self.heads), self._heads(v, self.heads)
+        own = v
+        if self.mix_bias is not None:
+            assert first_values is not None
+            share = torch.sigmoid(mix + self.mix_bias).transpose(1, 2).unsqueeze(-1)
+            v = v + share * (first_values - v)
+        q, k = self.rotary.rotate(qk, window.angle).split(self.heads, 1)
+        persistent_keys, persistent_values = (t.expand(q.shape[0], -1, -1, -1) for t in self.persistent.unsqueeze(1))
+        keys = torch.cat([persistent_keys, state["keys"], k], 2)
+        values = torch.cat([persistent_values, state["values"], v], 2)
+        kept = self.persistent.shape[2] + length
+        following = {"keys": keys[:, :, kept:], "values": values[:, :, kept:]} if past else state
+        scores = self._scores(q, qk[:, : self.heads], keys, window) + window.hidden
+        y: Tensor = self.out(join_heads(scores.softmax(-1) @ values))
+        return y, own, following
+
+    def _scores(self, q: Tensor, plain: Tensor, keys: Tensor, window: Window) -> Tensor:
+        """plain: the queries before their rotation."""
+        scale = self.head_dim**-0.5
+        if window.persistent_angle is None:
+            return (q * scale) @ keys.transpose(-1, -2)
+        count = self.persistent.shape[2]
+        relative = self.rotary.rotate(plain, window.persistent_angle)
+        persistent, cached = keys.split([count, keys.shape[2] - count], 2)
+        parts = [(relative * scale) @ persistent.transpose(-1, -2), (q * scale) @ cached.transpose(-1, -2)]
+        return torch.cat(parts, -1)

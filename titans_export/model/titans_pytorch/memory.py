@@ -1,0 +1,243 @@
+"""NeuralMemory of titans-pytorch 0.5 as a layer of a stream: from vectors to keys, values, queries and gates.
+
+Gates are functions of the mean, or of an attention pool, over the chunk's normed keys' inputs; the last C - 1 of these
+rows are carried, so that the token that completes a chunk finds its whole chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..chunk_memory import ChunkInputs, ChunkMemorySpec, ChunkUpdate, chunk_layout, initial_chunk_rows
+from ..fast_networks import NetworkSpec
+from ..layers import Linear, StreamState, join_heads
+from ..node import chunk_memory_update
+from ..stream import StateFacts
+from .options import MemoryOptions
+
+NEWTON_SCHULZ_STEPS = 5
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def memory_spec(options: MemoryOptions) -> ChunkMemorySpec:
+    """The memory's structure from the constructor's arguments."""
+    network = NetworkSpec(
+        kind=options.network.kind,
+        width=options.dim_head,
+        depth=options.network.depth,
+        hidden=options.network.hidden,
+        residual=options.mem_model_norm_add_residual,
+        norm=options.mem_model_norm_add_residual,
+    )
+    combine = None
+    if options.learned_momentum_combine:
+        combine = "surprise and momenta" if options.learned_combine_include_zeroth else "momenta"
+    return ChunkMemorySpec(
+        network,
+        chunk_size=options.chunk_size,
+        batch_size=options.batch_size or 0,
+        loss_scale=1 / options.dim_head,
+        keys_per_token=options.num_kv_per_token,
+        lookahead=options.store_with_lookahead_value,
+        momentum_order=options.momentum_order if options.momentum else 0,
+        combine=combine,
+        grad_clamp=options.max_grad_norm or 0.0,
+        orthogonalise=NEWTON_SCHULZ_STEPS if options.spectral_norm_surprises else 0,
+        transition=options.gated_transition and bool(options.batch_size),
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """nn.RMSNorm without an epsilon of its own: the smallest step of the type. weight: (D,)."""
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * weight
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over a head's width with a scale per head. x: (B, heads, T, D)."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        # A constant weight that is not 1: a product with 1 would be taken out, and the norm no longer be one node.
+        y: Tensor = rms_norm(x, x.new_full((size,), size**-0.5)) * (self.weight * size**0.5)
+        return y
+
+
+class NeuralMemoryLayer(nn.Module):
+    """The layer. Its views are (B, T, dim) each; one tensor may be given three times."""
+
+    def __init__(self, options: MemoryOptions) -> None:
+        super().__init__()
+        self.options, self.spec = options, memory_spec(options)
+        dim, heads, inner = options.dim, options.heads, options.dim_head * options.heads
+        u, tensors = options.num_kv_per_token, len(self.spec.network.shapes)
+        self.retrieve_norm = nn.Parameter(torch.ones(dim)) if options.pre_rmsnorm else None
+        self.store_norm = nn.Parameter(torch.ones(dim)) if options.pre_rmsnorm else None
+        self.q_norm = HeadNorm(heads, options.dim_head) if options.qk_rmsnorm else None
+        self.k_norm = HeadNorm(heads, options.dim_head) if options.qk_rmsnorm else None
+        self.post_norm = HeadNorm(heads, options.dim_head) if options.post_rmsnorm else None
+        # With several heads the query's projection has the retrieval gates behind the queries.
+        self.query = Linear(dim, inner + (heads if heads > 1 else 0))
+        # Keys, then step sizes, then the logits of the pool.
+        self.key_sizes = [inner * u, heads * u, dim if options.attn_pool_chunks else 0]
+        self.key = Linear(dim, sum(self.key_sizes), bias=True)
+        self.value = Linear(dim, inner * u)
+        self.gate_sizes = {
+            "forget": 1,
+            "momentum": self.spec.momentum_order,
+            "modulation": tensors if options.per_parameter_lr_modulation else 0,
+            "previous_gate": int(options.accept_weight_residual),
+            "combine": self._terms(),
+        }
+        self.gates = Linear(dim, heads * sum(self.gate_sizes.values()), bias=True)
+        self.out = Linear(inner, dim) if heads > 1 else None
+        self.transition = nn.Parameter(torch.zeros(())) if options.gated_transition else None
+        # Each with heads in front, or 1 where heads share what they begin with.
+        self.initial = nn.ParameterList(torch.zeros(heads, *shape) for shape in self.spec.network.shapes.values())
+
+    def _terms(self) -> int:
+        if self.spec.combine is None:
+            return 0
+        return self.spec.momentum_order + (self.spec.combine == "surprise and momenta")
+
+    def initial_state(self, batch: int) -> StreamState:
+        rows = initial_chunk_rows(self.spec, list(self.initial))
+        state = {"memory": rows.expand(batch, -1, -1)}
+        past = self.spec.chunk_size - 1
+        if past:
+            for name in self._pools():
+                state[name] = rows.new_zeros(batch, past, self.options.dim)
+        return state
+
+    def _pools(self) -> list[str]:
+        return ["pool", "pool_logits"] if self.options.attn_pool_chunks else ["pool"]
+
+    def state_facts(self) -> dict[str, StateFacts]:
+        facts = {"memory": StateFacts("memory", chunk_layout(self.spec).fields)}
+        if self.spec.chunk_size > 1:
+            facts |= {name: StateFacts("conv") for name in self._pools()}
+        return facts
+
+    def _heads(self, x: Tensor, per_token: int) -> Tensor:
+        """(B, T, heads per_token D) to (B, heads, T per_token, D), head-major."""
+        batch, length, _ = x.shape
+        heads, width = self.options.heads, self.options.dim_head
+        if length == 1 or heads == 1:
+            return x.reshape(batch, heads, length * per_token, width)
+        x = x.reshape(batch, length, heads, per_token, width).transpose(1, 2)
+        return x.reshape(batch, heads, length * per_token, width)
+
+    def _pool(self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool) -> tuple[Tensor, StreamState]:
+        """What the gates are computed from, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
+        size, length = self.spec.chunk_size, x.shape[1]
+        if size == 1:
+            return x, {}
+        new = {"pool": x} if logits is None else {"pool": x, "pool_logits": logits}
+        rows = {name: torch.cat([state[name], value], 1) for name, value in new.items()}
+        following = {name: value[:, length:] for name, value in rows.items()}
+        if aligned:
+            windows = {name: v.reshape(v.shape[0], -1, size, v.shape[-1]) for name, v in new.items()}
+        elif length == 1:
+            windows = {name: v.unsqueeze(1) for name, v in rows.items()}
+        else:
+            windows = {name: torch.stack([v[:, t : t + size] for t in range(length)], 1) for name, v in rows.items()}
+        if logits is None:
+            return windows["pool"].mean(2), following
+        return (windows["pool_logits"].softmax(2) * windows["pool"]).sum(2), following
+
+    def _chunk_gates(self, pooled: Tensor, aligned: bool) -> dict[str, Tensor]:
+        """(B, heads, T, ...) of each gate, a chunk's values at all of its tokens."""
+        options = self.options
+        raw = self.gates(pooled)
+        batch, count, _ = raw.shape
+        raw = raw.reshape(batch, count, options.heads, -1).transpose(1, 2)
+        if aligned and self.spec.chunk_size > 1:
+            raw = raw.unsqueeze(3).expand(-1, -1, -1, self.spec.chunk_size, -1)
+            raw = raw.reshape(batch, options.heads, count * self.spec.chunk_size, -1)
+        parts = dict(zip(self.gate_sizes, raw.split(list(self.gate_sizes.values()), -1), strict=True))
+        gates = {name: torch.sigmoid(parts[name]) for name, size in self.gate_sizes.items() if size}
+        gates["forget"] = gates["forget"].squeeze(-1)
+        if "modulation" in gates and options.max_mem_layer_modulation != 1:
+            gates["modulation"] = gates["modulation"] * options.max_mem_layer_modulation
+        if "previous_gate" in gates:
+            gates["previous_gate"] = gates["previous_gate"].squeeze(-1)
+        if "combine" in gates:
+            gates["combine"] = parts["combine"].softmax(-1)
+        return gates
+
+    def forward(
+        self,
+        views: tuple[Tensor, Tensor, Tensor],
+        state: StreamState,
+        position: Tensor,
+        learn: Tensor | None,
+        aligned: bool,
+        previous: Tensor | None = None,
+    ) -> tuple[Tensor, StreamState, ChunkUpdate]:
+        """views: the inputs of queries, keys and values, (B, T, dim) each. position: (B,) int64, of the first row.
+
+        aligned: the call starts at a chunk's start and holds whole chunks. previous: (B, heads, N, |W|), the previous
+        layer's weights before each chunk that the call may complete. Returns (B, T, dim), the next state, and what the
+        memory gave.
+        """
+        options = self.options
+        heads, u, inner = options.heads, options.num_kv_per_token, options.dim_head * options.heads
+        xq, xk, xv = views
+        same = xk is xv
+        if self.retrieve_norm is not None and self.store_norm is not None:
+            xq = rms_norm(xq, self.retrieve_norm)
+            xk = rms_norm(xk, self.store_norm)
+            xv = xk if same else rms_norm(xv, self.store_norm)
+        act = ACTIVATIONS[options.activation] if options.activation else None
+        queries = self.query(xq)
+        keys, steps, logits = self.key(xk).split(self.key_sizes, -1)
+        values = self.value(xv)
+        q, retrieve_gate = queries.split([inner, queries.shape[-1] - inner], -1)
+        q, k, v = (act(t) if act else t for t in (q, keys, values))
+        q, k, v = self._heads(q, 1), self._heads(k, u), self._heads(v, u)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        batch, length, _ = xq.shape
+        theta = torch.sigmoid(steps.reshape(batch, length, heads, u).transpose(1, 2).reshape(batch, heads, length * u))
+        pooled, pools = self._pool(xk, logits if options.attn_pool_chunks else None, state, aligned)
+        gates = self._chunk_gates(pooled, aligned)
+        result = chunk_memory_update(
+            self.spec,
+            ChunkInputs(
+                rows=state["memory"],
+                q=q,
+                k=k,
+                v=v,
+                step_size=theta * options.default_step_transform_max_lr,
+                momentum=gates.get("momentum"),
+                forget=gates["forget"],
+                modulation=gates.get("modulation"),
+                combine=gates.get("combine"),
+                previous=previous,
+                previous_gate=gates.get("previous_gate"),
+                transition=None if self.transition is None else torch.sigmoid(self.transition),
+            ),
+            position,
+            learn,
+            aligned,
+        )
+        y = result.y if self.post_norm is None else self.post_norm(result.y)
+        if self.out is not None:
+            y = y * torch.sigmoid(retrieve_gate.transpose(1, 2).unsqueeze(-1))
+            y = self.out(join_heads(y))
+        else:
+            y = join_heads(y)
+        return y, {**pools, "memory": result.state}, result

@@ -1,0 +1,87 @@
+"""Where rows stand in a stream of tokens with longterm rows between them, and what follows from it.
+
+After every `segment` tokens come `longterm` learned rows. Here they are consumed together with the segment's last
+token: no logits depend on that, and every call of a graph then covers the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import PHASE_BITS
+from ..layers import Linear
+
+Angle = tuple[Tensor, Tensor]
+
+
+def first_row(position: Tensor, segment: int, longterm: int) -> Tensor:
+    """The row of the token at `position`, (B,) int64, both counted from 0."""
+    return position if not longterm else position + longterm * torch.div(position, segment, rounding_mode="floor")
+
+
+class AxialPositions(nn.Module):
+    """The library's continuous axial embedding: an MLP of row // size plus another of row % size, here a table."""
+
+    table: Tensor
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.first = Linear(1, 2 * dim, bias=True)
+        self.middle = Linear(2 * dim, 2 * dim, bias=True)
+        self.last = Linear(2 * dim, dim, bias=True)
+        self.register_buffer("table", torch.zeros(size, dim))
+
+    def _outer(self, index: Tensor) -> Tensor:
+        """index: (B, n) int64, to (B, n, dim)."""
+        x = index.unsqueeze(-1).to(self.table.dtype)
+        y: Tensor = self.last(F.silu(self.middle(F.silu(self.first(x)))))
+        return y
+
+    def forward(self, first: Tensor, count: int, aligned: bool) -> Tensor:
+        """Of `count` rows from `first`, (B,) int64. aligned: first and count are multiples of size. (B, count, dim)."""
+        if aligned and count % self.size == 0:
+            blocks = torch.arange(count // self.size, device=first.device)
+            outer = self._outer(torch.div(first, self.size, rounding_mode="floor").unsqueeze(-1) + blocks)
+            both = outer.unsqueeze(2) + self.table
+            return both.reshape(first.shape[0], count, -1)
+        rows = first.unsqueeze(-1) + torch.arange(count, device=first.device)
+        outer = self._outer(torch.div(rows, self.size, rounding_mode="floor"))
+        return outer + self.table[torch.remainder(rows, self.size)]
+
+
+class PairRotary(nn.Module):
+    """Rotary positions of neighbouring pairs (x_0, x_1), (x_2, x_3), ...; phases are whole multiples of 2^-32 turns,
+    so that the angle at row 2,000,000,000 is as exact as at row 0.
+    """
+
+    increments: Tensor
+    quarter: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("increments", torch.zeros(head_dim // 2, dtype=torch.int64), persistent=False)
+        # x Q turns each pair by a quarter: as a product, exact and one node.
+        turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        self.register_buffer("quarter", torch.block_diag(*[turn] * (head_dim // 2)), persistent=False)
+
+    def set_frequencies(self, frequencies: Tensor) -> None:
+        """Radians per row, (head_dim / 2,)."""
+        turns = frequencies.double() / (2 * math.pi) * 2**PHASE_BITS
+        self.increments.copy_(turns.round().to(torch.int64))
+
+    def forward(self, rows: Tensor) -> Angle:
+        """rows: (B, T) int64. Returns cos and sin of each element's angle, (B, 1, T, head_dim)."""
+        phase = torch.remainder(rows.unsqueeze(-1) * self.increments, 2**PHASE_BITS)
+        angle = (phase.to(self.quarter.dtype) * (2 * math.pi / 2**PHASE_BITS)).unsqueeze(1)
+        angle = angle.repeat_interleave(2, -1)
+        return angle.cos(), angle.sin()
+
+    def rotate(self, x: Tensor, angle: Angle) -> Tensor:
+        """x: (B, heads, T, head_dim)."""
+        cos, sin = angle
+        return x * cos + (x @ self.quarter) * sin
