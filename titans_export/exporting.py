@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -28,8 +29,10 @@ from .safetensors_file import write_safetensors
 
 TOLERANCE = 1e-4  # absolute, on outputs
 # Where PyTorch's own float32 is farther from float64 than this share of the tolerance, a bundle may be so many times as
-# far as PyTorch: memories whose updates are orthogonalised enlarge every rounding error.
+# far as PyTorch: memories whose updates are orthogonalised enlarge every rounding error. Beyond MOST_OF_RANGE of the
+# outputs' size float32 does not compute the model at all.
 FLOAT32_SHARE = 0.25
+MOST_OF_RANGE = 0.01
 GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it: finer differences between machines round away
 ORACLE_POSITIONS = 640  # at most so many go through the library that trained the checkpoint
 GOLDEN_FLOATS = 1 << 19  # at most so many golden logits
@@ -260,17 +263,40 @@ def export_checkpoint(
     )
 
 
-def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
-    """How far our PyTorch is from the library that trained the checkpoint. Raises MismatchError where it matters."""
-    if checkpoint.oracle is None:
-        return None
-    inputs = inputs[:, :ORACLE_POSITIONS]
-    right = checkpoint.oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
-    error = np.abs(float64[: len(right)] - right).max()
-    if not error <= TOLERANCE:
+def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
+    """How far a bundle may be from the right outputs, where float32 PyTorch is `own_error` from them.
+
+    Of vectors smaller than 1, relative to the largest. Rounded up to one digit, so that machines that differ in the
+    last bits write the same manifest. Raises MismatchError where float32 does not compute the model.
+    """
+    largest = float(np.abs(right).max())
+    usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
+    wanted = own_error / FLOAT32_SHARE
+    # not >, so that NaN is none either
+    if not wanted <= max(usual, MOST_OF_RANGE * largest):
         raise MismatchError(
             "export",
-            f"PyTorch within {TOLERANCE:g} of the library that trained the checkpoint",
+            f"a model that float32 computes to within {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of its outputs' size",
+            f"PyTorch float32 {own_error:.3g} from float64, where outputs reach {largest:.3g}",
+            "train it to be stable, or export fewer --positions to see where it leaves",
+        )
+    unit = 10.0 ** math.floor(math.log10(max(wanted, usual, 1e-30)))
+    return float(f"{math.ceil(max(wanted, usual) / unit - 1e-9) * unit:.1g}")
+
+
+def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
+    """How far our PyTorch is from the library that trained the checkpoint. Raises MismatchError where it matters."""
+    oracle = checkpoint.oracle() if checkpoint.oracle else None
+    if oracle is None:
+        return None
+    inputs = inputs[:, :ORACLE_POSITIONS]
+    right = oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
+    error = np.abs(float64[: len(right)] - right).max()
+    limit = tolerance_of(checkpoint.model, right, 0.0)
+    if not error <= limit:
+        raise MismatchError(
+            "export",
+            f"PyTorch within {limit:g} of the library that trained the checkpoint",
             f"{error:.3g}",
             "check the configuration; if it is right, report this with it",
         )
@@ -281,6 +307,33 @@ def _check_numbers(chunks_per_call: int, positions: int) -> None:
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
         if value < 1:
             raise UsageError("export", f"--{name} of at least 1", str(value), "give a larger one")
+
+
+def export_module(
+    module: torch.nn.Module,
+    output: Path,
+    *,
+    bug_compatible: int | None = None,
+    chunks_per_call: int = 4,
+    overwrite: bool = False,
+    positions: int = 1024,
+    progress: Callable[[str], None] = lambda text: None,
+) -> ExportReport:
+    """Exports a live MemoryAsContextTransformer or NeuralMemory of titans-pytorch to the bundle `output`.
+
+    Its constructor's arguments are read back from it. bug_compatible: see `LoadOptions`. The rest is that of
+    `export_loaded`.
+    """
+    from .checkpoints.titans_pytorch import from_live
+
+    return export_loaded(
+        from_live(module, Path(output).stem, bug_compatible),
+        Path(output),
+        chunks_per_call=chunks_per_call,
+        overwrite=overwrite,
+        positions=positions,
+        progress=progress,
+    )
 
 
 def export_loaded(
@@ -297,13 +350,15 @@ def export_loaded(
     Before it takes its name the C++ runtime runs it over `positions` tokens, or as many as every graph needs to run
     once, and it is compared with PyTorch in float64; the report has PyTorch's own float32 beside it. Raises
     TitansError, of which MismatchError when the outputs differ by more than the tolerance; then nothing is written.
-    The tolerance is TOLERANCE, or 1 / FLOAT32_SHARE times PyTorch's own float32 error where that is more.
+    The tolerance is that of `tolerance_of`.
     """
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
     check_output(output, overwrite, MANIFEST)
     model = checkpoint.model
     graphs = model.graphs(chunks_per_call)
+    if max(graph.tokens for graph in graphs) == 1:
+        progress("no call of several tokens starts at the same place of chunk and segment: prompts run token by token")
     cuts = _cuts(graphs, positions)
     positions = sum(cuts)
     inputs = sample_inputs(model, positions)
@@ -313,7 +368,9 @@ def export_loaded(
     float64 = _outputs(double, inputs if model.input.kind == "tokens" else inputs.double())
     library_error = _library_error(checkpoint, inputs, float64)
     own_error = float(np.abs(float32 - float64).max())
-    tolerance = max(TOLERANCE, own_error / FLOAT32_SHARE)
+    tolerance = tolerance_of(model, float64, own_error)
+    if tolerance > TOLERANCE:
+        progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
     kept = min(positions, max(GOLDEN_FLOATS // max(model.output.size, model.input.size), 2))
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         _write(folder, checkpoint, graphs, Golden(inputs[:, :kept], float64[:kept], tolerance), progress)

@@ -249,14 +249,14 @@ def test_a_failure_leaves_mac_caches_as_they_were(bundles: dict[str, Path], tmp_
 def test_an_attribute_that_the_kernel_does_not_know(bundles: dict[str, Path], tmp_path: Path, name: str) -> None:
     open_with_kernel(bundles["mag"]).close()
 
-    def orthogonalise(graph: onnx.GraphProto) -> None:
+    def add_attribute(graph: onnx.GraphProto) -> None:
         node = next(node for node in graph.node if node.op_type == "NeuralMemory")
-        node.attribute.append(helper.make_attribute("orthogonalise", 5))
+        node.attribute.append(helper.make_attribute("of_a_newer_version", 5))
 
     path = Path(shutil.copytree(bundles["mag"], tmp_path / "newer.titans"))
-    edit_graph(path, name, orthogonalise)
+    edit_graph(path, name, add_attribute)
     for choice in ("auto", "require"):
-        refuse(path, UNSUPPORTED, f"{name}.onnx", "NeuralMemory", "orthogonalise", memory_kernel=choice)
+        refuse(path, UNSUPPORTED, f"{name}.onnx", "NeuralMemory", "of_a_newer_version", memory_kernel=choice)
     rt.Session(path, memory_kernel="off").close()
 
 

@@ -28,12 +28,12 @@ class LoadOptions:
 class Checkpoint:
     """A loaded checkpoint: the model in eval mode and where it came from.
 
-    oracle: what the format's own library computes of a whole stream, (1, T, ...) to (1, T, size) in float64, None where
-    it is not installed or there is none.
+    oracle: makes what the format's own library computes of a whole stream, (1, T, ...) to (1, T, size) in float64, or
+    gives None where it is not installed. None where there is no such library.
     """
 
     model: StreamModel
     format: str
     weights_sha256: str
     tokenizer: Path | None
-    oracle: Callable[[Tensor], Tensor] | None = None
+    oracle: Callable[[], Callable[[Tensor], Tensor] | None] | None = None

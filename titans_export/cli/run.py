@@ -98,6 +98,13 @@ def run(
         start = _stdin_prompt()
 
     session = open_session(bundle, device, backend, threads, memory_kernel, engine)
+    if session.input_kind == "vectors":
+        raise UsageError(
+            "run",
+            "a bundle that takes tokens",
+            f"{bundle}, which takes vectors",
+            "feed it from Python with Stream.feed",
+        )
     from ..tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(session.info["tokenizer"], bundle)

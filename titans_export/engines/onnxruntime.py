@@ -39,7 +39,8 @@ def optimise(source: Path, work: Path) -> ModelProto:
     model.opset_import.extend(kept)
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     kept_nodes = {(node.op_type, node.overload) for node in model.graph.node if node.domain == DOMAIN}
-    if not kept_nodes or kept_nodes - {(function.name, function.overload) for function in model.functions}:
+    had_nodes = {(node.op_type, node.overload) for node in original.graph.node if node.domain == DOMAIN}
+    if had_nodes != kept_nodes:
         raise MachineError(
             "build", "ONNX Runtime to keep the memory's nodes", f"{onnxruntime.__version__}, which does not",
             "pip install -U onnxruntime",

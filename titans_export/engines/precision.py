@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import TitansError
-from .graphs import has_kernel
+from .graphs import DOMAIN, OPERATOR, has_kernel
 from .targets import BF16, FP16, FP32
 
 ELEMENT = {FP32: TensorProto.FLOAT, FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
@@ -44,6 +44,7 @@ class _Pass:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
         self.types.update({name: tensor.data_type for name, tensor in self.weights.items()})
+        self.has_nodes = any(node.domain == DOMAIN and node.op_type == OPERATOR for node in graph.node)
         self.low: dict[str, str] = {}  # float32 value to its low twin
         self.nodes: list[NodeProto] = []
 
@@ -52,7 +53,7 @@ class _Pass:
             if memory and has_kernel(node):
                 last = min(_VALUE, len(node.input) - 1)
                 self._convert(node, [i for i in range(_QUERY, last + 1) if node.input[i]])
-            elif node.op_type in _PRODUCTS and node.domain == "" and self._is_float32(node):
+            elif node.op_type in _PRODUCTS and node.domain == "" and self._is_float32(node) and self._outside(node):
                 self._convert(node, [i for i, name in enumerate(node.input) if name])
             else:
                 self.nodes.append(node)
@@ -60,6 +61,10 @@ class _Pass:
         del self.graph.node[:]
         self.graph.node.extend(copies)
         self._drop_unused()
+
+    def _outside(self, node: NodeProto) -> bool:
+        """Whether the product is outside of the memory: where that is no node, only those with weights surely are."""
+        return self.has_nodes or any(name in self.weights for name in node.input)
 
     def _is_float32(self, node: NodeProto) -> bool:
         """Whether it is, as far as the graph says."""

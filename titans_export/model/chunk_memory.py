@@ -62,8 +62,8 @@ class ChunkMemorySpec:
 
     @property
     def keeps_point(self) -> bool:
-        """Whether the gradient point is another than W."""
-        return self.batch_size != self.chunk_size
+        """Whether the gradient point is another than W, or moves to W by a share, which takes W before its chunk."""
+        return self.batch_size != self.chunk_size or self.transition
 
     @property
     def period(self) -> int:
@@ -81,7 +81,8 @@ class ChunkMemorySpec:
 
 def _names(spec: ChunkMemorySpec, letter: str) -> list[str]:
     """Names of W's tensors, or of the gradient point's (G) or of an accumulated surprise's (S, S2, ...)."""
-    return [name.replace("W", letter, 1) if name[0] == "W" else f"{letter}_{name}" for name in spec.network.shapes]
+    plain = letter.removesuffix("_")
+    return [name.replace("W", letter, 1) if name[0] == "W" else f"{plain}_{name}" for name in spec.network.shapes]
 
 
 def chunk_layout(spec: ChunkMemorySpec) -> Layout:

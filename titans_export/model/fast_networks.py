@@ -47,11 +47,11 @@ class NetworkSpec:
             widths = (d, *((h,) * (self.depth - 1)), d)
             blocks += [(widths[i], widths[i + 1]) for i in range(self.depth)]
         elif self.kind == "gated-residual":
-            blocks = [(d, h), (h, d), (2 * d, d)] * self.depth + [(d, d)]
+            blocks += [(d, h), (h, d), (2 * d, d)] * self.depth + [(d, d)]
         elif self.kind == "factorized":
-            blocks = [(d, h), (h, d)] * self.depth
+            blocks += [(d, h), (h, d)] * self.depth
         elif self.kind == "swiglu":
-            blocks = [(d, 2 * h), (h, d)] * self.depth
+            blocks += [(d, 2 * h), (h, d)] * self.depth
         shapes: dict[str, tuple[int, ...]] = {f"W{i}": shape for i, shape in enumerate(blocks)}
         if self.kind == "swiglu":
             shapes["inner_gamma"] = (d,)

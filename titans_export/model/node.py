@@ -140,7 +140,8 @@ def chunk_memory_update(
 
     position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all.
     """
-    fill = torch.remainder(position, spec.period) if not aligned or spec.period != spec.chunk_size else None
+    counts = not aligned or spec.transition or spec.period != spec.chunk_size
+    fill = torch.remainder(position, spec.period) if counts else None
     if torch.compiler.is_exporting() and spec.fused:
         lead, tokens = x.rows.shape[:2], x.q.shape[2]
         chunks = (tokens + spec.chunk_size - 1) // spec.chunk_size

@@ -95,11 +95,11 @@ class StreamModel(nn.Module, ABC):
         at position + T.
         """
 
+    @abstractmethod
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
         """Of a call that is not aligned to chunks, whether each of its rows completes one: what an exported graph asks
         at run time. Of an aligned one: anything.
         """
-        return (False,)
 
     @torch.no_grad()
     def feed(self, inputs: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:

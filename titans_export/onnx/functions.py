@@ -14,6 +14,7 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..model.chunk_memory import ChunkInputs, ChunkMemorySpec, update_chunk_memory
 from ..model.fast_networks import NetworkSpec
 from ..model.memory import MemorySpec
@@ -54,7 +55,7 @@ def overload(spec: MemorySpec, mode: str, aligned: bool, shape: tuple[int, ...],
     return "_".join([*parts, f"c{spec.chunk_size}", *optional])
 
 
-def _initializers_to_constants(graph: onnx.GraphProto) -> None:
+def initializers_to_constants(graph: onnx.GraphProto) -> None:
     """A function has no initialisers, and inliners stumble over those of its branches: all become constant nodes."""
     nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in graph.initializer] + list(graph.node)
     del graph.initializer[:], graph.node[:]
@@ -62,7 +63,7 @@ def _initializers_to_constants(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                _initializers_to_constants(attribute.g)
+                initializers_to_constants(attribute.g)
 
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of every input that a node has
@@ -74,7 +75,7 @@ def _function(
     """The body traced with inputs of these shapes, which it takes in this order."""
     present = [name for name, _ in shapes]
     graph = trace(body, tuple(_example(name, shape) for name, shape in shapes), present, outputs).graph
-    _initializers_to_constants(graph)
+    initializers_to_constants(graph)
     last = INPUTS.index(present[-1])
     return helper.make_function(
         DOMAIN,
@@ -123,6 +124,7 @@ class _ChunkBody(nn.Module):
             forget=given["forget_gate"],
             fill=given.get("fill"),
             learn=None if learn is None else learn.unsqueeze(-1).expand(-1, given["q"].shape[2]),
+            limit=given.get("update_limit"),
             modulation=given.get("modulation"),
             previous=given.get("previous"),
             previous_gate=given.get("previous_gate"),
@@ -141,8 +143,8 @@ def chunk_overload(
     parts += ["w" + "x".join(map(str, widths)), network.activation]
     parts += [word for word, on in (("residual", network.residual), ("norm", network.norm)) if on]
     parts += [f"c{spec.chunk_size}", f"g{spec.batch_size}", f"u{spec.keys_per_token}", f"m{spec.momentum_order}"]
-    parts += ["lookahead"] * spec.lookahead
-    parts += [f"clamp{spec.grad_clamp:g}"] * bool(spec.grad_clamp) + [f"o{spec.orthogonalise}"]
+    parts += [f"l{spec.loss_scale!r}", *["lookahead"] * spec.lookahead]
+    parts += [f"clamp{spec.grad_clamp!r}"] * bool(spec.grad_clamp) + [f"o{spec.orthogonalise}"]
     parts += [name for name in INPUTS[INPUTS.index("learn") :] if name in present]
     return "_".join([*parts, *outputs[len(OUTPUTS["update"]) :]])
 
@@ -161,6 +163,15 @@ def build_chunk_function(
         chunk_attributes(spec, aligned),
         chunk_overload(spec, aligned, shapes["q"], present, outputs),
     )
+
+
+def _check_chunk_node(values: dict[str, Any], inputs: Shapes) -> None:
+    """Raises UsageError for what the contract has and this reference has not; the exporter makes no such node."""
+    absent = [name for name, _ in inputs if name in ("valid", "slots", "norm_scale")]
+    odd = values["mode"] != b"update" or len(set(values["widths"][1:-1])) > 1
+    if absent or odd or (values["layer_norm"] and values["norm_weight"] != b"fast"):
+        got = f"one with {absent[0]}" if absent else "one with other attributes"
+        raise UsageError("onnx", "a node of gates by chunk as the exporter makes it", got, "write its body by hand")
 
 
 def _chunk_spec(values: dict[str, Any]) -> ChunkMemorySpec:
@@ -194,6 +205,7 @@ def build_memory_function(node_shapes: dict[str, tuple[int, ...]], node: onnx.No
     inputs = tuple((name, node_shapes[value]) for name, value in zip(INPUTS, node.input, strict=False) if value)
     aligned = values["schedule"] == b"aligned"
     if values.get("gates") == b"chunk":
+        _check_chunk_node(values, inputs)
         return build_chunk_function(_chunk_spec(values), aligned, inputs, CHUNK_OUTPUTS[: len(node.output)])
     spec = MemorySpec(
         tuple(values["widths"]),

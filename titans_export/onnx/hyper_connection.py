@@ -26,7 +26,7 @@ from ..model.hyper_connection import (
     normalise,
 )
 from ..model.node import DOMAIN
-from .functions import _initializers_to_constants
+from .functions import initializers_to_constants
 from .tracing import OPSET, trace
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -97,7 +97,7 @@ def _build(shapes: Shapes, iterations: int) -> onnx.FunctionProto:
     batch, tokens, streams, _ = shapes[0]
     if iterations > 1:
         _add_iterations(graph, (batch, tokens, streams, streams), iterations - 1)
-    _initializers_to_constants(graph)
+    initializers_to_constants(graph)
     return helper.make_function(
         DOMAIN,
         OPERATOR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def _checkpoint(source: Source, name: str, bug_compatible: int | None) -> Checkp
             "checkpoint", "--bug-compatible with a prompt of at least 1 token", str(bug_compatible), "give its length"
         )
     # What the library trains; what it decodes differs, which is the point of bug_compatible.
-    oracle = None if bug_compatible is not None else library_oracle(source)
+    oracle = None if bug_compatible is not None else partial(library_oracle, source)
     return Checkpoint(_model(source, name, bug_compatible).eval(), FORMAT, source.weights_sha256, None, oracle)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,10 @@ ATTENTION_REFUSED = (
 )
 
 
+MOST = 1 << 20  # of sizes and counts; longer segments have no schedule
+SMALLEST, LARGEST = 1e-30, 1e30  # of numbers
+
+
 class Argument(NamedTuple):
     """What a value must be, in words and as a test."""
 
@@ -38,11 +41,12 @@ class Argument(NamedTuple):
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+    return lambda value: type(value) is int and least <= value <= MOST
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """What float32 holds, and 0: kernels compute in it."""
+    return type(value) in (int, float) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
 
 
 def _or_null(argument: Argument) -> Argument:
@@ -62,11 +66,12 @@ def _layers(value: Any) -> bool:
     return isinstance(value, list) and all(map(POSITIVE.holds, value))
 
 
-POSITIVE = Argument("a positive integer", _integer(1))
-COUNT = Argument("an integer of at least 0", _integer(0))
+POSITIVE = Argument(f"an integer in [1, {MOST}]", _integer(1))
+COUNT = Argument(f"an integer in [0, {MOST}]", _integer(0))
 FLAG = Argument("true or false", lambda value: isinstance(value, bool))
 NUMBER = Argument("a finite number", _number)
 ABOVE_ZERO = Argument("a finite number above 0", lambda value: _number(value) and value > 0)
+NOT_NEGATIVE = Argument("a finite number of at least 0", lambda value: _number(value) and value >= 0)
 OBJECT = Argument("an object", lambda value: isinstance(value, dict))
 LAYERS = Argument("a list of layers, counted from 1", _layers)
 CHUNK = Argument("a positive integer or a pair of them", lambda value: POSITIVE.holds(value) or _pair(value))
@@ -87,7 +92,7 @@ _MEMORY_ONLY = {
 _MEMORY = {
     "dim_head": _or_null(POSITIVE),
     "heads": POSITIVE,
-    "default_step_transform_max_lr": NUMBER,
+    "default_step_transform_max_lr": NOT_NEGATIVE,
     "per_parameter_lr_modulation": FLAG,
     "max_mem_layer_modulation": NUMBER,
     "per_head_learned_parameters": FLAG,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...errors import CheckpointError
 from ...model.titans_pytorch.options import MemoryOptions, NetworkOptions, TransformerOptions
+from .config import check_version
 from .source import Source
 
 Oracle = Callable[[Tensor], Tensor]
@@ -20,8 +22,12 @@ _ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Ta
 
 
 def installed() -> bool:
-    """Whether the library is there."""
-    return importlib.util.find_spec("titans_pytorch") is not None
+    """Whether the library is there, in a version that is covered."""
+    try:
+        check_version(importlib.metadata.version("titans-pytorch"), "the installed package")
+    except (importlib.metadata.PackageNotFoundError, CheckpointError):
+        return False
+    return True
 
 
 def _network(network: NetworkOptions, width: int) -> Any:
@@ -86,7 +92,9 @@ def library_oracle(source: Source) -> Oracle | None:
     module = _build(source.options)
     # Assigned, not copied: the library's initial memories are views of one head's.
     missing, unknown = module.load_state_dict(source.tensors, strict=False, assign=True)
-    wrong = [name for name in missing if "memory_model." not in name] + unknown
-    assert not wrong, wrong
+    if wrong := [name for name in missing if "memory_model." not in name] + unknown:
+        raise CheckpointError(
+            "checkpoint", "titans-pytorch to take the checkpoint", f"no place for {wrong[0]!r}", "report this with it"
+        )
     views = 3 if isinstance(source.options, MemoryOptions) and source.options.qkv_receives_diff_views else 1
     return oracle_of(module.double().eval(), views)

@@ -125,9 +125,11 @@ class StreamAttention(nn.Module):
         """plain: the queries before their rotation."""
         scale = self.head_dim**-0.5
         if window.persistent_angle is None:
-            return (q * scale) @ keys.transpose(-1, -2)
+            whole: Tensor = (q * scale) @ keys.transpose(-1, -2)
+            return whole
         count = self.persistent.shape[2]
         relative = self.rotary.rotate(plain, window.persistent_angle)
         persistent, cached = keys.split([count, keys.shape[2] - count], 2)
         parts = [(relative * scale) @ persistent.transpose(-1, -2), (q * scale) @ cached.transpose(-1, -2)]
-        return torch.cat(parts, -1)
+        scores: Tensor = torch.cat(parts, -1)
+        return scores

@@ -20,6 +20,7 @@ from .options import TransformerOptions
 from .positions import AxialPositions, PairRotary, first_row
 
 MOST_ROWS = 1024  # of one call: beyond it a graph would gain nothing
+LONGEST_PERIOD = 1 << 16  # of places to start, all of which the manifest lists
 
 
 class Residuals:
@@ -167,8 +168,8 @@ class MemoryAsContext(StreamModel):
         return {"class": "MemoryAsContextTransformer", **asdict(self.options), **extra}
 
     def graphs(self, chunks_per_call: int) -> list[Graph]:
-        """By blocks of whole segments whose rows are whole chunks; and a token at a time, the last of a segment in a
-        graph of its own where longterm rows follow it.
+        """By blocks of whole segments whose rows are whole chunks, or by parts of a segment where those are too long;
+        and a token at a time, the last of a segment in a graph of its own where longterm rows follow it.
         """
         segment, longterm = self.options.segment_len, self.options.num_longterm_mem_tokens
         block = math.lcm(self.row_segment, self.options.memory.chunk_size) // self.row_segment
@@ -182,7 +183,24 @@ class MemoryAsContext(StreamModel):
             graphs.insert(0, Graph("segment", tokens, tokens))
             if chunks_per_call > 1 and chunks_per_call * block * self.row_segment <= MOST_ROWS:
                 graphs.insert(0, Graph("prefill", chunks_per_call * tokens, tokens))
+        elif part := self._part(tokens):
+            graphs.insert(0, part)
         return graphs
+
+    def _part(self, period: int) -> Graph | None:
+        """Whole chunks within a segment, for segments too long to be one call; period: after which places repeat."""
+        segment, longterm, chunk = (
+            self.options.segment_len,
+            self.options.num_longterm_mem_tokens,
+            self.options.memory.chunk_size,
+        )
+        inside = segment - bool(longterm)  # the last token has longterm rows behind it
+        tokens = min(inside, MOST_ROWS // 4) // chunk * chunk
+        if tokens < 2 or period > LONGEST_PERIOD:
+            return None
+        starts = [t for t in range(period) if t % segment + tokens <= inside]
+        phases = tuple(t for t in starts if (t + longterm * (t // segment)) % chunk == 0)
+        return Graph("part", tokens, period, phases) if phases else None
 
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
         longterm = self.options.num_longterm_mem_tokens
@@ -209,7 +227,7 @@ class MemoryAsContext(StreamModel):
         segment, longterm = self.options.segment_len, self.options.num_longterm_mem_tokens
         x = F.embedding(tokens, self.embedding)
         batch, length, dim = x.shape
-        if not longterm or call.graph.name == "decode":
+        if not longterm or call.graph.name in ("decode", "part"):
             return x
         mems = self.longterm.expand(batch, -1, -1)
         if length == 1:
@@ -280,7 +298,7 @@ class MemoryAsContext(StreamModel):
     def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
         options = self.options
         length = inputs.shape[1]
-        aligned = call.graph.name in ("segment", "prefill")
+        aligned = call.graph.name in ("segment", "prefill", "part")
         x = self._embed(inputs, call)
         first = first_row(call.position, options.segment_len, options.num_longterm_mem_tokens)
         x = x + self.positions(first, x.shape[1], aligned)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import operator
 from ..layers import CausalConv, Linear, StreamState
-from ..operator import Layout, branch
+from ..operator import Layout
 from ..stream import StateFacts
 from .options import ModelOptions
 
@@ -190,7 +191,7 @@ class SegmentMemory(nn.Module):
         def leave(rows: Tensor, pairs: Tensor, total: Tensor, ends: Tensor) -> tuple[Tensor]:
             return (rows.clone(),)
 
-        (rows,) = branch(ends.any(), fold, leave, state["memory"], pairs, total, ends)
+        (rows,) = operator.branch(ends.any(), fold, leave, state["memory"], pairs, total, ends)
         following = {"memory": rows, "sum": total, "pairs": pairs}
         if past is not None and past.shape[1]:
             following["conv"] = past

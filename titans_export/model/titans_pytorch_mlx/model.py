@@ -98,6 +98,9 @@ class SegmentModel(StreamModel):
             graphs.insert(0, Graph("prefill", chunks_per_call * size, size))
         return graphs
 
+    def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
+        return ((position + graph.tokens) % self.options.segment == 0,)
+
     def _of_blocks(self) -> list[tuple[str, Block]]:
         return [(f"layers.{i}.", block) for i, block in enumerate(self.blocks) if isinstance(block, Block)]
 

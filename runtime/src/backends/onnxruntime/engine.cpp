@@ -30,12 +30,18 @@ class OrtEngine final : public Engine {
     create_container();
     if (bundle.engine() == nullptr) share_weights(bundle);
     for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
+    if (options.memory_kernel == KernelChoice::kRequire && memory_nodes_ == 0) {
+      throw Error(TITANS_UNSUPPORTED, "onnxruntime", "a memory that our kernel computes",
+                  "one that is written as standard operators", R"(pass memory_kernel="auto")");
+    }
     name_bindings();
   }
 
   std::string version() const override { return library_.version(); }
 
-  std::string memory_kernel() const override { return memory_kernel_.name(); }
+  std::string memory_kernel() const override {
+    return memory_nodes_ == 0 ? std::string(MemoryKernel::kNone) : memory_kernel_.name();
+  }
 
   // Only with our kernel: without it everything is as ONNX Runtime alone would have it.
   bool in_place(std::size_t state) const override { return in_place_[state]; }
@@ -79,6 +85,7 @@ class OrtEngine final : public Engine {
     if (!memory_kernel_.used()) return open_session();
     const MappedFile file(bundle.folder() / entry.file);
     const GraphNodes nodes = read_nodes(file.text(), entry.file);
+    memory_nodes_ += count_memory_nodes(nodes);
     check_memory_attributes(nodes, entry.file);
     find_in_place(nodes);
     memory_kernel_.open_on_gpu(nodes, entry.file, open_session);
@@ -114,7 +121,8 @@ class OrtEngine final : public Engine {
   const Manifest& manifest_;
   const std::unique_ptr<Placement> placement_;
   const MemoryKernel memory_kernel_;
-  std::vector<bool> in_place_;  // one for each of the manifest's state
+  std::vector<bool> in_place_;    // one for each of the manifest's state
+  std::size_t memory_nodes_ = 0;  // of all graphs, where the kernel is used
   OrtHandle<OrtMemoryInfo> host_;
   OrtHandle<OrtPrepackedWeightsContainer> prepacked_;                // outlives the sessions
   std::map<std::string, OrtHandle<OrtValue>, std::less<>> weights_;  // as these do

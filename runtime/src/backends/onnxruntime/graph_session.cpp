@@ -2,8 +2,6 @@
 
 #include <onnxruntime_session_options_config_keys.h>
 
-#include <algorithm>
-
 #include "backends/onnxruntime/host_tensor.h"
 #include "backends/onnxruntime/initializers.h"
 #include "error.h"
@@ -20,16 +18,6 @@ struct Signature {
 };
 
 using Signatures = std::map<std::string, Signature>;
-
-// ONNX Runtime rearranges weights for its matrix kernels. A single row times a float matrix is the exception: that
-// kernel reads the matrix as it lies and is slower on a rearranged one (five times, at 4096 x 4096).
-bool wants_prepacking(const Bundle& bundle, const Graph& graph) {
-  if (graph.tokens > 1) return true;
-  if (bundle.engine() != nullptr) return bundle.engine()->precision != "fp32";
-  return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
-    return bundle.weights().find(name)->second.dtype != DType::kFloat32;
-  });
-}
 
 // That the weights are what the graph declares.
 void check_weights(const Bundle& bundle, const Graph& graph) {
@@ -63,9 +51,9 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   check(api.SetSessionGraphOptimizationLevel(raw, ORT_ENABLE_ALL));
   check(api.SetIntraOpNumThreads(raw, share.threads));
   check(api.SetDeterministicCompute(raw, true));
-  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, spin ? "1" : "0"));
-  const bool prepack = wants_prepacking(share.bundle, graph);
-  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigDisablePrepacking, prepack ? "0" : "1"));
+  // Threads of the graph that decodes wait for the next token by spinning too; those of the others stop with the call.
+  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, "1"));
+  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigForceSpinningStop, spin ? "0" : "1"));
   share.placement.add_provider(*raw);
   share.memory_kernel.register_in(*raw, library);
   if (share.bundle.engine() == nullptr) {

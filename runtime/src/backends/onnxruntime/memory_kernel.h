@@ -18,6 +18,8 @@ class MemoryKernel {
   // use on the CUDA device of that number (-1: on the CPU): a slow run would not tell why.
   MemoryKernel(KernelChoice choice, int cuda_ordinal);
 
+  static constexpr std::string_view kNone = "standard-operators";
+
   bool used() const { return !library_.empty(); }
   // "cpu-avx512", "cuda-sm90", or "standard-operators" where the kernel is not used.
   const std::string& name() const { return name_; }
@@ -35,7 +37,7 @@ class MemoryKernel {
 
   std::filesystem::path library_;  // empty: not used
   void* handle_ = nullptr;
-  std::string name_ = "standard-operators";
+  std::string name_{kNone};
   void (*count_made_)(std::size_t* cpu, std::size_t* cuda) = nullptr;
   int (*gpu_error_)(char* text, std::size_t size) = nullptr;  // null on the CPU
 };

@@ -1,0 +1,71 @@
+"""A bare NeuralMemory whose memory no kernel covers: engines, precisions, and what the session says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from titans_export.bundle import read_bundle
+from titans_export.checkpoints.titans_pytorch import from_live
+from titans_export.engines.build import build_engine
+from titans_export.engines.plan import Request
+from titans_export.engines.precision import lower_precision
+from titans_export.exporting import export_loaded
+
+titans_pytorch = pytest.importorskip("titans_pytorch")
+rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
+
+
+def memory(**options: object) -> torch.nn.Module:
+    """A small one, what starts at zero randomised."""
+    torch.manual_seed(0)
+    module = titans_pytorch.NeuralMemory(
+        16, chunk_size=4, dim_head=8, heads=2, model=titans_pytorch.MemoryMLP(8, depth=2), **options
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.2)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vectors") / "order2.titans"
+    export_loaded(from_live(memory(momentum_order=2)), path, chunks_per_call=1, positions=40)
+    return path
+
+
+def test_the_session_says_that_standard_operators_compute_it(bundle: Path) -> None:
+    with rt.Session(bundle, threads=1) as session:
+        assert session.info["memory_kernel"] == "standard-operators"
+        assert (session.input_kind, session.input_size, session.output_size) == ("vectors", 16, 16)
+    with pytest.raises(rt.Error, match="standard operators"):
+        rt.Session(bundle, threads=1, memory_kernel="require")
+
+
+def test_an_engine_for_the_cpu(bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "engine.titans"
+    build_engine(bundle, Request("cpu"), output=output)
+    inputs, right = read_bundle(output).golden()
+    with rt.Session(output, threads=1, engine="cpu-fp32") as session:
+        y = session.stream().feed(inputs)
+    assert y is not None
+    assert np.abs(y - right).max() <= read_bundle(bundle).tolerance
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_low_precision_leaves_the_memory_s_own_products(bundle: Path, precision: str) -> None:
+    model = onnx.load(str(bundle / "chunk.onnx"))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    low = lower_precision(model, precision, memory=False)
+    products = [node for node in low.graph.node if node.op_type in ("MatMul", "Gemm")]
+    lowered = [node for node in products if node.output[0].endswith(f".{precision}")]
+    assert 0 < len(lowered) < len(products)
+    names = {name.removesuffix(f".{precision}") for name in weights}
+    for node in lowered:
+        assert any(name.removesuffix(f".{precision}") in names for name in node.input)
