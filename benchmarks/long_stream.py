@@ -3,10 +3,10 @@
     python -m benchmarks.long_stream build/bench/mac-bytes.titans -o long-stream.json
     python -m benchmarks.long_stream build/bench/mac-bytes.titans --decode --tokens 300000
 
-Without --text the stream is source code: the .py files of Python's standard library and then of installed packages,
-none twice. The exit code is 3 where memory grew by 1 MiB or more between the first 10,000 tokens and the end, where the
-speed of the last 100,000 tokens differs by more than 5 % from that of the first 100,000 after those, or where the
-probability of a token was no number.
+BUNDLE is any whose tokens are bytes, of titans-pytorch too. Without --text the stream is source code: the .py files of
+Python's standard library and then of installed packages, none twice. The exit code is 3 where memory grew by 1 MiB or
+more between the first 10,000 tokens and the end, where the speed of the last 100,000 tokens differs by more than 5 %
+from that of the first 100,000 after those, or where the probability of a token was no number.
 """
 
 from __future__ import annotations

@@ -130,12 +130,88 @@ def model_speeds(results: list[Result]) -> str:
     return markdown(header, lines)
 
 
+def library_ratios(result: Result) -> str:
+    """How many times as fast as each other contender of a titans-pytorch model the runtime is."""
+    others = list(dict.fromkeys(other for ratios in result["ratios"].values() for other in ratios))
+    lines = [
+        [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
+        for kind, ratios in result["ratios"].items()
+    ]
+    return markdown(["model", "", *(f"runtime / {other}" for other in others)], lines)
+
+
+def library_speeds(result: Result) -> str:
+    """Every contender of a titans-pytorch model, and what the shares of the limits are shares of."""
+    header = ["", "contender", *SPEED, "of limit", "error", "state", "peak RSS"]
+    lines = [
+        [
+            kind,
+            entry["name"],
+            *_speed(entry[kind]),
+            f"{entry['share_of_limit'][kind]:.0%}" if kind in entry["share_of_limit"] else "-",
+            _error(entry["max_abs_error"]),
+            _size(entry["state_bytes"]),
+            _size(entry["peak_rss_bytes"]),
+        ]
+        for kind in result["ratios"]
+        for entry in result["contenders"]
+        if entry[kind]
+    ]
+    return markdown(header, lines)
+
+
+def library_notes(result: Result) -> str:
+    """Limits, what each contender said about itself, and who could not take part."""
+    limit, size = result["limits"], result["weight_bytes_per_token"]
+    bandwidth = limit["bandwidth_gb_s"][str(size)]["read"]
+    lines = [
+        f"- {result['prompt_tokens']:,} tokens of prefill, then {result['decode_tokens']:,} decoded from position "
+        f"{result['prompt_tokens']:,} on; {result['parameters']:,} parameters; a decoded token reads {_size(size)} of "
+        f"weights, which this machine reads at {bandwidth:,.1f} GB/s; large sgemm {limit['sgemm_gflops']:,.0f} GFLOP/s"
+    ]
+    if result["flop_per_token"]:
+        lines[0] += f", a token of prefill takes {result['flop_per_token'] / 1e6:,.0f} MFLOP"
+    for entry in result["contenders"]:
+        notes = [f"{name.replace('_', ' ')} {_note(value)}" for name, value in entry["notes"].items()]
+        said = entry["unavailable"] or "; ".join(notes)
+        lines += [f"- {entry['name']}: {said}"] if said else []
+    return "\n".join(lines)
+
+
+def library_profile(result: Result) -> str:
+    """Where the runtime's time goes in a titans-pytorch model, by group and then by operator."""
+    kinds = result["profile"]
+    lines = [
+        [kind, f"{found['tokens']:,}", f"{found['nodes']:,.0f}", *_of(found, list(found["groups_us"].values()))]
+        for kind, found in kinds.items()
+    ]
+    groups = list(next(iter(kinds.values()))["groups_us"])
+    sums = markdown(["", "tokens", "nodes", "microseconds", *groups], lines)
+    each = [
+        [kind, entry["operator"], entry["group"], f"{entry['nodes']:,.1f}", f"{entry['us']:,.1f}",
+         f"{entry['us'] / found['us']:.0%}"]
+        for kind, found in kinds.items()
+        for entry in found["operators"]
+    ]  # fmt: skip
+    return sums + "\n\n" + markdown(["", "operator", "group", "nodes", "microseconds", "of all"], each)
+
+
+def _of(found: Result, values: list[float]) -> list[str]:
+    total = found["us"]
+    return [f"{total:,.0f}", *(f"{value:,.0f} ({value / total:.0%})" for value in values)]
+
+
+def _note(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
 def long_stream(results: list[Result]) -> str:
     """The long streams, a line each."""
     memory = ("resident at 10,000", "at the end", "grown by")
-    header = ["fed", "tokens", *memory, "speed, last / first", "tokens/s", "bits/byte"]
+    header = ["model", "fed", "tokens", *memory, "speed, last / first", "tokens/s", "bits/byte"]
     lines = [
         [
+            result["name"].partition(",")[0],
             result["fed"],
             f"{result['tokens']:,}",
             _size(result["rss_bytes_at_start"]),
@@ -167,7 +243,9 @@ def where(result: Result) -> str:
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
     """What belongs between the markers, by the name in the opening one; a block without results says so."""
-    layers, models, streams = (newest(folder, name) for name in ("layer", "model", "long-stream"))
+    layers, models, streams, library = (
+        newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch")
+    )
     found: dict[str, tuple[list[Result], Callable[[], str]]] = {
         "layer": (
             layers,
@@ -186,7 +264,13 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
         "forms": (layers, lambda: layer_forms(layers[0])),
         "limits": (layers, lambda: limits(layers[0])),
         "models": (models, lambda: "\n\n".join((where(models[0]), model_ratios(models), model_speeds(models)))),
-        "long-stream": (streams, lambda: "\n\n".join((where(streams[0]), long_stream(streams)))),
+        "titans-pytorch": (
+            library,
+            lambda: "\n\n".join(
+                make(library[0]) for make in (where, library_ratios, library_speeds, library_notes, library_profile)
+            ),
+        ),
+        "long-stream": (streams, lambda: "\n\n".join((*dict.fromkeys(map(where, streams)), long_stream(streams)))),
     }
     return {name: make() if results else "Not measured yet." for name, (results, make) in found.items()}
 

@@ -1,0 +1,343 @@
+"""A model of titans-pytorch, exported and run by the runtime, streams what the library's parallel forward computes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: pip install 'titans-export[bench]'")
+titans_runtime = pytest.importorskip(
+    "titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError
+)
+
+from library_models import (  # noqa: E402
+    FUSED_NETWORKS,
+    MEMORY_SETS,
+    double,
+    make_transformer,
+    memory_of,
+    pairs_of,
+    parallel_forward,
+    possible,
+    possible_pairs,
+    scale,
+    set_forgetting,
+)
+from tolerances import TOLERANCES  # noqa: E402
+
+from titans_export.checkpoints.titans_pytorch import from_live  # noqa: E402
+from titans_export.exporting import export_loaded  # noqa: E402
+
+TOLERANCE = TOLERANCES["cpu", "float32"]
+# No multiples of a batch: there the library's last output with gated_transition is of the weights before it.
+LENGTH = 601
+EXPORTED = 17
+# The library's own float32 stays this close to float64, else the model says nothing about ours.
+FAIR = TOLERANCE / 2
+# What learning changes must be far more than the tolerance.
+MATTERS = 100 * TOLERANCE
+MEMORY: dict[str, Any] = {
+    "dim_head": 8,
+    "heads": 2,
+    "attn_pool_chunks": True,
+    "qk_rmsnorm": True,
+    "per_parameter_lr_modulation": True,
+    "default_step_transform_max_lr": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the library and how it is exported. fused: whether the operator has its memory."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+    fused: bool
+    memories: int
+    chunks_per_call: int
+    slow: bool
+
+
+class Exported(NamedTuple):
+    bundle: Path
+    inputs: NDArray[Any]
+    right: NDArray[np.float64]
+    float32_error: float
+
+
+def random_tokens(size: int) -> Tensor:
+    return torch.randint(0, size, (LENGTH,), generator=torch.Generator().manual_seed(7), dtype=torch.int32)
+
+
+def memory_case(index: int) -> Case:
+    options, seed, temper = MEMORY_SETS[index]
+    views = (3,) if options["qkv_receives_diff_views"] else ()
+    width = 12 if options["heads"] == 1 else 16
+    momentum, gated = options["momentum"], options["gated_transition"] and options["batch"] != "never"
+    return Case(
+        lambda: memory_of(options, seed, temper),
+        lambda: torch.randn(LENGTH, *views, width, generator=torch.Generator().manual_seed(seed)),
+        options["network"] in FUSED_NETWORKS and momentum in ("none", "order 1") and not gated,
+        1,
+        2 if index % 8 == 0 else 1,
+        options["chunk_size"] > 1,
+    )
+
+
+def transformer_case(
+    network: str = "mlp-2",
+    chunk: int = 5,
+    batch: int | None = None,
+    memory: dict[str, Any] | None = None,
+    chunks_per_call: int = 1,
+    temper: tuple[float, float, float, float] = (0.5, 1, 1, 1),
+    seed: int = 0,
+    **kwargs: Any,
+) -> Case:
+    """temper: what the forget gates begin at, what values, first weights and what is read are multiplied with."""
+    arguments: dict[str, Any] = {
+        "num_tokens": 40,
+        "dim": 16,
+        "depth": 2,
+        "segment_len": 8,
+        "num_longterm_mem_tokens": 2,
+        "num_persist_mem_tokens": 3,
+        "dim_head": 8,
+        "heads": 2,
+        "num_residual_streams": 4,
+        "neural_memory_segment_len": chunk,
+        "neural_memory_batch_size": batch,
+        "neural_memory_layers": (1, 2),
+        "neural_mem_weight_residual": True,
+        "neural_memory_qkv_receives_diff_views": True,
+        "sliding_window_attn": True,
+    } | kwargs
+    all_of_memory = MEMORY | (memory or {})
+
+    def make() -> nn.Module:
+        module = make_transformer(seed, network, dict(all_of_memory), **arguments)
+        set_forgetting(module, temper[0])
+        scale(module, *temper[1:])
+        return module
+
+    momentum = all_of_memory.get("momentum_order", 1) == 1
+    return Case(
+        make,
+        lambda: random_tokens(arguments["num_tokens"]),
+        network in FUSED_NETWORKS and momentum and not all_of_memory.get("gated_transition"),
+        len(arguments["neural_memory_layers"]),
+        chunks_per_call,
+        True,
+    )
+
+
+# train_mac's own settings, all at once; widths and depth are smaller.
+TRAIN_MAC: dict[str, Any] = {
+    "depth": 4,
+    "segment_len": 32,
+    "num_persist_mem_tokens": 4,
+    "num_longterm_mem_tokens": 4,
+    "neural_memory_layers": (2, 4),
+    "chunk": 4,
+    "batch": 128,
+    "memory": {"heads": 4, "spectral_norm_surprises": True},
+    "temper": (0.9, 10, 1, 0.2),
+    "seed": 4,
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "train_mac": TRAIN_MAC,
+    "segmented, chunks of a prime, one stream": {
+        "sliding_window_attn": False,
+        "chunk": 3,
+        "batch": 6,
+        "num_residual_streams": 1,
+        "depth": 3,
+        "neural_memory_layers": (1, 3),
+        "memory": {"attn_pool_chunks": False, "num_kv_per_token": 2, "default_step_transform_max_lr": 0.01},
+        "temper": (0.01, 1, 3, 1),
+    },
+    "no longterm rows, gates of attention": {
+        "num_longterm_mem_tokens": 0,
+        "chunk": 4,
+        "batch": 8,
+        "neural_mem_gate_attn_output": True,
+        "num_residual_streams": 2,
+        "chunks_per_call": 2,
+        "memory": {"post_rmsnorm": True, "max_grad_norm": 0.05},
+        "temper": (0.01, 3, 1, 1),
+    },
+    "no persistent rows, momentum of order 2": {
+        "num_persist_mem_tokens": 0,
+        "segment_len": 5,
+        "num_longterm_mem_tokens": 1,
+        "chunk": 4,
+        "sliding_window_attn": False,
+        "memory": {"momentum_order": 2, "learned_momentum_combine": True, "store_with_lookahead_value": True},
+    },
+    "chunks longer than a segment, one view, no weight residual": {
+        "num_longterm_mem_tokens": 0,
+        "chunk": 10,
+        "batch": 20,
+        "neural_mem_weight_residual": False,
+        "neural_memory_qkv_receives_diff_views": False,
+        "num_residual_streams": 1,
+        "neural_mem_gate_attn_output": True,
+        "memory": {"activation": "sigmoid", "mem_model_norm_add_residual": False},
+    },
+    "gated-residual, transition, views without weight residual": {
+        "network": "gated-residual",
+        "num_longterm_mem_tokens": 0,
+        "num_persist_mem_tokens": 0,
+        "chunk": 4,
+        "batch": 16,
+        "neural_mem_weight_residual": False,
+        "num_residual_streams": 2,
+        "memory": {"gated_transition": True, "momentum": False},
+    },
+    "memory in the last layer only, one head": {
+        "neural_memory_layers": (2,),
+        "num_longterm_mem_tokens": 0,
+        "segment_len": 6,
+        "sliding_window_attn": False,
+        "memory": {"heads": 1, "dim_head": 16, "per_parameter_lr_modulation": False},
+    },
+}
+CASES: dict[str, Case] = {
+    **{f"memory {i}: {MEMORY_SETS[i].options['network']}": memory_case(i) for i in range(len(MEMORY_SETS))},
+    **{name: transformer_case(**options) for name, options in TRANSFORMERS.items()},
+}
+MEMORIES = [name for name in CASES if name.startswith("memory ") and name[7].isdigit()]
+
+
+def first(fused: bool) -> str:
+    """The first bare memory that a kernel covers, or that none does; chunks of 1 have the fewest graphs to export."""
+    return min((name for name in MEMORIES if CASES[name].fused == fused), key=lambda name: CASES[name].slow)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a case by its name, once."""
+    folder, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def get(name: str) -> Exported:
+        if name not in made:
+            case = CASES[name]
+            module, inputs = case.make(), case.inputs()
+            exact, single = parallel_forward(double(module), inputs), parallel_forward(module, inputs)
+            bundle = folder / f"{zlib.crc32(name.encode())}.titans"
+            export_loaded(from_live(module), bundle, chunks_per_call=case.chunks_per_call, positions=EXPORTED)
+            error = float((single - exact).abs().max())
+            made[name] = Exported(bundle, inputs.numpy(), exact.numpy(), error)
+        return made[name]
+
+    return get
+
+
+def fed(stream: Any, inputs: NDArray[Any], cuts: list[int]) -> NDArray[np.float32]:
+    """Outputs of the inputs, fed in the given cuts."""
+    assert sum(cuts) == len(inputs)
+    return np.concatenate([stream.feed(part) for part in np.split(inputs, np.cumsum(cuts)[:-1])])
+
+
+def random_cuts(total: int, seed: int) -> list[int]:
+    chance = np.random.default_rng(seed)
+    cuts: list[int] = []
+    while sum(cuts) < total:
+        longest = int(chance.choice([1, 3, 12, 100]))
+        cuts.append(min(int(chance.integers(0, longest + 1)), total - sum(cuts)))
+    return cuts
+
+
+def test_every_pair_of_options_occurs() -> None:
+    sets = [options for options, _, _ in MEMORY_SETS]
+    assert len(sets) >= 30
+    assert all(possible(options) for options in sets)
+    assert possible_pairs() == set().union(*map(pairs_of, sets))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
+)
+def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Exported]) -> None:
+    bundle, inputs, right, float32_error = exported(name)
+    assert np.isfinite(right).all()
+    assert float32_error < FAIR
+    with titans_runtime.Session(bundle) as session:
+        for cuts in ([LENGTH], [1] * LENGTH, random_cuts(LENGTH, 3)):
+            stream, sizes = session.stream(), set()
+            got = fed(stream, inputs[:1], [1])
+            sizes.add(stream.state_bytes)
+            stream.reset()
+            got = fed(stream, inputs, cuts)
+            sizes.add(stream.state_bytes)
+            assert np.abs(got - right).max() < TOLERANCE, f"{len(cuts)} calls"
+            assert len(sizes) == 1
+        frozen = session.stream()
+        frozen.freeze()
+        assert np.abs(fed(frozen, inputs, [LENGTH]) - right).max() > MATTERS
+
+
+def memory_nodes(bundle: Path) -> dict[str, int]:
+    """By graph."""
+    graphs = {path.stem: onnx.load(path, load_external_data=False).graph for path in bundle.glob("*.onnx")}
+    return {
+        name: sum((node.domain, node.op_type) == ("ai.titans", "NeuralMemory") for node in graph.node)
+        for name, graph in graphs.items()
+    }
+
+
+def check_kernel(name: str, exported: Callable[[str], Exported]) -> None:
+    case, (bundle, inputs, right, _) = CASES[name], exported(name)
+    nodes = memory_nodes(bundle)
+    assert nodes
+    assert set(nodes.values()) == {case.memories if case.fused else 0}
+    with titans_runtime.Session(bundle) as session:
+        if case.fused:
+            assert session.info["memory_kernel"].startswith("cpu-")
+    with titans_runtime.Session(bundle, memory_kernel="off") as session:
+        assert session.info["memory_kernel"] == "standard-operators"
+        got = fed(session.stream(), inputs, random_cuts(LENGTH, 4))
+        assert np.abs(got - right).max() < TOLERANCE
+
+
+@pytest.mark.slow
+def test_train_mac_runs_on_the_kernel(exported: Callable[[str], Exported]) -> None:
+    check_kernel("train_mac", exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+def test_without_the_kernel(fused: bool, exported: Callable[[str], Exported]) -> None:
+    check_kernel(first(fused), exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_frozen_memory_stays_and_goes_on(fused: bool, exported: Callable[[str], Exported]) -> None:
+    bundle, inputs, _, _ = exported(first(fused))
+    with titans_runtime.Session(bundle) as session:
+        stream = session.stream()
+        stream.feed(inputs[:100])
+        stream.freeze()
+        before = stream.memory()
+        stream.feed(inputs[100:250])
+        stream.feed(inputs[250:257])
+        for row in inputs[257:300]:
+            stream.step(row)
+        after = stream.memory()
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[field].view(np.int32), after[field].view(np.int32)) for field in before)
+        stream.resume()
+        outputs = stream.feed(inputs[300:400])
+        assert np.isfinite(outputs).all()
+        assert any(np.abs(value - before[field]).max() > MATTERS / 10 for field, value in stream.memory().items())
