@@ -16,8 +16,8 @@ class GraphEngine {
   GraphEngine(nvinfer1::IRuntime& runtime, const Bundle& bundle, const EngineGraph& graph);
 
   const Graph& graph() const { return graph_; }
-  // Whether the tokens or vectors, the position or the flag is wanted in host memory: the vendor computes shapes from it while
-  // work is enqueued, so such work cannot be recorded.
+  // Whether the tokens or vectors, the position or the flag is wanted in host memory: the vendor computes shapes from
+  // it while work is enqueued, so such work cannot be recorded.
   bool on_host(const std::string& input) const;
   bool any_on_host() const { return !on_host_.empty(); }
 
