@@ -220,8 +220,8 @@ MEMORIES = [name for name in CASES if name.startswith("memory ") and name[7].isd
 
 
 def first(fused: bool) -> str:
-    """The first bare memory that a kernel covers, or that none does; chunks of 1 have the fewest graphs to export."""
-    return min((name for name in MEMORIES if CASES[name].fused == fused), key=lambda name: CASES[name].slow)
+    """The first bare memory with chunks of several tokens that a kernel covers, or that none does."""
+    return next(name for name in MEMORIES if CASES[name].fused == fused and CASES[name].slow)
 
 
 @pytest.fixture(scope="session")
@@ -321,23 +321,29 @@ def test_without_the_kernel(fused: bool, exported: Callable[[str], Exported]) ->
     check_kernel(first(fused), exported)
 
 
+def learned(stream: Any) -> dict[str, NDArray[np.float32]]:
+    """What memory() gives, without the open chunk, which takes in tokens also when nothing is learned from them."""
+    fields: dict[str, NDArray[np.float32]] = stream.memory()
+    return {name: value for name, value in fields.items() if name.rpartition(".")[2] not in ("k", "v", "theta")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_frozen_memory_stays_and_goes_on(fused: bool, exported: Callable[[str], Exported]) -> None:
     bundle, inputs, _, _ = exported(first(fused))
     with titans_runtime.Session(bundle) as session:
         stream = session.stream()
-        stream.feed(inputs[:100])
+        stream.feed(inputs[:99])
+        before = learned(stream)
+        assert any("W" in field for field in before)
         stream.freeze()
-        before = stream.memory()
-        stream.feed(inputs[100:250])
+        stream.feed(inputs[99:250])
         stream.feed(inputs[250:257])
         for row in inputs[257:300]:
             stream.step(row)
-        after = stream.memory()
+        after = learned(stream)
         assert before.keys() == after.keys()
         assert all(np.array_equal(before[field].view(np.int32), after[field].view(np.int32)) for field in before)
         stream.resume()
-        outputs = stream.feed(inputs[300:400])
-        assert np.isfinite(outputs).all()
-        assert any(np.abs(value - before[field]).max() > MATTERS / 10 for field, value in stream.memory().items())
+        assert np.isfinite(stream.feed(inputs[300:400])).all()
+        assert any(np.abs(value - before[field]).max() > MATTERS / 10 for field, value in learned(stream).items())

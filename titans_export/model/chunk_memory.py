@@ -359,7 +359,7 @@ def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
     keys = [name for name, value in xs.items() if value is not None]
     given = [value for value in xs.values() if value is not None]
 
-    def step(carry: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def step(carry: list[Tensor], values: list[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
         old = _unflatten(spec, carry)
         one = dict(zip(keys, values, strict=True))
         gates = Gates(
@@ -412,7 +412,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def _scan(step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
-    """step(carry, x_i) over the leading dimension: a loop, and a `Scan` where it is exported, so that the graph does
+    """step(carry, x_i, i) over the leading dimension: a loop, and a `Scan` where it is exported, so that the graph does
     not grow with the number of chunks.
     """
     count = xs[0].shape[0]
@@ -421,14 +421,14 @@ def _scan(step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], li
 
         def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
             # It refuses outputs that are views of its inputs, and carries that change their strides.
-            new, out = step(c, x)
+            new, out = step(c, x, 0)
             return [_copy(t) for t in new], [_copy(t) for t in out]
 
         result: tuple[list[Tensor], list[Tensor]] = scan(cloned, [_copy(t) for t in carry], xs)
         return result
     outs = []
     for i in range(count):
-        carry, out = step(carry, [x[i] for x in xs])
+        carry, out = step(carry, [x[i] for x in xs], i)
         outs.append(out)
     return carry, [torch.stack(column) for column in zip(*outs, strict=True)]
 
@@ -481,9 +481,8 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
     }
     keys = [name for name, value in xs.items() if value is not None]
     given = [value for value in xs.values() if value is not None]
-    numbered = iter(range(tokens))
 
-    def step(carry: list[Tensor], values: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def step(carry: list[Tensor], values: list[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
         rows, fill, completed, before = carry
         one = dict(zip(keys, values, strict=True))
         counts = one.get("valid")
@@ -513,7 +512,8 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             old = _unpack(spec, fields)
             new, losses = fold(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
             new, numbers = _committed(spec, old, new, losses, x, learns)
-            return layout.pack(fields | _fields(spec, new)), numbers
+            # Traced within a loop, where sizes are variables, both branches have to say that theirs are the same.
+            return layout.pack(fields | _fields(spec, new)).reshape(rows.shape), numbers.reshape(*rows.shape[:2], 4)
 
         def leave(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(*rows.shape[:2], 4, dtype=rows.dtype, device=rows.device)
@@ -526,7 +526,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             learns,
             torch.zeros_like(full) if moved is None else moved,
             *(value for value in gates if value is not None),
-            token=next(numbered, 0),
+            token=number,
         )
         weights = _unpack(spec, layout.unpack(rows)).w
         y = forward(spec.network, weights, one["q"])
