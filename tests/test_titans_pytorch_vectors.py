@@ -69,3 +69,15 @@ def test_a_low_precision_leaves_the_memory_s_own_products(bundle: Path, precisio
     names = {name.removesuffix(f".{precision}") for name in weights}
     for node in lowered:
         assert any(name.removesuffix(f".{precision}") in names for name in node.input)
+
+
+def test_the_library_s_wrong_last_row_is_not_held_against_the_export(tmp_path: Path) -> None:
+    """Of a gated transition, where the stream ends as the gradient point moves."""
+    module = memory(gated_transition=True, batch_size=8)
+    report = export_loaded(from_live(module), tmp_path / "gated.titans", chunks_per_call=1, positions=16)
+    assert report.library_error is not None
+    assert report.library_error < 1e-6
+    x = torch.randn(1, 16, 16)
+    with torch.no_grad():
+        longer = module(torch.cat([x, x[:, -1:]], 1))[0][:, :16]
+        assert (module(x)[0] - longer)[:, -1].abs().max() > 1e-3  # that it is wrong there

@@ -1,4 +1,5 @@
 // The ONNX Runtime backend: one session per graph, all of them over the same weights.
+#include <algorithm>
 #include <map>
 #include <utility>
 #include <vector>
@@ -78,9 +79,13 @@ class OrtEngine final : public Engine {
   void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
     const Graph& graph = manifest_.graphs[entry.graph];
     const SessionShare share{library_, bundle, weights_, *prepacked_, *placement_, memory_kernel_, threads};
-    // One graph decodes most tokens: there a call is short and waking threads would cost most.
+    // Threads that go on spinning after a call are in the way of another graph's. So only those of a graph do that
+    // decodes all tokens, where a call is short and waking threads would cost most.
     const EngineGraph& decoding = bundle.graphs()[bundle.schedule().decoding_graph()];
-    const bool spin = entry.graph == decoding.graph && placement_->cuda_ordinal() < 0;
+    const auto singles = std::count_if(bundle.graphs().begin(), bundle.graphs().end(), [&](const EngineGraph& each) {
+      return manifest_.graphs[each.graph].tokens == 1;
+    });
+    const bool spin = entry.graph == decoding.graph && singles == 1 && placement_->cuda_ordinal() < 0;
     const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, graph, entry.file, spin)); };
     if (!memory_kernel_.used()) return open_session();
     const MappedFile file(bundle.folder() / entry.file);
