@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,6 +70,16 @@ def test_a_low_precision_leaves_the_memory_s_own_products(bundle: Path, precisio
     names = {name.removesuffix(f".{precision}") for name in weights}
     for node in lowered:
         assert any(name.removesuffix(f".{precision}") in names for name in node.input)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 8, "spectral_norm_surprises": True}, {"momentum_order": 2}])
+def test_an_engine_for_rtx_has_the_memory_as_standard_operators(options: dict[str, Any], tmp_path: Path) -> None:
+    """Loops and branches included: TensorRT-RTX really builds it."""
+    pytest.importorskip("tensorrt_rtx")
+    export_loaded(from_live(memory(**options)), tmp_path / "m.titans", chunks_per_call=1, positions=16)
+    report = build_engine(tmp_path / "m.titans", Request("rtx-40"), output=tmp_path / "engine.titans")
+    assert report.engine["memory"] == "standard-operators"
+    assert {graph["graph"] for graph in report.engine["graphs"]} == {"chunk", "decode"}
 
 
 def test_the_library_s_wrong_last_row_is_not_held_against_the_export(tmp_path: Path) -> None:
