@@ -231,7 +231,7 @@ def test_overwriting_through_a_link_leaves_the_link(checkpoints: dict[str, Path]
 
 @pytest.mark.parametrize(("chunks", "positions"), [(1, 1), (4, 10), (4, 1024), (16, 1024), (16, 100)])
 def test_the_comparison_runs_every_graph(chunks: int, positions: int) -> None:
-    graphs = exporting.schedule(Titans(CONFIGS["lmm"]), chunks)
+    graphs = Titans(CONFIGS["lmm"]).graphs(chunks)
     cuts = exporting._cuts(graphs, positions)
     assert sum(cuts) >= positions
     used, at = set(), 0
