@@ -357,7 +357,7 @@ def export_loaded(
     check_output(output, overwrite, MANIFEST)
     model = checkpoint.model
     graphs = model.graphs(chunks_per_call)
-    if max(graph.tokens for graph in graphs) == 1:
+    if chunks_per_call > 1 and max(graph.tokens for graph in graphs) == 1:
         progress("no call of several tokens starts at the same place of chunk and segment: prompts run token by token")
     cuts = _cuts(graphs, positions)
     positions = sum(cuts)
