@@ -119,7 +119,8 @@ def feed_frozen_for_a_while(stream: rt.Stream) -> Iterator[Any]:
 def test_the_kernel_computes_what_standard_operators_compute(
     bundles: dict[str, Path], variant: str, feed: Callable[[rt.Stream], Iterator[Any]]
 ) -> None:
-    open_with_kernel(bundles[variant]).close()
+    with open_with_kernel(bundles[variant]) as session:
+        assert session.info["memory_kernel"].startswith("cpu-")
     logits, memory = {}, {}
     for choice in ("off", "require", "auto"):
         with rt.Session(bundles[variant], threads=1, memory_kernel=choice) as session:
