@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: pip install 'titans-export[bench]'")
+pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: make setup")
 titans_runtime = pytest.importorskip(
     "titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError
 )
@@ -37,6 +37,8 @@ from tolerances import TOLERANCES  # noqa: E402
 
 from titans_export.checkpoints.titans_pytorch import from_live  # noqa: E402
 from titans_export.exporting import export_loaded  # noqa: E402
+
+pytestmark = pytest.mark.timeout(900)
 
 TOLERANCE = TOLERANCES["cpu", "float32"]
 # No multiples of a batch: there the library's last output with gated_transition is of the weights before it.
