@@ -15,7 +15,7 @@ from titans_export.checkpoints.titans_pytorch import from_live
 from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request
 from titans_export.engines.precision import lower_precision
-from titans_export.exporting import export_loaded
+from titans_export.exporting import export_loaded, export_module
 
 titans_pytorch = pytest.importorskip("titans_pytorch")
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
@@ -37,7 +37,8 @@ def memory(**options: object) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vectors") / "order2.titans"
-    export_loaded(from_live(memory(momentum_order=2)), path, chunks_per_call=1, positions=40)
+    report = export_module(memory(momentum_order=2), path, chunks_per_call=1, positions=40)
+    assert report.library_error is not None and report.library_error < 1e-6
     return path
 
 
