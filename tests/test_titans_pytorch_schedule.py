@@ -1,4 +1,4 @@
-"""The schedule of a transformer: which graph reads which rows, and that all of them together are the library's forward."""
+"""The schedule of a transformer: which graph reads which rows, and that together they are the library's forward."""
 
 from __future__ import annotations
 
