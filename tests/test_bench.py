@@ -173,8 +173,8 @@ class TestCommand:
         assert entries["pytorch-eager"]["passed"] is True
         compiled = entries["pytorch-compile"]
         assert compiled["passed"] is True
-        assert compiled["notes"]["chunk_step"].startswith("compiled in")
-        assert compiled["notes"]["decode_step"].startswith("compiled in")
+        assert compiled["notes"]["chunk_call"].startswith("compiled in")
+        assert compiled["notes"]["decode_call"].startswith("compiled in")
 
     def test_another_checkpoint_is_wrong(self, shared_bundle: Path, tiny_checkpoint: Path) -> None:
         result = invoke("bench", shared_bundle, "--against", tiny_checkpoint, *SHORT)

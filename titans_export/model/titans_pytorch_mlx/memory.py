@@ -131,9 +131,11 @@ class SegmentMemory(nn.Module):
         q, k, v = F.silu(x).chunk(3, -1)
         return unit(q), torch.cat([unit(k), v], -1), past
 
-    def _update(self, w: Weights, s: Weights, pairs: Tensor, total: Tensor) -> tuple[Weights, Weights]:
-        """W and S after a segment with these pairs (B, C, 2 dim), whose inputs add up to `total` (B, dim)."""
-        gates = torch.sigmoid(self.gates(total / self.options.segment)).reshape(-1, 3, self.options.dim).mean(-1)
+    def _update(self, w: Weights, s: Weights, pairs: Tensor, raw: Tensor) -> tuple[Weights, Weights]:
+        """W and S after a segment with these pairs (B, C, 2 dim), whose mean input the gates' layer takes to `raw`
+        (B, 3 dim).
+        """
+        gates = torch.sigmoid(raw).reshape(-1, 3, self.options.dim).mean(-1)
         alpha, theta, eta = gates[:, :, None, None].unbind(1)
         theta, eta = theta * self.options.step_limit, eta * self.options.momentum_limit
         g = gradients(self.options.activation, w, *pairs.chunk(2, -1))
@@ -153,7 +155,7 @@ class SegmentMemory(nn.Module):
         (w, s), out = self._unpack(state["memory"]), []
         for i, q_i in enumerate(q.reshape(batch, -1, size, dim).unbind(1)):
             out.append(read(self.options.activation, w, q_i))
-            after = self._update(w, s, pairs[:, i], totals[:, i])
+            after = self._update(w, s, pairs[:, i], self.gates(totals[:, i] / size))
             w, s = after if learn is None else (_where(learn, after[0], w), _where(learn, after[1], s))
         following = {"memory": self._pack(w, s)}
         if size > 1:
@@ -184,14 +186,17 @@ class SegmentMemory(nn.Module):
         pairs = state["pairs"].scatter(1, index.expand_as(new), new)
         y = read(self.options.activation, self._unpack(state["memory"])[0], q)
 
-        def fold(rows: Tensor, pairs: Tensor, total: Tensor, ends: Tensor) -> tuple[Tensor]:
-            updated = self._pack(*self._update(*self._unpack(rows), pairs, total))
+        # Parameters that a branch needs are its operands: tracing does not lift what it captures.
+        def fold(rows: Tensor, pairs: Tensor, mean: Tensor, ends: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+            updated = self._pack(*self._update(*self._unpack(rows), pairs, mean @ weight + bias))
             return (torch.where(ends.unsqueeze(-1), updated, rows),)
 
-        def leave(rows: Tensor, pairs: Tensor, total: Tensor, ends: Tensor) -> tuple[Tensor]:
+        def leave(rows: Tensor, *unused: Tensor) -> tuple[Tensor]:
             return (rows.clone(),)
 
-        (rows,) = operator.branch(ends.any(), fold, leave, state["memory"], pairs, total, ends)
+        assert self.gates.bias is not None
+        operands = (state["memory"], pairs, total / size, ends, self.gates.weight, self.gates.bias)
+        (rows,) = operator.branch(ends.any(), fold, leave, *operands)
         following = {"memory": rows, "sum": total, "pairs": pairs}
         if past is not None and past.shape[1]:
             following["conv"] = past
