@@ -187,7 +187,9 @@ class SegmentMemory(nn.Module):
         y = read(self.options.activation, self._unpack(state["memory"])[0], q)
 
         # Parameters that a branch needs are its operands: tracing does not lift what it captures.
-        def fold(rows: Tensor, pairs: Tensor, mean: Tensor, ends: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        def fold(
+            rows: Tensor, pairs: Tensor, mean: Tensor, ends: Tensor, weight: Tensor, bias: Tensor
+        ) -> tuple[Tensor]:
             updated = self._pack(*self._update(*self._unpack(rows), pairs, mean @ weight + bias))
             return (torch.where(ends.unsqueeze(-1), updated, rows),)
 
