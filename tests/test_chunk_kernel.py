@@ -450,7 +450,6 @@ def test_a_node_goes_on_from_its_state_in_place() -> None:
         ({"loss_scale": 1}, "attribute loss_scale of the type that"),
         ({"loss_scale": 0.0}, "loss_scale to be finite and above 0"),
         ({"norm_weight": "fast"}, 'layer_norm to be 1 with norm_weight "fast"'),
-        ({"storage": "bfloat16"}, 'storage to be "float32" with gates "chunk"'),
         ({"gates": "token"}, 'loss_scale to be left out with gates "token"'),
     ],
 )

@@ -19,6 +19,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "plugins/kernels/codec-inl.h"
 #include "plugins/kernels/cpu_head.h"
 #include "plugins/kernels/gemv-inl.h"
 #include "plugins/kernels/newton_schulz-inl.h"
@@ -37,12 +38,21 @@ class ChunkRun {
         layout_(plan.layout),
         head_(head),
         scratch_(scratch),
+        codec_(codec_of(c_.storage)),
+        rounded_(c_, layout_, codec_, head.row, head.index),
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
         keys_per_token_(static_cast<std::size_t>(c_.keys_per_token)),
         width_(static_cast<std::size_t>(c_.widths[0])),
         elements_(static_cast<std::size_t>(c_.all_elements())),
-        w_(field(layout_.w[0])) {}
+        w_(codec_.direct ? field(layout_.w[0]) : scratch.weights),
+        s_(codec_.direct ? field(layout_.s[0]) : scratch.surprise) {
+    std::size_t begin = 0;
+    for (int p = 0; p < c_.tensors(); ++p) {
+      offsets_[p] = begin;
+      begin += static_cast<std::size_t>(c_.elements(p));
+    }
+  }
 
   void update() {
     const auto tokens = static_cast<std::size_t>(head_.tokens);
@@ -82,13 +92,22 @@ class ChunkRun {
   std::size_t index(int layer) const { return static_cast<std::size_t>(layer); }
   float* field(std::int64_t offset) const { return head_.row + offset; }
   // Where a tensor begins among all weights.
-  std::size_t offset(int tensor) const { return static_cast<std::size_t>(layout_.w[index(tensor)] - layout_.w[0]); }
+  std::size_t offset(int tensor) const { return offsets_[tensor]; }
 
-  // What stands around the network with these weights.
-  Around around(const float* weights) const {
+  // Makes float32 copies of W and S, where the row holds them otherwise.
+  void unpack_weights() {
+    if (codec_.direct || unpacked_) return;
+    unpacked_ = true;
+    for (int p = 0; p < c_.tensors(); ++p) {
+      codec_.unpack(rounded_.field(p, false), w_ + offset(p));
+      if (c_.mode == Mode::kUpdate && c_.momentum) codec_.unpack(rounded_.field(p, true), s_ + offset(p));
+    }
+  }
+
+  // What stands around the network with this gamma, if that is a fast weight.
+  Around around(const float* gamma) const {
     const float* scale = head_.norm_scale;
     if (c_.fast_norm()) {
-      const float* gamma = weights + offset(depth_);
       const Vector one = hn::Set(Floats(), 1.0F);
       each_vector(width_, [&](std::size_t i, std::size_t n)
                               HWY_ATTR { store(hn::Add(load(gamma + i, n), one), scratch_.scale + i, n); });
@@ -114,13 +133,19 @@ class ChunkRun {
     if (count == 0) return;
     const float* q = head_.q + at * width_;
     float* y = head_.y + at * width_;
-    const Around around = this->around(w_);
+    if (count > 1) unpack_weights();
+    const float* gamma = w_ + offset(depth_);
+    if (c_.fast_norm() && !codec_.direct && !unpacked_) {
+      codec_.unpack(rounded_.field(depth_, false), scratch_.scale);
+      gamma = scratch_.scale;
+    }
+    const Around around = this->around(gamma);
     Rows x{const_cast<float*>(q), width_};
     for (int i = 0; i < depth_; ++i) {
       const Rows next{scratch_.x[index(i & 1)], padded(out(i))};
       const float* w = w_ + offset(i);
       if (count == 1) {
-        gemv<Pass::kOne>(Gemv<Float32>{in(i), out(i), w, nullptr, x.data, nullptr, nullptr, next.data, nullptr});
+        codec_.gemv(Pass::kOne, Gemv{rounded_.field(i, false), {}, x.data, nullptr, nullptr, next.data, nullptr});
         if (i + 1 < depth_) activate_row(c_.activation, next.data, out(i), next.data, nullptr);
       } else {
         const Product products[] = {{x.data, x.stride, w, out(i), in(i)}};
@@ -140,6 +165,7 @@ class ChunkRun {
   // ---- the end of a chunk, whose last token is `done` - 1 ----
 
   void complete(std::size_t done, bool whole) {
+    unpack_weights();
     if (head_.before != nullptr) std::memcpy(head_.before + chunks_ * elements_, w_, elements_ * sizeof(float));
     const std::size_t chunk = chunks_++;
     if (!head_.learn) return;
@@ -153,26 +179,49 @@ class ChunkRun {
     const bool guarded = head_.update_limit != nullptr;
     eta_ = c_.momentum ? head_.momentum[done - 1] : 0.0F;
     keep_ = 1.0F - head_.forget_gate[done - 1];
-    w_next_ = guarded ? scratch_.weights_next : w_;
-    s_next_ = guarded ? scratch_.surprise_next : field(layout_.s[0]);
+    const bool waits = guarded || !codec_.direct;
+    w_next_ = waits ? scratch_.weights_next : w_;
+    s_next_ = waits ? scratch_.surprise_next : s_;
     float squares = 0.0F;
     for (int p = 0; p < c_.tensors(); ++p) squares += fold(p, done - 1, rows);
     const float norm = std::sqrt(squares);
     const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
     if (commit) {
-      if (guarded) std::memcpy(w_, w_next_, elements_ * sizeof(float));
-      if (guarded && c_.momentum) std::memcpy(field(layout_.s[0]), s_next_, elements_ * sizeof(float));
+      if (waits) commit_weights();
       if (c_.counts_batch() && (head_.fill + static_cast<std::int64_t>(done)) % c_.batch_size == 0) {
-        std::memcpy(field(layout_.g[0]), w_, elements_ * sizeof(float));
+        for (int p = 0; p < c_.tensors(); ++p) {
+          std::memcpy(field(layout_.g[index(p)]), field(layout_.w[index(p)]),
+                      static_cast<std::size_t>(c_.words(p)) * sizeof(float));
+        }
       }
     }
     if (!(norm <= update_norm_) && !std::isnan(update_norm_)) update_norm_ = norm;  // a NaN stays
     (commit ? committed_ : rejected_) += 1.0F;
   }
 
+  // Takes what waits into the state.
+  void commit_weights() {
+    if (codec_.direct) {
+      std::memcpy(w_, w_next_, elements_ * sizeof(float));
+      if (c_.momentum) std::memcpy(s_, s_next_, elements_ * sizeof(float));
+      return;
+    }
+    for (int p = 0; p < c_.tensors(); ++p) {
+      rounded_.store_tensor(p, false, w_next_ + offset(p), w_ + offset(p));
+      if (c_.momentum) rounded_.store_tensor(p, true, s_next_ + offset(p), s_ + offset(p));
+    }
+    rounded_.count();
+  }
+
   // The weights at which the gradient is taken.
   const float* point(std::size_t token, std::size_t chunk) {
-    const float* point = c_.keeps_point() ? field(layout_.g[0]) : w_;
+    const float* point = w_;
+    if (c_.keeps_point()) {
+      point = codec_.direct ? field(layout_.g[0]) : scratch_.point;
+      for (int p = 0; p < c_.tensors() && !codec_.direct; ++p) {
+        codec_.unpack(stored_tensor(c_, head_.row, layout_.g[index(p)], p), scratch_.point + offset(p));
+      }
+    }
     if (head_.previous == nullptr) return point;
     const float* previous = head_.previous + chunk * elements_;
     const Vector rho = hn::Set(Floats(), head_.previous_gate[token]);
@@ -201,7 +250,7 @@ class ChunkRun {
     }
     const Product products[] = {{left_[last].data, left_[last].stride, weights + offset(last), out(last), in(last)}};
     plain(products, rows, out(last), right_[last]);
-    const Around around = this->around(weights);
+    const Around around = this->around(weights + offset(depth_));
     float* gamma = c_.fast_norm() ? scratch_.gamma_gradient : nullptr;
     if (gamma != nullptr) fill_row(gamma, 0.0F, width_);
     for (std::size_t r = 0; r < rows; ++r) {
@@ -254,9 +303,17 @@ class ChunkRun {
       by *= clamped(std::sqrt(hn::ReduceSum(d, squares)));
     }
     const float* w = w_ + offset(p);
-    const float* s = c_.momentum ? field(layout_.s[0]) + offset(p) : nullptr;
+    const float* s = c_.momentum ? s_ + offset(p) : nullptr;
     float* w_next = w_next_ + offset(p);
     float* s_next = c_.momentum ? s_next_ + offset(p) : nullptr;
+    if (c_.rounding == Rounding::kFeedback) {
+      rounded_.add_error(p, false, w, w_next);
+      w = w_next;
+      if (c_.momentum) {
+        rounded_.add_error(p, true, s, s_next);
+        s = s_next;
+      }
+    }
     const bool orthogonal = c_.orthogonalise > 0 && p < depth_;
     const Vector scale = hn::Set(d, by), eta = hn::Set(d, eta_), keep = hn::Set(d, keep_);
     Vector squares = hn::Zero(d);
@@ -293,9 +350,13 @@ class ChunkRun {
   const RowLayout& layout_;
   const Head& head_;
   Scratch& scratch_;
+  const Codec& codec_;
+  Rounded rounded_;
   int depth_;
   std::size_t chunk_, keys_per_token_, width_, elements_;
-  float* w_;  // all weights
+  float *w_, *s_;  // all weights and all surprise in float32: the state itself, or copies of it
+  std::size_t offsets_[kMaxTensors + 1] = {};
+  bool unpacked_ = false;
   Rows left_[kMaxDepth], right_[kMaxDepth];
   float eta_ = 0.0F, keep_ = 1.0F;
   float *w_next_ = nullptr, *s_next_ = nullptr;

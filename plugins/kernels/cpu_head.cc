@@ -58,6 +58,9 @@ void Scratch::want_chunk(const Configuration& c, Wanted& wanted) {
   }
   for (float** row : {&scores, &scale, &gamma_gradient}) wanted.emplace_back(row, widest);
   for (float*& side : x) wanted.emplace_back(&side, rows * widest);
+  if (c.storage != Storage::kFloat32) {
+    for (float** copy : {&weights, &surprise}) wanted.emplace_back(copy, all);
+  }
   if (c.mode == Mode::kRead) return;
   wanted.emplace_back(&transposed, transpose);
   for (float** weights : {&point, &weights_next, &surprise_next}) wanted.emplace_back(weights, all);

@@ -40,13 +40,14 @@ struct Scratch {
   float* scores = nullptr;
   float* transposed = nullptr;                       // W^T or left^T
   float *right_a = nullptr, *right_e = nullptr;      // of the fold
-  std::array<float*, kMaxDepth> w{}, s{};            // float32 copies, for a state that is stored otherwise
-  std::array<float*, kMaxDepth> w_next{}, s_next{};  // where a guarded fold waits
+  std::array<float*, kMaxDepth> w{}, s{};            // float32 copies, for weights that are stored otherwise
+  std::array<float*, kMaxDepth> w_next{}, s_next{};  // where a guarded fold waits, or one to be rounded
 
   // With gates = "chunk": left, right and derivative are of the chunk's keys.
   std::size_t rows = 0;                                                       // that x has
   float *scale = nullptr, *gamma_gradient = nullptr;                          // of the LayerNorm
   float *point = nullptr, *weights_next = nullptr, *surprise_next = nullptr;  // of all weights
+  float *weights = nullptr, *surprise = nullptr;                              // float32 copies, as above
   float* update = nullptr;                                                    // of one matrix
   std::array<float*, 2> iterate{};                                            // of Newton-Schulz
   std::array<float*, 4> square{};
@@ -70,7 +71,8 @@ struct Plan {
 
 // One head of one stream in one call.
 struct Head {
-  float* row;      // packed, updated in place
+  float* row;  // packed, updated in place
+  std::uint32_t index;
   const float* q;  // tokens x D, as are k, v and y
   const float* k;
   const float* v;

@@ -41,10 +41,9 @@ inline constexpr int kFoldVectors = 2;
 #endif
 inline constexpr int kFoldRows = 4;
 
-// Returns, lane by lane, the squares of what the tile of W changes by. round(v) is v as the state can hold it.
-template <int kRows, int kVectors, bool kTail, class Round>
-HWY_INLINE Vector fold_tile(const Fold& fold, std::size_t row, std::size_t column, std::size_t tail,
-                            const Round& round) {
+// Returns, lane by lane, the squares of what the tile of W changes by.
+template <int kRows, int kVectors, bool kTail>
+HWY_INLINE Vector fold_tile(const Fold& fold, std::size_t row, std::size_t column, std::size_t tail) {
   const Floats d;
   const std::size_t count = kTail ? tail : kLanes;
   Vector w[kRows][kVectors], s[kRows][kVectors];
@@ -85,40 +84,39 @@ HWY_INLINE Vector fold_tile(const Fold& fold, std::size_t row, std::size_t colum
       const std::size_t at =
           (row + static_cast<std::size_t>(i)) * fold.out + column + static_cast<std::size_t>(j) * kLanes;
       const Vector w_old = load(fold.w + at, count), s_old = load(fold.s + at, count);
-      const Vector w_new = round(hn::MulAdd(beta, w_old, hn::MulAdd(f, s_old, w[i][j])));
+      const Vector w_new = hn::MulAdd(beta, w_old, hn::MulAdd(f, s_old, w[i][j]));
       const Vector delta = hn::Sub(w_new, w_old);
       change = hn::MulAdd(delta, delta, change);
       store(w_new, fold.w_next + at, count);
-      store(round(hn::MulAdd(m, s_old, s[i][j])), fold.s_next + at, count);
+      store(hn::MulAdd(m, s_old, s[i][j]), fold.s_next + at, count);
     }
   }
   return change;
 }
 
-template <int kVectors, bool kTail, class Round>
-HWY_INLINE Vector fold_panel(const Fold& fold, std::size_t column, std::size_t tail, const Round& round) {
+template <int kVectors, bool kTail>
+HWY_INLINE Vector fold_panel(const Fold& fold, std::size_t column, std::size_t tail) {
   Vector change = hn::Zero(Floats());
   std::size_t row = 0;
   for (; row + kFoldRows <= fold.in; row += kFoldRows) {
-    change = hn::Add(change, fold_tile<kFoldRows, kVectors, kTail>(fold, row, column, tail, round));
+    change = hn::Add(change, fold_tile<kFoldRows, kVectors, kTail>(fold, row, column, tail));
   }
-  for (; row < fold.in; ++row) change = hn::Add(change, fold_tile<1, kVectors, kTail>(fold, row, column, tail, round));
+  for (; row < fold.in; ++row) change = hn::Add(change, fold_tile<1, kVectors, kTail>(fold, row, column, tail));
   return change;
 }
 
 // Folds one layer. Returns the squared Frobenius norm of what W changes by.
-template <class Round>
-HWY_INLINE float fold_layer(const Fold& fold, const Round& round) {
+inline float fold_layer(const Fold& fold) {
   constexpr std::size_t kColumns = kFoldVectors * kLanes;
   Vector change = hn::Zero(Floats());
   std::size_t column = 0;
   for (; column + kColumns <= fold.out; column += kColumns) {
-    change = hn::Add(change, fold_panel<kFoldVectors, false>(fold, column, 0, round));
+    change = hn::Add(change, fold_panel<kFoldVectors, false>(fold, column, 0));
   }
   for (; column + kLanes <= fold.out; column += kLanes) {
-    change = hn::Add(change, fold_panel<1, false>(fold, column, 0, round));
+    change = hn::Add(change, fold_panel<1, false>(fold, column, 0));
   }
-  if (column < fold.out) change = hn::Add(change, fold_panel<1, true>(fold, column, fold.out - column, round));
+  if (column < fold.out) change = hn::Add(change, fold_panel<1, true>(fold, column, fold.out - column));
   return hn::ReduceSum(Floats(), change);
 }
 

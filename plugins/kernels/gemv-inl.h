@@ -9,59 +9,23 @@
 #endif
 
 #include <cstddef>
-#include <cstdint>
 
 #include "hwy/highway.h"
+#include "plugins/kernels/storage-inl.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-// Matrices as the packed row stores them: float32, or bfloat16 as the upper half of a float32.
-struct Float32 {
-  using Element = float;
-  static HWY_INLINE Vector load(const float* from, std::size_t count) { return HWY_NAMESPACE::load(from, count); }
-  static HWY_INLINE Vector round(Vector v) { return v; }
-};
-
-struct BFloat16 {
-  using Element = std::uint16_t;
-  static HWY_INLINE Vector load(const std::uint16_t* from, std::size_t count) {
-    const hn::RebindToUnsigned<Floats> bits;
-    const hn::Rebind<std::uint16_t, Floats> half;
-    const auto raw = count == kLanes ? hn::LoadU(half, from) : hn::LoadN(half, from, count);
-    return hn::BitCast(Floats(), hn::ShiftLeft<16>(hn::PromoteTo(bits, raw)));
-  }
-  // The nearest bfloat16, ties to even, as a float32. NaN stays NaN.
-  static HWY_INLINE Vector round(Vector v) {
-    const hn::RebindToUnsigned<Floats> bits;
-    const auto raw = hn::BitCast(bits, v);
-    const auto odd = hn::And(hn::ShiftRight<16>(raw), hn::Set(bits, 1));
-    const auto rounded = hn::Add(raw, hn::Add(odd, hn::Set(bits, 0x7FFF)));
-    const auto kept = hn::And(rounded, hn::Set(bits, 0xFFFF0000));
-    return hn::IfThenElse(hn::IsNaN(v), v, hn::BitCast(Floats(), kept));
-  }
-  // `v` holds bfloat16 values.
-  static HWY_INLINE void store(Vector v, std::uint16_t* to, std::size_t count) {
-    const hn::RebindToUnsigned<Floats> bits;
-    const hn::Rebind<std::uint16_t, Floats> half;
-    const auto raw = hn::TruncateTo(half, hn::ShiftRight<16>(hn::BitCast(bits, v)));
-    count == kLanes ? hn::StoreU(raw, half, to) : hn::StoreN(raw, half, to, count);
-  }
-};
-
-// Which rows are wanted of one pass over matrices of `in` x `out`:
+// Which rows are wanted of one pass over matrices:
 enum class Pass {
   kOne,      // y = sum_i by_w[i] W[i]
   kTwo,      // y = sum_i by_w[i] W[i] + by_s[i] S[i]
   kTwoMore,  // that, and z = sum_i also_w[i] W[i]
 };
 
-template <class Storage>
 struct Gemv {
-  std::size_t in, out;
-  const typename Storage::Element* w;
-  const typename Storage::Element* s;
+  Stored w, s;  // of one shape
   const float* by_w;
   const float* by_s;
   const float* also_w;
@@ -70,28 +34,25 @@ struct Gemv {
 };
 
 template <Pass kPass, int kVectors, bool kTail, class Storage>
-HWY_INLINE void gemv_panel(const Gemv<Storage>& g, std::size_t column, std::size_t tail) {
+HWY_INLINE void gemv_panel(const Gemv& g, std::size_t column, std::size_t tail) {
   const Floats d;
   const std::size_t count = kTail ? tail : kLanes;
   Vector y[kVectors], y_s[kVectors], z[kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) y[j] = y_s[j] = z[j] = hn::Zero(d);
-  const auto* HWY_RESTRICT w = g.w + column;
-  const auto* HWY_RESTRICT s = kPass == Pass::kOne ? nullptr : g.s + column;
-  for (std::size_t i = 0; i < g.in; ++i) {
+  const View<Storage> w(g.w), s(g.s);
+  for (std::size_t i = 0; i < w.rows; ++i) {
     const Vector by_w = hn::Set(d, g.by_w[i]);
     const Vector by_s = kPass == Pass::kOne ? by_w : hn::Set(d, g.by_s[i]);
     const Vector also_w = kPass == Pass::kTwoMore ? hn::Set(d, g.also_w[i]) : by_w;
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      const std::size_t at = static_cast<std::size_t>(j) * kLanes;
-      const Vector ws = Storage::load(w + at, count);
+      const std::size_t at = column + static_cast<std::size_t>(j) * kLanes;
+      const Vector ws = w.load(i, at, count);
       y[j] = hn::MulAdd(by_w, ws, y[j]);
-      if constexpr (kPass != Pass::kOne) y_s[j] = hn::MulAdd(by_s, Storage::load(s + at, count), y_s[j]);
+      if constexpr (kPass != Pass::kOne) y_s[j] = hn::MulAdd(by_s, s.load(i, at, count), y_s[j]);
       if constexpr (kPass == Pass::kTwoMore) z[j] = hn::MulAdd(also_w, ws, z[j]);
     }
-    w += g.out;
-    if constexpr (kPass != Pass::kOne) s += g.out;
   }
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) {
@@ -101,35 +62,116 @@ HWY_INLINE void gemv_panel(const Gemv<Storage>& g, std::size_t column, std::size
   }
 }
 
-template <Pass kPass, class Storage>
-HWY_INLINE void gemv(const Gemv<Storage>& g) {
-  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 3 : 4;
-  std::size_t column = 0;
-  for (; column + kVectors * kLanes <= g.out; column += kVectors * kLanes) {
-    gemv_panel<kPass, kVectors, false>(g, column, 0);
+// The same of whole blocks that share scales: those go into the rows, not into each element.
+template <Pass kPass, int kBlocks, class Storage>
+HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
+  const Floats d;
+  constexpr int kEach = static_cast<int>(kBlock / kLanes);
+  Vector y[kBlocks][kEach], y_s[kBlocks][kEach], z[kBlocks][kEach];
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kEach; ++j) y[b][j] = y_s[b][j] = z[b][j] = hn::Zero(d);
   }
-  for (; column + kLanes <= g.out; column += kLanes) gemv_panel<kPass, 1, false>(g, column, 0);
-  if (column < g.out) gemv_panel<kPass, 1, true>(g, column, g.out - column);
+  const View<Storage> w(g.w), s(g.s);
+  const auto column = [block](int b, int j) {
+    return (block + static_cast<std::size_t>(b)) * kBlock + static_cast<std::size_t>(j) * kLanes;
+  };
+  for (std::size_t i = 0; i < w.rows; ++i) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+      const std::size_t at = block + static_cast<std::size_t>(b);
+      const Vector scale = w.scale(i, at);
+      const Vector by_w = hn::Mul(hn::Set(d, g.by_w[i]), scale);
+      const Vector also_w = kPass == Pass::kTwoMore ? hn::Mul(hn::Set(d, g.also_w[i]), scale) : by_w;
+      const Vector by_s = kPass == Pass::kOne ? by_w : hn::Mul(hn::Set(d, g.by_s[i]), s.scale(i, at));
+#pragma GCC unroll 8
+      for (int j = 0; j < kEach; ++j) {
+        const Vector ws = w.unscaled(i, column(b, j), kLanes);
+        y[b][j] = hn::MulAdd(by_w, ws, y[b][j]);
+        if constexpr (kPass != Pass::kOne) {
+          y_s[b][j] = hn::MulAdd(by_s, s.unscaled(i, column(b, j), kLanes), y_s[b][j]);
+        }
+        if constexpr (kPass == Pass::kTwoMore) z[b][j] = hn::MulAdd(also_w, ws, z[b][j]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kEach; ++j) {
+      store(kPass == Pass::kOne ? y[b][j] : hn::Add(y[b][j], y_s[b][j]), g.y + column(b, j), kLanes);
+      if constexpr (kPass == Pass::kTwoMore) store(z[b][j], g.z + column(b, j), kLanes);
+    }
+  }
 }
 
-// y[i] = W[i] . x for each of the `in` rows.
+template <Pass kPass, class Storage>
+HWY_INLINE void gemv_pass(const Gemv& g) {
+  constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 3 : 4;
+  const std::size_t columns = g.w.columns;
+  std::size_t column = 0;
+  if constexpr (Storage::kScaled) {
+    constexpr int kBlocks = kLanes == 16 ? 2 : 1;
+    for (; column + kBlocks * kBlock <= columns; column += kBlocks * kBlock) {
+      gemv_blocks<kPass, kBlocks, Storage>(g, column / kBlock);
+    }
+    for (; column + kBlock <= columns; column += kBlock) gemv_blocks<kPass, 1, Storage>(g, column / kBlock);
+  }
+  for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
+    gemv_panel<kPass, kVectors, false, Storage>(g, column, 0);
+  }
+  for (; column + kLanes <= columns; column += kLanes) gemv_panel<kPass, 1, false, Storage>(g, column, 0);
+  if (column < columns) gemv_panel<kPass, 1, true, Storage>(g, column, columns - column);
+}
+
 template <class Storage>
-HWY_INLINE void gemv_transposed(const typename Storage::Element* w, std::size_t in, std::size_t out, const float* x,
-                                float* y) {
+void gemv(Pass pass, const Gemv& g) {
+  switch (pass) {
+    case Pass::kOne:
+      return gemv_pass<Pass::kOne, Storage>(g);
+    case Pass::kTwo:
+      return gemv_pass<Pass::kTwo, Storage>(g);
+    case Pass::kTwoMore:
+      return gemv_pass<Pass::kTwoMore, Storage>(g);
+  }
+}
+
+// y[i] = W[i] . x for each of W's rows.
+template <class Storage>
+void gemv_transposed(const Stored& stored, const float* x, float* y) {
   const Floats d;
+  const View<Storage> w(stored);
   std::size_t i = 0;
-  for (; i + 4 <= in; i += 4, w += 4 * out) {
+  for (; i + 4 <= w.rows; i += 4) {
     Vector sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
-    each_vector(out, [&](std::size_t column, std::size_t n) HWY_ATTR {
+    std::size_t begin = 0;
+    if constexpr (Storage::kScaled) {
+      for (; begin + kBlock <= w.columns; begin += kBlock) {
+        Vector part[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
+#pragma GCC unroll 8
+        for (std::size_t j = 0; j < kBlock; j += kLanes) {
+          const Vector xs = load(x + begin + j, kLanes);
+#pragma GCC unroll 4
+          for (std::size_t r = 0; r < 4; ++r) {
+            part[r] = hn::MulAdd(w.unscaled(i + r, begin + j, kLanes), xs, part[r]);
+          }
+        }
+#pragma GCC unroll 4
+        for (std::size_t r = 0; r < 4; ++r) sum[r] = hn::MulAdd(part[r], w.scale(i + r, begin / kBlock), sum[r]);
+      }
+    }
+    each_vector(w.columns - begin, [&](std::size_t rest, std::size_t n) HWY_ATTR {
+      const std::size_t column = begin + rest;
       const Vector xs = load(x + column, n);
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < 4; ++r) sum[r] = hn::MulAdd(Storage::load(w + r * out + column, n), xs, sum[r]);
+      for (std::size_t r = 0; r < 4; ++r) sum[r] = hn::MulAdd(w.load(i + r, column, n), xs, sum[r]);
     });
     store_sums(sum, y + i);
   }
-  for (; i < in; ++i, w += out) {
-    y[i] = sum_vectors(out, [&](std::size_t column, std::size_t n)
-                                HWY_ATTR { return hn::Mul(Storage::load(w + column, n), load(x + column, n)); });
+  for (; i < w.rows; ++i) {
+    y[i] = sum_vectors(w.columns, [&](std::size_t column, std::size_t n)
+                                      HWY_ATTR { return hn::Mul(w.load(i, column, n), load(x + column, n)); });
   }
 }
 

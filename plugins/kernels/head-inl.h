@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "plugins/kernels/codec-inl.h"
 #include "plugins/kernels/cpu_head.h"
 #include "plugins/kernels/fold-inl.h"
 #include "plugins/kernels/gemv-inl.h"
@@ -28,7 +29,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-template <class Storage>
 class HeadRun {
  public:
   HeadRun(const Plan& plan, const Head& head, Scratch& scratch)
@@ -36,6 +36,8 @@ class HeadRun {
         layout_(plan.layout),
         head_(head),
         scratch_(scratch),
+        codec_(codec_of(c_.storage)),
+        rounded_(c_, layout_, codec_, head.row, head.index),
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
         width_(static_cast<std::size_t>(c_.widths[0])),
@@ -75,7 +77,7 @@ class HeadRun {
       const float* x = head_.q;
       for (int i = 0; i < depth_; ++i) {
         float* h = scratch_.x[static_cast<std::size_t>(i & 1)];
-        gemv<Pass::kOne>(Gemv<Storage>{in(i), out(i), stored_w(i), nullptr, x, nullptr, nullptr, h, nullptr});
+        codec_.gemv(Pass::kOne, Gemv{stored_w(i), {}, x, nullptr, nullptr, h, nullptr});
         if (i + 1 < depth_) activate_row(c_.activation, h, out(i), h, nullptr);
         x = h;
       }
@@ -105,28 +107,23 @@ class HeadRun {
   }
 
  private:
-  using Element = typename Storage::Element;
-  static constexpr bool kDirect = sizeof(Element) == sizeof(float);
-
   std::size_t in(int layer) const { return static_cast<std::size_t>(c_.in(layer)); }
   std::size_t out(int layer) const { return static_cast<std::size_t>(c_.out(layer)); }
   std::size_t index(int layer) const { return static_cast<std::size_t>(layer); }
   float* field(std::int64_t offset) const { return head_.row + offset; }
-  Element* stored_w(int i) const { return reinterpret_cast<Element*>(field(layout_.w[index(i)])); }
-  Element* stored_s(int i) const { return reinterpret_cast<Element*>(field(layout_.s[index(i)])); }
+  Stored stored_w(int i) const { return rounded_.field(i, false); }
+  Stored stored_s(int i) const { return rounded_.field(i, true); }
 
   // W and S in float32: the state itself, or a copy of it that unpack_weights has made.
-  float* weights_w(int i) const { return kDirect ? field(layout_.w[index(i)]) : scratch_.w[index(i)]; }
-  float* weights_s(int i) const { return kDirect ? field(layout_.s[index(i)]) : scratch_.s[index(i)]; }
+  float* weights_w(int i) const { return codec_.direct ? field(layout_.w[index(i)]) : scratch_.w[index(i)]; }
+  float* weights_s(int i) const { return codec_.direct ? field(layout_.s[index(i)]) : scratch_.s[index(i)]; }
 
   void unpack_weights() {
-    if (kDirect || unpacked_) return;
+    if (codec_.direct || unpacked_) return;
     unpacked_ = true;
     for (int i = 0; i < depth_; ++i) {
-      each_vector(in(i) * out(i), [&](std::size_t at, std::size_t n) HWY_ATTR {
-        store(Storage::load(stored_w(i) + at, n), weights_w(i) + at, n);
-        if (c_.mode == Mode::kUpdate) store(Storage::load(stored_s(i) + at, n), weights_s(i) + at, n);
-      });
+      codec_.unpack(stored_w(i), weights_w(i));
+      if (c_.mode == Mode::kUpdate) codec_.unpack(stored_s(i), weights_s(i));
     }
   }
 
@@ -310,24 +307,23 @@ class HeadRun {
     if (head_.learn) {
       std::memcpy(left_[0][fill], k, width_ * sizeof(float));
       float* z = last == 0 ? right_[0][fill] : left_[1][fill];
-      gemv<Pass::kTwoMore>(Gemv<Storage>{in(0), out(0), stored_w(0), stored_s(0), x_beta, x_f, left_[0][fill], x, z});
+      codec_.gemv(Pass::kTwoMore, Gemv{stored_w(0), stored_s(0), x_beta, x_f, left_[0][fill], x, z});
       for (int i = 0; i < last; ++i) {
         activate_row(c_.activation, left_[i + 1][fill], out(i), left_[i + 1][fill], scratch_.derivative[index(i)]);
         z = i + 1 == last ? right_[last][fill] : left_[i + 2][fill];
-        gemv<Pass::kOne>(Gemv<Storage>{in(i + 1), out(i + 1), stored_w(i + 1), nullptr, left_[i + 1][fill], nullptr,
-                                       nullptr, z, nullptr});
+        codec_.gemv(Pass::kOne, Gemv{stored_w(i + 1), {}, left_[i + 1][fill], nullptr, nullptr, z, nullptr});
       }
       loss_ += error_row(around_, right_[last][fill], k, head_.v + at * width_);
       for (int i = last; i > 0; --i) {
         float* to = right_[i - 1][fill];
-        gemv_transposed<Storage>(stored_w(i), in(i), out(i), right_[i][fill], to);
+        codec_.gemv_transposed(stored_w(i), right_[i][fill], to);
         const float* derivative = scratch_.derivative[index(i - 1)];
         each_vector(in(i), [&](std::size_t j, std::size_t n)
                                HWY_ATTR { store(hn::Mul(load(to + j, n), load(derivative + j, n)), to + j, n); });
       }
     } else {
       no_surprise(fill, 1);
-      gemv<Pass::kTwo>(Gemv<Storage>{in(0), out(0), stored_w(0), stored_s(0), x_beta, x_f, nullptr, x, nullptr});
+      codec_.gemv(Pass::kTwo, Gemv{stored_w(0), stored_s(0), x_beta, x_f, nullptr, x, nullptr});
     }
     const std::size_t rows = head_.learn ? fill + 1 : fill;
     add_surprises(0, rows, q, x);
@@ -336,7 +332,7 @@ class HeadRun {
       scale_row(x, beta_, in(i), x_beta);
       scale_row(x, f_, in(i), x_f);
       float* h = scratch_.x[index(i & 1)];
-      gemv<Pass::kTwo>(Gemv<Storage>{in(i), out(i), stored_w(i), stored_s(i), x_beta, x_f, nullptr, h, nullptr});
+      codec_.gemv(Pass::kTwo, Gemv{stored_w(i), stored_s(i), x_beta, x_f, nullptr, h, nullptr});
       add_surprises(i, rows, x, h);
       x = h;
     }
@@ -345,13 +341,13 @@ class HeadRun {
 
   // h <- h - sum_s a_s (x . left_s) right_s over the chunk's first `rows` tokens.
   void add_surprises(int i, std::size_t rows, const float* x, float* h) {
-    gemv_transposed<Float32>(left_[i].data, rows, in(i), x, scratch_.scores);
+    gemv_transposed<Float32>(plain_matrix(left_[i].data, rows, in(i)), x, scratch_.scores);
     each_vector(rows, [&](std::size_t s, std::size_t n) HWY_ATTR {
       store(hn::Mul(load(scratch_.scores + s, n), load(scratch_.a + s, n)), scratch_.scores + s, n);
     });
     float* sum = scratch_.transposed;
-    gemv<Pass::kOne>(
-        Gemv<Float32>{rows, out(i), right_[i].data, nullptr, scratch_.scores, nullptr, nullptr, sum, nullptr});
+    const Stored right = plain_matrix(right_[i].data, rows, out(i));
+    gemv<Float32>(Pass::kOne, Gemv{right, {}, scratch_.scores, nullptr, nullptr, sum, nullptr});
     each_vector(out(i), [&](std::size_t j, std::size_t n)
                             HWY_ATTR { store(hn::Sub(load(h + j, n), load(sum + j, n)), h + j, n); });
   }
@@ -360,12 +356,12 @@ class HeadRun {
 
   void close_chunk() {
     const bool untouched = beta_ == 1.0F && f_ == 0.0F && m_ == 1.0F && all_zero(scratch_.e) && all_zero(scratch_.a);
-    const bool guarded = head_.update_limit != nullptr;
+    const bool guarded = head_.update_limit != nullptr, waits = guarded || !codec_.direct;
     float squares = 0.0F;
-    for (int i = 0; i < depth_ && !untouched; ++i) squares += fold(i, guarded);
+    for (int i = 0; i < depth_ && !untouched; ++i) squares += fold(i, waits);
     const float norm = std::sqrt(squares);
     const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
-    if (commit && !untouched) commit_weights(guarded);
+    if (commit && waits && !untouched) commit_weights();
     std::memset(scratch_.e, 0, chunk_ * sizeof(float));
     std::memset(scratch_.a, 0, chunk_ * sizeof(float));
     m_ = beta_ = 1.0F;
@@ -379,45 +375,39 @@ class HeadRun {
     return std::all_of(values, values + chunk_, [](float x) { return x == 0.0F; });
   }
 
-  // Folds layer i, in place or to where a guarded fold waits.
-  float fold(int i, bool guarded) {
+  // Folds layer i, in place or to where the result waits.
+  float fold(int i, bool waits) {
     const std::size_t stride = padded(out(i));
     for (std::size_t s = 0; s < chunk_; ++s) {
       scale_row(right_[i][s], -scratch_.a[s], out(i), scratch_.right_a + s * stride);
       scale_row(right_[i][s], -scratch_.e[s], out(i), scratch_.right_e + s * stride);
     }
-    const Fold fold{in(i),
-                    out(i),
-                    chunk_,
-                    left_[i].data,
-                    left_[i].stride,
-                    scratch_.right_a,
-                    scratch_.right_e,
-                    stride,
-                    beta_,
-                    f_,
-                    m_,
-                    weights_w(i),
-                    weights_s(i),
-                    guarded ? scratch_.w_next[index(i)] : weights_w(i),
-                    guarded ? scratch_.s_next[index(i)] : weights_s(i)};
-    return fold_layer(fold, [](Vector v) HWY_ATTR { return Storage::round(v); });
+    const float *w = weights_w(i), *s = weights_s(i);
+    float* w_next = waits ? scratch_.w_next[index(i)] : weights_w(i);
+    float* s_next = waits ? scratch_.s_next[index(i)] : weights_s(i);
+    if (c_.rounding == Rounding::kFeedback) {
+      rounded_.add_error(i, false, w, w_next);
+      rounded_.add_error(i, true, s, s_next);
+      w = w_next;
+      s = s_next;
+    }
+    return fold_layer(Fold{in(i), out(i), chunk_, left_[i].data, left_[i].stride, scratch_.right_a, scratch_.right_e,
+                           stride, beta_, f_, m_, w, s, w_next, s_next});
   }
 
-  void commit_weights(bool guarded) {
+  // Takes what waits into the state.
+  void commit_weights() {
     for (int i = 0; i < depth_; ++i) {
-      const std::size_t count = in(i) * out(i);
-      if (guarded) {
-        std::memcpy(weights_w(i), scratch_.w_next[index(i)], count * sizeof(float));
-        std::memcpy(weights_s(i), scratch_.s_next[index(i)], count * sizeof(float));
-      }
-      if constexpr (!kDirect) {
-        each_vector(count, [&](std::size_t at, std::size_t n) HWY_ATTR {
-          Storage::store(load(weights_w(i) + at, n), stored_w(i) + at, n);
-          Storage::store(load(weights_s(i) + at, n), stored_s(i) + at, n);
-        });
+      float *w_next = scratch_.w_next[index(i)], *s_next = scratch_.s_next[index(i)];
+      if (codec_.direct) {
+        std::memcpy(weights_w(i), w_next, in(i) * out(i) * sizeof(float));
+        std::memcpy(weights_s(i), s_next, in(i) * out(i) * sizeof(float));
+      } else {
+        rounded_.store_tensor(i, false, w_next, weights_w(i));
+        rounded_.store_tensor(i, true, s_next, weights_s(i));
       }
     }
+    rounded_.count();
   }
 
  public:
@@ -434,6 +424,8 @@ class HeadRun {
   const RowLayout& layout_;
   const Head& head_;
   Scratch& scratch_;
+  const Codec& codec_;
+  Rounded rounded_;
   int depth_;
   std::size_t chunk_, width_;
   Around around_;
@@ -443,17 +435,13 @@ class HeadRun {
   float loss_ = 0.0F, update_norm_ = 0.0F, committed_ = 0.0F, rejected_ = 0.0F;
 };
 
-template <class Storage>
-void update_head(const Plan& plan, const Head& head, Scratch& scratch) {
-  HeadRun<Storage> run(plan, head, scratch);
+inline void update_head(const Plan& plan, const Head& head, Scratch& scratch) {
+  HeadRun run(plan, head, scratch);
   run.update();
   run.write_stats();
 }
 
-template <class Storage>
-void read_head(const Plan& plan, const Head& head, Scratch& scratch) {
-  HeadRun<Storage>(plan, head, scratch).read();
-}
+inline void read_head(const Plan& plan, const Head& head, Scratch& scratch) { HeadRun(plan, head, scratch).read(); }
 
 }  // namespace titans::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -13,6 +13,7 @@ constexpr std::int64_t kLargestWidth = 1 << 20;  // keeps every size far from ov
 constexpr std::int64_t kLargestChunk = 1 << 20;
 constexpr std::int64_t kLargestBatch = std::int64_t{1} << 40;
 constexpr std::int64_t kMostSteps = 100;  // of Newton-Schulz
+constexpr std::int64_t kLargestSeed = 0xFFFFFFFF;
 
 std::string wrong(const std::string& expected, const std::string& got, const std::string& advice) {
   return "[NeuralMemory] expected " + expected + " but got " + got + "; do " + advice;
@@ -72,10 +73,6 @@ std::string configure_chunk(const Attributes& attributes, Configuration& c) {
   }
   if (c.fast_norm() && !c.layer_norm) {
     return wrong("attribute layer_norm to be 1 with norm_weight \"fast\"", "0", "export the model again");
-  }
-  if (c.storage != Storage::kFloat32) {
-    return wrong("attribute storage to be \"float32\" with gates \"chunk\"", "\"" + attributes.storage + "\"",
-                 "export the model again");
   }
   c.keys_per_token = attributes.keys_per_token;
   c.momentum = order;
@@ -198,34 +195,53 @@ std::int64_t Configuration::all_elements() const {
   return count;
 }
 
+std::int64_t element_words(Storage storage, std::int64_t rows, std::int64_t columns) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return rows * columns;
+    case Storage::kBFloat16:
+    case Storage::kFloat16:
+      return (rows * columns + 1) / 2;
+    default:
+      return (rows * columns + 3) / 4;
+  }
+}
+
+std::int64_t storage_words(Storage storage, std::int64_t rows, std::int64_t columns) {
+  const std::int64_t blocks = (columns + kScaleBlock - 1) / kScaleBlock;
+  return element_words(storage, rows, columns) + (has_scales(storage) ? (rows * blocks + 1) / 2 : 0);
+}
+
 RowLayout::RowLayout(const Configuration& c) {
   const auto place = [this](std::int64_t& offset, std::int64_t words) {
     offset = size;
     size += words;
   };
-  const auto align = [this] { size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment; };
-  if (c.gates == Gates::kChunk) {
-    for (auto* field : {&w, c.keeps_point() ? &g : nullptr, c.momentum ? &s : nullptr}) {
-      for (int i = 0; i < c.tensors() && field != nullptr; ++i) {
-        place((*field)[static_cast<std::size_t>(i)], c.elements(i));
-      }
-    }
+  const auto place_tensors = [&](std::array<std::int64_t, kMaxTensors>& field) {
+    for (int i = 0; i < c.tensors(); ++i) place(field[static_cast<std::size_t>(i)], c.words(i));
+  };
+  const bool chunk = c.gates == Gates::kChunk;
+  place_tensors(w);
+  if (c.keeps_point()) place_tensors(g);
+  if (c.momentum) place_tensors(s);
+  if (c.rounding == Rounding::kFeedback) {
+    place_tensors(ew);
+    if (c.momentum) place_tensors(es);
+  }
+  if (chunk) {
     for (std::int64_t* rows : {&k, &v}) place(*rows, c.keys() * c.widths[0]);
     place(theta, c.keys());
-    align();
-    return;
+  } else {
+    for (int i = 0; i < c.depth; ++i) {
+      place(left[static_cast<std::size_t>(i)], c.chunk_size * c.in(i));
+      place(right[static_cast<std::size_t>(i)], c.chunk_size * c.out(i));
+    }
+    place(e, c.chunk_size);
+    place(a, c.chunk_size);
+    for (std::int64_t* coefficient : {&m, &f, &beta}) place(*coefficient, 1);
   }
-  const auto words = [&](std::int64_t values) { return c.storage == Storage::kBFloat16 ? (values + 1) / 2 : values; };
-  for (int i = 0; i < c.depth; ++i) place(w[static_cast<std::size_t>(i)], words(c.weights(i)));
-  for (int i = 0; i < c.depth; ++i) place(s[static_cast<std::size_t>(i)], words(c.weights(i)));
-  for (int i = 0; i < c.depth; ++i) {
-    place(left[static_cast<std::size_t>(i)], c.chunk_size * c.in(i));
-    place(right[static_cast<std::size_t>(i)], c.chunk_size * c.out(i));
-  }
-  place(e, c.chunk_size);
-  place(a, c.chunk_size);
-  for (std::int64_t* coefficient : {&m, &f, &beta}) place(*coefficient, 1);
-  align();
+  if (c.rounding == Rounding::kStochastic) place(folds, 1);
+  size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 }
 
 std::string configure(const Attributes& attributes, Configuration& c) {
@@ -253,10 +269,21 @@ std::string configure(const Attributes& attributes, Configuration& c) {
        {choose("mode", attributes.mode, std::array{"update", "read"}, c.mode),
         choose("schedule", attributes.schedule, std::array{"aligned", "any"}, c.schedule),
         choose("activation", attributes.activation, std::array{"silu", "gelu"}, c.activation),
-        choose("storage", attributes.storage, std::array{"float32", "bfloat16"}, c.storage),
+        choose("storage", attributes.storage, std::array{"float32", "bfloat16", "float16", "int8", "fp8"}, c.storage),
         choose("gates", attributes.gates, std::array{"token", "chunk"}, c.gates),
-        flag("residual", attributes.residual, c.residual), flag("layer_norm", attributes.layer_norm, c.layer_norm)}) {
+        choose("rounding", attributes.rounding, std::array{"nearest", "stochastic", "feedback"}, c.rounding),
+        whole("seed", attributes.seed, 0, kLargestSeed), flag("residual", attributes.residual, c.residual),
+        flag("layer_norm", attributes.layer_norm, c.layer_norm)}) {
     if (!problem.empty()) return problem;
+  }
+  c.seed = static_cast<std::uint32_t>(attributes.seed);
+  if (c.storage == Storage::kFloat32 && c.rounding != Rounding::kNearest) {
+    return wrong("attribute rounding to be \"nearest\" with storage \"float32\"", "\"" + attributes.rounding + "\"",
+                 "export the model again");
+  }
+  if (c.seed != 0 && c.rounding != Rounding::kStochastic) {
+    return wrong("attribute seed to be left out with rounding \"" + attributes.rounding + "\"",
+                 std::to_string(attributes.seed), "export the model again");
   }
   return c.gates == Gates::kChunk ? configure_chunk(attributes, c) : check_no_chunk(attributes, c);
 }

@@ -18,12 +18,26 @@ inline constexpr int kMaxTensors = kMaxDepth + 1;  // the matrices, and the Laye
 enum class Mode : std::uint8_t { kUpdate, kRead };
 enum class Schedule : std::uint8_t { kAligned, kAny };
 enum class Activation : std::uint8_t { kSilu, kGelu };
-// How a packed row holds W and S. Arithmetic is float32 in any case.
-enum class Storage : std::uint8_t { kFloat32, kBFloat16 };
+// How a packed row holds the weights and the surprise. Arithmetic is float32 in any case.
+enum class Storage : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
+// How they are rounded to what the row can hold, at the end of each committed chunk.
+enum class Rounding : std::uint8_t { kNearest, kStochastic, kFeedback };
 // Whether W moves with every token, or with every chunk and by the gates of the token that completes it.
 enum class Gates : std::uint8_t { kToken, kChunk };
 // Whether the LayerNorm's scale is given to each call, or part of W.
 enum class NormWeight : std::uint8_t { kSlow, kFast };
+
+// Elements along a matrix's last dimension that share a scale, with storage "int8" and "fp8".
+inline constexpr std::int64_t kScaleBlock = 32;
+// The largest value of each: what a block's largest is scaled to.
+inline constexpr float kLargestInt8 = 127.0F, kLargestFp8 = 448.0F;
+// A block whose largest value is below this is stored as zeros, so that no scale is subnormal.
+inline constexpr float kSmallestBlock = 0x1p-100F;
+
+constexpr bool has_scales(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kFp8; }
+// 32-bit words of a matrix's elements, which come first, and of the whole field.
+std::int64_t element_words(Storage storage, std::int64_t rows, std::int64_t columns);
+std::int64_t storage_words(Storage storage, std::int64_t rows, std::int64_t columns);
 
 // The node's attributes as they are written. `storage` and what follows it may be left out.
 struct Attributes {
@@ -36,6 +50,8 @@ struct Attributes {
   std::int64_t chunk_size = 0;
   std::string storage = "float32";
   std::string gates = "token";
+  std::string rounding = "nearest";
+  std::int64_t seed = 0;
   // Only with gates = "chunk".
   std::optional<std::int64_t> batch_size;  // left out: chunk_size
   float loss_scale = 1.0F;
@@ -47,13 +63,13 @@ struct Attributes {
   std::int64_t orthogonalise = 0;
 };
 
-inline constexpr std::array<std::string_view, 17> kAttributeNames{
-    "mode",       "schedule",    "widths",         "activation", "residual",     "layer_norm",
-    "chunk_size", "storage",     "gates",          "batch_size", "loss_scale",   "keys_per_token",
-    "lookahead",  "norm_weight", "momentum_order", "grad_clamp", "orthogonalise"};
+inline constexpr std::array<std::string_view, 19> kAttributeNames{
+    "mode",      "schedule",    "widths",         "activation", "residual",     "layer_norm", "chunk_size",
+    "storage",   "gates",       "rounding",       "seed",       "batch_size",   "loss_scale", "keys_per_token",
+    "lookahead", "norm_weight", "momentum_order", "grad_clamp", "orthogonalise"};
 
 // The first of them, which have a meaning with any gates.
-inline constexpr std::size_t kCommonAttributes = 9;
+inline constexpr std::size_t kCommonAttributes = 11;
 
 struct Configuration {
   Mode mode = Mode::kUpdate;
@@ -66,6 +82,8 @@ struct Configuration {
   std::int64_t chunk_size = 1;
   Storage storage = Storage::kFloat32;
   Gates gates = Gates::kToken;
+  Rounding rounding = Rounding::kNearest;
+  std::uint32_t seed = 0;
   std::int64_t batch_size = 1;  // 0: the gradient point never moves
   float loss_scale = 1.0F;
   std::int64_t keys_per_token = 1;
@@ -83,7 +101,12 @@ struct Configuration {
   // The weight tensors in their order: the matrices, then gamma. Elements of one, and of all.
   int tensors() const { return depth + (fast_norm() ? 1 : 0); }
   std::int64_t elements(int tensor) const { return tensor < depth ? weights(tensor) : widths[0]; }
+  // Of its rows, which scales follow; gamma is one row.
+  std::int64_t columns(int tensor) const { return tensor < depth ? out(tensor) : widths[0]; }
+  std::int64_t rows(int tensor) const { return tensor < depth ? in(tensor) : 1; }
   std::int64_t all_elements() const;
+  // 32-bit words of a tensor's field.
+  std::int64_t words(int tensor) const { return storage_words(storage, rows(tensor), columns(tensor)); }
 
   // With gates = "chunk": keys of a chunk; whether the gradient point is another than W; what `fill` counts up to; the
   // most chunks that a call completes.
@@ -95,9 +118,11 @@ struct Configuration {
 };
 
 // Where the fields of a packed row lie, in 32-bit words from its start. Those of W, one after the other without gaps,
-// and those of G and S likewise.
+// and those of G, S and the rounding errors likewise.
 struct RowLayout {
   std::array<std::int64_t, kMaxTensors> w{}, s{};
+  std::array<std::int64_t, kMaxTensors> ew{}, es{};  // rounding = "feedback"
+  std::int64_t folds = 0;                            // rounding = "stochastic"
   // gates = "token"
   std::array<std::int64_t, kMaxDepth> left{}, right{};
   std::int64_t e = 0, a = 0, m = 0, f = 0, beta = 0;

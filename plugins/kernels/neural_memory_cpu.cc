@@ -20,20 +20,19 @@
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-template <class Storage>
-constexpr CpuFunctions functions_for() {
-  return {&update_head<Storage>, &read_head<Storage>};
-}
-
 CpuFunctions functions(const Configuration& configuration) {
   if (configuration.gates == Gates::kChunk) return {&update_chunk_head, &read_chunk_head};
-  return configuration.storage == Storage::kFloat32 ? functions_for<Float32>() : functions_for<BFloat16>();
+  return {&update_head, &read_head};
 }
 
 }  // namespace titans::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -52,6 +51,14 @@ struct Target {
   CpuFunctions (*functions)(const Configuration& configuration);
 };
 
+#if HWY_ARCH_X86
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // The best first. The names of what they need are those of Highway's targets.
 constexpr Target kTargets[] = {
 #if HWY_TARGETS & HWY_AVX3
@@ -67,7 +74,7 @@ constexpr Target kTargets[] = {
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
+              __builtin_cpu_supports("bmi2") && has_f16c();
      },
      &N_AVX2::functions},
 #endif
@@ -181,6 +188,7 @@ class Kernel final : public CpuKernel {
     const std::int64_t keys = all * c.keys_per_token, weights = c.chunks(all) * c.all_elements();
     Head head{};
     head.row = o[update ? kStateOut : kState].as<float>() + (of_stream(kSlots, stream) * heads + h) * plan_.layout.size;
+    head.index = static_cast<std::uint32_t>(h);
     head.q = part(kQ, all * width);
     head.y = part(kY, all * width);
     head.tokens = all;

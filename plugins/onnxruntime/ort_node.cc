@@ -58,6 +58,8 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
   read_number("layer_norm", attributes.layer_norm);
   read_number("chunk_size", attributes.chunk_size);
   read_text("gates", attributes.gates);
+  read_text("rounding", attributes.rounding);
+  read_number("seed", attributes.seed);
   if (std::int64_t size = 0; is_number("batch_size", size)) {
     attributes.batch_size = size;
   } else {

@@ -72,6 +72,8 @@ Attributes CaseFile::node_attributes() const {
   a.layer_norm = attributes.value("layer_norm", a.layer_norm);
   a.storage = attributes.value("storage", a.storage);
   a.gates = attributes.value("gates", a.gates);
+  a.rounding = attributes.value("rounding", a.rounding);
+  a.seed = attributes.value("seed", a.seed);
   if (attributes.contains("batch_size")) a.batch_size = attributes.at("batch_size").get<std::int64_t>();
   a.loss_scale = attributes.value("loss_scale", a.loss_scale);
   a.keys_per_token = attributes.value("keys_per_token", a.keys_per_token);

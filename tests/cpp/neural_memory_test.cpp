@@ -195,6 +195,10 @@ TEST(NeuralMemoryAttributes, WrongOnesAreRefusedByName) {
   expect("schedule to be", [](Attributes& a) { a.schedule = "some"; });
   expect("activation to be \"silu\" or \"gelu\" but got \"relu\"", [](Attributes& a) { a.activation = "relu"; });
   expect("storage to be", [](Attributes& a) { a.storage = "int4"; });
+  expect("rounding to be", [](Attributes& a) { a.rounding = "up"; });
+  expect("rounding to be \"nearest\" with storage \"float32\"", [](Attributes& a) { a.rounding = "feedback"; });
+  expect("seed to be left out with rounding \"nearest\"", [](Attributes& a) { a.seed = 1; });
+  expect("seed in [0, 4294967295]", [](Attributes& a) { a.seed = -1; });
   expect("2 to 4 widths but got 1", [](Attributes& a) { a.widths = {6}; });
   expect("2 to 4 widths but got 5", [](Attributes& a) { a.widths = {6, 6, 6, 6, 6}; });
   expect("the first of widths to equal the last", [](Attributes& a) { a.widths = {6, 7}; });
@@ -225,7 +229,6 @@ TEST(NeuralMemoryAttributes, WrongOnesOfChunksAreRefusedByName) {
   expect("momentum_order to be 0 or 1 but got 2", [](Attributes& a) { a.momentum_order = 2; });
   expect("norm_weight to be \"slow\" or \"fast\" but got \"\"", [](Attributes& a) { a.norm_weight.clear(); });
   expect("layer_norm to be 1 with norm_weight \"fast\"", [](Attributes& a) { a.layer_norm = 0; });
-  expect("storage to be \"float32\" with gates \"chunk\"", [](Attributes& a) { a.storage = "bfloat16"; });
 
   // Without chunks each of them would be ignored.
   const auto expect_unknown = [](const std::string& name, void (*change)(Attributes&)) {

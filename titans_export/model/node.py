@@ -72,6 +72,13 @@ def chunk_attributes(spec: ChunkMemorySpec, aligned: bool) -> dict[str, Any]:
     }
 
 
+def storage_attributes(storage: str, rounding: str = "nearest", seed: int = 0) -> dict[str, Any]:
+    """What a node with another storage has beside its other attributes; nothing for what is the default."""
+    given = {"storage": storage, "rounding": rounding, "seed": seed}
+    defaults = {"storage": "float32", "rounding": "nearest", "seed": 0}
+    return {name: value for name, value in given.items() if value != defaults[name]}
+
+
 def _node(attrs: dict[str, Any], shapes: list[torch.Size], **inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Emits the node. Trailing absent inputs are left out, absent ones between become empty."""
     given = [inputs.get(name) for name in INPUTS]

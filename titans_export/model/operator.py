@@ -9,34 +9,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
+from .storage import ROW_ALIGNMENT, stored_shapes, words
 
-ROW_ALIGNMENT = 16  # floats: a head's row starts on a 64-byte line
 STATS = ("surprise", "update_norm", "committed", "rejected")
 
 
 class Field(NamedTuple):
-    """A field of a packed row: elements [offset, offset + prod(shape))."""
+    """A field of a packed row: words [offset, offset + words), one for each element unless `storage` is another."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
+    storage: str = "float32"
+
+    @property
+    def words(self) -> int:
+        return words(self.shape, self.storage)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest lists it."""
+        entry = {"name": self.name, "offset": self.offset, "shape": list(self.shape)}
+        return entry if self.storage == "float32" else {**entry, "storage": self.storage}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding."""
+    """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding.
+
+    storage, rounding: the operator's attributes. Only rows of storage "float32" can be packed and unpacked here; for
+    all of them there is storage.py.
+    """
 
     fields: tuple[Field, ...]
     size: int
+    storage: str = "float32"
+    rounding: str = "nearest"
 
     @staticmethod
-    def of(spec: MemorySpec) -> Layout:
+    def of(spec: MemorySpec, storage: str = "float32", rounding: str = "nearest") -> Layout:
         c = spec.chunk_size
         shapes: list[tuple[str, tuple[int, ...]]] = []
         shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
@@ -44,19 +60,30 @@ class Layout:
         for i, (width_in, width_out) in enumerate(spec.shapes):
             shapes += [(f"left{i}", (c, width_in)), (f"right{i}", (c, width_out))]
         shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
-        return Layout.from_shapes(shapes)
+        return Layout.from_shapes(shapes, storage, rounding)
 
     @staticmethod
-    def from_shapes(shapes: list[tuple[str, tuple[int, ...]]]) -> Layout:
-        """The fields one after the other."""
+    def from_shapes(
+        shapes: list[tuple[str, tuple[int, ...]]], storage: str = "float32", rounding: str = "nearest"
+    ) -> Layout:
+        """The fields one after the other, and what the rounding adds to them."""
         fields, offset = [], 0
-        for name, shape in shapes:
-            fields.append(Field(name, offset, shape))
-            offset += math.prod(shape)
-        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT)
+        for name, shape, kept in stored_shapes(shapes, storage, rounding):
+            fields.append(Field(name, offset, shape, kept))
+            offset += fields[-1].words
+        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT, storage, rounding)
+
+    def stored(self, storage: str, rounding: str = "nearest") -> Layout:
+        """That of the same row in another storage, from one of storage "float32"."""
+        return Layout.from_shapes([(f.name, f.shape) for f in self.fields], storage, rounding)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As a manifest lists it."""
+        return [f.to_json() for f in self.fields]
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """(..., R) to the fields by name, each (..., *shape)."""
+        assert self.storage == "float32", "storage.unpack_row has the others"
         lead = rows.shape[:-1]
         sizes = [math.prod(f.shape) for f in self.fields]
         parts = rows.split([*sizes, self.size - sum(sizes)], -1)
@@ -64,6 +91,7 @@ class Layout:
 
     def pack(self, fields: dict[str, Tensor]) -> Tensor:
         """The fields, each (..., *shape), to (..., R)."""
+        assert self.storage == "float32", "storage.pack_row has the others"
         first = self.fields[0]
         lead = fields[first.name].shape[: fields[first.name].dim() - len(first.shape)]
         parts = [fields[f.name].reshape(*lead, -1) for f in self.fields]

@@ -39,13 +39,16 @@ class Signal:
 class StateFacts:
     """What the manifest says of a state tensor beside its shape.
 
-    role: "memory" (holds W and S), "conv" or "cache". layout: the fields of a packed memory row. written: which rows of
-    a cache a token writes, as docs/bundle.md has it.
+    role: "memory" (holds W and S), "conv" or "cache". layout: the fields of a packed memory row. As docs/bundle.md has
+    them: written, which rows of a cache a token writes; chunk, after how many rows a memory changes; rows, what a row
+    is, where it is no token.
     """
 
     role: str
     layout: tuple[Field, ...] = ()
     written: dict[str, Any] | None = None
+    chunk: int | None = None
+    rows: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

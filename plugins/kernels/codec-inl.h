@@ -1,0 +1,114 @@
+// A head's matrices by their storage, and what becomes of them at the end of a chunk. Compiled once for each
+// instruction set.
+
+#if defined(TITANS_CODEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_CODEC_INL_H_
+#undef TITANS_CODEC_INL_H_
+#else
+#define TITANS_CODEC_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "plugins/kernels/gemv-inl.h"
+#include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/storage-inl.h"
+#include "plugins/kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace titans::kernels::HWY_NAMESPACE {
+
+// What a head does with its matrices, by their storage.
+struct Codec {
+  bool direct;  // they are float32 as they lie
+  void (*gemv)(Pass pass, const Gemv& g);
+  void (*gemv_transposed)(const Stored& w, const float* x, float* y);
+  void (*unpack)(const Stored& from, float* to);
+  void (*pack)(const float* from, const Stored& to, const Noise& noise, float* kept);
+};
+
+template <class Storage>
+inline constexpr Codec kCodec{std::is_same_v<Storage, Float32>, &gemv<Storage>, &gemv_transposed<Storage>,
+                              &unpack_matrix<Storage>, &pack_matrix<Storage>};
+
+inline const Codec& codec_of(Storage storage) {
+  switch (storage) {
+    case Storage::kBFloat16:
+      return kCodec<BFloat16>;
+    case Storage::kFloat16:
+      return kCodec<Float16>;
+    case Storage::kInt8:
+      return kCodec<Int8>;
+    case Storage::kFp8:
+      return kCodec<Fp8>;
+    default:
+      return kCodec<Float32>;
+  }
+}
+
+// What W and S go through in a row at a committed fold, one weight tensor after the other.
+class Rounded {
+ public:
+  Rounded(const Configuration& configuration, const RowLayout& layout, const Codec& codec, float* row,
+          std::uint32_t head)
+      : c_(configuration), layout_(layout), codec_(codec), row_(row), head_(head) {}
+
+  // `next` becomes `values` and what the last rounding left of them: what the fold begins with, where it keeps that.
+  void add_error(int tensor, bool surprise, const float* values, float* next) const {
+    codec_.unpack(error(tensor, surprise), next);
+    each_vector(static_cast<std::size_t>(c_.elements(tensor)), [&](std::size_t i, std::size_t n) HWY_ATTR {
+      store(hn::Add(load(values + i, n), load(next + i, n)), next + i, n);
+    });
+  }
+
+  // Stores `next`, whose values are then `kept`; `next` is used up.
+  void store_tensor(int tensor, bool surprise, float* next, float* kept) const {
+    Noise noise;
+    if (c_.rounding == Rounding::kStochastic) {
+      noise = {true, noise_keys(c_.seed, head_, static_cast<std::uint32_t>(tensor), surprise, folds())};
+    }
+    codec_.pack(next, field(tensor, surprise), noise, kept);
+    if (c_.rounding != Rounding::kFeedback) return;
+    each_vector(static_cast<std::size_t>(c_.elements(tensor)), [&](std::size_t i, std::size_t n) HWY_ATTR {
+      store(hn::Sub(load(next + i, n), load(kept + i, n)), next + i, n);
+    });
+    codec_.pack(next, error(tensor, surprise), Noise(), next);
+  }
+
+  // After all tensors of a committed chunk.
+  void count() const {
+    if (c_.rounding != Rounding::kStochastic) return;
+    const std::uint32_t after = folds() + 1;
+    std::memcpy(row_ + layout_.folds, &after, sizeof(after));
+  }
+
+  Stored field(int tensor, bool surprise) const {
+    return stored_tensor(c_, row_, (surprise ? layout_.s : layout_.w)[static_cast<std::size_t>(tensor)], tensor);
+  }
+
+ private:
+  Stored error(int tensor, bool surprise) const {
+    return stored_tensor(c_, row_, (surprise ? layout_.es : layout_.ew)[static_cast<std::size_t>(tensor)], tensor);
+  }
+
+  std::uint32_t folds() const {
+    std::uint32_t count;
+    std::memcpy(&count, row_ + layout_.folds, sizeof(count));
+    return count;
+  }
+
+  const Configuration& c_;
+  const RowLayout& layout_;
+  const Codec& codec_;
+  float* row_;
+  std::uint32_t head_;
+};
+
+}  // namespace titans::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

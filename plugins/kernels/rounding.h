@@ -1,0 +1,42 @@
+// The noise of rounding "stochastic", the same in every kernel: docs/operator.md has its definition. All of it is
+// arithmetic modulo 2^32.
+#pragma once
+
+#include <cstdint>
+
+// What CUDA compiles for a GPU too.
+#ifdef __CUDACC__
+#define TITANS_BOTH __host__ __device__
+#else
+#define TITANS_BOTH
+#endif
+
+namespace titans::kernels {
+
+inline constexpr std::uint32_t kGolden = 0x9E3779B9;
+inline constexpr std::uint32_t kMixFirst = 0x7FEB352D, kMixSecond = 0x846CA68B;
+
+TITANS_BOTH constexpr std::uint32_t mix(std::uint32_t x) {
+  x = (x ^ (x >> 16)) * kMixFirst;
+  x = (x ^ (x >> 15)) * kMixSecond;
+  return x ^ (x >> 16);
+}
+
+// What the elements of one weight tensor's W or S have in common at one fold.
+struct NoiseKeys {
+  std::uint32_t first = 0, second = 0;
+};
+
+TITANS_BOTH constexpr NoiseKeys noise_keys(std::uint32_t seed, std::uint32_t head, std::uint32_t tensor, bool surprise,
+                                           std::uint32_t folds) {
+  const std::uint32_t field = mix(mix(mix(kGolden + seed) + head) + 2 * tensor + (surprise ? 1 : 0));
+  const std::uint32_t first = mix(field + folds);
+  return {first, mix(first + field)};
+}
+
+// Its upper 24 bits are uniform: u = (noise >> 8) 2^-24.
+TITANS_BOTH constexpr std::uint32_t noise(const NoiseKeys& keys, std::uint32_t element) {
+  return mix(mix(element ^ keys.first) ^ keys.second);
+}
+
+}  // namespace titans::kernels

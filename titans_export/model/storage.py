@@ -1,0 +1,243 @@
+"""A memory's weights in fewer bits, as docs/operator.md has it under "Storage": packing to the nearest and unpacking.
+
+In NumPy, on rows as they come out of a state file or a runtime. Rounding with noise or with kept errors is the
+kernels' alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TitansError
+
+STORAGES = ("float32", "bfloat16", "float16", "int8", "fp8")
+ROUNDINGS = ("nearest", "stochastic", "feedback")
+ROW_ALIGNMENT = 16  # words: a head's row starts on a 64-byte line
+
+BLOCK = 32  # elements along a row that share a scale
+_LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
+_SMALLEST_BLOCK = np.float32(2.0**-100)
+_NAN_SCALE = 0x7FC0
+
+# Fields that a storage concerns: W0, gamma, their gradient point and their surprise.
+_WEIGHTS = re.compile(r"([WGS]\d+|gamma|[GS]_gamma)")
+
+Words = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+
+
+def _check(storage: str) -> None:
+    if storage not in STORAGES:
+        raise TitansError("storage", f"one of {', '.join(STORAGES)}", storage, "choose one of them")
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns; a vector is one row."""
+    return (1, *shape)[-2:] if shape else (1, 1)  # type: ignore[return-value]
+
+
+def words(shape: Sequence[int], storage: str) -> int:
+    """32-bit words of a field that holds a matrix, or a vector, of that shape."""
+    _check(storage)
+    rows, columns = _matrix(shape)
+    count = rows * columns
+    if storage == "float32":
+        return count
+    if storage not in _LARGEST:
+        return -(-count // 2)
+    return -(-count // 4) + -(-rows * -(-columns // BLOCK) // 2)
+
+
+def _to_words(elements: NDArray[Any]) -> Words:
+    """(..., n) of 8 or 16 bits to (..., words), filled up with zeros."""
+    per_word = 4 // elements.dtype.itemsize
+    missing = -elements.shape[-1] % per_word
+    filled = np.concatenate([elements, np.zeros((*elements.shape[:-1], missing), elements.dtype)], -1)
+    return np.ascontiguousarray(filled).view(np.uint32)
+
+
+def _from_words(packed: Words, dtype: Any, count: int) -> NDArray[Any]:
+    elements: NDArray[Any] = np.ascontiguousarray(packed).view(dtype)[..., :count]
+    return elements
+
+
+def _bfloat16(values: Floats) -> NDArray[np.uint16]:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    kept: NDArray[np.uint16] = np.where(np.isnan(values), np.uint32(_NAN_SCALE), rounded).astype(np.uint16)
+    return kept
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
+    values: Floats = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def _e4m3(magnitude: Floats) -> NDArray[np.uint8]:
+    """Codes of finite magnitudes, without a sign."""
+    _, exponent = np.frexp(magnitude)  # of [0.5, 1)
+    exponent = np.clip(np.where(magnitude > 0, exponent - 1, -6), -6, 8)
+    steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)
+    codes: NDArray[np.uint8] = np.minimum((exponent + 6) * 8 + steps, 0x7E).astype(np.uint8)
+    return codes
+
+
+def _from_e4m3(codes: NDArray[np.uint8]) -> Floats:
+    exponent, mantissa = (codes >> 3).astype(np.int32) & 15, codes & 7
+    steps = np.where(exponent == 0, mantissa, mantissa + 8).astype(np.float32)
+    values = np.ldexp(steps, np.maximum(exponent, 1) - 10)
+    signed: Floats = np.where(codes & 0x80, -values, values).astype(np.float32)
+    return signed
+
+
+def _blocks(values: NDArray[Any]) -> NDArray[Any]:
+    """(..., r, c) to (..., r, blocks, BLOCK), filled up with zeros."""
+    missing = -values.shape[-1] % BLOCK
+    filled = np.concatenate([values, np.zeros((*values.shape[:-1], missing), values.dtype)], -1)
+    return filled.reshape(*values.shape[:-1], -1, BLOCK)
+
+
+def _scales(blocks: Floats, largest: np.float32) -> NDArray[np.uint16]:
+    """A bfloat16 for each block, rounded up so that nothing clips."""
+    top = np.abs(blocks).max(-1)
+    finite = np.isfinite(blocks).all(-1)
+    exact = (np.where(finite, top, 0) / largest).astype(np.float32)
+    up = (np.ascontiguousarray(exact).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
+    up = np.where(top < _SMALLEST_BLOCK, np.uint32(0), up)
+    scales: NDArray[np.uint16] = np.where(finite, up, np.uint32(_NAN_SCALE)).astype(np.uint16)
+    return scales
+
+
+def pack(values: Floats, storage: str) -> Words:
+    """(..., rows, columns) to the words of a field, (..., n), each value to the nearest."""
+    _check(storage)
+    values = np.ascontiguousarray(values, np.float32)
+    lead, (rows, columns) = values.shape[:-2], values.shape[-2:]
+    flat = values.reshape(*lead, -1)
+    if storage == "float32":
+        same: Words = flat.view(np.uint32).copy()
+        return same
+    if storage == "bfloat16":
+        return _to_words(_bfloat16(flat))
+    if storage == "float16":
+        with np.errstate(over="ignore"):
+            return _to_words(flat.astype(np.float16))
+    blocks = _blocks(values)
+    scales = _scales(blocks, _LARGEST[storage])
+    factors = _from_bfloat16(scales)
+    usable = np.isfinite(factors) & (factors > 0)
+    reciprocals = np.float32(1) / np.where(usable, factors, np.float32(1))
+    scaled = np.where(usable[..., None], blocks, np.float32(0)) * reciprocals[..., None]
+    magnitudes = np.minimum(np.abs(scaled), _LARGEST[storage])
+    if storage == "int8":
+        codes = np.copysign(np.rint(magnitudes), scaled).astype(np.int8).view(np.uint8)
+    else:
+        codes = _e4m3(magnitudes) | np.where(np.signbit(scaled), np.uint8(0x80), np.uint8(0))
+    codes = codes.reshape(*lead, rows, -1)[..., :columns].reshape(*lead, -1)
+    return np.concatenate([_to_words(codes), _to_words(scales.reshape(*lead, -1))], -1)
+
+
+def unpack(packed: Words, shape: Sequence[int], storage: str) -> Floats:
+    """The words of a field, (..., n), to values (..., *shape)."""
+    _check(storage)
+    rows, columns = _matrix(shape)
+    lead, count = packed.shape[:-1], rows * columns
+    if storage == "float32":
+        values: NDArray[Any] = _from_words(packed, np.float32, count)
+    elif storage == "bfloat16":
+        values = _from_bfloat16(_from_words(packed, np.uint16, count))
+    elif storage == "float16":
+        values = _from_words(packed, np.float16, count)
+    else:
+        split, blocks = -(-count // 4), -(-columns // BLOCK)
+        codes = _from_words(packed[..., :split], np.uint8, count)
+        scales = _from_bfloat16(_from_words(packed[..., split:], np.uint16, rows * blocks))
+        elements = codes.view(np.int8).astype(np.float32) if storage == "int8" else _from_e4m3(codes)
+        each = np.repeat(scales.reshape(*lead, rows, blocks), BLOCK, -1)[..., :columns]
+        values = elements.reshape(*lead, rows, columns) * each
+    return values.astype(np.float32).reshape(*lead, *shape)
+
+
+def is_stored(name: str) -> bool:
+    """Whether a storage concerns the field of that name in a float32 row."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def stored_shapes(
+    shapes: Sequence[tuple[str, tuple[int, ...]]], storage: str, rounding: str
+) -> list[tuple[str, tuple[int, ...], str]]:
+    """Names, shapes and storages of a row's fields in order, from the names and shapes of the row in float32."""
+    _check(storage)
+    if rounding not in ROUNDINGS:
+        raise TitansError("storage", f"rounding to be one of {', '.join(ROUNDINGS)}", rounding, "choose one of them")
+    if storage == "float32" and rounding != "nearest":
+        raise TitansError("storage", 'rounding "nearest" with storage "float32"', rounding, "choose another storage")
+    weights = [(name, shape, storage) for name, shape in shapes if is_stored(name)]
+    rest = [(name, shape, "float32") for name, shape in shapes if not is_stored(name)]
+    if rounding == "feedback":
+        for letter in "WS":
+            for name, shape, _ in weights.copy():
+                if name[0] == letter or (letter == "W" and name == "gamma"):
+                    weights.append((f"EW_{name}" if name == "gamma" else f"E{name}", shape, storage))
+    if rounding == "stochastic":
+        rest.append(("folds", (), "float32"))
+    return weights + rest
+
+
+def stored_layout(
+    layout: Sequence[Mapping[str, Any]], storage: str, rounding: str = "nearest"
+) -> tuple[list[dict[str, Any]], int]:
+    """A manifest's layout of a row in `storage`, from that of the row in float32, and its words."""
+    fields: list[dict[str, Any]] = []
+    offset = 0
+    for name, shape, kept in stored_shapes(
+        [(entry["name"], tuple(entry["shape"])) for entry in layout], storage, rounding
+    ):
+        entry = {"name": name, "offset": offset, "shape": list(shape)}
+        if kept != "float32":
+            entry["storage"] = kept
+        fields.append(entry)
+        offset += words(shape, kept)
+    return fields, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def unpack_row(row: Floats, layout: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
+    """Packed rows (..., R) to their fields by a manifest's layout, each (..., *shape). `folds` keeps its bits."""
+    raw = np.ascontiguousarray(row, np.float32).view(np.uint32)
+    fields = {}
+    for entry in layout:
+        shape, storage = tuple(entry["shape"]), entry.get("storage", "float32")
+        begin = entry["offset"]
+        fields[entry["name"]] = unpack(raw[..., begin : begin + words(shape, storage)], shape, storage)
+    return fields
+
+
+def pack_row(fields: Mapping[str, Floats], layout: Sequence[Mapping[str, Any]], size: int) -> Floats:
+    """Fields, each (..., *shape), to packed rows (..., size), to the nearest; zeros for a field that is missing.
+
+    With layouts that keep errors, those of the fields that are missing become what W and S have lost.
+    """
+    shapes = {entry["name"]: tuple(entry["shape"]) for entry in layout}
+    first = next(iter(fields))
+    lead = np.shape(fields[first])[: np.ndim(fields[first]) - len(shapes[first])]
+    raw = np.zeros((*lead, size), np.uint32)
+    lost: dict[str, Floats] = {}
+    for entry in layout:
+        name, shape, storage = entry["name"], shapes[entry["name"]], entry.get("storage", "float32")
+        value = fields.get(name, lost.get(name))
+        if value is None:
+            continue
+        matrix = np.asarray(value, np.float32).reshape(*lead, *_matrix(shape))
+        packed = pack(matrix, storage)
+        begin = entry["offset"]
+        raw[..., begin : begin + packed.shape[-1]] = packed
+        if storage != "float32":
+            lost["EW_gamma" if name == "gamma" else f"E{name}"] = matrix.reshape(*lead, *shape) - unpack(
+                packed, shape, storage
+            )
+    return raw.view(np.float32)
