@@ -16,8 +16,9 @@ import torch
 from benchmarks import costs
 from benchmarks.case import Case
 from benchmarks.reference import TOLERANCE
-from titans_export.model.node import attributes
+from titans_export.model.node import attributes, storage_attributes
 from titans_export.model.operator import STATS, Layout, initial_rows
+from titans_export.model.storage import pack_row
 
 MLP, LINEAR = (64, 256, 64), (64, 64)
 CHUNK = 64
@@ -25,13 +26,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Of the largest value of the same output, by what matrix products take. TF32 keeps 10 bits and bfloat16 7, and a state
 # is some chunks of sums of such products; a wrong coefficient is beyond 0.1.
 TOLERANCES = {"float32": TOLERANCE, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
-# What costs counts is float32; with this storage W and S are half of it.
-HALF = 0.5
+# And by what holds W and S, which rounds them a few times.
+STORED = {"float32": 0.0, "bfloat16": 5e-2, "float16": 1e-2, "int8": 5e-2, "fp8": 1e-1}
+SEED = 1  # of rounding "stochastic"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case and how it is held: the type of q, k, v and y, and of W and S.
+    """A case and how it is held: the type of q, k, v and y, and of W and S, which `rounding` brings there.
 
     bound_by: the measured limit that it is held against, "matrix" or "copy"; reach_...: what the project aims at, as a
     share of that limit, or in microseconds a chunk.
@@ -43,11 +45,26 @@ class Row:
     bound_by: str
     reach_share: float | None = None
     reach_us_per_chunk: float | None = None
+    rounding: str = "nearest"
 
     @property
     def name(self) -> str:
         stored = "" if self.storage == "float32" else f"-stored-{self.storage}"
-        return f"{self.case.name}-{self.values}{stored}"
+        rounded = "" if self.rounding == "nearest" else f"-{self.rounding}"
+        return f"{self.case.name}-{self.values}{stored}{rounded}"
+
+    @property
+    def node_storage(self) -> dict[str, Any]:
+        """What the node's attributes have of it."""
+        return storage_attributes(self.storage, self.rounding, SEED if self.rounding == "stochastic" else 0)
+
+    @property
+    def tolerance(self) -> float:
+        return max(TOLERANCES[self.values], STORED[self.storage])
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.case.spec, self.storage, self.rounding)
 
     @property
     def flop_per_pass(self) -> float:
@@ -58,8 +75,9 @@ class Row:
         """Of decode in the cached form: what has to move, once."""
         case = self.case
         per_head = costs.decode_bytes(case.widths, case.chunk)
-        if self.storage == "bfloat16":
-            per_head -= (1 - HALF) * costs.state_bytes(case.widths) * (1 + 2 / case.chunk)
+        # What costs counts is float32.
+        stored = sum(field.words for field in self.layout.fields if field.name[0] in "WS") * 4
+        per_head -= (costs.state_bytes(case.widths) - stored) * (1 + 2 / case.chunk)
         return float(case.streams * case.heads * case.tokens * per_head)
 
 
@@ -83,7 +101,9 @@ def rows() -> list[Row]:
             Row(linear, values, "float32", "matrix"),
             Row(linear_decode, values, "float32", "copy", reach_share=0.8),
         ]
-    return [*found, Row(decode, "bfloat16", "bfloat16", "copy", reach_share=0.8)]
+    found.append(Row(decode, "bfloat16", "bfloat16", "copy", reach_share=0.8))
+    found.append(Row(decode, "bfloat16", "bfloat16", "copy", rounding="stochastic"))
+    return found + [Row(case, "bfloat16", "int8", bound) for case, bound in ((decode, "copy"), (many, "matrix"))]
 
 
 def small(row: Row) -> Row:
@@ -99,6 +119,8 @@ def sanitizer_rows() -> list[Row]:
             chunk = 8 if widths[0] < 64 else 16
             case = Case(f"{kind}-{'x'.join(map(str, widths))}", kind, widths, 2, 2, chunk, 2 * chunk, threads=0)
             found += [Row(case, values, "float32", "copy") for values in ("float32", "bfloat16")]
+            found += [Row(case, "float32", "int8", "copy"), Row(case, "float32", "fp8", "copy", rounding="feedback")]
+            found.append(Row(case, "float32", "bfloat16", "copy", rounding="stochastic"))
     return found
 
 
@@ -116,7 +138,7 @@ def write_case(row: Row, path: Path) -> None:
         tensors |= {f"{call}.{name}": value[:, :, part].contiguous() for name, value in operands.items()}
         if calls > 1:
             tensors[f"{call}.fill"] = torch.full((case.streams,), call % case.chunk, dtype=torch.int64)
-    node = {**attributes(case.spec, "update", calls == 1), "storage": row.storage}
+    node = {**attributes(case.spec, "update", calls == 1), **row.node_storage}
     save_file(tensors, path, {"calls": str(calls), "attributes": json.dumps(node)})
 
 
@@ -137,14 +159,10 @@ def read_answer(row: Row, path: Path) -> dict[str, Any]:
 
 
 def _initial(row: Row) -> torch.Tensor:
-    """Packed rows of a fresh memory; in bfloat16 two values share a word, the first in its lower half."""
-    spec = row.case.spec
+    """Packed rows of a fresh memory."""
+    spec, layout = row.case.spec, row.layout
     packed = initial_rows(spec, [torch.from_numpy(value) for value in row.case.data.weights])
     if row.storage == "float32":
         return packed.contiguous()
-    count = 2 * spec.weights
-    if any(i * o % 2 for i, o in spec.shapes):
-        raise ValueError("bfloat16 rows of an odd number of weights: a field would not begin with a word")
-    used = Layout.of(spec).fields[-1].offset + 1
-    words = packed[..., :count].to(torch.bfloat16).contiguous().view(torch.float32)
-    return torch.nn.functional.pad(torch.cat([words, packed[..., count:used]], -1), (0, -(used - count // 2) % 16))
+    fields = {name: value.numpy() for name, value in Layout.of(spec).unpack(packed.float()).items()}
+    return torch.from_numpy(pack_row(fields, layout.to_json(), layout.size))

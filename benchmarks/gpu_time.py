@@ -112,7 +112,7 @@ def time_kernel(row: Row, program: Path, right: Any) -> list[dict[str, Any]]:
                 printed |= _run([program, case, out, "--time", str(WARM_UP + PASSES), *options])
                 return [max(1, round(taken)) for taken in printed["ns"][WARM_UP:]]
 
-            timed = entry(row, name, right, answer, TOLERANCES[row.values], times)
+            timed = entry(row, name, right, answer, row.tolerance, times)
             found.append({**timed, "placement": printed.get("placement"), "matrix_operands": row.values})
         return found
 
@@ -173,6 +173,7 @@ def time_row(row: Row, program: Path, limits: dict[str, float], until: float) ->
         **{key: value for key, value in dataclasses.asdict(row.case).items() if key not in ("name", "threads")},
         "values": row.values,
         "storage": row.storage,
+        "rounding": row.rounding,
         "contenders": ours + theirs,
         **verdict(row, ours, theirs, limits),
     }

@@ -50,6 +50,7 @@ class BlocksRun {
 
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
+    folding_ = folding_of(m_, row_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * c_.tokens;
     q_in_ = static_cast<const In*>(c_.q) + first * m_.width;
     k_in_ = static_cast<const In*>(c_.k) + first * m_.width;
@@ -114,8 +115,10 @@ class BlocksRun {
   __device__ void load(int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      load_weights(w(i), m_.w[i], i);
-      load_weights(s(i), m_.s[i], i);
+#pragma unroll 1
+      for (int matrix = 0; matrix < 2; ++matrix) {
+        matrix == 0 ? load_weights(w(i), m_.w[i], i) : load_weights(s(i), m_.s[i], i);
+      }
       load_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, fill);
       load_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, fill);
       if (i < last_) clear(x(i), plan_.rows * stride_out(i));
@@ -133,22 +136,28 @@ class BlocksRun {
   }
 
   // A warp takes a row.
-  __device__ void load_weights(float* to, int field, int i) {
+  __device__ void load_weights(float* to, const Field& field, int i) {
     const Part p = part(i);
-    const int stride = stride_w(i), rows = pad(columns_in(i)), width = m_.widths[i + 1];
-    const int first = p.in_begin * width + p.out_begin;
+    const int stride = stride_w(i), rows = pad(columns_in(i));
     constexpr int kFour = 4;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(row_ + field + first) % (kFour * sizeof(float)) == 0;
-    const bool async = kShared && !m_.bfloat16 && aligned && width % kFour == 0 && p.out % kFour == 0;
+    const float* first = row_ + field.elements + p.in_begin * field.columns + p.out_begin;
+    const bool fours = field.columns % kFour == 0 && p.out % kFour == 0;
+    const bool async = kShared && m_.storage == Storage::kFloat32 && fours &&
+                       reinterpret_cast<std::uintptr_t>(first) % (kFour * sizeof(float)) == 0;
     for (int r = warp_index(); r < rows; r += kWarps) {
-      const int whole = async && r < p.in ? p.out : 0;  // columns that are copied four at a time
+      const int whole = fours && r < p.in ? p.out : 0;  // columns that go four at a time
+#pragma unroll 2
       for (int j = lane_index() * kFour; j < whole; j += kWarpSize * kFour) {
-        copy_16(to + r * stride + j, row_ + field + first + r * width + j);
+        if (async) {
+          copy_16(to + r * stride + j, first + r * field.columns + j);
+        } else {
+          *reinterpret_cast<Four*>(to + r * stride + j) = load_four(m_, row_, field, p.in_begin + r, p.out_begin + j);
+        }
       }
 #pragma unroll 4
       for (int j = whole + lane_index(); j < stride; j += kWarpSize) {
         const bool inside = r < p.in && j < p.out;
-        to[r * stride + j] = inside ? load_weight(m_, row_, field, first + r * width + j) : 0.0F;
+        to[r * stride + j] = inside ? load_weight(m_, row_, field, p.in_begin + r, p.out_begin + j) : 0.0F;
       }
     }
   }
@@ -169,11 +178,12 @@ class BlocksRun {
   __device__ void store(int start, int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      for (int r = warp_index(); changed_ && r < p.in; r += kWarps) {
+      // In other storages the fold has written them.
+      for (int r = warp_index(); changed_ && m_.storage == Storage::kFloat32 && r < p.in; r += kWarps) {
         const int first = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin, from = r * stride_w(i);
         for (int j = lane_index(); j < p.out; j += kWarpSize) {
-          store_weight(m_, row_, m_.w[i], first + j, w(i)[from + j]);
-          store_weight(m_, row_, m_.s[i], first + j, s(i)[from + j]);
+          row_[m_.w[i].elements + first + j] = w(i)[from + j];
+          row_[m_.s[i].elements + first + j] = s(i)[from + j];
         }
       }
       const int first = closed_ ? 0 : start;
@@ -194,6 +204,7 @@ class BlocksRun {
     row_[m_.m] = chunk_.m;
     row_[m_.f] = chunk_.f;
     row_[m_.beta] = chunk_.beta;
+    store_folds(m_, row_, folding_.folds);
   }
 
   __device__ void store_rows(const V* from, int stride, float* to, int width, int begin, int count, int first,
@@ -396,12 +407,15 @@ class BlocksRun {
 
   __device__ void close() {
     const auto fold_all = [&](bool write) { return fold(write); };
-    changed_ |= close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, fold_all);
+    const bool folded = close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, fold_all);
+    changed_ |= folded;
+    folding_.folds += folded ? 1U : 0U;
     closed_ = true;
   }
 
   // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
   __device__ float fold(bool write) {
+    const bool feedback = m_.rounding == Rounding::kFeedback;
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
@@ -416,16 +430,43 @@ class BlocksRun {
         change_w.each_with(change_s, row, column, [&](int r, int j, float by_a, float by_e) {
           if (r >= p.in || j >= p.out) return;
           const int at = r * stride + j;
-          const float old = of_w[at], surprise = of_s[at];
-          const float now = round_weight(m_, chunk_.beta * old + chunk_.f * surprise - by_a);
+          float old = of_w[at], surprise = of_s[at];
+          if (feedback) {
+            old += load_weight(m_, row_, m_.ew[i], p.in_begin + r, p.out_begin + j);
+            surprise += load_weight(m_, row_, m_.es[i], p.in_begin + r, p.out_begin + j);
+          }
+          const float now = chunk_.beta * old + chunk_.f * surprise - by_a;
           squares += (now - old) * (now - old);
           if (!write) return;
           of_w[at] = now;
-          of_s[at] = round_weight(m_, chunk_.m * surprise - by_e);
+          of_s[at] = chunk_.m * surprise - by_e;
         });
       });
     }
+    if (write && m_.storage != Storage::kFloat32) {
+      sync_block();
+      round_weights();
+    }
     return squares;
+  }
+
+  // W and S to what their storage holds, there and here. A warp takes a block of a row.
+  __device__ void round_weights() {
+    for (int i = 0; i < m_.depth; ++i) {
+      const Part p = part(i);
+      const int across = (p.out + kWarpSize - 1) / kWarpSize, blocks = p.in * across;
+#pragma unroll 1
+      for (int block = warp_index(); block < 2 * blocks; block += kWarps) {
+        const bool of_s = block >= blocks;
+        const int at = of_s ? block - blocks : block;
+        const int r = at / across, j = at % across * kWarpSize + lane_index();
+        float* x = (of_s ? s(i) : w(i)) + r * stride_w(i) + j;
+        const bool inside = j < p.out;
+        const float kept =
+            keep_block(m_, folding_, row_, i, of_s, p.in_begin + r, p.out_begin + j, inside, inside ? *x : 0.0F);
+        if (inside) *x = kept;
+      }
+    }
   }
 
   const Call& c_;
@@ -437,6 +478,7 @@ class BlocksRun {
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   V *q_, *scores_;
   float* row_ = nullptr;
+  Folding folding_;
   const In *q_in_ = nullptr, *k_in_ = nullptr, *v_in_ = nullptr;
   In* y_out_ = nullptr;
   std::int64_t gates_ = 0;

@@ -3,6 +3,7 @@
 
 #include "plugins/kernels/cuda_device.cuh"
 #include "plugins/kernels/cuda_plan.h"
+#include "plugins/kernels/cuda_storage.cuh"
 
 namespace titans::kernels::cuda {
 
@@ -81,9 +82,6 @@ __device__ inline float sum_over_block(float value, float* words) {
   return sum;
 }
 
-__device__ inline bool is_finite(float x) { return x - x == 0.0F; }
-__device__ inline bool is_nan(float x) { return x != x; }
-
 // What status says: 1 + the operand that is wrong. The slots of one stream: twice that of another.
 __device__ inline int wrong_operand(const Call& c, const Item& item) {
   const auto outside = [&](const std::int64_t* values, std::int64_t end) {
@@ -156,20 +154,35 @@ __device__ inline Part part_of(const Model& m, int share, int rank, int i) {
   return part;
 }
 
-// An element of W or S as it is stored.
-__device__ inline float load_weight(const Model& m, const float* row, int field, int index) {
-  if (m.bfloat16) return to_float(reinterpret_cast<const __nv_bfloat16*>(row + field)[index]);
-  return row[field + index];
+// What the fold of a chunk rounds with: how often the head's memory has been folded before, and which head it is.
+struct Folding {
+  std::uint32_t head = 0, folds = 0;
+};
+__device__ inline Folding folding_of(const Model& m, const float* row, const Item& item) {
+  const bool counts = m.rounding == Rounding::kStochastic;
+  return {static_cast<std::uint32_t>(item.head), counts ? bits_of(row[m.folds]) : 0U};
 }
-__device__ inline void store_weight(const Model& m, float* row, int field, int index, float value) {
-  if (m.bfloat16) {
-    reinterpret_cast<__nv_bfloat16*>(row + field)[index] = to_value<__nv_bfloat16>(value);
-  } else {
-    row[field + index] = value;
+// One thread does it, for all blocks of the group.
+__device__ inline void store_folds(const Model& m, float* row, std::uint32_t folds) {
+  if (m.rounding == Rounding::kStochastic) row[m.folds] = float_of(folds);
+}
+
+// A block of a row of W or S at the end of a chunk, as store_block takes it: to the packed row, with what rounding has
+// taken from it where that is kept. Returns the lane's element as it then is.
+__device__ inline float keep_block(const Model& m, const Folding& folding, float* row, int i, bool of_s, int r, int j,
+                                   bool inside, float x) {
+  const bool stochastic = m.rounding == Rounding::kStochastic;
+  const NoiseKeys keys = noise_keys(m.seed, folding.head, static_cast<std::uint32_t>(i), of_s, folding.folds);
+  const int passes = m.rounding == Rounding::kFeedback ? 2 : 1;
+  float kept = 0.0F;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; ++pass) {
+    const Field& field = pass == 0 ? (of_s ? m.s[i] : m.w[i]) : (of_s ? m.es[i] : m.ew[i]);
+    const float stored = store_block(m, row, field, r, j, inside, stochastic, keys, x);
+    if (pass == 0) kept = stored;
+    x -= stored;
   }
-}
-__device__ inline float round_weight(const Model& m, float value) {
-  return m.bfloat16 ? to_float(to_value<__nv_bfloat16>(value)) : value;
+  return kept;
 }
 
 struct Activated {

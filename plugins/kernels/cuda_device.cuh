@@ -75,6 +75,12 @@ __device__ inline float sum_over_warp(float value) {
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xFFFFFFFFU, value, lanes);
   return value;
 }
+__device__ inline float max_over_warp(float value) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2)
+    value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFU, value, lanes));
+  return value;
+}
 
 __device__ inline std::byte* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];
@@ -157,6 +163,12 @@ __device__ inline __nv_bfloat16 to_value<__nv_bfloat16>(float x) {
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline float complementary_error_function(float x) { return erfcf(x); }
 __device__ inline float square_root(float x) { return sqrtf(x); }
+__device__ inline float absolute(float x) { return fabsf(x); }
+__device__ inline float smaller_of(float x, float y) { return fminf(x, y); }
+__device__ inline float whole_below(float x) { return floorf(x); }
+__device__ inline float nearest_whole(float x) { return rintf(x); }  // of two the even one
+__device__ inline std::uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 
 // ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8), a word holding one float or two bfloat16 ----
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 namespace titans::kernels::cuda {
 namespace {
@@ -134,7 +135,8 @@ Plan plan_for(const Model& m, const CudaDevice& device, const Request& request, 
   }
   plan.shared = in_shared(m, plan);
   plan.shared_bytes = static_cast<std::uint32_t>(placer.shared());
-  const bool two = request.kind == Kind::kToken && placer.shared() <= half_of(device);
+  // Elements that are read where they are stored want more registers than two blocks can have.
+  const bool two = request.kind == Kind::kToken && plan.shared && placer.shared() <= half_of(device);
   plan.resident = two ? 2 : 1;
   plan.workspace_bytes = static_cast<std::uint32_t>(round_up(placer.workspace(), kWorkspaceAlignment));
   return plan;
@@ -159,6 +161,36 @@ int fitness(const Model& m, const Plan& plan) {
   return state ? 1 : 0;
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+Decoder make_decoder(Storage storage) {
+  switch (storage) {
+    case Storage::kBFloat16:
+      return {2, 1, 16, 0x7FFF, 0x8000, 16, 16, 0, 1.0F, -0.0F, kInfinity};
+    case Storage::kFloat16:
+      return {2, 1, 16, 0x7FFF, 0x8000, 13, 16, 0, 0x1p112F, -0.0F, 0x1p16F};
+    case Storage::kInt8:  // b + 128 in the lowest bits of 2^23
+      return {4, 2, 8, 0xFF, 0, 0, 0, 0x4B000080, 1.0F, -0x1p23F - 128.0F, kInfinity};
+    case Storage::kFp8:
+      return {4, 2, 8, 0x7F, 0x80, 20, 24, 0, 0x1p120F, -0.0F, kInfinity};
+    default:
+      return {1, 0, 32, 0x7FFFFFFF, 0x80000000, 0, 0, 0, 1.0F, -0.0F, kInfinity};
+  }
+}
+
+Encoder make_encoder(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat16:
+      return {0x1p-14F, 0x1p24F, 13, 112U << 10, 0x7C00, 0x7E00, 0.0F};
+    case Storage::kInt8:
+      return {kInfinity, 1.0F, 16, 0, 127, 0, kLargestInt8};
+    case Storage::kFp8:
+      return {0x1p-6F, 0x1p9F, 20, 120U << 3, 0x7E, 0, kLargestFp8};
+    default:
+      return {0.0F, 1.0F, 16, 0, 0x7F80, 0x7FC0, 0.0F};
+  }
+}
+
 }  // namespace
 
 Model make_model(const Configuration& c) {
@@ -170,8 +202,14 @@ Model make_model(const Configuration& c) {
   for (int i = 0; i <= c.depth; ++i) m.widths[i] = static_cast<int>(c.widths[static_cast<std::size_t>(i)]);
   for (int i = 0; i < c.depth; ++i) {
     const auto layer = static_cast<std::size_t>(i);
-    m.w[i] = static_cast<int>(layout.w[layer]);
-    m.s[i] = static_cast<int>(layout.s[layer]);
+    const auto field = [&](std::int64_t offset) {
+      return Field{static_cast<int>(offset), static_cast<int>(offset + element_words(c.storage, c.in(i), c.out(i))),
+                   m.widths[i + 1], static_cast<int>((c.out(i) + kScaleBlock - 1) / kScaleBlock)};
+    };
+    m.w[i] = field(layout.w[layer]);
+    m.s[i] = field(layout.s[layer]);
+    m.ew[i] = field(layout.ew[layer]);
+    m.es[i] = field(layout.es[layer]);
     m.left[i] = static_cast<int>(layout.left[layer]);
     m.right[i] = static_cast<int>(layout.right[layer]);
   }
@@ -180,13 +218,19 @@ Model make_model(const Configuration& c) {
   m.m = static_cast<int>(layout.m);
   m.f = static_cast<int>(layout.f);
   m.beta = static_cast<int>(layout.beta);
+  m.folds = static_cast<int>(layout.folds);
   m.row = static_cast<int>(layout.size);
   m.update = c.mode == Mode::kUpdate;
   m.aligned = c.schedule == Schedule::kAligned;
   m.gelu = c.activation == Activation::kGelu;
   m.residual = c.residual;
   m.layer_norm = c.layer_norm;
-  m.bfloat16 = c.storage == Storage::kBFloat16;
+  m.scaled = has_scales(c.storage);
+  m.storage = c.storage;
+  m.decoder = make_decoder(c.storage);
+  m.encoder = make_encoder(c.storage);
+  m.rounding = c.rounding;
+  m.seed = c.seed;
   return m;
 }
 

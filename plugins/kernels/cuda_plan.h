@@ -7,6 +7,7 @@
 #include <string>
 
 #include "plugins/kernels/neural_memory_cuda.h"
+#include "plugins/kernels/rounding.h"
 
 namespace titans::kernels::cuda {
 
@@ -14,12 +15,6 @@ inline constexpr int kMostBlocks = 8;  // that share a head: a cluster's portabl
 inline constexpr int kPadding = 32;    // rows and columns of buffers are multiples of it
 inline constexpr int kMostRows = 64;   // tokens that are worked on at a time
 inline constexpr int kReductionWords = 64;
-
-#ifdef __CUDACC__
-#define TITANS_BOTH __host__ __device__
-#else
-#define TITANS_BOTH
-#endif
 
 TITANS_BOTH constexpr int pad(int size) { return (size + kPadding - 1) / kPadding * kPadding; }
 // Elements from row to row of a matrix: 16 bytes more than the padded row, so that a column's elements do not all lie
@@ -35,13 +30,44 @@ struct Place {
   bool shared = true;
 };
 
+// A matrix of the packed row as its storage holds it: where elements and scales begin, in words, and of its rows the
+// elements and the blocks that share a scale.
+struct Field {
+  int elements, scales, columns, blocks;
+};
+
+// How an element's bits become a number: magnitude and sign go to their places in a float32, bits of `flip` change
+// over, then comes value * factor + offset. What is as large as `beyond` is infinite, what is larger no number.
+struct Decoder {
+  int per_word, word_shift, element_bits;  // elements of a word, and the logarithm of that
+  std::uint32_t magnitude, sign;
+  int magnitude_shift, sign_shift;
+  std::uint32_t flip;
+  float factor, offset, beyond;
+};
+
+// How the magnitude of a number becomes an element's bits, which count in their order: below `least_normal` they are
+// steps of 1 / per_least, from there on a float32's without the lost ones and less the difference of the biases.
+struct Encoder {
+  float least_normal, per_least;
+  int lost_bits;
+  std::uint32_t biases, most, nan;
+  float largest;  // what a block's largest is scaled to
+};
+
 // The configuration as kernels want it: plain integers. Offsets are words of the packed row.
 struct Model {
   int depth, chunk, width;
   int widths[kMaxDepth + 1];
-  int w[kMaxDepth], s[kMaxDepth], left[kMaxDepth], right[kMaxDepth];
-  int e, a, m, f, beta, row;
-  bool update, aligned, gelu, residual, layer_norm, bfloat16;
+  Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "feedback"
+  int left[kMaxDepth], right[kMaxDepth];
+  int e, a, m, f, beta, folds, row;
+  bool update, aligned, gelu, residual, layer_norm, scaled;
+  Storage storage;
+  Decoder decoder;
+  Encoder encoder;
+  Rounding rounding;
+  std::uint32_t seed;
 
   // What one of `blocks` blocks holds of layer i: the input of the last layer is dealt out, `share` of it to each, and
   // with it the output of the layer before.

@@ -10,9 +10,10 @@ namespace titans::kernels::cuda {
 struct StoredWeights {
   const Model* model;
   const float* row;
-  int field, rows, columns;
+  Field field;
+  int rows;
   __device__ float operator()(int i, int k) const {
-    return k < rows && i < columns ? load_weight(*model, row, field, k * columns + i) : 0.0F;
+    return k < rows && i < field.columns ? load_weight(*model, row, field, k, i) : 0.0F;
   }
   template <class V>
   __device__ Word<V> word(int i, int k) const {
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__
       V* next = locate<V>(call, call.plan.x[i]);
       const int stride = stride_of(m.widths[i + 1], sizeof(V));
       multiply<V>(count, m.widths[i + 1], m.widths[i], AlongRows<V>{input, stride_of(m.widths[i], sizeof(V))},
-                  StoredWeights{&m, row, m.w[i], m.widths[i], m.widths[i + 1]}, [&](int t, int j, float h) {
+                  StoredWeights{&m, row, m.w[i], m.widths[i]}, [&](int t, int j, float h) {
                     if (i + 1 < m.depth) {
                       next[t * stride + j] = to_value<V>(activate(m, h).value);
                     } else {

@@ -13,10 +13,11 @@ struct Weights {
   const Model* model;
   const float* copy;  // [rows][columns] of the part
   const float* row;
-  int field, first, stride;  // first: index of the part's first element in the field
+  Field field;
+  Part part;
   __device__ float operator()(int r, int j) const {
-    if constexpr (kShared) return copy[r * stride + j];
-    return load_weight(*model, row, field, first + r * stride + j);
+    if constexpr (kShared) return copy[r * part.out + j];
+    return load_weight(*model, row, field, part.in_begin + r, part.out_begin + j);
   }
 };
 
@@ -44,6 +45,7 @@ class TokenRun {
 
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
+    folding_ = folding_of(m_, row_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * m_.width;
     In* y = static_cast<In*>(c_.y) + first;
     const bool counts = c_.valid == nullptr || c_.valid[item.stream] == 1;
@@ -64,7 +66,8 @@ class TokenRun {
       if (fill_ + 1 == m_.chunk) {
         const float* limit = c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream;
         const auto fold_all = [&](bool write) { return fold(write); };
-        close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, fold_all);
+        const bool folded = close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, fold_all);
+        if (folded && group_.rank == 0 && thread_index() == 0) store_folds(m_, row_, folding_.folds + 1);
       }
       store_coefficients();
     } else if (group_.rank == 0) {
@@ -87,10 +90,8 @@ class TokenRun {
   __device__ float* derivative(int i) const { return rows_ + (3 + 3 * m_.depth + i) * width_; }
   __device__ float* answer() const { return rows_ + 2 * width_; }
 
-  __device__ Weights<kShared> weights(const Place& place, int field, int i) const {
-    const Part p = part(i);
-    const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
-    return {&m_, locate<float, kShared>(c_, place), row_, field, first, kShared ? p.out : m_.widths[i + 1]};
+  __device__ Weights<kShared> weights(const Place& place, const Field& field, int i) const {
+    return {&m_, locate<float, kShared>(c_, place), row_, field, part(i)};
   }
   __device__ Weights<kShared> w(int i) const { return weights(plan_.w[i], m_.w[i], i); }
   __device__ Weights<kShared> s(int i) const { return weights(plan_.s[i], m_.s[i], i); }
@@ -135,9 +136,10 @@ class TokenRun {
 
   __device__ void load(const In* q, const In* k) {
     if constexpr (kShared) {
-      for (int i = 0; i < m_.depth; ++i) {
-        stage(plan_.w[i], m_.w[i], i);
-        stage(plan_.s[i], m_.s[i], i);
+#pragma unroll 1
+      for (int each = 0; each < 2 * m_.depth; ++each) {
+        const int i = each / 2;
+        each % 2 == 0 ? stage(plan_.w[i], m_.w[i], i) : stage(plan_.s[i], m_.s[i], i);
       }
     }
     for (int j = thread_index(); j < m_.width; j += kThreads) {
@@ -148,23 +150,32 @@ class TokenRun {
     sync_block();
   }
 
-  __device__ void stage(const Place& place, int field, int i) {
+  __device__ void stage(const Place& place, const Field& field, int i) {
     const Part p = part(i);
     float* to = locate<float, kShared>(c_, place);
-    const int first = p.in_begin * m_.widths[i + 1] + p.out_begin, width = m_.widths[i + 1];
     constexpr int kFour = 4;
-    const bool aligned = reinterpret_cast<std::uintptr_t>(row_ + field + first) % (kFour * sizeof(float)) == 0;
-    if (!m_.bfloat16 && aligned && width % kFour == 0 && p.out % kFour == 0) {
-      const int across = p.out / kFour;
+    const bool fours = field.columns % kFour == 0 && p.out % kFour == 0;
+    const float* first = row_ + field.elements + p.in_begin * field.columns + p.out_begin;
+    const int across = p.out / kFour;
+    if (m_.storage == Storage::kFloat32 && fours &&
+        reinterpret_cast<std::uintptr_t>(first) % (kFour * sizeof(float)) == 0) {
       for (int at = thread_index(); at < p.in * across; at += kThreads) {
         const int r = at / across, j = at % across * kFour;
-        copy_16(to + r * p.out + j, row_ + field + first + r * width + j);
+        copy_16(to + r * p.out + j, first + r * field.columns + j);
+      }
+      return;
+    }
+    if (fours) {
+#pragma unroll 4
+      for (int at = thread_index(); at < p.in * across; at += kThreads) {
+        const int r = at / across, j = at % across * kFour;
+        *reinterpret_cast<Four*>(to + r * p.out + j) = load_four(m_, row_, field, p.in_begin + r, p.out_begin + j);
       }
       return;
     }
 #pragma unroll 4
     for (int at = thread_index(); at < p.in * p.out; at += kThreads) {
-      to[at] = load_weight(m_, row_, field, first + at / p.out * width + at % p.out);
+      to[at] = load_weight(m_, row_, field, p.in_begin + at / p.out, p.out_begin + at % p.out);
     }
   }
 
@@ -347,20 +358,21 @@ class TokenRun {
   // ---- the end of a chunk ----
 
   // W and S of the chunk's end, written where they are stored. Returns this thread's part of the square of what that
-  // does to W. A thread takes some rows of a column, which share the row of right.
+  // does to W. A warp takes 32 columns of some rows, which share the row of right.
   __device__ float fold(bool write) {
     constexpr int kRows = 4;
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
       const auto of_w = w(i), of_s = s(i);
-      const int first = p.in_begin * m_.widths[i + 1] + p.out_begin;
-      for (int at = thread_index(); at < (p.in + kRows - 1) / kRows * p.out; at += kThreads) {
-        const int r0 = at / p.out * kRows, j = at % p.out;
+      const int across = (p.out + kWarpSize - 1) / kWarpSize;
+      for (int tile = warp_index(); tile < (p.in + kRows - 1) / kRows * across; tile += kWarps) {
+        const int r0 = tile / across * kRows, first = tile % across * kWarpSize, j = first + lane_index();
+        const bool inside = j < p.out;
         float by_a[kRows] = {}, by_e[kRows] = {};
         for (int t = 0; t < m_.chunk; ++t) {
           if (chunk_.a[t] == 0.0F && chunk_.e[t] == 0.0F) continue;  // frozen tokens
-          const float value = right_row(i, t)[j];
+          const float value = inside ? right_row(i, t)[j] : 0.0F;
           const float* lefts = left_row(i, t) + r0;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
@@ -369,16 +381,42 @@ class TokenRun {
             by_e[r] += chunk_.e[t] * product;
           }
         }
+        if (m_.storage == Storage::kFloat32) {
 #pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            if (!inside || r0 + r >= p.in) continue;
+            const int index = (p.in_begin + r0 + r) * m_.widths[i + 1] + p.out_begin + j;
+            const float old = of_w(r0 + r, j), surprise = of_s(r0 + r, j);
+            const float now = chunk_.beta * old + chunk_.f * surprise - by_a[r];
+            squares += (now - old) * (now - old);
+            if (!write) continue;
+            row_[m_.w[i].elements + index] = now;
+            row_[m_.s[i].elements + index] = chunk_.m * surprise - by_e[r];
+          }
+          continue;
+        }
+#pragma unroll 1
         for (int r = 0; r < kRows; ++r) {
-          if (r0 + r >= p.in) continue;
-          const int index = first + (r0 + r) * m_.widths[i + 1] + j;
-          const float old = of_w(r0 + r, j), surprise = of_s(r0 + r, j);
-          const float now = round_weight(m_, chunk_.beta * old + chunk_.f * surprise - by_a[r]);
-          squares += (now - old) * (now - old);
-          if (!write) continue;
-          store_weight(m_, row_, m_.w[i], index, now);
-          store_weight(m_, row_, m_.s[i], index, round_weight(m_, chunk_.m * surprise - by_e[r]));
+          if (r0 + r >= p.in) break;
+          const int row = p.in_begin + r0 + r, column = p.out_begin + j;
+          float old = inside ? of_w(r0 + r, j) : 0.0F, surprise = inside ? of_s(r0 + r, j) : 0.0F;
+          if (inside && m_.rounding == Rounding::kFeedback) {
+            old += load_weight(m_, row_, m_.ew[i], row, column);
+            surprise += load_weight(m_, row_, m_.es[i], row, column);
+          }
+          const float now = chunk_.beta * old + chunk_.f * surprise - by_a[0];
+          if (inside) squares += (now - old) * (now - old);
+          const float next = chunk_.m * surprise - by_e[0];
+#pragma unroll 1
+          for (int matrix = 0; write && matrix < 2; ++matrix) {
+            keep_block(m_, folding_, row_, i, matrix == 1, row, column, inside, matrix == 0 ? now : next);
+          }
+          // The next row's to the front, as registers have no index.
+#pragma unroll
+          for (int n = 0; n + 1 < kRows; ++n) {
+            by_a[n] = by_a[n + 1];
+            by_e[n] = by_e[n + 1];
+          }
         }
       }
     }
@@ -393,13 +431,14 @@ class TokenRun {
   float *reduction_, *rows_, *scores_, *sums_;
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   float* row_ = nullptr;
+  Folding folding_;
   bool learn_ = true;
   int fill_ = 0;
   Coefficients chunk_;
 };
 
 template <class In, bool kShared>
-__global__ void __launch_bounds__(kThreads, 2) update_token(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, kShared ? 2 : 1) update_token(const __grid_constant__ Call call) {
   run_items<In, TokenRun<In, kShared>>(call);
 }
 

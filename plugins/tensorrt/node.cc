@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <string_view>
 
 #include "plugins/tensorrt/logging.h"
@@ -88,6 +89,12 @@ std::string single(const char* name, const std::vector<std::int64_t>& values, st
     return wrong("one value in field " + std::string(name), std::to_string(values.size()), kExport);
   }
   value = values[0];
+  return {};
+}
+
+// An int32 field holds the seed's 32 bits, which may have made it negative.
+std::string unwrap(std::int64_t& seed) {
+  if (seed < 0 && seed >= std::numeric_limits<std::int32_t>::min()) seed = static_cast<std::uint32_t>(seed);
   return {};
 }
 
@@ -191,8 +198,8 @@ std::string read_fields(const PluginFieldCollection& fields, Node& node) {
   std::string alias = kAliases[static_cast<std::size_t>(Alias::kTwoBuffers)], inputs, outputs;
   for (const Text& text :
        {Text{"mode", &a.mode, true}, Text{"schedule", &a.schedule, true}, Text{"activation", &a.activation, true},
-        Text{"storage", &a.storage, false}, Text{"gates", &a.gates, false}, Text{"alias", &alias, false},
-        Text{"inputs", &inputs, true}, Text{"outputs", &outputs, true}}) {
+        Text{"storage", &a.storage, false}, Text{"gates", &a.gates, false}, Text{"rounding", &a.rounding, false},
+        Text{"alias", &alias, false}, Text{"inputs", &inputs, true}, Text{"outputs", &outputs, true}}) {
     std::string problem = read(fields, text);
     if (!problem.empty()) return problem;
   }
@@ -200,17 +207,17 @@ std::string read_fields(const PluginFieldCollection& fields, Node& node) {
     return wrong("gates \"token\", which this plugin computes", "\"chunk\"",
                  "build the engine with titans-export build, which writes such a memory as standard operators");
   }
-  std::vector<std::int64_t> residual{a.residual}, layer_norm{a.layer_norm}, chunk_size, built_for;
+  std::vector<std::int64_t> residual{a.residual}, layer_norm{a.layer_norm}, chunk_size, seed{a.seed}, built_for;
   for (const Integers& integers : {Integers{"widths", &a.widths, true}, Integers{"chunk_size", &chunk_size, true},
                                    Integers{"residual", &residual, false}, Integers{"layer_norm", &layer_norm, false},
-                                   Integers{kBuiltFor, &built_for, false}}) {
+                                   Integers{"seed", &seed, false}, Integers{kBuiltFor, &built_for, false}}) {
     std::string problem = read(fields, integers);
     if (!problem.empty()) return problem;
   }
   for (const std::string& problem :
        {single("residual", residual, a.residual), single("layer_norm", layer_norm, a.layer_norm),
-        single("chunk_size", chunk_size, a.chunk_size), configure(a, node.configuration),
-        read_operands("inputs", inputs, kState, kInputs, node.inputs),
+        single("chunk_size", chunk_size, a.chunk_size), single("seed", seed, a.seed), unwrap(a.seed),
+        configure(a, node.configuration), read_operands("inputs", inputs, kState, kInputs, node.inputs),
         read_operands("outputs", outputs, kY, kOperands, node.outputs)}) {
     if (!problem.empty()) return problem;
   }
@@ -236,10 +243,12 @@ NodeFields::NodeFields(const Node& node) {
   add_text("activation", a.activation);
   add_text("storage", a.storage);
   add_text("gates", a.gates);
+  add_text("rounding", a.rounding);
   add_integers("widths", {a.widths.begin(), a.widths.end()});
   add_integers("residual", {static_cast<std::int32_t>(a.residual)});
   add_integers("layer_norm", {static_cast<std::int32_t>(a.layer_norm)});
   add_integers("chunk_size", {static_cast<std::int32_t>(a.chunk_size)});
+  add_integers("seed", {static_cast<std::int32_t>(a.seed)});
   add_text("alias", kAliases[static_cast<std::size_t>(node.alias)]);
   add_text("inputs", join(node.inputs));
   add_text("outputs", join(node.outputs));
@@ -264,15 +273,17 @@ void NodeFields::add_integers(const char* name, std::vector<std::int32_t> values
 }
 
 const PluginFieldCollection& NodeFields::names() {
-  static const std::array<PluginField, 12> fields{{{"mode", nullptr, PluginFieldType::kCHAR},
+  static const std::array<PluginField, 14> fields{{{"mode", nullptr, PluginFieldType::kCHAR},
                                                    {"schedule", nullptr, PluginFieldType::kCHAR},
                                                    {"activation", nullptr, PluginFieldType::kCHAR},
                                                    {"storage", nullptr, PluginFieldType::kCHAR},
                                                    {"gates", nullptr, PluginFieldType::kCHAR},
+                                                   {"rounding", nullptr, PluginFieldType::kCHAR},
                                                    {"widths", nullptr, PluginFieldType::kINT32},
                                                    {"residual", nullptr, PluginFieldType::kINT32},
                                                    {"layer_norm", nullptr, PluginFieldType::kINT32},
                                                    {"chunk_size", nullptr, PluginFieldType::kINT32},
+                                                   {"seed", nullptr, PluginFieldType::kINT32},
                                                    {"alias", nullptr, PluginFieldType::kCHAR},
                                                    {"inputs", nullptr, PluginFieldType::kCHAR},
                                                    {"outputs", nullptr, PluginFieldType::kCHAR}}};

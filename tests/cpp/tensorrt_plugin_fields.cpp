@@ -13,10 +13,12 @@ Fields::Fields(const kernels::Attributes& a, const std::string& inputs, const st
   set_text("activation", a.activation);
   set_text("storage", a.storage);
   set_text("gates", a.gates);
+  set_text("rounding", a.rounding);
   set_int32("widths", {a.widths.begin(), a.widths.end()});
   set_int32("residual", {static_cast<std::int32_t>(a.residual)});
   set_int32("layer_norm", {static_cast<std::int32_t>(a.layer_norm)});
   set_int32("chunk_size", {static_cast<std::int32_t>(a.chunk_size)});
+  set_int32("seed", {static_cast<std::int32_t>(a.seed)});
   set_text("alias", alias);
   set_text("inputs", inputs);
   set_text("outputs", outputs);

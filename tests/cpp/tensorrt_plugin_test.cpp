@@ -111,7 +111,7 @@ TEST_P(PluginLibrary, AliasesTheStateOnlyWhereItIsDeclared) {
   Fields left_out = fields();
   left_out.remove("alias");
   Fields kept = built(left_out).engine;
-  EXPECT_EQ(std::string(static_cast<const char*>(kept.collection().fields[9].data)), "two-buffers");
+  EXPECT_EQ(std::string(static_cast<const char*>(kept.collection().fields[11].data)), "two-buffers");
 }
 
 TEST_P(PluginLibrary, TakesTheTypesOfTheOperatorAndNoOthers) {
@@ -191,8 +191,27 @@ TEST_P(PluginLibrary, TakesFieldsAsOthersWriteThem) {
   other.set_int64("widths", {6, 10, 6});
   other.set_int64("chunk_size", {4});
   other.set_text("mode", "update", false);
-  for (const char* name : {"storage", "gates", "residual", "layer_norm"}) other.remove(name);
+  for (const char* name : {"storage", "gates", "rounding", "seed", "residual", "layer_norm"}) other.remove(name);
   EXPECT_EQ(built(other).timing_cache_id, built(fields()).timing_cache_id);
+}
+
+TEST_P(PluginLibrary, TheSeedHas32BitsHoweverItComes) {
+  Fields given = fields();
+  given.set_text("storage", "int8");
+  given.set_text("rounding", "stochastic");
+  const auto described = [&] {
+    const Plugin plugin = create(given);
+    return plugin == nullptr ? std::string() : std::string(build_side(plugin).getTimingCacheID());
+  };
+  given.set_int32("seed", {-2});
+  const std::string as_int32 = described();
+  for (const char* part : {"storage=int8 ", "rounding=stochastic ", "seed=-2 "}) {
+    EXPECT_NE(as_int32.find(part), std::string::npos) << as_int32;
+  }
+  given.set_int64("seed", {4294967294});
+  EXPECT_EQ(described(), as_int32);
+  given.set_int64("seed", {2});
+  EXPECT_NE(described().find("seed=2 "), std::string::npos) << described();
 }
 
 TEST_P(PluginLibrary, RefusesWrongFieldsByName) {
@@ -213,7 +232,11 @@ TEST_P(PluginLibrary, RefusesWrongFieldsByName) {
   expect("2 to 4 widths but got 1", [](Fields& f) { f.set_int32("widths", {6}); });
   expect("chunk_size in [1,", [](Fields& f) { f.set_int32("chunk_size", {0}); });
   expect("residual to be 0 or 1 but got 2", [](Fields& f) { f.set_int32("residual", {2}); });
-  expect("attribute storage to be", [](Fields& f) { f.set_text("storage", "int8"); });
+  expect("attribute storage to be", [](Fields& f) { f.set_text("storage", "int4"); });
+  expect("attribute rounding to be \"nearest\" or \"stochastic\"", [](Fields& f) { f.set_text("rounding", "up"); });
+  expect("rounding to be \"nearest\" with storage", [](Fields& f) { f.set_text("rounding", "feedback"); });
+  expect("seed to be left out with rounding \"nearest\"", [](Fields& f) { f.set_int32("seed", {3}); });
+  expect("one value in field seed but got 2", [](Fields& f) { f.set_int32("seed", {4, 4}); });
   expect("field alias to be \"declared\" or \"undeclared\" or \"two-buffers\" but got \"both\"",
          [](Fields& f) { f.set_text("alias", "both"); });
   expect("fields that this plugin knows but got \"loss_scale\"", [](Fields& f) { f.set_float("loss_scale", 0.5F); });

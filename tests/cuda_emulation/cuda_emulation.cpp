@@ -22,7 +22,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  float values[kWarpSize], sum = 0.0F;
+  float values[kWarpSize], sum = 0.0F, most = 0.0F;
   const Fragments* lanes[kWarpSize];
 };
 
@@ -259,6 +259,15 @@ float sum_over_warp(float value) {
   const float sum = warp.sum;
   machine().meet(warp.barrier, [] {});
   return sum;
+}
+
+float max_over_warp(float value) {
+  Warp& warp = machine().warp();
+  warp.values[lane_index()] = value;
+  machine().meet(warp.barrier, [&] { warp.most = *std::max_element(warp.values, warp.values + kWarpSize); });
+  const float most = warp.most;
+  machine().meet(warp.barrier, [] {});
+  return most;
 }
 
 std::byte* shared_memory() { return machine().block().shared_data(); }

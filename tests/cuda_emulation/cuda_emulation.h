@@ -35,6 +35,7 @@ inline int warp_index() { return thread_index() / kWarpSize; }
 void sync_block();
 bool any_in_block(bool yes);
 float sum_over_warp(float value);
+float max_over_warp(float value);
 std::byte* shared_memory();
 void sync_group(Group& group);
 const float* in_rank(const float* own, int rank);
@@ -63,6 +64,20 @@ V to_value(float x) {
 inline float exponential(float x) { return std::exp(x); }
 inline float complementary_error_function(float x) { return std::erfc(x); }
 inline float square_root(float x) { return std::sqrt(x); }
+inline float absolute(float x) { return std::fabs(x); }
+inline float smaller_of(float x, float y) { return std::fmin(x, y); }
+inline float whole_below(float x) { return std::floor(x); }
+inline float nearest_whole(float x) { return std::nearbyint(x); }
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 template <class V>
 using Word = std::conditional_t<std::is_same_v<V, __nv_bfloat16>, std::uint32_t, float>;

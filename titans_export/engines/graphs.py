@@ -211,9 +211,13 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
             "inputs": ",".join(given),
             "outputs": ",".join(outputs),
         }
-        for name, value in (("storage", "float32"), ("gates", "token")):
+        seed = attribute(node, "seed") or 0
+        for name, value in (("storage", "float32"), ("gates", "token"), ("rounding", "nearest"), ("seed", 0)):
             if attribute(node, name) is None:
                 added[name] = value
+        for entry in node.attribute:
+            if entry.name == "seed" and seed >= 2**31:
+                entry.i = seed - 2**32  # the plugin's field has its 32 bits as an int32
         node.attribute.extend(helper.make_attribute(name, value) for name, value in added.items())
     for name, converted in whole_numbers.items():
         makers = [index for index, node in enumerate(result.graph.node) if name in node.output]

@@ -1,0 +1,120 @@
+// W and S as a packed row holds them: read, rounded and written as docs/operator.md says under Storage.
+#pragma once
+
+#include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_plan.h"
+#include "plugins/kernels/rounding.h"
+
+namespace titans::kernels::cuda {
+
+static_assert(kScaleBlock == kWarpSize && kPadding % kScaleBlock == 0,
+              "a warp has a block, blocks of threads have whole ones");
+
+__device__ inline bool is_finite(float x) { return x - x == 0.0F; }
+__device__ inline bool is_nan(float x) { return x != x; }
+__device__ inline float infinity() { return __builtin_inff(); }
+
+// ---- reading: all storages by the same few instructions, as branches would keep loads apart ----
+
+// What element bits stand for, without a scale. Bits above those of the element count nothing.
+__device__ inline float decode(const Decoder& d, std::uint32_t bits) {
+  const std::uint32_t placed = (bits & d.magnitude) << d.magnitude_shift | (bits & d.sign) << d.sign_shift;
+  const float value = float_of(placed ^ d.flip) * d.factor + d.offset;
+  if (absolute(value) < d.beyond) return value;
+  return absolute(value) == d.beyond ? value * infinity() : __builtin_nanf("");
+}
+
+__device__ inline float load_scale(const float* row, const Field& field, int r, int j) {
+  const auto* scales = reinterpret_cast<const std::uint16_t*>(row + field.scales);
+  return float_of(static_cast<std::uint32_t>(scales[r * field.blocks + j / kScaleBlock]) << 16);
+}
+
+__device__ inline float load_weight(const Model& m, const float* row, const Field& field, int r, int j) {
+  const int index = r * field.columns + j, within = index & (m.decoder.per_word - 1);
+  const std::uint32_t word = bits_of(row[field.elements + (index >> m.decoder.word_shift)]);
+  const float value = decode(m.decoder, word >> within * m.decoder.element_bits);
+  return m.scaled ? value * load_scale(row, field, r, j) : value;
+}
+
+struct alignas(16) Four {
+  float v[4];
+};
+
+// Of columns j to j + 3; j and the field's columns are multiples of 4, so they begin with a word of the row.
+__device__ inline Four load_four(const Model& m, const float* row, const Field& field, int r, int j) {
+  const float* from = row + field.elements + ((r * field.columns + j) >> m.decoder.word_shift);
+  const int per_word = m.decoder.per_word;
+  const std::uint32_t first = bits_of(from[0]), second = bits_of(from[per_word < 4 ? 1 : 0]);
+  const std::uint32_t third = per_word == 1 ? bits_of(from[2]) : per_word == 2 ? second : first >> 16;
+  Four four{{decode(m.decoder, first), decode(m.decoder, per_word == 1 ? second : first >> m.decoder.element_bits),
+             decode(m.decoder, third),
+             decode(m.decoder, per_word == 1   ? bits_of(from[3])
+                               : per_word == 2 ? second >> 16
+                                               : first >> 24)}};
+  if (!m.scaled) return four;
+  const float scale = load_scale(row, field, r, j);
+#pragma unroll
+  for (float& value : four.v) value *= scale;
+  return four;
+}
+
+// ---- rounding ----
+
+// Of a magnitude: to a whole number, to the nearest or by the noise.
+__device__ inline float round_whole(float z, bool stochastic, std::uint32_t noise) {
+  if (!stochastic) return nearest_whole(z);
+  const float low = whole_below(z), u = static_cast<float>(noise >> 8) * 0x1p-24F;
+  return u < z - low ? low + 1.0F : low;
+}
+
+// A float32's bits without the last `count`, which only say whether it goes up: at a half to what is even, or by the
+// noise.
+__device__ inline std::uint32_t round_bits(std::uint32_t bits, int count, bool stochastic, std::uint32_t noise) {
+  const std::uint32_t rest = (1U << count) - 1U;
+  const std::uint32_t up = stochastic ? rest - (noise >> (32 - count)) : (rest >> 1) + (bits >> count & 1U);
+  return (bits + up) & ~rest;
+}
+
+// A magnitude as the bits of an element: the nearest one that is not too large, or by the noise one of its neighbours.
+__device__ inline std::uint32_t round_element(const Encoder& e, float z, bool stochastic, std::uint32_t noise) {
+  if (is_nan(z)) return e.nan;
+  // One more than the largest subnormal number has the bits of the least normal one.
+  if (z < e.least_normal) return static_cast<std::uint32_t>(round_whole(z * e.per_least, stochastic, noise));
+  const std::uint32_t bits = (round_bits(bits_of(z), e.lost_bits, stochastic, noise) >> e.lost_bits) - e.biases;
+  return bits < e.most ? bits : e.most;
+}
+
+// A block of one row of W or S, a column to each lane of a warp, `inside` where there is one: writes it to the packed
+// row and returns the lane's element as it then is.
+__device__ inline float store_block(const Model& m, float* row, const Field& field, int r, int j, bool inside,
+                                    bool stochastic, const NoiseKeys& keys, float x) {
+  const int index = r * field.columns + j;
+  float z = absolute(x), scale = 1.0F;
+  if (m.scaled) {
+    const float largest = max_over_warp(inside ? (is_finite(x) ? z : infinity()) : 0.0F);
+    const bool empty = largest < kSmallestBlock, usable = !empty && largest < infinity();
+    std::uint32_t bits = empty ? 0U : 0x7FC0U;
+    if (usable) bits = (bits_of(largest / m.encoder.largest) + 0xFFFFU) >> 16;
+    scale = float_of(bits << 16);
+    z = usable ? smaller_of(z * (1.0F / scale), m.encoder.largest) : 0.0F;
+    if (!usable) x = 0.0F;
+    if (lane_index() == 0) {
+      auto* scales = reinterpret_cast<std::uint16_t*>(row + field.scales);
+      scales[r * field.blocks + j / kScaleBlock] = static_cast<std::uint16_t>(bits);
+    }
+  }
+  const std::uint32_t drawn = stochastic ? noise(keys, static_cast<std::uint32_t>(index)) : 0U;
+  std::uint32_t element = round_element(m.encoder, z, stochastic, drawn);
+  if (bits_of(x) >> 31 != 0) element = m.storage == Storage::kInt8 ? 0U - element : element | m.decoder.sign;
+  if (inside) {
+    float* elements = row + field.elements;
+    if (m.decoder.element_bits == 16) {
+      reinterpret_cast<std::uint16_t*>(elements)[index] = static_cast<std::uint16_t>(element);
+    } else {
+      reinterpret_cast<std::uint8_t*>(elements)[index] = static_cast<std::uint8_t>(element);
+    }
+  }
+  return decode(m.decoder, element) * scale;
+}
+
+}  // namespace titans::kernels::cuda
