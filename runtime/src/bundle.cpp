@@ -76,7 +76,8 @@ void Bundle::check_weights() const {
     for (const std::string& name : graph.weights) {
       if (weights_.count(name) == 0) {
         throw Error(TITANS_FAILED, manifest_.weights_file,
-                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name), "none", kAdvice);
+                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name),
+                    "none, or one of a type that this runtime does not know", kAdvice);
       }
     }
   }

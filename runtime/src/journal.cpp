@@ -9,15 +9,16 @@ namespace titans::core {
 namespace {
 
 struct OpenChunk {
-  std::size_t tokens;
+  std::size_t rows;          // of the stream
   std::size_t coefficients;  // where they start in a row, in elements
 };
 
 // What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
-// after the other, and has everything else before them.
+// after the other, perhaps a count of folds, and has everything else before them.
 std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   constexpr std::array<std::string_view, 5> kCoefficients{"e", "a", "m", "f", "beta"};
-  const std::size_t count = state.layout.size();
+  const bool counted = !state.layout.empty() && state.layout.back().name == "folds";
+  const std::size_t count = state.layout.size() - (counted ? 1 : 0);
   if (state.role != "memory" || count <= kCoefficients.size()) return std::nullopt;
   const std::size_t first = count - kCoefficients.size();
   const Shape& tokens = state.layout[first].shape;
@@ -30,12 +31,13 @@ std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
     if (field.name != kCoefficients[i] || field.offset != offset || field.shape != (each_token ? tokens : Shape())) {
       return std::nullopt;
     }
-    offset += each_token ? chunk.tokens : 1;
+    offset += each_token ? chunk.rows : 1;
   }
+  if (counted && state.layout.back().offset != offset) return std::nullopt;
   const bool others_before = std::all_of(
       state.layout.begin(), state.layout.begin() + static_cast<std::ptrdiff_t>(first), [&](const MemoryField& field) {
         const std::optional<std::size_t> elements = tensor_bytes(field.shape, DType::kInt8);
-        return elements && field.offset + *elements <= chunk.coefficients;
+        return elements && field.offset + field_words(field.storage, field.shape) <= chunk.coefficients;
       });
   return others_before ? std::optional(chunk) : std::nullopt;
 }
@@ -63,16 +65,22 @@ void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
     for (const std::size_t first : state.written->first) {
       places.push_back({first * row, row, pitch, pitch == 0 ? 0 : state.bytes / pitch});
     }
-    caches_.push_back({&live, &backup, state.written->period, std::move(places), 0, 0});
+    caches_.push_back({&live, &backup, state.written->period, state.rows, std::move(places), 0, 0});
     return;
   }
-  const std::size_t pitch = static_cast<std::size_t>(state.shape.back()) * element;
+  const auto row = static_cast<std::size_t>(state.shape.back());
+  const std::size_t pitch = row * element;
   const std::size_t rows = pitch == 0 ? 0 : state.bytes / pitch;
   // Of a state that is something else, every token may change everything.
-  const OpenChunk chunk = find_open_chunk(state).value_or(OpenChunk{1, static_cast<std::size_t>(state.shape.back())});
+  OpenChunk chunk = find_open_chunk(state).value_or(OpenChunk{1, row});
+  if (state.chunk) chunk = {static_cast<std::size_t>(*state.chunk), row};
   const std::size_t split = chunk.coefficients * element;
-  entries_.push_back(
-      {&live, &backup, chunk.tokens, {{0, split, pitch, rows}, false}, {{split, pitch - split, pitch, rows}, false}});
+  entries_.push_back({&live,
+                      &backup,
+                      chunk.rows,
+                      state.rows,
+                      {{0, split, pitch, rows}, false},
+                      {{split, pitch - split, pitch, rows}, false}});
 }
 
 void Journal::begin() {
@@ -86,16 +94,19 @@ void Journal::save_for(std::uint64_t position, std::uint64_t tokens) {
   for (Cache& cache : caches_) save_for(cache, position, tokens);
   for (Entry& entry : entries_) {
     save(entry, entry.tokenwise);
-    if (position / entry.chunk != (position + tokens) / entry.chunk) save(entry, entry.chunkwise);
+    const std::uint64_t first = entry.rows.before(position), end = entry.rows.before(position + tokens);
+    if (first / entry.chunk != end / entry.chunk) save(entry, entry.chunkwise);
   }
 }
 
 // The change writes place after place. Once it comes to another period, the places before its start are next, so then
 // all that is not saved yet is.
 void Journal::save_for(Cache& cache, std::uint64_t position, std::uint64_t tokens) const {
-  if (position == *start_) cache.begin = cache.end = position % cache.period;
-  if ((position + tokens - 1) / cache.period == *start_ / cache.period) {
-    save(cache, cache.end, position % cache.period + tokens);
+  const std::uint64_t start = cache.rows.before(*start_), first = cache.rows.before(position),
+                      last = cache.rows.before(position + tokens) - 1;
+  if (first == start) cache.begin = cache.end = first % cache.period;
+  if (last / cache.period == start / cache.period) {
+    save(cache, cache.end, last % cache.period + 1);
   } else {
     save(cache, cache.end, cache.period);
     save(cache, 0, cache.begin);

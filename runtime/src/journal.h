@@ -3,7 +3,8 @@
 // While a chunk is open a call changes only the coefficients at the end of each packed row, and appends to the rows of
 // the chunk beyond its fill, where nothing is read that the position does not say is there. W and S change when a chunk
 // is complete (docs/operator.md). So a token within a chunk costs a copy of the coefficients, which are a small part.
-// Of a cache whose manifest says which rows a token writes, those rows are saved.
+// Rows with one gate a chunk have no coefficients, and cost nothing then. Of a cache whose manifest says which rows a
+// token writes, those rows are saved.
 #pragma once
 
 #include <cstdint>
@@ -37,16 +38,18 @@ class Journal {
   struct Entry {
     Buffer* live;
     Buffer* backup;
-    std::uint64_t chunk;  // tokens
-    Part chunkwise;       // changes with the token that completes a chunk; up to the coefficients
-    Part tokenwise;       // changes with every token; from the coefficients on
+    std::uint64_t chunk;  // rows of the stream
+    StreamRows rows;
+    Part chunkwise;  // changes with the token that completes a chunk; up to the coefficients
+    Part tokenwise;  // changes with every token; from the coefficients on
   };
 
   struct Cache {
     Buffer* live;
     Buffer* backup;
-    std::uint64_t period;        // tokens
-    std::vector<Stripe> places;  // the row of place 0, once for each of the rows that a token writes
+    std::uint64_t period;  // rows of the stream
+    StreamRows rows;
+    std::vector<Stripe> places;  // the row of place 0, once for each of the rows that a row of the stream writes
     std::uint64_t begin, end;    // the places that are saved
   };
 

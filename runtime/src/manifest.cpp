@@ -26,11 +26,16 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
   if (!fields) return layout;
   for (const JsonReader& field : fields->items()) {
     MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
+    if (const std::optional<JsonReader> storage = field.find("storage")) {
+      const std::optional<FieldStorage> known = field_storage_named(storage->string());
+      if (!known) storage->fail("a storage that this runtime knows: " + field_storage_names());
+      memory.storage = *known;
+    }
     const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
     const auto row = static_cast<std::size_t>(shape.back());
-    const std::size_t elements = bytes ? *bytes / sizeof(float) : row + 1;
-    if (elements > row) field.fail(text("a field of at most ", row, " elements"));
-    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - elements)));
+    const std::size_t words = bytes ? field_words(memory.storage, memory.shape) : row + 1;
+    if (words > row) field.fail(text("a field of at most ", row, " elements"));
+    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - words)));
     layout.push_back(std::move(memory));
   }
   return layout;
@@ -52,6 +57,14 @@ std::optional<WrittenRows> read_written(const JsonReader& state, const Shape& sh
   return written;
 }
 
+StreamRows read_rows(const JsonReader& state) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::optional<JsonReader> entry = state.find("rows");
+  if (!entry) return {};
+  return {static_cast<std::uint64_t>(entry->at("segment").integer(1, kMost)),
+          static_cast<std::uint64_t>(entry->at("longterm").integer(0, kMost))};
+}
+
 StateTensor read_state(const JsonReader& entry) {
   StateTensor state;
   state.name = entry.at("name").string();
@@ -69,6 +82,11 @@ StateTensor read_state(const JsonReader& entry) {
   state.role = entry.at("role").string();
   state.layout = read_layout(entry, state.shape);
   state.written = read_written(entry, state.shape);
+  if (const std::optional<JsonReader> chunk = entry.find("chunk")) {
+    state.chunk = static_cast<std::uint64_t>(chunk->integer(1, std::numeric_limits<std::int32_t>::max()));
+    if (state.role != "memory") chunk->fail("only where role is memory");
+  }
+  state.rows = read_rows(entry);
   if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
   return state;
 }

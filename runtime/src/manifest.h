@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "field_storage.h"
 #include "tensor.h"
 
 namespace titans::core {
@@ -17,11 +18,22 @@ inline constexpr std::int64_t kSchemaVersion = 1;
 // One field of a packed memory row.
 struct MemoryField {
   std::string name;
-  std::size_t offset;  // in elements, within the last dimension
+  std::size_t offset;  // in words of 32 bits, within the last dimension
   Shape shape;
+  FieldStorage storage = FieldStorage::kFloat32;
 };
 
-// What a token writes of a cache: the rows first[i] + position % period along `axis`, and nothing else.
+// The rows of a stream: one for each token, and `longterm` more after every `segment` tokens, which a token takes with
+// its own.
+struct StreamRows {
+  std::uint64_t segment = 1;
+  std::uint64_t longterm = 0;
+
+  // The rows before the token at `position`.
+  std::uint64_t before(std::uint64_t position) const { return position + longterm * (position / segment); }
+};
+
+// What a row of the stream writes of a cache: the rows first[i] + row % period along `axis`, and nothing else.
 struct WrittenRows {
   std::size_t axis;
   std::vector<std::size_t> first;
@@ -38,6 +50,9 @@ struct StateTensor {
   std::string role;
   std::vector<MemoryField> layout;
   std::optional<WrittenRows> written = std::nullopt;
+  // A memory's, where between multiples of so many rows nothing changes but what the open chunk keeps of its rows.
+  std::optional<std::uint64_t> chunk = std::nullopt;
+  StreamRows rows = {};  // that `written` and `chunk` count
 };
 
 // What people call a field: "layers.0.memory.W0".

@@ -54,13 +54,17 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
     if (state.role != "memory") continue;
     const std::size_t elements = state.bytes / sizeof(float);
     const auto row = static_cast<std::size_t>(state.shape.back());
-    if (state.layout.empty()) memories.push_back({state.name, state.shape, elements, index, 0, row});
+    if (state.layout.empty()) {
+      memories.push_back({state.name, state.shape, elements, index, 0, row, row, FieldStorage::kFloat32});
+    }
     for (const MemoryField& field : state.layout) {
       Shape shape(state.shape.begin(), state.shape.end() - 1);
       shape.insert(shape.end(), field.shape.begin(), field.shape.end());
       std::size_t extent = 1;
       for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
-      memories.push_back({field_name(state, field), shape, elements / row * extent, index, field.offset, extent});
+      const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
+      memories.push_back({field_name(state, field), shape, elements / row * extent, index, field.offset, extent,
+                          columns, field.storage});
     }
   }
   return memories;

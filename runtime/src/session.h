@@ -28,9 +28,11 @@ struct MemoryView {
   std::string name;
   Shape shape;
   std::size_t elements;
-  std::size_t state;   // index of the state tensor that holds it
-  std::size_t offset;  // of the field within the tensor's last dimension
-  std::size_t extent;  // elements of the field within one row
+  std::size_t state;    // index of the state tensor that holds it
+  std::size_t offset;   // of the field within the tensor's last dimension
+  std::size_t extent;   // elements of the field within one row
+  std::size_t columns;  // of a matrix, or of a vector as one row
+  FieldStorage storage;
 };
 
 class Session {

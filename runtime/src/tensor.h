@@ -25,7 +25,8 @@ enum class DType {
   kUInt32,
   kInt64,
   kUInt64,
-  kBool
+  kBool,
+  kFloat8E4M3
 };
 
 struct DTypeInfo {
@@ -35,7 +36,7 @@ struct DTypeInfo {
   std::size_t bytes;
 };
 
-inline constexpr std::array<DTypeInfo, 13> kDTypes{{{DType::kFloat32, "float32", "F32", 4},
+inline constexpr std::array<DTypeInfo, 14> kDTypes{{{DType::kFloat32, "float32", "F32", 4},
                                                     {DType::kFloat16, "float16", "F16", 2},
                                                     {DType::kBFloat16, "bfloat16", "BF16", 2},
                                                     {DType::kFloat64, "float64", "F64", 8},
@@ -47,7 +48,8 @@ inline constexpr std::array<DTypeInfo, 13> kDTypes{{{DType::kFloat32, "float32",
                                                     {DType::kUInt32, "uint32", "U32", 4},
                                                     {DType::kInt64, "int64", "I64", 8},
                                                     {DType::kUInt64, "uint64", "U64", 8},
-                                                    {DType::kBool, "bool", "BOOL", 1}}};
+                                                    {DType::kBool, "bool", "BOOL", 1},
+                                                    {DType::kFloat8E4M3, "float8_e4m3fn", "F8_E4M3", 1}}};
 
 // The table is in the order of the enumeration.
 constexpr const DTypeInfo& dtype_info(DType dtype) { return kDTypes[static_cast<std::size_t>(dtype)]; }

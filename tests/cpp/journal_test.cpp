@@ -143,8 +143,9 @@ TEST_F(JournalTest, AResetThatFailsLeavesTheStreamAsItWas) {
   EXPECT_EQ(memory(stream), memory(Stream(session_)));
 }
 
-// A cache [1, 2, 11, 3] of which a token at position p writes the rows 1 + p % 5 and 6 + p % 5.
-class JournalOfACache : public testing::Test {
+// A cache [1, 2, 11, 3] of which row r of the stream writes the rows 1 + r % 5 and 6 + r % 5. A row is a token, or
+// every three tokens are followed by two rows more.
+class JournalOfACache : public testing::TestWithParam<core::StreamRows> {
  protected:
   static constexpr std::uint64_t kPeriod = 5;
   static constexpr std::size_t kRows = 11, kWidth = 3, kHeads = 2;
@@ -157,10 +158,11 @@ class JournalOfACache : public testing::Test {
   // A call that consumes the tokens, and leaves in their rows what must never be seen.
   void call(std::uint64_t position, std::uint64_t tokens) {
     journal_.save_for(position, tokens);
-    for (std::uint64_t p = position; p < position + tokens; ++p) {
+    for (std::uint64_t row_of_stream = state_.rows.before(position);
+         row_of_stream < state_.rows.before(position + tokens); ++row_of_stream) {
       for (const std::size_t first : state_.written->first) {
         for (std::size_t head = 0; head < kHeads; ++head) {
-          const auto row = static_cast<std::ptrdiff_t>(((head * kRows) + first + p % kPeriod) * kWidth);
+          const auto row = static_cast<std::ptrdiff_t>(((head * kRows) + first + row_of_stream % kPeriod) * kWidth);
           std::fill_n(live_.values.begin() + row, kWidth, std::nanf(""));
         }
       }
@@ -175,14 +177,21 @@ class JournalOfACache : public testing::Test {
                                  kHeads * kRows * kWidth * sizeof(float),
                                  "cache",
                                  {},
-                                 core::WrittenRows{2, {1, 6}, kPeriod}};
+                                 core::WrittenRows{2, {1, 6}, kPeriod},
+                                 std::nullopt,
+                                 GetParam()};
   FakeTraffic traffic_;
   FakeBuffer live_{state_.bytes, traffic_};
   FakeBuffer backup_{state_.bytes, traffic_};
   core::Journal journal_;
 };
 
-TEST_F(JournalOfACache, PutsBackWhateverCallsHaveWritten) {
+INSTANTIATE_TEST_SUITE_P(Journal, JournalOfACache, testing::Values(core::StreamRows{}, core::StreamRows{3, 2}),
+                         [](const auto& info) {
+                           return info.param.longterm == 0 ? "RowsAreTokens" : "RowsFollowTokens";
+                         });
+
+TEST_P(JournalOfACache, PutsBackWhateverCallsHaveWritten) {
   const std::vector<float> before = live_.values;
   for (std::uint64_t start = 0; start < 2 * kPeriod; ++start) {
     for (std::uint64_t tokens = 1; tokens < 3 * kPeriod; ++tokens) {
@@ -196,7 +205,7 @@ TEST_F(JournalOfACache, PutsBackWhateverCallsHaveWritten) {
   }
 }
 
-TEST_F(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
+TEST_P(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
   constexpr std::size_t kToken = 2 * kHeads * kWidth * sizeof(float);
   const auto saved = [&](std::uint64_t start, std::uint64_t tokens) {
     traffic_.bytes_copied = 0;
@@ -204,9 +213,15 @@ TEST_F(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
     for (std::uint64_t done = 0; done < tokens; ++done) journal_.save_for(start + done, 1);
     return traffic_.bytes_copied;
   };
-  EXPECT_EQ(saved(3, 1), kToken);
-  EXPECT_EQ(saved(10, 1), kToken);
-  EXPECT_EQ(saved(11, 3), 3 * kToken);
+  if (state_.rows.longterm == 0) {
+    EXPECT_EQ(saved(3, 1), kToken);
+    EXPECT_EQ(saved(10, 1), kToken);
+    EXPECT_EQ(saved(11, 3), 3 * kToken);
+  } else {
+    EXPECT_EQ(saved(2, 1), 3 * kToken);  // its own row and two behind it
+    EXPECT_EQ(saved(3, 1), kToken);
+    EXPECT_EQ(saved(3, 2), 2 * kToken);
+  }
   for (const std::uint64_t tokens : {4, 5, 6, 50}) EXPECT_EQ(saved(12, tokens), kPeriod * kToken);
 }
 
@@ -230,6 +245,11 @@ std::size_t bytes_saved_within_a_chunk(Change&& change) {
 TEST(Journal, OnlyAPackedRowIsSavedInParts) {
   using core::StateTensor;
   EXPECT_EQ(bytes_saved_within_a_chunk([](StateTensor&) {}), 2 * 10 * sizeof(float));
+  // A count of folds belongs to them, and what is stored in fewer bits takes fewer words than it has elements.
+  const auto counted = [](StateTensor& state) { state.layout.push_back({"folds", 15, {}}); };
+  EXPECT_EQ(bytes_saved_within_a_chunk(counted), 2 * 10 * sizeof(float));
+  const auto stored = [](StateTensor& state) { state.layout[1] = {"left0", 2, {8}, core::FieldStorage::kBFloat16}; };
+  EXPECT_EQ(bytes_saved_within_a_chunk(stored), 2 * 10 * sizeof(float));
   const std::vector<void (*)(StateTensor&)> changes{
       [](StateTensor& state) { state.role = "cache"; },
       [](StateTensor& state) { state.layout.clear(); },
@@ -244,8 +264,36 @@ TEST(Journal, OnlyAPackedRowIsSavedInParts) {
       [](StateTensor& state) { state.layout[1].offset = 3; },
       [](StateTensor& state) { state.layout.erase(state.layout.begin(), state.layout.begin() + 2); },
       [](StateTensor& state) { state.layout.push_back({"S0", 15, {1}}); },
+      [](StateTensor& state) { state.layout.push_back({"folds", 14, {}}); },
   };
   for (std::size_t i = 0; i < changes.size(); ++i) EXPECT_EQ(bytes_saved_within_a_chunk(changes[i]), 128U) << i;
+}
+
+TEST(Journal, AMemoryWithOneGateAChunkIsSavedWhereOneEnds) {
+  core::StateTensor state{"memory", "in", "out", core::DType::kFloat32, {1, 2, 16}, 128, "memory", {}};
+  state.chunk = 4;
+  state.rows = {6, 2};
+  FakeTraffic traffic;
+  FakeBuffer live(state.bytes, traffic);
+  FakeBuffer backup(state.bytes, traffic);
+  std::iota(live.values.begin(), live.values.end(), 1.0F);
+  const std::vector<float> before = live.values;
+  core::Journal journal;
+  journal.watch(state, live, backup);
+  // Chunks end with the rows 3 and 7, those of token 3 and of the rows behind token 5.
+  for (std::uint64_t position = 0; position < 12; ++position) {
+    traffic.bytes_copied = 0;
+    journal.begin();
+    journal.save_for(position, 1);
+    const bool ends = position % 6 == 3 || position % 6 == 5;
+    EXPECT_EQ(traffic.bytes_copied, ends ? 128U : 0U) << position;
+    if (ends) std::fill(live.values.begin(), live.values.end(), -1.0F);
+    journal.restore();
+    EXPECT_EQ(live.values, before) << position;
+  }
+  journal.begin();
+  journal.save_for(0, 6);
+  EXPECT_EQ(traffic.bytes_copied, 3 * 128U);  // and what put the last change back
 }
 
 }  // namespace

@@ -56,6 +56,20 @@ TEST(Manifest, TheRowsThatATokenWrites) {
   EXPECT_EQ(state.written->period, 1U);
 }
 
+TEST(Manifest, WhatARowOfTheStreamIs) {
+  json manifest = manifest_json();
+  core::StateTensor state = parse(manifest).state[0];
+  EXPECT_FALSE(state.chunk);
+  EXPECT_EQ(state.rows.before(1000), 1000U);
+  manifest["state"][0]["chunk"] = 4;
+  manifest["state"][0]["rows"] = {{"segment", 32}, {"longterm", 5}};
+  state = parse(manifest).state[0];
+  EXPECT_EQ(state.chunk, 4U);
+  EXPECT_EQ(state.rows.before(31), 31U);
+  EXPECT_EQ(state.rows.before(32), 37U);
+  EXPECT_EQ(state.rows.before(64), 74U);
+}
+
 TEST(Manifest, Phases) {
   json manifest = manifest_json();
   EXPECT_EQ(parse(manifest).graphs[0].phases, (std::vector<std::int64_t>{0}));
@@ -191,7 +205,10 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"/state/0/written", written(-1, {0}, 4)}, Change{"/state/0/written", written(2, {0}, 0)},
         Change{"/state/0/written", written(2, {0}, 99)}, Change{"/state/0/written", written(2, {5}, 99)},
         Change{"/state/0/written", written(2, {0, 1}, 2)}, Change{"/state/0/written", written(2, {-1}, 2)},
-        Change{"/state/0/written", {{"axis", 2}, {"period", 1}}}, Change{"/state/1/name", "layers.0.memory"},
+        Change{"/state/0/written", {{"axis", 2}, {"period", 1}}}, Change{"/state/0/chunk", 0},
+        Change{"/state/0/chunk", "4"}, Change{"/state/0/rows", 4}, Change{"/state/0/rows", {{"segment", 4}}},
+        Change{"/state/0/rows", {{"segment", 0}, {"longterm", 1}}},
+        Change{"/state/0/rows", {{"segment", 1}, {"longterm", -1}}}, Change{"/state/1/name", "layers.0.memory"},
         Change{"/state/1/input", "tokens"}, Change{"/state/1/output", "memory.next"}, Change{"/graphs", json::array()},
         Change{"/graphs", json::object()}, Change{"/graphs/0/tokens", 3}, Change{"/graphs/0/tokens", 0},
         Change{"/graphs/0/align", 2}, Change{"/graphs/0/align", 0}, Change{"/graphs/0/weights", "E"},

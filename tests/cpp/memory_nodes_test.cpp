@@ -170,9 +170,14 @@ TEST(StateFlow, WhatIsNoUpdateOfThatState) {
   EXPECT_FALSE(in_place(last + update("state", "x", "y", "next"), {"logits", "next", "state"}));
 }
 
-TEST(StateFlow, AScatterWritesOverItsInput) {
+class StateFlowOfAScatter : public testing::TestWithParam<const char*> {};
+
+INSTANTIATE_TEST_SUITE_P(StateFlow, StateFlowOfAScatter, testing::Values("ScatterElements", "ScatterND"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(StateFlowOfAScatter, WritesOverItsInput) {
   const auto scatter = [](const std::string& from, const std::string& new_rows, const std::string& to) {
-    return plain("ScatterElements", {from, "places", new_rows}, {to});
+    return plain(GetParam(), {from, "places", new_rows}, {to});
   };
   const std::string last = plain("MatMul", {"q", "next"}, {"logits"});
   EXPECT_TRUE(in_place(scatter("state", "k", "next") + last));
@@ -182,7 +187,7 @@ TEST(StateFlow, AScatterWritesOverItsInput) {
   EXPECT_FALSE(in_place(plain("Slice", {"state"}, {"k"}) + scatter("state", "k", "next") + last));
   EXPECT_FALSE(in_place(scatter("k", "state", "next") + last));
   EXPECT_FALSE(in_place(scatter("state", "state", "next") + last));
-  EXPECT_FALSE(in_place(node("somebody", "ScatterElements", {"state", "places", "k"}, {"next"}) + last));
+  EXPECT_FALSE(in_place(node("somebody", GetParam(), {"state", "places", "k"}, {"next"}) + last));
   EXPECT_FALSE(in_place(plain("Concat", {"state", "k"}, {"next"}) + last));
 }
 

@@ -136,11 +136,12 @@ class CudaPlacement final : public Placement {
 
   // On the device, so that all graphs read one copy: ONNX Runtime takes what already lies where it wants it, and reads
   // from the bundle's file what it wants on the host.
-  OrtHandle<OrtValue> share_weight(const TensorView& tensor) override {
+  OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
+                                   const Shape& shape) override {
     weights_.push_back(std::make_unique<cuda::DeviceMemory>(stream_, tensor.bytes));
     cuda::copy_to_device(stream_, weights_.back()->address(), tensor.data, tensor.bytes);
     stream_.synchronize();
-    return view_tensor(library_, *info_, weights_.back()->data(), tensor.bytes, tensor.dtype, tensor.shape);
+    return view_tensor(library_, *info_, weights_.back()->data(), tensor.bytes, type, shape);
   }
 
   std::unique_ptr<StateBuffer> allocate(const StateTensor& state) override {

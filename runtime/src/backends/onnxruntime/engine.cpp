@@ -28,6 +28,7 @@ class OrtEngine final : public Engine {
         in_place_(manifest_.state.size(), memory_kernel_.used()),
         host_(describe_host(library_)),
         prepacked_(nullptr, library_.api().ReleasePrepackedWeightsContainer) {
+    if (!memory_kernel_.used()) require_float32_memories(options.memory_kernel);
     create_container();
     if (bundle.engine() == nullptr) share_weights(bundle);
     for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
@@ -69,6 +70,21 @@ class OrtEngine final : public Engine {
   }
 
  private:
+  // ONNX has no operators that could look into other storages.
+  void require_float32_memories(KernelChoice choice) const {
+    for (const StateTensor& state : manifest_.state) {
+      for (const MemoryField& field : state.layout) {
+        if (field.storage == FieldStorage::kFloat32) continue;
+        const bool off = choice == KernelChoice::kOff;
+        throw Error(TITANS_UNSUPPORTED, "onnxruntime",
+                    text("our memory kernel for ", field_name(state, field), ", which is stored as ",
+                         field_storage_name(field.storage)),
+                    off ? R"(memory_kernel="off")" : "a runtime without it",
+                    off ? R"(pass memory_kernel="auto")" : "install the runtime with its kernels");
+      }
+    }
+  }
+
   void create_container() {
     OrtPrepackedWeightsContainer* prepacked = nullptr;
     library_.check(library_.api().CreatePrepackedWeightsContainer(&prepacked), "a container for weights",
@@ -105,10 +121,17 @@ class OrtEngine final : public Engine {
   }
 
   void share_weights(const Bundle& bundle) {
+    std::map<std::string, Shape> shapes;
     for (const Graph& graph : manifest_.graphs) {
-      for (const std::string& name : graph.weights) {
-        if (weights_.find(name) != weights_.end()) continue;
-        weights_.emplace(name, placement_->share_weight(bundle.weights().find(name)->second));
+      for (const auto& [name, declared] : shared_initializers(bundle, graph)) {
+        const auto [known, added] = shapes.emplace(name, declared.shape);
+        if (known->second != declared.shape) {  // which only the bytes of int4 leave open
+          throw Error(TITANS_FAILED, graph.file, text(name, " of shape ", shape_text(known->second), " in all graphs"),
+                      shape_text(declared.shape), "export the bundle again");
+        }
+        if (!added) continue;
+        const auto type = static_cast<ONNXTensorElementDataType>(declared.type);
+        weights_.emplace(name, placement_->share_weight(bundle.weights().find(name)->second, type, declared.shape));
       }
     }
   }

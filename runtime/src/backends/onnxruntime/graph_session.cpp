@@ -2,8 +2,10 @@
 
 #include <onnxruntime_session_options_config_keys.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "backends/onnxruntime/host_tensor.h"
-#include "backends/onnxruntime/initializers.h"
 #include "error.h"
 #include "mapped_file.h"
 
@@ -19,25 +21,22 @@ struct Signature {
 
 using Signatures = std::map<std::string, Signature>;
 
-// That the weights are what the graph declares.
-void check_weights(const Bundle& bundle, const Graph& graph) {
-  const MappedFile file(bundle.folder() / graph.file);
-  const std::map<std::string, Initializer> declared = read_initializers(file.text(), graph.file);
-  for (const std::string& name : graph.weights) {
-    const TensorView& weight = bundle.weights().find(name)->second;
-    const std::string got = text(dtype_info(weight.dtype).name, " ", shape_text(weight.shape));
-    const auto entry = declared.find(name);
-    if (entry == declared.end()) {
-      throw Error(TITANS_FAILED, graph.file, text("an initialiser ", name), "none", kAdvice);
-    }
-    const Initializer& wanted = entry->second;
-    if (wanted.type != static_cast<std::int64_t>(ort_type(weight.dtype)) || wanted.shape != weight.shape) {
-      throw Error(TITANS_FAILED, bundle.manifest().weights_file,
-                  text(name, " of ONNX element type ", wanted.type, " ", shape_text(wanted.shape), ", as ", graph.file,
-                       " declares it"),
-                  got, "export the bundle again");
-    }
+// Whether the tensor is what a graph declares. Safetensors has no type of four bits: two such numbers are one uint8 of
+// a tensor with one dimension.
+bool matches(const Initializer& wanted, const TensorView& weight) {
+  if (wanted.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4) {
+    return wanted.type == static_cast<std::int64_t>(ort_type(weight.dtype)) && wanted.shape == weight.shape;
   }
+  const std::optional<std::size_t> elements = tensor_bytes(wanted.shape, DType::kInt8);
+  return elements && weight.dtype == DType::kUInt8 && weight.shape.size() == 1 &&
+         weight.bytes == *elements / 2 + *elements % 2;
+}
+
+bool has_weights_of(DType dtype, const Bundle& bundle, const Graph& graph) {
+  return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
+    const auto weight = bundle.weights().find(name);
+    return weight != bundle.weights().end() && weight->second.dtype == dtype;
+  });
 }
 
 OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph& graph, bool spin) {
@@ -54,6 +53,16 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   // Threads of the graph that decodes wait for the next token by spinning too; those of the others stop with the call.
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, "1"));
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigForceSpinningStop, spin ? "0" : "1"));
+  if (has_weights_of(DType::kInt8, share.bundle, graph)) {
+    // Products of one input round it each for itself: made one node again, they would not be found as quantised.
+    check(
+        api.AddSessionConfigEntry(raw, kOrtSessionOptionsDisableSpecifiedOptimizers, "CommonSubexpressionElimination"));
+  }
+  if (has_weights_of(DType::kFloat8E4M3, share.bundle, graph)) {
+    // No CPU multiplies float8. Treated as any other operators, those that dequantise weights run once, when the
+    // session opens, not in every call.
+    check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsDisableQuantQDQ, "1"));
+  }
   share.placement.add_provider(*raw);
   share.memory_kernel.register_in(*raw, library);
   if (share.bundle.engine() == nullptr) {
@@ -141,9 +150,30 @@ void check_signatures(const Signatures& expected, const Signatures& found, std::
 
 }  // namespace
 
+std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const Graph& graph) {
+  const MappedFile file(bundle.folder() / graph.file);
+  const std::map<std::string, Initializer> declared = read_initializers(file.text(), graph.file);
+  std::map<std::string, Initializer> shared;
+  for (const std::string& name : graph.weights) {
+    const TensorView& weight = bundle.weights().find(name)->second;
+    const auto entry = declared.find(name);
+    if (entry == declared.end()) {
+      throw Error(TITANS_FAILED, graph.file, text("an initialiser ", name), "none", kAdvice);
+    }
+    const Initializer& wanted = entry->second;
+    if (!matches(wanted, weight)) {
+      throw Error(TITANS_FAILED, bundle.manifest().weights_file,
+                  text(name, " of ONNX element type ", wanted.type, " ", shape_text(wanted.shape), ", as ", graph.file,
+                       " declares it"),
+                  text(dtype_info(weight.dtype).name, " ", shape_text(weight.shape)), "export the bundle again");
+    }
+    shared.emplace(name, wanted);
+  }
+  return shared;
+}
+
 OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, const std::string& file, bool spin) {
   const OrtLibrary& library = share.library;
-  if (share.bundle.engine() == nullptr) check_weights(share.bundle, graph);
   const OrtHandle<OrtSessionOptions> options = make_options(share, graph, spin);
   const std::string path = (share.bundle.folder() / file).string();
   OrtSession* raw = nullptr;

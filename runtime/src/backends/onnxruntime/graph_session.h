@@ -4,6 +4,7 @@
 #include <map>
 #include <string>
 
+#include "backends/onnxruntime/initializers.h"
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
 #include "backends/onnxruntime/placement.h"
@@ -23,6 +24,10 @@ struct SessionShare {
   const MemoryKernel& memory_kernel;
   int threads;
 };
+
+// The weights of the graph that all sessions share, as its file declares them, each with a tensor of the bundle that is
+// such a one.
+std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const Graph& graph);
 
 // Opens the graph from its file and checks that its inputs and outputs are those that the manifest promises. Idle
 // threads of a session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.

@@ -48,9 +48,10 @@ class HostPlacement final : public Placement {
 
   int cuda_ordinal() const override { return -1; }
   void add_provider(OrtSessionOptions&) const override {}
-  OrtHandle<OrtValue> share_weight(const TensorView& tensor) override {
+  OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
+                                   const Shape& shape) override {
     // ONNX Runtime wants a pointer to what it could write and never writes initialisers; the pages are read-only.
-    return view_tensor(library_, *host_, const_cast<std::byte*>(tensor.data), tensor.bytes, tensor.dtype, tensor.shape);
+    return view_tensor(library_, *host_, const_cast<std::byte*>(tensor.data), tensor.bytes, type, shape);
   }
   std::unique_ptr<StateBuffer> allocate(const StateTensor& state) override {
     return std::make_unique<HostBuffer>(library_, *host_, state);

@@ -13,6 +13,8 @@ ONNXTensorElementDataType ort_type(DType dtype);
 
 // An OrtValue over memory that somebody else owns.
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
+                                ONNXTensorElementDataType type, const Shape& shape);
+OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
                                 DType dtype, const Shape& shape);
 
 // Zeroed memory on a cache line of its own: ONNX Runtime's kernels are fastest there, and streams share no line.

@@ -30,8 +30,8 @@ std::optional<std::string_view> written_over(const Node& node) {
     if (node.outputs.size() <= kStateOutput || !is_set_to("mode", "update")) return std::nullopt;
     return node.outputs[kStateOutput];
   }
-  const bool scatters = is_standard(node) && node.op_type == "ScatterElements" && node.outputs.size() == 1;
-  return scatters ? std::optional(node.outputs[0]) : std::nullopt;
+  const bool scatters = node.op_type == "ScatterElements" || node.op_type == "ScatterND";
+  return scatters && is_standard(node) && node.outputs.size() == 1 ? std::optional(node.outputs[0]) : std::nullopt;
 }
 
 // Whether the node's outputs can be had without its inputs' values: ONNX Runtime knows shapes and types before it runs

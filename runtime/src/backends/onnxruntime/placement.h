@@ -33,8 +33,10 @@ class Placement {
   // The CUDA device, or -1 on the host.
   virtual int cuda_ordinal() const = 0;
   virtual void add_provider(OrtSessionOptions& options) const = 0;
-  // The weight for all sessions, over the host memory of `tensor`, which lives longer, or over a copy of it.
-  virtual OrtHandle<OrtValue> share_weight(const TensorView& tensor) = 0;
+  // The weight for all sessions, over the host memory of `tensor`, which lives longer, or over a copy of it. Its type
+  // and shape are those that graphs declare: of int4 the tensor has the bytes alone.
+  virtual OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
+                                           const Shape& shape) = 0;
   virtual std::unique_ptr<StateBuffer> allocate(const StateTensor& state) = 0;
   virtual std::unique_ptr<OutputMemory> make_output(std::size_t bytes) = 0;
   // What was done with buffers before is seen by a graph that runs from here on.

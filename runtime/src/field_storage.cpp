@@ -1,0 +1,103 @@
+#include "field_storage.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+namespace titans::core {
+namespace {
+
+constexpr std::array<std::string_view, 5> kNames{"float32", "bfloat16", "float16", "int8", "fp8"};
+constexpr std::size_t kBlock = 32;  // elements along a row that share a scale
+
+bool has_scales(FieldStorage storage) { return storage == FieldStorage::kInt8 || storage == FieldStorage::kFp8; }
+
+std::size_t element_words(FieldStorage storage, std::size_t elements) {
+  if (storage == FieldStorage::kFloat32) return elements;
+  return has_scales(storage) ? (elements + 3) / 4 : (elements + 1) / 2;
+}
+
+std::size_t blocks_of(std::size_t columns) { return (columns + kBlock - 1) / kBlock; }
+
+template <typename Element>
+Element element_at(const float* words, std::size_t index) {
+  Element element;
+  std::memcpy(&element, reinterpret_cast<const unsigned char*>(words) + index * sizeof(element), sizeof(element));
+  return element;
+}
+
+float from_bfloat16(std::uint16_t bits) {
+  const std::uint32_t whole = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &whole, sizeof(value));
+  return value;
+}
+
+// A number of sign, `exponent` bits and `mantissa` bits, without infinities or NaN.
+float from_small(unsigned bits, int exponent, int mantissa) {
+  const int field = static_cast<int>(bits >> mantissa) & ((1 << exponent) - 1);
+  const int fraction = static_cast<int>(bits & ((1U << mantissa) - 1));
+  const int least = 2 - (1 << (exponent - 1));  // exponent of the subnormal ones
+  const int whole = field == 0 ? fraction : fraction + (1 << mantissa);
+  const float value = std::ldexp(static_cast<float>(whole), least + std::max(field, 1) - 1 - mantissa);
+  return (bits >> (exponent + mantissa) & 1U) != 0 ? -value : value;
+}
+
+float from_float16(std::uint16_t bits) {
+  if ((bits & 0x7C00U) != 0x7C00U) return from_small(bits, 5, 10);
+  const float value = (bits & 0x3FFU) != 0 ? NAN : INFINITY;
+  return (bits & 0x8000U) != 0 ? -value : value;
+}
+
+float scaled_at(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, std::size_t index) {
+  const std::size_t block = index / columns * blocks_of(columns) + index % columns / kBlock;
+  const float scale = from_bfloat16(element_at<std::uint16_t>(words + element_words(storage, extent), block));
+  if (storage == FieldStorage::kInt8) return scale * static_cast<float>(element_at<std::int8_t>(words, index));
+  return scale * from_small(element_at<std::uint8_t>(words, index), 4, 3);
+}
+
+}  // namespace
+
+std::optional<FieldStorage> field_storage_named(std::string_view name) {
+  const auto* found = std::find(kNames.begin(), kNames.end(), name);
+  if (found == kNames.end()) return std::nullopt;
+  return static_cast<FieldStorage>(found - kNames.begin());
+}
+
+std::string_view field_storage_name(FieldStorage storage) { return kNames[static_cast<std::size_t>(storage)]; }
+
+std::string field_storage_names() {
+  std::string names;
+  for (const std::string_view name : kNames) names += (names.empty() ? "" : ", ") + std::string(name);
+  return names;
+}
+
+std::size_t field_words(FieldStorage storage, const Shape& shape) {
+  std::size_t elements = 1;
+  for (const std::int64_t dimension : shape) elements *= static_cast<std::size_t>(dimension);
+  const std::size_t words = element_words(storage, elements);
+  if (!has_scales(storage) || elements == 0) return words;
+  const std::size_t columns = shape.empty() ? 1 : static_cast<std::size_t>(shape.back());
+  return words + (elements / columns * blocks_of(columns) + 1) / 2;
+}
+
+void unpack_field(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, float* values) {
+  for (std::size_t i = 0; i < extent; ++i) {
+    switch (storage) {
+      case FieldStorage::kFloat32:
+        values[i] = words[i];
+        break;
+      case FieldStorage::kBFloat16:
+        values[i] = from_bfloat16(element_at<std::uint16_t>(words, i));
+        break;
+      case FieldStorage::kFloat16:
+        values[i] = from_float16(element_at<std::uint16_t>(words, i));
+        break;
+      default:
+        values[i] = scaled_at(storage, words, extent, columns, i);
+    }
+  }
+}
+
+}  // namespace titans::core

@@ -1,0 +1,27 @@
+// How a field of a packed memory row holds its elements; docs/operator.md has it under "Storage".
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "tensor.h"
+
+namespace titans::core {
+
+enum class FieldStorage : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
+
+std::optional<FieldStorage> field_storage_named(std::string_view name);
+std::string_view field_storage_name(FieldStorage storage);
+// All of them, for messages.
+std::string field_storage_names();
+
+// Words of 32 bits of a field of that shape: a matrix, a vector or a number.
+std::size_t field_words(FieldStorage storage, const Shape& shape);
+
+// The values of a field of `extent` elements, in rows of `columns`.
+void unpack_field(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, float* values);
+
+}  // namespace titans::core

@@ -1,0 +1,128 @@
+"""Quantised weights in the runtime: handed over from the mapping, checked before that, the same in every cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from quantised_tools import RECIPES, with_memory
+
+import titans_runtime
+from titans_export.bundle import read_bundle
+
+pytest_plugins = ["quantised_fixtures"]
+Make = Callable[[Any], Path]
+TOKENS = (np.arange(90, dtype=np.int32) * 37) % 96
+
+
+def feed(session: titans_runtime.Session, cuts: list[int]) -> np.ndarray[Any, Any]:
+    stream = session.stream()
+    parts = np.split(TOKENS, np.cumsum(cuts))
+    return np.concatenate([stream.feed(part) for part in parts if len(part)])
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_format_runs_and_no_cut_changes_it(quantised_bundle: Make, recipe: str) -> None:
+    bundle = read_bundle(quantised_bundle(RECIPES[recipe]))
+    with titans_runtime.Session(bundle.path) as session:
+        whole = feed(session, [])
+        assert np.isfinite(whole).all() and float(whole.std()) > 0.01
+        scale = float(np.abs(whole).max())
+        for cuts in ([1] * 20, [3, 16, 1, 40], [24, 8]):
+            # Where a graph's float differs in the last bit, a rounding to int8 may go the other way.
+            np.testing.assert_allclose(feed(session, cuts), whole, atol=2e-2 * scale if "8" in recipe else 1e-3 * scale)
+    tokens, logits = bundle.golden()
+    with titans_runtime.Session(bundle.path) as session:
+        outputs = session.stream().feed(tokens)
+        assert float(np.abs(outputs - logits).max()) <= bundle.tolerance
+
+
+@pytest.mark.parametrize(("storage", "rounding"), [("int8", "stochastic"), ("bfloat16", "feedback")])
+def test_memories_in_few_bits(quantised_bundle: Make, storage: str, rounding: str) -> None:
+    bundle = read_bundle(quantised_bundle(with_memory("float16", storage, rounding)))
+    [entry] = [entry for entry in bundle.manifest["state"] if entry["role"] == "memory"]
+    assert {field.get("storage") for field in entry["layout"] if field["name"] in ("W0", "S0")} == {storage}
+    assert bundle.initial_state()[entry["name"]].shape == tuple(entry["shape"])
+    with titans_runtime.Session(bundle.path) as session:
+        whole = feed(session, [])
+        for cuts in ([1] * 20, [3, 16, 1, 40]):
+            np.testing.assert_allclose(feed(session, cuts), whole, atol=1e-2 * float(np.abs(whole).max()))
+
+
+def damaged(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy whose weights' header is changed, with the size and the hashes that it then has."""
+    shutil.copytree(source, target)
+    file = target / "weights.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    manifest = json.loads((target / "manifest.json").read_text())
+    content = file.read_bytes()
+    manifest["files"][file.name] = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def name_of(header: dict[str, Any], ending: str) -> str:
+    return next(name for name in sorted(header) if name.endswith(ending))
+
+
+def test_int4_of_too_few_bytes(quantised_bundle: Make, tmp_path: Path) -> None:
+    def shorten(header: dict[str, Any]) -> None:
+        entry = header[name_of(header, ".int4")]
+        entry["data_offsets"][1] -= 64
+        entry["shape"][0] -= 64
+
+    path = damaged(quantised_bundle(RECIPES["int4"]), tmp_path / "b", shorten)
+    with pytest.raises(titans_runtime.Error, match=r"\.int4 of ONNX element type 22 .* but got uint8 \["):
+        titans_runtime.Session(path)
+
+
+@pytest.mark.parametrize(("recipe", "ending", "dtype"), [("int8", ".int8", "U8"), ("fp8", ".fp8", "I8")])
+def test_numbers_of_another_type(quantised_bundle: Make, recipe: str, ending: str, dtype: str, tmp_path: Path) -> None:
+    def retype(header: dict[str, Any]) -> None:
+        header[name_of(header, ending)]["dtype"] = dtype
+
+    path = damaged(quantised_bundle(RECIPES[recipe]), tmp_path / "b", retype)
+    with pytest.raises(titans_runtime.Error, match=r"as prefill\.onnx declares it but got"):
+        titans_runtime.Session(path)
+
+
+def test_a_type_that_the_runtime_does_not_know(quantised_bundle: Make, tmp_path: Path) -> None:
+    def retype(header: dict[str, Any]) -> None:
+        header[name_of(header, ".fp8")]["dtype"] = "F8_E5M2"
+
+    path = damaged(quantised_bundle(RECIPES["fp8"]), tmp_path / "b", retype)
+    with pytest.raises(titans_runtime.Error, match="one of a type that this runtime does not know"):
+        titans_runtime.Session(path)
+
+
+def test_float8_of_the_wrong_size(quantised_bundle: Make, tmp_path: Path) -> None:
+    def reshape(header: dict[str, Any]) -> None:
+        header[name_of(header, ".fp8")]["shape"][0] *= 2
+
+    path = damaged(quantised_bundle(RECIPES["fp8"]), tmp_path / "b", reshape)
+    with pytest.raises(titans_runtime.Error, match=r"to be those of float8_e4m3fn"):
+        titans_runtime.Session(path)
+
+
+def test_inspect_shows_the_quantisation(quantised_bundle: Make) -> None:
+    from click.testing import CliRunner
+
+    from titans_export.cli import main
+
+    path = quantised_bundle(RECIPES["int8"])
+    text = CliRunner().invoke(main, ["inspect", str(path)])
+    assert text.exit_code == 0 and "quantised by the recipe int8" in text.output and "in int8" in text.output
+    facts = json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).output)
+    assert facts["quantization"]["formats"]["int8"] >= 5
