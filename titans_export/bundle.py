@@ -45,6 +45,7 @@ ENGINE_KEYS = (
     "graphs",
 )
 _REMEDY = "export the checkpoint again or copy the bundle again"
+_QUANTISE_AGAIN = "quantize again or copy the bundle again"
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -79,6 +80,20 @@ class Bundle:
     def takes_vectors(self) -> bool:
         """Whether streams consume vectors of floats, not tokens."""
         return bool(self.manifest["input"]["kind"] == "vectors")
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What `titans-export quantize` did, None of a bundle in float32. Raises BundleError."""
+        found = self.manifest.get("quantization")
+        if found is None:
+            return None
+        if not isinstance(found, dict) or not all(
+            isinstance(found.get(key), dict) for key in ("recipe", "products", "memory")
+        ):
+            raise BundleError(
+                "bundle", "quantization with its recipe, products and memory", repr(found)[:80], _QUANTISE_AGAIN
+            )
+        return found
 
     def golden(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Tokens (n,) int32 of one stream and the logits (n, vocab) float32 that follow each.

@@ -73,19 +73,20 @@ class Golden(NamedTuple):
 def _state_table(model: StreamModel) -> list[dict[str, Any]]:
     table = []
     facts = model.state_facts()
-    for name, value in model.initial_state(1).items():
+    for name, initial in model.initial_state(1).items():
         entry: dict[str, Any] = {
             "name": name,
             "input": name,
             "output": name + NEXT,
             "dtype": "float32",
-            "shape": list(value.shape),
+            "shape": list(initial.shape),
             "role": facts[name].role,
         }
         if facts[name].layout:
-            entry["layout"] = [{"name": f.name, "offset": f.offset, "shape": list(f.shape)} for f in facts[name].layout]
-        if facts[name].written:
-            entry["written"] = facts[name].written
+            entry["layout"] = [field.to_json() for field in facts[name].layout]
+        for key in ("written", "chunk", "rows"):
+            if (value := getattr(facts[name], key)) is not None:
+                entry[key] = value
         table.append(entry)
     return table
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,32 @@ from numpy.typing import NDArray
 ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 
 Array = NDArray[np.generic]
-_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
-def write_safetensors(path: Path, tensors: dict[str, Array]) -> dict[str, int]:
+class Raw(NamedTuple):
+    """A tensor of a type that NumPy may not have: the format's name of it, the shape, the bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """As an array has it."""
+        return len(self.data)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array | Raw]) -> dict[str, int]:
     """Writes the tensors, largest first, and returns the offset of each in the file.
 
     The data starts on a multiple of 64 bytes and so does every tensor up to the first whose size is none.
@@ -25,7 +49,8 @@ def write_safetensors(path: Path, tensors: dict[str, Array]) -> dict[str, int]:
     for name in order:
         value = tensors[name]
         end = begin + value.nbytes
-        header[name] = {"dtype": _DTYPES[value.dtype.name], "shape": list(value.shape), "data_offsets": [begin, end]}
+        dtype = value.dtype if isinstance(value, Raw) else _DTYPES[value.dtype.name]
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -33,7 +58,8 @@ def write_safetensors(path: Path, tensors: dict[str, Array]) -> dict[str, int]:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
+            value = tensors[name]
+            file.write(value.data if isinstance(value, Raw) else np.ascontiguousarray(value).tobytes())
     offsets = {}
     for name in order:
         offsets[name] = start

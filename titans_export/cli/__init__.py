@@ -11,6 +11,7 @@ from .command import CONTEXT, NAME, Program
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
+from .quantize import quantize
 from .run import run
 from .verify import verify
 
@@ -41,5 +42,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, build, run, verify, bench, inspect, doctor):
+for command in (export, quantize, build, run, verify, bench, inspect, doctor):
     main.add_command(command)

@@ -8,10 +8,21 @@ import onnx
 import xxhash
 from onnx import TensorProto, numpy_helper
 
-from ..safetensors_file import Array, write_safetensors
+from ..safetensors_file import Array, Raw, write_safetensors
 
 SHARED_BYTES = 1024  # smaller initialisers stay inside their graph
 PARAMETER_PREFIX = "model."
+# Safetensors has no numbers of four bits: two of them are one of its bytes.
+_RAW: dict[int, str] = {TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "F8_E4M3", TensorProto.INT4: "U8"}
+
+
+def stored(tensor: TensorProto) -> Array | Raw:
+    """The initialiser as weights.safetensors holds it."""
+    if tensor.data_type not in _RAW:
+        return numpy_helper.to_array(tensor)
+    data = tensor.raw_data
+    shape = (len(data),) if tensor.data_type == TensorProto.INT4 else tuple(tensor.dims)
+    return Raw(_RAW[tensor.data_type], shape, data)
 
 
 def share_weights(models: dict[str, onnx.ModelProto], path: Path) -> dict[str, list[str]]:
@@ -20,16 +31,17 @@ def share_weights(models: dict[str, onnx.ModelProto], path: Path) -> dict[str, l
     Parameters keep their names. Constants that the exporter made from them are named by their content, so that equal
     ones of different graphs are one. Returns the names of each graph's shared initialisers.
     """
-    values: dict[str, Array] = {}
+    values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
     for graph, model in models.items():
         renamed = {}
         for tensor in model.graph.initializer:
-            value = numpy_helper.to_array(tensor)
+            value = stored(tensor)
             if value.nbytes < SHARED_BYTES:
                 continue
             if not tensor.name.startswith(PARAMETER_PREFIX):
-                content = xxhash.xxh3_64_hexdigest(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+                data = value.data if isinstance(value, Raw) else value.tobytes()
+                content = xxhash.xxh3_64_hexdigest(f"{value.dtype}{value.shape}".encode() + data)
                 renamed[tensor.name] = f"constant.{content}"
                 tensor.name = renamed[tensor.name]
             values[tensor.name] = value

@@ -1,0 +1,1 @@
+"""Quantised bundles: recipes, what a model does over data, and graphs and memories in fewer bits."""

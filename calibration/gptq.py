@@ -1,0 +1,52 @@
+"""GPTQ: weights are rounded one input channel after the other, and those still to come make up for each rounding.
+
+Of the products' inputs it takes H = x^T x. With U the upper Cholesky factor of H's inverse, rounding channel k by e
+changes channel j > k by -e U_kj / U_kk, which is what minimises the output's squared error.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .weights import QuantisedMatrix, round_to, scales_of, stored
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it
+BLOCK = 128  # channels whose corrections reach the rest at once
+
+
+def gptq(matrix: NDArray[np.float32], gram: NDArray[np.float64], format: str, group: int | None) -> QuantisedMatrix:
+    """The (K, N) matrix in the format, scales from each group's range as the corrections have left it."""
+    work = matrix.astype(np.float64)
+    factor = _inverse_factor(gram)
+    rows, columns = work.shape
+    numbers = np.zeros_like(work)
+    scales = np.zeros((rows // group if group else 1, columns), np.float32)
+    if group is None:
+        scales[0] = scales_of(np.abs(work).max(axis=0), format)
+    for begin in range(0, rows, BLOCK):
+        end = min(begin + BLOCK, rows)
+        errors = np.zeros((end - begin, columns))
+        for row in range(begin, end):
+            if group is not None and row % group == 0:
+                ahead = work[row : row + group]
+                if row + group > end:  # rows beyond this block have not been corrected by it yet
+                    ahead = ahead.copy()
+                    ahead[end - row :] -= factor[begin:row, end : row + group].T @ errors[: row - begin]
+                scales[row // group] = scales_of(np.abs(ahead).max(axis=0), format)
+            scale = scales[row // group if group else 0].astype(np.float64)
+            numbers[row] = round_to(work[row], scale, format)
+            errors[row - begin] = (work[row] - numbers[row] * scale) / factor[row, row]
+            work[row:end] -= np.outer(factor[row, row:end], errors[row - begin])
+        work[end:] -= factor[begin:end, end:].T @ errors
+    return QuantisedMatrix(format, stored(numbers, format), scales, group)
+
+
+def _inverse_factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """U, upper triangular, with U^T U = (H + damping)^-1."""
+    damped = np.array(gram, np.float64)
+    diagonal = np.diagonal(damped)
+    damped[np.diag_indices_from(damped)] += max(DAMPING * float(diagonal.mean()), np.finfo(np.float32).tiny)
+    inverse = np.linalg.inv(damped)
+    upper: NDArray[np.float64] = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    return upper

@@ -1,0 +1,126 @@
+"""Graphs that also give what products take: which products there are, and sessions that show their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..errors import MachineError
+from ..model.node import DOMAIN, OPERATOR
+from ..schedule import next_graph
+
+Arrays = dict[str, NDArray[Any]]
+_CPU = ["CPUExecutionProvider"]
+_EXTERNAL = "session.model_external_initializers_file_folder_path"
+
+
+def product_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
+    """Of each weight that a MatMul or Gemm of the graph takes second: input channels, and the values that meet it."""
+    shapes = {t.name: list(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    found: dict[str, tuple[int, list[str]]] = {}
+    for node in model.graph.node:
+        if node.domain or node.op_type not in ("MatMul", "Gemm") or len(shapes.get(node.input[1], ())) != 2:
+            continue
+        flags = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.input[0] in shapes or flags.get("transA"):
+            continue
+        channels = shapes[node.input[1]][flags.get("transB", 0)]
+        values = found.setdefault(node.input[1], (channels, []))[1]
+        if node.input[0] not in values:
+            values.append(node.input[0])
+    return found
+
+
+def without_memory_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with memory nodes that ask for a kernel."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    kept = [f for f in result.functions if (f.domain, f.name) != (DOMAIN, OPERATOR)]
+    del result.functions[:]
+    result.functions.extend(kept)
+    for node in result.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
+            node.overload = ""
+    return result
+
+
+def open_graph(
+    model: onnx.ModelProto, folder: Path, shown: Iterable[str] = (), kernel: bool = True
+) -> onnxruntime.InferenceSession:
+    """A session on a CPU of a graph whose weights lie in `folder` or inside, with further values among its outputs.
+
+    Memories run in our kernel where its library is and `kernel` asks for it, else as their function bodies.
+    """
+    from ..engines.onnxruntime import kernel_library
+
+    named = {value.name for value in (*model.graph.output, *model.graph.input)}
+    library: Path | None = None
+    if kernel:
+        with suppress(MachineError, ImportError):
+            library = kernel_library()
+    result = without_memory_functions(model) if library else onnx.ModelProto.FromString(model.SerializeToString())
+    result.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(shown) if name not in named)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry(_EXTERNAL, str(folder.resolve()))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # NumPy wants the cores between calls
+    if library:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(result.SerializeToString(), options, providers=_CPU)
+
+
+class Runner:
+    """A bundle's stream in ONNX Runtime, call by call, from any state. Graphs open when they first run."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        models: Mapping[str, onnx.ModelProto],
+        shown: Mapping[str, list[str]] | None = None,
+        kernel: bool = True,
+    ) -> None:
+        manifest = bundle.manifest
+        self.graphs: list[dict[str, Any]] = manifest["graphs"]
+        self.output: str = manifest["output"]["name"]
+        self._input, self._controls = manifest["input"]["name"], manifest["controls"]
+        self._states: list[dict[str, Any]] = manifest["state"]
+        self._folder, self._models, self._shown, self._kernel = bundle.path, models, shown or {}, kernel
+        self._sessions: dict[str, tuple[onnxruntime.InferenceSession, list[str]]] = {}
+
+    def next(self, position: int, remaining: int) -> dict[str, Any]:
+        """The graph that runs next."""
+        return next_graph(self.graphs, position, remaining)
+
+    def run(self, graph: dict[str, Any], given: NDArray[Any], position: int, state: Arrays) -> tuple[Arrays, Arrays]:
+        """All values of one call by name, inputs of the graph included, and the state after it."""
+        session, names = self._open(graph["name"])
+        feeds = {
+            self._input: given[None],
+            self._controls["position"]: np.array([position], np.int64),
+            self._controls["learn"]: np.array([True]),
+            **{entry["input"]: state[entry["name"]] for entry in self._states},
+        }
+        values = dict(zip(names, session.run(names, feeds), strict=True))
+        return {**feeds, **values}, {entry["name"]: values[entry["output"]] for entry in self._states}
+
+    def _open(self, name: str) -> tuple[onnxruntime.InferenceSession, list[str]]:
+        if name not in self._sessions:
+            model, shown = self._models[name], self._shown.get(name, [])
+            session = open_graph(model, self._folder, shown, self._kernel)
+            wanted = dict.fromkeys([self.output, *(entry["output"] for entry in self._states), *shown])
+            given = {value.name for value in model.graph.input}  # at hand, and no outputs
+            self._sessions[name] = (session, [value for value in wanted if value not in given])
+        return self._sessions[name]
+
+
+def load_models(bundle: Bundle, weights: bool) -> dict[str, onnx.ModelProto]:
+    """The bundle's graphs by name; without `weights` those point into the bundle's file."""
+    return {name: onnx.load(str(path), load_external_data=weights) for name, path in bundle.graph_paths().items()}

@@ -1,0 +1,290 @@
+"""Which products matter: each quantised by itself over held-back data, and what of them stays within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..schedule import next_graph
+from .data import Data, DataError
+from .graphs import Quantised, product_weights, quantise_graphs
+from .instrument import Runner, load_models
+from .observe import Observations
+from .recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
+
+_OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
+_FLOAT32 = "float32"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Products that are decided on together, alone in the recipe's format.
+
+    divergence: KL divergence of their distribution from float32's, in bits a token; of vectors the mean squared
+    difference over the mean square. bits_increase: in percent, None of vectors. saved_bytes: what the format saves.
+    """
+
+    name: str
+    products: tuple[str, ...]
+    divergence: float
+    bits_increase: float | None
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What was decided. kept: names of `sensitivities` that stay in the fallback, those that matter most first."""
+
+    formats: dict[str, str]
+    kept: tuple[str, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    bits: float | None
+    float32_bits: float | None
+    weights_bytes: int
+    tokens: int
+
+
+def split_held_back(bundle: Bundle, data: Data, share: float) -> tuple[Data, Data]:
+    """The data without the last `share` of each stream, and those ends, cut to whole calls of the largest graph.
+
+    Raises DataError where no stream's end has a whole call.
+    """
+    call = max(graph["tokens"] for graph in bundle.manifest["graphs"])
+    size = bundle.manifest["output"]["size"]
+    room = max(1, _OUTPUT_BYTES // (4 * size * call))  # calls
+    first, ends, names = [], [], []
+    for stream, source in zip(data.streams, data.sources, strict=True):
+        calls = min(int(len(stream) * share) // call, room)
+        room -= calls
+        cut = len(stream) - calls * call
+        first.append(stream[:cut])
+        if calls:
+            ends.append(stream[cut:])
+            names.append(source)
+    if not ends:
+        need = int(np.ceil(call / share))
+        longest = max(map(len, data.streams))
+        raise DataError(
+            "sensitivity",
+            f"a stream of at least {need} tokens, whose last {share:.0%} are a whole call of {call}",
+            f"{longest} in the longest",
+            "give longer streams, or a larger --tokens",
+        )
+    return Data(tuple(first), data.sources, data.seed), Data(tuple(ends), tuple(names), data.seed)
+
+
+def choose_mixture(
+    bundle: Bundle,
+    recipe: Recipe,
+    observations: Observations | None,
+    held_back: Data,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Mixture:
+    """Decides which products stay in the recipe's fallback so that its budget holds. Deterministic.
+
+    Products are ranked by divergence for each byte that they save. For a budget of bits the fewest of the ranking stay
+    that hold it, found by halving; for one of bytes as many as fit. Raises RecipeError where none hold it.
+    """
+    mixed = recipe.mixed
+    assert mixed is not None
+    if mixed.max_bits_increase is not None and bundle.takes_vectors:
+        raise RecipeError(
+            "recipe", f"mixed.max_weights_bytes in {recipe.name} for a bundle of vectors", "max_bits_increase",
+            "give that budget: vectors have no bits",
+        )  # fmt: skip
+    search = _Search(bundle, recipe, mixed, observations, held_back)
+    ranked = search.rank(progress)
+    if mixed.max_bits_increase is not None:
+        count = search.fewest(ranked, mixed.max_bits_increase, progress)
+    else:
+        count = search.most(ranked, mixed.max_weights_bytes or 0)
+    return search.mixture(ranked, count)
+
+
+class _Search:
+    """Quantised forms of one bundle over the same data, each measured once."""
+
+    def __init__(
+        self, bundle: Bundle, recipe: Recipe, mixed: MixedRecipe, observations: Observations | None, data: Data
+    ) -> None:
+        self._bundle, self._mixed, self._observations, self._data = bundle, mixed, observations, data
+        self._recipe = dataclasses.replace(recipe, mixed=None, memory=MemoryRecipe())
+        models = load_models(bundle, weights=True)
+        self._models = {name: models[name] for name in _graphs_for(bundle, data)}
+        self._all = models
+        self._right = _outputs(bundle, self._models, data)
+        self._bits = None if bundle.takes_vectors else mean_bits(self._right, data.streams)
+        full = self._quantise(self._all, {})
+        self._bytes = initializer_bytes(full.models.values())
+        self._chosen = [name for name, format in full.report.products.items() if format != _FLOAT32]
+
+    def rank(self, progress: Callable[[str], None]) -> list[Sensitivity]:
+        """All groups, those first that cost most for each byte that they save."""
+        alone = dataclasses.replace(self._recipe, embedding=_FLOAT32)
+        plain = initializer_bytes(self._all.values())
+        groups = _group_names(self._chosen, self._mixed.by)
+        found = []
+        for number, (name, products) in enumerate(groups.items(), start=1):
+            progress(f"quantising {name} alone, {number} of {len(groups)}")
+            formats = {other: _FLOAT32 for other in self._chosen if other not in products}
+            quantised = quantise_graphs(self._models, alone, self._observations, formats)
+            divergence, increase = self._measure(quantised.models)
+            saved = self._saved(plain, products)
+            found.append(Sensitivity(name, tuple(products), divergence, increase, saved))
+        return sorted(found, key=lambda s: (-s.divergence / max(s.saved_bytes, 1), s.name))
+
+    def fewest(self, ranked: Sequence[Sensitivity], limit: float, progress: Callable[[str], None]) -> int:
+        """How many of the first must stay so that bits grow by at most `limit` percent."""
+        low, high = 0, len(ranked)
+        holds = {}
+
+        def check(count: int) -> bool:
+            if count not in holds:
+                increase = self._measure(self._mixed_models(ranked, count))[1]
+                assert increase is not None
+                holds[count] = increase <= limit
+                progress(f"{count} of {len(ranked)} in {self._mixed.fallback}: bits grow by {increase:.3f} %")
+            return holds[count]
+
+        if check(0):
+            return 0
+        if not check(high):
+            raise RecipeError(
+                "recipe", f"a mixture whose bits grow at most {limit:g} %",
+                f"more even with all products in {self._mixed.fallback}",
+                "raise mixed.max_bits_increase, or take another fallback or embedding",
+            )  # fmt: skip
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if check(middle) else (middle, high)
+        return high
+
+    def most(self, ranked: Sequence[Sensitivity], limit: int) -> int:
+        """How many of the first may stay so that the weights take at most `limit` bytes."""
+        if self._bytes > limit:
+            raise RecipeError(
+                "recipe", f"weights of at most {limit} bytes", f"{self._bytes} with all products quantised",
+                "raise mixed.max_weights_bytes, or take a smaller format",
+            )  # fmt: skip
+        low, high = 0, len(ranked)
+        while low < high:
+            middle = (low + high + 1) // 2
+            models = self._quantise(self._all, self._formats(ranked, middle)).models
+            low, high = (middle, high) if initializer_bytes(models.values()) <= limit else (low, middle - 1)
+        return low
+
+    def mixture(self, ranked: Sequence[Sensitivity], count: int) -> Mixture:
+        """The decision that the first so many stay."""
+        formats = self._formats(ranked, count)
+        whole = self._quantise(self._all, formats).models
+        bits = None
+        if self._bits is not None:
+            running = {name: whole[name] for name in self._models}
+            bits = mean_bits(_outputs(self._bundle, running, self._data), self._data.streams)
+        kept = tuple(s.name for s in ranked[:count])
+        weights = initializer_bytes(whole.values())
+        return Mixture(formats, kept, tuple(ranked), bits, self._bits, weights, self._data.tokens)
+
+    def _formats(self, ranked: Sequence[Sensitivity], count: int) -> dict[str, str]:
+        return {name: self._mixed.fallback for s in ranked[:count] for name in s.products}
+
+    def _mixed_models(self, ranked: Sequence[Sensitivity], count: int) -> dict[str, onnx.ModelProto]:
+        return self._quantise(self._models, self._formats(ranked, count)).models
+
+    def _quantise(self, models: Mapping[str, onnx.ModelProto], formats: Mapping[str, str]) -> Quantised:
+        return quantise_graphs(models, self._recipe, self._observations, formats)
+
+    def _saved(self, plain: int, products: Sequence[str]) -> int:
+        sizes = product_weights(self._all)
+        bits = {"int8": 8, "fp8": 8, "int4": 4}[self._recipe.weights.format]
+        return min(plain, sum(rows * columns * (32 - bits) // 8 for rows, columns in map(sizes.__getitem__, products)))
+
+    def _measure(self, models: Mapping[str, onnx.ModelProto]) -> tuple[float, float | None]:
+        """Divergence from float32, and by how many percent bits grow."""
+        outputs = _outputs(self._bundle, models, self._data)
+        if self._bits is None:
+            error = sum(float(((a - b) ** 2).sum()) for a, b in zip(outputs, self._right, strict=True))
+            return error / max(sum(float((b**2).sum()) for b in self._right), 1e-30), None
+        pairs = zip(self._right, outputs, strict=True)
+        divergence = sum(float(_divergence(right, got).sum()) for right, got in pairs) / self._data.tokens
+        return divergence, (mean_bits(outputs, self._data.streams) / self._bits - 1) * 100
+
+
+def _graphs_for(bundle: Bundle, data: Data) -> list[str]:
+    """The graphs that the streams run."""
+    graphs, found = bundle.manifest["graphs"], set()
+    for length in map(len, data.streams):
+        position = 0
+        while position < length:
+            graph = next_graph(graphs, position, length - position)
+            found.add(graph["name"])
+            position += graph["tokens"]
+    return sorted(found)
+
+
+def initializer_bytes(models: Any) -> int:
+    """What the graphs' initialisers take, those of one name once."""
+    return sum({t.name: _tensor_bytes(t) for model in models for t in model.graph.initializer}.values())
+
+
+def mean_bits(outputs: Sequence[NDArray[Any]], streams: Sequence[NDArray[Any]]) -> float:
+    """Bits a token of logits that follow each token of the streams, over every token but the first."""
+    total = count = 0.0
+    for logits, tokens in zip(outputs, streams, strict=True):
+        log_p = _log_softmax(logits[:-1])
+        total -= float(log_p[np.arange(len(tokens) - 1), tokens[1:]].sum())
+        count += len(tokens) - 1
+    return total / max(count, 1.0) / float(np.log(2))
+
+
+def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    values = logits.astype(np.float64)
+    values -= values.max(-1, keepdims=True)
+    result: NDArray[np.float64] = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    return result
+
+
+def _divergence(right: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
+    """KL(right || got) of each row of logits, in bits."""
+    p, q = _log_softmax(right), _log_softmax(got)
+    result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1) / np.log(2)
+    return result
+
+
+def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) -> list[NDArray[Any]]:
+    """Of each stream, from a fresh memory."""
+    runner = Runner(bundle, models)
+    found = []
+    for stream in data.streams:
+        state, position, rows = bundle.initial_state(), 0, []
+        while position < len(stream):
+            graph = runner.next(position, len(stream) - position)
+            given = stream[position : position + graph["tokens"]]
+            values, state = runner.run(graph, given, position, state)
+            rows.append(values[runner.output][0])
+            position += graph["tokens"]
+        found.append(np.concatenate(rows))
+    return found
+
+
+def _group_names(names: Sequence[str], by: str) -> dict[str, list[str]]:
+    """Names of products by what is decided on together."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r"(?:.*\.)?layers\.\d+(?=\.)", name)
+        groups.setdefault(layer[0] if by == "layer" and layer else name, []).append(name)
+    return groups
+
+
+def _tensor_bytes(tensor: onnx.TensorProto) -> int:
+    if tensor.raw_data:
+        return len(tensor.raw_data)
+    return int(onnx.numpy_helper.to_array(tensor).nbytes)
