@@ -27,6 +27,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "output": manifest["output"],
         "vocab_size": manifest["input"].get("vocab_size"),
         "tokenizer": manifest["tokenizer"],
+        "quantization": _quantization(bundle),
         "graphs": [
             {**entry, "phases": phases(entry), **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]
         ],
@@ -37,6 +38,14 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "engines": engines(manifest),
         "targets": [{"backend": "onnxruntime", "device": "cpu"}, *_engine_targets(manifest)],
     }
+
+
+def _quantization(bundle: Bundle) -> dict[str, Any] | None:
+    """The manifest's entry, with how many products each format has; None of a bundle in float32."""
+    entry = bundle.quantization
+    if entry is None:
+        return None
+    return {**entry, "formats": dict(Counter(entry["products"].values()).most_common())}
 
 
 def _engine_targets(manifest: dict[str, Any]) -> list[dict[str, str]]:

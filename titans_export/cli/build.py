@@ -31,7 +31,11 @@ _COMPILERS = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 )
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--target", metavar="NAME", help="Device to build for; see --list-targets.")
-@click.option("--precision", type=click.Choice(("fp32", "fp16", "bf16")), default="fp32", help="Of matrix products.")
+@click.option(
+    "--precision",
+    type=click.Choice(("fp32", "fp16", "bf16")),
+    help="Of matrix products.  [default: what the weights are stored in, else fp32]",
+)
 @click.option("-o", "--output", type=PATH, help="Bundle to write.  [default: the engine goes into BUNDLE]")
 @click.option("--name", help="Name of the engine.  [default: target and precision]")
 @click.option("--graph", "graphs", multiple=True, metavar="NAME", help="Only these graphs.  [default: all]")

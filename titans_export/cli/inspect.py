@@ -45,6 +45,7 @@ def _text(facts: dict[str, Any]) -> str:
     state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in facts["state"]]
     sections = [
         "\n".join(head),
+        _quantization(facts["quantization"]),
         table(("graph", "tokens", "align", "phases", "nodes", "most frequent operators"), graphs),
         _memories(facts["graphs"]),
         _engines(facts),
@@ -59,6 +60,27 @@ def _streams(facts: dict[str, Any]) -> str:
     if facts["input"]["kind"] == "vectors":
         return f"vectors of {facts['input']['size']} floats in, of {facts['output']['size']} out"
     return f"vocabulary {facts['vocab_size']}, tokenizer {facts['tokenizer']['kind']}"
+
+
+def _quantization(entry: dict[str, Any] | None) -> str:
+    """What `quantize` did, in a few lines; nothing of a bundle in float32."""
+    if entry is None:
+        return ""
+    recipe, data, memory = entry["recipe"], entry.get("data"), entry["memory"]
+    about = f" ({recipe['description']})" if recipe.get("description") else ""
+    counts = ", ".join(f"{count} in {format}" for format, count in entry["formats"].items())
+    lines = [f"quantised by the recipe {recipe.get('name', '?')}{about}", f"products: {counts or 'none'}"]
+    if kept := [name for name, format in entry["products"].items() if format == "float32"]:
+        lines.append(f"kept in float32: {', '.join(kept)}")
+    if {"weights_bytes", "float32_weights_bytes"} <= set(entry):
+        lines.append(f"weights: {size(entry['weights_bytes'])}, in float32 {size(entry['float32_weights_bytes'])}")
+    rounding = "" if memory.get("storage") == "float32" else f", rounding {memory.get('rounding')}"
+    lines.append(f"memories: {memory.get('storage')}{rounding}")
+    if data:
+        lines.append(f"from {data.get('tokens')} tokens in {data.get('streams')} streams")
+    if "max_abs_error" in entry:
+        lines.append(f"largest difference from the float32 model's golden outputs: {entry['max_abs_error']:.3g}")
+    return "\n".join(lines)
 
 
 def _spans(phases: list[int]) -> str:

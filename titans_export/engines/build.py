@@ -20,6 +20,7 @@ from .machine import Machine, this_machine
 from .messages import Progress
 from .plan import Plan, Request, check_machine, check_memory, check_name, make_plan
 from .precision import lower_precision
+from .quantised import weights_format
 from .targets import ORT, RTX, TENSORRT
 from .vendor import Settings, build_plan
 
@@ -141,7 +142,7 @@ def _onnxruntime(
         lowered = lower_precision(graphs.load_graph(source), plan.precision, memory=False)
         model = ort.point_back(graphs.with_kernels(lowered), source)
     else:
-        model = ort.optimise(source, work)
+        model = ort.optimise(source, work, weights_format(plan.bundle.quantization))
     file.write_bytes(model.SerializeToString(deterministic=True))
     layers: dict[str, int] = {}
     for node in model.graph.node:
@@ -176,12 +177,20 @@ def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, An
         "platform": target.platform if target.gpu else machine.platform,
         "cuda": cuda,
         "driver": driver,
-        "memory": "either" if plan.compiler == ORT else "plugin" if plan.plugin else "standard-operators",
+        "memory": _memory(plan),
         "plugin": graphs.PLUGIN if plan.plugin else None,
         "alias": plan.alias,
         "state_in_place": plan.in_place,
         "graphs": entries,
     }
+
+
+def _memory(plan: Plan) -> str:
+    """What computes it."""
+    if plan.compiler == ORT:
+        stored = (plan.bundle.quantization or {}).get("memory", {}).get("storage", "float32")
+        return "either" if stored == "float32" else "kernel"
+    return "plugin" if plan.plugin else "standard-operators"
 
 
 def _write(before: Bundle, target: Path, engine: dict[str, Any], work: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ LIBRARIES, SYSTEM = 512 * MIB, GIB
 PROCESS, COPIES = 256 * MIB, 2
 _LARGEST_WORKSPACE = 4 * GIB
 _BYTES: dict[int, int] = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
-_ONE_BYTE = (TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8)
+_ONE_BYTE = (TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN)
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,6 @@ def live_bytes(graph: GraphProto) -> int:
 
 
 def _size(shape: Iterable[int], element: int) -> int:
+    if element == TensorProto.INT4:
+        return -(-math.prod(shape) // 2)
     return math.prod(shape) * (1 if element in _ONE_BYTE else _BYTES.get(element, 4))

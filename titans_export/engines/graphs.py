@@ -204,7 +204,7 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
         node.ClearField("overload")
         del node.input[:], node.output[len(outputs) :]
         node.input.extend(present)
-        added = {
+        added: dict[str, str | int] = {
             "plugin_namespace": PLUGIN["namespace"],
             "plugin_version": PLUGIN["version"],
             "alias": own,

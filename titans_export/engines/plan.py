@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from . import estimate as memory
 from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine
 from .precision import lower_precision
-from .targets import FP32, ORT, RTX, TENSORRT, Target, find_target
+from .quantised import check_target, choose_precision, for_compiler
+from .targets import ORT, RTX, TENSORRT, Target, find_target
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SUFFIXES = {TENSORRT: "engine", RTX: "engine", ORT: "onnx"}
@@ -33,7 +34,7 @@ class Request:
     """What the user asks for. None and empty: the default."""
 
     target: str
-    precision: str = FP32
+    precision: str | None = None
     compiler: str | None = None
     name: str | None = None
     graphs: Sequence[str] = ()
@@ -64,6 +65,7 @@ class Plan:
     @property
     def precision(self) -> str:
         """The precision of the matrix products."""
+        assert self.request.precision is not None  # make_plan has decided
         return self.request.precision
 
     def file(self, graph: str) -> str:
@@ -77,6 +79,8 @@ class Plan:
     def prepare(self, graph: dict[str, Any]) -> ModelProto:
         """The graph as the compiler's parser takes it."""
         model = graphs.load_graph(self.source(graph))
+        if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
+            model = for_compiler(model)
         lowered = lower_precision(model, self.precision, memory=self.compiler == TENSORRT)
         if self.compiler == RTX:
             return graphs.inline(lowered)
@@ -90,13 +94,18 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     """Decides everything. Raises UsageError, and MachineError where target and compiler do not go together."""
     target = find_target(request.target)
     compiler = request.compiler or target.compilers[0]
+    precision = choose_precision(bundle.quantization, target, request.precision)
+    request = replace(request, precision=precision)
     _check_options(request, target, compiler)
-    name = request.name or _default_name(target, request.precision, compiler)
+    name = request.name or _default_name(target, precision, compiler)
     if not _NAME.fullmatch(name) or name == "none":
         raise UsageError("build", "a name of letters, digits, '.', '_' and '-'", repr(name), "give another --name")
     chosen = _choose_graphs(bundle, request.graphs)
     state = bundle.manifest["state"]
     models = [graphs.load_graph(bundle.path / graph["file"]) for graph in chosen]
+    check_target(bundle.quantization, models, target, compiler)
+    if compiler in (RTX, TENSORRT) and bundle.quantization is not None:
+        models = [for_compiler(model) for model in models]
     plugin = compiler == TENSORRT and any(graphs.has_kernel(node) for model in models for node in model.graph.node)
     alias, in_place = None, []
     if compiler == TENSORRT:
@@ -106,7 +115,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     workspace = memory.default_workspace(target)
     if request.workspace_limit is not None:
         workspace = request.workspace_limit << 20
-    lowered = [lower_precision(model, request.precision, memory=compiler == TENSORRT) for model in models]
+    lowered = [lower_precision(model, precision, memory=compiler == TENSORRT) for model in models]
     estimated = memory.estimate(
         target, lowered, _state_bytes(state, in_place), workspace if target.gpu else 0, here=compiler == TENSORRT
     )
@@ -148,7 +157,7 @@ def where(plan: Plan) -> str:
 def _check_options(request: Request, target: Target, compiler: str) -> None:
     if request.precision not in target.precisions:
         known = " or ".join(target.precisions)
-        raise UsageError("build", f"--precision {known} for {target.name}", request.precision, "take that one")
+        raise UsageError("build", f"--precision {known} for {target.name}", str(request.precision), "take that one")
     if compiler == RTX:
         tensorrt_rtx.check_target(target)
     if compiler not in target.compilers:

@@ -19,6 +19,7 @@ from .targets import BF16, FP16, FP32
 ELEMENT = {FP32: TensorProto.FLOAT, FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _QUERY, _VALUE = 1, 3  # q, k and v among a memory's inputs
+_SCALE_ERROR = 0.01  # bfloat16 holds any number to 0.4 %
 _LARGEST = {FP16: 65504.0, BF16: 3.3895313892515355e38}
 
 
@@ -44,6 +45,7 @@ class _Pass:
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
         self.types.update({name: tensor.data_type for name, tensor in self.weights.items()})
+        self.makers = {name: node for node in graph.node for name in node.output}
         self.has_nodes = any(node.domain == DOMAIN and node.op_type == OPERATOR for node in graph.node)
         self.low: dict[str, str] = {}  # float32 value to its low twin
         self.nodes: list[NodeProto] = []
@@ -57,14 +59,21 @@ class _Pass:
                 self._convert(node, [i for i, name in enumerate(node.input) if name])
             else:
                 self.nodes.append(node)
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        unused = self._unused()
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes if node.output[0] not in unused]
         del self.graph.node[:]
         self.graph.node.extend(copies)
         self._drop_unused()
 
     def _outside(self, node: NodeProto) -> bool:
         """Whether the product is outside of the memory: where that is no node, only those with weights surely are."""
-        return self.has_nodes or any(name in self.weights for name in node.input)
+        return self.has_nodes or any(self._is_weight(name) for name in node.input)
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether the value is a weight, as it is or from few bits."""
+        maker = self.makers.get(name)
+        decoded = maker is not None and maker.op_type in ("Cast", "DequantizeLinear") and maker.input[0] in self.weights
+        return name in self.weights or decoded
 
     def _is_float32(self, node: NodeProto) -> bool:
         """Whether it is, as far as the graph says."""
@@ -82,11 +91,54 @@ class _Pass:
     def _lowered(self, name: str) -> str:
         if name not in self.low:
             self.low[name] = f"{name}.{self.precision}"
+            maker = self.makers.get(name)
             if name in self.weights:
                 self.graph.initializer.append(self._weight(self.weights[name], self.low[name]))
+            elif maker is not None and maker.op_type == "DequantizeLinear" and maker.input[1] in self.weights:
+                self._dequantise(maker, self.low[name])
+            elif maker is not None and maker.op_type == "Cast" and self._stored(maker.input[0]):
+                self.low[name] = maker.input[0]
             else:
                 self.nodes.append(_cast(name, self.low[name], self.element))
         return self.low[name]
+
+    def _stored(self, name: str) -> bool:
+        """Whether it is a weight of the type already."""
+        return name in self.weights and self.weights[name].data_type == self.element
+
+    def _dequantise(self, node: NodeProto, target: str) -> None:
+        """The same from few bits to the type, by scales of the type: a cast in between would keep compilers from seeing
+        a quantised product.
+        """
+        scale = self.weights[node.input[1]]
+        name = f"{scale.name}.{self.precision}"
+        if name not in self.weights:
+            lowered = self._weight(scale, name)
+            self._check_scale(scale, lowered)
+            self.weights[name] = lowered
+            self.graph.initializer.append(lowered)
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.input[1], copy.output[0], copy.name = name, target, f"dequantise:{target}"
+        self.nodes.append(copy)
+
+    def _check_scale(self, scale: TensorProto, lowered: TensorProto) -> None:
+        right = numpy_helper.to_array(scale).astype(np.float64)
+        found = numpy_helper.to_array(lowered).astype(np.float64)
+        worst = float(np.max(np.abs(found - right) / np.abs(right), initial=0.0))
+        if not worst <= _SCALE_ERROR:
+            raise PrecisionError(
+                "build",
+                f"scales that {self.precision} holds to {_SCALE_ERROR:.0%}",
+                f"{np.abs(right).min():.3g} in {scale.name}, which it holds to {worst:.1%}",
+                f"take --precision {BF16 if self.precision == FP16 else FP32}",
+            )
+
+    def _unused(self) -> set[str]:
+        """What weights of few bits became that no node reads any more."""
+        used = {name for node in self.nodes for name in _names(node)} | {v.name for v in self.graph.output}
+        decoders = ("Cast", "DequantizeLinear")
+        return {node.output[0] for node in self.nodes if node.op_type in decoders and node.output[0] not in used}
 
     def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
         value = numpy_helper.to_array(tensor)

@@ -1,0 +1,135 @@
+"""Quantised bundles before a compiler: which devices run them, in which precision, and what compilers want changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..errors import MachineError, UsageError
+from .graphs import attribute, has_kernel, is_memory
+from .targets import BF16, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
+
+FP8_FROM = 89  # the first compute capability that multiplies e4m3
+STORED = {"float16": FP16, "bfloat16": BF16}  # formats of weights that are a precision of engines
+_INTEGERS = (TensorProto.INT8, TensorProto.INT4)
+
+
+def weights_format(quantization: Mapping[str, Any] | None) -> str:
+    """The format of the bundle's weights, "float32" where none is said."""
+    recipe = (quantization or {}).get("recipe", {})
+    return str(recipe.get("weights", {}).get("format", "float32"))
+
+
+def choose_precision(quantization: Mapping[str, Any] | None, target: Target, wanted: str | None) -> str:
+    """The precision that was asked for, else the one that weights are stored in, else fp32. Raises UsageError."""
+    stored = STORED.get(weights_format(quantization))
+    if wanted is None:
+        return stored if stored in target.precisions else FP32
+    if stored is not None and wanted not in (stored, FP32):
+        raise UsageError(
+            "build", f"--precision {stored} or {FP32}, as the weights are stored in {stored}", wanted,
+            "take that one, or quantize the float32 bundle again",
+        )  # fmt: skip
+    return wanted
+
+
+def check_target(
+    quantization: Mapping[str, Any] | None, models: Iterable[ModelProto], target: Target, compiler: str
+) -> None:
+    """Refuses what the target or the compiler cannot run. Raises MachineError."""
+    formats = set((quantization or {}).get("products", {}).values())
+    if target.sm is not None and "fp8" in formats and target.sm < FP8_FROM:
+        able = ", ".join(name for name, other in TARGETS.items() if other.sm is not None and other.sm >= FP8_FROM)
+        raise MachineError(
+            "build", f"a target from sm_{FP8_FROM} on for products in fp8 ({able})", f"{target.name} (sm_{target.sm})",
+            "quantize with --recipe int8 or int4-weight-only for it",
+        )  # fmt: skip
+    bare = [node for model in models for node in model.graph.node if is_memory(node) and not node.overload]
+    if target.sm is None or not bare:
+        return
+    storage = attribute(bare[0], "storage") or "float32"
+    if compiler == RTX:
+        other = TENSORRT if TENSORRT in target.compilers else ORT
+        raise MachineError(
+            "build", f"a memory that standard operators can compute, as {RTX} takes no plugin of ours",
+            f"one in {storage}", f"take --compiler {other}, or quantize with --memory float32",
+        )  # fmt: skip
+    if not all(has_kernel(node) for node in bare):
+        raise MachineError(
+            "build", "a memory that our kernels for GPUs compute", f"one with a gate a chunk in {storage}",
+            "quantize with --memory float32, or build for the CPU",
+        )  # fmt: skip
+
+
+def for_compiler(model: ModelProto) -> ModelProto:
+    """A copy as TensorRT and TensorRT-RTX take it.
+
+    They want a quantised table dequantised before rows are gathered from it, and TensorRT-RTX 1.7 builds no int8 in
+    blocks: it gets such weights as float32, so that the numbers are the bundle's all the same.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    dropped: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in weights:
+            _dequantise_first(node, readers.get(node.output[0], []), weights)
+        elif _unfit(node, weights):
+            _replace_by_float32(node, graph, weights)
+            dropped.add(node.output[0])
+    kept = [n for n in graph.node if not (n.op_type == "DequantizeLinear" and n.output[0] in dropped)]
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:]
+    graph.node.extend(copies)
+    _drop_unused(graph)
+    return result
+
+
+def _unfit(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
+    if node.op_type != "DequantizeLinear" or node.input[0] not in weights or not attribute(node, "block_size"):
+        return False
+    return weights[node.input[0]].data_type == TensorProto.INT8
+
+
+def _replace_by_float32(node: NodeProto, graph: GraphProto, weights: Mapping[str, TensorProto]) -> None:
+    values = numpy_helper.to_array(weights[node.input[0]]).astype(np.float32)
+    scales = numpy_helper.to_array(weights[node.input[1]])
+    axis = attribute(node, "axis")
+    wide = np.repeat(scales, attribute(node, "block_size"), axis=axis)
+    graph.initializer.append(numpy_helper.from_array(values * wide, node.output[0]))
+
+
+def _dequantise_first(gather: NodeProto, readers: list[NodeProto], weights: Mapping[str, TensorProto]) -> None:
+    """Gathering from a table, then dequantising, changed into the other order; the two nodes change their parts."""
+    table = weights[gather.input[0]]
+    if table.data_type not in _INTEGERS or len(readers) != 1 or readers[0].op_type != "DequantizeLinear":
+        return
+    dequantise = readers[0]
+    indices, output = gather.input[1], dequantise.output[0]
+    scale = dequantise.input[1]
+    # The one that stands first in the graph dequantises.
+    first = helper.make_node(
+        "DequantizeLinear", [table.name, scale], [f"{output}.table"], name=dequantise.name, axis=len(table.dims) - 1
+    )
+    second = helper.make_node("Gather", [first.output[0], indices], [output], name=gather.name, axis=0)
+    gather.CopyFrom(first)
+    dequantise.CopyFrom(second)
+
+
+def _drop_unused(graph: GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in graph.node:
+        for entry in node.attribute:
+            if entry.HasField("g"):
+                used |= {name for inner in entry.g.node for name in inner.input}
+    kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
