@@ -1,7 +1,7 @@
-"""The tables of docs/benchmarks.md, made from the newest result file of each benchmark: no number is typed by hand.
+"""The tables of docs/benchmarks.md and docs/quantization.md, made from the newest result files: none is typed by hand.
 
-python -m benchmarks.table            writes them between the page's markers
-python -m benchmarks.table --check    exit code 1 where the page does not hold them
+python -m benchmarks.table            writes them between the pages' markers
+python -m benchmarks.table --check    exit code 1 where a page does not hold them
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import click
 from benchmarks.report import RESULTS, ROOT
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
+QUANTIZATION = ROOT / "docs" / "quantization.md"
 MARKERS = "<!-- results: {} -->", "<!-- end of results -->"
 PICTURE = "![How many times as fast, and how near to the machine's limits](benchmarks.svg)"
 SPEED = ("tokens/s", "rounds", "p50 us", "p90 us", "p99 us")
@@ -226,6 +227,55 @@ def long_stream(results: list[Result]) -> str:
     return markdown(header, lines)
 
 
+def quantization(result: Result) -> str:
+    """A table for each model: what a recipe costs and gives beside float32, then who could not take part."""
+    return "\n\n".join(text for model in result["models"] for text in _quantized_model(model) if text)
+
+
+def _quantized_model(model: Result) -> Iterable[str]:
+    base, *_ = model["recipes"]
+    present = [entry for entry in model["recipes"] if entry["unavailable"] is None]
+    fresh = f", a fresh stream every {model['stream_length']:,}" if model["stream_length"] else ""
+    read = f"{model['tokens']:,} tokens of {model['text']}{fresh}" if model["tokens"] else "random weights, timed alone"
+    yield f"**{model['name']}**: {read}. {where(model)}"
+    recalls = [entry["distance"] for entry in base.get("recall", {}).get("distances", [])][-1:]
+    pairs = base.get("recall", {}).get("task") == "pairs"
+    drift = ["bits a token", "larger by", "worst window", "KL", "same likeliest", "distance of W", "of S"]
+    header = ["recipe", "weights", "state", "prefill", "decode"]
+    # Most tokens of the recall task are drawn at random: bits say nothing there.
+    first = 3 if pairs else 0
+    header += [*(drift[first:] if model["tokens"] else []), *(f"recall over {distance:,}" for distance in recalls)]
+    lines = []
+    for entry in present:
+        line = [entry["name"], *(_size(entry[key]) for key in ("weights_bytes", "state_bytes"))]
+        line += [_times(entry.get(kind), base.get(kind)) for kind in ("prefill", "decode")]
+        if model["tokens"]:
+            line += _drift(entry)[first:]
+        for distance in recalls:
+            found = {row["distance"]: row["value"] for row in entry["recall"]["distances"]}
+            line.append(f"{found[distance]:.1%}" if pairs else f"{found[distance]:.2f} bits")
+        lines.append(line)
+    yield markdown(header, lines)
+    yield "\n".join(f"- {e['name']}: {e['unavailable']}" for e in model["recipes"] if e["unavailable"] is not None)
+
+
+def _times(speed: dict[str, float] | None, base: dict[str, float] | None) -> str:
+    """Tokens a second, and how many times as fast as float32."""
+    if speed is None or base is None:
+        return "-"
+    return f"{speed['tokens_per_second']:,.0f} ({speed['tokens_per_second'] / base['tokens_per_second']:.2f})"
+
+
+def _drift(entry: Result) -> list[str]:
+    """The columns of a stream's drift; of float32 itself only the bits."""
+    if "bits_difference" not in entry:
+        return [f"{entry['bits_per_token']:.4f}", *["-"] * 6]
+    parts = [f"{entry[key]:+.2%}" if entry[key] is not None else "-" for key in ("bits_difference", "worst_window")]
+    memory = [_error(entry["memory"][key]) for key in ("weights", "surprise")]
+    bits = "-" if entry["bits_per_token"] is None else f"{entry['bits_per_token']:.4f}"
+    return [bits, *parts, _error(entry["kl_mean"]), f"{entry['agreement']:.2%}", *memory]
+
+
 def where(result: Result) -> str:
     """What was measured on and with."""
     machine, packages = result["machine"], result["packages"]
@@ -275,6 +325,12 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
     return {name: make() if results else "Not measured yet." for name, (results, make) in found.items()}
 
 
+def quantization_blocks(folder: Path = RESULTS) -> dict[str, str]:
+    """The same for docs/quantization.md."""
+    found = newest(folder, "quantization")
+    return {"quantization": quantization(found[0]) if found else "Not measured yet."}
+
+
 def newest(folder: Path, benchmark: str) -> list[Result]:
     """The newest result of each subject of a benchmark."""
     found: dict[str, Result] = {}
@@ -287,14 +343,14 @@ def newest(folder: Path, benchmark: str) -> list[Result]:
     return list(found.values())
 
 
-def fill(text: str, contents: dict[str, str]) -> str:
+def fill(text: str, contents: dict[str, str], page: Path = DOCUMENT) -> str:
     """The page with every block in its place. Raises ValueError naming a block that the page has no place for."""
     for name, block in contents.items():
         first, last = MARKERS[0].format(name), MARKERS[1]
         before, found, rest = text.partition(first)
         _, ended, after = rest.partition(last)
         if not found or not ended:
-            raise ValueError(f"expected {first} and {last} in {DOCUMENT.name} but got neither or one; write both")
+            raise ValueError(f"expected {first} and {last} in {page.name} but got neither or one; write both")
         text = f"{before}{first}\n\n{block}\n\n{last}{after}"
     return text
 
@@ -338,11 +394,12 @@ def _size(count: int | None) -> str:
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Only look.")
 def main(check: bool) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    filled = fill(text, blocks())
-    if check and filled != text:
-        sys.exit(f"expected the results in {DOCUMENT.name} but got others; run python -m benchmarks.table")
-    DOCUMENT.write_text(filled, encoding="utf-8")
+    for page, contents in ((DOCUMENT, blocks()), (QUANTIZATION, quantization_blocks())):
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text, contents, page)
+        if check and filled != text:
+            sys.exit(f"expected the results in {page.name} but got others; run python -m benchmarks.table")
+        page.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,369 @@
+"""What quantising costs and gives: each recipe beside float32, over long streams, in one pass.
+
+    python -m benchmarks.quantization --calibration part.txt --text book.txt
+    python -m benchmarks.quantization --calibration part.txt --text book.txt --model mac-bytes --recipe int8
+
+Of each model: every recipe's bundle is made from the calibration text, all of them read the same stream beside the
+float32 bundle (`titans_export.drift`), recall is measured, and speeds are measured turn by turn. The recall task's
+model has its own data, drawn from seeds. A model with random weights is timed alone.
+
+What was measured of a model is kept in the work folder, and not measured again but with --again; a result file holds
+all models that were measured so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from benchmarks.report import RESULTS, ROOT, provenance, rounded, write
+from titans_export.bench import KINDS
+from titans_export.bench.comparison import Plan
+from titans_export.bench.machine import QUIET, cores, others_busy
+from titans_export.bench.statistics import summarise
+from titans_export.bench.turns import take_turns
+from titans_export.bench.worker import Worker, WorkerError, explain
+from titans_export.bundle import Bundle, read_bundle
+from titans_export.drift import Comparison, compare, recall
+from titans_export.drift.memory import worst
+from titans_export.errors import TitansError
+
+if TYPE_CHECKING:
+    from titans_export.calibration.recipe import Recipe
+    from titans_export.drift.metrics import Drift, Tokens
+    from titans_runtime import Session
+
+WORK = ROOT / "build" / "quantization"
+CHECKPOINTS = ROOT / "examples" / "checkpoints"
+FLOAT32 = "float32"
+EPISODE_FILLER = 128  # of the recall task's episodes, in calibration and in the long stream
+CALIBRATION_SEED, STREAM_SEED = 11, 12
+MEMORY_WINDOWS = 8  # of the last windows, over which a memory's distance is told
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the campaign; `tokens` of its stream, 0: it is only timed. `longest_recall`: 0: none."""
+
+    name: str
+    source: Path
+    tokens: int
+    format: str = "titans"
+    config: str | None = None
+    stream_length: int | None = None
+    longest_recall: int = 0
+    recipes: tuple[str, ...] | None = None  # all by default
+
+
+MODELS = (
+    Model("mac-bytes", CHECKPOINTS / "mac-bytes", 2_000_000, longest_recall=1024),
+    Model("recall", CHECKPOINTS / "recall", 1_000_000, longest_recall=16_384),
+    # Chaotic over long streams (docs/titans-pytorch.md): fresh streams, 64 of them.
+    Model(
+        "titans-pytorch-bytes",
+        CHECKPOINTS / "titans-pytorch-bytes" / "model.safetensors",
+        64 * 4096,
+        format="titans-pytorch",
+        config=str(CHECKPOINTS / "titans-pytorch-bytes" / "model.json"),
+        stream_length=4096,
+    ),
+    Model(
+        "train-mac",
+        ROOT / "build" / "bench" / "train-mac.pt",
+        0,
+        format="titans-pytorch",
+        config="train_mac",
+        recipes=("int8-weight-only", "int8", "int4-weight-only"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every model."""
+
+    calibration: Path
+    text: Path
+    calibration_tokens: int
+    tokens: int | None
+    window: int
+    rounds: int
+    prefill_tokens: int
+    decode_tokens: int
+    threads: int
+    seed: int
+    work: Path
+
+
+def measure(model: Model, recipes: Sequence[str], settings: Settings) -> Result:
+    """Everything of one model."""
+    bundle = _export(model, settings)
+    taking_part, entries = {FLOAT32: bundle.path}, {}
+    for name in recipes:
+        entries[name] = _quantise(model, bundle, name, settings)
+        if entries[name]["unavailable"] is None:
+            taking_part[name] = settings.work / f"{model.name}.{name}.titans"
+    busy = others_busy()
+    if busy > QUIET:
+        _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
+    entries = {FLOAT32: {"name": FLOAT32, "unavailable": None}, **entries}
+    if model.tokens:
+        _compare(model, bundle, taking_part, entries, settings)
+    _time(model, bundle, taking_part, entries, settings)
+    return {
+        "name": model.name,
+        "parameters": bundle.manifest["model"].get("parameters"),
+        "text": _text_of(model, bundle, settings),
+        "tokens": min(settings.tokens or model.tokens, model.tokens),
+        "stream_length": model.stream_length,
+        "window": settings.window,
+        "seed": settings.seed,
+        "threads": settings.threads,
+        "others_busy": busy,
+        "prefill_tokens": settings.prefill_tokens,
+        "decode_tokens": settings.decode_tokens,
+        "recipes": list(entries.values()),
+        **provenance(),
+    }
+
+
+def _export(model: Model, settings: Settings) -> Bundle:
+    """The float32 bundle, made where there is none."""
+    path = settings.work / f"{model.name}.titans"
+    if not (path / "manifest.json").is_file():
+        from titans_export.exporting import export_checkpoint
+
+        if not model.source.exists():
+            remedy = "make it with python -m benchmarks.titans_pytorch_model"
+            raise click.ClickException(f"expected {model.source} but got no such file; {remedy}")
+        options: dict[str, Any] = {"format": model.format, "config": model.config}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export_checkpoint(model.source, path, progress=_say, **options)
+    return read_bundle(path)
+
+
+def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Result:
+    """What quantising to a recipe did; its bundle lies in the work folder, made where there is none."""
+    from titans_export.calibration.quantize import quantize_bundle
+    from titans_export.calibration.recipe import load_recipe
+
+    path, kept = (settings.work / f"{model.name}.{name}.{suffix}" for suffix in ("titans", "quantize.json"))
+    recipe: Recipe = load_recipe(name)
+    made: Result = {}
+    try:
+        if not (path.is_dir() and kept.is_file()):
+            _say(f"{model.name}: quantising to {name}")
+            data = [_calibration(model, bundle, settings)]
+            report = quantize_bundle(
+                bundle.path,
+                path,
+                recipe,
+                data,
+                tokens=settings.calibration_tokens,
+                seed=settings.seed,
+                overwrite=True,
+                progress=_say,
+            )
+            keys = ("max_abs_error", "tolerance", "weights_bytes", "float32_weights_bytes", "tokens", "seconds")
+            values = {key: value for key, value in dataclasses.asdict(report).items() if key in keys}
+            counts: dict[str, int] = {}
+            for format in report.products.values():
+                counts[format] = counts.get(format, 0) + 1
+            kept.write_text(json.dumps(rounded(values | {"products": counts})), encoding="utf-8")
+        made = json.loads(kept.read_text(encoding="utf-8"))
+        _open(path, settings).close()
+    except Exception as error:  # a recipe that does not work here is told and does not stop the others
+        if not isinstance(error, TitansError) and type(error).__module__.partition(".")[0] != "titans_runtime":
+            raise
+        return {"name": name, "unavailable": explain(error), "quantize": made or None}
+    return {"name": name, "unavailable": None, "quantize": made}
+
+
+def _calibration(model: Model, bundle: Bundle, settings: Settings) -> Path:
+    """The data that a model is calibrated on: the text, or what the recall task's model reads."""
+    if bundle.manifest["tokenizer"]["kind"] != "none":
+        return settings.calibration
+    path = settings.work / f"{model.name}.calibration.npz"
+    np.savez(path, episodes=recall.episodes(settings.calibration_tokens, EPISODE_FILLER, CALIBRATION_SEED))
+    return path
+
+
+def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
+    """The tokens that all of a model's bundles read. Raises ClickException where there are too few."""
+    count = min(settings.tokens or model.tokens, model.tokens)
+    if bundle.manifest["tokenizer"]["kind"] == "none":
+        return recall.episodes(count, EPISODE_FILLER, STREAM_SEED)
+    from titans_export.drift.measure import read_text
+
+    tokens: Tokens = read_text(bundle, settings.text, count).values
+    if len(tokens) < count:
+        raise click.ClickException(
+            f"expected {count:,} tokens in {settings.text} but got {len(tokens):,}; give a longer text"
+        )
+    return tokens
+
+
+def _text_of(model: Model, bundle: Bundle, settings: Settings) -> str | None:
+    if not model.tokens:
+        return None
+    if bundle.manifest["tokenizer"]["kind"] == "none":
+        return "episodes of the recall task"
+    return settings.text.name
+
+
+def _open(path: Path, settings: Settings) -> Session:
+    import titans_runtime
+
+    return titans_runtime.Session(path, threads=settings.threads)
+
+
+def _compare(
+    model: Model, bundle: Bundle, taking_part: dict[str, Path], entries: dict[str, Result], settings: Settings
+) -> None:
+    """Drift and recall of all bundles, in one pass; the numbers go into the entries."""
+    tokens = _stream(model, bundle, settings)
+    with ExitStack() as stack:
+        sessions = {name: stack.enter_context(_open(path, settings)) for name, path in taking_part.items()}
+        base = sessions.pop(FLOAT32)
+        others = sessions or {FLOAT32: base}
+        _say(f"{model.name}: {len(tokens):,} tokens through {1 + len(sessions)} bundles")
+        with click.progressbar(length=len(tokens), label="comparing") as bar:
+            found = compare(
+                base, others, tokens, window=settings.window, stream_length=model.stream_length, progress=bar.update
+            )
+        entries[FLOAT32] |= _of_float32(found)
+        for name in sessions:
+            entries[name] |= _of_drift(found.drifts[name])
+        if not model.longest_recall:
+            return
+        task = recall.task_of(base.vocab_size, base.info["tokenizer"])
+        _say(f"{model.name}: recall ({task}) over up to {model.longest_recall:,} tokens")
+        measured = recall.measure_recall(base, others, task, model.longest_recall, tokens, seed=settings.seed)
+        for name, rows in measured.items():
+            values = [{"distance": row.distance, "value": row.value} for row in rows]
+            bases = [{"distance": row.distance, "value": row.base} for row in rows]
+            entries[FLOAT32]["recall"] = {"task": task, "distances": bases}
+            if name in sessions:
+                entries[name]["recall"] = {"task": task, "distances": values}
+
+
+def _of_float32(found: Comparison) -> Result:
+    drift = next(iter(found.drifts.values()))
+    windows = [{"end": window.end, "bits": window.base_bits} for window in drift.windows]
+    return {"bits_per_token": drift.base_bits, "windows": windows}
+
+
+def _of_drift(drift: Drift) -> Result:
+    return {
+        "bits_per_token": drift.bits,
+        "bits_difference": drift.bits_difference,
+        "worst_window": max((window.bits_difference or 0 for window in drift.windows), default=None),
+        "kl_mean": drift.kl_mean,
+        "kl_max": drift.kl_max,
+        "agreement": drift.agreement,
+        "mean_abs_error": drift.mean_abs_error,
+        "max_abs_error": drift.max_abs_error,
+        "memory": worst(drift.memory, MEMORY_WINDOWS),
+        "windows": [
+            {"end": window.end, "bits": window.bits, "difference": window.bits_difference, "kl": window.kl_mean}
+            for window in drift.windows
+        ],
+    }
+
+
+def _time(
+    model: Model, bundle: Bundle, taking_part: dict[str, Path], entries: dict[str, Result], settings: Settings
+) -> None:
+    """Bytes, and speeds of all bundles that take turns; the numbers go into the entries."""
+    for name, path in taking_part.items():
+        manifest = read_bundle(path).manifest
+        entries[name]["weights_bytes"] = manifest["files"][manifest["weights"]["file"]]["bytes"]
+        with _open(path, settings) as session, session.stream() as stream:
+            entries[name]["state_bytes"] = stream.state_bytes
+    plan = Plan.of(bundle, settings.prefill_tokens, settings.decode_tokens, settings.rounds, settings.threads)
+    with ExitStack() as stack:
+        workers = {}
+        for name, path in taking_part.items():
+            try:
+                arguments = (path, "cpu", None, settings.threads, "auto")
+                target = "titans_export.bench.models:Runtime"
+                worker = stack.enter_context(Worker(target, *arguments, threads=settings.threads))
+                entries[name]["notes"] = worker.call("prepare")
+                worker.call("start")
+                workers[name] = worker
+            except WorkerError as error:
+                entries[name]["untimed"] = str(error)
+        for kind, count in zip(KINDS, (plan.prefill_tokens, plan.decode_tokens), strict=True):
+            _say(f"{model.name}: {kind}, {plan.rounds} rounds of {len(workers)} bundles")
+            tokens = np.random.default_rng(0).integers(0, bundle.manifest["input"]["vocab_size"], count, np.int32)
+            turns = take_turns(
+                {name: partial(worker.call, kind, tokens, 1) for name, worker in workers.items()}, plan.rounds
+            )
+            for name, own in turns.items():
+                entries[name][kind] = dataclasses.asdict(summarise(own, count))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@click.command(help=__doc__, context_settings={"max_content_width": 120})
+@click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--model", "models", multiple=True, type=click.Choice([model.name for model in MODELS]))
+@click.option(
+    "--recipe", "recipes", multiple=True, help="Built-in recipe or FILE.toml.  [default: all that a CPU runs]"
+)
+@click.option("--tokens", type=click.IntRange(1), help="Tokens of a stream at most.  [default: the model's own]")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=1 << 15, show_default=True)
+@click.option("--window", type=click.IntRange(1), default=1 << 15, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--prefill-tokens", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--decode-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="[default: all cores]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=WORK, show_default=False)
+@click.option("--again", is_flag=True, help="Measure models anew that were measured before; bundles stay.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: in benchmarks/results]"
+)
+def main(
+    models: tuple[str, ...], recipes: tuple[str, ...], again: bool, output: Path | None, threads: int, **given: Any
+) -> None:
+    settings = Settings(threads=threads or cores(), **given)
+    settings.work.mkdir(parents=True, exist_ok=True)
+    for model in MODELS:
+        part = settings.work / f"{model.name}.json"
+        if (models and model.name not in models) or (part.is_file() and not again):
+            continue
+        write(part, measure(model, recipes or model.recipes or cpu_recipes(), settings))
+        _say(f"{model.name}: measured")
+    parts = [settings.work / f"{model.name}.json" for model in MODELS]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in parts if path.is_file()]
+    if not found:
+        raise click.ClickException("nothing was measured")
+    source = provenance()
+    result = {"benchmark": "quantization", "models": found, **source}
+    write(output or RESULTS / f"cpu-quantization-{source['date']}.json", result)
+
+
+def cpu_recipes() -> list[str]:
+    """The built-in recipes that a CPU computes: not those whose products are in fp8."""
+    from titans_export.calibration.recipe import load_recipe, recipe_names
+
+    return [name for name in recipe_names() if load_recipe(name).weights.format != "fp8"]
+
+
+if __name__ == "__main__":
+    main()

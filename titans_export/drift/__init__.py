@@ -1,0 +1,6 @@
+"""Drift: how far one bundle's stream moves away from another's, over text of any length (docs/drift.md)."""
+
+from .metrics import Drift, MemoryDistance, Window
+from .streams import Comparison, compare
+
+__all__ = ["Comparison", "Drift", "MemoryDistance", "Window", "compare"]

@@ -1,0 +1,209 @@
+"""Where in a model two bundles part: the relative error of every layer's activations over the beginning of a stream.
+
+The graphs run in ONNX Runtime with more outputs. What is compared is found by what the graphs are made of, not by the
+names of their values, so that rewritten graphs are understood too: of layer i the residual stream after its last
+product, the last one with a weight of `model.layers.i`, and what each memory retrieves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+
+from ..bundle import Bundle, read_bundle
+from ..errors import MachineError
+from ..schedule import next_graph
+
+if TYPE_CHECKING:
+    from .streams import Inputs
+
+Arrays = dict[str, NDArray[Any]]
+_PRODUCTS = frozenset(("MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "QLinearMatMul", "QGemm"))
+# Where a layer's outcome joins what passes it by: of a HyperConnection that is its second output.
+_JOINS = {"Add": 0, "HyperConnection": 1}
+# Not tables that layers share, such as those of rotary embeddings.
+_LAYER = re.compile(r"model\.layers\.(\d+)\..*weight")
+_FARTHEST_JOIN = 16  # nodes from a layer's last product
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a layer's activations were from the right ones: root mean square over all positions, relative."""
+
+    layer: str  # such as layers.0, or layers.0.memory for what a memory retrieves
+    what: str
+    relative_error: float
+    relative_error_last: float  # of the last tenth of the positions
+
+
+class _Runner:
+    """One stream of a bundle's plain graphs, with the activations of each layer."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._state: Arrays = dict(bundle.initial_state())
+        self._sessions: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+
+    def run(self, block: Inputs, position: int, graph: dict[str, Any]) -> Arrays:
+        """Streams the block through the graph; the activations by layer, (T, ...) each."""
+        session, probes = self._open(graph)
+        manifest = self._bundle.manifest
+        kind = np.float32 if self._bundle.takes_vectors else np.int64
+        feeds: Arrays = {
+            manifest["input"]["name"]: block.astype(kind)[None],
+            manifest["controls"]["position"]: np.array([position], np.int64),
+            manifest["controls"]["learn"]: np.ones(1, np.bool_),
+        }
+        feeds |= {entry["input"]: self._state[entry["name"]] for entry in manifest["state"]}
+        known = {value.name for value in session.get_inputs()}
+        following = [entry["output"] for entry in manifest["state"]]
+        values = [name for names in probes.values() for name in names]
+        found = session.run([*following, *values], {k: v for k, v in feeds.items() if k in known})
+        self._state = {entry["name"]: value for entry, value in zip(manifest["state"], found, strict=False)}
+        by_value = dict(zip(values, found[len(following) :], strict=True))
+        # Tokens are the last dimension but one, in retrievals too: (B, heads, T, size).
+        return {layer: np.concatenate([by_value[name] for name in names], -2) for layer, names in probes.items()}
+
+    def _open(self, graph: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+        if graph["name"] not in self._sessions:
+            model = onnx.load(str(self._bundle.path / graph["file"]))
+            probes = activations(model)
+            given = {value.name for value in model.graph.output}
+            model.graph.output.extend(
+                helper.make_empty_tensor_value_info(name)
+                for name in {name for names in probes.values() for name in names} - given
+            )
+            self._sessions[graph["name"]] = (_session(model), probes)
+        return self._sessions[graph["name"]]
+
+
+def _session(model: ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    from ..engines.onnxruntime import kernel_library
+
+    try:
+        options.register_custom_ops_library(str(kernel_library()))
+    except MachineError:
+        # Without our kernel the graphs' own functions compute the memory, where they have any.
+        if not model.functions:
+            raise
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises nothing narrower
+        got = " ".join(str(error).split())[:200]
+        raise MachineError(
+            "drift", "ONNX Runtime to open the graphs", got, "leave the layers out with --layers 0"
+        ) from None
+
+
+def measure_layers(base: Path, others: Mapping[str, Path], inputs: Inputs) -> dict[str, list[LayerError]]:
+    """Of each other bundle the layers' errors, over all of the inputs, fed to one stream each in the same cuts."""
+    opened = {name: read_bundle(path) for name, path in others.items()}
+    right, runners = read_bundle(base), {name: _Runner(bundle) for name, bundle in opened.items()}
+    reference = _Runner(right)
+    sums: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in others}
+    late_from = len(inputs) - max(1, len(inputs) // 10)
+    for position, graph in _calls(right, len(inputs)):
+        block = inputs[position : position + graph["tokens"]]
+        wanted = reference.run(block, position, graph)
+        for name, runner in runners.items():
+            same = next_graph(opened[name].manifest["graphs"], position, graph["tokens"])
+            if same["tokens"] != graph["tokens"]:
+                remedy = "leave the layers out with --layers 0"
+                raise MachineError("drift", f"a graph of {graph['tokens']} tokens in {name}", "none", remedy)
+            got = runner.run(block, position, same)
+            for layer in wanted.keys() & got.keys():
+                squares = _squares(got[layer], wanted[layer])
+                both = [squares, squares if position >= late_from else np.zeros(2)]
+                total = sums[name].setdefault(layer, np.zeros((2, 2)))
+                total += both
+    return {name: [_error(layer, sums[name][layer]) for layer in sorted(sums[name], key=_order)] for name in others}
+
+
+def activations(model: ModelProto) -> dict[str, list[str]]:
+    """Layers, such as layers.0 and layers.0.memory, to the values that hold their activations, token by token."""
+    graph = model.graph
+    owners = _owners(graph)
+    constant = set(owners)
+    last: dict[int, int] = {}
+    for number, node in enumerate(graph.node):
+        layers = {owner for name in node.input for owner in owners.get(name, ())}
+        if node.op_type in _PRODUCTS and any(name and name not in constant for name in node.input):
+            last |= dict.fromkeys(layers, number)
+    found = {f"layers.{layer}": [_join(graph, constant, number)] for layer, number in last.items()}
+    # A memory may be advanced by several nodes, each over some of the tokens: the state goes from one to the next.
+    memories = {value.name: value.name for value in graph.input}
+    for node in graph.node:
+        if node.op_type == "NeuralMemory" and node.input[0] in memories and _updates(node):
+            name = memories[node.input[0]]
+            memories[node.output[1]] = name
+            found.setdefault(name, []).append(node.output[0])
+    return found
+
+
+def _updates(node: NodeProto) -> bool:
+    """Whether the memory learns: what a read alone retrieves, as MAC's before attention, is left out."""
+    return any(attribute.name == "mode" and attribute.s == b"update" for attribute in node.attribute)
+
+
+def _owners(graph: Any) -> dict[str, set[int]]:
+    """Values that are made of initialisers alone, each with the layers whose weights are in it."""
+    owners: dict[str, set[int]] = {}
+    for tensor in graph.initializer:
+        match = _LAYER.match(tensor.name)
+        owners[tensor.name] = {int(match[1])} if match else set()
+    for node in graph.node:
+        given = [name for name in node.input if name]
+        if all(name in owners for name in given):
+            owners |= {name: set().union(*(owners[value] for value in given)) for name in node.output}
+    return owners
+
+
+def _join(graph: Any, constant: set[str], number: int) -> str:
+    """The residual stream after the product of that number; its own output where nothing joins."""
+    product: NodeProto = graph.node[number]
+    value: str = product.output[0]
+    for _ in range(_FARTHEST_JOIN):
+        node = next((n for n in list(graph.node)[number + 1 :] if value in n.input), None)
+        if node is None:
+            break
+        if node.op_type in _JOINS and sum(name not in constant for name in node.input if name) > 1:
+            return str(node.output[_JOINS[node.op_type]])
+        value = node.output[0]
+    return str(product.output[0])
+
+
+def _calls(bundle: Bundle, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    position = 0
+    while position < count:
+        graph = next_graph(bundle.manifest["graphs"], position, count - position)
+        yield position, graph
+        position += graph["tokens"]
+
+
+def _squares(got: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
+    """Sums of squares: of the difference, and of what is right."""
+    a, b = got.astype(np.float64), right.astype(np.float64)
+    return np.array([np.square(a - b).sum(), np.square(b).sum()])
+
+
+def _error(layer: str, squares: NDArray[np.float64]) -> LayerError:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        whole, late = (float(value) for value in np.sqrt(squares[:, 0] / np.maximum(squares[:, 1], 1e-300)))
+    return LayerError(layer, "retrievals" if not layer.rpartition(".")[2].isdigit() else "activations", whole, late)
+
+
+def _order(layer: str) -> tuple[int, bool, str]:
+    match = re.match(r"layers\.(\d+)", layer)
+    # A layer's memory works before its last product.
+    return (int(match[1]) if match else 1 << 30, layer.rpartition(".")[2].isdigit(), layer)

@@ -1,0 +1,175 @@
+"""Two bundles measured: their streams side by side, then layers and recall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..bundle import Bundle, read_bundle
+from ..errors import BundleError, MachineError, UsageError
+from . import recall
+from .metrics import Tokens
+from .report import Report, Side
+from .streams import WINDOW, Inputs, check_alike, compare
+
+if TYPE_CHECKING:
+    import titans_runtime
+
+RANDOM_LENGTH = 100_000  # inputs where there is no text and no number was asked for
+LAYER_TOKENS = 4096
+LONGEST_RECALL = 1024
+_EPISODE_FILLER = 64  # of the recall task's episodes, as a stream
+
+
+@dataclass(frozen=True)
+class Options:
+    """How two bundles are compared; `bits_tolerance` is in percent, None means anything goes. 0 leaves layers or recall
+    out; `recall_task` None chooses by the model.
+    """
+
+    text: Path | None = None
+    tokens: int | None = None
+    seed: int = 0
+    window: int = WINDOW
+    stream_length: int | None = None
+    tolerance: float | None = None
+    bits_tolerance: float | None = None
+    layer_tokens: int = LAYER_TOKENS
+    longest_recall: int = LONGEST_RECALL
+    recall_task: str | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is fed: in words, itself, and for a text the bytes a token."""
+
+    what: str
+    values: Inputs
+    bytes_per_token: float | None = None
+
+
+def measure(
+    path: Path,
+    session: titans_runtime.Session,
+    base_path: Path,
+    base_session: titans_runtime.Session,
+    options: Options,
+    progress: Callable[[int], None] = lambda done: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """How far the bundle, as the session runs it, drifts from the other. Raises TitansError."""
+    side, base = Side(read_bundle(path), session), Side(read_bundle(base_path), base_session)
+    check_alike(base_session, session, path.name)
+    _check_tokenizers(side.bundle, base.bundle)
+    task = options.recall_task or recall.task_of(session.vocab_size, session.info["tokenizer"])
+    given = read_input(base, options, task)
+    found = compare(
+        base_session,
+        {path.name: session},
+        given.values,
+        window=options.window,
+        tolerance=options.tolerance,
+        bits_tolerance=options.bits_tolerance,
+        stream_length=options.stream_length,
+        progress=progress,
+    )
+    report = Report(
+        side,
+        base,
+        given.what,
+        given.bytes_per_token,
+        options.window,
+        options.stream_length,
+        options.tolerance,
+        options.bits_tolerance,
+        found.drifts[path.name],
+        found.base_seconds,
+    )
+    return _inside(report, given, task, options, say)
+
+
+def _inside(report: Report, given: Input, task: str, options: Options, say: Callable[[str], None]) -> Report:
+    """The report with layers and recall."""
+    from dataclasses import replace
+
+    side, base = report.side, report.base
+    count = min(options.layer_tokens, options.stream_length or options.layer_tokens, len(given.values))
+    kernels = [one.session.info["memory_kernel"] for one in (side, base)]
+    if not count:
+        report = replace(report, layers_missing="not asked for")
+    elif any(one.session.info["engine"] or one.session.info["device"] != "cpu" for one in (side, base)):
+        report = replace(report, layers_missing="they are looked at in the plain graphs on the CPU alone")
+    elif side.bundle.manifest == base.bundle.manifest and kernels[0] != kernels[1]:
+        report = replace(
+            report, layers_missing="both are the same graphs, and layers are looked at with one kernel alone"
+        )
+    else:
+        from .layers import measure_layers
+
+        say(f"comparing the layers over {count:,} tokens")
+        try:
+            errors = measure_layers(base.bundle.path, {"": side.bundle.path}, given.values[:count])[""]
+            report = replace(report, layers=errors, layer_tokens=count)
+        except MachineError as error:
+            report = replace(report, layers_missing=str(error))
+    if options.longest_recall and report.takes_tokens and len(given.values):
+        say(f"measuring recall over up to {options.longest_recall:,} tokens")
+        measured = recall.measure_recall(
+            base.session, {"": side.session}, task, options.longest_recall, given.values, seed=options.seed
+        )
+        report = replace(report, recall_task=task, recall=measured[""])
+    return report
+
+
+def read_input(base: Side, options: Options, task: str) -> Input:
+    """The text's tokens, or without a text random ones: of a model of the recall task, episodes of it."""
+    session, count = base.session, options.tokens or RANDOM_LENGTH
+    random = np.random.default_rng(options.seed)
+    if session.input_kind == "vectors":
+        if options.text is not None:
+            raise UsageError("verify", "no --text with a bundle that takes vectors", str(options.text), "leave it out")
+        values = random.standard_normal((count, session.input_size), np.float32)
+        return Input(f"random vectors, seed {options.seed}", values)
+    if options.text is not None:
+        return read_text(base.bundle, options.text, options.tokens)
+    if task == "pairs":
+        tokens = recall.episodes(count, _EPISODE_FILLER, options.seed)
+        return Input(f"episodes of the recall task, seed {options.seed}", tokens)
+    return Input(f"random tokens, seed {options.seed}", random.integers(0, session.vocab_size, count, np.int32))
+
+
+def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
+    """The first tokens of the text, all where `most` is None."""
+    from ..tokenizer import TextError, open_tokenizer
+
+    blocks: list[Tokens] = []
+    have = covered = 0
+    with text.open("rb") as file:
+        for block, size in open_tokenizer(bundle.manifest["tokenizer"], bundle.path).read(file):
+            blocks.append(block)
+            have, covered = have + len(block), covered + size
+            if most is not None and have >= most:
+                break
+    if not have:
+        raise TextError("verify", f"text in {text}", "an empty file", "give a longer text")
+    return Input(text.name, np.concatenate(blocks)[:most], covered / have)
+
+
+def _check_tokenizers(one: Bundle, other: Bundle) -> None:
+    """Raises BundleError where the two read text with different tokenizers."""
+    found = [bundle.manifest["tokenizer"] for bundle in (one, other)]
+    files = [
+        bundle.manifest["files"][entry["file"]]["xxh3_128"] if entry.get("kind") == "file" else None
+        for bundle, entry in zip((one, other), found, strict=True)
+    ]
+    if files[0] != files[1]:
+        raise BundleError(
+            "drift",
+            f"the tokenizer of {one.path.name} to be that of {other.path.name}",
+            "another",
+            "compare bundles of one model",
+        )
