@@ -66,6 +66,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
     graph = model.graph
     rows = dict(sizes)  # every value that is packed rows, with its new extent
     origin = {name: name for name in sizes}
+    seeds = {name: (memory.seed + i) % 2**32 for i, name in enumerate(sizes)}  # memories do not share their noise
     inner = {name for node in graph.node for e in node.attribute for g in subgraphs(e) for name in captured(g)}
     for node in graph.node:
         places = [place for place, name in enumerate(node.input) if name in rows]
@@ -77,7 +78,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
         if not is_memory(node) or places != [_STATE]:
             name = node.input[places[0]]
             raise _foreign(origin[name], f"one that {node.op_type} node {node.name!r} reads")
-        _mark(node, memory)
+        _mark(node, memory, seeds[origin[source]])
         if len(node.output) > _STATE_OUT and node.output[_STATE_OUT]:
             rows[node.output[_STATE_OUT]], origin[node.output[_STATE_OUT]] = rows[source], origin[source]
     for name in sizes:
@@ -95,7 +96,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
     model.functions.extend(copies)
 
 
-def _mark(node: NodeProto, memory: MemoryRecipe) -> None:
+def _mark(node: NodeProto, memory: MemoryRecipe, seed: int) -> None:
     """The attributes of docs/operator.md, and no function body."""
     node.ClearField("overload")
     others = [entry for entry in node.attribute if entry.name not in ("storage", "rounding", "seed")]
@@ -106,4 +107,4 @@ def _mark(node: NodeProto, memory: MemoryRecipe) -> None:
     if memory.rounding != "nearest":
         node.attribute.append(helper.make_attribute("rounding", memory.rounding))
     if memory.rounding == "stochastic":
-        node.attribute.append(helper.make_attribute("seed", memory.seed))
+        node.attribute.append(helper.make_attribute("seed", seed))

@@ -24,8 +24,9 @@ from titans_export.bundle import read_bundle
 from titans_export.calibration.awq import awq_scales
 from titans_export.calibration.gptq import gptq
 from titans_export.calibration.graphs import Quantised, QuantiseError, quantise_graphs
+from titans_export.calibration.memories import store_memories
 from titans_export.calibration.observe import Observed
-from titans_export.calibration.recipe import ActivationsRecipe, Recipe, WeightsRecipe
+from titans_export.calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 from titans_export.calibration.smooth import smoothing
 from titans_export.calibration.weights import CLIPPED, LARGEST, from_fp8, pack_int4, quantise, to_fp8, unpack_int4
 from titans_export.calibration.writing import load_graphs, tolerance_of, write_quantised
@@ -430,3 +431,19 @@ def test_noise_is_observed(small_bundle: Path) -> None:
     """What other tests quantise by has outliers."""
     seen = observe_noise(load_graphs(read_bundle(small_bundle)))
     assert all(o.channels.max() > 4 * np.median(o.channels) for o in seen.values())
+
+
+def test_memories_do_not_share_their_noise() -> None:
+    names = ("a.memory", "b.memory")
+    layout = [{"name": name, "offset": 1024 * i, "shape": [32, 32]} for i, name in enumerate(("W0", "S0"))]
+    state = [
+        {"name": n, "input": n, "output": f"{n}.next", "role": "memory", "shape": [1, 1, 2048], "layout": layout}
+        for n in names
+    ]
+    nodes = [
+        helper.make_node("NeuralMemory", [n, "q"], [f"{n}.y", f"{n}.next"], domain="ai.titans", mode="update")
+        for n in names
+    ]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info(n, 1, [1, 1, 2048]) for n in names], [])
+    store_memories({"decode": (model := helper.make_model(graph))}, state, MemoryRecipe("int8", "stochastic", 5))
+    assert [next(a.i for a in node.attribute if a.name == "seed") for node in model.graph.node] == [5, 6]

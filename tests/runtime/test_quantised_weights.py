@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from cli_tools import invoke
 from quantised_tools import RECIPES, with_memory
 
 import titans_runtime
@@ -53,6 +54,36 @@ def test_memories_in_few_bits(quantised_bundle: Make, storage: str, rounding: st
         whole = feed(session, [])
         for cuts in ([1] * 20, [3, 16, 1, 40]):
             np.testing.assert_allclose(feed(session, cuts), whole, atol=1e-2 * float(np.abs(whole).max()))
+
+
+def test_a_memory_in_few_bits_reads_as_float32(quantised_bundle: Make) -> None:
+    plain = read_bundle(quantised_bundle(with_memory("float16", "float32", "nearest")))
+    stored = read_bundle(quantised_bundle(with_memory("float16", "int8", "stochastic")))
+    with titans_runtime.Session(plain.path) as right, titans_runtime.Session(stored.path) as session:
+        memories = []
+        for each in (right, session):
+            stream = each.stream()
+            stream.feed(TOKENS)
+            memories.append(stream.memory())
+    fields = [name for name in memories[0] if name.rpartition(".")[2] in ("W0", "S0")]
+    assert len(fields) == 2
+    for name in fields:
+        wanted, got = memories[0][name], memories[1][name]
+        assert got.shape == wanted.shape and got.dtype == np.float32 and np.abs(wanted).max() > 0
+        # Steps of int8 are a 127th of a block's largest; folds add up a few of them.
+        np.testing.assert_allclose(got, wanted, atol=0.1 * float(np.abs(wanted).max()))
+        assert not np.array_equal(got, wanted)
+
+
+def test_a_memory_in_few_bits_needs_the_kernel(quantised_bundle: Make) -> None:
+    path = quantised_bundle(with_memory("float16", "int8", "stochastic"))
+    with pytest.raises(
+        titans_runtime.Error, match=r'expected our memory kernel for .* int8 but got memory_kernel="off"'
+    ):
+        titans_runtime.Session(path, memory_kernel="off")
+    result = invoke("verify", path, "--memory-kernel", "off")
+    assert result.code == 4, result.err
+    assert "our memory kernel" in result.err
 
 
 def damaged(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
