@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from storage_oracle import Kept
 from torch import Tensor
 
 Node = dict[str, Any]
@@ -133,14 +134,24 @@ class Stream:
 
 
 def run_stream(
-    node: Node, inputs: dict[str, Tensor], weights: Tensor, learn: list[bool] | None = None, limit: float | None = None
+    node: Node,
+    inputs: dict[str, Tensor],
+    weights: Tensor,
+    learn: list[bool] | None = None,
+    limit: float | None = None,
+    kept: Kept | None = None,
 ) -> Stream:
-    """Token by token from a fresh memory. inputs: the operator's, of one stream and head; `previous`: (chunks, |W|)."""
+    """Token by token from a fresh memory. inputs: the operator's, of one stream and head; `previous`: (chunks, |W|).
+    kept: how the row holds W and S, None: exactly.
+    """
     chunk, u = node["chunk_size"], option(node, "keys_per_token")
     batch, m = option(node, "batch_size"), option(node, "grad_clamp")
     norm_scale = inputs.get("norm_scale")
     w = split(node, weights)
-    g, s = w, [torch.zeros_like(x) for x in w]
+    s = [torch.zeros_like(x) for x in w]
+    if kept is not None:
+        w, s = kept.fresh(w, s)
+    g = w
     y: list[Tensor] = []
     before: list[Tensor] = []
     loss: list[float | None] = []
@@ -168,23 +179,26 @@ def run_stream(
                 error = (network(node, leaves, k, norm_scale) - v).square().sum(-1) * node["loss_scale"]
                 gradient = torch.autograd.grad((step * error).sum(), leaves)
                 new_w, new_s = [], []
-                for p, (old, gp) in enumerate(zip(w, gradient, strict=True)):
+                old_w, old_s = (w, s) if kept is None else kept.begin(w, s)
+                for p, (old, gp) in enumerate(zip(old_w, gradient, strict=True)):
                     n = gp.norm()
                     if m and n > 0:
                         gp = gp * (torch.tanh(n / (m / 2)) * m / 2 + m / 2) / n
                     mu = inputs["modulation"][t, p] if "modulation" in inputs else 1.0
                     update = -mu * gp
                     if option(node, "momentum_order"):
-                        update = inputs["momentum"][t] * s[p] + update
+                        update = inputs["momentum"][t] * old_s[p] + update
                         new_s.append(update)
                     if option(node, "orthogonalise") and gp.dim() == 2:
                         update = newton_schulz(update, option(node, "orthogonalise"))
                     new_w.append((1 - inputs["forget_gate"][t]) * old + update)
-                change = float((flat(new_w) - flat(w)).norm())
+                change = float((flat(new_w) - flat(old_w)).norm())
                 loss.append(float(error.detach().sum()))
                 norm.append(change)
                 if limit is None or change <= limit:
                     w, s = new_w, new_s or s
+                    if kept is not None:
+                        w, s = kept.end(w, s)
                     if batch and (t + 1) % batch == 0:
                         g = w
         y.append(network(node, w, inputs["q"][t : t + 1], norm_scale)[0])

@@ -37,6 +37,7 @@ from tolerances import TOLERANCES  # noqa: E402
 
 from titans_export.checkpoints.titans_pytorch import from_live  # noqa: E402
 from titans_export.exporting import export_loaded  # noqa: E402
+from titans_export.model.stream import Call, StateFacts, next_graph  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -287,6 +288,49 @@ def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Expor
         frozen = session.stream()
         frozen.freeze()
         assert np.abs(fed(frozen, inputs, [LENGTH]) - right).max() > MATTERS
+
+
+def rows_before(facts: StateFacts, position: int) -> int:
+    """Rows of the stream before a token."""
+    rows = facts.rows or {"segment": 1, "longterm": 0}
+    return position + rows["longterm"] * (position // rows["segment"])
+
+
+def check_promises(facts: StateFacts, old: Tensor, new: Tensor, first: int, end: int) -> None:
+    """That a call of rows [first, end) changes no more of a state tensor than the manifest says."""
+    if facts.written is not None:
+        axis, period = facts.written["axis"], facts.written["period"]
+        changed = (new != old).transpose(0, axis).flatten(1).any(1).nonzero().flatten().tolist()
+        promised = {start + row % period for row in range(first, end) for start in facts.written["first"]}
+        assert changed
+        assert set(changed) <= promised
+    if facts.chunk is not None and first // facts.chunk == end // facts.chunk:
+        for field in facts.layout:
+            size = int(np.prod(field.shape, dtype=int))
+            kept = first % facts.chunk * (size // facts.chunk) if field.name in ("k", "v", "theta") else size
+            part = slice(field.offset, field.offset + kept)
+            assert torch.equal(new[..., part], old[..., part]), field.name
+
+
+@pytest.mark.parametrize("name", ["train_mac", "no longterm rows, gates of attention"])
+def test_a_call_changes_no_more_of_the_state_than_the_manifest_says(name: str) -> None:
+    """What a failed call is undone from."""
+    case = CASES[name]
+    model, inputs = from_live(case.make()).model, torch.as_tensor(case.inputs()).long()
+    facts, state, position = model.state_facts(), model.initial_state(1), 0
+    kinds = {(bool(entry.written), bool(entry.chunk)) for entry in facts.values()}
+    assert kinds == {(True, False), (False, True), (False, False)}
+    graphs = model.graphs(case.chunks_per_call)
+    calls = [graph for graph in graphs if graph.tokens > 1]
+    # Then a token at a time, over more than a ring.
+    for graph in [*calls, *[None] * (max(graph.align for graph in graphs) + 9)]:
+        graph = graph or next_graph(graphs, position, 1)
+        end, old = position + graph.tokens, state
+        with torch.no_grad():
+            _, state = model.call(inputs[None, position:end], state, Call(graph, torch.tensor([position])))
+        for key, entry in facts.items():
+            check_promises(entry, old[key], state[key], rows_before(entry, position), rows_before(entry, end))
+        position = end
 
 
 def memory_nodes(bundle: Path) -> dict[str, int]:

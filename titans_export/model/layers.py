@@ -40,6 +40,13 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def flat(x: Tensor) -> Tensor:
+    """(..., D) to (N, D). Products of two dimensions with a bias are one node of ONNX Runtime; with three it puts a
+    Reshape before and after each.
+    """
+    return x.reshape(-1, x.shape[-1])
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension. `shape` is the weight's: (D,), or (heads, D) for x of
     (B, heads, T, D).
@@ -84,6 +91,23 @@ def join_heads(x: Tensor) -> Tensor:
     if length > 1:
         x = x.transpose(1, 2)
     return x.reshape(batch, length, heads * width)
+
+
+def row_index(places: Tensor, heads: int) -> Tensor:
+    """(B, n) int64, rows of a cache, as `write_rows` takes them for every head: (B, heads, n, 3)."""
+    batch, count = places.shape
+    stream = torch.arange(batch, device=places.device)[:, None, None].expand(-1, heads, count)
+    head = torch.arange(heads, device=places.device)[None, :, None].expand(batch, -1, count)
+    return torch.stack([stream, head, places.unsqueeze(1).expand(-1, heads, -1)], -1)
+
+
+def write_rows(cache: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """cache, (B, heads, N, D), with rows (B, heads, n, D) at their stream, head and row, (B, heads, n, 3). Exported it
+    is a ScatterND, which copies whole rows where a ScatterElements goes from element to element.
+    """
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic("ScatterND", [cache, index, rows], dtype=cache.dtype, shape=cache.shape)
+    return cache.index_put(tuple(index.unbind(-1)), rows)
 
 
 class CausalConv(nn.Module):

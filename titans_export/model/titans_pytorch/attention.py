@@ -2,6 +2,10 @@
 
 Sliding: a row sees itself and the `window` rows before it. Segmented: itself and the rows of its segment before it.
 Persistent keys and values stand in front of every window; they are not rotated.
+
+The state holds the persistent rows, which never change, and behind them a ring: row r of the stream lies at r modulo
+its length, so that a call writes its own rows alone. The ring has room for the rows that a call of one token consumes
+beside those that the first of them sees.
 """
 
 from __future__ import annotations
@@ -13,20 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, StreamState, join_heads
-from .memory import rms_norm
+from ..layers import Linear, StreamState, join_heads, row_index, write_rows
+from ..stream import StateFacts
+from .memory import per_head, rms_norm
 from .options import TransformerOptions
 from .positions import Angle, PairRotary
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a call's attention layers share. hidden: (B, 1, T, persistent + past + T), -infinity where a row does not
-    see a key, else 0. angle: of the rows; persistent_angle: of queries against persistent keys, where the library's
-    cached decoding has another one.
+    """What a call's attention layers share.
+
+    hidden: (B, 1, T, keys), -infinity where a row does not see a key, else 0; the keys are the persistent ones, the
+    ring's after `places` have been written, and those of the call's other rows. places: (B, heads, n, 3), where the
+    call's first n rows go in the state; last_places: then its last m, if it has more. angle: of the rows;
+    persistent_angle: of queries against persistent keys, where the library's cached decoding has another one.
     """
 
     hidden: Tensor
+    places: Tensor
+    last_places: Tensor | None
     angle: Angle
     persistent_angle: Angle | None = None
 
@@ -37,18 +47,21 @@ class WindowRule:
 
     The library decodes with positions relative to its cache: persistent keys, which are not rotated, then see queries
     at another angle than in training; and of segmented attention the cache begins anew where the prompt ended, if that
-    was longer than a segment. decoded_from: the first decoded row; None: as in training, everywhere.
+    was longer than a segment. decoded_from: the first decoded row; None: as in training, everywhere. at_once: the
+    most rows that a call of one token consumes.
     """
 
     window: int
     sliding: bool
     persistent: int
+    heads: int
+    at_once: int
     decoded_from: int | None = None
 
     @property
-    def past(self) -> int:
+    def ring(self) -> int:
         """Rows carried."""
-        return self.window if self.sliding else self.window - 1
+        return self.window - (not self.sliding) + self.at_once
 
     def _begin(self, rows: Tensor) -> Tensor:
         """The first row that each row sees."""
@@ -63,7 +76,13 @@ class WindowRule:
     def __call__(self, first: Tensor, count: int, rotary: PairRotary) -> Window:
         """Of `count` rows from `first`, (B,) int64."""
         rows = first.unsqueeze(-1) + torch.arange(count, device=first.device)
-        keys = first.unsqueeze(-1) + torch.arange(-self.past, count, device=first.device)
+        # Rows that are written before any is read; they replace none that one of the call sees.
+        early = min(count, self.at_once)
+        last = first.unsqueeze(-1) + (early - 1)
+        age = torch.remainder(last + torch.arange(self.ring, 0, -1, device=first.device), self.ring)
+        keys = last - age
+        if count > early:
+            keys = torch.cat([keys, rows[:, early:]], 1)
         begin = self._begin(rows)
         # Rows before the stream are negative, and no row begins there.
         seen = (keys.unsqueeze(1) >= begin.unsqueeze(-1)) & (keys.unsqueeze(1) <= rows.unsqueeze(-1))
@@ -71,7 +90,10 @@ class WindowRule:
         if self.decoded_from is not None:
             relative = rotary(torch.where(rows < self.decoded_from, rows, rows - begin))
         hidden = torch.where(seen, 0.0, -math.inf).to(rotary.quarter.dtype).unsqueeze(1)
-        return Window(F.pad(hidden, (self.persistent, 0)), rotary(rows), relative)
+        places = row_index(self.persistent + torch.remainder(rows, self.ring), self.heads)
+        late = min(count - early, self.ring)
+        last_places = places[:, :, count - late :] if late else None
+        return Window(F.pad(hidden, (self.persistent, 0)), places[:, :, :early], last_places, rotary(rows), relative)
 
 
 class StreamAttention(nn.Module):
@@ -90,8 +112,13 @@ class StreamAttention(nn.Module):
         self.rotary = PairRotary(self.head_dim)
 
     def initial_state(self, batch: int) -> StreamState:
-        empty = self.norm.new_zeros(batch, self.heads, self.rule.past, self.head_dim)
-        return {"keys": empty, "values": empty.clone()}
+        empty = self.norm.new_zeros(batch, self.heads, self.rule.ring, self.head_dim)
+        keys, values = (torch.cat([rows.expand(batch, -1, -1, -1), empty], 2) for rows in self.persistent)
+        return {"keys": keys, "values": values}
+
+    def state_facts(self) -> dict[str, StateFacts]:
+        written = {"axis": 2, "first": [self.rule.persistent], "period": self.rule.ring}
+        return dict.fromkeys(("keys", "values"), StateFacts("cache", written=written))
 
     def _heads(self, x: Tensor, count: int) -> Tensor:
         batch, length, _ = x.shape
@@ -102,24 +129,32 @@ class StreamAttention(nn.Module):
         self, x: Tensor, state: StreamState, window: Window, first_values: Tensor | None
     ) -> tuple[Tensor, Tensor, StreamState]:
         """x: (B, T, dim). Returns the output, this layer's own values (B, heads, T, D), and the next state."""
-        length, inner, past = x.shape[1], self.heads * self.head_dim, self.rule.past
+        inner = self.heads * self.head_dim
         projected = self.qkv(rms_norm(x, self.norm))
-        qk, v, mix = projected.split([2 * inner, inner, projected.shape[-1] - 3 * inner], -1)
+        sizes = [2 * inner, inner] if self.mix_bias is None else [2 * inner, inner, self.heads]
+        qk, v, *mix = projected.split(sizes, -1)
         qk, v = self._heads(qk, 2 * self.heads), self._heads(v, self.heads)
         own = v
         if self.mix_bias is not None:
             assert first_values is not None
-            share = torch.sigmoid(mix + self.mix_bias).transpose(1, 2).unsqueeze(-1)
+            share = per_head(torch.sigmoid(mix[0] + self.mix_bias))
             v = v + share * (first_values - v)
         q, k = self.rotary.rotate(qk, window.angle).split(self.heads, 1)
-        persistent_keys, persistent_values = (t.expand(q.shape[0], -1, -1, -1) for t in self.persistent.unsqueeze(1))
-        keys = torch.cat([persistent_keys, state["keys"], k], 2)
-        values = torch.cat([persistent_values, state["values"], v], 2)
-        kept = self.persistent.shape[2] + length
-        following = {"keys": keys[:, :, kept:], "values": values[:, :, kept:]} if past else state
+        keys, next_keys = self._write(state["keys"], k, window)
+        values, next_values = self._write(state["values"], v, window)
         scores = self._scores(q, qk[:, : self.heads], keys, window) + window.hidden
         y: Tensor = self.out(join_heads(scores.softmax(-1) @ values))
-        return y, own, following
+        return y, own, {"keys": next_keys, "values": next_values}
+
+    def _write(self, state: Tensor, new: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """The rows that are looked at, as `Window.hidden` has them, and the next state. new: (B, heads, T, D)."""
+        early = window.places.shape[2]
+        state = write_rows(state, window.places, new[:, :, :early])
+        if window.last_places is None:
+            return state, state
+        late = window.last_places.shape[2]
+        following = write_rows(state, window.last_places, new[:, :, new.shape[2] - late :])
+        return torch.cat([state, new[:, :, early:]], 2), following
 
     def _scores(self, q: Tensor, plain: Tensor, keys: Tensor, window: Window) -> Tensor:
         """plain: the queries before their rotation."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..chunk_memory import ChunkInputs, ChunkMemorySpec, ChunkUpdate, chunk_layout, initial_chunk_rows
 from ..fast_networks import NetworkSpec
-from ..layers import Linear, StreamState, join_heads
+from ..layers import Linear, StreamState, flat, join_heads
 from ..node import chunk_memory_update
 from ..stream import StateFacts
 from .options import MemoryOptions
@@ -60,6 +60,12 @@ def memory_spec(options: MemoryOptions) -> ChunkMemorySpec:
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """nn.RMSNorm without an epsilon of its own: the smallest step of the type. weight: (D,)."""
     return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * weight
+
+
+def per_head(x: Tensor) -> Tensor:
+    """(B, T, heads) to (B, heads, T, 1)."""
+    batch, length, heads = x.shape
+    return x.reshape(batch, heads, 1, 1) if length == 1 else x.transpose(1, 2).unsqueeze(-1)
 
 
 class HeadNorm(nn.Module):
@@ -126,19 +132,19 @@ class NeuralMemoryLayer(nn.Module):
         return ["pool", "pool_logits"] if self.options.attn_pool_chunks else ["pool"]
 
     def state_facts(self) -> dict[str, StateFacts]:
-        facts = {"memory": StateFacts("memory", chunk_layout(self.spec).fields)}
+        # Only a node is known to leave everything else as it is.
+        chunk = self.spec.chunk_size if self.spec.fused else None
+        facts = {"memory": StateFacts("memory", chunk_layout(self.spec).fields, chunk=chunk)}
         if self.spec.chunk_size > 1:
             facts |= {name: StateFacts("conv") for name in self._pools()}
         return facts
 
-    def _heads(self, x: Tensor, per_token: int) -> Tensor:
-        """(B, T, heads per_token D) to (B, heads, T per_token, D), head-major."""
-        batch, length, _ = x.shape
+    def _heads(self, x: Tensor, length: int, per_token: int) -> Tensor:
+        """(B T, heads per_token D), or (B, T, the same), to (B, heads, T per_token, D), head-major. length: T."""
         heads, width = self.options.heads, self.options.dim_head
-        if length == 1 or heads == 1:
-            return x.reshape(batch, heads, length * per_token, width)
-        x = x.reshape(batch, length, heads, per_token, width).transpose(1, 2)
-        return x.reshape(batch, heads, length * per_token, width)
+        if length > 1 and heads > 1:
+            x = x.reshape(-1, length, heads, per_token, width).transpose(1, 2)
+        return x.reshape(-1, heads, length * per_token, width)
 
     def _pool(self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool) -> tuple[Tensor, StreamState]:
         """What the gates are computed from, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
@@ -151,7 +157,9 @@ class NeuralMemoryLayer(nn.Module):
         if aligned:
             windows = {name: v.reshape(v.shape[0], -1, size, v.shape[-1]) for name, v in new.items()}
         elif length == 1:
-            windows = {name: v.unsqueeze(1) for name, v in rows.items()}
+            if logits is None:
+                return rows["pool"].mean(1, keepdim=True), following
+            return (rows["pool_logits"].softmax(1) * rows["pool"]).sum(1, keepdim=True), following
         else:
             windows = {name: torch.stack([v[:, t : t + size] for t in range(length)], 1) for name, v in rows.items()}
         if logits is None:
@@ -161,14 +169,18 @@ class NeuralMemoryLayer(nn.Module):
     def _chunk_gates(self, pooled: Tensor, aligned: bool) -> dict[str, Tensor]:
         """(B, heads, T, ...) of each gate, a chunk's values at all of its tokens."""
         options = self.options
-        raw = self.gates(pooled)
-        batch, count, _ = raw.shape
-        raw = raw.reshape(batch, count, options.heads, -1).transpose(1, 2)
+        batch, count, _ = pooled.shape
+        raw = self.gates(flat(pooled))
+        if count == 1:
+            raw = raw.reshape(batch, options.heads, 1, -1)
+        else:
+            raw = raw.reshape(batch, count, options.heads, -1).transpose(1, 2)
         if aligned and self.spec.chunk_size > 1:
             raw = raw.unsqueeze(3).expand(-1, -1, -1, self.spec.chunk_size, -1)
             raw = raw.reshape(batch, options.heads, count * self.spec.chunk_size, -1)
-        parts = dict(zip(self.gate_sizes, raw.split(list(self.gate_sizes.values()), -1), strict=True))
-        gates = {name: torch.sigmoid(parts[name]) for name, size in self.gate_sizes.items() if size}
+        sizes = {name: size for name, size in self.gate_sizes.items() if size}
+        parts = dict(zip(sizes, raw.split(list(sizes.values()), -1), strict=True))
+        gates = {name: torch.sigmoid(part) for name, part in parts.items()}
         gates["forget"] = gates["forget"].squeeze(-1)
         if "modulation" in gates and options.max_mem_layer_modulation != 1:
             gates["modulation"] = gates["modulation"] * options.max_mem_layer_modulation
@@ -202,17 +214,18 @@ class NeuralMemoryLayer(nn.Module):
             xk = rms_norm(xk, self.store_norm)
             xv = xk if same else rms_norm(xv, self.store_norm)
         act = ACTIVATIONS[options.activation] if options.activation else None
-        queries = self.query(xq)
-        keys, steps, logits = self.key(xk).split(self.key_sizes, -1)
-        values = self.value(xv)
-        q, retrieve_gate = queries.split([inner, queries.shape[-1] - inner], -1)
-        q, k, v = (act(t) if act else t for t in (q, keys, values))
-        q, k, v = self._heads(q, 1), self._heads(k, u), self._heads(v, u)
+        batch, length, dim = xq.shape
+        q, *retrieve_gate = self.query(xq).split([inner, heads] if heads > 1 else [inner], -1)
+        k, steps, *logits = self.key(flat(xk)).split([size for size in self.key_sizes if size], -1)
+        v = self.value(xv)
+        q, k, v = (act(t) if act else t for t in (q, k, v))
+        q, k, v = self._heads(q, length, 1), self._heads(k, length, u), self._heads(v, length, u)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        batch, length, _ = xq.shape
-        theta = torch.sigmoid(steps.reshape(batch, length, heads, u).transpose(1, 2).reshape(batch, heads, length * u))
-        pooled, pools = self._pool(xk, logits if options.attn_pool_chunks else None, state, aligned)
+        if length > 1:
+            steps = steps.reshape(batch, length, heads, u).transpose(1, 2)
+        theta = torch.sigmoid(steps.reshape(batch, heads, length * u))
+        pooled, pools = self._pool(xk, logits[0].reshape(batch, length, dim) if logits else None, state, aligned)
         gates = self._chunk_gates(pooled, aligned)
         result = chunk_memory_update(
             self.spec,
@@ -236,7 +249,7 @@ class NeuralMemoryLayer(nn.Module):
         )
         y = result.y if self.post_norm is None else self.post_norm(result.y)
         if self.out is not None:
-            y = y * torch.sigmoid(retrieve_gate.transpose(1, 2).unsqueeze(-1))
+            y = y * per_head(torch.sigmoid(retrieve_gate[0]))
             y = self.out(join_heads(y))
         else:
             y = join_heads(y)

@@ -18,9 +18,18 @@ from ..layers import Linear
 Angle = tuple[Tensor, Tensor]
 
 
+def quotient(x: Tensor, divisor: int) -> Tensor:
+    """x // divisor of x >= 0, int64. torch.div would be exported as a division of float32, which is wrong from 2^24 on;
+    floor_divide as nine nodes.
+    """
+    if not torch.compiler.is_exporting():
+        return torch.div(x, divisor, rounding_mode="floor")
+    return torch.onnx.ops.symbolic("Div", [x, torch.tensor(divisor)], dtype=x.dtype, shape=x.shape)
+
+
 def first_row(position: Tensor, segment: int, longterm: int) -> Tensor:
     """The row of the token at `position`, (B,) int64, both counted from 0."""
-    return position if not longterm else position + longterm * torch.div(position, segment, rounding_mode="floor")
+    return position if not longterm else position + longterm * quotient(position, segment)
 
 
 class AxialPositions(nn.Module):
@@ -46,11 +55,11 @@ class AxialPositions(nn.Module):
         """Of `count` rows from `first`, (B,) int64. aligned: first and count are multiples of size. (B, count, dim)."""
         if aligned and count % self.size == 0:
             blocks = torch.arange(count // self.size, device=first.device)
-            outer = self._outer(torch.div(first, self.size, rounding_mode="floor").unsqueeze(-1) + blocks)
+            outer = self._outer(quotient(first, self.size).unsqueeze(-1) + blocks)
             both = outer.unsqueeze(2) + self.table
             return both.reshape(first.shape[0], count, -1)
         rows = first.unsqueeze(-1) + torch.arange(count, device=first.device)
-        outer = self._outer(torch.div(rows, self.size, rounding_mode="floor"))
+        outer = self._outer(quotient(rows, self.size))
         return outer + self.table[torch.remainder(rows, self.size)]
 
 

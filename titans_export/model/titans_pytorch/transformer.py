@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..chunk_memory import ChunkMemorySpec, ChunkUpdate, chunk_weights
 from ..hyper_connection import hyper_connection
-from ..layers import Linear, StreamState
+from ..layers import Linear, StreamState, flat
 from ..stream import Call, Graph, Signal, StateFacts, StreamModel
 from .attention import StreamAttention, Window, WindowRule
 from .memory import NeuralMemoryLayer, rms_norm
 from .options import TransformerOptions
-from .positions import AxialPositions, PairRotary, first_row
+from .positions import AxialPositions, PairRotary, first_row, quotient
 
 MOST_ROWS = 1024  # of one call: beyond it a graph would gain nothing
 LONGEST_PERIOD = 1 << 16  # of places to start, all of which the manifest lists
@@ -67,9 +67,9 @@ class FeedForward(nn.Module):
         self.up, self.down = Linear(dim, 2 * hidden, bias=True), Linear(hidden, dim, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(rms_norm(x, self.norm)).chunk(2, -1)
+        value, gate = self.up(flat(rms_norm(x, self.norm))).chunk(2, -1)
         y: Tensor = self.down(F.silu(gate) * value)
-        return y
+        return y.reshape(x.shape)
 
 
 class ViewSelector(nn.Module):
@@ -82,10 +82,11 @@ class ViewSelector(nn.Module):
 
     def forward(self, x: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, dim), the first choice; earlier: the others."""
-        batch, length, _ = x.shape
-        weights = self.select(rms_norm(x, self.norm)).reshape(batch, length, 3, -1).softmax(-1)
-        views = weights @ torch.stack([x, *earlier], 2)
-        q, k, v = views.unbind(2)
+        batch, length, dim = x.shape
+        weights = self.select(flat(rms_norm(x, self.norm))).reshape(batch, length, 3, -1).softmax(-1)
+        # Side by side, and taken apart along the last dimension: stacking would be a node for each choice and view.
+        choices = torch.cat([x, *earlier], -1).reshape(batch, length, -1, dim)
+        q, k, v = (weights @ choices).reshape(batch, length, 3 * dim).chunk(3, -1)
         return q, k, v
 
 
@@ -111,7 +112,7 @@ class Layer(nn.Module):
 
     def state_facts(self) -> dict[str, StateFacts]:
         memory = {} if self.memory is None else self.memory.state_facts()
-        return {**memory, "keys": StateFacts("cache"), "values": StateFacts("cache")}
+        return {**memory, **self.attention.state_facts()}
 
 
 class _Shared:
@@ -145,7 +146,12 @@ class MemoryAsContext(StreamModel):
         self.positions = AxialPositions(dim, options.memory.chunk_size)
         self.stream_embedding = nn.Parameter(torch.zeros(streams, dim)) if streams > 1 else None
         rule = WindowRule(
-            self.row_segment, options.sliding_window_attn, options.num_persist_mem_tokens, self.decoded_row
+            self.row_segment,
+            options.sliding_window_attn,
+            options.num_persist_mem_tokens,
+            options.heads,
+            1 + options.num_longterm_mem_tokens,
+            self.decoded_row,
         )
         self.rule = rule
         self.layers = nn.ModuleList()
@@ -220,7 +226,11 @@ class MemoryAsContext(StreamModel):
         for i, layer in enumerate(self.layers):
             own: dict[str, StateFacts] = layer.state_facts()  # type: ignore[operator]
             facts |= {f"layers.{i}.{name}": value for name, value in own.items()}
-        return facts
+        if not self.options.num_longterm_mem_tokens:
+            return facts
+        rows = {"segment": self.options.segment_len, "longterm": self.options.num_longterm_mem_tokens}
+        counts = {name for name, value in facts.items() if value.written or value.chunk}
+        return {name: replace(value, rows=rows) if name in counts else value for name, value in facts.items()}
 
     def _embed(self, tokens: Tensor, call: Call) -> Tensor:
         """(B, T) to rows (B, R, dim), the longterm rows in their places."""
@@ -273,8 +283,8 @@ class MemoryAsContext(StreamModel):
             return update.before
         size = own.chunk_size
         slots = torch.arange(update.before.shape[2], device=shared.first.device)
-        chunk = torch.div(shared.first, size, rounding_mode="floor").unsqueeze(-1) + slots
-        completed = torch.div(shared.first % size + shared.count, size, rounding_mode="floor").unsqueeze(-1)
+        chunk = quotient(shared.first, size).unsqueeze(-1) + slots
+        completed = quotient(shared.first % size + shared.count, size).unsqueeze(-1)
         last = chunk_weights(spec, update.state).unsqueeze(2)
         shifted = torch.cat([update.before[:, :, 1:], last], 2)
         after = torch.where((slots + 1 < completed)[:, None, :, None], shifted, last)
