@@ -19,6 +19,7 @@ from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine
 from .precision import lower_precision
 from .quantised import check_target, choose_precision, for_compiler
+from .scans import unroll_scans
 from .targets import ORT, RTX, TENSORRT, Target, find_target
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -83,10 +84,10 @@ class Plan:
             model = for_compiler(model)
         lowered = lower_precision(model, self.precision, memory=self.compiler == TENSORRT)
         if self.compiler == RTX:
-            return graphs.inline(lowered)
+            return unroll_scans(graphs.inline(lowered))
         if self.compiler == TENSORRT:
             inputs = [entry["input"] for entry in self.bundle.manifest["state"] if entry["name"] in self.in_place]
-            return graphs.with_plugin(lowered, self.alias or graphs.TWO_BUFFERS, inputs)
+            return unroll_scans(graphs.with_plugin(lowered, self.alias or graphs.TWO_BUFFERS, inputs))
         return lowered
 
 
