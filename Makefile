@@ -163,9 +163,11 @@ $(MODEL_BUNDLE): $(STAMPS)/runtime $(STAMPS)/dev $(shell find titans_export/mode
 	@mkdir -p $(dir $@)
 	@$(VENV)/bin/titans-export export examples/checkpoints/mac-bytes -o $@ --chunks-per-call 1 --overwrite
 
+# Most of pytest's time is tracing, which takes one core; each worker takes 1 to 2 GiB. WORKERS=0 runs all in one process.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
 test-python: setup kernels
-	@echo "[test] pytest"
-	@$(VENV)/bin/python -m pytest -q $(PYTEST)
+	@echo "[test] pytest, on $(WORKERS) of $(shell nproc) cores"
+	@$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
 
 # The numbers go to benchmarks/results, and from there into docs/benchmarks.md.
 bench: setup kernels $(STAMPS)/bench build/bench/bandwidth

@@ -275,7 +275,8 @@ def provide(subject: Subject, anew: bool) -> Bundle:
     if anew or not manifest.is_file() or manifest.stat().st_mtime < subject.weights.stat().st_mtime:
         from titans_export.exporting import export_checkpoint
 
-        options: dict[str, Any] = {"format": FORMAT, "config": subject.config, "overwrite": True}
+        # Random weights make a chaotic memory: over many more positions float32 leaves float64 in PyTorch, too.
+        options: dict[str, Any] = {"format": FORMAT, "config": subject.config, "overwrite": True, "positions": CHECKED}
         export_checkpoint(subject.weights, subject.bundle, progress=_say, **options)
     return read_bundle(subject.bundle)
 

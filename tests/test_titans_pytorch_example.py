@@ -107,7 +107,8 @@ def test_the_bundle_is_verified(bundle: Path) -> None:
 def test_logits_are_the_librarys(bundle: Path, logits: Logits) -> None:
     tolerance = json.loads((bundle / "manifest.json").read_text())["golden"]["tolerance"]
     assert np.abs(logits.runtime - logits.float32)[:600].max() <= tolerance
-    assert np.abs(logits.runtime - logits.float64)[:600].max() <= 1e-4
+    # As long as the library's own float32 is about half of that from float64.
+    assert np.abs(logits.runtime - logits.float64)[: 2 * STRETCH].max() <= 1e-4
     # Later on float32 streams have nothing in common, the library's own included.
     for start in range(0, TOGETHER, STRETCH):
         at = slice(start, start + STRETCH)
