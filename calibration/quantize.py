@@ -16,7 +16,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from ..bundle import MANIFEST, Bundle, read_bundle
-from ..engines.targets import Target, find_target
+from ..engines.targets import FP8_FROM, Target, find_target
 from ..errors import MachineError, UsageError
 from ..files import check_output
 from .collect import Collected, collect
@@ -27,7 +27,6 @@ from .sensitivity import choose_mixture, split_held_back
 from .writing import load_graphs, write_quantised
 
 TOKENS = 1 << 15
-FP8_FROM = 89  # compute capability
 
 Progress = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

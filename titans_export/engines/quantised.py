@@ -10,9 +10,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ..errors import MachineError, UsageError
 from .graphs import attribute, has_kernel, is_memory
-from .targets import BF16, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
+from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
 
-FP8_FROM = 89  # the first compute capability that multiplies e4m3
 STORED = {"float16": FP16, "bfloat16": BF16}  # formats of weights that are a precision of engines
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 

@@ -9,6 +9,7 @@ from ..errors import UsageError
 TENSORRT, RTX, ORT = "tensorrt", "tensorrt_rtx", "onnxruntime"
 FP32, FP16, BF16 = "fp32", "fp16", "bf16"
 X86, ARM = "linux-x86_64", "linux-aarch64"
+FP8_FROM = 89  # the first compute capability that multiplies e4m3
 
 _LOW = (FP32, FP16, BF16)
 
