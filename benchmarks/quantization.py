@@ -7,8 +7,8 @@ Of each model: every recipe's bundle is made from the calibration text, all of t
 float32 bundle (`titans_export.drift`), recall is measured, and speeds are measured turn by turn. The recall task's
 model has its own data, drawn from seeds. A model with random weights is timed alone.
 
-What was measured of a model is kept in the work folder, and not measured again but with --again; a result file holds
-all models that were measured so far.
+What was measured of a model is kept in the work folder, drift and speeds apart, and not measured again but with
+--again; so speeds may be taken once the machine is quiet. A result file holds all models that were measured so far.
 """
 
 from __future__ import annotations
@@ -108,36 +108,37 @@ class Settings:
     work: Path
 
 
-def measure(model: Model, recipes: Sequence[str], settings: Settings) -> Result:
-    """Everything of one model."""
+def measure(model: Model, recipes: Sequence[str], settings: Settings, again: str | None) -> Result:
+    """Everything of one model: what was measured before and is not asked for `again`, and what was not."""
     bundle = _export(model, settings)
     taking_part, entries = {FLOAT32: bundle.path}, {}
     for name in recipes:
         entries[name] = _quantise(model, bundle, name, settings)
         if entries[name]["unavailable"] is None:
             taking_part[name] = settings.work / f"{model.name}.{name}.titans"
-    busy = others_busy()
-    if busy > QUIET:
-        _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
     entries = {FLOAT32: {"name": FLOAT32, "unavailable": None}, **entries}
-    if model.tokens:
-        _compare(model, bundle, taking_part, entries, settings)
-    _time(model, bundle, taking_part, entries, settings)
-    return {
-        "name": model.name,
-        "parameters": bundle.manifest["model"].get("parameters"),
-        "text": _text_of(model, bundle, settings),
-        "tokens": min(settings.tokens or model.tokens, model.tokens),
-        "stream_length": model.stream_length,
-        "window": settings.window,
-        "seed": settings.seed,
-        "threads": settings.threads,
-        "others_busy": busy,
-        "prefill_tokens": settings.prefill_tokens,
-        "decode_tokens": settings.decode_tokens,
-        "recipes": list(entries.values()),
-        **provenance(),
-    }
+    parts = []
+    for kind, measured in (("drift", _compare), ("times", _time)):
+        if kind == "drift" and not model.tokens:
+            continue
+        path = settings.work / f"{model.name}.{kind}.json"
+        if again in (kind, "all") or not path.is_file():
+            write(path, {**measured(model, bundle, taking_part, settings), **provenance()})
+        part = json.loads(path.read_text(encoding="utf-8"))
+        if part["recipes"].keys() != taking_part.keys():
+            raise click.ClickException(
+                f"expected {path} to be of the recipes {', '.join(taking_part)} but got {', '.join(part['recipes'])}; "
+                f"measure them with --again {kind}"
+            )
+        for name, values in part.pop("recipes").items():
+            entries[name] |= values
+        parts.append(part)
+    result: Result = {"name": model.name, "parameters": bundle.manifest["model"].get("parameters")}
+    if not model.tokens:
+        result |= {"text": None, "tokens": 0, "stream_length": None, "window": settings.window, "seed": settings.seed}
+    for part in parts:  # of what both have, such as the commit, that of the times
+        result |= part
+    return result | {"drift_commit": parts[0]["commit"], "recipes": list(entries.values())}
 
 
 def _export(model: Model, settings: Settings) -> Bundle:
@@ -216,9 +217,7 @@ def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
     return tokens
 
 
-def _text_of(model: Model, bundle: Bundle, settings: Settings) -> str | None:
-    if not model.tokens:
-        return None
+def _text_of(bundle: Bundle, settings: Settings) -> str:
     if bundle.manifest["tokenizer"]["kind"] == "none":
         return "episodes of the recall task"
     return settings.text.name
@@ -230,25 +229,28 @@ def _open(path: Path, settings: Settings) -> Session:
     return titans_runtime.Session(path, threads=settings.threads)
 
 
-def _compare(
-    model: Model, bundle: Bundle, taking_part: dict[str, Path], entries: dict[str, Result], settings: Settings
-) -> None:
-    """Drift and recall of all bundles, in one pass; the numbers go into the entries."""
+def _compare(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: Settings) -> Result:
+    """Drift and recall of all bundles, in one pass."""
     tokens = _stream(model, bundle, settings)
+    found: Result = {
+        "text": _text_of(bundle, settings),
+        "tokens": len(tokens),
+        "stream_length": model.stream_length,
+        "window": settings.window,
+        "seed": settings.seed,
+    }
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(_open(path, settings)) for name, path in taking_part.items()}
         base = sessions.pop(FLOAT32)
         others = sessions or {FLOAT32: base}
         _say(f"{model.name}: {len(tokens):,} tokens through {1 + len(sessions)} bundles")
         with click.progressbar(length=len(tokens), label="comparing") as bar:
-            found = compare(
+            compared = compare(
                 base, others, tokens, window=settings.window, stream_length=model.stream_length, progress=bar.update
             )
-        entries[FLOAT32] |= _of_float32(found)
-        for name in sessions:
-            entries[name] |= _of_drift(found.drifts[name])
+        entries = {FLOAT32: _of_float32(compared)} | {name: _of_drift(compared.drifts[name]) for name in sessions}
         if not model.longest_recall:
-            return
+            return found | {"recipes": entries}
         task = recall.task_of(base.vocab_size, base.info["tokenizer"])
         _say(f"{model.name}: recall ({task}) over up to {model.longest_recall:,} tokens")
         measured = recall.measure_recall(base, others, task, model.longest_recall, tokens, seed=settings.seed)
@@ -258,6 +260,7 @@ def _compare(
             entries[FLOAT32]["recall"] = {"task": task, "distances": bases}
             if name in sessions:
                 entries[name]["recall"] = {"task": task, "distances": values}
+    return found | {"recipes": entries}
 
 
 def _of_float32(found: Comparison) -> Result:
@@ -284,15 +287,19 @@ def _of_drift(drift: Drift) -> Result:
     }
 
 
-def _time(
-    model: Model, bundle: Bundle, taking_part: dict[str, Path], entries: dict[str, Result], settings: Settings
-) -> None:
-    """Bytes, and speeds of all bundles that take turns; the numbers go into the entries."""
+def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: Settings) -> Result:
+    """Bytes, and speeds of all bundles, which take turns."""
+    busy = others_busy()
+    if busy > QUIET:
+        _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
+    entries: dict[str, Result] = {}
     for name, path in taking_part.items():
         manifest = read_bundle(path).manifest
-        entries[name]["weights_bytes"] = manifest["files"][manifest["weights"]["file"]]["bytes"]
         with _open(path, settings) as session, session.stream() as stream:
-            entries[name]["state_bytes"] = stream.state_bytes
+            entries[name] = {
+                "weights_bytes": manifest["files"][manifest["weights"]["file"]]["bytes"],
+                "state_bytes": stream.state_bytes,
+            }
     plan = Plan.of(bundle, settings.prefill_tokens, settings.decode_tokens, settings.rounds, settings.threads)
     with ExitStack() as stack:
         workers = {}
@@ -314,6 +321,13 @@ def _time(
             )
             for name, own in turns.items():
                 entries[name][kind] = dataclasses.asdict(summarise(own, count))
+    return {
+        "threads": settings.threads,
+        "others_busy": busy,
+        "prefill_tokens": settings.prefill_tokens,
+        "decode_tokens": settings.decode_tokens,
+        "recipes": entries,
+    }
 
 
 def _say(text: str) -> None:
@@ -336,12 +350,19 @@ def _say(text: str) -> None:
 @click.option("--threads", type=click.IntRange(0), default=0, help="[default: all cores]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=WORK, show_default=False)
-@click.option("--again", is_flag=True, help="Measure models anew that were measured before; bundles stay.")
+@click.option(
+    "--again", type=click.Choice(["drift", "times", "all"]), help="Measure anew what was measured before; bundles stay."
+)
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: in benchmarks/results]"
 )
 def main(
-    models: tuple[str, ...], recipes: tuple[str, ...], again: bool, output: Path | None, threads: int, **given: Any
+    models: tuple[str, ...],
+    recipes: tuple[str, ...],
+    again: str | None,
+    output: Path | None,
+    threads: int,
+    **given: Any,
 ) -> None:
     settings = Settings(threads=threads or cores(), **given)
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -349,7 +370,7 @@ def main(
         part = settings.work / f"{model.name}.json"
         if (models and model.name not in models) or (part.is_file() and not again):
             continue
-        write(part, measure(model, recipes or model.recipes or cpu_recipes(), settings))
+        write(part, measure(model, recipes or model.recipes or cpu_recipes(), settings, again))
         _say(f"{model.name}: measured")
     parts = [settings.work / f"{model.name}.json" for model in MODELS]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in parts if path.is_file()]
