@@ -60,7 +60,8 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
     """The streams of the files, of `tokens` tokens in all at most.
 
     A text is one stream, and so is each array of an .npz and each line of a .jsonl. Where there is more than `tokens`,
-    each stream gives its share, a piece whose start the seed draws. Raises DataError.
+    each stream gives its share, a piece whose start the seed draws; one whose share is less than a token gives none.
+    Raises DataError.
     """
     streams: list[Stream] = []
     sources: list[str] = []
@@ -77,9 +78,13 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
     total = sum(map(len, streams))
     if tokens is not None and total > tokens:
         rng = np.random.default_rng(seed)
-        shares = [max(1, len(stream) * tokens // total) for stream in streams]
+        shares = [len(stream) * tokens // total for stream in streams]
+        if not any(shares):  # more streams than tokens
+            shares[int(np.argmax([len(stream) for stream in streams]))] = 1
         starts = [int(rng.integers(0, len(s) - n + 1)) for s, n in zip(streams, shares, strict=True)]
         streams = [s[at : at + n].copy() for s, at, n in zip(streams, starts, shares, strict=True)]
+        sources = [name for name, piece in zip(sources, streams, strict=True) if len(piece)]
+        streams = [piece for piece in streams if len(piece)]
     return Data(tuple(streams), tuple(sources), seed)
 
 

@@ -13,9 +13,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..bundle import Bundle
+from ..engines.graphs import attribute
 from ..errors import MachineError
 from ..model.node import DOMAIN, OPERATOR
 from ..schedule import next_graph
+from .products import is_product
 
 Arrays = dict[str, NDArray[Any]]
 _CPU = ["CPUExecutionProvider"]
@@ -27,12 +29,11 @@ def product_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
     shapes = {t.name: list(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     found: dict[str, tuple[int, list[str]]] = {}
     for node in model.graph.node:
-        if node.domain or node.op_type not in ("MatMul", "Gemm") or len(shapes.get(node.input[1], ())) != 2:
+        if not is_product(node) or len(shapes.get(node.input[1], ())) != 2:
             continue
-        flags = {attribute.name: attribute.i for attribute in node.attribute}
-        if node.input[0] in shapes or flags.get("transA"):
+        if node.input[0] in shapes or attribute(node, "transA", 0):
             continue
-        channels = shapes[node.input[1]][flags.get("transB", 0)]
+        channels = shapes[node.input[1]][attribute(node, "transB", 0)]
         values = found.setdefault(node.input[1], (channels, []))[1]
         if node.input[0] not in values:
             values.append(node.input[0])

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from ..engines.graphs import is_memory
+from ..engines.graphs import is_memory, names_read, subgraphs
+from ..model.node import DOMAIN, OPERATOR
 from ..model.storage import pack_row, stored_layout, unpack_row
-from .graphs import QuantiseError, captured, subgraphs
+from .products import QuantiseError
 
 if TYPE_CHECKING:
     from .recipe import MemoryRecipe
@@ -67,7 +68,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
     rows = dict(sizes)  # every value that is packed rows, with its new extent
     origin = {name: name for name in sizes}
     seeds = {name: (memory.seed + i) % 2**32 for i, name in enumerate(sizes)}  # memories do not share their noise
-    inner = {name for node in graph.node for e in node.attribute for g in subgraphs(e) for name in captured(g)}
+    inner = {name for node in graph.node for g in subgraphs(node) for name in names_read(g)}
     for node in graph.node:
         places = [place for place, name in enumerate(node.input) if name in rows]
         if not places:
@@ -89,8 +90,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.name in rows:
             value.type.tensor_type.shape.dim[-1].dim_value = rows[value.name]
-    kept = {(node.op_type, node.overload) for node in graph.node}
-    functions = [function for function in model.functions if (function.name, function.overload) in kept]
+    functions = [function for function in model.functions if (function.domain, function.name) != (DOMAIN, OPERATOR)]
     copies = [type(function).FromString(function.SerializeToString()) for function in functions]
     del model.functions[:]
     model.functions.extend(copies)

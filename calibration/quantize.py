@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 import os
 import time
@@ -21,7 +22,10 @@ from ..errors import MachineError, UsageError
 from ..files import check_output
 from .collect import Collected, collect
 from .data import Data, check_enough, read_data
-from .graphs import product_weights, quantise_graphs
+from .graphs import quantise_graphs
+from .instrument import load_models
+from .memories import store_memories
+from .products import product_weights
 from .recipe import Recipe
 from .sensitivity import choose_mixture, split_held_back
 from .writing import load_graphs, write_quantised
@@ -79,6 +83,11 @@ def work_file(output: Path) -> Path:
     return output.with_name(f".{output.name}.calibration")
 
 
+def sweep_file(output: Path) -> Path:
+    """Where a sweep of a mixed recipe that was stopped goes on from, beside the output."""
+    return output.with_name(f".{output.name}.sweep")
+
+
 def check_target(recipe: Recipe, name: str) -> Target:
     """The target, if it can run the recipe. Raises UsageError for an unknown one, MachineError where it cannot."""
     target = find_target(name)
@@ -124,15 +133,18 @@ def quantize_bundle(
     observations = collected.observations if streams is not None else None
     with threadpool_limits(1, "blas"):  # as in collecting
         if held_back is not None:
-            mixture = choose_mixture(source, recipe, observations, held_back, progress)
+            mixture = choose_mixture(source, recipe, observations, held_back, progress, sweep_file(output))
         progress("quantising")
         formats = mixture.formats if mixture else None
         quantised = quantise_graphs(load_graphs(source), recipe, observations, formats)
+    for pattern in _idle_patterns(source, recipe):
+        progress(f"no weight is named {pattern}, which was to be kept in float32")
     entry = streams.entry() if streams is not None else None
     written = write_quantised(
         source, output, quantised, recipe, data=entry, seed=seed, overwrite=overwrite, progress=progress
     )
-    work_file(output).unlink(missing_ok=True)
+    for file in (work_file(output), sweep_file(output)):
+        file.unlink(missing_ok=True)
     return QuantizeReport(
         bundle=str(output),
         recipe=recipe.as_dict(),
@@ -213,12 +225,21 @@ def _prepare(
         if os.path.realpath(bundle) == os.path.realpath(output):
             raise UsageError("quantize", "another name for the new bundle", str(output), "give another -o")
         check_output(output, overwrite, MANIFEST)
+    if recipe.memory.storage != "float32":
+        store_memories(load_models(source, weights=False), source.manifest["state"], recipe.memory)
     if not recipe.needs_data:
         return source, None
     if not files:
         expected = f"--data FILE with the recipe {recipe.name}, which is found from what the model does over data"
         raise UsageError("quantize", expected, "none", "give text of the kind that the model will read")
     return source, read_data(source, files, tokens, seed)
+
+
+def _idle_patterns(bundle: Bundle, recipe: Recipe) -> list[str]:
+    """Those of the weights to keep that name none."""
+    models = load_models(bundle, weights=False).values()
+    names = {tensor.name for model in models for tensor in model.graph.initializer}
+    return [pattern for pattern in recipe.keep if not fnmatch.filter(names, pattern)]
 
 
 def format_counts(products: dict[str, str]) -> str:

@@ -193,6 +193,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         refuse("memory.seed", "absent unless rounding is stochastic", str(recipe.memory.seed), "leave it out")
     if recipe.mixed is not None and weights.format not in _SCALED:
         refuse("mixed", f"absent with weights in {weights.format}", "a table", "take int8, int4 or fp8 weights")
+    if recipe.mixed is not None and recipe.mixed.fallback == weights.format:
+        got = repr(weights.format)
+        refuse("mixed.fallback", "another format than the weights", got, "take one with more bits")
 
 
 def with_memory(recipe: Recipe, text: str) -> Recipe:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import xxhash
 from numpy.typing import NDArray
 
+from .. import __version__
 from ..bundle import Bundle
+from ..files import replacing_file
 from ..schedule import next_graph
 from .data import Data, DataError
-from .graphs import Quantised, product_weights, quantise_graphs
+from .graphs import Quantised, quantise_graphs
 from .instrument import Runner, load_models
 from .observe import Observations
+from .products import product_weights
 from .recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
 
 _OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
@@ -29,7 +35,8 @@ class Sensitivity:
     """Products that are decided on together, alone in the recipe's format.
 
     divergence: KL divergence of their distribution from float32's, in bits a token; of vectors the mean squared
-    difference over the mean square. bits_increase: in percent, None of vectors. saved_bytes: what the format saves.
+    difference over the mean square. bits_increase: in percent, None of vectors. saved_bytes: by the format's elements,
+    without the scales.
     """
 
     name: str
@@ -87,11 +94,14 @@ def choose_mixture(
     observations: Observations | None,
     held_back: Data,
     progress: Callable[[str], None] = lambda text: None,
+    work: Path | None = None,
 ) -> Mixture:
     """Decides which products stay in the recipe's fallback so that its budget holds. Deterministic.
 
     Products are ranked by divergence for each byte that they save. For a budget of bits the fewest of the ranking stay
-    that hold it, found by halving; for one of bytes as many as fit. Raises RecipeError where none hold it.
+    that hold it, found by halving; for one of bytes as many as fit. With `work` each measurement is saved there, and a
+    later call with the same bundle, recipe, observations and data takes it from there. Raises RecipeError where none
+    hold it.
     """
     mixed = recipe.mixed
     assert mixed is not None
@@ -100,7 +110,10 @@ def choose_mixture(
             "recipe", f"mixed.max_weights_bytes in {recipe.name} for a bundle of vectors", "max_bits_increase",
             "give that budget: vectors have no bits",
         )  # fmt: skip
-    search = _Search(bundle, recipe, mixed, observations, held_back)
+    measured = _Measured(work, _key(bundle, recipe, observations, held_back))
+    if measured.values:
+        progress(f"{len(measured.values)} mixtures were measured before")
+    search = _Search(bundle, recipe, mixed, observations, held_back, measured)
     ranked = search.rank(progress)
     if mixed.max_bits_increase is not None:
         count = search.fewest(ranked, mixed.max_bits_increase, progress)
@@ -109,12 +122,57 @@ def choose_mixture(
     return search.mixture(ranked, count)
 
 
+_Measurement = tuple[float, float | None]  # divergence, and by how many percent bits grow
+
+
+class _Measured:
+    """What was measured by name, in a file where a sweep that was stopped goes on from."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key = path, key
+        self.values: dict[str, _Measurement] = {}
+        if path is not None:
+            try:
+                saved = json.loads(path.read_bytes())
+                if saved["key"] == key:
+                    self.values = {name: (divergence, bits) for name, (divergence, bits) in saved["measured"].items()}
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                pass  # none, or one that is damaged
+
+    def of(self, name: str, measure: Callable[[], _Measurement]) -> _Measurement:
+        """The measurement of that name, made where there is none yet."""
+        if name not in self.values:
+            self.values[name] = measure()
+            if self._path is not None:
+                with replacing_file(self._path) as aside:
+                    aside.write_text(json.dumps({"key": self._key, "measured": self.values}), encoding="utf-8")
+        return self.values[name]
+
+
+def _key(bundle: Bundle, recipe: Recipe, observations: Observations | None, data: Data) -> str:
+    """Of everything that a measurement depends on."""
+    facts = [__version__, json.dumps(bundle.manifest, sort_keys=True), recipe.as_dict(), data.xxh3_128]
+    digest = xxhash.xxh3_128(repr(facts).encode())
+    for name, seen in sorted((observations or {}).items()):
+        digest.update(repr((name, seen.count, seen.low, seen.high, seen.limit)).encode())
+        for values in (seen.channels, seen.sum_abs, seen.counts, seen.gram):
+            digest.update(b"" if values is None else values.tobytes())
+    return digest.hexdigest()
+
+
 class _Search:
     """Quantised forms of one bundle over the same data, each measured once."""
 
     def __init__(
-        self, bundle: Bundle, recipe: Recipe, mixed: MixedRecipe, observations: Observations | None, data: Data
+        self,
+        bundle: Bundle,
+        recipe: Recipe,
+        mixed: MixedRecipe,
+        observations: Observations | None,
+        data: Data,
+        measured: _Measured,
     ) -> None:
+        self._measured = measured
         self._bundle, self._mixed, self._observations, self._data = bundle, mixed, observations, data
         self._recipe = dataclasses.replace(recipe, mixed=None, memory=MemoryRecipe())
         models = load_models(bundle, weights=True)
@@ -133,26 +191,26 @@ class _Search:
         groups = _group_names(self._chosen, self._mixed.by)
         found = []
         for number, (name, products) in enumerate(groups.items(), start=1):
-            progress(f"quantising {name} alone, {number} of {len(groups)}")
-            formats = {other: _FLOAT32 for other in self._chosen if other not in products}
-            quantised = quantise_graphs(self._models, alone, self._observations, formats)
-            divergence, increase = self._measure(quantised.models)
-            saved = self._saved(plain, products)
-            found.append(Sensitivity(name, tuple(products), divergence, increase, saved))
+
+            def measure(name: str = name, products: list[str] = products, number: int = number) -> _Measurement:
+                progress(f"quantising {name} alone, {number} of {len(groups)}")
+                formats = {other: _FLOAT32 for other in self._chosen if other not in products}
+                return self._measure(quantise_graphs(self._models, alone, self._observations, formats).models)
+
+            divergence, increase = self._measured.of(f"{name} alone", measure)
+            found.append(Sensitivity(name, tuple(products), divergence, increase, self._saved(plain, products)))
         return sorted(found, key=lambda s: (-s.divergence / max(s.saved_bytes, 1), s.name))
 
     def fewest(self, ranked: Sequence[Sensitivity], limit: float, progress: Callable[[str], None]) -> int:
         """How many of the first must stay so that bits grow by at most `limit` percent."""
         low, high = 0, len(ranked)
-        holds = {}
 
         def check(count: int) -> bool:
-            if count not in holds:
-                increase = self._measure(self._mixed_models(ranked, count))[1]
-                assert increase is not None
-                holds[count] = increase <= limit
-                progress(f"{count} of {len(ranked)} in {self._mixed.fallback}: bits grow by {increase:.3f} %")
-            return holds[count]
+            what = f"{count} of {len(ranked)} in {self._mixed.fallback}"
+            increase = self._measured.of(what, lambda: self._measure(self._mixed_models(ranked, count)))[1]
+            assert increase is not None
+            progress(f"{what}: bits grow by {increase:.3f} %")
+            return increase <= limit
 
         if check(0):
             return 0
@@ -207,7 +265,7 @@ class _Search:
         bits = {"int8": 8, "fp8": 8, "int4": 4}[self._recipe.weights.format]
         return min(plain, sum(rows * columns * (32 - bits) // 8 for rows, columns in map(sizes.__getitem__, products)))
 
-    def _measure(self, models: Mapping[str, onnx.ModelProto]) -> tuple[float, float | None]:
+    def _measure(self, models: Mapping[str, onnx.ModelProto]) -> _Measurement:
         """Divergence from float32, and by how many percent bits grow."""
         outputs = _outputs(self._bundle, models, self._data)
         if self._bits is None:

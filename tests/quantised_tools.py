@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from titans_export.calibration.graphs import product_weights
 from titans_export.calibration.observe import Observations, Observed
+from titans_export.calibration.products import product_weights
 from titans_export.calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 
 RECIPES = {

@@ -87,6 +87,15 @@ def test_longer_data_gives_pieces_that_the_seed_draws(tmp_path: Path) -> None:
     assert read_data(BYTES, [file], 4000, 1).tokens == 4000
 
 
+@pytest.mark.parametrize(("most", "sources"), [(300, ["long"]), (5, ["long"]), (900, ["long", *map(str, range(500))])])
+def test_many_short_streams_take_no_more_than_was_asked_for(most: int, sources: list[str], tmp_path: Path) -> None:
+    arrays = {str(i): np.array([1, 2]) for i in range(500)} | {"long": np.arange(800) % 256}
+    data = read_data(BYTES, [_write(tmp_path, "a.npz", {"long": arrays.pop("long")} | arrays)], most)
+    assert 0 < data.tokens <= most
+    assert [source.rpartition(" ")[2] for source in data.sources] == sources
+    assert len(data.streams) == len(sources)
+
+
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [([LEAST_TOKENS - 1], (str(LEAST_TOKENS), str(LEAST_TOKENS - 1))), ([383] * 3, ("512", "383", "memory learns"))],

@@ -71,6 +71,7 @@ MISTAKES = {
     "budget of half a byte": (INT8 + "[mixed]\nmax_weights_bytes = 0.5", "mixed.max_weights_bytes", "integer"),
     "mixed by heads": (INT8 + '[mixed]\nmax_bits_increase = 1\nby = "head"', "mixed.by", "layer"),
     "mixed of float32": ("[mixed]\nmax_bits_increase = 1", "mixed", "float32"),
+    "mixed of one format": (INT8 + '[mixed]\nmax_bits_increase = 1\nfallback = "int8"', "mixed.fallback", "int8"),
     "all held back": (INT8 + "[mixed]\nmax_bits_increase = 1\nheld_back = 1", "mixed.held_back", "0.5"),
 }  # fmt: skip
 

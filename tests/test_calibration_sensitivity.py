@@ -13,8 +13,16 @@ from calibration_tools import CALL
 from titans_export.bundle import read_bundle
 from titans_export.calibration.data import Data, DataError, read_data
 from titans_export.calibration.graphs import quantise_graphs
+from titans_export.calibration.observe import Observed
 from titans_export.calibration.recipe import MixedRecipe, Recipe, RecipeError, WeightsRecipe
-from titans_export.calibration.sensitivity import Mixture, choose_mixture, mean_bits, split_held_back
+from titans_export.calibration.sensitivity import (
+    Mixture,
+    _key,
+    _Measured,
+    choose_mixture,
+    mean_bits,
+    split_held_back,
+)
 from titans_export.calibration.writing import load_graphs, write_quantised
 
 pytest_plugins = ["calibration_fixtures"]
@@ -104,3 +112,53 @@ def test_a_budget_that_nothing_holds_is_told(float32_bundle: Path, split: tuple[
         _choose(float32_bundle, split[1], max_bits_increase=-1000.0)
     with pytest.raises(RecipeError, match="max_weights_bytes"):
         _choose(float32_bundle, split[1], max_weights_bytes=1000)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_mixture(
+    float32_bundle: Path, split: tuple[Data, Data], tmp_path: Path
+) -> None:
+    work = tmp_path / "sweep"
+    told: list[str] = []
+
+    def choose(stop: str = "") -> Mixture:
+        def progress(text: str) -> None:
+            told.append(text)
+            if stop and stop in text:
+                raise Stopped
+
+        told.clear()
+        recipe = dataclasses.replace(INT4, mixed=MixedRecipe(max_bits_increase=0.5))
+        return choose_mixture(read_bundle(float32_bundle), recipe, None, split[1], progress, work)
+
+    with pytest.raises(Stopped):
+        choose(stop="alone, 5 of")
+    assert not any(name.name != "sweep" for name in tmp_path.iterdir())
+    mixture = choose()
+    assert told[0] == "4 mixtures were measured before"
+    alone = [text for text in told if " alone, " in text]
+    assert len(alone) == len(mixture.sensitivities) - 4
+    saved = work.read_bytes()
+    assert choose() == mixture and work.read_bytes() == saved
+    assert not any(" alone, " in text for text in told)
+    work.write_bytes(saved[:-9])
+    assert choose() == mixture and work.read_bytes() == saved
+    for damage in (b"[]", b"null", b'{"key": "k"}', b'{"key": "k", "measured": {"a": 1}}'):
+        work.write_bytes(damage)
+        assert not _Measured(work, "k").values
+
+
+def test_a_sweep_of_anything_else_starts_anew(float32_bundle: Path, split: tuple[Data, Data]) -> None:
+    bundle, data = read_bundle(float32_bundle), split[1]
+    recipe = dataclasses.replace(INT4, mixed=MixedRecipe(max_bits_increase=0.5))
+    other = dataclasses.replace(INT4, mixed=MixedRecipe(max_bits_increase=0.6))
+    shorter = Data((data.streams[0][:-8],), data.sources, data.seed)
+    seen, same, more = ({"a": Observed.empty(4)} for _ in range(3))
+    more["a"].add(np.ones((1, 4), np.float32), 0)
+    keys = [_key(bundle, r, o, d) for r, o, d in ((recipe, seen, data), (other, seen, data), (recipe, None, data),
+                                                   (recipe, more, data), (recipe, seen, shorter))]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert _key(bundle, recipe, same, data) == keys[0]

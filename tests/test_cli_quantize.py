@@ -68,7 +68,9 @@ def test_a_bundle_in_int8(float32_bundle: Path, long_text: Path, output: Path) -
 
 def test_options_reach_the_recipe(float32_bundle: Path, output: Path) -> None:
     options = ["--recipe", "fp16", "--keep", "model.head.*", "--keep", "nothing"]
-    report = invoke("quantize", float32_bundle, "-o", output, *options, "--json").json()
+    done = invoke("quantize", float32_bundle, "-o", output, *options, "--json")
+    assert "no weight is named nothing" in done.err and "model.head" not in done.err
+    report = done.json()
     assert report["products"][HEAD] == "float32"
     assert set(report["products"].values()) == {"float32", "float16"}
     assert (report["tokens"], report["data"]) == (0, None)
@@ -200,6 +202,21 @@ def test_wrong_bundles_and_outputs(float32_bundle: Path, long_text: Path, output
     _refuse(1, ("weights.safetensors", "hash"), output, *_options(damaged, long_text, output))
     _refuse(2, ("another name",), output, *_options(float32_bundle, long_text, float32_bundle), "--overwrite")
     _refuse(1, ("create the folder",), output, *_options(float32_bundle, long_text, tmp_path / "no" / "x.titans"))
+
+
+def test_a_memory_that_cannot_be_stored_so_is_refused_before_any_work(
+    float32_bundle: Path, long_text: Path, output: Path, tmp_path: Path
+) -> None:
+    foreign = Path(shutil.copytree(float32_bundle, tmp_path / "foreign.titans"))
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    for entry in manifest["state"]:
+        entry.pop("layout", None)
+    (foreign / "manifest.json").write_text(json.dumps(manifest))
+    options = [*_options(foreign, long_text, output), "--memory", "int8"]
+    for more in ((), ("--dry-run",)):
+        result = invoke("quantize", *options, *more)
+        result.check_failure(1, "layers.0.memory", "NeuralMemory", 'memory.storage "float32"')
+        assert "observing" not in result.err
 
 
 def test_a_model_that_leaves_the_numbers(float32_bundle: Path, long_text: Path, output: Path, tmp_path: Path) -> None:

@@ -264,7 +264,8 @@ class TestLayers:
                 for key, value in runner.run(block, position, graph).items():
                     found.setdefault(key, {}).setdefault(name, []).append(value)
                 position += graph["tokens"]
-        errors = {e.layer: e.relative_error for e in measure_layers(drift_bundle, {"x": rounded}, tokens)["x"]}
+        measured = measure_layers(drift_bundle, {"x": rounded}, tokens)["x"]
+        errors, last = ({e.layer: getattr(e, f"relative_error{end}") for e in measured} for end in ("", "_last"))
         assert set(errors) == set(found) == set(seen)
         for key, axis in (("layers.0", 1), ("layers.0.memory", 2)):
             right, base, other = (
@@ -275,6 +276,9 @@ class TestLayers:
             assert np.abs(base - right).max() < TOLERANCES["cpu", "float32"] * max(1, np.abs(right).max())
             assert errors[key] == pytest.approx(np.linalg.norm(other - base) / np.linalg.norm(base), rel=1e-9)
             assert errors[key] > 1e-3
+            # Of the last tenth, wherever calls begin.
+            base, other = (np.moveaxis(x, axis, 0)[-10:] for x in (base, other))
+            assert last[key] == pytest.approx(np.linalg.norm(other - base) / np.linalg.norm(base), rel=1e-9)
 
     def test_against_itself(self, drift_bundle: Path) -> None:
         assert all(e.relative_error == 0 for e in measure_layers(drift_bundle, {"x": drift_bundle}, TOKENS[:33])["x"])

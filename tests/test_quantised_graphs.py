@@ -23,9 +23,10 @@ from quantised_tools import RECIPES, observe_noise
 from titans_export.bundle import read_bundle
 from titans_export.calibration.awq import awq_scales
 from titans_export.calibration.gptq import gptq
-from titans_export.calibration.graphs import Quantised, QuantiseError, quantise_graphs
+from titans_export.calibration.graphs import Quantised, quantise_graphs
 from titans_export.calibration.memories import store_memories
 from titans_export.calibration.observe import Observed
+from titans_export.calibration.products import QuantiseError
 from titans_export.calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 from titans_export.calibration.smooth import smoothing
 from titans_export.calibration.weights import CLIPPED, LARGEST, from_fp8, pack_int4, quantise, to_fp8, unpack_int4
@@ -394,6 +395,48 @@ def test_weights_that_something_else_reads_stay() -> None:
     assert report.kept == {"model.a": "it is not only the second factor of products"}
 
 
+def test_a_norm_that_a_branch_reads_keeps_its_values() -> None:
+    model, weights = two_products()
+    branches = [
+        helper.make_graph([helper.make_node(operator, ["n"], [name])], name, [], [value(name, (1, 3, 64))])
+        for operator, name in (("Identity", "t"), ("Neg", "e"))
+    ]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.append(helper.make_node("If", ["yes"], ["seen"], then_branch=branches[0], else_branch=branches[1]))
+    model.graph.output.append(value("seen", (1, 3, 64)))
+    x = outliers(3, 64)[None]
+    found = quantise_graphs({"g": model}, RECIPES["int8"], observed(x, weights))
+    np.testing.assert_array_equal(run(found.models["g"], x)[-1], x * weights["model.norm"])
+    assert found.report.scaled["model.a"] == "node"
+
+
+def test_products_of_one_format_share_their_input_beside_another() -> None:
+    model, weights = two_products()
+    model.graph.node[4].input[0] = "n"  # three products of one input
+    x = outliers(3, 64)[None]
+    seen = observed(x, weights)
+    seen["model.c"] = seen["model.a"]
+    recipe = dataclasses.replace(RECIPES["int4"], embedding="float32")
+    found = quantise_graphs({"g": model}, recipe, seen, {"model.a": "int8"}).models["g"]
+    factors = [t.name for t in found.graph.initializer if t.name.endswith(".input_factors")]
+    assert sorted(factors) == ["model.a.input_factors", "model.b.input_factors"]
+
+
+@pytest.mark.parametrize("format", ["int8", "float16"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_table_that_is_not_finite_is_refused(format: str, number: float) -> None:
+    """In int8 one such number would take its channel from every token."""
+    table = matrix(96, 64)
+    table[3, 5] = number
+    ids = helper.make_tensor_value_info("x", TensorProto.INT64, (1, 3))
+    model = model_of(
+        [helper.make_node("Gather", ["table", "x"], ["y"])], [ids], [value("y", (1, 3, 64))],
+        (numpy_helper.from_array(table, "table"),),
+    )  # fmt: skip
+    with pytest.raises(QuantiseError, match="finite weights in table"):
+        quantise_graphs({"g": model}, Recipe("r", embedding=format), None)
+
+
 # ---- the bundle's files ----
 
 
@@ -447,3 +490,25 @@ def test_memories_do_not_share_their_noise() -> None:
     graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info(n, 1, [1, 1, 2048]) for n in names], [])
     store_memories({"decode": (model := helper.make_model(graph))}, state, MemoryRecipe("int8", "stochastic", 5))
     assert [next(a.i for a in node.attribute if a.name == "seed") for node in model.graph.node] == [5, 6]
+
+
+def test_functions_that_a_loop_calls_stay() -> None:
+    """Of a graph whose memories get other nodes, only the memories' functions go."""
+    layout = [{"name": "W0", "offset": 0, "shape": [32, 32]}]
+    state = [{"name": "m", "input": "m", "output": "n", "role": "memory", "shape": [1, 1, 1024], "layout": layout}]
+    opsets = [helper.make_opsetid("", 20)]
+    functions = [
+        helper.make_function(domain, name, ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])], opsets)
+        for domain, name in (("mine", "Inner"), ("ai.titans", "NeuralMemory"))
+    ]
+    branches = [
+        helper.make_graph([helper.make_node("Inner", ["m2"], [out], domain="mine")], out, [], [value(out, (1,))])
+        for out in "te"
+    ]
+    nodes = [
+        helper.make_node("NeuralMemory", ["m", "q"], ["y", "n"], domain="ai.titans", mode="update"),
+        helper.make_node("If", ["c"], ["z"], then_branch=branches[0], else_branch=branches[1]),
+    ]
+    graph = helper.make_graph(nodes, "g", [value("m", (1, 1, 1024))], [])
+    store_memories({"g": (model := helper.make_model(graph, functions=functions))}, state, MemoryRecipe("int8"))
+    assert [function.name for function in model.functions] == ["Inner"]

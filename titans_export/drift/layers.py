@@ -123,10 +123,11 @@ def measure_layers(base: Path, others: Mapping[str, Path], inputs: Inputs) -> di
                 raise MachineError("drift", f"a graph of {graph['tokens']} tokens in {name}", "none", remedy)
             got = runner.run(block, position, same)
             for layer in wanted.keys() & got.keys():
-                squares = _squares(got[layer], wanted[layer])
-                both = [squares, squares if position >= late_from else np.zeros(2)]
+                rows = wanted[layer].shape[-2]  # may be more or fewer than tokens
+                late = slice(min(rows, -(-max(0, late_from - position) * rows // graph["tokens"])), None)
                 total = sums[name].setdefault(layer, np.zeros((2, 2)))
-                total += both
+                for row, part in zip(total, (slice(None), late), strict=True):
+                    row += _squares(got[layer][..., part, :], wanted[layer][..., part, :])
     return {name: [_error(layer, sums[name][layer]) for layer in sorted(sums[name], key=_order)] for name in others}
 
 

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle, file_entry, read_bundle, with_engine
+import onnx
+
+from ..bundle import MANIFEST, Bundle, engine_files, file_entry, read_bundle, with_engine
 from ..errors import BundleError, MachineError
 from ..files import check_output, replacing_file, replacing_folder
+from ..onnx.weights import share_weights
 from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine, this_machine
 from .messages import Progress
@@ -79,6 +82,10 @@ def build_engine(
             reports[-1]["seconds"] = seconds
             entries.append({"graph": graph["name"], "file": file.name})
         engine = _entry(plan, vendor, machine, entries)
+        if plan.compiler == ORT and not plan.target.gpu:
+            _share_weights(plan, engine, work)
+            for report, entry in zip(reports, entries, strict=True):
+                report["bytes"] = (work / entry["file"]).stat().st_size
         _write(bundle, target, engine, work, overwrite)
     return Report(
         bundle=str(output or path),
@@ -150,6 +157,20 @@ def _onnxruntime(
     return {"layers": layers, "engine_layers": None, "warnings": []}
 
 
+def _share_weights(plan: Plan, engine: dict[str, Any], work: Path) -> None:
+    """Moves what the graphs hold of weights into one file of the engine's, and tells the runtime what to hand over."""
+    models = {
+        entry["graph"]: onnx.load(str(work / entry["file"]), load_external_data=False) for entry in engine["graphs"]
+    }
+    path = work / f"{plan.name}.safetensors"
+    names = share_weights(models, path, named=None)
+    for entry in engine["graphs"]:
+        (work / entry["file"]).write_bytes(models[entry["graph"]].SerializeToString(deterministic=True))
+        entry["weights"] = names[entry["graph"]]
+    if path.exists():
+        engine["weights"] = {"file": path.name}
+
+
 _COMPILERS: dict[str, Callable[..., dict[str, Any]]] = {
     TENSORRT: _tensorrt,
     RTX: _tensorrt,
@@ -204,7 +225,7 @@ def _write(before: Bundle, target: Path, engine: dict[str, Any], work: Path, ove
     ]
     if changed:
         raise BundleError("build", f"{changed[0]} as it was when the build began", "another", "build the engine again")
-    files = {entry["file"]: file_entry(work / entry["file"]) for entry in engine["graphs"]}
+    files = {name: file_entry(work / name) for name in engine_files(engine)}
     manifest, dropped = with_engine(bundle.manifest, engine, files)
     with replacing_folder(target, overwrite=same or overwrite, marker=MANIFEST) as aside:
         for path in bundle.path.iterdir():

@@ -59,20 +59,38 @@ def has_kernel(node: onnx.NodeProto) -> bool:
     return is_memory(node) and attribute(node, "gates") in (None, "token")
 
 
-def attribute(node: onnx.NodeProto, name: str) -> Any:
-    """An attribute's value, text as str; None where there is none."""
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """An attribute's value, text as str; `default` where there is none."""
     for entry in node.attribute:
         if entry.name == name:
             value = helper.get_attribute_value(entry)
             return value.decode() if isinstance(value, bytes) else value
-    return None
+    return default
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs inside a node: a loop's body, the branches of an If."""
+    for entry in node.attribute:
+        if entry.HasField("g"):
+            yield entry.g
+        yield from entry.graphs
+
+
+def names_read(graph: onnx.GraphProto) -> set[str]:
+    """Every name that is read in the graph or in those inside it, outputs included."""
+    found = {value.name for value in graph.output}
+    for node in graph.node:
+        found.update(node.input)
+        for inner in subgraphs(node):
+            found |= names_read(inner)
+    return found
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph in ONNX's own operators alone. Raises BundleError where one is left that is not."""
     inlined = inliner.inline_local_functions(model)
     kept = [entry for entry in inlined.opset_import if entry.domain in ("", "ai.onnx")]
-    for node in _all_nodes(inlined.graph):
+    for node in all_nodes(inlined.graph):
         # A foreign node would be taken for a plugin, and TensorRT-RTX ends the process when it meets one.
         if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
             raise BundleError(
@@ -86,12 +104,11 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     return inlined
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The graph's nodes, those of branches and bodies after the node that has them."""
     for node in graph.node:
         yield node
-        for entry in node.attribute:
-            if entry.HasField("g"):
-                yield from _all_nodes(entry.g)
+        yield from _inner(node)
 
 
 def in_place(models: Iterable[onnx.ModelProto], state: Sequence[dict[str, Any]]) -> list[str]:
@@ -136,9 +153,8 @@ def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
 
 
 def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    for entry in node.attribute:
-        if entry.HasField("g"):
-            yield from _all_nodes(entry.g)
+    for graph in subgraphs(node):
+        yield from all_nodes(graph)
 
 
 def _ancestors(graph: onnx.GraphProto, node: onnx.NodeProto) -> set[str]:
@@ -160,7 +176,7 @@ def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    covered = {node.overload for node in _all_nodes(model.graph) if has_kernel(node)}
+    covered = {node.overload for node in all_nodes(model.graph) if has_kernel(node)}
     kept: list[onnx.FunctionProto] = []
     others: list[onnx.FunctionProto] = []
     for function in model.functions:
@@ -184,7 +200,7 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
     result = with_kernels(model)
     # A function of the same name would win over the plugin.
     del result.functions[:]
-    used = {name for node in _all_nodes(result.graph) for name in node.input} | {v.name for v in result.graph.output}
+    used = {name for node in all_nodes(result.graph) for name in node.input} | {v.name for v in result.graph.output}
     updates = [node for node in result.graph.node if has_kernel(node) and attribute(node, "mode") == "update"]
     roots = {node.output[0]: _chain(result.graph, node.output[1])[0].input[0] for node in updates}
     whole_numbers: dict[str, str] = {}  # of what is bool, which TensorRT does not give to plugins

@@ -14,7 +14,8 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from ..errors import MachineError
-from .graphs import DOMAIN
+from .graphs import DOMAIN, load_graph, write_graph
+from .quantised import weights_alone
 
 # Formats of weights that no CPU multiplies: a session makes float32 of them when it opens, an engine's file does not.
 EXPANDED = ("float16", "bfloat16", "fp8")
@@ -26,6 +27,9 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
 
     `format` is that of the bundle's weights.
     """
+    graph = source
+    if format == "int8":
+        graph = write_graph(weights_alone(load_graph(source)), work / "alone.onnx")
     options = onnxruntime.SessionOptions()
     # The level above also lays tensors out for the machine it runs on.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -35,12 +39,11 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
     # With the kernel's operator registered, memory nodes stay nodes; else their functions would be written out.
     options.register_custom_ops_library(str(kernel_library()))
-    # With less of it, products that round one input each for itself would not be found as quantised.
-    disabled = ["CommonSubexpressionElimination"] if format == "int8" else []
+    disabled = []
     if format in EXPANDED:
         disabled = ["ConstantFolding"]
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     model = onnx.load(str(optimised))
     original = onnx.load(str(source), load_external_data=False)
     model.functions.extend(original.functions)

@@ -9,10 +9,11 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import MachineError, UsageError
-from .graphs import attribute, has_kernel, is_memory
+from .graphs import all_nodes, attribute, has_kernel, is_memory, names_read
 from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
 
 STORED = {"float16": FP16, "bfloat16": BF16}  # formats of weights that are a precision of engines
+BLOCKS = (128, 64, 32, 16)  # what one scale a channel is written in where activations stay float: kernels take blocks
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 
 
@@ -92,6 +93,75 @@ def for_compiler(model: ModelProto) -> ModelProto:
     return result
 
 
+def weights_alone(model: ModelProto) -> ModelProto:
+    """A copy whose int8 products round no input, their weights in the blocks that kernels of CPUs take.
+
+    Such a kernel rounds its input for itself, in blocks and as it comes, which is both closer and faster than one scale
+    for all of it: a single token costs reading the weights, and the fewer nodes around them the better.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    changed: dict[str, str] = {}  # what dequantised a weight, now in blocks
+    added: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        rounded, weight = (_dequantising(makers.get(name)) for name in node.input)
+        source = makers.get(rounded.input[0]) if rounded is not None else None
+        if source is None or source.op_type != "QuantizeLinear" or weight is None or weight.input[0] not in weights:
+            continue
+        name = weight.output[0]
+        if name not in changed and (made := _in_blocks(weight, weights, graph)) is not None:
+            changed[name] = made.output[0]
+            added.append(made)
+        if name in changed:
+            node.input[0], node.input[1] = source.input[0], changed[name]
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in (*added, *graph.node)]
+    del graph.node[:]
+    graph.node.extend(copies)
+    _drop_unread(graph)
+    _drop_unused(graph)
+    return result
+
+
+def _dequantising(node: NodeProto | None) -> NodeProto | None:
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _in_blocks(node: NodeProto, weights: Mapping[str, TensorProto], graph: GraphProto) -> NodeProto | None:
+    """What dequantises the same int8 (K, N) by scales (K / block, N), which are the channels'; None where none can."""
+    values, scale = weights[node.input[0]], weights.get(node.input[1])
+    if scale is None or values.data_type != TensorProto.INT8 or attribute(node, "axis") != 1 or len(scale.dims) != 1:
+        return None
+    rows = values.dims[0]
+    block = next((block for block in BLOCKS if rows % block == 0), None)
+    if block is None:
+        return None
+    blocks = np.repeat(numpy_helper.to_array(scale)[None], rows // block, axis=0)
+    name = f"{node.output[0]}.blocks"
+    graph.initializer.append(numpy_helper.from_array(blocks, f"{name}.scale"))
+    inputs = [values.name, f"{name}.scale"]
+    return helper.make_node("DequantizeLinear", inputs, [name], name=name, axis=0, block_size=block)
+
+
+def _drop_unread(graph: GraphProto) -> None:
+    """Without the roundings and dequantised weights that nothing reads any more."""
+    while True:
+        read = {value.name for value in graph.output} | {name for node in all_nodes(graph) for name in node.input}
+        kept = [
+            NodeProto.FromString(node.SerializeToString())
+            for node in graph.node
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.output[0] in read
+        ]
+        if len(kept) == len(graph.node):
+            return
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
 def _unfit(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
     if node.op_type != "DequantizeLinear" or node.input[0] not in weights or not attribute(node, "block_size"):
         return False
@@ -124,11 +194,7 @@ def _dequantise_first(gather: NodeProto, readers: list[NodeProto], weights: Mapp
 
 
 def _drop_unused(graph: GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for node in graph.node:
-        for entry in node.attribute:
-            if entry.HasField("g"):
-                used |= {name for inner in entry.g.node for name in inner.input}
+    used = names_read(graph)
     kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)

@@ -6,12 +6,11 @@ branch it does not ("No nesting relationship").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from ..errors import BundleError
+from .graphs import subgraphs
 
 
 def unroll_scans(model: ModelProto) -> ModelProto:
@@ -40,14 +39,8 @@ def unroll_scans(model: ModelProto) -> ModelProto:
     return result
 
 
-def _graphs(node: NodeProto) -> Iterator[GraphProto]:
-    for entry in node.attribute:
-        if entry.type == AttributeProto.GRAPH:
-            yield entry.g
-
-
 def _has_branches(node: NodeProto) -> bool:
-    return node.op_type == "Scan" and any(inner.op_type == "If" for body in _graphs(node) for inner in body.node)
+    return node.op_type == "Scan" and any(inner.op_type == "If" for body in subgraphs(node) for inner in body.node)
 
 
 class _Unrolling:
@@ -125,7 +118,7 @@ def _renamed(graph: GraphProto, names: dict[str, str], prefix: str) -> list[Node
             if name:
                 names[name] = prefix + name
         copy.output[:] = [names[name] if name else name for name in copy.output]
-        for inner in _graphs(copy):
+        for inner in subgraphs(copy):
             _rename_graph(inner, names, prefix)
         nodes.append(copy)
     return nodes

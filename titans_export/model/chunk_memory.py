@@ -1,15 +1,8 @@
 """`ai.titans::NeuralMemory` with one gate a chunk (`gates` = "chunk"), as titans-pytorch trains it, in PyTorch.
 
-The reference of the operator in docs/operator.md, and what is traced where no kernel covers a memory. For every chunk
-of C tokens, when its last one has come, with the gates of that last token:
-
-    G = d/dWg sum over the chunk of theta_r scale ||M_Wg(k_r) - v_r||^2      at the gradient point Wg, by weight tensor
-    U = -mu clamp(G)                                                         momentary surprise
-    S = eta S + U                                                            accumulated surprise, equation 14
-    W = (1 - alpha) W + orthogonalised S                                     equation 13
-
-and token t is answered by the weights of the last complete chunk, its own included: y_t = M_W(q_t). The gradient point
-moves to W every `batch_size` tokens, or never.
+The reference of the operator in docs/operator.md, and what is traced where no kernel covers a memory: calls of many
+tokens, whose complete chunks `chunk_fold.fold` makes into updates. Token t is answered by the weights of the last
+complete chunk, its own included: y_t = M_W(q_t).
 
 Shapes: packed rows (B, H, R); q (B, H, T, D); k, v (B, H, T u, D); step sizes (B, H, T u); other gates (B, H, T, ...).
 """
@@ -23,226 +16,18 @@ import torch
 from torch import Tensor
 
 from . import operator
-from .fast_networks import NetworkSpec, Weights, forward, pull
-from .operator import Layout
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NORM_FLOOR = 1e-7
-
-
-@dataclass(frozen=True)
-class ChunkMemorySpec:
-    """The structure of one head's memory and of its update.
-
-    batch_size: tokens between moves of the gradient point, a multiple of chunk_size; 0: it stays at the first weights.
-    loss_scale: of the squared error. keys_per_token: u. lookahead: a key is stored with the value after it, the chunk's
-    last key not at all. momentum_order: S^1 accumulates surprise, S^(m+1) accumulates S^m; 0: none. combine: the update
-    is a mix of "momenta", or of "surprise and momenta"; None: the last of them. grad_clamp: maps the norm of each
-    tensor's gradient smoothly into [clamp / 2, clamp]; 0: off. orthogonalise: Newton-Schulz steps on each matrix of the
-    update. transition: the gradient point, and W with it, moves only by that share of the way.
-    """
-
-    network: NetworkSpec
-    chunk_size: int
-    batch_size: int
-    loss_scale: float
-    keys_per_token: int = 1
-    lookahead: bool = False
-    momentum_order: int = 1
-    combine: str | None = None
-    grad_clamp: float = 0.0
-    orthogonalise: int = 0
-    transition: bool = False
-
-    @property
-    def fused(self) -> bool:
-        """Whether the operator has it, and so a kernel; otherwise it runs as standard operators."""
-        simple = self.momentum_order <= 1 and self.combine is None and not self.transition
-        return simple and self.network.kind == "mlp" and self.network.depth <= 3
-
-    @property
-    def keeps_point(self) -> bool:
-        """Whether the gradient point is another than W, or moves to W by a share, which takes W before its chunk."""
-        return self.batch_size != self.chunk_size or self.transition
-
-    @property
-    def period(self) -> int:
-        """What `fill` counts up to."""
-        return self.batch_size if self.keeps_point and self.batch_size else self.chunk_size
-
-    @property
-    def rows(self) -> int:
-        """Keys of a chunk."""
-        return self.chunk_size * self.keys_per_token
-
-    def weight_count(self) -> int:
-        return sum(int(torch.Size(shape).numel()) for shape in self.network.shapes.values())
-
-
-def _names(spec: ChunkMemorySpec, letter: str) -> list[str]:
-    """Names of W's tensors, or of the gradient point's (G) or of an accumulated surprise's (S, S2, ...)."""
-    plain = letter.removesuffix("_")
-    return [name.replace("W", letter, 1) if name[0] == "W" else f"{plain}_{name}" for name in spec.network.shapes]
-
-
-def chunk_layout(spec: ChunkMemorySpec) -> Layout:
-    """W | gradient point | S of each order | the open chunk's k, v and step sizes | padding."""
-    shapes = spec.network.shapes
-    fields = list(shapes.items())
-    if spec.keeps_point:
-        fields += zip(_names(spec, "G"), shapes.values(), strict=True)
-    for letter in _surprise_letters(spec):
-        fields += zip(_names(spec, letter), shapes.values(), strict=True)
-    rows, width = spec.rows, spec.network.width
-    return Layout.from_shapes([*fields, ("k", (rows, width)), ("v", (rows, width)), ("theta", (rows,))])
-
-
-def _surprise_letters(spec: ChunkMemorySpec) -> list[str]:
-    return ["S" if order == 0 else f"S{order + 1}_" for order in range(spec.momentum_order)]
-
-
-class _State(NamedTuple):
-    w: Weights
-    point: Weights | None
-    s: list[Weights]  # by order
-
-
-def _unpack(spec: ChunkMemorySpec, fields: dict[str, Tensor]) -> _State:
-    point = [fields[name] for name in _names(spec, "G")] if spec.keeps_point else None
-    s = [[fields[name] for name in _names(spec, letter)] for letter in _surprise_letters(spec)]
-    return _State([fields[name] for name in spec.network.shapes], point, s)
-
-
-def _fields(spec: ChunkMemorySpec, state: _State) -> dict[str, Tensor]:
-    fields = dict(zip(spec.network.shapes, state.w, strict=True))
-    if state.point is not None:
-        fields |= zip(_names(spec, "G"), state.point, strict=True)
-    for letter, values in zip(_surprise_letters(spec), state.s, strict=True):
-        fields |= zip(_names(spec, letter), values, strict=True)
-    return fields
-
-
-def _flat(weights: Weights, lead: int) -> Tensor:
-    return torch.cat([w.flatten(lead) for w in weights], -1)
-
-
-def _split(spec: ChunkMemorySpec, flat: Tensor) -> Weights:
-    """(..., |W|) to the weight tensors."""
-    shapes = list(spec.network.shapes.values())
-    parts = flat.split([int(torch.Size(shape).numel()) for shape in shapes], -1)
-    return [part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def initial_chunk_rows(spec: ChunkMemorySpec, weights: Weights) -> Tensor:
-    """Packed rows (..., R) of a fresh memory with weights W (..., *shape), S = 0 and an empty chunk."""
-    layout = chunk_layout(spec)
-    lead = weights[0].shape[: weights[0].dim() - 2]
-    like = weights[0]
-    fields = {f.name: like.new_zeros(1).expand(*lead, *f.shape) for f in layout.fields}
-    zeros = [[torch.zeros_like(w) for w in weights] for _ in range(spec.momentum_order)]
-    fields |= _fields(spec, _State(weights, list(weights) if spec.keeps_point else None, zeros))
-    return layout.pack(fields)
-
-
-def orthogonalise(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix. x: (..., rows, columns)."""
-    a, b, c = NEWTON_SCHULZ
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.transpose(-1, -2)
-    x = x / (x * x).sum((-1, -2), keepdim=True).sqrt().clamp(min=NORM_FLOOR)
-    for _ in range(steps):
-        gram = x @ x.transpose(-1, -2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x if wide else x.transpose(-1, -2)
-
-
-class Gates(NamedTuple):
-    """Gates of a chunk, of its last token. momentum: (B, H, order); forget: (B, H); modulation: (B, H, tensors);
-    combine: (B, H, terms); previous: the previous layer's weights (B, H, |W|), previous_gate (B, H); transition: ().
-    """
-
-    momentum: Tensor | None
-    forget: Tensor
-    modulation: Tensor | None = None
-    combine: Tensor | None = None
-    previous: Tensor | None = None
-    previous_gate: Tensor | None = None
-    transition: Tensor | None = None
-
-
-def _per_tensor(gate: Tensor, like: Tensor) -> Tensor:
-    """(B, H) against (B, H, *shape)."""
-    return gate.reshape(*gate.shape, *(1,) * (like.dim() - gate.dim()))
-
-
-def _clamp(g: Tensor, limit: float) -> Tensor:
-    dims = tuple(range(2, g.dim()))
-    norm = (g * g).sum(dims, keepdim=True).sqrt()
-    half = limit / 2
-    safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-    return g * ((torch.tanh(norm / half) * half + half) / safe)
-
-
-def fold(
-    spec: ChunkMemorySpec, state: _State, k: Tensor, v: Tensor, theta: Tensor, gates: Gates, moved: Tensor | None
-) -> tuple[_State, Tensor]:
-    """The state after a complete chunk, and its losses (B, H, rows stored).
-
-    k, v: (B, H, rows, D); theta: (B, H, rows). moved: (B,) bool, whether the gradient point moves after this chunk.
-    """
-    point = state.w if state.point is None else state.point
-    if gates.previous is not None:
-        assert gates.previous_gate is not None
-        others = _split(spec, gates.previous)
-        mix = gates.previous_gate
-        point = [p + _per_tensor(mix, o) * o for p, o in zip(point, others, strict=True)]
-    if spec.lookahead:
-        k, v, theta = k[..., :-1, :], v[..., 1:, :], theta[..., :-1]
-    prediction, back = pull(spec.network, point, k)
-    error = prediction - v
-    gradients = back((2 * spec.loss_scale) * theta.unsqueeze(-1) * error)
-    w, s = [], [list(order) for order in state.s]
-    for i, (old, g) in enumerate(zip(state.w, gradients, strict=True)):
-        g = _clamp(g, spec.grad_clamp) if spec.grad_clamp else g
-        update = -g if gates.modulation is None else -_per_tensor(gates.modulation[..., i], g) * g
-        terms = [update]
-        for order in range(spec.momentum_order):
-            assert gates.momentum is not None
-            update = _per_tensor(gates.momentum[..., order], g) * s[order][i] + update
-            s[order][i] = update
-            terms.append(update)
-        if spec.combine:
-            assert gates.combine is not None
-            terms = terms if spec.combine == "surprise and momenta" else terms[1:]
-            mixed = [_per_tensor(gates.combine[..., j], g) * term for j, term in enumerate(terms)]
-            update = torch.stack(mixed).sum(0)
-        if spec.orthogonalise and g.dim() == 4:
-            update = orthogonalise(update, spec.orthogonalise)
-        w.append(_per_tensor(1 - gates.forget, old) * old + update)
-    following = state.point
-    if following is not None and spec.batch_size:
-        assert moved is not None
-        target = w
-        if spec.transition:
-            assert gates.transition is not None
-            share = gates.transition
-            target = [p + share * (n - p) for p, n in zip(following, w, strict=True)]
-            w = _where(moved, target, w)
-        following = _where(moved, target, following)
-    losses = spec.loss_scale * (error * error).sum(-1)
-    return _State(w, following, s), losses
-
-
-def _where(condition: Tensor, yes: Weights, no: Weights) -> Weights:
-    """Per stream. condition: (B,) bool."""
-    return [torch.where(_per_tensor(condition, a), a, b) for a, b in zip(yes, no, strict=True)]
-
-
-def _pick(condition: Tensor, yes: _State, no: _State) -> _State:
-    """By stream and head. condition: (B, H) bool."""
-    point = None if yes.point is None or no.point is None else _where(condition, yes.point, no.point)
-    s = [_where(condition, a, b) for a, b in zip(yes.s, no.s, strict=True)]
-    return _State(_where(condition, yes.w, no.w), point, s)
+from .chunk_fold import (
+    ChunkMemorySpec,
+    Gates,
+    State,
+    chunk_layout,
+    flat_weights,
+    fold,
+    pick,
+    state_fields,
+    unpack_state,
+)
+from .fast_networks import forward
 
 
 @dataclass(frozen=True)
@@ -289,8 +74,8 @@ class ChunkUpdate(NamedTuple):
 
 
 def _committed(
-    spec: ChunkMemorySpec, old: _State, new: _State, losses: Tensor, x: ChunkInputs, done: Tensor | None
-) -> tuple[_State, Tensor]:
+    spec: ChunkMemorySpec, old: State, new: State, losses: Tensor, x: ChunkInputs, done: Tensor | None
+) -> tuple[State, Tensor]:
     """The state to keep, and (B, H, 4) numbers as `STATS`. done: (B,) or (B, H) bool, None: all complete and learn."""
     squares = [((a - b) ** 2).flatten(2).sum(-1) for a, b in zip(new.w, old.w, strict=True)]
     norm = torch.stack(squares).sum(0).sqrt()
@@ -299,7 +84,7 @@ def _committed(
     on = torch.ones_like(good) if done is None else done.reshape(-1, 1).expand_as(good)
     zero = torch.zeros_like(norm)
     numbers = [torch.where(on, surprise, zero), torch.where(on, norm, zero), (on & good) + zero, (on & ~good) + zero]
-    state = new if x.limit is None and done is None else _pick(on & good, new, old)
+    state = new if x.limit is None and done is None else pick(on & good, new, old)
     return state, torch.stack(numbers, -1)
 
 
@@ -322,7 +107,7 @@ def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
     count = x.q.shape[2] // size
     layout = chunk_layout(spec)
     begin = layout.unpack(x.rows)
-    state = _unpack(spec, begin)
+    state = unpack_state(spec, begin)
     lead = x.rows.shape[:2]
 
     def parts(t: Tensor | None, per: int) -> Tensor | None:
@@ -375,12 +160,12 @@ def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
         new, numbers = _committed(spec, old, new, losses, x, one.get("done"))
         q = one["q"]
         y = torch.cat([forward(spec.network, old.w, q[:, :, :-1]), forward(spec.network, new.w, q[:, :, -1:])], 2)
-        return _flatten(new), [y, numbers, _flat(old.w, 2)]
+        return _flatten(new), [y, numbers, flat_weights(old.w, 2)]
 
     carry, outs = _scan(step, _flatten(state), given)
     y, numbers, before = outs
     state = _unflatten(spec, carry)
-    fields = {name: begin[name] for name in ("k", "v", "theta")} | _fields(spec, state)
+    fields = {name: begin[name] for name in ("k", "v", "theta")} | state_fields(spec, state)
     y = y.movedim(0, 2).reshape(x.q.shape)
     return ChunkUpdate(y, layout.pack(fields), _total(numbers), before.movedim(0, 2))
 
@@ -396,15 +181,15 @@ def _masked_steps(spec: ChunkMemorySpec, x: ChunkInputs) -> Tensor:
     return torch.where(on, x.step_size, torch.zeros_like(x.step_size))
 
 
-def _flatten(state: _State) -> list[Tensor]:
+def _flatten(state: State) -> list[Tensor]:
     return [*state.w, *(state.point or []), *(t for order in state.s for t in order)]
 
 
-def _unflatten(spec: ChunkMemorySpec, tensors: list[Tensor]) -> _State:
+def _unflatten(spec: ChunkMemorySpec, tensors: list[Tensor]) -> State:
     count = len(spec.network.shapes)
     groups = [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
     point = groups.pop(1) if spec.keeps_point else None
-    return _State(groups[0], point, groups[1:])
+    return State(groups[0], point, groups[1:])
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -509,11 +294,12 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
         def complete(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             fields, values = layout.unpack(rows), iter(rest)
             gates = Gates(*(next(values) if kind else None for kind in kinds))  # type: ignore[arg-type]
-            old = _unpack(spec, fields)
+            old = unpack_state(spec, fields)
             new, losses = fold(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
             new, numbers = _committed(spec, old, new, losses, x, learns)
             # Traced within a loop, where sizes are variables, both branches have to say that theirs are the same.
-            return layout.pack(fields | _fields(spec, new)).reshape(rows.shape), numbers.reshape(*rows.shape[:2], 4)
+            packed = layout.pack(fields | state_fields(spec, new))
+            return packed.reshape(rows.shape), numbers.reshape(*rows.shape[:2], 4)
 
         def leave(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(*rows.shape[:2], 4, dtype=rows.dtype, device=rows.device)
@@ -528,16 +314,16 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             *(value for value in gates if value is not None),
             token=number,
         )
-        weights = _unpack(spec, layout.unpack(rows)).w
+        weights = unpack_state(spec, layout.unpack(rows)).w
         y = forward(spec.network, weights, one["q"])
         completed = completed + full.to(completed.dtype)
         if slots > 1:
             # Slot j follows W until another chunk than the j first ones has been completed.
             later = torch.arange(slots, device=fill.device) >= completed.unsqueeze(-1)
-            before = torch.where(later[:, None, :, None], _flat(weights, 2).unsqueeze(2), before)
+            before = torch.where(later[:, None, :, None], flat_weights(weights, 2).unsqueeze(2), before)
         return [rows, torch.remainder(after, spec.period), completed, before], [y, numbers]
 
-    first = _flat(_unpack(spec, layout.unpack(x.rows)).w, 2).unsqueeze(2)
+    first = flat_weights(unpack_state(spec, layout.unpack(x.rows)).w, 2).unsqueeze(2)
     carry, (y, numbers) = _scan(
         step, [x.rows, x.fill, torch.zeros_like(x.fill), first.expand(-1, -1, slots, -1)], given
     )
@@ -560,9 +346,4 @@ def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) ->
 
 def read_chunk_memory(spec: ChunkMemorySpec, rows: Tensor, q: Tensor) -> Tensor:
     """The operator in mode "read": y = M_W(q). rows: (B, H, R); q: (B, H, T, D)."""
-    return forward(spec.network, _unpack(spec, chunk_layout(spec).unpack(rows)).w, q)
-
-
-def chunk_weights(spec: ChunkMemorySpec, rows: Tensor) -> Tensor:
-    """W of packed rows (B, H, R), flat: (B, H, |W|)."""
-    return _flat(_unpack(spec, chunk_layout(spec).unpack(rows)).w, 2)
+    return forward(spec.network, unpack_state(spec, chunk_layout(spec).unpack(rows)).w, q)

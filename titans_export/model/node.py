@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk_memory import ChunkInputs, ChunkMemorySpec, ChunkUpdate, update_chunk_memory
+from .chunk_fold import ChunkMemorySpec
+from .chunk_memory import ChunkInputs, ChunkUpdate, update_chunk_memory
 from .layers import Step
 from .memory import MemorySpec
 from .operator import neural_memory_read, neural_memory_update

@@ -15,7 +15,8 @@ from onnx import helper
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.chunk_memory import ChunkInputs, ChunkMemorySpec, update_chunk_memory
+from ..model.chunk_fold import ChunkMemorySpec
+from ..model.chunk_memory import ChunkInputs, update_chunk_memory
 from ..model.fast_networks import NetworkSpec
 from ..model.memory import MemorySpec
 from ..model.node import CHUNK_OUTPUTS, DOMAIN, INPUTS, OPERATOR, OUTPUTS, attributes, chunk_attributes

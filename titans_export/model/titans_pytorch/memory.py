@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunk_memory import ChunkInputs, ChunkMemorySpec, ChunkUpdate, chunk_layout, initial_chunk_rows
+from ..chunk_fold import ChunkMemorySpec, chunk_layout, initial_chunk_rows
+from ..chunk_memory import ChunkInputs, ChunkUpdate
 from ..fast_networks import NetworkSpec
 from ..layers import Linear, StreamState, flat, join_heads
 from ..node import chunk_memory_update

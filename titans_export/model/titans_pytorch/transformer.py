@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunk_memory import ChunkMemorySpec, ChunkUpdate, chunk_weights
+from ..chunk_fold import ChunkMemorySpec, chunk_weights
+from ..chunk_memory import ChunkUpdate
 from ..hyper_connection import hyper_connection
 from ..layers import Linear, StreamState, flat
 from ..stream import Call, Graph, Signal, StateFacts, StreamModel

@@ -1,0 +1,197 @@
+"""Which format each product and embedding gets, and its numbers: scales, factors of inputs, rounded weights."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ..engines.graphs import names_read, subgraphs
+from ..engines.precision import to_bfloat16
+from .awq import awq_scales
+from .gptq import gptq
+from .products import FLOAT32, Product, QuantiseError, is_lookup
+from .smooth import smoothing
+from .weights import LARGEST, QuantisedMatrix, quantise, scales_of
+
+if TYPE_CHECKING:
+    from .observe import Observations, Observed
+    from .recipe import Recipe
+
+SMALLEST = 4096  # elements: a smaller matrix costs more nodes than it saves bytes
+CASTS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_EXACT = (-1.0, 0.0, 1.0)
+
+
+def choose_format(product: Product, recipe: Recipe, observations: Observations | None, format: str | None) -> None:
+    """The product's format, or why it stays float32."""
+    wanted = format or recipe.weights.format
+    rows, columns = product.matrix.shape
+    group = recipe.weights.group if wanted in LARGEST else None
+    if product.why:
+        return
+    if format == FLOAT32 or recipe.weights.format == FLOAT32:
+        product.why = "so chosen"
+    elif any(fnmatch.fnmatchcase(product.name, pattern) for pattern in recipe.keep):
+        product.why = "the recipe keeps it"
+    elif rows * columns < SMALLEST:
+        product.why = f"{rows}x{columns}: fewer than {SMALLEST} elements"
+    elif np.isin(product.matrix, _EXACT).all():
+        product.why = "only 0, 1 and -1: a permutation, exact as it is"
+    elif group is not None and rows % group:
+        product.why = f"its {rows} input channels are no multiple of the group {group}"
+    elif _by_data(recipe, wanted) and (observations is None or product.name not in observations):
+        if observations is None:
+            raise QuantiseError("quantize", f"observations, as the recipe {recipe.name} asks", "none", "give data")
+        product.why = "the data never reached it"
+    else:
+        _check_finite(product.name, product.matrix)
+        product.format, product.group = wanted, group
+
+
+def _check_finite(name: str, matrix: NDArray[np.float32]) -> None:
+    if not np.isfinite(matrix).all():
+        raise QuantiseError("quantize", f"finite weights in {name}", "others", "mend the checkpoint")
+
+
+def _by_data(recipe: Recipe, format: str) -> bool:
+    activations = recipe.activations is not None and format == recipe.activations.format
+    return activations or recipe.smooth is not None or recipe.weights.method in ("awq", "gptq")
+
+
+def shared_inputs(products: Iterable[Product]) -> list[list[Product]]:
+    """Products to quantise, those that share an input in some graph together, in the order of their names."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    chosen = {product.name: product for product in products if product.format in LARGEST}
+    first: dict[tuple[str, str, str], str] = {}
+    for name, product in chosen.items():
+        for use in product.uses:
+            # Of formats that differ, inputs are rounded differently.
+            leader[find(name)] = find(first.setdefault((use.graph, use.input, product.format), name))
+    groups: dict[str, list[Product]] = {}
+    for name in sorted(chosen):
+        groups.setdefault(find(name), []).append(chosen[name])
+    return list(groups.values())
+
+
+def _observed(group: Sequence[Product], observations: Observations) -> Observed:
+    merged = observations[group[0].name]
+    for product in group[1:]:
+        merged = merged.merged(observations[product.name])
+    return merged
+
+
+def scale_inputs(group: Sequence[Product], recipe: Recipe, observations: Observations | None) -> None:
+    """Factors of the common input's channels, and its scale."""
+    format = group[0].format
+    activations = recipe.activations if recipe.activations and recipe.activations.format == format else None
+    if observations is None or not (activations or recipe.weights.method == "awq"):
+        return
+    from .observe import activation_limit
+
+    seen = _observed(group, observations)
+    factors = None
+    if activations and recipe.smooth is not None:
+        factors = smoothing(seen.channels, [product.matrix for product in group], recipe.smooth)
+    elif recipe.weights.method == "awq":
+        matrices = [product.matrix for product in group]
+        factors = awq_scales(seen.mean_abs, matrices, format, group[0].group, seen.gram)
+    limit = 0.0
+    if activations:
+        limit = activation_limit(seen, activations.method, activations.percentile, int(LARGEST[format]))
+        if factors is not None:
+            # The histogram is of the input as it was: what it clips is taken off the new range by the same share.
+            before = float(np.max(seen.channels, initial=0.0))
+            after = float(np.max(seen.channels / factors, initial=0.0))
+            limit = after * (limit / before if before else 1.0)
+    for product in group:
+        product.leader, product.factors = group[0].name, factors
+        if activations:
+            product.input_scale = np.float32(scales_of(np.float64(limit), format))
+
+
+def quantise_weight(product: Product, recipe: Recipe, observations: Observations | None) -> QuantisedMatrix:
+    """The weight by the recipe's method, its channels first multiplied by what the input is divided by."""
+    matrix, method = product.matrix, recipe.weights.method
+    if product.factors is not None:
+        matrix = matrix * product.factors[:, None]
+    if method == "gptq":
+        assert observations is not None
+        gram = observations[product.name].gram
+        if gram is None:
+            raise QuantiseError("quantize", f"sums of x^T x of {product.name}", "none", "observe with the gram")
+        if product.factors is not None:
+            gram = gram / np.outer(product.factors, product.factors).astype(np.float64)
+        return gptq(matrix, gram, product.format, product.group)
+    return quantise(matrix, product.format, product.group, "mse" if method == "mse" else "minmax")
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding as it will be."""
+
+    format: str
+    values: TensorProto
+    scales: NDArray[np.float32] | None
+
+
+def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, products: Mapping[str, Product]) -> dict[str, Table]:
+    """Tables that rows are gathered from and nothing else, in the recipe's format."""
+    if recipe.embedding == FLOAT32:
+        return {}
+    tables: dict[str, NDArray[np.float32]] = {}
+    refused = set(products)
+    for model in models.values():
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        gathered = {node.input[0] for node in model.graph.node if is_lookup(node)} & set(tensors)
+        elsewhere = {value.name for value in model.graph.output}
+        for node in model.graph.node:
+            elsewhere.update(node.input[1:] if is_lookup(node) else node.input)
+            elsewhere.update(name for inner in subgraphs(node) for name in names_read(inner))
+        refused |= elsewhere
+        for name in sorted(gathered - elsewhere):
+            tensor = tensors[name]
+            kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep)
+            if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or kept or name in tables:
+                continue
+            matrix = numpy_helper.to_array(tensor)
+            if matrix.size >= SMALLEST:
+                tables[name] = matrix
+    return {name: _table(name, table, recipe.embedding) for name, table in tables.items() if name not in refused}
+
+
+def _table(name: str, matrix: NDArray[np.float32], format: str) -> Table:
+    _check_finite(name, matrix)
+    if format == "float16":
+        return Table(format, cast_weight(f"{name}.float16", matrix, format), None)
+    quantised = quantise(matrix, format, None, "minmax")
+    values = helper.make_tensor(
+        f"{name}.int8", TensorProto.INT8, matrix.shape, np.ascontiguousarray(quantised.values).tobytes(), raw=True
+    )
+    return Table(format, values, quantised.scales[0])
+
+
+def cast_weight(name: str, matrix: NDArray[np.float32], format: str) -> TensorProto:
+    """The matrix in float16 or bfloat16. Raises QuantiseError where float16 has no such numbers."""
+    if format == "float16":
+        largest = float(np.abs(matrix).max(initial=0.0))
+        if not largest <= float(np.finfo(np.float16).max):
+            raise QuantiseError(
+                "quantize", f"weights within 65504, which float16 holds, in {name.rpartition('.')[0]}", f"{largest:g}",
+                "take bfloat16, or keep it float32",
+            )  # fmt: skip
+        raw = matrix.astype(np.float16).tobytes()
+    else:
+        raw = to_bfloat16(matrix).tobytes()
+    return helper.make_tensor(name, CASTS[format], matrix.shape, raw, raw=True)

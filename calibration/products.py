@@ -1,0 +1,122 @@
+"""Products with a weight in a bundle's graphs: MatMul and Gemm whose second input is an initialiser.
+
+A weight is one product however many nodes and graphs multiply by it, so that it gets the same numbers everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from ..engines.graphs import attribute, names_read, subgraphs
+from ..errors import TitansError
+from .weights import QuantisedMatrix
+
+FLOAT32 = "float32"
+
+
+class QuantiseError(TitansError):
+    """Graphs or observations that cannot be quantised with."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A product in a graph."""
+
+    graph: str
+    index: int  # of the node
+    input: str
+    transposed: bool  # Gemm's weights may be (N, K)
+
+
+@dataclass
+class Product:
+    """A weight (K, N) and everything that multiplies it."""
+
+    name: str
+    matrix: NDArray[np.float32]
+    uses: list[Use]
+    format: str = FLOAT32
+    group: int | None = None
+    why: str = ""  # it stays float32
+    leader: str = ""  # the first of the products that share its input
+    factors: NDArray[np.float32] | None = None  # the input is divided by these
+    input_scale: np.float32 | None = None
+    quantised: QuantisedMatrix | None = None
+
+    @property
+    def transposed(self) -> bool:
+        return self.uses[0].transposed
+
+
+def product_weights(models: Mapping[str, ModelProto]) -> dict[str, tuple[int, int]]:
+    """The weights of all products by name, each with K and N. What has another use as well is left out."""
+    return {name: (len(p.matrix), p.matrix.shape[1]) for name, p in find_products(models).items() if not p.why}
+
+
+def find_products(models: Mapping[str, ModelProto]) -> dict[str, Product]:
+    """All products by the names of their weights, with those that stay float32 for how they are used.
+
+    Raises QuantiseError where graphs differ in a weight.
+    """
+    products: dict[str, Product] = {}
+    for graph, model in models.items():
+        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        for index, node in enumerate(model.graph.node):
+            if not is_product(node) or node.input[1] not in weights:
+                continue
+            tensor = weights[node.input[1]]
+            if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
+                continue
+            transposed = bool(attribute(node, "transB", 0))
+            if tensor.name not in products:
+                matrix = numpy_helper.to_array(tensor)
+                products[tensor.name] = Product(tensor.name, matrix.T if transposed else matrix, [])
+            product = products[tensor.name]
+            product.uses.append(Use(graph, index, node.input[0], transposed))
+            if product.transposed != transposed or node.input[0] in weights:
+                product.why = "it is not only the second factor of products"
+            elif node.op_type == "Gemm" and not _is_plain(node):
+                product.why = "a Gemm that also scales or transposes its input"
+    for model in models.values():
+        others = other_uses(model.graph)
+        for tensor in model.graph.initializer:
+            known = products.get(tensor.name)
+            if known is None:
+                continue
+            if tensor.name in others:
+                known.why = "it is not only the second factor of products"
+            matrix = numpy_helper.to_array(tensor)
+            if not np.array_equal(matrix.T if known.transposed else matrix, known.matrix, equal_nan=True):
+                raise QuantiseError(
+                    "quantize", f"one {tensor.name} in all graphs", "two of different content", "export again"
+                )
+    return products
+
+
+def is_product(node: NodeProto) -> bool:
+    """Whether the node multiplies by its second input."""
+    return node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2
+
+
+def is_lookup(node: NodeProto) -> bool:
+    """Whether the node takes whole rows of its first input."""
+    return node.domain in ("", "ai.onnx") and node.op_type == "Gather" and attribute(node, "axis", 0) == 0
+
+
+def _is_plain(node: NodeProto) -> bool:
+    return not attribute(node, "transA", 0) and attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0
+
+
+def other_uses(graph: GraphProto) -> set[str]:
+    """What is read by anything but products as their weight, branches and outputs included."""
+    found = {value.name for value in graph.output}
+    for node in graph.node:
+        found.update(name for i, name in enumerate(node.input) if not (i == 1 and is_product(node)))
+        for inner in subgraphs(node):
+            found |= names_read(inner)
+    return found

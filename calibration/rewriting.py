@@ -1,0 +1,287 @@
+"""One graph with explicit quantisation: QuantizeLinear, DequantizeLinear and Cast around its products and lookups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..engines.graphs import names_read, subgraphs
+from ..engines.quantised import BLOCKS
+from .formats import CASTS, Table, cast_weight
+from .products import FLOAT32, Product, QuantiseError, is_lookup
+from .weights import LARGEST, pack_int4
+
+OPSET = 21  # the first with int4 and with scales in blocks
+_ELEMENTS = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "fp8": TensorProto.FLOAT8E4M3FN}
+
+
+def block_of(rows: int) -> int | None:
+    """The block in which one scale a channel is written where activations stay float; None where none fits."""
+    return next((block for block in BLOCKS if rows % block == 0), None)
+
+
+@dataclass
+class Rewriting:
+    """One graph's."""
+
+    name: str
+    source: ModelProto
+    products: Mapping[str, Product]
+    embeddings: Mapping[str, Table]
+    model: ModelProto = field(init=False)
+    folded: dict[str, bool] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self.model = ModelProto()
+        self.model.CopyFrom(self.source)
+        graph = self.model.graph
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in set(node.input):
+                self.readers.setdefault(name, []).append(node)
+        self.ranks = {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for value in (*graph.input, *graph.value_info)
+            if value.type.tensor_type.HasField("shape")
+        }
+        self.elsewhere = {value.name for value in graph.output}  # read by what is no node of the graph itself
+        self.elsewhere.update(name for node in graph.node for inner in subgraphs(node) for name in names_read(inner))
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.names = {node.name for node in graph.node}
+        self.taken = set(self.weights) | set(self.makers) | {value.name for value in graph.input}
+        self.added: dict[str, TensorProto] = {}
+        self.nodes: list[NodeProto] = []
+        self.made: dict[tuple[str, ...], str] = {}  # what has been computed for a value already
+        uses = {use.index: product for product in self.products.values() for use in product.uses
+                if use.graph == self.name and product.format != FLOAT32}  # fmt: skip
+        self._fold(graph, uses)
+        biased: dict[str, NodeProto] = {}
+        for index, node in enumerate(graph.node):
+            if index in uses:
+                self._product(node, uses[index])
+                if uses[index].format in LARGEST and node.op_type == "MatMul":
+                    biased[node.output[0]] = node
+            elif node.op_type == "Add" and node.domain == "" and set(node.input) & set(biased):
+                self._bias(node, biased)
+            elif is_lookup(node) and node.input[0] in self.embeddings:
+                self._lookup(node, self.embeddings[node.input[0]])
+            else:
+                self.nodes.append(node)
+        self._replace(graph)
+        _raise_opset(self.model)
+
+    def _fold(self, graph: GraphProto, uses: Mapping[int, Product]) -> None:
+        """Factors into the initialiser of the Mul that makes the input, where all its readers are these products."""
+        scaled: dict[str, Product] = {}
+        for index, product in uses.items():
+            if product.factors is not None:
+                scaled.setdefault(graph.node[index].input[0], product)
+        self.in_norm: set[str] = set()
+        for value, product in scaled.items():
+            assert product.factors is not None
+            maker = self.makers.get(value)
+            readers = self.readers[value]
+            ours = [uses.get(i) for i, node in enumerate(graph.node) if value in node.input and node.input[0] == value]
+            alone = len(ours) == len(readers) and all(
+                other is not None and other.leader == product.leader for other in ours
+            )
+            fold = False
+            if maker is not None and maker.op_type == "Mul" and alone and value not in self.elsewhere:
+                fold = self._fold_into(maker, product)
+            if fold:
+                self.in_norm.add(value)
+            for other in uses.values():
+                if other.leader == product.leader:
+                    self.folded[other.name] = self.folded.get(other.name, True) and fold
+
+    def _fold_into(self, node: NodeProto, product: Product) -> bool:
+        assert product.factors is not None
+        for place, name in enumerate(node.input):
+            tensor = self.weights.get(name)
+            if tensor is None or tensor.data_type != TensorProto.FLOAT or not tensor.dims:
+                continue
+            if tensor.dims[-1] != len(product.factors) or int(np.prod(tensor.dims)) != len(product.factors):
+                continue
+            value = numpy_helper.to_array(tensor)
+            key = (name, "norm", product.leader)
+            if key not in self.made:
+                scaled = (value.astype(np.float64) / product.factors).astype(np.float32)
+                self.made[key] = self._add(numpy_helper.from_array(scaled, f"divided.{product.leader}.{name}"))
+            node.input[place] = self.made[key]
+            return True
+        return False
+
+    def _product(self, node: NodeProto, product: Product) -> None:
+        if product.format in CASTS:
+            node.input[1] = self._cast(product)
+            self.nodes.append(node)
+            return
+        value = node.input[0]
+        if product.factors is not None and value not in self.in_norm:
+            value = self._divided(value, product)
+        if product.input_scale is not None:
+            value = self._rounded(value, product)
+        node.input[0] = value
+        node.input[1] = self._dequantised(product)
+        self.nodes.append(node)
+
+    def _bias(self, node: NodeProto, products: Mapping[str, NodeProto]) -> None:
+        """A bias after a product gets three dimensions: with fewer ONNX Runtime makes a Gemm of both before it looks
+        for quantised products, and then dequantises the whole weight in every call.
+        """
+        place = 0 if node.input[0] in products else 1
+        product, bias = node.input[place], self.weights.get(node.input[1 - place])
+        rank = self.ranks.get(product)
+        if bias is None or rank is None or rank < 2 or len(bias.dims) != 1:
+            self.nodes.append(node)
+            return
+        key = (bias.name, "bias")
+        if key not in self.made:
+            value = numpy_helper.to_array(bias)
+            self.made[key] = self._add(numpy_helper.from_array(value.reshape(1, 1, -1), f"{bias.name}.row"))
+        node.input[1 - place] = self.made[key]
+        self.nodes.append(node)
+        if rank == 2:
+            if ("zeroth", "axis") not in self.made:
+                axis = numpy_helper.from_array(np.zeros(1, np.int64), "axis.0")
+                self.made["zeroth", "axis"] = self._add(axis)
+            output, node.output[0] = node.output[0], _free(f"{node.output[0]}.row", self.taken)
+            self._append("Squeeze", [node.output[0], self.made["zeroth", "axis"]], output)
+
+    def _cast(self, product: Product) -> str:
+        key = (product.name, "cast")
+        if key not in self.made:
+            name = f"{product.name}.{product.format}"
+            matrix = product.matrix.T if product.transposed else product.matrix
+            self._add(cast_weight(name, np.ascontiguousarray(matrix), product.format))
+            self.made[key] = self._node("Cast", [name], f"{product.name}.cast", to=TensorProto.FLOAT)
+        return self.made[key]
+
+    def _divided(self, value: str, product: Product) -> str:
+        assert product.factors is not None
+        key = (value, "divided", product.leader)
+        if key not in self.made:
+            inverse = (1.0 / product.factors.astype(np.float64)).astype(np.float32)
+            factor = self._add(numpy_helper.from_array(inverse, f"{product.leader}.input_factors"))
+            self.made[key] = self._node("Mul", [value, factor], f"{value}.divided")
+        return self.made[key]
+
+    def _rounded(self, value: str, product: Product) -> str:
+        """Rounded for each product on its own, though products of an input round alike: where several share a rounding,
+        ONNX Runtime's rewrites for x86 leave them as they are, and dequantise whole weights in every call.
+        """
+        assert product.input_scale is not None
+        scale = numpy_helper.from_array(np.array(product.input_scale), f"{product.leader}.input_scale")
+        inputs = [self._add(scale), self._zero(product.format)]
+        rounded = self._node("QuantizeLinear", [value, *inputs], f"{value}.{product.format}")
+        return self._node("DequantizeLinear", [rounded, *inputs], f"{value}.dequantised")
+
+    def _zero(self, format: str) -> str:
+        key = (format, "zero")
+        if key not in self.made:
+            tensor = helper.make_tensor(f"zero.{format}", _ELEMENTS[format], [], b"\0", raw=True)
+            self.made[key] = self._add(tensor)
+        return self.made[key]
+
+    def _dequantised(self, product: Product) -> str:
+        key = (product.name, "weight")
+        if key in self.made:
+            return self.made[key]
+        quantised = product.quantised
+        assert quantised is not None
+        values, scales, block = quantised.values, quantised.scales, product.group
+        if block is None and product.input_scale is None and product.format != "fp8":
+            block = block_of(len(values))
+            scales = np.repeat(scales, len(values) // block, axis=0) if block else scales
+        axis = 0 if block else 1
+        if product.transposed:
+            values, scales, axis = values.T, scales.T, 1 - axis
+        shape = values.shape
+        data = np.ascontiguousarray(values)
+        raw = pack_int4(data.astype(np.int8)) if product.format == "int4" else data.tobytes()
+        stem = f"{product.name}.{product.format}"
+        weight = self._add(helper.make_tensor(stem, _ELEMENTS[product.format], shape, raw, raw=True))
+        scale = np.ascontiguousarray(scales if block else scales.reshape(-1))
+        inputs = [weight, self._add(numpy_helper.from_array(scale, f"{stem}.scale"))]
+        if product.input_scale is not None:
+            inputs.append(self._weight_zeros(product, scale))
+        attributes = {"axis": axis, "block_size": block} if block else {"axis": axis}
+        self.made[key] = self._node("DequantizeLinear", inputs, f"{product.name}.dequantised", **attributes)
+        return self.made[key]
+
+    def _weight_zeros(self, product: Product, scale: NDArray[np.float32]) -> str:
+        key = (product.format, "zeros", str(len(scale)))
+        if key not in self.made:
+            name = f"zeros.{product.format}.{len(scale)}"
+            tensor = helper.make_tensor(name, _ELEMENTS[product.format], scale.shape, bytes(len(scale)), raw=True)
+            self.made[key] = self._add(tensor)
+        return self.made[key]
+
+    def _lookup(self, node: NodeProto, table: Table) -> None:
+        source, output = node.input[0], node.output[0]
+        if table.values.name not in self.added:
+            self._add(table.values)
+        node.input[0] = table.values.name
+        node.output[0] = _free(f"{output}.{table.format}", self.taken)
+        self.nodes.append(node)
+        if table.scales is None:
+            self._append("Cast", [node.output[0]], output, to=TensorProto.FLOAT)
+            return
+        key = (source, "scale")
+        if key not in self.made:
+            self.made[key] = self._add(numpy_helper.from_array(table.scales, f"{table.values.name}.scale"))
+        self._append("DequantizeLinear", [node.output[0], self.made[key]], output, axis=-1)
+
+    def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Appends a node that makes a new value; the name that its output gets."""
+        name = _free(output, self.taken)
+        self._append(operator, inputs, name, **attributes)
+        return name
+
+    def _append(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        name = _free(output, self.names)
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
+
+    def _add(self, tensor: TensorProto) -> str:
+        known = self.added.get(tensor.name)
+        if known is None and tensor.name in self.taken:
+            expected = f"no value {tensor.name} in {self.name}"
+            raise QuantiseError("quantize", expected, "one", "give a bundle in float32")
+        assert known is None or known == tensor
+        self.taken.add(tensor.name)
+        self.added[tensor.name] = tensor
+        return str(tensor.name)
+
+    def _replace(self, graph: GraphProto) -> None:
+        """The new nodes, and only the initialisers that are still read."""
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
+        used = names_read(graph)
+        kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend([*kept, *self.added.values()])
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; it is taken then."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}.{number}"
+    taken.add(found)
+    return found
+
+
+def _raise_opset(model: ModelProto) -> None:
+    """The graph and its functions in opset 21: from 20 to 21 operators in use here gained types and changed nothing."""
+    for entries in (model.opset_import, *(function.opset_import for function in model.functions)):
+        for entry in entries:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, OPSET)
