@@ -4,8 +4,9 @@
     python -m benchmarks.quantization --calibration part.txt --text book.txt --model mac-bytes --recipe int8
 
 Of each model: every recipe's bundle is made from the calibration text, all of them read the same stream beside the
-float32 bundle (`titans_export.drift`), recall is measured, and speeds are measured turn by turn. The recall task's
-model has its own data, drawn from seeds. A model with random weights is timed alone.
+float32 bundle (`titans_export.drift`), recall is measured, and speeds are measured turn by turn, of the engines that
+`titans-export build --target cpu` makes. The recall task's model has its own data, drawn from seeds. A model with
+random weights is timed alone.
 
 What was measured of a model is kept in the work folder, drift and speeds apart, and not measured again but with
 --again; so speeds may be taken once the machine is quiet. A result file holds all models that were measured so far.
@@ -35,6 +36,8 @@ from titans_export.bench.worker import Worker, WorkerError, explain
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.drift import Comparison, compare, recall
 from titans_export.drift.memory import worst
+from titans_export.engines.build import build_engine
+from titans_export.engines.plan import Request
 from titans_export.errors import TitansError
 
 if TYPE_CHECKING:
@@ -69,7 +72,7 @@ class Model:
 
 MODELS = (
     Model("mac-bytes", CHECKPOINTS / "mac-bytes", 2_000_000, longest_recall=1024),
-    Model("recall", CHECKPOINTS / "recall", 1_000_000, longest_recall=16_384),
+    Model("recall", CHECKPOINTS / "recall", 262_144, longest_recall=16_384),
     # Chaotic over long streams (docs/titans-pytorch.md): fresh streams, 64 of them.
     Model(
         "titans-pytorch-bytes",
@@ -224,9 +227,10 @@ def _text_of(bundle: Bundle, settings: Settings) -> str:
 
 
 def _open(path: Path, settings: Settings) -> Session:
+    """The plain graphs: what a recipe makes of the model. Speeds are those of engines."""
     import titans_runtime
 
-    return titans_runtime.Session(path, threads=settings.threads)
+    return titans_runtime.Session(path, threads=settings.threads, engine="none")
 
 
 def _compare(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: Settings) -> Result:
@@ -295,6 +299,8 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
     entries: dict[str, Result] = {}
     for name, path in taking_part.items():
         manifest = read_bundle(path).manifest
+        if not manifest.get("engines"):
+            build_engine(path, Request("cpu"))
         with _open(path, settings) as session, session.stream() as stream:
             entries[name] = {
                 "weights_bytes": manifest["files"][manifest["weights"]["file"]]["bytes"],

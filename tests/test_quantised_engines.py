@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from engine_tools import model_of, value
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from quantised_tools import RECIPES, with_memory
+from safetensors import safe_open
 
 from titans_export.bundle import read_bundle
 from titans_export.cli import main
@@ -19,7 +22,7 @@ from titans_export.engines import graphs
 from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request, make_plan
 from titans_export.engines.precision import PrecisionError, lower_precision
-from titans_export.engines.quantised import for_compiler
+from titans_export.engines.quantised import for_compiler, weights_alone
 from titans_export.errors import MachineError, UsageError
 
 pytest_plugins = ["quantised_fixtures"]
@@ -60,7 +63,9 @@ def test_int4_blocks_that_rtx_takes(quantised_bundle: Make) -> None:
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_the_cpu_engine_computes_what_the_graphs_do(quantised_bundle: Make, recipe: str, tmp_path: Path) -> None:
+def test_the_cpu_engine_computes_what_the_graphs_do(
+    quantised_bundle: Make, small_bundle: Path, recipe: str, tmp_path: Path
+) -> None:
     import titans_runtime
 
     source = quantised_bundle(RECIPES[recipe])
@@ -69,9 +74,56 @@ def test_the_cpu_engine_computes_what_the_graphs_do(quantised_bundle: Make, reci
     for engine in ("none", report.engine["name"]):
         with titans_runtime.Session(tmp_path / "out.titans", engine=engine) as session:
             outputs.append(session.stream().feed(TEXT))
-    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
-    if recipe in ("float16", "bfloat16", "fp8"):  # whose weights stay where they are
-        assert sum(graph["bytes"] for graph in report.graphs) < 400_000
+    bundle = read_bundle(tmp_path / "out.titans")
+    if recipe == "int8":  # its products round no input by one scale any more
+        golden = float32_outputs(read_bundle(small_bundle))
+        errors = [np.abs(output - golden).mean() for output in outputs]
+        assert 0 < errors[1] < errors[0]
+    else:
+        np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-4)
+    assert sum(graph["bytes"] for graph in report.graphs) < 400_000
+    if recipe in ("fp8", "float16", "bfloat16"):  # whose weights stay where they are
+        assert "weights" not in report.engine
+        return
+    # What the engine's own file holds is there once, however many graphs read it.
+    own = bundle.path / report.engine["weights"]["file"]
+    assert own.stat().st_size < 1.2 * bundle.manifest["quantization"]["weights_bytes"]
+    names = [set(entry["weights"]) for entry in report.engine["graphs"]]
+    with safe_open(own, "numpy") as file:
+        held = set(file.keys())
+    assert held <= set.union(*names) and held & set.intersection(*names)
+
+
+def float32_outputs(bundle: Any) -> np.ndarray:
+    import titans_runtime
+
+    with titans_runtime.Session(bundle.path) as session:
+        return session.stream().feed(TEXT)
+
+
+def test_int8_weights_alone_are_the_same_weights(quantised_bundle: Make) -> None:
+    """Blocks have the scales of their channels, and products read what came before the rounding."""
+    graph = graphs.load_graph(read_bundle(quantised_bundle(RECIPES["int8"])).graph_paths()["decode"])
+    after = weights_alone(graph)
+    onnx.checker.check_model(after)
+    before_weights, after_weights = dequantised(graph), dequantised(after)
+    assert len(after_weights) >= 5
+    for name, weight in after_weights.items():
+        np.testing.assert_array_equal(weight, before_weights[name.removesuffix(".blocks")])
+    assert not any(node.op_type == "QuantizeLinear" for node in after.graph.node)
+    assert any(node.op_type == "QuantizeLinear" for node in graph.graph.node), "the graph is left as it was"
+
+
+def dequantised(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """What ONNX's own reference makes of the weights of products, by the name of the value."""
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    second = {node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.output[0] in second and node.input[0] in weights:
+            inputs = [weights[name] for name in node.input]
+            found[node.output[0]] = ReferenceEvaluator(node).run(None, dict(zip(node.input, inputs, strict=True)))[0]
+    return found
 
 
 @pytest.mark.parametrize("target", ["orin-agx", "orin-nano", "rtx-30", "a100"])
@@ -167,3 +219,16 @@ def test_compilers_get_the_same_numbers(quantised_bundle: Make) -> None:
         blocks = [n for n in after.graph.node if n.op_type == "DequantizeLinear" and graphs.attribute(n, "block_size")]
         assert bool(blocks) == (recipe == "int4")
         np.testing.assert_allclose(feed_of(bundle, after), feed_of(bundle, before), atol=1e-5)
+
+
+def test_weights_that_a_branch_within_a_loop_reads_stay() -> None:
+    """Where a compiler gets a changed graph, however deep what reads them lies."""
+    branch = helper.make_graph([helper.make_node("Add", ["s", "deep"], ["d"])], "b", [], [value("d", (4,))])
+    body = helper.make_graph(
+        [helper.make_node("If", ["yes"], ["o"], then_branch=branch, else_branch=branch)], "loop",
+        [value("s", (4,)), value("i", (4,))], [value("o", (4,))],
+    )  # fmt: skip
+    scan = helper.make_node("Scan", ["x", "xs"], ["y"], body=body, num_scan_inputs=1)
+    tensors = (numpy_helper.from_array(np.ones(4, np.float32), "deep"), numpy_helper.from_array(np.array(True), "yes"))
+    model = model_of([scan], [value("x", (4,)), value("xs", (3, 4))], [value("y", (4,))], tensors)
+    assert {tensor.name for tensor in for_compiler(model).graph.initializer} == {"deep", "yes"}

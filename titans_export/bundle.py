@@ -45,6 +45,7 @@ ENGINE_KEYS = (
     "graphs",
 )
 _REMEDY = "export the checkpoint again or copy the bundle again"
+_LONGEST_MANIFEST = 16 << 20  # as the runtime has it
 _QUANTISE_AGAIN = "quantize again or copy the bundle again"
 
 
@@ -129,18 +130,25 @@ def engines(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         graphs = engine["graphs"]
         if not isinstance(graphs, list) or not all(isinstance(g, dict) and {"graph", "file"} <= set(g) for g in graphs):
             raise BundleError("bundle", f"graph and file of each graph of the engine {name}", "another", _REMEDY)
-        if unlisted := [g["file"] for g in graphs if g["file"] not in manifest["files"]]:
+        weights = engine.get("weights")
+        if weights is not None and not (isinstance(weights, dict) and isinstance(weights.get("file"), str)):
+            raise BundleError("bundle", f"the file of the weights of the engine {name}", repr(weights)[:80], _REMEDY)
+        if unlisted := [f for f in engine_files(engine) if not isinstance(f, str) or f not in manifest["files"]]:
             raise BundleError("bundle", f"{unlisted[0]!r} among the files of the manifest", "no such entry", _REMEDY)
     return found
+
+
+def engine_files(engine: dict[str, Any]) -> list[str]:
+    """The names of all files that an engine of the manifest has of its own."""
+    weights = engine.get("weights")
+    return [*(graph["file"] for graph in engine["graphs"]), *([weights["file"]] if weights else [])]
 
 
 def with_engine(
     manifest: dict[str, Any], engine: dict[str, Any], files: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], set[str]]:
     """The manifest with the engine, of these files, in place of one of its name; and the files that one had."""
-    dropped = {
-        graph["file"] for other in engines(manifest) if other["name"] == engine["name"] for graph in other["graphs"]
-    }
+    dropped = {file for other in engines(manifest) if other["name"] == engine["name"] for file in engine_files(other)}
     kept = {name: entry for name, entry in manifest["files"].items() if name not in dropped}
     others = [other for other in engines(manifest) if other["name"] != engine["name"]]
     listed = dict(sorted({**kept, **files}.items()))
@@ -160,7 +168,7 @@ def _check_streams(manifest: dict[str, Any]) -> None:
         if not isinstance(manifest[key], dict):
             raise BundleError("bundle", f"{key} of the manifest to be an object", repr(manifest[key])[:80], _REMEDY)
     given, result, golden = manifest["input"], manifest["output"], manifest["golden"]
-    if given.get("kind") not in _KINDS:
+    if not isinstance(given.get("kind"), str) or given["kind"] not in _KINDS:
         raise BundleError("bundle", f"an input of kind {' or '.join(_KINDS)}", repr(given.get("kind")), _REMEDY)
     dtype, size, kind, tensors = _KINDS[given["kind"]]
     for entry, key, expected in ((given, "dtype", dtype), (result, "kind", kind), (result, "dtype", "float32")):
@@ -179,13 +187,30 @@ def _check_streams(manifest: dict[str, Any]) -> None:
         raise BundleError("bundle", "no tokenizer with an input of vectors", repr(manifest["tokenizer"]), _REMEDY)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; which of two equal keys counts, readers do not agree on. Raises ValueError."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key that is there twice")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which JSON has not")
+
+
 def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise BundleError("bundle", f"a file {MANIFEST} in {path}", "something that is no regular file", _REMEDY)
     try:
-        values = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > _LONGEST_MANIFEST:
+            raise BundleError("bundle", f"{MANIFEST} of at most {_LONGEST_MANIFEST} bytes", str(size), _REMEDY)
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except FileNotFoundError:
         got = "no such file" if path.exists() else f"no {path}"
         raise BundleError("bundle", f"a folder with {MANIFEST} at {path}", got, "give the path of a bundle") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError("bundle", f"{path / MANIFEST} to be readable JSON", str(error), _REMEDY) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError("bundle", f'"format": "{FORMAT}" in {path / MANIFEST}', "another", "give a Titans bundle")
@@ -212,10 +237,14 @@ def read_bundle(path: Path) -> Bundle:
     if not isinstance(manifest["files"], dict):
         raise BundleError("bundle", "files of the manifest to be an object", repr(manifest["files"]), _REMEDY)
     for name, entry in manifest["files"].items():
-        if Path(name).name != name or name in ("", ".", ".."):
+        if not is_plain_name(name):
             raise BundleError("bundle", "plain file names in the manifest", repr(name), _REMEDY)
         file = path / name
-        if file.is_symlink() or not file.is_file():
+        try:
+            there = not file.is_symlink() and file.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            there = False
+        if not there:
             raise BundleError("bundle", f"the file {name} in {path}", "none", _REMEDY)
         if not isinstance(entry, dict) or not {"bytes", "xxh3_128"} <= set(entry):
             raise BundleError("bundle", f"size and hash of {name} in the manifest", repr(entry), _REMEDY)
@@ -223,10 +252,48 @@ def read_bundle(path: Path) -> Bundle:
             raise BundleError("bundle", f"{name} of {entry['bytes']} bytes", f"{file.stat().st_size}", _REMEDY)
         if file_entry(file)["xxh3_128"] != entry["xxh3_128"]:
             raise BundleError("bundle", f"{name} with the hash that the manifest gives", "another", _REMEDY)
+    for key in ("tokenizer", "weights", "initial_state"):
+        if not isinstance(manifest[key], dict):
+            raise BundleError("bundle", f"{key} of the manifest to be an object", repr(manifest[key])[:80], _REMEDY)
     entries = [*manifest["graphs"], manifest["golden"], manifest["weights"], manifest["initial_state"]]
     if manifest["tokenizer"].get("kind") == "file":
         entries.append(manifest["tokenizer"])
-    if unlisted := [e.get("file") for e in entries if e.get("file") not in manifest["files"]]:
+    listed = [entry.get("file") for entry in entries]
+    if unlisted := [name for name in listed if not isinstance(name, str) or name not in manifest["files"]]:
         raise BundleError("bundle", f"{unlisted[0]!r} among the files of the manifest", "no such entry", _REMEDY)
-    engines(manifest)
+    _check_state(manifest["state"])
+    _check_graphs(path, manifest)
     return Bundle(path, manifest)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file of that name lies in the bundle itself, wherever the bundle is."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _check_state(state: Any) -> None:
+    """What tools read of every state tensor. Raises BundleError."""
+    if not isinstance(state, list) or not all(isinstance(entry, dict) for entry in state):
+        raise BundleError("bundle", "state of the manifest to be a list of objects", repr(state)[:80], _REMEDY)
+    for entry in state:
+        for key in ("name", "input", "output", "dtype", "role"):
+            if not isinstance(entry.get(key), str):
+                raise BundleError("bundle", f"{key} of each state tensor", repr(entry.get(key))[:80], _REMEDY)
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(isinstance(extent, int) and extent > 0 for extent in shape):
+            raise BundleError("bundle", f"a shape of {entry['name']}", repr(shape)[:80], _REMEDY)
+
+
+def _check_graphs(path: Path, manifest: dict[str, Any]) -> None:
+    """That what else opens graphs reads no file that is not listed. Raises BundleError."""
+    from .onnx.external import check_external_data
+
+    files = {manifest["weights"]["file"]}
+    for graph in manifest["graphs"]:
+        check_external_data(path / graph["file"], files)
+    for engine in engines(manifest):
+        if engine["compiler"] != "onnxruntime":
+            continue
+        own = {engine["weights"]["file"]} if engine.get("weights") else set()
+        for graph in engine["graphs"]:
+            check_external_data(path / graph["file"], files | own)

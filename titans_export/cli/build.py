@@ -119,6 +119,9 @@ def build(
     rows = [
         (g["graph"], g["file"], size(g["bytes"]), sum(g["layers"].values()), g["seconds"]) for g in report.graphs
     ]  # fmt: skip
+    if "weights" in report.engine:
+        own = report.engine["weights"]["file"]
+        rows.append(("weights of all", own, size((Path(report.bundle) / own).stat().st_size), "", ""))
     click.echo(
         f"{report.bundle}: engine {report.engine['name']}, {report.engine['compiler']} "
         f"{report.engine['compiler_version']}, {report.seconds} s\n"

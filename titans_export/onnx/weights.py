@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import xxhash
 from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import uses_external_data
 
 from ..safetensors_file import Array, Raw, write_safetensors
 
@@ -25,36 +26,55 @@ def stored(tensor: TensorProto) -> Array | Raw:
     return Raw(_RAW[tensor.data_type], shape, data)
 
 
-def share_weights(models: dict[str, onnx.ModelProto], path: Path) -> dict[str, list[str]]:
+def share_weights(
+    models: dict[str, onnx.ModelProto], path: Path, named: str | None = PARAMETER_PREFIX
+) -> dict[str, list[str]]:
     """Moves the large initialisers of the models, by graph name, to `path`, beside which the graphs will lie.
 
-    Parameters keep their names. Constants that the exporter made from them are named by their content, so that equal
-    ones of different graphs are one. Returns the names of each graph's shared initialisers.
+    Those whose names begin with `named`, parameters, keep them; of others equal ones of different graphs are one, named
+    by its content. What lies in a file already stays there. Returns the names of each graph's shared initialisers;
+    where there are none to move, no file is written.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
     for graph, model in models.items():
         renamed = {}
+        elsewhere = set()
         for tensor in model.graph.initializer:
+            if uses_external_data(tensor):
+                elsewhere.add(tensor.name)
+                continue
             value = stored(tensor)
             if value.nbytes < SHARED_BYTES:
                 continue
-            if not tensor.name.startswith(PARAMETER_PREFIX):
+            if named is None or not tensor.name.startswith(named):
                 data = value.data if isinstance(value, Raw) else value.tobytes()
                 content = xxhash.xxh3_64_hexdigest(f"{value.dtype}{value.shape}".encode() + data)
                 renamed[tensor.name] = f"constant.{content}"
                 tensor.name = renamed[tensor.name]
             values[tensor.name] = value
-        for node in model.graph.node:
-            node.input[:] = [renamed.get(name, name) for name in node.input]
-        names[graph] = sorted({t.name for t in model.graph.initializer} & set(values))
+        _rename(model.graph, renamed)
+        names[graph] = sorted({t.name for t in model.graph.initializer} & (set(values) | elsewhere))
         _drop_twins(model.graph)
+    if not values:
+        return names
     offsets = write_safetensors(path, values)
     for model in models.values():
         for tensor in model.graph.initializer:
             if tensor.name in offsets:
                 _point(tensor, path.name, offsets[tensor.name], values[tensor.name].nbytes)
     return names
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Reads of the old names become reads of the new, also where a branch or a loop's body captures them."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        for entry in node.attribute:
+            for inner in (entry.g, *entry.graphs) if entry.HasField("g") else entry.graphs:
+                own = {value.name for value in (*inner.input, *inner.initializer)}
+                own |= {name for made in inner.node for name in made.output}
+                _rename(inner, {old: new for old, new in renamed.items() if old not in own})
 
 
 def _drop_twins(graph: onnx.GraphProto) -> None:
