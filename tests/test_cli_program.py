@@ -17,7 +17,7 @@ from titans_export.cli.table import size, table
 from titans_export.errors import MachineError, MismatchError, UsageError
 
 pytest_plugins = ["cli_fixtures"]
-COMMANDS = ("build", "doctor", "export", "inspect", "run", "verify")
+COMMANDS = ("build", "diff", "doctor", "export", "inspect", "run", "verify")
 
 
 def test_help_shows_the_usual_path() -> None:

@@ -8,6 +8,7 @@ from .. import __version__
 from .bench import bench
 from .build import build
 from .command import CONTEXT, NAME, Program
+from .diff import diff
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
@@ -42,5 +43,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, quantize, build, run, verify, bench, inspect, doctor):
+for command in (export, quantize, build, run, verify, bench, inspect, diff, doctor):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`titans-export inspect`: what is in a bundle."""
+"""`titans-export inspect`: what is in a bundle, or in the state of a stream."""
 
 from __future__ import annotations
 
@@ -7,23 +7,43 @@ from typing import Any
 
 import click
 
+from ..errors import UsageError
 from .command import Command, emit, json_option
-from .options import bundle_argument
+from .inspect_state import inspect_state
+from .options import PATH, key_option
 from .table import size, table
 
 
-@click.command(cls=Command, examples=("titans-export inspect mac.titans", "titans-export inspect mac.titans --json"))
-@bundle_argument
+@click.command(
+    cls=Command,
+    examples=(
+        "titans-export inspect mac.titans --json",
+        "titans-export inspect user.tstate --bundle mac.titans",
+        "titans-export inspect user.tstate --key-file user.key --numpy memory.npz",
+    ),
+)
+@click.argument("path", type=PATH, metavar="BUNDLE|STATE")
+@click.option("--bundle", type=PATH, help="Of a state: also how far its memory is from a fresh stream of this bundle.")
+@click.option("--numpy", type=PATH, metavar="NPZ", help="Of a state: also write its memory to this file, as float32.")
+@key_option
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what is in a bundle.
+def inspect(path: Path, bundle: Path | None, numpy: Path | None, key_file: Path | None, as_json: bool) -> None:
+    """Show what is in a bundle, or in the state of a stream.
 
-    Of BUNDLE: its model, graphs, state and files, and where it can run. Sizes and hashes of all files are checked.
+    Of a bundle: its model, graphs, state and files, and where it can run. Sizes and hashes of all files are checked. Of
+    a state: whose it is and, memory by memory, how large W and S are and how the storage holds them. NaN and infinity
+    are told first, and the exit code is 3.
     """
+    if path.is_file() or path.suffix == ".tstate":
+        inspect_state(path, bundle, numpy, key_file, as_json)
+        return
+    given = {"--bundle": bundle, "--numpy": numpy, "--key-file": key_file}
+    if option := next((name for name, value in given.items() if value is not None), None):
+        raise UsageError("inspect", f"a state file with {option}", f"{path}", "give a .tstate, or leave it out")
     from ..bundle import read_bundle
     from ..inspecting import inspect_bundle
 
-    facts = inspect_bundle(read_bundle(bundle))
+    facts = inspect_bundle(read_bundle(path))
     if as_json:
         emit(facts)
     else:

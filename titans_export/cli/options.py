@@ -25,6 +25,10 @@ config_option = click.option(
     help="Constructor's arguments, for formats whose checkpoints have none: a JSON file, or train_mac.",
 )
 
+key_option = click.option(
+    "--key-file", type=PATH, metavar="FILE", help="Key of an encrypted state: 32 bytes, or 64 hexadecimal digits."
+)
+
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --device, --backend, --threads and --memory-kernel, for `open_session`."""

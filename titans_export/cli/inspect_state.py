@@ -1,0 +1,134 @@
+"""What `titans-export inspect` says of a state file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import MismatchError
+from .command import emit
+from .table import size, table
+
+if TYPE_CHECKING:
+    from ..states import MemoryFacts, NotFinite, SavedState
+
+
+def inspect_state(path: Path, bundle: Path | None, numpy: Path | None, key_file: Path | None, as_json: bool) -> None:
+    """Prints facts about the state, exports its memory where asked to; MismatchError where it is not finite."""
+    from ..states import describe_memories, find_not_finite, fresh_memory, open_state, read_key, write_npz
+
+    state = open_state(path, None if key_file is None else read_key(key_file))
+    broken = find_not_finite(state)
+    memories = describe_memories(state, None if bundle is None else fresh_memory(bundle, state))
+    if numpy is not None:
+        write_npz(state, numpy)
+    if as_json:
+        emit(_as_json(state, broken, memories, bundle, numpy))
+    else:
+        click.echo(_text(state, broken, memories))
+    if broken:
+        more = f", and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        remedy = "go back to an earlier state, and set a guard (docs/guard.md)"
+        raise MismatchError("inspect", f"finite numbers in {path}", f"{_broken(broken[0])}{more}", remedy)
+
+
+def _as_json(
+    state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts], bundle: Path | None, numpy: Path | None
+) -> dict[str, Any]:
+    facts = state.facts
+    return {
+        "state": str(state.path),
+        "finite": not broken,
+        "not_finite": [dataclasses.asdict(entry) for entry in broken],
+        "bytes": state.bytes,
+        "encrypted": state.encrypted,
+        "hash": "ok",
+        **{key: facts.get(key) for key in ("schema_version", "producer", "created", "model", "backend", "device")},
+        "position": state.position,
+        "learning": state.learning,
+        "storage": facts.get("memory"),
+        "tensors": [
+            {**{key: entry[key] for key in ("name", "role", "dtype", "shape")}, "bytes": _bytes(state, entry["name"])}
+            for entry in state.entries
+        ],
+        "memories": [dataclasses.asdict(entry) for entry in memories],
+        "bundle": None if bundle is None else str(bundle),
+        "numpy": None if numpy is None else str(numpy),
+    }
+
+
+def _bytes(state: SavedState, name: str) -> int:
+    return int(state.tensors[name].nbytes)
+
+
+def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts]) -> str:
+    model, facts = state.model, state.facts
+    storage = facts.get("memory") or {}
+    rounding = "" if storage.get("storage") == "float32" else f", rounding {storage.get('rounding')}"
+    sealed = "decrypted, " if state.encrypted else ""
+    head = [
+        *(f"NOT FINITE: {_broken(entry)}" for entry in broken),
+        f"{state.path}: {model.get('name')} ({model.get('variant')}), position {state.position:,}, "
+        + ("learning" if state.learning else "frozen"),
+        f"made by {facts.get('producer')} at {facts.get('created')}, {facts.get('backend')} on {facts.get('device')}",
+        f"{size(state.bytes)}, {sealed}hash ok, weights {str(model.get('weights_sha256'))[:12]}, "
+        f"memories in {storage.get('storage')}{rounding}",
+    ]
+    roles: dict[str, list[int]] = {}
+    for entry in state.entries:
+        roles.setdefault(entry["role"], []).append(_bytes(state, entry["name"]))
+    rows = [(role, len(counts), size(sum(counts))) for role, counts in roles.items()]
+    sections = ["\n".join(head), _memories(memories), table(("state", "tensors", "size"), rows)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _memories(memories: list[MemoryFacts]) -> str:
+    if not memories:
+        return ""
+    fresh = any(entry.from_fresh is not None for entry in memories)
+    blocks = any(entry.saturation.dead_blocks is not None for entry in memories)
+    header = ["memory", "|W|", "largest head", "|S|", "largest head", "|S|/|W|", "open chunk"]
+    header += ["|W - F|"] * fresh + ["at limit", "zero"] + ["dead blocks"] * blocks
+    rows = []
+    for entry in memories:
+        weights, surprise, used = entry.weights, entry.surprise, entry.saturation
+        row = [entry.name, _number(weights.norm), _head(weights.head_norms, weights.largest_head)]
+        if surprise is None:
+            row += ["-", "-"]
+        else:
+            row += [_number(surprise.norm), _head(surprise.head_norms, surprise.largest_head)]
+        row += [_largest(entry.step), _largest(entry.open_chunk)]
+        if fresh:
+            initial = entry.fresh_weights
+            row.append("-" if initial is None else f"{_number(entry.from_fresh or 0)} (|F| {_number(initial.norm)})")
+        row += [_part(used.at_limit), _part(used.zero)]
+        rows.append(row + [_part(used.dead_blocks)] * blocks)
+    return table(header, rows)
+
+
+def _head(norms: list[float], head: int) -> str:
+    return f"{_number(norms[head])} (head {head} of {len(norms)})"
+
+
+def _largest(parts: list[float] | None) -> str:
+    if parts is None:
+        return "-"
+    head = max(range(len(parts)), key=parts.__getitem__)
+    return f"{_part(parts[head])} (head {head})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _part(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g} %"
+
+
+def _broken(entry: NotFinite) -> str:
+    counts = [f"{n} {what}" for n, what in ((entry.nan, "NaN"), (entry.infinite, "infinite")) if n]
+    heads = "" if not entry.heads else f", head{'s' * (len(entry.heads) > 1)} {', '.join(map(str, entry.heads))}"
+    return f"{' and '.join(counts)} in {entry.name}{heads}"

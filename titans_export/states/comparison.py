@@ -1,0 +1,149 @@
+"""How far two saved streams of one model are apart."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reading import SURPRISE, WEIGHTS, SavedState, StateError
+from .statistics import by_head, fields_of
+
+# What only some storages and roundings have; the rest of a row is the same in each.
+_STORAGES_OWN = re.compile(r"E[WS].*|folds")
+_SHOWN = re.compile(r"[WGS]\d+|([GS]_)?gamma")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between two arrays a and b. `distance` is ||a - b|| over the larger norm of the two, so from 0 to 2; infinite
+    where one is not finite. `cosine` is that of the angle between them, None where one of them is zero."""
+
+    distance: float
+    cosine: float | None
+    norms: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MemoryComparison:
+    """W and S of a memory, all heads together, and the head whose W are farthest apart."""
+
+    name: str
+    weights: Distance
+    surprise: Distance | None
+    farthest_head: int
+    farthest_head_distance: float
+
+
+@dataclass(frozen=True)
+class FieldDistance:
+    """A tensor, or a field of a memory: its relative distance and largest absolute difference."""
+
+    name: str
+    distance: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`identical`: position, learning and every bit of the state. `largest_distance` is that of any memory's W or S.
+    `fields` holds what differs, the farthest first."""
+
+    identical: bool
+    largest_distance: float
+    memories: list[MemoryComparison]
+    fields: list[FieldDistance]
+
+
+def compare_states(a: SavedState, b: SavedState) -> Comparison:
+    """Compares two states of one model, also where one holds its memory in another storage. Raises StateError."""
+    _check_alike(a, b)
+    with np.errstate(all="ignore"):
+        memories = [_compare_memory(a, b, name) for name in a.memories()]
+        fields = [_field(name, x, y) for name, x, y in _pairs(a, b)]
+    distances = [d.distance for entry in memories for d in (entry.weights, entry.surprise) if d is not None]
+    return Comparison(
+        identical=_identical(a, b),
+        largest_distance=max(distances, default=0.0),
+        memories=memories,
+        fields=sorted((field for field in fields if field.distance), key=lambda field: -field.distance),
+    )
+
+
+def _check_alike(a: SavedState, b: SavedState) -> None:
+    ours, theirs = a.model.get("weights_sha256"), b.model.get("weights_sha256")
+    remedy = "compare states of one model"
+    if ours != theirs:
+        names = [f"{state.model.get('name')} (weights {str(sha)[:12]})" for state, sha in ((a, ours), (b, theirs))]
+        raise StateError("diff", f"two states of {names[0]}", f"{b.path} of {names[1]}", remedy)
+    one, other = _logical_shapes(a), _logical_shapes(b)
+    if one != other:
+        name = next(name for name in {**one, **other} if one.get(name) != other.get(name))
+        got = f"{_words(one.get(name))} in {a.path} and {_words(other.get(name))} in {b.path}"
+        raise StateError("diff", f"{name} of one shape", got, remedy)
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _logical_shapes(state: SavedState) -> dict[str, tuple[int, ...]]:
+    memories = state.memories()
+    shapes = {e["name"]: state.tensors[e["name"]].shape for e in state.entries if e["name"] not in memories}
+    own = {name: values.shape for name, values in state.fields.items()}
+    return shapes | {name: shape for name, shape in own.items() if not _STORAGES_OWN.fullmatch(name.rpartition(".")[2])}
+
+
+def _identical(a: SavedState, b: SavedState) -> bool:
+    if (a.position, a.learning, set(a.tensors)) != (b.position, b.learning, set(b.tensors)):
+        return False
+    if any(a.layout(name) != b.layout(name) for name in a.memories()):
+        return False
+    return all(a.tensors[name].tobytes() == b.tensors[name].tobytes() for name in a.tensors)
+
+
+def _pairs(a: SavedState, b: SavedState) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
+    """What can be told apart by a name: W, S and G of memories, and the other tensors."""
+    names = [name for name in a.fields if _SHOWN.fullmatch(name.rpartition(".")[2])]
+    others = [entry["name"] for entry in a.entries if entry["name"] not in a.memories()]
+    return [(n, a.fields[n].astype(np.float64), b.fields[n].astype(np.float64)) for n in names] + [
+        (n, a.tensors[n].astype(np.float64), b.tensors[n].astype(np.float64)) for n in others
+    ]
+
+
+def _field(name: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> FieldDistance:
+    found = _distance(x, y)
+    most = float(np.max(np.abs(x - y), initial=0.0))
+    return FieldDistance(name, found.distance, math.inf if math.isnan(most) else most)
+
+
+def _compare_memory(a: SavedState, b: SavedState, memory: str) -> MemoryComparison:
+    found: list[Distance | None] = []
+    farthest = (0, 0.0)
+    for pattern in (WEIGHTS, SURPRISE):
+        names = fields_of(a.fields, memory, pattern)
+        x, y = by_head(a.fields, names), by_head(b.fields, names)
+        if x is None or y is None:
+            found.append(None)
+            continue
+        found.append(_distance(x, y))
+        if pattern is WEIGHTS:
+            heads = [_distance(one, other).distance for one, other in zip(x, y, strict=True)]
+            farthest = max(enumerate(heads), key=lambda head: head[1])
+    weights, surprise = found
+    if weights is None:
+        raise StateError("diff", f"weights in the memory {memory}", "none", "save the streams again")
+    return MemoryComparison(memory, weights, surprise, *farthest)
+
+
+def _distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> Distance:
+    one, other = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    if not (math.isfinite(one) and math.isfinite(other)):
+        return Distance(math.inf, None, (one, other))
+    larger = max(one, other)
+    distance = float(np.linalg.norm(x - y)) / larger if larger else 0.0
+    cosine = float(np.sum(x * y) / (one * other)) if one and other else None
+    return Distance(distance, None if cosine is None else max(-1.0, min(1.0, cosine)), (one, other))

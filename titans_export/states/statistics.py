@@ -1,0 +1,281 @@
+"""Numbers about the memories of a saved stream, memory by memory and head by head."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reading import BLOCK, SURPRISE, WEIGHTS, Floats, SavedState, StateError, matrix
+
+# What a fold computes with. Rows of an open chunk count only where its coefficients say so, and are looked at apart.
+_FOLDED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma|[eamf]|beta")
+_STORED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma")
+_LARGEST = {
+    "float32": float(np.finfo(np.float32).max),
+    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+    "float16": float(np.finfo(np.float16).max),
+}
+
+Heads = NDArray[np.float64]  # (heads, elements)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """W or S of a memory. `norm` is the Frobenius norm over all heads, `head_norms` that of each."""
+
+    norm: float
+    rms: float
+    max_abs: float
+    head_norms: list[float]
+    largest_head: int
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """How the storage's range is used: parts, of 1, of the elements of W and S and what belongs to them.
+
+    `at_limit`: of the largest magnitude that the storage has, in int8 and fp8 that of their block's scale. `zero`: that
+    are 0. `dead_blocks`: blocks of which nothing is left but zeros; None without blocks.
+    """
+
+    storage: str
+    elements: int
+    at_limit: float
+    zero: float
+    dead_blocks: float | None
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """A memory. `step` and `open_chunk` have a number for each head.
+
+    `step` is ||S|| / ||W||: what one more token as surprising as those before would change W by. `open_chunk` is
+    ||W' - W|| / ||W||, W' being W if the open chunk were folded now, 0 between chunks; None of a memory whose chunks
+    have one set of gates. `from_fresh` is ||W - F|| over all heads, F being the W of a fresh stream; None without one.
+    """
+
+    name: str
+    heads: int
+    weights: Norms
+    surprise: Norms | None
+    step: list[float] | None
+    open_chunk: list[float] | None
+    from_fresh: float | None
+    from_fresh_heads: list[float] | None
+    fresh_weights: Norms | None
+    saturation: Saturation
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A tensor, or a field of a memory, with NaN or infinity, and in which heads of a memory."""
+
+    name: str
+    nan: int
+    infinite: int
+    heads: list[int] | None
+
+
+def describe_memories(state: SavedState, fresh: Mapping[str, Floats] | None = None) -> list[MemoryFacts]:
+    """Facts about each memory. `fresh` is what `fresh_memory` gives for the bundle of the model."""
+    with np.errstate(all="ignore"):  # what is not finite is told by `find_not_finite`
+        return [_describe(state, memory, fresh) for memory in state.memories()]
+
+
+def find_not_finite(state: SavedState) -> list[NotFinite]:
+    """Where the state holds NaN or infinity that the stream will compute with, in the state's order."""
+    found, memories = [], state.memories()
+    for entry in state.entries:
+        name = entry["name"]
+        if name not in memories:
+            found.append(_count(name, state.tensors[name], heads=False))
+            continue
+        for field in entry["layout"]:
+            values = _computed_with(state, name, field["name"])
+            if values is not None:
+                found.append(_count(f"{name}.{field['name']}", values, heads=True))
+    if "last_output" in state.tensors:
+        found.append(_count("last_output", state.tensors["last_output"], heads=False))
+    return [entry for entry in found if entry.nan or entry.infinite]
+
+
+def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
+    """The memories' fields of a fresh stream of the bundle. Raises BundleError, and StateError for another model's."""
+    from ..bundle import read_bundle
+    from ..model.storage import unpack_row
+
+    opened = read_bundle(bundle)
+    ours, theirs = state.model.get("weights_sha256"), opened.manifest["model"].get("source", {}).get("weights_sha256")
+    if ours != theirs:
+        got = f"{state.path} of {state.model.get('name')}, weights {_short(ours)}"
+        wanted = f"a state of the model in {bundle}, weights {_short(theirs)}"
+        raise StateError("state", wanted, got, "give the bundle that the stream ran on")
+    rows = opened.initial_state()
+    return {
+        f"{entry['name']}.{name}": values
+        for entry in opened.manifest["state"]
+        if entry["role"] == "memory"
+        for name, values in unpack_row(rows[entry["name"]], entry["layout"]).items()
+    }
+
+
+def fields_of(fields: Mapping[str, Floats], memory: str, pattern: re.Pattern[str]) -> list[str]:
+    """The names of a memory's fields that the pattern names."""
+    return [name for name in fields if _split(name)[0] == memory and pattern.fullmatch(_split(name)[1])]
+
+
+def by_head(fields: Mapping[str, Floats], names: Sequence[str]) -> Heads | None:
+    """The fields side by side, float64 (heads, elements); None without any."""
+    if not names:
+        return None
+    return np.concatenate([fields[name].astype(np.float64).reshape(fields[name].shape[1], -1) for name in names], -1)
+
+
+def _split(name: str) -> tuple[str, str]:
+    memory, _, field = name.rpartition(".")
+    return memory, field
+
+
+def _short(sha256: object) -> str:
+    return str(sha256)[:12]
+
+
+def _describe(state: SavedState, memory: str, fresh: Mapping[str, Floats] | None) -> MemoryFacts:
+    names = fields_of(state.fields, memory, WEIGHTS)
+    weights = by_head(state.fields, names)
+    if weights is None:
+        raise StateError("state", f"weights in the memory {memory}", "none", "save the stream again")
+    surprise = by_head(state.fields, fields_of(state.fields, memory, SURPRISE))
+    initial = by_head(fresh, names) if fresh is not None and set(names) <= set(fresh) else None
+    sizes = np.linalg.norm(weights, axis=1)
+    moved = None if initial is None else np.linalg.norm(weights - initial, axis=1)
+    change = _open_chunk(state, memory)
+    return MemoryFacts(
+        name=memory,
+        heads=len(weights),
+        weights=_norms(weights),
+        surprise=None if surprise is None else _norms(surprise),
+        step=None if surprise is None else _ratios(np.linalg.norm(surprise, axis=1), sizes),
+        open_chunk=None if change is None else _ratios(change, sizes),
+        from_fresh=None if moved is None else float(np.linalg.norm(moved)),
+        from_fresh_heads=None if moved is None else moved.tolist(),
+        fresh_weights=None if initial is None else _norms(initial),
+        saturation=_saturation(state, memory),
+    )
+
+
+def _ratios(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> list[float]:
+    """As the runtime's guard has them: a memory of zeros counts as of norm 1."""
+    found: list[float] = (parts / np.where(wholes == 0, 1.0, wholes)).tolist()
+    return found
+
+
+def _norms(values: Heads) -> Norms:
+    heads = np.linalg.norm(values, axis=1)
+    return Norms(
+        norm=float(np.linalg.norm(values)),
+        rms=float(np.sqrt(np.mean(np.square(values)))),
+        max_abs=float(np.max(np.abs(values))),
+        head_norms=heads.tolist(),
+        largest_head=int(np.argmax(heads)),
+    )
+
+
+def _open_chunk(state: SavedState, memory: str) -> NDArray[np.float64] | None:
+    """||W' - W|| of each head, with W' = beta W + f S - sum_s a_s left_s^T right_s (docs/operator.md)."""
+    fields = {name: state.fields.get(f"{memory}.{name}") for name in ("a", "f", "beta")}
+    if any(value is None for value in fields.values()):
+        return None
+    a, f, beta = (np.asarray(value, np.float64)[0] for value in fields.values())
+    squares = np.zeros(len(beta))
+    for name in fields_of(state.fields, memory, re.compile(r"W\d+")):
+        index = _split(name)[1][1:]
+        before, now, surprise = (
+            _with_error(state, memory, field, errors)
+            for field, errors in ((f"W{index}", False), (f"W{index}", True), (f"S{index}", True))
+        )
+        left, right = (_computed_with(state, memory, f"{side}{index}") for side in ("left", "right"))
+        if left is None or right is None:
+            return None
+        sums = np.einsum("hs,hsr,hsc->hrc", a, left[0].astype(np.float64), right[0].astype(np.float64))
+        after = beta[:, None, None] * now + f[:, None, None] * surprise - sums
+        # Between chunks nothing is folded, so errors that are kept stay where they are.
+        idle = (a == 0).all(1) & (beta == 1) & (f == 0)
+        squares += np.where(idle, 0.0, np.square(after - before).sum((1, 2)))
+    norms: NDArray[np.float64] = np.sqrt(squares)
+    return norms
+
+
+def _with_error(state: SavedState, memory: str, field: str, errors: bool) -> NDArray[np.float64]:
+    """A matrix of each head, (heads, rows, columns), with what its rounding left where that is kept."""
+    values: NDArray[np.float64] = state.fields[f"{memory}.{field}"][0].astype(np.float64)
+    error = state.fields.get(f"{memory}.E{field}") if errors else None
+    if error is not None:
+        values += error[0]
+    return values
+
+
+def _computed_with(state: SavedState, memory: str, field: str) -> Floats | None:
+    """A field as far as anything reads it: of an open chunk's rows those that have a coefficient, 0 for the others.
+
+    None for what says nothing by itself: the keys and values of chunks with one set of gates, a count, padding.
+    """
+    values = state.fields.get(f"{memory}.{field}")
+    if values is None or _FOLDED.fullmatch(field):
+        return values
+    e, a = state.fields.get(f"{memory}.e"), state.fields.get(f"{memory}.a")
+    if e is None or a is None or not re.fullmatch(r"(left|right)\d+", field):
+        return None
+    used = (e != 0) | (a != 0)
+    return np.where(used[..., None], values, np.float32(0))
+
+
+def _count(name: str, values: NDArray[Any], heads: bool) -> NotFinite:
+    if not np.issubdtype(values.dtype, np.floating):
+        return NotFinite(name, 0, 0, None)
+    bad = ~np.isfinite(values)
+    found = np.unique(np.nonzero(bad)[1]).tolist() if heads else None
+    return NotFinite(name, int(np.isnan(values).sum()), int(np.isinf(values).sum()), found)
+
+
+def _saturation(state: SavedState, memory: str) -> Saturation:
+    stored = [field for field in state.layout(memory) if _STORED.fullmatch(field["name"])]
+    storage = next((field["storage"] for field in stored if "storage" in field), "float32")
+    counts = np.zeros(5)  # elements, at the limit, zeros, blocks, dead blocks
+    for field in stored:
+        values = state.fields[f"{memory}.{field['name']}"]
+        if (kept := field.get("storage", "float32")) in _LARGEST:
+            limit = int(np.count_nonzero(np.abs(values) >= _LARGEST[kept]))
+            counts[:3] += values.size, limit, int(np.count_nonzero(values == 0))
+        else:
+            counts += _block_counts(state.tensors[memory], field)
+    elements, limit, zeros, blocks, dead = counts.tolist()
+    of = max(elements, 1)
+    return Saturation(storage, int(elements), limit / of, zeros / of, dead_blocks=dead / blocks if blocks else None)
+
+
+def _block_counts(rows: NDArray[Any], field: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """Of a field of codes and scales: elements, of the largest code, of code 0, blocks, blocks whose scale is 0."""
+    height, width = matrix(field["shape"])
+    count, blocks = height * width, height * math.ceil(width / BLOCK)
+    raw = np.ascontiguousarray(rows).view(np.uint8)[..., 4 * field["offset"] :]
+    scales_at = 4 * math.ceil(count / 4)
+    magnitude = np.abs(raw[..., :count].view(np.int8).astype(np.int16))
+    largest = 127
+    if field["storage"] == "fp8":
+        magnitude, largest = (raw[..., :count] & 0x7F).astype(np.int16), 0x7E
+    scales = np.ascontiguousarray(raw[..., scales_at : scales_at + 2 * blocks]).view(np.uint16)
+    return (
+        magnitude.size,
+        int(np.count_nonzero(magnitude == largest)),
+        int(np.count_nonzero(magnitude == 0)),
+        scales.size,
+        int(np.count_nonzero(scales == 0)),
+    )
