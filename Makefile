@@ -1,8 +1,10 @@
 # make setup    everything into .venv and build/, nothing outside; a second time takes a second
 # make demo     what this project does, in a few minutes       make demo TEXT=book.txt   with a text of yours
 # make test     C++ tests under sanitizers, then pytest        make test PYTEST='-k memory'
-# make cuda     the CUDA kernel for every GPU; needs nvcc
+# make cuda     the CUDA kernel for every GPU; needs nvcc      make cuda-jetson          for Jetson, on another processor
+# make wheels   wheels for every Python, into dist/            make abi                  describes titans.h anew
 # make bench    speed, side by side, on an idle machine (about half an hour)             make bench BENCH='--rounds 5'
+# make fuzz     bundles, states and calls made up by libFuzzer; needs clang              make fuzz SECONDS=3600
 # make lint     formatting, lints and types                    make format               mends what can be mended
 # make clean    removes .venv, .deps and build/
 #
@@ -46,7 +48,7 @@ CXX_SOURCES = $(shell find runtime plugins tests examples benchmarks -type f \
   \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 PY_SOURCES = titans_export tests examples runtime/python tools benchmarks calibration
 
-.PHONY: help setup run-setup kernels cuda test test-cpp test-python lint format demo bench clean
+.PHONY: help setup run-setup kernels cuda cuda-jetson wheels abi test test-cpp test-python fuzz lint format demo bench clean
 
 help:
 	@sed -n '1,/^$$/{s/^# \{0,1\}//p}' Makefile | sed '/^SHELL/,$$d'
@@ -118,6 +120,9 @@ test-cpp: setup $(TEST_BUNDLE) $(MODEL_BUNDLE)
 	@cmake --build --preset sanitize
 	@TITANS_TEST_BUNDLE=$(CURDIR)/$(TEST_BUNDLE) TITANS_ONNXRUNTIME=$(ONNXRUNTIME) \
 	  ctest --preset sanitize
+	@echo "[test] threads, under the thread sanitizer (first build about 2 min)"
+	@$(call build_preset,tsan,titans_thread_tests)
+	@build/tsan/tests/cpp/titans_thread_tests --gtest_brief=1
 	@echo "[test] the kernel inside the runtime, on an exported model"
 	@TITANS_TEST_BUNDLE=$(CURDIR)/$(MODEL_BUNDLE) TITANS_ONNXRUNTIME=$(ONNXRUNTIME) \
 	  build/sanitize/tests/cpp/titans_onnxruntime_tests --gtest_brief=1
@@ -140,10 +145,18 @@ $(STAMPS)/kernels: $(RUNTIME_SOURCES) | $(STAMPS)/runtime
 	@cmake --build build/runtime --target neural_memory_run >build/kernels.log || { cat build/kernels.log; exit 1; }
 	@touch $@
 
-$(STAMPS)/kernels-aarch64: $(RUNTIME_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
-	@echo "[test] the kernel for aarch64 (first build about 60 s)"
-	@$(call build_preset,aarch64,neural_memory_run)
+# The kernels are optimised, as in a release; the rest is compiled quickly, as the tests of it take seconds.
+AARCH64_TARGETS := neural_memory_run titans_tests titans_kernel_tests titans_cuda_plan_tests titans_onnxruntime_tests \
+  titans_stream_exchange titans_onnxruntime_ops
+$(STAMPS)/kernels-aarch64: $(RUNTIME_SOURCES) $(shell find tests/cpp -type f) | $(STAMPS)/tools $(STAMPS)/headers $(STAMPS)/aarch64
+	@echo "[test] the runtime and its C++ tests for aarch64 (first build about 3 min)"
+	@$(call build_preset,aarch64,$(AARCH64_TARGETS))
 	@touch $@
+
+# Tests that lack the emulator or ONNX Runtime are skipped.
+$(STAMPS)/aarch64: constraints.txt tools/fetch_aarch64 tools/fetch_debs | $(STAMPS)/venv
+	@rm -rf .deps/aarch64/lib
+	@PYTHON=$(VENV)/bin/python tools/fetch_aarch64 && touch $@ || echo "[test] less is tested for aarch64"
 
 KERNEL_SOURCES := CMakeLists.txt $(shell find cmake plugins/kernels plugins/tools tests/cuda_emulation -type f 2>/dev/null)
 
@@ -159,6 +172,20 @@ $(STAMPS)/cuda: $(KERNEL_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
 	@$(call build_preset,cuda,neural_memory_run_cuda)
 	@touch $@
 
+# For Jetson, on another processor: compiled only. TENSORRT_ROOTS=A:B for the plugin with the headers in A/include and
+# B/include; it and the TensorRT backend go to build/cuda-aarch64/lib.
+CUDART_VERSION = $(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
+cuda-jetson: | $(STAMPS)/tools $(STAMPS)/headers
+	@test -n "$(NVCC)" || { echo "[cuda] expected nvcc but got none; do install a CUDA toolkit" >&2; exit 1; }
+	@echo "[cuda] the CUDA kernel for aarch64, sm_87 and sm_110 (first build about 2 min)"
+	@PYTHON=$(VENV)/bin/python tools/fetch_aarch64 --cuda $(CUDART_VERSION)
+	@mkdir -p build; roots="$(subst :, ,$(TENSORRT_ROOTS))"; for root in $${roots:-$(TENSORRT_ROOT) none}; do \
+	  test $$root = none && root= && targets=neural_memory_run_cuda || \
+	    targets="neural_memory_run_cuda titans_tensorrt_plugin titans_backend_tensorrt"; \
+	  { cmake --preset cuda-aarch64 -DTITANS_CUDART=$(CURDIR)/.deps/aarch64/cuda-$(CUDART_VERSION) -DTENSORRT_ROOT=$$root && \
+	    cmake --build --preset cuda-aarch64 --target $$targets; } >build/cuda-aarch64.log || { cat build/cuda-aarch64.log; exit 1; }; \
+	done
+
 $(MODEL_BUNDLE): $(STAMPS)/runtime $(STAMPS)/dev $(shell find titans_export/model titans_export/onnx -name '*.py')
 	@mkdir -p $(dir $@)
 	@$(VENV)/bin/titans-export export examples/checkpoints/mac-bytes -o $@ --chunks-per-call 1 --overwrite
@@ -168,6 +195,23 @@ WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
 test-python: setup kernels
 	@echo "[test] pytest, on $(WORKERS) of $(shell nproc) cores"
 	@$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
+
+# For this processor and, where there is a compiler, for aarch64.
+wheels: setup
+	@tools/wheels export native $(if $(shell command -v aarch64-linux-gnu-g++),aarch64)
+
+# tests/test_abi.py fails where titans.h breaks programs that were compiled with what is described.
+abi:
+	@tools/abi write
+
+# libFuzzer comes with clang, in a package of its own on some systems.
+SECONDS ?= 60
+fuzz: $(STAMPS)/tools $(STAMPS)/headers
+	@if ! echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \
+	  clang++ -fsanitize=fuzzer,address -x c++ - -o /dev/null 2>/dev/null; then \
+	  echo "[fuzz] skipped: no clang++ with libFuzzer (Debian and Ubuntu: apt install clang libclang-rt-dev)"; exit; fi; \
+	echo "[fuzz] building (first build about 4 min)"; mkdir -p build; $(call build_preset,fuzz,titans_fuzz); \
+	echo "[fuzz] $(SECONDS) s of each target"; JOBS=$(JOBS) tests/fuzz/run build/fuzz $(SECONDS)
 
 # The numbers go to benchmarks/results, and from there into docs/benchmarks.md.
 bench: setup kernels $(STAMPS)/bench build/bench/bandwidth

@@ -9,6 +9,15 @@ if(TITANS_SANITIZE)
   add_link_options(-fsanitize=address,undefined)
 endif()
 
+if(TITANS_SANITIZE_THREADS)
+  add_compile_options(-fsanitize=thread -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=thread)
+endif()
+
+if(TITANS_FUZZ)
+  add_compile_options(-fsanitize=fuzzer-no-link)
+endif()
+
 function(titans_compile target)
   target_compile_options(${target} PRIVATE ${titans_warnings})
 endfunction()

@@ -3,6 +3,18 @@ if(NOT TITANS_CUDA)
   return()
 endif()
 
+if(CMAKE_CROSSCOMPILING)
+  # A toolkit has the libraries of its own processor alone. Its headers are those of all, but nvcc does not find them.
+  set(TITANS_CUDART "" CACHE PATH "Folder of the target's libcudart_static.a, see tools/fetch_aarch64 --cuda")
+  if(NOT EXISTS ${TITANS_CUDART}/libcudart_static.a)
+    message(FATAL_ERROR "[cmake] expected the target's libcudart_static.a but got none; do run tools/fetch_aarch64 --cuda "
+                        "VERSION, and pass -DTITANS_CUDART=FOLDER")
+  endif()
+  set(CUDA_CUDART ${TITANS_CUDART}/libcudart_static.a CACHE FILEPATH "" FORCE)
+  set(CUDA_cudart_static_LIBRARY ${CUDA_CUDART} CACHE FILEPATH "" FORCE)
+  set(ENV{CUDAFLAGS} "-isystem=${TITANS_CUDA_INCLUDE} -L${TITANS_CUDART} $ENV{CUDAFLAGS}")
+endif()
+
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from emulation import BUILD as BUILD_AARCH64
+from emulation import EMULATOR
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -28,8 +30,7 @@ from titans_export.model.node import attributes
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = [str(ROOT / "build" / "runtime" / "bin" / "neural_memory_run")]
-# The neoverse-n1 is emulated many times faster than qemu's default.
-EMULATED = ["qemu-aarch64", "-cpu", "neoverse-n1", str(ROOT / "build" / "aarch64" / "bin" / "neural_memory_run")]
+EMULATED = [*EMULATOR, str(BUILD_AARCH64 / "bin" / "neural_memory_run")]
 
 # Every instruction set that there is code for, and who may run it.
 TARGETS = {"avx512": [NATIVE], "avx2": [NATIVE], "neon": [NATIVE, EMULATED], "plain": [NATIVE, EMULATED]}

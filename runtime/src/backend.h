@@ -17,7 +17,7 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 6;
+inline constexpr std::uint32_t kBackendAbi = 7;
 
 // The same bytes of each row of a tensor: in each of `rows` rows, which start `pitch` bytes apart, `bytes` from
 // `offset` on.
@@ -37,6 +37,8 @@ class Buffer {
   virtual void copy_from(const Buffer& other) = 0;
   // The stripe alone, from where it lies in `other` to the same place here.
   virtual void copy_stripe_from(const Buffer& other, const Stripe& stripe) = 0;
+  // Where the host can read it without a copy, as it is between calls; NULL elsewhere.
+  virtual const std::byte* host() const { return nullptr; }
 };
 
 // What one call needs beside state: the inputs' and the output's buffers. Reused from call to call, never by two at

@@ -53,6 +53,7 @@ Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
   }
   if (needs_weights()) {
     weights_ = read_safetensors(open_checked(manifest_.weights_file), manifest_.weights_file);
+    read_engine_weights();
     check_weights();
   }
   initial_state_ = read_safetensors(open_checked(manifest_.initial_state_file), manifest_.initial_state_file);
@@ -63,6 +64,17 @@ bool Bundle::needs_weights() const {
   // A graph file of ONNX points into them, also where the manifest lists none to hand over.
   if (engine_ == nullptr || engine_->compiler == "onnxruntime") return true;
   return std::any_of(graphs_.begin(), graphs_.end(), [](const EngineGraph& graph) { return !graph.weights.empty(); });
+}
+
+void Bundle::read_engine_weights() {
+  if (engine_ == nullptr || engine_->weights_file.empty()) return;
+  const std::string& name = engine_->weights_file;
+  for (auto& [tensor, view] : read_safetensors(open_checked(name), name)) {
+    if (!weights_.emplace(tensor, view).second) {
+      throw Error(TITANS_FAILED, name, text("a name for ", tensor, " that no weight of the bundle has"),
+                  text("one of ", manifest_.weights_file), "build the engine again");
+    }
+  }
 }
 
 const MappedFile& Bundle::open_checked(const std::string& name) {

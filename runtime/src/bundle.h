@@ -33,7 +33,8 @@ class Bundle {
   const std::vector<EngineGraph>& graphs() const { return graphs_; }
   // Of `graphs`, in their order.
   const Schedule& schedule() const { return schedule_; }
-  // The `weights` of each of `graphs` are in here; nothing with an engine that holds all of them itself.
+  // The `weights` of each of `graphs` are in here: the bundle's, and those that the engine has in a file of its own;
+  // nothing with an engine that holds all of them itself.
   const Tensors& weights() const { return weights_; }
   // One tensor for each of the manifest's state, of its shape and type.
   const Tensors& initial_state() const { return initial_state_; }
@@ -42,6 +43,8 @@ class Bundle {
   // Maps a file after checking its size and hash against the manifest.
   const MappedFile& open_checked(const std::string& name);
   bool needs_weights() const;
+  // Adds those of the engine's own file, if it has one.
+  void read_engine_weights();
   void check_weights() const;
   void check_initial_state() const;
 

@@ -1,6 +1,7 @@
 // The one exception type of the runtime, and the one form its texts have.
 #pragma once
 
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -52,5 +53,33 @@ class Error : public std::runtime_error {
   titans_status status_;
   std::string got_;
 };
+
+// What a call that failed tells its caller.
+struct Failure {
+  titans_status status = TITANS_OK;
+  std::string text;
+};
+
+// Of the exception that is being handled. Where there is no memory for the text, the status still tells.
+inline Failure current_failure() noexcept {
+  Failure failure{TITANS_FAILED, {}};
+  try {
+    try {
+      throw;
+    } catch (const Error& error) {
+      failure.status = error.status();
+      failure.text = error.what();
+    } catch (const std::bad_alloc&) {
+      failure.text = "[titans] expected memory but got none; do free some, or open fewer streams";
+    } catch (const std::exception& error) {
+      failure.text = one_line(error.what());
+    } catch (...) {
+      failure.text = "[titans] expected no such failure but got one of unknown kind; do report it";
+    }
+  } catch (...) {
+    failure.text.clear();
+  }
+  return failure;
+}
 
 }  // namespace titans::core

@@ -57,6 +57,78 @@ float scaled_at(FieldStorage storage, const float* words, std::size_t extent, st
   return scale * from_small(element_at<std::uint8_t>(words, index), 4, 3);
 }
 
+template <typename Element>
+void put(float* words, std::size_t index, Element element) {
+  std::memcpy(reinterpret_cast<unsigned char*>(words) + index * sizeof(element), &element, sizeof(element));
+}
+
+std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+constexpr std::uint16_t kNaN = 0x7FC0;  // in bfloat16
+
+std::uint16_t to_bfloat16(float value) {
+  if (std::isnan(value)) return kNaN;
+  const std::uint32_t bits = bits_of(value);
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
+}
+
+// The code without a sign of a finite magnitude, in the format of from_small. What is too large counts as the code that
+// follows the largest. Steps between neighbours are powers of two, so only std::nearbyint rounds, to the nearest even.
+unsigned to_small(float magnitude, int exponent, int mantissa) {
+  const int least = 2 - (1 << (exponent - 1));
+  int power = least;
+  if (magnitude > 0.0F) power = std::max(std::ilogb(magnitude), least);
+  const auto steps = static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, mantissa - power)));
+  // Where the exponent's field is at least 1 its leading bit is in `steps`, and adds one to the field.
+  return (static_cast<unsigned>(power - least) << mantissa) + steps;
+}
+
+std::uint16_t to_float16(float value) {
+  const auto sign = static_cast<std::uint16_t>(std::signbit(value) ? 0x8000 : 0);
+  if (std::isnan(value)) return static_cast<std::uint16_t>(sign | 0x7E00U);
+  const float magnitude = std::min(std::abs(value), 65536.0F);  // infinity's own code follows the largest
+  return static_cast<std::uint16_t>(sign | to_small(magnitude, 5, 10));
+}
+
+// Rounded up, so that nothing clips.
+std::uint16_t scale_of(const float* values, std::size_t count, float largest) {
+  float most = 0.0F;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!std::isfinite(values[i])) return kNaN;
+    most = std::max(most, std::abs(values[i]));
+  }
+  if (most < 0x1p-100F) return 0;
+  return static_cast<std::uint16_t>((bits_of(most / largest) + 0xFFFFU) >> 16);
+}
+
+void pack_scaled(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words) {
+  const float largest = storage == FieldStorage::kInt8 ? 127.0F : 448.0F;
+  std::size_t block = 0;
+  for (std::size_t row = 0; row < extent; row += columns) {
+    for (std::size_t start = 0; start < columns; start += kBlock, ++block) {
+      const std::size_t count = std::min(kBlock, columns - start);
+      const std::uint16_t scale = scale_of(values + row + start, count, largest);
+      put(words + element_words(storage, extent), block, scale);
+      if (scale == 0 || scale == kNaN) continue;  // elements of zeros
+      const float reciprocal = 1.0F / from_bfloat16(scale);
+      for (std::size_t i = row + start; i < row + start + count; ++i) {
+        const float magnitude = std::min(std::abs(values[i]) * reciprocal, largest);
+        const bool negative = std::signbit(values[i]);
+        if (storage == FieldStorage::kInt8) {
+          const auto whole = static_cast<int>(std::nearbyint(magnitude));
+          put(words, i, static_cast<std::int8_t>(negative ? -whole : whole));
+        } else {
+          put(words, i, static_cast<std::uint8_t>(to_small(magnitude, 4, 3) | (negative ? 0x80U : 0U)));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 std::optional<FieldStorage> field_storage_named(std::string_view name) {
@@ -97,6 +169,19 @@ void unpack_field(FieldStorage storage, const float* words, std::size_t extent, 
       default:
         values[i] = scaled_at(storage, words, extent, columns, i);
     }
+  }
+}
+
+void pack_field(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words) {
+  if (storage == FieldStorage::kFloat32) {
+    std::copy_n(values, extent, words);
+    return;
+  }
+  const auto rows = static_cast<std::int64_t>(columns == 0 ? 0 : extent / columns);
+  std::memset(words, 0, field_words(storage, {rows, static_cast<std::int64_t>(columns)}) * sizeof(float));
+  if (has_scales(storage)) return pack_scaled(storage, values, extent, columns, words);
+  for (std::size_t i = 0; i < extent; ++i) {
+    put(words, i, storage == FieldStorage::kBFloat16 ? to_bfloat16(values[i]) : to_float16(values[i]));
   }
 }
 

@@ -24,4 +24,7 @@ std::size_t field_words(FieldStorage storage, const Shape& shape);
 // The values of a field of `extent` elements, in rows of `columns`.
 void unpack_field(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, float* values);
 
+// The words of such a field, each value to the nearest. All of them are written, what fills up the last with zeros.
+void pack_field(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words);
+
 }  // namespace titans::core

@@ -16,6 +16,7 @@ class Generator {
 
   // The next token, which the stream has consumed; nothing at the end. A failed call draws the same token again.
   std::optional<std::int32_t> next();
+  const Stream& stream() const { return stream_; }
 
  private:
   Stream& stream_;

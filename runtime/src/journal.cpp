@@ -8,13 +8,18 @@
 namespace titans::core {
 namespace {
 
-struct OpenChunk {
-  std::size_t rows;          // of the stream
-  std::size_t coefficients;  // where they start in a row, in elements
-};
+// Copies places [begin, end) of a cache.
+void copy(Buffer& to, const Buffer& from, const std::vector<Stripe>& places, std::uint64_t begin, std::uint64_t end) {
+  if (begin >= end) return;
+  for (Stripe stripe : places) {
+    stripe.offset += static_cast<std::size_t>(begin) * stripe.bytes;
+    stripe.bytes *= static_cast<std::size_t>(end - begin);
+    to.copy_stripe_from(from, stripe);
+  }
+}
 
-// What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
-// after the other, perhaps a count of folds, and has everything else before them.
+}  // namespace
+
 std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   constexpr std::array<std::string_view, 5> kCoefficients{"e", "a", "m", "f", "beta"};
   const bool counted = !state.layout.empty() && state.layout.back().name == "folds";
@@ -42,17 +47,11 @@ std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   return others_before ? std::optional(chunk) : std::nullopt;
 }
 
-// Copies places [begin, end) of a cache.
-void copy(Buffer& to, const Buffer& from, const std::vector<Stripe>& places, std::uint64_t begin, std::uint64_t end) {
-  if (begin >= end) return;
-  for (Stripe stripe : places) {
-    stripe.offset += static_cast<std::size_t>(begin) * stripe.bytes;
-    stripe.bytes *= static_cast<std::size_t>(end - begin);
-    to.copy_stripe_from(from, stripe);
-  }
+std::uint64_t rows_of_chunk(const StateTensor& state) {
+  if (state.chunk) return *state.chunk;
+  const std::optional<OpenChunk> chunk = find_open_chunk(state);
+  return chunk ? chunk->rows : 1;
 }
-
-}  // namespace
 
 void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
   const std::size_t element = dtype_info(state.dtype).bytes;
@@ -148,6 +147,17 @@ void Journal::save(const Entry& entry, Part& part) {
 
 void Journal::restore(const Entry& entry, const Part& part) {
   if (part.saved && part.stripe.bytes > 0) entry.live->copy_stripe_from(*entry.backup, part.stripe);
+}
+
+void Journal::move_to(const BufferMap& moved) {
+  for (Entry& entry : entries_) {
+    entry.live = moved.at(entry.live);
+    entry.backup = moved.at(entry.backup);
+  }
+  for (Cache& cache : caches_) {
+    cache.live = moved.at(cache.live);
+    cache.backup = moved.at(cache.backup);
+  }
 }
 
 }  // namespace titans::core

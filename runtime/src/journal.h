@@ -8,12 +8,35 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <vector>
 
 #include "backend.h"
 
 namespace titans::core {
+
+// The part of a packed row that its open chunk has: the coefficients of its tokens.
+struct OpenChunk {
+  std::size_t rows;          // of the stream
+  std::size_t coefficients;  // where they start in a row, in elements
+};
+
+// What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
+// after the other, perhaps a count of folds, and has everything else before them.
+std::optional<OpenChunk> find_open_chunk(const StateTensor& state);
+
+// The rows of the stream after which a memory changes; 1 where nothing says so.
+std::uint64_t rows_of_chunk(const StateTensor& state);
+
+// What has taken the place of buffers that are gone.
+using BufferMap = std::map<const Buffer*, Buffer*>;
+
+inline void move_to(const BufferMap& moved, std::vector<Buffer*>& buffers) {
+  for (Buffer*& buffer : buffers) {
+    if (buffer != nullptr) buffer = moved.at(buffer);
+  }
+}
 
 class Journal {
  public:
@@ -29,6 +52,9 @@ class Journal {
   void save_all();
   // Puts back what was saved: the live buffers are as they were when the change started.
   void restore();
+
+  // Goes on with other buffers, which hold the same.
+  void move_to(const BufferMap& moved);
 
  private:
   struct Part {

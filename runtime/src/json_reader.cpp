@@ -1,5 +1,7 @@
 #include "json_reader.h"
 
+#include <unordered_set>
+
 #include "error.h"
 
 namespace titans::core {
@@ -20,14 +22,21 @@ std::string quote(const nlohmann::json& value) {
 }  // namespace
 
 nlohmann::json JsonReader::parse(std::string_view source, std::string_view document) {
-  const auto limit_depth = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json&) {
+  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are being read
+  const auto watch = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json& parsed) {
     using Event = nlohmann::json::parse_event_t;
     if (depth >= kDeepest && (event == Event::object_start || event == Event::array_start)) {
       throw Error(TITANS_FAILED, document, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
     }
+    if (event == Event::object_start) keys.emplace_back();
+    if (event == Event::object_end) keys.pop_back();
+    // Which of the two counts, readers do not agree on.
+    if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second) {
+      throw Error(TITANS_FAILED, document, "each key once in an object", text(quote(parsed), " twice"), kAdvice);
+    }
     return true;
   };
-  nlohmann::json value = nlohmann::json::parse(source, limit_depth, /*allow_exceptions=*/false);
+  nlohmann::json value = nlohmann::json::parse(source, watch, /*allow_exceptions=*/false);
   if (!value.is_object()) {
     throw Error(TITANS_FAILED, document, "a JSON object",
                 value.is_discarded() ? "something that is not JSON" : quote(value), kAdvice);

@@ -14,31 +14,12 @@ namespace titans::core {
 namespace {
 
 constexpr std::string_view kWhere = "manifest.json";
+// Parsed, JSON takes many times its size. A model of a hundred layers has a tenth of this.
+constexpr std::size_t kLongest = std::size_t{16} << 20;
 constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
 
 void require(const JsonReader& field, std::string_view value) {
   if (field.string() != value) field.fail(text('"', value, '"'));
-}
-
-std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
-  std::vector<MemoryField> layout;
-  const std::optional<JsonReader> fields = state.find("layout");
-  if (!fields) return layout;
-  for (const JsonReader& field : fields->items()) {
-    MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
-    if (const std::optional<JsonReader> storage = field.find("storage")) {
-      const std::optional<FieldStorage> known = field_storage_named(storage->string());
-      if (!known) storage->fail("a storage that this runtime knows: " + field_storage_names());
-      memory.storage = *known;
-    }
-    const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
-    const auto row = static_cast<std::size_t>(shape.back());
-    const std::size_t words = bytes ? field_words(memory.storage, memory.shape) : row + 1;
-    if (words > row) field.fail(text("a field of at most ", row, " elements"));
-    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - words)));
-    layout.push_back(std::move(memory));
-  }
-  return layout;
 }
 
 std::optional<WrittenRows> read_written(const JsonReader& state, const Shape& shape) {
@@ -178,9 +159,42 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
   }
 }
 
+// What a bundle says whose memories are in fewer bits.
+std::string read_memory(const JsonReader& document) {
+  const std::optional<JsonReader> quantization = document.find("quantization");
+  const bool listed = quantization && quantization->raw().is_object();
+  const std::optional<JsonReader> memory = listed ? quantization->find("memory") : std::nullopt;
+  return memory ? memory->raw().dump() : R"({"storage":"float32","rounding":"nearest","seed":0})";
+}
+
 }  // namespace
 
+std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
+  std::vector<MemoryField> layout;
+  const std::optional<JsonReader> fields = state.find("layout");
+  if (!fields || shape.empty()) return layout;
+  for (const JsonReader& field : fields->items()) {
+    MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
+    if (const std::optional<JsonReader> storage = field.find("storage")) {
+      const std::optional<FieldStorage> known = field_storage_named(storage->string());
+      if (!known) storage->fail("a storage that this runtime knows: " + field_storage_names());
+      memory.storage = *known;
+    }
+    const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
+    const auto row = static_cast<std::size_t>(shape.back());
+    const std::size_t words = bytes ? field_words(memory.storage, memory.shape) : row + 1;
+    if (words > row) field.fail(text("a field of at most ", row, " elements"));
+    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - words)));
+    layout.push_back(std::move(memory));
+  }
+  return layout;
+}
+
 Manifest Manifest::parse(std::string_view source) {
+  if (source.size() > kLongest) {
+    throw Error(TITANS_FAILED, kWhere, text("at most ", kLongest, " bytes"), text(source.size()),
+                "export the bundle again");
+  }
   const nlohmann::json json = JsonReader::parse(source, kWhere);
   const JsonReader document(json, kWhere);
   require(document.at("format"), "titans-bundle");
@@ -193,6 +207,7 @@ Manifest Manifest::parse(std::string_view source) {
 
   Manifest manifest{};
   manifest.model = document.at("model").raw().dump();
+  manifest.memory = read_memory(document);
   const std::optional<JsonReader> tokenizer = document.find("tokenizer");
   manifest.tokenizer = tokenizer ? tokenizer->raw().dump() : "null";
   if (tokenizer) manifest.tokenizer_file = read_tokenizer_file(*tokenizer);

@@ -104,6 +104,7 @@ struct EngineRecord {
   std::optional<EnginePlugin> plugin;
   std::string alias;                 // "declared", "undeclared", "two-buffers", empty without a plugin
   std::vector<bool> state_in_place;  // for each of the manifest's state, whether one buffer serves
+  std::string weights_file;          // a file with weights of its own that are handed over, empty: none
   std::vector<EngineGraph> graphs;   // most tokens first; at any position one of a single token may start
 };
 
@@ -112,8 +113,14 @@ struct FileRecord {
   std::string hash;
 };
 
+class JsonReader;
+
+// The layout of a state tensor of that shape, as the manifest's `state` or a state file lists it; empty without one.
+std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape);
+
 struct Manifest {
   std::string model;           // JSON text, for people
+  std::string memory;          // JSON text, for people: storage, rounding and seed of memories in fewer bits
   std::string tokenizer;       // JSON text, for people
   std::string tokenizer_file;  // empty: none
   std::string position_input;

@@ -112,6 +112,8 @@ std::vector<EngineRecord> read_engines(const JsonReader& engines, const Manifest
     engine.precision = entry.at("precision").string();
     read_device(entry, engine);
     read_memory(entry, manifest, engine);
+    const std::optional<JsonReader> weights = present(entry, "weights");
+    if (weights) engine.weights_file = weights->at("file").file_name();
     engine.graphs = read_graphs(entry.at("graphs"), manifest);
     records.push_back(std::move(engine));
   }

@@ -19,13 +19,13 @@ constexpr std::uint64_t kLongestHeader = 100'000'000;
   throw Error(TITANS_FAILED, file_name, expected, got, "copy or export the bundle again");
 }
 
-std::size_t header_length(const MappedFile& file, std::string_view file_name) {
-  if (file.size() < kLengthBytes) fail(file_name, "a safetensors header", text(file.size(), " bytes"));
+std::size_t header_length(std::string_view content, std::string_view file_name) {
+  if (content.size() < kLengthBytes) fail(file_name, "a safetensors header", text(content.size(), " bytes"));
   std::uint64_t length = 0;
   for (std::size_t i = 0; i < kLengthBytes; ++i) {
-    length |= std::to_integer<std::uint64_t>(file.data()[i]) << (8 * i);  // little endian
+    length |= static_cast<std::uint64_t>(static_cast<unsigned char>(content[i])) << (8 * i);  // little endian
   }
-  const std::uint64_t most = std::min<std::uint64_t>(file.size() - kLengthBytes, kLongestHeader);
+  const std::uint64_t most = std::min<std::uint64_t>(content.size() - kLengthBytes, kLongestHeader);
   if (length > most) fail(file_name, text("a header of at most ", most, " bytes"), text(length));
   return static_cast<std::size_t>(length);
 }
@@ -58,16 +58,21 @@ void check_overlap(std::vector<std::pair<Range, std::string>> ranges, std::strin
 
 }  // namespace
 
-Tensors read_safetensors(const MappedFile& file, std::string_view file_name) {
-  const std::size_t length = header_length(file, file_name);
-  const nlohmann::json header = JsonReader::parse(file.text().substr(kLengthBytes, length), file_name);
-  const std::size_t data_start = kLengthBytes + length;
+std::string_view safetensors_header(std::string_view content, std::string_view file_name) {
+  return content.substr(kLengthBytes, header_length(content, file_name));
+}
+
+Tensors read_safetensors(std::string_view content, std::string_view file_name) {
+  const std::string_view source = safetensors_header(content, file_name);
+  const nlohmann::json header = JsonReader::parse(source, file_name);
+  const std::size_t data_start = kLengthBytes + source.size();
+  const auto* data = reinterpret_cast<const std::byte*>(content.data());
 
   Tensors tensors;
   std::vector<std::pair<Range, std::string>> ranges;
   for (const auto& [name, entry] : JsonReader(header, file_name).members()) {
     if (name == "__metadata__") continue;
-    const Range range = read_range(entry, file.size() - data_start);
+    const Range range = read_range(entry, content.size() - data_start);
     ranges.emplace_back(range, name);
     const auto dtype = dtype_named(entry.at("dtype").string(), &DTypeInfo::safetensors);
     Shape shape = entry.at("shape").shape(0);
@@ -77,11 +82,11 @@ Tensors read_safetensors(const MappedFile& file, std::string_view file_name) {
       fail(file_name, text("the bytes of ", name, " to be those of ", dtype_info(*dtype).name, " ", shape_text(shape)),
            text(range.end - range.begin, " bytes"));
     }
-    // The mapping starts on a page, so alignment in the file is alignment in memory.
+    // The content starts aligned, a mapping on a page, so alignment in the file is alignment in memory.
     if ((data_start + range.begin) % dtype_info(*dtype).bytes != 0) {
       fail(file_name, text(name, " aligned to its elements"), text("offset ", data_start + range.begin));
     }
-    tensors.emplace(name, TensorView{file.data() + data_start + range.begin, *dtype, std::move(shape), *bytes});
+    tensors.emplace(name, TensorView{data + data_start + range.begin, *dtype, std::move(shape), *bytes});
   }
   check_overlap(std::move(ranges), file_name);
   return tensors;

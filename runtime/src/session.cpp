@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <thread>
 #include <utility>
 
 #include <nlohmann/json.hpp>
 
 #include "backend_loader.h"
 #include "error.h"
+#include "journal.h"
+#include "log.h"
 
 namespace titans::core {
 namespace {
@@ -70,6 +73,15 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
   return memories;
 }
 
+// What a stream allocates: of a state in place one buffer and its backup, else three.
+std::uint64_t stream_bytes(const Manifest& manifest, const Engine& engine) {
+  std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
+  for (std::size_t index = 0; index < manifest.state.size(); ++index) {
+    bytes += manifest.state[index].bytes * (engine.in_place(index) ? 2U : 3U);
+  }
+  return bytes;
+}
+
 std::string describe(const Bundle& bundle, const Engine& engine, const SessionOptions& options,
                      const DeviceFacts& facts, const EngineChoice& choice) {
   using nlohmann::json;
@@ -128,6 +140,14 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
   if (chosen.threads < 0) {
     throw Error(TITANS_INVALID_ARGUMENT, "session", "threads >= 0", text(chosen.threads), "give 0 for the default");
   }
+  if (chosen.batch_threads < 0) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", "batch_threads >= 0", text(chosen.batch_threads),
+                "give 0 for as many as there are processors");
+  }
+  if (chosen.memory_budget > 0 && chosen.spill_dir.empty()) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", "a spill_dir with memory_budget", "none",
+                "name a folder for the streams beyond it");
+  }
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
   DeviceFacts facts = find_device_facts(chosen.device);
@@ -144,7 +164,13 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
   const BackendEntry& backend = load_backend(choice.module, chosen.plugin_dir);
   auto engine =
       backend.open(*bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel});
-  return std::make_shared<Session>(std::move(bundle), std::move(engine), chosen, facts, choice);
+  auto session = std::make_shared<Session>(std::move(bundle), std::move(engine), chosen, facts, choice);
+  if (log_wanted(TITANS_LOG_INFO)) {
+    log(TITANS_LOG_INFO, "session",
+        text("opened ", path.string(), " on ", chosen.device, " with ", chosen.backend, ' ',
+             session->engine().version(), ", memory by ", session->engine().memory_kernel(), "; ", choice.reason));
+  }
+  return session;
 }
 
 Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
@@ -152,7 +178,52 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> e
     : bundle_(std::move(bundle)),
       engine_(std::move(engine)),
       memories_(list_memories(bundle_->manifest())),
-      info_(describe(*bundle_, *engine_, options, facts, choice)) {}
+      info_(describe(*bundle_, *engine_, options, facts, choice)),
+      batch_thread_count_(options.batch_threads) {
+  for (const StateTensor& state : manifest().state) {
+    if (state.role != "memory") continue;
+    const std::uint64_t chunk = rows_of_chunk(state);
+    const auto same = std::find_if(folded_.begin(), folded_.end(), [&](const FoldedRows& one) {
+      return one.chunk == chunk && one.rows.segment == state.rows.segment && one.rows.longterm == state.rows.longterm;
+    });
+    if (same != folded_.end()) {
+      ++same->memories;
+    } else {
+      folded_.push_back({chunk, state.rows, 1});
+    }
+  }
+  if (options.memory_budget == 0) return;
+  const std::uint64_t least = stream_bytes(manifest(), *engine_);
+  if (options.memory_budget < least) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", text("a memory_budget of at least one stream, ", least, " bytes"),
+                text(options.memory_budget), "give more, or 0 for no limit");
+  }
+  residency_ = std::make_unique<Residency>(*this, metrics_, options.memory_budget, options.spill_dir);
+}
+
+std::string Session::metrics_text() const {
+  std::filesystem::path folder = bundle_->folder();
+  if (!folder.has_filename()) folder = folder.parent_path();  // it ended with a slash
+  return metrics_.text(folder.filename().string());
+}
+
+std::uint64_t Session::folds(std::uint64_t position, std::uint64_t tokens) const {
+  std::uint64_t folds = 0;
+  for (const FoldedRows& one : folded_) {
+    folds += one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
+  }
+  return folds;
+}
+
+ThreadPool& Session::batch_threads() {
+  const std::lock_guard lock(mutex_);
+  if (batch_threads_ == nullptr) {
+    const auto wanted = static_cast<unsigned>(batch_thread_count_);
+    batch_threads_ =
+        std::make_unique<ThreadPool>(std::max(1U, wanted > 0 ? wanted : std::thread::hardware_concurrency()));
+  }
+  return *batch_threads_;
+}
 
 Session::WorkspaceLease::WorkspaceLease(Session& session) : session_(session) {
   {

@@ -9,6 +9,9 @@
 
 #include "backend.h"
 #include "engine_choice.h"
+#include "metrics.h"
+#include "residency.h"
+#include "thread_pool.h"
 
 namespace titans::core {
 
@@ -21,6 +24,9 @@ struct SessionOptions {
   std::string memory_kernel = "auto";
   std::string engine;     // of the bundle, to insist on; "none": the plain graphs; empty: by device
   std::string libraries;  // MODULE=PATH lines: where vendors' libraries lie that nothing else says where to find
+  int batch_threads = 0;  // that streams of one batch run on; 0: as many as there are processors
+  std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
+  std::filesystem::path spill_dir;  // where streams beyond the budget go
 };
 
 // A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
@@ -47,6 +53,11 @@ class Session {
   Engine& engine() const { return *engine_; }
   const std::string& info() const { return info_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
+  Metrics& metrics() { return metrics_; }
+  // Prometheus' text, with the name of the bundle's folder.
+  std::string metrics_text() const;
+  // Chunks that `tokens` from `position` on complete, of each memory.
+  std::uint64_t folds(std::uint64_t position, std::uint64_t tokens) const;
   // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
   std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
     return bundle_->graphs()[bundle_->schedule().next_graph(position, remaining)].graph;
@@ -54,6 +65,11 @@ class Session {
   // Floats of a vector that goes in, or the vocabulary; floats of a row that comes out.
   std::size_t input_size() const { return static_cast<std::size_t>(manifest().input_size); }
   std::size_t output_size() const { return static_cast<std::size_t>(manifest().output_size); }
+
+  // NULL where no budget limits what is in memory.
+  Residency* residency() const { return residency_.get(); }
+  // The threads of batches, made with the first of these.
+  ThreadPool& batch_threads();
 
   // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
   // idle streams hold none.
@@ -75,9 +91,19 @@ class Session {
   std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
   std::vector<MemoryView> memories_;
   std::string info_;
+  struct FoldedRows {
+    std::uint64_t chunk;
+    StreamRows rows;
+    std::uint64_t memories;  // that are folded so
+  };
+  std::vector<FoldedRows> folded_;
+  Metrics metrics_;
+  const int batch_thread_count_;
+  std::unique_ptr<Residency> residency_;
   std::mutex mutex_;  // guards what follows
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::size_t workspaces_ = 0;  // idle or not
+  std::unique_ptr<ThreadPool> batch_threads_;
 };
 
 }  // namespace titans::core

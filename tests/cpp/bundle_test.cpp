@@ -110,6 +110,54 @@ TEST_F(BundleTest, TheTokenizersFile) {
   refuse({"tokenizer.json", "No such file"});
 }
 
+class EngineWeightsTest : public BundleTest {
+ protected:
+  // A bundle with an engine that has the tensors in a file of its own and hands `handed` to its one graph.
+  void write(const std::vector<std::string>& handed, const std::string& tensors) {
+    write_file(folder_.path() / "cpu.decode.onnx", "an engine's graph");
+    write_file(folder_.path() / "cpu.safetensors", tensors);
+    nlohmann::json manifest = manifest_json();
+    manifest["engines"] = {{{"name", "cpu"},
+                            {"target", "cpu"},
+                            {"compiler", "onnxruntime"},
+                            {"compiler_version", "1.32.0"},
+                            {"precision", "fp32"},
+                            {"device", "cpu"},
+                            {"platform", "linux-x86_64"},
+                            {"memory", "either"},
+                            {"weights", {{"file", "cpu.safetensors"}}},
+                            {"graphs", {{{"graph", "decode"}, {"file", "cpu.decode.onnx"}, {"weights", handed}}}}}};
+    write_manifest(folder_.path(), manifest);
+  }
+  static std::string tensor(const std::string& name) {
+    return safetensors(R"({")" + name + R"(":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", float_bytes({1, 2}));
+  }
+  static const core::EngineRecord* choose(const core::Manifest& manifest) { return &manifest.engines.at(0); }
+  void refuse_engine(const std::vector<std::string>& words) {
+    expect_error(TITANS_FAILED, words, [&] { core::Bundle bundle(folder_.path(), choose); });
+  }
+};
+
+TEST_F(EngineWeightsTest, AreThereWithTheBundles) {
+  write({"E", "constant.1"}, tensor("constant.1"));
+  const core::Bundle bundle(folder_.path(), choose);
+  EXPECT_EQ(bundle.weights().at("E").bytes, 8U);
+  EXPECT_EQ(bundle.weights().at("constant.1").bytes, 8U);
+  EXPECT_EQ(core::Bundle(folder_.path()).weights().count("constant.1"), 0U) << "only the engine's graphs read it";
+}
+
+TEST_F(EngineWeightsTest, AreRefusedWhereTheyAreNotAsListed) {
+  write({"constant.2"}, tensor("constant.1"));
+  refuse_engine({"tensor constant.2 of graph decode"});
+  write({"E"}, tensor("E"));
+  refuse_engine({"cpu.safetensors", "a name for E", "build the engine again"});
+  write({"constant.1"}, tensor("constant.1"));
+  write_file(folder_.path() / "cpu.safetensors", tensor("constant.2"));
+  refuse_engine({"cpu.safetensors", "hash"});
+  std::filesystem::remove(folder_.path() / "cpu.safetensors");
+  refuse_engine({"cpu.safetensors", "No such file"});
+}
+
 TEST_F(BundleTest, AWeightThatIsNotThere) {
   nlohmann::json manifest = manifest_json();
   manifest["graphs"][2]["weights"] = {"F"};

@@ -38,6 +38,13 @@ TEST(CApi, NullIsAnErrorEverywhere) {
   titans_memory_info info;
   titans_sampling sampling;
   titans_sampling_init(&sampling);
+  titans_guard guard;
+  titans_guard_init(&guard);
+  titans_guard_report report{};
+  report.struct_size = sizeof(report);
+  titans_metrics metrics{};
+  metrics.struct_size = sizeof(metrics);
+  std::size_t size = 0;
   const titans_status statuses[] = {
       titans_session_open("/nowhere", nullptr, nullptr),
       titans_session_open(nullptr, nullptr, &session),
@@ -51,6 +58,12 @@ TEST(CApi, NullIsAnErrorEverywhere) {
       titans_stream_step(nullptr, 0, &number),
       titans_stream_score(nullptr, &token, 1, &number),
       titans_stream_set_learning(nullptr, 1),
+      titans_stream_set_guard(nullptr, &guard),
+      titans_stream_guard_report(nullptr, &report),
+      titans_stream_set_progress(nullptr, nullptr, nullptr),
+      titans_stream_cancel(nullptr),
+      titans_session_metrics(nullptr, &metrics),
+      titans_session_metrics_text(nullptr, nullptr, 0, &size),
       titans_stream_memory_info(nullptr, 0, &info),
       titans_stream_memory_read(nullptr, 0, &number, 1),
       titans_generator_create(nullptr, &sampling, &generator),
@@ -235,6 +248,131 @@ TEST_F(CApiStream, Tokens) {
   expect_invalid({"takes vectors", "takes tokens"},
                  [&] { stream.feed_vectors(std::vector<float>(2 * kFakeVocab, 1.0F)); });
   EXPECT_EQ(stream.position(), tokens.size());
+}
+
+TEST_F(CApiStream, StatesAndMarks) {
+  Session session = open(manifest_json());
+  const Tokens tokens{3, 1, 4, 1, 5, 2, 6};
+  const std::vector<float> expected = expected_logits(tokens);
+  const std::vector<float> tail(expected.begin() + 3 * kFakeVocab, expected.end());
+  const Key key(32, 7);
+  const std::string plain = folder_.path() / "plain.tstate", sealed = folder_.path() / "sealed.tstate";
+  Stream stream = session.stream();
+  stream.feed_none({3, 1, 4});
+  EXPECT_EQ(stream.mark(), 3U);
+  stream.save(plain);
+  stream.save(sealed, key);
+  EXPECT_EQ(stream.feed({1, 5, 2, 6}), tail);
+  stream.rewind(3);
+  EXPECT_EQ(stream.marks(), (std::vector<std::uint64_t>{3}));
+  EXPECT_EQ(stream.feed({1, 5, 2, 6}), tail);
+  stream.unmark(3);
+  expect_invalid({"without marks"}, [&] { stream.rewind(3); });
+  EXPECT_EQ(session.restore(plain).feed({1, 5, 2, 6}), tail);
+  EXPECT_EQ(session.restore(sealed, key).feed({1, 5, 2, 6}), tail);
+  expect_invalid({"the key"}, [&] { session.restore(sealed); });
+  expect_invalid({"32 bytes", "got 31"}, [&] { stream.save(sealed, Key(31)); });
+  const std::vector<std::uint8_t> bytes = read_state(plain);
+  EXPECT_EQ(std::string(bytes.begin(), bytes.end()), read_file(plain));
+  EXPECT_EQ(read_state(sealed, key).size(), bytes.size());
+}
+
+TEST_F(CApiStream, StatesRefuseWhatIsWrong) {
+  Session session = open(manifest_json());
+  const std::string path = folder_.path() / "one.tstate";
+  session.stream().save(path);
+  titans_state_options options{};
+  std::uint8_t byte = 0;
+  std::size_t size = 0;
+  EXPECT_EQ(titans_state_read(path.c_str(), &options, nullptr, 0, &size), TITANS_INVALID_ARGUMENT);  // struct_size
+  options = {sizeof(options), nullptr, 32};
+  EXPECT_EQ(titans_state_read(path.c_str(), &options, nullptr, 0, &size), TITANS_INVALID_ARGUMENT);
+  EXPECT_EQ(titans_state_read(path.c_str(), nullptr, &byte, 1, &size), TITANS_INVALID_ARGUMENT);
+  EXPECT_TRUE(last_error_has("room for"));
+  EXPECT_EQ(size, std::filesystem::file_size(path));
+  EXPECT_EQ(titans_state_read(path.c_str(), nullptr, nullptr, 1, &size), TITANS_INVALID_ARGUMENT);
+  EXPECT_EQ(titans_state_read((path + "x").c_str(), nullptr, nullptr, 0, &size), TITANS_FAILED);
+  titans_stream* stream = nullptr;
+  std::uint64_t position = 0;
+  std::size_t count = 0;
+  for (const titans_status status :
+       {titans_stream_save(nullptr, path.c_str(), nullptr),
+        titans_session_restore(nullptr, path.c_str(), nullptr, &stream),
+        titans_state_read(nullptr, nullptr, nullptr, 0, &size),
+        titans_state_read(path.c_str(), nullptr, nullptr, 0, nullptr), titans_stream_mark(nullptr, &position),
+        titans_stream_rewind(nullptr, 0), titans_stream_unmark(nullptr, 0),
+        titans_stream_marks(nullptr, &position, 1, &count)}) {
+    EXPECT_EQ(status, TITANS_INVALID_ARGUMENT);
+  }
+  EXPECT_TRUE(last_error_has("NULL"));
+}
+
+TEST_F(CApiStream, GuardsAndProgress) {
+  Session session = open(manifest_json());
+  Stream stream = session.stream();
+  EXPECT_EQ(stream.guard_report().layer, -1);
+  stream.set_guard();
+  stream.feed_none({1, 2, 3});
+  EXPECT_GT(stream.guard_report().chunks, 0U);
+  EXPECT_EQ(stream.guard_report().reason, TITANS_GUARD_GOOD);
+  stream.set_guard({TITANS_GUARD_RAISE, 1e-6F});
+  EXPECT_THROW(stream.feed_none({5}), Error);
+  EXPECT_EQ(stream.position(), 3U);
+  EXPECT_EQ(stream.guard_report().reason, TITANS_GUARD_UPDATE_NORM);
+  EXPECT_EQ(stream.guard_report().rollbacks, 1U);
+  expect_invalid({"above 0"}, [&] { stream.set_guard({TITANS_GUARD_SKIP, 0.0F}); });
+  stream.set_guard({TITANS_GUARD_OFF});
+
+  stream.set_progress([](void*, std::uint64_t, std::uint64_t) { return 1; });
+  try {
+    stream.feed_none({5});
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), TITANS_CANCELLED) << error.what();
+  }
+  stream.set_progress(nullptr);
+  stream.cancel();
+  stream.feed_none({5});
+  EXPECT_EQ(stream.position(), 4U);
+}
+
+TEST_F(CApiStream, Metrics) {
+  Session session = open(manifest_json());
+  Stream stream = session.stream();
+  stream.feed_none({1, 2, 3});
+  EXPECT_EQ(session.metrics().tokens, 3U);
+  EXPECT_EQ(session.metrics().streams, 1U);
+  EXPECT_NE(session.metrics_text().find("titans_tokens_total{bundle=\"bundle\"} 3\n"), std::string::npos)
+      << session.metrics_text();
+  EXPECT_EQ(session.metrics_text().back(), '\n');
+}
+
+TEST_F(CApiStream, WhatIsTooSmallIsNotWritten) {
+  open(manifest_json());
+  titans_session_options options = default_options();
+  const std::string plugins = folder_.path(), bundle = folder_.path() / "bundle";
+  options.plugin_dir = plugins.c_str();
+  titans_session* session = nullptr;
+  titans_stream* stream = nullptr;
+  ASSERT_EQ(titans_session_open(bundle.c_str(), &options, &session), TITANS_OK) << titans_last_error();
+  ASSERT_EQ(titans_stream_create(session, &stream), TITANS_OK);
+  char text[8] = "before";
+  std::size_t size = 0;
+  EXPECT_EQ(titans_session_metrics_text(session, text, sizeof(text), &size), TITANS_INVALID_ARGUMENT);
+  EXPECT_GT(size, sizeof(text));
+  EXPECT_STREQ(text, "before");
+  titans_metrics metrics{};
+  titans_guard_report report{};
+  titans_guard guard{};
+  for (const std::size_t wrong : {std::size_t{0}, sizeof(std::size_t)}) {
+    metrics.struct_size = report.struct_size = guard.struct_size = wrong;
+    EXPECT_EQ(titans_session_metrics(session, &metrics), TITANS_INVALID_ARGUMENT);
+    EXPECT_EQ(titans_stream_guard_report(stream, &report), TITANS_INVALID_ARGUMENT);
+    EXPECT_EQ(titans_stream_set_guard(stream, &guard), TITANS_INVALID_ARGUMENT);
+    EXPECT_TRUE(last_error_has("struct_size"));
+  }
+  titans_stream_destroy(stream);
+  titans_session_close(session);
 }
 
 TEST(CApi, ErrorsBelongToTheirThread) {

@@ -50,6 +50,28 @@ TEST_F(Cuda, AStripeIsCopiedInEachRow) {
   }
 }
 
+// Also where the last copy is still under way when the memory goes.
+TEST_F(Cuda, MemoryIsWipedBeforeItGoesBack) {
+  void* library = ::dlopen(FAKE_CUDA, RTLD_NOW);
+  ASSERT_NE(library, nullptr);
+  const auto unwiped = reinterpret_cast<std::size_t (*)()>(::dlsym(library, "fake_cuda_unwiped"));
+  const std::size_t before = unwiped();
+  const cuda::Context context(cuda::Driver::require(), 0);
+  const cuda::Stream stream(context);
+  {
+    const cuda::DeviceMemory memory(stream, 7);
+    cuda::copy_to_device(stream, memory.address(), "secret", 7);
+    const cuda::PinnedMemory pinned(context, 7);
+    std::memcpy(pinned.data(), "secret", 7);
+    cuda::copy_to_host(stream, pinned.data(), memory.address(), 7);
+    stream.synchronize();
+    EXPECT_STREQ(reinterpret_cast<const char*>(pinned.data()), "secret");
+    cuda::copy_to_device(stream, memory.address(), "again", 6);
+  }
+  EXPECT_EQ(unwiped(), before);
+  ::dlclose(library);
+}
+
 TEST_F(Cuda, AStreamWaitsForAnEventOfAnother) {
   const cuda::Context context(cuda::Driver::require(), 0);
   const cuda::Stream first(context);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <optional>
@@ -11,18 +12,21 @@
 
 #include "backend.h"
 #include "error.h"
+#include "wipe.h"
 
 namespace titans::test {
 
 inline constexpr std::size_t kFakeVocab = 8;
 
 struct FakeTraffic {
-  std::size_t bytes_copied = 0;                 // from buffer to buffer
+  std::atomic<std::size_t> bytes_copied{0};     // from buffer to buffer
   std::optional<int> uploads_before_a_failure;  // none: all succeed
 };
 
 struct FakeBuffer final : core::Buffer {
   FakeBuffer(std::size_t bytes, FakeTraffic& all) : values(bytes / sizeof(float)), traffic(all) {}
+
+  ~FakeBuffer() override { core::wipe(values.data(), values.size() * sizeof(float)); }
 
   void upload(const std::byte* host) override {
     if (traffic.uploads_before_a_failure && (*traffic.uploads_before_a_failure)-- == 0) {

@@ -6,6 +6,7 @@
 // what cuInit returns).
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -47,6 +48,7 @@ std::map<void*, std::size_t> pinned_memory;
 std::set<CUstream> streams;
 std::size_t graph_launches = 0;
 std::size_t contexts_held = 0;
+std::size_t freed_unwiped = 0;
 thread_local std::vector<CUcontext> current;
 thread_local int recordings = 0;  // that this thread has begun
 
@@ -102,6 +104,11 @@ CUresult put(CUstream stream, Work work) {
 
 void* bytes_at(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
+void count_unwiped(const void* data, std::size_t bytes) {
+  const auto* first = static_cast<const char*>(data);
+  if (std::any_of(first, first + bytes, [](char byte) { return byte != 0; })) ++freed_unwiped;
+}
+
 void* allocate(std::size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
 
 }  // namespace
@@ -109,6 +116,8 @@ void* allocate(std::size_t bytes) { return std::aligned_alloc(256, (bytes + 255)
 // For tests.
 FAKE std::size_t fake_cuda_graph_launches() { return graph_launches; }
 FAKE bool fake_cuda_has_context() { return !no_context(); }
+// How often memory went back that was not all zeros.
+FAKE std::size_t fake_cuda_unwiped() { return freed_unwiped; }
 FAKE std::size_t fake_cuda_held() {
   return device_memory.size() + pinned_memory.size() + streams.size() + contexts_held;
 }
@@ -188,7 +197,10 @@ FAKE CUresult cuMemFree(CUdeviceptr address) {
   const std::lock_guard lock(mutex);
   if (no_context()) return CUDA_ERROR_INVALID_CONTEXT;
   for (const CUstream stream : streams) run_all(stream);  // as CUDA's waits for the device
-  if (device_memory.erase(address) == 0) return CUDA_ERROR_INVALID_VALUE;
+  const auto found = device_memory.find(address);
+  if (found == device_memory.end()) return CUDA_ERROR_INVALID_VALUE;
+  count_unwiped(bytes_at(address), found->second);
+  device_memory.erase(found);
   std::free(bytes_at(address));
   return CUDA_SUCCESS;
 }
@@ -203,7 +215,10 @@ FAKE CUresult cuMemFreeHost(void* data) {
   const std::lock_guard lock(mutex);
   if (no_context()) return CUDA_ERROR_INVALID_CONTEXT;
   for (const CUstream stream : streams) run_all(stream);
-  if (pinned_memory.erase(data) == 0) return CUDA_ERROR_INVALID_VALUE;
+  const auto found = pinned_memory.find(data);
+  if (found == pinned_memory.end()) return CUDA_ERROR_INVALID_VALUE;
+  count_unwiped(data, found->second);
+  pinned_memory.erase(found);
   std::free(data);
   return CUDA_SUCCESS;
 }

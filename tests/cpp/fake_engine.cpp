@@ -38,11 +38,13 @@ class FakeEngine final : public core::Engine {
     return std::make_unique<FakeBuffer>(manifest_.state[state].bytes, control_.traffic);
   }
   std::unique_ptr<core::Workspace> make_workspace() override {
+    const std::lock_guard lock(control_.mutex);
     ++control_.workspaces;
     return std::make_unique<FakeWorkspace>(static_cast<std::size_t>(manifest_.output_size));
   }
 
   void run(const core::Call& call, core::Workspace& workspace) override {
+    if (control_.before_call) control_.before_call();
     for (std::size_t state = 0; state < 2; ++state) {
       EXPECT_EQ(call.state[state] == call.next_state[state], control_.in_place[state]);
     }
@@ -61,8 +63,7 @@ class FakeEngine final : public core::Engine {
       if (call.learn) memory[0] = memory[0] / 2 + token;
       last = token;
     }
-    const bool fails = static_cast<int>(control_.calls.size()) == control_.fail_at;
-    control_.calls.push_back(call.graph);
+    const bool fails = note(call);
     static_cast<FakeBuffer*>(call.next_state[0])->values = fails ? std::vector<float>(4, -1.0F) : memory;
     static_cast<FakeBuffer*>(call.next_state[1])->values[0] = fails ? -1.0F : last;
     if (fails) throw core::Error(TITANS_FAILED, "fake", "a call that works", "one that fails", "go on");
@@ -71,6 +72,13 @@ class FakeEngine final : public core::Engine {
   }
 
  private:
+  // Whether this call is the one that fails.
+  bool note(const core::Call& call) {
+    const std::lock_guard lock(control_.mutex);
+    control_.calls.push_back(call.graph);
+    return static_cast<int>(control_.calls.size()) - 1 == control_.fail_at;
+  }
+
   const core::Manifest& manifest_;
   FakeControl& control_;
 };
@@ -81,10 +89,11 @@ std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeC
   return std::make_unique<FakeEngine>(bundle, control);
 }
 
-std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control) {
+std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control,
+                                                 const core::SessionOptions& options) {
   auto bundle = std::make_unique<const core::Bundle>(folder);
   auto engine = make_fake_engine(*bundle, control);
-  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), core::SessionOptions{});
+  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), options);
 }
 
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning) {

@@ -6,7 +6,9 @@
 // these, it takes x[0] + 2 x[1] for the token.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -21,6 +23,8 @@ struct FakeControl {
   std::vector<bool> in_place{false, false};
   int fail_at = -1;            // the call that fails after it has spoilt its outputs, counted from 0
   std::optional<float> spoil;  // every logit, from here on
+  std::function<void()> before_call;
+  std::mutex mutex;  // guards what follows, of which calls on several threads tell
   std::vector<std::size_t> calls;
   int workspaces = 0;
   FakeTraffic traffic;
@@ -29,7 +33,8 @@ struct FakeControl {
 std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control);
 
 // A session on a bundle in `folder`. Both outlive it, as does `control`.
-std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control);
+std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control,
+                                                 const core::SessionOptions& options = {});
 
 // What the model answers, computed without any of the runtime.
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning = true);

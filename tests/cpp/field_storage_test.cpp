@@ -60,6 +60,42 @@ TEST(FieldStorage, ValuesWithScales) {
   EXPECT_EQ(values[32], 3 * 0x1p-8F);
 }
 
+std::vector<std::uint32_t> pack(FieldStorage storage, const std::vector<float>& values, std::size_t columns) {
+  const auto rows = static_cast<std::int64_t>(values.size() / columns);
+  std::vector<float> raw(core::field_words(storage, {rows, static_cast<std::int64_t>(columns)}), -1.0F);
+  core::pack_field(storage, values.data(), values.size(), columns, raw.data());
+  std::vector<std::uint32_t> words(raw.size());
+  std::memcpy(words.data(), raw.data(), words.size() * sizeof(float));
+  return words;
+}
+
+TEST(FieldStorage, PacksToTheNearestEven) {
+  // 1 + 2^-8 and 1 + 3 * 2^-8 lie in the middle of two; the largest float32 becomes infinite.
+  EXPECT_EQ(pack(FieldStorage::kBFloat16, {0x1.01p0F, 0x1.03p0F, 0x1.fffffep127F, -NAN, -0.0F}, 5),
+            (std::vector<std::uint32_t>{0x3F823F80, 0x7FC07F80, 0x00008000}));
+  // 1 + 2^-11; 65519 is the last that is finite; half of the smallest goes to 0, one and a half to two.
+  EXPECT_EQ(pack(FieldStorage::kFloat16, {0x1.002p0F, 65519.0F, 65520.0F, -INFINITY, 0x1p-25F, 0x1.8p-24F}, 6),
+            (std::vector<std::uint32_t>{0x7BFF3C00, 0xFC007C00, 0x00020000}));
+  // The largest subnormal and what rounds up to the first normal number.
+  EXPECT_EQ(pack(FieldStorage::kFloat16, {0x3FFp-24F, 0x7FFp-25F}, 2), (std::vector<std::uint32_t>{0x040003FF}));
+}
+
+TEST(FieldStorage, PacksBlocksWithAScale) {
+  std::vector<float> values(66, 0.0F);  // two rows of 33
+  values[0] = 127.0F, values[1] = -1.5F, values[2] = 2.5F, values[32] = 1e-38F, values[33] = NAN, values[65] = -254.0F;
+  std::vector<std::uint32_t> words = pack(FieldStorage::kInt8, values, 33);
+  ASSERT_EQ(words.size(), 19U);
+  EXPECT_EQ(words[0], 0x0002FE7FU);   // 127, -2, 2: halves go to the even
+  EXPECT_EQ(words[16], 0x00008100U);  // -127
+  EXPECT_EQ(words[17], 0x00003F80U);  // 1, 0: what is too small has none
+  EXPECT_EQ(words[18], 0x40007FC0U);  // NaN, 2
+  std::fill(values.begin(), values.end(), 0.0F);
+  values[0] = 448.0F, values[1] = -0x1.1p0F, values[2] = 0x1p-10F, values[3] = 0x1.8p-9F, values[4] = 0x1.ep-7F;
+  words = pack(FieldStorage::kFp8, values, 33);
+  EXPECT_EQ(words[0], 0x0200B87EU);  // 448, -1, 0, 2^-8: to the even; a scale of 1
+  EXPECT_EQ(words[1], 0x00000008U);  // 15/16 of the first normal number rounds up to it
+}
+
 TEST(FieldStorage, AManifestNamesIt) {
   nlohmann::json manifest = manifest_json();
   nlohmann::json& field = manifest["state"][0]["layout"][0];

@@ -113,7 +113,7 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
 
 TEST_F(JournalTest, ATokenWithinAChunkCopiesTheCoefficientsAlone) {
   Stream stream(session_);
-  const auto copied = [&](const Tokens& tokens) {
+  const auto copied = [&](const Tokens& tokens) -> std::size_t {
     control_.traffic.bytes_copied = 0;
     feed(stream, tokens);
     return control_.traffic.bytes_copied;
@@ -207,7 +207,7 @@ TEST_P(JournalOfACache, PutsBackWhateverCallsHaveWritten) {
 
 TEST_P(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
   constexpr std::size_t kToken = 2 * kHeads * kWidth * sizeof(float);
-  const auto saved = [&](std::uint64_t start, std::uint64_t tokens) {
+  const auto saved = [&](std::uint64_t start, std::uint64_t tokens) -> std::size_t {
     traffic_.bytes_copied = 0;
     journal_.begin();
     for (std::uint64_t done = 0; done < tokens; ++done) journal_.save_for(start + done, 1);

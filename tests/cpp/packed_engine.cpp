@@ -30,10 +30,11 @@ void start_chunk(float* row) {
   row[kF] = 0.0F;
 }
 
-void append(float* row, std::size_t fill, float left, float right) {
-  row[kLeft + fill] = left;
-  row[kRight + fill] = right;
-  row[kE + fill] = 0.0F;
+void append(float* row, std::size_t fill, float left, float right, bool learn) {
+  row[kLeft + fill] = learn ? left : 0.0F;  // times 0 a NaN would still be one
+  row[kRight + fill] = learn ? right : 0.0F;
+  row[kE + fill] = row[kA + fill] = 0.0F;
+  if (!learn) return;
   for (std::size_t s = 0; s <= fill; ++s) {
     row[kE + s] = row[kE + s] / 2 + (s == fill ? left + 1 : 0.0F);
     row[kA + s] = row[kA + s] / 2 + row[kE + s];
@@ -73,15 +74,20 @@ class PackedEngine final : public core::Engine {
 
   std::string version() const override { return "packed"; }
   std::string memory_kernel() const override { return "fake-kernel"; }
-  bool in_place(std::size_t state) const override { return state < 2; }
+  bool in_place(std::size_t state) const override { return control_.in_place[state]; }
   std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
     return std::make_unique<FakeBuffer>(manifest_.state[state].bytes, control_.traffic);
   }
   std::unique_ptr<core::Workspace> make_workspace() override { return std::make_unique<FakeWorkspace>(); }
 
   void run(const core::Call& call, core::Workspace& workspace) override {
-    EXPECT_EQ(call.state[0], call.next_state[0]);
-    EXPECT_EQ(call.state[1], call.next_state[1]);
+    if (control_.before_call) control_.before_call();
+    for (std::size_t state = 0; state < 3; ++state) {
+      EXPECT_EQ(call.state[state] == call.next_state[state], control_.in_place[state]);
+      auto& next = *static_cast<FakeBuffer*>(call.next_state[state]);
+      if (!control_.in_place[state] && state < 2)
+        next.values = static_cast<const FakeBuffer*>(call.state[state])->values;
+    }
     std::vector<float>& memory = static_cast<FakeBuffer*>(call.next_state[0])->values;
     std::vector<float>& other = static_cast<FakeBuffer*>(call.next_state[1])->values;
     float& next_last = static_cast<FakeBuffer*>(call.next_state[2])->values[0];
@@ -105,12 +111,14 @@ class PackedEngine final : public core::Engine {
       float sum = other[0] + last;
       for (std::size_t head = 0; head < kPackedHeads; ++head) {
         float* row = memory.data() + head * kPackedRow;
-        append(row, at, token + static_cast<float>(head), last);
+        const auto surprising = control_.surprising.find(call.tokens[t]);
+        const float left = surprising == control_.surprising.end() ? token : surprising->second;
+        append(row, at, left + static_cast<float>(head), last, call.learn);
         sum += current(row, head, at);
         if (at + 1 == kChunk) fold(row);
       }
       for (std::size_t v = 0; v < kFakeVocab; ++v) logits.push_back(sum + static_cast<float>(v) * token);
-      other[0] = other[0] / 2 + token;
+      if (call.learn) other[0] = other[0] / 2 + token;
       last = token;
     }
     next_last = last;
@@ -168,10 +176,11 @@ void write_packed_bundle(const std::filesystem::path& folder) {
   write_manifest(folder, manifest);
 }
 
-std::shared_ptr<core::Session> open_packed_session(const std::filesystem::path& folder, PackedControl& control) {
+std::shared_ptr<core::Session> open_packed_session(const std::filesystem::path& folder, PackedControl& control,
+                                                   const core::SessionOptions& options) {
   auto bundle = std::make_unique<const core::Bundle>(folder);
   auto engine = std::make_unique<PackedEngine>(*bundle, control);
-  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), core::SessionOptions{});
+  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), options);
 }
 
 }  // namespace titans::test

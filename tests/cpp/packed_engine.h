@@ -1,12 +1,14 @@
 // A backend without a device whose memory is a packed row (docs/operator.md), updated in place as the operator's
 // kernels do it: inside a chunk a token appends a row and changes the coefficients, the chunk's last token folds W and
-// S. Beside it a memory of another layout, in place too, and a cache that swaps.
+// S. Beside it a memory of another layout, in place too, and a cache that swaps. A frozen token is the identity.
 //
 // A call that fails first spoils all that it is allowed to write. Rows of the open chunk beyond its fill are never
 // read.
 #pragma once
 
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +26,9 @@ inline constexpr std::size_t kPackedOtherBytes = 16;    // of the memory of anot
 
 struct PackedControl {
   int fail_at = -1;  // the call that fails, counted from 0
+  std::vector<bool> in_place{true, true, false};
+  std::map<std::int32_t, float> surprising;  // tokens with another surprise than their own number's
+  std::function<void()> before_call;
   std::vector<std::size_t> calls;
   FakeTraffic traffic;
 };
@@ -32,6 +37,7 @@ struct PackedControl {
 void write_packed_bundle(const std::filesystem::path& folder);
 
 // A session on that bundle, which outlives it, as does `control`.
-std::shared_ptr<core::Session> open_packed_session(const std::filesystem::path& folder, PackedControl& control);
+std::shared_ptr<core::Session> open_packed_session(const std::filesystem::path& folder, PackedControl& control,
+                                                   const core::SessionOptions& options = {});
 
 }  // namespace titans::test

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -52,7 +53,25 @@ using Handle = std::unique_ptr<Object, Destroy>;
 
 inline const char* or_null(const std::string& value) { return value.empty() ? nullptr : value.c_str(); }
 
+inline titans_state_options state_options(const std::vector<std::uint8_t>& key) {
+  return {sizeof(titans_state_options), key.empty() ? nullptr : key.data(), key.size()};
+}
+
 }  // namespace detail
+
+// Of AES-256-GCM: 32 bytes.
+using Key = std::vector<std::uint8_t>;
+
+// The safetensors file that a state file is or, encrypted, holds, checked.
+inline std::vector<std::uint8_t> read_state(const std::string& path, const Key& key = {}) {
+  const titans_state_options options = detail::state_options(key);
+  std::size_t size = 0;
+  detail::check(titans_state_read(path.c_str(), &options, nullptr, 0, &size));
+  std::vector<std::uint8_t> bytes(size);
+  detail::check(titans_state_read(path.c_str(), &options, bytes.data(), bytes.size(), &size));
+  bytes.resize(size);  // another state may have taken the file's place
+  return bytes;
+}
 
 inline std::string version() { return titans_version(); }
 
@@ -66,6 +85,18 @@ struct Sampling {
   std::int64_t max_tokens = -1;  // < 0: no limit
   Tokens stop;                   // generation ends before one of these is consumed
 };
+
+// Limits on what a stream may do to its memory, docs/guard.md.
+struct Guard {
+  titans_guard_policy policy = TITANS_GUARD_RAISE;
+  float max_update_norm = std::numeric_limits<float>::infinity();
+  float max_surprise = std::numeric_limits<float>::infinity();
+};
+
+// Messages of the library, see titans_set_log. `log` must not throw.
+inline void set_log(titans_log_function log, void* user = nullptr, titans_log_level level = TITANS_LOG_INFO) {
+  detail::check(titans_set_log(log, user, level));
+}
 
 // A field of the memory: a copy.
 struct Memory {
@@ -186,6 +217,48 @@ class Stream {
     return Stream(twin, input_size_, output_size_);
   }
 
+  // Writes the stream to a file, NAME.tstate, for Session::restore. `key`, 32 bytes, encrypts it; empty: plain.
+  void save(const std::string& path, const Key& key = {}) const {
+    const titans_state_options options = detail::state_options(key);
+    detail::check(titans_stream_save(handle_.get(), path.c_str(), &options));
+  }
+
+  // Keeps a copy of the state to go back to; the position names it.
+  std::uint64_t mark() {
+    std::uint64_t position = 0;
+    detail::check(titans_stream_mark(handle_.get(), &position));
+    return position;
+  }
+  // Back to the mark at that position, which stays; later ones go.
+  void rewind(std::uint64_t position) { detail::check(titans_stream_rewind(handle_.get(), position)); }
+  void unmark(std::uint64_t position) { detail::check(titans_stream_unmark(handle_.get(), position)); }
+  // The positions of all marks, ascending.
+  std::vector<std::uint64_t> marks() const {
+    std::size_t count = 0;
+    detail::check(titans_stream_marks(handle_.get(), nullptr, 0, &count));
+    std::vector<std::uint64_t> positions(count);
+    detail::check(titans_stream_marks(handle_.get(), positions.data(), count, &count));
+    return positions;
+  }
+
+  void set_guard(const Guard& guard = {}) {
+    const titans_guard limits{sizeof(titans_guard), guard.policy, guard.max_update_norm, guard.max_surprise};
+    detail::check(titans_stream_set_guard(handle_.get(), &limits));
+  }
+  titans_guard_report guard_report() const {
+    titans_guard_report report{};
+    report.struct_size = sizeof(report);
+    detail::check(titans_stream_guard_report(handle_.get(), &report));
+    return report;
+  }
+
+  // Told after each call of a graph; what it returns but 0 ends the call with TITANS_CANCELLED. It must not throw.
+  void set_progress(titans_progress_function progress, void* user = nullptr) {
+    detail::check(titans_stream_set_progress(handle_.get(), progress, user));
+  }
+  // From any thread: ends the call that runs.
+  void cancel() { detail::check(titans_stream_cancel(handle_.get())); }
+
   void freeze() { detail::check(titans_stream_set_learning(handle_.get(), 0)); }
   void resume() { detail::check(titans_stream_set_learning(handle_.get(), 1)); }
   bool learning() const { return titans_stream_learning(handle_.get()) != 0; }
@@ -224,6 +297,20 @@ class Stream {
   std::size_t output_size_;
 };
 
+// Where streams of a batch failed; the others have gone on. Where a batch is refused as a whole, all have.
+class BatchError : public Error {
+ public:
+  BatchError(titans_status status, std::vector<titans_status> statuses, std::vector<float> logits)
+      : Error(status, titans_last_error()), statuses_(std::move(statuses)), logits_(std::move(logits)) {}
+  const std::vector<titans_status>& statuses() const noexcept { return statuses_; }
+  // Rows of those that did not fail; the others are zeros.
+  const std::vector<float>& logits() const noexcept { return logits_; }
+
+ private:
+  std::vector<titans_status> statuses_;
+  std::vector<float> logits_;
+};
+
 // Empty strings: the default, as described in titans.h.
 struct SessionOptions {
   std::string device = "cpu";
@@ -234,17 +321,27 @@ struct SessionOptions {
   std::string memory_kernel;
   std::string engine;
   std::string libraries;
+  std::int32_t batch_threads = 0;
+  std::uint64_t memory_budget = 0;  // needs a spill_dir
+  std::string spill_dir;
 };
 
 // A loaded bundle. Any number of threads may use it.
 class Session {
  public:
   explicit Session(const std::string& path, const SessionOptions& options = {}) {
-    const titans_session_options raw{sizeof(titans_session_options),         detail::or_null(options.device),
-                                     detail::or_null(options.backend),       detail::or_null(options.backend_library),
-                                     detail::or_null(options.plugin_dir),    options.threads,
-                                     detail::or_null(options.memory_kernel), detail::or_null(options.engine),
-                                     detail::or_null(options.libraries)};
+    const titans_session_options raw{sizeof(titans_session_options),
+                                     detail::or_null(options.device),
+                                     detail::or_null(options.backend),
+                                     detail::or_null(options.backend_library),
+                                     detail::or_null(options.plugin_dir),
+                                     options.threads,
+                                     detail::or_null(options.memory_kernel),
+                                     detail::or_null(options.engine),
+                                     detail::or_null(options.libraries),
+                                     options.batch_threads,
+                                     options.memory_budget,
+                                     detail::or_null(options.spill_dir)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);
@@ -255,6 +352,57 @@ class Session {
     titans_stream* stream = nullptr;
     detail::check(titans_stream_create(handle_.get(), &stream));
     return Stream(stream, input_size(), output_size());
+  }
+
+  // A stream that goes on where the saved one was.
+  Stream restore(const std::string& path, const Key& key = {}) {
+    const titans_state_options options = detail::state_options(key);
+    titans_stream* stream = nullptr;
+    detail::check(titans_session_restore(handle_.get(), path.c_str(), &options, &stream));
+    return Stream(stream, input_size(), output_size());
+  }
+
+  // Feeds each stream one token, side by side. Row i are the logits of streams[i] after tokens[i].
+  std::vector<float> step_batch(const std::vector<Stream*>& streams, const Tokens& tokens) {
+    std::vector<Tokens> sequences;
+    for (const Token token : tokens) sequences.push_back({token});
+    return feed_batch(streams, sequences);
+  }
+
+  // Feeds each stream its own sequence, side by side. Row i are the logits of streams[i] after the last token; none
+  // may be empty on a stream that has consumed nothing.
+  std::vector<float> feed_batch(const std::vector<Stream*>& streams, const std::vector<Tokens>& sequences) {
+    if (streams.size() != sequences.size()) {
+      const std::string message = "[batch] expected " + std::to_string(streams.size()) + " sequences but got " +
+                                  std::to_string(sequences.size()) + "; do pass one for each stream";
+      throw Error(TITANS_INVALID_ARGUMENT, message.c_str());
+    }
+    std::vector<float> logits(streams.size() * output_size());
+    std::vector<titans_feed> items;
+    for (std::size_t i = 0; i < streams.size(); ++i) {
+      items.push_back({sizeof(titans_feed), streams[i]->handle_.get(), sequences[i].data(), nullptr,
+                       sequences[i].size(), TITANS_LOGITS_LAST, logits.data() + i * output_size(), output_size()});
+    }
+    std::vector<titans_status> statuses(streams.size(), TITANS_OK);
+    const titans_status status = titans_session_feed_batch(handle_.get(), items.data(), items.size(), statuses.data());
+    if (status != TITANS_OK) throw BatchError(status, std::move(statuses), std::move(logits));
+    return logits;
+  }
+
+  titans_metrics metrics() const {
+    titans_metrics metrics{};
+    metrics.struct_size = sizeof(metrics);
+    detail::check(titans_session_metrics(handle_.get(), &metrics));
+    return metrics;
+  }
+  // The same in Prometheus' text format.
+  std::string metrics_text() const {
+    std::size_t size = 0;
+    detail::check(titans_session_metrics_text(handle_.get(), nullptr, 0, &size));
+    std::string text(size + 1024, '\0');  // counters may grow meanwhile
+    detail::check(titans_session_metrics_text(handle_.get(), text.data(), text.size(), &size));
+    text.resize(size - 1);
+    return text;
   }
 
   // Facts about the session as a JSON object.

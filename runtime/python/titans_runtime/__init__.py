@@ -10,9 +10,26 @@
 It needs numpy and a backend's library (``pip install onnxruntime``), no training framework.
 """
 
+from ._batch import BatchError
+from ._guard import GuardReport
 from ._library import Error, lib
+from ._log import send_to_logging
+from ._metrics import Durations, Metrics
 from ._session import Session
+from ._state import State, read_state
 from ._stream import Stream
 
-__all__ = ["Error", "Session", "Stream", "__version__"]
+__all__ = [
+    "BatchError",
+    "Durations",
+    "Error",
+    "GuardReport",
+    "Metrics",
+    "Session",
+    "State",
+    "Stream",
+    "__version__",
+    "read_state",
+]
 __version__: str = lib.titans_version().decode()
+send_to_logging()

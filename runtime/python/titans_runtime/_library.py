@@ -8,10 +8,12 @@ import importlib.util
 import os
 from pathlib import Path
 
-OK, FAILED, INVALID_ARGUMENT, UNSUPPORTED = 0, 1, 2, 4
+OK, FAILED, INVALID_ARGUMENT, UNSUPPORTED, CANCELLED = 0, 1, 2, 4, 5
 LOGITS = {"none": 0, "last": 1, "all": 2}
 
 FloatPointer = ctypes.POINTER(ctypes.c_float)
+BytePointer = ctypes.POINTER(ctypes.c_uint8)
+PositionPointer = ctypes.POINTER(ctypes.c_uint64)
 TokenPointer = ctypes.POINTER(ctypes.c_int32)
 
 
@@ -26,6 +28,91 @@ class SessionOptions(ctypes.Structure):
         ("memory_kernel", ctypes.c_char_p),
         ("engine", ctypes.c_char_p),
         ("libraries", ctypes.c_char_p),
+        ("batch_threads", ctypes.c_int32),
+        ("memory_budget", ctypes.c_uint64),
+        ("spill_dir", ctypes.c_char_p),
+    ]
+
+
+class Feed(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("stream", ctypes.c_void_p),
+        ("tokens", TokenPointer),
+        ("vectors", FloatPointer),
+        ("count", ctypes.c_size_t),
+        ("which", ctypes.c_int),
+        ("logits", FloatPointer),
+        ("capacity", ctypes.c_size_t),
+    ]
+
+
+class StateOptions(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("key", BytePointer),
+        ("key_bytes", ctypes.c_size_t),
+    ]
+    kept: object  # what `key` points to
+
+
+# Signatures as titans.h has them.
+LogFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)
+ProgressFunction = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
+
+
+class Guard(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("policy", ctypes.c_int32),
+        ("max_update_norm", ctypes.c_float),
+        ("max_surprise", ctypes.c_float),
+    ]
+
+
+class RawGuardReport(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("rollbacks", ctypes.c_uint64),
+        ("position", ctypes.c_uint64),
+        ("reason", ctypes.c_int32),
+        ("layer", ctypes.c_int32),
+        ("head", ctypes.c_int32),
+        ("update_norm", ctypes.c_float),
+        ("surprise", ctypes.c_float),
+        ("chunks", ctypes.c_uint64),
+        ("peak_update_norm", ctypes.c_float),
+        ("peak_surprise", ctypes.c_float),
+    ]
+
+
+class RawDurations(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_uint64),
+        ("sum_seconds", ctypes.c_double),
+        ("p50_seconds", ctypes.c_double),
+        ("p90_seconds", ctypes.c_double),
+        ("p99_seconds", ctypes.c_double),
+        ("max_seconds", ctypes.c_double),
+    ]
+
+
+class RawMetrics(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("streams", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("calls", ctypes.c_uint64),
+        ("folds", ctypes.c_uint64),
+        ("rollbacks", ctypes.c_uint64),
+        ("cancelled", ctypes.c_uint64),
+        ("failed", ctypes.c_uint64),
+        ("spilled", ctypes.c_uint64),
+        ("restored", ctypes.c_uint64),
+        ("state_bytes", ctypes.c_uint64),
+        ("resident_bytes", ctypes.c_uint64),
+        ("step", RawDurations),
+        ("feed", RawDurations),
     ]
 
 
@@ -53,8 +140,8 @@ class Sampling(ctypes.Structure):
 
 
 class Error(RuntimeError):
-    """What the runtime could not do, and what to do about it. ``status`` is 1 (failed), 2 (a wrong argument) or 4 (not
-    on this machine)."""
+    """What the runtime could not do, and what to do about it. ``status`` is 1 (failed), 2 (a wrong argument), 4 (not on
+    this machine) or 5 (cancelled)."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -84,6 +171,8 @@ def _load() -> ctypes.CDLL:
         "session_open": (status, [ctypes.c_char_p, ctypes.POINTER(SessionOptions), out]),
         "session_close": (None, [pointer]),
         "session_info": (ctypes.c_char_p, [pointer]),
+        "session_metrics": (status, [pointer, ctypes.POINTER(RawMetrics)]),
+        "session_metrics_text": (status, [pointer, ctypes.c_char_p, size, ctypes.POINTER(size)]),
         "session_vocab_size": (ctypes.c_int32, [pointer]),
         "session_input_kind": (ctypes.c_char_p, [pointer]),
         "session_input_size": (size, [pointer]),
@@ -91,6 +180,16 @@ def _load() -> ctypes.CDLL:
         "stream_create": (status, [pointer, out]),
         "stream_destroy": (None, [pointer]),
         "stream_fork": (status, [pointer, out]),
+        "stream_save": (status, [pointer, ctypes.c_char_p, ctypes.POINTER(StateOptions)]),
+        "session_restore": (status, [pointer, ctypes.c_char_p, ctypes.POINTER(StateOptions), out]),
+        "state_read": (
+            status,
+            [ctypes.c_char_p, ctypes.POINTER(StateOptions), BytePointer, size, ctypes.POINTER(size)],
+        ),
+        "stream_mark": (status, [pointer, PositionPointer]),
+        "stream_rewind": (status, [pointer, ctypes.c_uint64]),
+        "stream_unmark": (status, [pointer, ctypes.c_uint64]),
+        "stream_marks": (status, [pointer, PositionPointer, size, ctypes.POINTER(size)]),
         "stream_reset": (status, [pointer]),
         "stream_feed": (status, [pointer, TokenPointer, size, ctypes.c_int, FloatPointer, size]),
         "stream_feed_vectors": (status, [pointer, FloatPointer, size, ctypes.c_int, FloatPointer, size]),
@@ -99,10 +198,20 @@ def _load() -> ctypes.CDLL:
         "stream_set_learning": (status, [pointer, ctypes.c_int]),
         "stream_learning": (ctypes.c_int, [pointer]),
         "stream_position": (ctypes.c_uint64, [pointer]),
+        "stream_set_guard": (status, [pointer, ctypes.POINTER(Guard)]),
+        "stream_guard_report": (status, [pointer, ctypes.POINTER(RawGuardReport)]),
+        "stream_set_progress": (status, [pointer, ProgressFunction, pointer]),
+        "stream_cancel": (status, [pointer]),
+        "set_log": (status, [LogFunction, pointer, ctypes.c_int32]),
         "stream_state_bytes": (ctypes.c_uint64, [pointer]),
         "stream_memory_count": (size, [pointer]),
         "stream_memory_info": (status, [pointer, size, ctypes.POINTER(MemoryInfo)]),
         "stream_memory_read": (status, [pointer, size, FloatPointer, size]),
+        "session_feed_batch": (status, [pointer, ctypes.POINTER(Feed), size, ctypes.POINTER(ctypes.c_int)]),
+        "session_step_batch": (
+            status,
+            [pointer, out, TokenPointer, size, FloatPointer, ctypes.POINTER(ctypes.c_int)],
+        ),
         "sampling_init": (None, [ctypes.POINTER(Sampling)]),
         "generator_create": (status, [pointer, ctypes.POINTER(Sampling), out]),
         "generator_next": (status, [pointer, TokenPointer, ctypes.POINTER(ctypes.c_int)]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ._guard import GuardReport, guard_report, set_guard
 from ._library import INVALID_ARGUMENT, LOGITS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, lib
+from ._progress import Progress, Watched
+from ._state import Key, encode_path, state_options
 
 Tokens: TypeAlias = "bytes | bytearray | Sequence[int] | npt.NDArray[np.integer[Any]]"
 Vectors: TypeAlias = "npt.NDArray[np.floating[Any]] | Sequence[Any]"
@@ -39,24 +43,32 @@ class Stream:
         self._form = form
         self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
 
-    def feed(self, tokens: Tokens | Vectors, logits: Literal["all", "last", "none"] = "all") -> Floats | None:
+    def feed(
+        self,
+        tokens: Tokens | Vectors,
+        logits: Literal["all", "last", "none"] = "all",
+        *,
+        progress: Progress | None = None,
+    ) -> Floats | None:
         """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None.
 
         A bundle that takes vectors is fed floats, (T, size) or (T, views, size / views) with views side by side, and
-        gives vectors in the logits' stead.
+        gives vectors in the logits' stead. ``progress(done, total)`` is called after each call of a graph; what it
+        raises ends the feed, as :meth:`cancel` and Ctrl-C do, and the stream is as it was before.
         """
         if logits not in LOGITS:
             raise _wrong("logits to be 'all', 'last' or 'none'", repr(logits), "pass one of these")
         size = self._form.output_size
         if self._form.kind == "vectors":
-            rows: npt.NDArray[Any] = _vector_array(tokens, self._form.input_size)
+            rows: npt.NDArray[Any] = vector_array(tokens, self._form.input_size)
             call, given = lib.titans_stream_feed_vectors, _floats(rows)
         else:
-            rows = _token_array(tokens)
+            rows = token_array(tokens)
             call, given = lib.titans_stream_feed, _tokens(rows)
         shape = {"all": (len(rows), size), "last": (size,), "none": (0,)}[logits]
         out = np.empty(shape, np.float32)
-        check(call(self._open(), given, len(rows), LOGITS[logits], _floats(out), out.size))
+        with Watched(self._open(), progress):
+            check(call(self._open(), given, len(rows), LOGITS[logits], _floats(out), out.size))
         return None if logits == "none" else out
 
     def step(self, token: int | Vectors) -> Floats:
@@ -66,22 +78,25 @@ class Stream:
         """
         out = np.empty(self._form.output_size, np.float32)
         if self._form.kind == "vectors":
-            row = _vector_array([token], self._form.input_size)
+            row = vector_array([token], self._form.input_size)
             last = LOGITS["last"]
             check(lib.titans_stream_feed_vectors(self._open(), _floats(row), 1, last, _floats(out), out.size))
         else:
-            check(lib.titans_stream_step(self._open(), _token(token), _floats(out)))
+            given = ctypes.byref(ctypes.c_float.from_buffer(out.data))  # faster than _floats
+            check(lib.titans_stream_step(self._open(), _token(token), given))
         return out
 
-    def score(self, tokens: Tokens) -> Floats:
+    def score(self, tokens: Tokens, *, progress: Progress | None = None) -> Floats:
         """Consumes the tokens and returns ln p of each given all before it, (T,).
 
-        On a stream that has consumed nothing the first token is scored as uniform, -ln(vocab).
+        On a stream that has consumed nothing the first token is scored as uniform, -ln(vocab). ``progress`` is as in
+        :meth:`feed`.
         """
         self._require_tokens()
-        ids = _token_array(tokens)
+        ids = token_array(tokens)
         out = np.empty(ids.size, np.float32)
-        check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
+        with Watched(self._open(), progress):
+            check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
         return out
 
     def generate(
@@ -107,10 +122,10 @@ class Stream:
         if any(isinstance(entry, bool) for entry in stop):
             raise _wrong("stop of token ids and sequences", "a bool", "pass token ids")
         singles = [entry for entry in stop if isinstance(entry, (int, np.integer))]
-        sequences = [_token_array(entry).tolist() for entry in stop if not isinstance(entry, (int, np.integer))]
+        sequences = [token_array(entry).tolist() for entry in stop if not isinstance(entry, (int, np.integer))]
         if [] in sequences:
             raise _wrong("stop sequences of at least one token", "an empty one", "leave it out")
-        ids = _token_array(singles)
+        ids = token_array(singles)
         sampling = Sampling()
         lib.titans_sampling_init(ctypes.byref(sampling))
         sampling.temperature, sampling.top_p, sampling.min_p = temperature, top_p, min_p
@@ -125,7 +140,7 @@ class Stream:
         return generation
 
     def reset(self) -> None:
-        """Back to a fresh memory at position 0. Whether the stream learns is kept."""
+        """Back to a fresh memory at position 0. Whether the stream learns is kept; marks are not."""
         check(lib.titans_stream_reset(self._open()))
 
     def fork(self) -> Stream:
@@ -134,6 +149,37 @@ class Stream:
         check(lib.titans_stream_fork(self._open(), ctypes.byref(handle)))
         return Stream(handle, self._form)
 
+    def save(self, path: str | os.PathLike[str], key: Key | None = None) -> None:
+        """Writes the stream to a file, NAME.tstate, for :meth:`Session.restore`. docs/state.md has the format.
+
+        An old file is there, whole, until the new one is. ``key``, 32 bytes, encrypts it with AES-256-GCM.
+        """
+        options = state_options(key)
+        check(lib.titans_stream_save(self._open(), encode_path(path), ctypes.byref(options)))
+
+    def mark(self) -> int:
+        """Keeps a copy of the state to go back to, and returns the position, which names it."""
+        position = ctypes.c_uint64()
+        check(lib.titans_stream_mark(self._open(), ctypes.byref(position)))
+        return position.value
+
+    def rewind(self, position: int) -> None:
+        """Back to the mark at that position, bit by bit, learning included. The mark stays, later ones go."""
+        check(lib.titans_stream_rewind(self._open(), whole_number(position, "position", 0, 2**64)))
+
+    def unmark(self, position: int) -> None:
+        """Gives the memory of that mark back."""
+        check(lib.titans_stream_unmark(self._open(), whole_number(position, "position", 0, 2**64)))
+
+    @property
+    def marks(self) -> list[int]:
+        """The positions of all marks, ascending."""
+        count = ctypes.c_size_t()
+        check(lib.titans_stream_marks(self._open(), None, 0, ctypes.byref(count)))
+        positions = (ctypes.c_uint64 * count.value)()
+        check(lib.titans_stream_marks(self._handle, positions, count.value, ctypes.byref(count)))
+        return list(positions)
+
     def freeze(self) -> None:
         """From the next token on the memory stays as it is."""
         check(lib.titans_stream_set_learning(self._open(), 0))
@@ -141,6 +187,32 @@ class Stream:
     def resume(self) -> None:
         """From the next token on the memory learns again."""
         check(lib.titans_stream_set_learning(self._open(), 1))
+
+    def guard(
+        self,
+        policy: Literal["off", "raise", "freeze", "skip"] = "raise",
+        max_update_norm: float = math.inf,
+        max_surprise: float = math.inf,
+    ) -> None:
+        """From the next call on, looks at each chunk that the memory is about to keep. docs/guard.md says more.
+
+        A chunk is wrong where W, S or the output is not finite, ||W' - W|| / ||W|| of a layer and head is above
+        ``max_update_norm``, or ||S|| above ``max_surprise``. Then "raise" fails the call and leaves the stream as it
+        was before; "freeze" consumes the chunk with the memory frozen and turns learning off; "skip" does the same and
+        goes on learning after it.
+        """
+        set_guard(self._open(), policy, max_update_norm, max_surprise)
+
+    @property
+    def guard_report(self) -> GuardReport:
+        """What the guard has seen since it was set."""
+        return guard_report(self._open())
+
+    def cancel(self) -> None:
+        """From any thread: ends the call that runs on the stream, which raises an error of status 5 and leaves the
+        stream as it was before. Does nothing where none runs.
+        """
+        check(lib.titans_stream_cancel(self._open()))
 
     @property
     def learning(self) -> bool:
@@ -153,7 +225,7 @@ class Stream:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that this stream owns; they do not depend on how much it has consumed."""
+        """Bytes that this stream owns, marks counted; they do not depend on how much it has consumed."""
         return int(lib.titans_stream_state_bytes(self._open()))
 
     def memory(self) -> dict[str, Floats]:
@@ -242,7 +314,7 @@ def _wrong(expected: str, got: str, advice: str) -> Error:
     return Error(f"[stream] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)
 
 
-def _vector_array(vectors: Any, size: int) -> Floats:
+def vector_array(vectors: Any, size: int) -> Floats:
     """Floats as (T, size), without taking token ids for numbers."""
     expected = f"float vectors of shape (T, {size}) or (T, V, {size}/V)"
     try:
@@ -259,7 +331,7 @@ def _vector_array(vectors: Any, size: int) -> Floats:
         return np.ascontiguousarray(values.reshape(len(values), size), np.float32)
 
 
-def _token_array(tokens: Any) -> npt.NDArray[np.int32]:
+def token_array(tokens: Any) -> npt.NDArray[np.int32]:
     """Any one-dimensional sequence of integers as int32, without letting a value wrap."""
     if isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens):
         raise _wrong("tokens as bytes or integers", "a bool", "pass token ids")
@@ -282,7 +354,9 @@ def _token_array(tokens: Any) -> npt.NDArray[np.int32]:
 
 
 def _token(token: Any) -> int:
-    return int(_token_array([token])[0])
+    if type(token) is int and -(2**31) <= token < 2**31:  # one by one, arrays would take longer than small models
+        return token
+    return int(token_array([token])[0])
 
 
 def _tokens(array: npt.NDArray[np.int32]) -> Any:

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "error.h"
+#include "wipe.h"
 
 namespace titans::core::cuda {
 namespace {
@@ -118,9 +119,9 @@ void Event::synchronize() const {
   context_.driver().check(context_.driver().cuEventSynchronize(event_), "cuEventSynchronize");
 }
 
-DeviceMemory::DeviceMemory(const Stream& stream, std::size_t bytes) : context_(stream.context()), size_(bytes) {
-  const Context::Scope scope(context_);
-  const Driver& driver = context_.driver();
+DeviceMemory::DeviceMemory(const Stream& stream, std::size_t bytes) : stream_(stream), size_(bytes) {
+  const Context::Scope scope(stream.context());
+  const Driver& driver = stream.context().driver();
   // None of length 0 is given out.
   driver.check(driver.cuMemAlloc(&address_, bytes == 0 ? 1 : bytes), text("cuMemAlloc of ", bytes, " bytes"));
   try {
@@ -133,7 +134,11 @@ DeviceMemory::DeviceMemory(const Stream& stream, std::size_t bytes) : context_(s
 }
 
 DeviceMemory::~DeviceMemory() {
-  free_in(context_, [&](const Driver& driver) { return driver.cuMemFree(address_); });
+  free_in(stream_.context(), [&](const Driver& driver) {
+    static_cast<void>(driver.cuMemsetD8Async(address_, 0, size_, stream_.get()));
+    static_cast<void>(driver.cuStreamSynchronize(stream_.get()));
+    return driver.cuMemFree(address_);
+  });
 }
 
 PinnedMemory::PinnedMemory(const Context& context, std::size_t bytes) : context_(context), size_(bytes) {
@@ -151,7 +156,10 @@ PinnedMemory::PinnedMemory(const Context& context, std::size_t bytes) : context_
 }
 
 PinnedMemory::~PinnedMemory() {
-  free_in(context_, [&](const Driver& driver) { return driver.cuMemFreeHost(data_); });
+  free_in(context_, [&](const Driver& driver) {
+    wipe(data_, size_);
+    return driver.cuMemFreeHost(data_);
+  });
 }
 
 void copy_to_device(const Stream& stream, CUdeviceptr to, const void* from, std::size_t bytes) {

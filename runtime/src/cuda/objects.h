@@ -88,7 +88,8 @@ class Event {
   CUevent event_ = nullptr;
 };
 
-// Memory of the device, zeroed.
+// Memory of the device, zeroed, and again before it goes back; the stream outlives it, and all work on it is in that
+// stream or has finished.
 class DeviceMemory {
  public:
   DeviceMemory(const Stream& stream, std::size_t bytes);
@@ -100,12 +101,12 @@ class DeviceMemory {
   void* data() const { return reinterpret_cast<void*>(address_); }
 
  private:
-  const Context& context_;
+  const Stream& stream_;
   std::size_t size_;
   CUdeviceptr address_ = 0;
 };
 
-// Host memory that the device reads and writes directly, zeroed.
+// Host memory that the device reads and writes directly, zeroed, and again before it goes back.
 class PinnedMemory {
  public:
   PinnedMemory(const Context& context, std::size_t bytes);

@@ -40,3 +40,16 @@ endforeach()
 if(NOT EXISTS ${libdir}/libtitans.so OR NOT EXISTS ${includedir}/titans/titans.h OR NOT libdir MATCHES "^${prefix}/")
   message(FATAL_ERROR "pkg-config names ${libdir} and ${includedir}, not ${prefix}")
 endif()
+
+# A program linked as pkg-config says names the library by its SONAME.
+execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${prefix}/${LIBDIR}/pkgconfig
+                ${pkg_config} --cflags --libs titans OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE)
+separate_arguments(flags UNIX_COMMAND "${flags}")
+run(${COMPILER} ${SOURCE}/version.c ${flags} -o ${work}/version)
+find_program(readelf NAMES ${READELF} readelf)
+if(readelf)
+  execute_process(COMMAND ${readelf} -d ${work}/version OUTPUT_VARIABLE needed)
+  if(NOT needed MATCHES "NEEDED[^\n]+\\[libtitans[.]so[.]${minor}\\]")
+    message(FATAL_ERROR "a program needs not libtitans.so.${minor} but\n${needed}")
+  endif()
+endif()

@@ -1,10 +1,13 @@
 // The ONNX Runtime backend: one session per graph, all of them over the same weights.
 #include <algorithm>
 #include <map>
+#include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "backend.h"
+#include "backends/onnxruntime/external_data.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/graph_session.h"
 #include "backends/onnxruntime/library.h"
@@ -30,7 +33,7 @@ class OrtEngine final : public Engine {
         prepacked_(nullptr, library_.api().ReleasePrepackedWeightsContainer) {
     if (!memory_kernel_.used()) require_float32_memories(options.memory_kernel);
     create_container();
-    if (bundle.engine() == nullptr) share_weights(bundle);
+    share_weights(bundle);
     for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
     if (options.memory_kernel == KernelChoice::kRequire && memory_nodes_ == 0) {
       throw Error(TITANS_UNSUPPORTED, "onnxruntime", "a memory that our kernel computes",
@@ -93,7 +96,6 @@ class OrtEngine final : public Engine {
   }
 
   void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
-    const Graph& graph = manifest_.graphs[entry.graph];
     const SessionShare share{library_, bundle, weights_, *prepacked_, *placement_, memory_kernel_, threads};
     // Threads that go on spinning after a call are in the way of another graph's. So only those of a graph do that
     // decodes all tokens, where a call is short and waking threads would cost most.
@@ -102,14 +104,24 @@ class OrtEngine final : public Engine {
       return manifest_.graphs[each.graph].tokens == 1;
     });
     const bool spin = entry.graph == decoding.graph && singles == 1 && placement_->cuda_ordinal() < 0;
-    const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, graph, entry.file, spin)); };
-    if (!memory_kernel_.used()) return open_session();
+    const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, entry, spin)); };
     const MappedFile file(bundle.folder() / entry.file);
+    check_external_data(file.text(), entry.file, weights_files(bundle));
+    if (!memory_kernel_.used()) return open_session();
     const GraphNodes nodes = read_nodes(file.text(), entry.file);
     memory_nodes_ += count_memory_nodes(nodes);
     check_memory_attributes(nodes, entry.file);
     find_in_place(nodes);
     memory_kernel_.open_on_gpu(nodes, entry.file, open_session);
+  }
+
+  // What a graph may point into: these have been checked against the manifest.
+  static std::set<std::string, std::less<>> weights_files(const Bundle& bundle) {
+    std::set<std::string, std::less<>> files{bundle.manifest().weights_file};
+    if (bundle.engine() != nullptr && !bundle.engine()->weights_file.empty()) {
+      files.insert(bundle.engine()->weights_file);
+    }
+    return files;
   }
 
   void find_in_place(const GraphNodes& nodes) {
@@ -122,7 +134,7 @@ class OrtEngine final : public Engine {
 
   void share_weights(const Bundle& bundle) {
     std::map<std::string, Shape> shapes;
-    for (const Graph& graph : manifest_.graphs) {
+    for (const EngineGraph& graph : bundle.graphs()) {
       for (const auto& [name, declared] : shared_initializers(bundle, graph)) {
         const auto [known, added] = shapes.emplace(name, declared.shape);
         if (known->second != declared.shape) {  // which only the bytes of int4 leave open

@@ -32,14 +32,14 @@ bool matches(const Initializer& wanted, const TensorView& weight) {
          weight.bytes == *elements / 2 + *elements % 2;
 }
 
-bool has_weights_of(DType dtype, const Bundle& bundle, const Graph& graph) {
+bool has_weights_of(DType dtype, const Bundle& bundle, const EngineGraph& graph) {
   return std::any_of(graph.weights.begin(), graph.weights.end(), [&](const std::string& name) {
     const auto weight = bundle.weights().find(name);
     return weight != bundle.weights().end() && weight->second.dtype == dtype;
   });
 }
 
-OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph& graph, bool spin) {
+OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const EngineGraph& graph, bool spin) {
   const OrtLibrary& library = share.library;
   const OrtApi& api = library.api();
   const auto check = [&](OrtStatus* status) { library.check(status, "session options", kAdvice); };
@@ -50,6 +50,8 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   check(api.SetSessionGraphOptimizationLevel(raw, ORT_ENABLE_ALL));
   check(api.SetIntraOpNumThreads(raw, share.threads));
   check(api.SetDeterministicCompute(raw, true));
+  // What has been looked into is ONNX: a name that ends with .ort must not have it read as something else.
+  check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigLoadModelFormat, "ONNX"));
   // Threads of the graph that decodes wait for the next token by spinning too; those of the others stop with the call.
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, "1"));
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigForceSpinningStop, spin ? "0" : "1"));
@@ -65,10 +67,8 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Graph
   }
   share.placement.add_provider(*raw);
   share.memory_kernel.register_in(*raw, library);
-  if (share.bundle.engine() == nullptr) {
-    for (const std::string& name : graph.weights) {
-      check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
-    }
+  for (const std::string& name : graph.weights) {
+    check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));
   }
   return options;
 }
@@ -150,7 +150,7 @@ void check_signatures(const Signatures& expected, const Signatures& found, std::
 
 }  // namespace
 
-std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const Graph& graph) {
+std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const EngineGraph& graph) {
   const MappedFile file(bundle.folder() / graph.file);
   const std::map<std::string, Initializer> declared = read_initializers(file.text(), graph.file);
   std::map<std::string, Initializer> shared;
@@ -162,7 +162,7 @@ std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, con
     }
     const Initializer& wanted = entry->second;
     if (!matches(wanted, weight)) {
-      throw Error(TITANS_FAILED, bundle.manifest().weights_file,
+      throw Error(TITANS_FAILED, "weights",
                   text(name, " of ONNX element type ", wanted.type, " ", shape_text(wanted.shape), ", as ", graph.file,
                        " declares it"),
                   text(dtype_info(weight.dtype).name, " ", shape_text(weight.shape)), "export the bundle again");
@@ -172,9 +172,10 @@ std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, con
   return shared;
 }
 
-OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, const std::string& file, bool spin) {
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const EngineGraph& entry, bool spin) {
   const OrtLibrary& library = share.library;
-  const OrtHandle<OrtSessionOptions> options = make_options(share, graph, spin);
+  const std::string& file = entry.file;
+  const OrtHandle<OrtSessionOptions> options = make_options(share, entry, spin);
   const std::string path = (share.bundle.folder() / file).string();
   OrtSession* raw = nullptr;
   library.check(library.api().CreateSessionWithPrepackedWeightsContainer(&library.env(), path.c_str(), options.get(),
@@ -182,6 +183,7 @@ OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, 
                 text("a graph that ONNX Runtime ", library.version(), " runs in ", file), kAdvice);
   OrtHandle<OrtSession> session(raw, library.api().ReleaseSession);
   const Manifest& manifest = share.bundle.manifest();
+  const Graph& graph = manifest.graphs[entry.graph];
   check_signatures(promised(manifest, graph, Side::kInputs), read_signatures(library, *raw, Side::kInputs), file,
                    "input");
   check_signatures(promised(manifest, graph, Side::kOutputs), read_signatures(library, *raw, Side::kOutputs), file,

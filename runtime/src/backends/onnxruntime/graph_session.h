@@ -16,7 +16,7 @@ namespace titans::core {
 struct SessionShare {
   const OrtLibrary& library;
   const Bundle& bundle;
-  // Initialisers by name: every session reads the same memory. None with an engine, whose files hold their weights.
+  // Initialisers by name: every session reads the same memory.
   const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
   // Weights that kernels have rearranged for themselves, kept once for all sessions.
   OrtPrepackedWeightsContainer& prepacked;
@@ -27,10 +27,10 @@ struct SessionShare {
 
 // The weights of the graph that all sessions share, as its file declares them, each with a tensor of the bundle that is
 // such a one.
-std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const Graph& graph);
+std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const EngineGraph& graph);
 
 // Opens the graph from its file and checks that its inputs and outputs are those that the manifest promises. Idle
 // threads of a session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.
-OrtHandle<OrtSession> open_graph(const SessionShare& share, const Graph& graph, const std::string& file, bool spin);
+OrtHandle<OrtSession> open_graph(const SessionShare& share, const EngineGraph& graph, bool spin);
 
 }  // namespace titans::core

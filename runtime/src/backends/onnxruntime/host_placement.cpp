@@ -23,6 +23,7 @@ class HostBuffer final : public StateBuffer {
       std::memcpy(memory_.data() + at, from + at, stripe.bytes);
     }
   }
+  const std::byte* host() const override { return memory_.data(); }
   OrtValue* value() const override { return value_.get(); }
 
  private:

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <new>
 
+#include "wipe.h"
+
 namespace titans::core {
 namespace {
 
@@ -38,10 +40,13 @@ OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& 
 }
 
 HostMemory::HostMemory(std::size_t bytes)
-    : size_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kCacheLine))) {
+    : size_(bytes), data_(static_cast<std::byte*>(::operator new(bytes, kCacheLine)), Free{bytes}) {
   std::memset(data_.get(), 0, bytes);
 }
 
-void HostMemory::Free::operator()(std::byte* data) const noexcept { ::operator delete(data, kCacheLine); }
+void HostMemory::Free::operator()(std::byte* data) const noexcept {
+  wipe(data, size);
+  ::operator delete(data, kCacheLine);
+}
 
 }  // namespace titans::core

@@ -17,7 +17,8 @@ OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& 
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
                                 DType dtype, const Shape& shape);
 
-// Zeroed memory on a cache line of its own: ONNX Runtime's kernels are fastest there, and streams share no line.
+// Memory on a cache line of its own: ONNX Runtime's kernels are fastest there, and streams share no line. Zeroed, and
+// again before it goes back.
 class HostMemory {
  public:
   explicit HostMemory(std::size_t bytes);
@@ -26,6 +27,7 @@ class HostMemory {
 
  private:
   struct Free {
+    std::size_t size;
     void operator()(std::byte* data) const noexcept;
   };
   std::size_t size_;

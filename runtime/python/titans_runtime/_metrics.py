@@ -1,0 +1,62 @@
+"""What a session counts of its streams."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, fields
+
+from ._library import RawDurations, RawMetrics, check, lib
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Calls that succeeded. The quantiles are right to 1/16."""
+
+    count: int
+    sum_seconds: float
+    p50_seconds: float
+    p90_seconds: float
+    p99_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """``streams``, ``state_bytes`` and of these ``resident_bytes`` are what is now; all else is counted since the
+    session was opened: ``tokens`` consumed, ``folds`` (chunks completed, of each memory), ``rollbacks`` (chunks that
+    guards took back), ``calls``, of which some ``cancelled`` or ``failed``, streams ``spilled`` and ``restored``; and
+    how long calls of one token (``step``) and of more (``feed``) took.
+    """
+
+    streams: int
+    tokens: int
+    calls: int
+    folds: int
+    rollbacks: int
+    cancelled: int
+    failed: int
+    spilled: int
+    restored: int
+    state_bytes: int
+    resident_bytes: int
+    step: Durations
+    feed: Durations
+
+
+def read_metrics(session: ctypes.c_void_p) -> Metrics:
+    raw = RawMetrics(ctypes.sizeof(RawMetrics))
+    check(lib.titans_session_metrics(session, ctypes.byref(raw)))
+    numbers = {one.name: getattr(raw, one.name) for one in fields(Metrics)}
+    return Metrics(**{**numbers, "step": _durations(raw.step), "feed": _durations(raw.feed)})
+
+
+def read_metrics_text(session: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    check(lib.titans_session_metrics_text(session, None, 0, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value + 1024)  # counters may grow meanwhile
+    check(lib.titans_session_metrics_text(session, text, len(text), ctypes.byref(size)))
+    return text.value.decode()
+
+
+def _durations(raw: RawDurations) -> Durations:
+    return Durations(**{one.name: getattr(raw, one.name) for one in fields(Durations)})

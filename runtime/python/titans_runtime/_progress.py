@@ -1,0 +1,70 @@
+"""Long calls: how far they are, and Ctrl-C."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import TypeAlias
+
+from ._library import ProgressFunction, check, lib
+
+Progress: TypeAlias = Callable[[int, int], object]
+
+
+class Watched:
+    """A context for one call on the stream, of many tokens.
+
+    ``progress(done, total)`` is told; what it raises ends the call and is raised afterwards. A signal is answered by
+    Python code alone, and only on the main thread: so there the call comes back to Python after each call of a graph,
+    where the handler of Ctrl-C runs; what that raises ends the call, too.
+    """
+
+    def __init__(self, stream: ctypes.c_void_p, progress: Progress | None) -> None:
+        self._stream = stream
+        self._progress = progress
+        self._raised: BaseException | None = None
+        self._handler: Callable[[int, FrameType | None], object] | None = None
+        self._function = ProgressFunction(self._tell)
+
+    def _tell(self, _user: int | None, done: int, total: int) -> int:
+        try:
+            if self._progress is not None and self._raised is None:
+                self._progress(done, total)
+        except BaseException as error:
+            self._raised = error
+        return int(self._raised is not None)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Not raised from here: it would be lost where Python is called from C.
+        try:
+            if self._handler is not None:
+                self._handler(number, frame)
+        except BaseException as error:
+            self._raised = error
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+        if self._handler is None and self._progress is None:
+            return
+        check(lib.titans_stream_set_progress(self._stream, self._function, None))
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        if self._handler is not None or self._progress is not None:
+            lib.titans_stream_set_progress(self._stream, ProgressFunction(), None)
+        raised, self._raised = self._raised, None
+        # The bound function and this object would keep each other, and the exception's frames, alive.
+        del self._function
+        if raised is not None:
+            raise raised from None

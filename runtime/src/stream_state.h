@@ -1,0 +1,76 @@
+// What one stream is, in host memory and apart from any session.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "wipe.h"
+
+namespace titans::core {
+
+// Wipes memory before it goes back: what a stream has learned stays in no freed page. What grows is not filled with
+// zeros first, since it is always overwritten.
+template <typename T>
+struct WipingAllocator {
+  using value_type = T;
+  WipingAllocator() = default;
+  template <typename U>
+  WipingAllocator(const WipingAllocator<U>& /*other*/) noexcept {}  // NOLINT: as allocators convert
+
+  T* allocate(std::size_t count) { return std::allocator<T>().allocate(count); }
+  void deallocate(T* data, std::size_t count) noexcept {
+    wipe(data, count * sizeof(T));
+    std::allocator<T>().deallocate(data, count);
+  }
+  template <typename U>
+  void construct(U* place) noexcept {
+    ::new (static_cast<void*>(place)) U;
+  }
+  template <typename U, typename... Arguments>
+  void construct(U* place, Arguments&&... arguments) {
+    ::new (static_cast<void*>(place)) U(std::forward<Arguments>(arguments)...);
+  }
+
+  friend bool operator==(const WipingAllocator& /*a*/, const WipingAllocator& /*b*/) noexcept { return true; }
+  friend bool operator!=(const WipingAllocator& /*a*/, const WipingAllocator& /*b*/) noexcept { return false; }
+};
+
+using Bytes = std::vector<std::byte, WipingAllocator<std::byte>>;
+using Floats = std::vector<float, WipingAllocator<float>>;
+
+struct StreamState {
+  std::uint64_t position = 0;
+  bool learning = true;
+  Floats last_output;          // as many as a row of the output has; meaningless at position 0
+  std::vector<Bytes> tensors;  // one for each of the manifest's state
+
+  std::uint64_t bytes() const {
+    std::uint64_t sum = last_output.size() * sizeof(float);
+    for (const Bytes& tensor : tensors) sum += tensor.size();
+    return sum;
+  }
+};
+
+// The same where it lies, for writing it out without a copy. What it points to outlives it.
+struct StateView {
+  StateView() = default;
+  StateView(const StreamState& state)  // NOLINT: a state is a view of itself
+      : position(state.position),
+        learning(state.learning),
+        last_output(state.last_output.data()),
+        outputs(state.last_output.size()) {
+    for (const Bytes& tensor : state.tensors) tensors.push_back(tensor.data());
+  }
+
+  std::uint64_t position = 0;
+  bool learning = true;
+  const float* last_output = nullptr;
+  std::size_t outputs = 0;
+  std::vector<const std::byte*> tensors;  // one for each of the manifest's state, of its size
+};
+
+}  // namespace titans::core

@@ -1,0 +1,193 @@
+// Bundles made to do harm: whose hashes are right, so that what they say is what is looked at. What fuzzers find lies
+// in tests/fuzz/corpus.
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include <gtest/gtest.h>
+
+#include "bundle.h"
+#include "test_bundle.h"
+
+namespace titans::test {
+namespace {
+
+using nlohmann::json;
+
+class HostileBundle : public testing::Test {
+ protected:
+  HostileBundle() { write_bundle(folder_.path()); }
+
+  // With sizes and hashes of the files as they are.
+  void refuse(const json& manifest, const std::vector<std::string>& words) {
+    write_manifest(folder_.path(), manifest);
+    refuse(words);
+  }
+  void refuse(const std::vector<std::string>& words) {
+    expect_error(TITANS_FAILED, words, [&] { core::Bundle bundle(folder_.path()); });
+  }
+  void refuse_manifest(const std::string& text, const std::vector<std::string>& words) {
+    write_file(folder_.path() / "manifest.json", text);
+    refuse(words);
+  }
+  std::string manifest_text() const { return read_file(folder_.path() / "manifest.json"); }
+
+  TemporaryFolder folder_;
+};
+
+// Whatever names a file, with the name listed and the file there to be read.
+TEST_F(HostileBundle, NamesThatLeadOutOfTheBundle) {
+  const std::filesystem::path outside = folder_.path() / "outside";
+  std::filesystem::create_directory(outside);
+  write_file(outside / "secret", read_file(folder_.path() / "state.safetensors"));
+  const core::MappedFile secret(outside / "secret");
+  const json record{{"bytes", secret.size()}, {"xxh3_128", secret.hash()}};
+  const std::string absolute = (outside / "secret").string();
+  for (const std::string& name : {std::string("outside/secret"), std::string("./outside/secret"), absolute,
+                                  std::string("..\\secret"), std::string("outside/../state.safetensors")}) {
+    for (const char* place : {"/initial_state/file", "/weights/file", "/graphs/0/file", "/tokenizer/file"}) {
+      json manifest = manifest_json();
+      manifest["tokenizer"] = {{"kind", "file"}, {"file", "state.safetensors"}};
+      manifest[json::json_pointer(place)] = name;
+      manifest["files"][name] = record;
+      refuse(manifest, {"a plain file name"});
+    }
+  }
+}
+
+TEST_F(HostileBundle, EnginesWhoseFilesLeadOutOfTheBundle) {
+  json engine = json::parse(R"({"name": "e", "target": "cpu", "compiler": "onnxruntime", "compiler_version": "1.20.0",
+    "precision": "fp32", "device": "cpu", "platform": "linux-x86_64", "memory": "either",
+    "graphs": [{"graph": "decode", "file": "../a.onnx"}]})");
+  json manifest = manifest_json();
+  manifest["engines"] = {engine};
+  refuse(manifest, {"engines[0].graphs[0].file", "a plain file name"});
+  engine["graphs"][0]["file"] = "decode.onnx";
+  engine["weights"] = {{"file", "/etc/passwd"}};
+  manifest["engines"] = {engine};
+  refuse(manifest, {"engines[0].weights.file", "a plain file name"});
+}
+
+// Each of these would have a reader wait for ever, read without end, or read what lies elsewhere.
+TEST_F(HostileBundle, FilesThatAreNone) {
+  for (const char* name : {"manifest.json", "state.safetensors", "weights.safetensors", "prefill.onnx"}) {
+    const std::filesystem::path path = folder_.path() / name;
+    const std::string content = read_file(path);
+    std::filesystem::remove(path);
+    ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+    refuse({name, "not a regular file"});
+    std::filesystem::remove(path);
+    for (const char* target : {"/dev/zero", "/dev/tty", "/etc/passwd", "state.safetensors"}) {
+      std::filesystem::create_symlink(target, path);
+      refuse({name, "symbolic link"});
+      std::filesystem::remove(path);
+    }
+    const int descriptor = ::socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    ASSERT_LT(path.string().size(), sizeof(address.sun_path));
+    std::strcpy(address.sun_path, path.c_str());
+    ASSERT_EQ(::bind(descriptor, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+    refuse({name});
+    ::close(descriptor);
+    std::filesystem::remove(path);
+    write_file(path, content);
+  }
+  EXPECT_NO_THROW(core::Bundle{folder_.path()});
+}
+
+// Sizes that a reader must not believe. None of these may take memory: the test would not come to its end.
+TEST_F(HostileBundle, SizesBeyondTheFile) {
+  const std::filesystem::path state = folder_.path() / "state.safetensors";
+  std::string huge(8, '\0');
+  huge[7] = 0x10;  // 2^60 bytes of header
+  write_file(state, huge + "{}");
+  refuse(manifest_json(), {"state.safetensors", "a header of at most 2 bytes", "1152921504606846976"});
+  const std::int64_t half = std::int64_t{1} << 32;
+  const json entries[] = {{{"dtype", "F32"}, {"shape", {half, half, 4}}, {"data_offsets", {0, 0}}},
+                          {{"dtype", "F32"}, {"shape", {half, half}}, {"data_offsets", {0, 0}}},
+                          {{"dtype", "U8"}, {"shape", {std::int64_t{1} << 60}}, {"data_offsets", {0, 8}}},
+                          {{"dtype", "U8"}, {"shape", {8}}, {"data_offsets", {0, std::int64_t{1} << 62}}}};
+  for (const json& entry : entries) {
+    write_file(state, safetensors(json{{"layers.0.memory", entry}}.dump(), std::string(8, 'x')));
+    refuse(manifest_json(), {"state.safetensors", "layers.0.memory"});
+  }
+  write_bundle(folder_.path());
+  json manifest = manifest_json();
+  manifest["state"][0]["shape"] = {1, half, half};
+  manifest["state"][0].erase("layout");
+  refuse(manifest, {"state[0].shape"});
+  manifest["state"][0]["shape"] = {1, 1, std::int64_t{1} << 60};
+  refuse(manifest, {"layers.0.memory"});
+  manifest = manifest_json();
+  manifest["state"][0]["layout"][0]["shape"] = {half, half};
+  refuse(manifest, {"state[0].layout[0]"});
+}
+
+// A file of a size that only its name has: nothing but its hash is wrong, and that comes after the size.
+TEST_F(HostileBundle, AFileWithHoles) {
+  const std::filesystem::path state = folder_.path() / "state.safetensors";
+  const std::string manifest = manifest_text();
+  std::filesystem::resize_file(state, std::uintmax_t{1} << 40);
+  refuse({"state.safetensors", "1099511627776"});
+  EXPECT_EQ(manifest_text(), manifest);
+}
+
+TEST_F(HostileBundle, JsonWithoutEnd) {
+  refuse_manifest(std::string(1 << 20, '['), {"manifest.json", "at most 64 levels"});
+  std::string objects;
+  for (int i = 0; i < (1 << 18); ++i) objects += "{\"a\":";
+  refuse_manifest(objects, {"manifest.json", "at most 64 levels"});
+  json manifest = manifest_json();
+  manifest["model"]["note"] = std::string(17 << 20, 'x');
+  refuse(manifest, {"manifest.json", "at most 16777216 bytes"});
+}
+
+TEST_F(HostileBundle, AKeyThatIsThereTwice) {
+  const std::string text = manifest_text();
+  refuse_manifest(R"({"weights": {"file": "other"}, )" + text.substr(1), {"each key once", "weights"});
+  std::string inner = text;
+  inner.replace(inner.find("\"bytes\""), 1, "\"bytes\":1,\"");
+  refuse_manifest(inner, {"each key once", "bytes"});
+  write_file(folder_.path() / "state.safetensors",
+             safetensors(R"({"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
+                             "x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})",
+                         ""));
+  refuse(manifest_json(), {"state.safetensors", "each key once"});
+}
+
+TEST_F(HostileBundle, ErrorsStayOneLineAndShowNoControlCharacters) {
+  const std::string text = manifest_text();
+  refuse_manifest(R"({"a\u001b[2J\n": 1, "a\u001b[2J\n": 2, )" + text.substr(1), {"each key once"});
+  json manifest = manifest_json();
+  manifest["state"][0]["dtype"] = "\x1b]0;title\x07\n" + std::string(100000, 'x');
+  write_manifest(folder_.path(), manifest);
+  try {
+    core::Bundle bundle(folder_.path());
+    FAIL() << "no error";
+  } catch (const core::Error& error) {
+    const std::string message = error.what();
+    EXPECT_LT(message.size(), 400U);
+    EXPECT_EQ(message.find('\x1b'), std::string::npos) << message;
+  }
+}
+
+// What is checked is what is used: files that are replaced in the folder afterwards are others.
+TEST_F(HostileBundle, AFileThatIsReplacedAfterTheCheck) {
+  const core::Bundle bundle(folder_.path());
+  float before = 0.0F;
+  std::memcpy(&before, bundle.initial_state().at("layers.0.memory").data, sizeof(before));
+  const std::filesystem::path state = folder_.path() / "state.safetensors";
+  write_file(folder_.path() / "aside", std::string(std::filesystem::file_size(state), '\x7f'));
+  std::filesystem::rename(folder_.path() / "aside", state);
+  float after = 0.0F;
+  std::memcpy(&after, bundle.initial_state().at("layers.0.memory").data, sizeof(after));
+  EXPECT_EQ(after, before);
+}
+
+}  // namespace
+}  // namespace titans::test

@@ -1,0 +1,130 @@
+#include "echo_engine.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "error.h"
+#include "fuzz.h"
+
+namespace titans::fuzz {
+namespace {
+
+struct EchoBuffer final : core::Buffer {
+  explicit EchoBuffer(std::size_t size) : bytes(size) {}
+
+  void upload(const std::byte* host) override { bytes.assign(host, host + bytes.size()); }
+  void download(std::byte* host) const override { std::copy(bytes.begin(), bytes.end(), host); }
+  void copy_from(const core::Buffer& other) override { bytes = static_cast<const EchoBuffer&>(other).bytes; }
+  void copy_stripe_from(const core::Buffer& other, const core::Stripe& stripe) override {
+    const std::vector<std::byte>& from = static_cast<const EchoBuffer&>(other).bytes;
+    for (std::size_t row = 0; row < stripe.rows; ++row) {
+      const std::size_t start = row * stripe.pitch + stripe.offset;
+      check(start <= bytes.size() && stripe.bytes <= bytes.size() - start, "a stripe within its buffer");
+      std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(start), stripe.bytes,
+                  bytes.begin() + static_cast<std::ptrdiff_t>(start));
+    }
+  }
+
+  std::vector<std::byte> bytes;
+};
+
+struct EchoWorkspace final : core::Workspace {
+  explicit EchoWorkspace(std::size_t row_size) : row(row_size) {}
+  const float* output(std::size_t first_row, std::size_t rows) override {
+    check((first_row + rows) * row <= values.size(), "rows that the last call gave");
+    return values.data() + first_row * row;
+  }
+  std::size_t row;
+  std::vector<float> values;
+};
+
+class EchoEngine final : public core::Engine {
+ public:
+  EchoEngine(const core::Bundle& bundle, std::uint32_t in_place) : manifest_(bundle.manifest()), in_place_(in_place) {}
+
+  std::string version() const override { return "echo"; }
+  std::string memory_kernel() const override { return "echo"; }
+  bool in_place(std::size_t state) const override { return (in_place_ >> (state % 32) & 1U) != 0; }
+  std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
+    return std::make_unique<EchoBuffer>(manifest_.state[state].bytes);
+  }
+  std::unique_ptr<core::Workspace> make_workspace() override {
+    return std::make_unique<EchoWorkspace>(static_cast<std::size_t>(manifest_.output_size));
+  }
+
+  void run(const core::Call& call, core::Workspace& workspace) override {
+    std::vector<std::vector<std::byte>> states;
+    for (std::size_t state = 0; state < manifest_.state.size(); ++state) {
+      check((call.state[state] == call.next_state[state]) == in_place(state),
+            "one buffer where the engine asks for it");
+      states.push_back(static_cast<const EchoBuffer*>(call.state[state])->bytes);
+    }
+    const core::Graph& graph = manifest_.graphs[call.graph];
+    std::vector<float>& logits = static_cast<EchoWorkspace&>(workspace).values;
+    logits.clear();
+    bool fails = false;
+    for (std::int64_t row = 0; row < graph.tokens; ++row) {
+      append_logits(states, call.position + row, logits);
+      const float token = token_at(call, row);
+      fails = fails || token == static_cast<float>(kFailing);
+      if (token == static_cast<float>(kSpoiling)) logits.back() = std::numeric_limits<float>::quiet_NaN();
+      for (std::size_t state = 0; state < states.size(); ++state) {
+        if (call.learn || manifest_.state[state].role != "memory") step(state, token, states[state]);
+      }
+    }
+    for (std::size_t state = 0; state < states.size(); ++state) {
+      if (fails) states[state].assign(states[state].size(), std::byte{0x7f});
+      static_cast<EchoBuffer*>(call.next_state[state])->bytes = std::move(states[state]);
+    }
+    if (fails) throw core::Error(TITANS_FAILED, "echo", "a token that works", "one that fails", "go on");
+  }
+
+ private:
+  float token_at(const core::Call& call, std::int64_t row) const {
+    if (call.tokens != nullptr) return echo_token(static_cast<float>(call.tokens[row]));
+    return echo_token(call.vectors[row * manifest_.input_size]);
+  }
+
+  void append_logits(const std::vector<std::vector<std::byte>>& states, std::int64_t position,
+                     std::vector<float>& logits) const {
+    float sum = static_cast<float>(position % 256);
+    for (std::size_t state = 0; state < states.size(); ++state) {
+      if (manifest_.state[state].dtype != core::DType::kFloat32) continue;
+      float first;
+      std::memcpy(&first, states[state].data(), sizeof(first));
+      sum += first;
+    }
+    for (std::int64_t v = 0; v < manifest_.output_size; ++v) logits.push_back(sum + static_cast<float>(v));
+  }
+
+  void step(std::size_t state, float token, std::vector<std::byte>& bytes) const {
+    if (manifest_.state[state].dtype == core::DType::kFloat32) {
+      for (std::size_t at = 0; at < bytes.size(); at += sizeof(float)) {
+        float value;
+        std::memcpy(&value, &bytes[at], sizeof(value));
+        value = echo(value, token);
+        std::memcpy(&bytes[at], &value, sizeof(value));
+      }
+    } else {
+      for (std::byte& byte : bytes) {
+        byte = static_cast<std::byte>((std::to_integer<unsigned>(byte) * 3 + static_cast<unsigned>(token) + 1) & 0xffU);
+      }
+    }
+  }
+
+  const core::Manifest& manifest_;
+  std::uint32_t in_place_;
+};
+
+}  // namespace
+
+float echo(float value, float token) { return std::fmod(3 * value + token + 1, 1024.0F); }
+
+float echo_token(float element) { return std::fmod(std::floor(std::fabs(element)), 256.0F); }
+
+std::unique_ptr<core::Engine> make_echo_engine(const core::Bundle& bundle, std::uint32_t in_place) {
+  return std::make_unique<EchoEngine>(bundle, in_place);
+}
+
+}  // namespace titans::fuzz

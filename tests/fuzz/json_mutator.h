@@ -1,0 +1,15 @@
+// Changes a JSON document at one place, so that it stays one: bytes changed blindly mostly are no JSON any more.
+#pragma once
+
+#include <cstdint>
+#include <random>
+
+#include <nlohmann/json.hpp>
+
+namespace titans::fuzz {
+
+void mutate_json(nlohmann::json& document, std::minstd_rand& random);
+
+}  // namespace titans::fuzz
+
+extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);

@@ -1,0 +1,177 @@
+"""Many streams in one call, on ONNX Runtime: each bit by bit what it is alone, and what the model in numpy says."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import Reference, Weights, write_bundle
+
+import titans_runtime as rt
+
+VOCAB = 16
+RANDOM = np.random.default_rng(3)
+SEQUENCES = [RANDOM.integers(0, VOCAB, 40) for _ in range(12)]
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one-thread", "three-threads"])
+def batch_session(request: pytest.FixtureRequest, bundle: Path) -> rt.Session:
+    return rt.Session(bundle, threads=1, batch_threads=request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(session: rt.Session) -> list[Any]:
+    return [session.stream().feed(sequence) for sequence in SEQUENCES]
+
+
+def test_steps_of_streams_that_join_and_leave(batch_session: rt.Session, alone: list[Any], weights: Weights) -> None:
+    streams = [batch_session.stream() for _ in SEQUENCES]
+    for turn in range(60):
+        there = [i for i, stream in enumerate(streams) if (turn + i) % 3 and stream.position < 40]
+        there = there[turn % 5 :] + there[: turn % 5]
+        positions = [streams[i].position for i in there]
+        logits = batch_session.step_batch(
+            [streams[i] for i in there], [int(SEQUENCES[i][at]) for i, at in zip(there, positions, strict=True)]
+        )
+        assert logits.shape == (len(there), VOCAB)
+        for row, i, at in zip(logits, there, positions, strict=True):
+            np.testing.assert_array_equal(row, alone[i][at])
+    assert min(stream.position for stream in streams) == 40
+    np.testing.assert_allclose(alone[3], Reference(weights).feed(SEQUENCES[3]), rtol=1e-4, atol=1e-4)
+
+
+def test_feeds_of_different_lengths(batch_session: rt.Session, alone: list[Any]) -> None:
+    streams = [batch_session.stream() for _ in SEQUENCES]
+    lengths = [0, 1, 2, 3, 5, 8, 13, 21, 34, 40, 7, 4]
+    heads = [sequence[:n] for sequence, n in zip(SEQUENCES, lengths, strict=True)]
+    tails = [sequence[n:] for sequence, n in zip(SEQUENCES, lengths, strict=True)]
+    all_rows = batch_session.feed_batch(streams, heads, logits="all")
+    for rows, n, expected in zip(all_rows, lengths, alone, strict=True):
+        np.testing.assert_array_equal(rows, expected[:n])
+    assert batch_session.feed_batch(streams[:2], tails[:2], logits="none") is None
+    last = batch_session.feed_batch(streams[2:], tails[2:])
+    np.testing.assert_array_equal(last, [expected[39] for expected in alone[2:]])
+    assert [stream.position for stream in streams] == [40] * 12
+    for stream, expected in zip(streams, alone, strict=True):
+        np.testing.assert_array_equal(stream.feed([], logits="last"), expected[39])
+
+
+def test_what_fails_in_a_batch(batch_session: rt.Session, alone: list[Any]) -> None:
+    a, b, c = (batch_session.stream() for _ in range(3))
+    first = [int(sequence[0]) for sequence in SEQUENCES]
+    with pytest.raises(
+        rt.BatchError, match=r"^\[batch\] expected all 3 streams .* stream 1 first: .*token 0"
+    ) as caught:
+        batch_session.step_batch([a, b, c], [first[0], VOCAB, first[2]])
+    assert caught.value.statuses == [0, 2, 0]
+    assert isinstance(caught.value.logits, np.ndarray)
+    np.testing.assert_array_equal(caught.value.logits, [alone[0][0], np.zeros(VOCAB), alone[2][0]])
+    assert [stream.position for stream in (a, b, c)] == [1, 0, 1]
+    with pytest.raises(rt.BatchError, match="stream 0 again as stream 2") as caught:
+        batch_session.step_batch([a, b, a], first[:3])
+    assert caught.value.statuses == [2, 2, 2]
+    other = batch_session.stream()
+    other.close()
+    for streams, tokens, words in (
+        ([a, b], [1], "2 tokens"),
+        ([a], [[1]], "one dimension"),
+        ([other], [1], "an open stream"),
+    ):
+        with pytest.raises(rt.Error, match=words) as refused:
+            batch_session.step_batch(streams, tokens)
+        assert refused.value.status == 2
+    with pytest.raises(rt.Error, match="2 sequences"):
+        batch_session.feed_batch([a, b], [[1]])
+    with pytest.raises(rt.Error, match="'all', 'last' or 'none'"):
+        batch_session.feed_batch([a], [[1]], logits="first")  # type: ignore[arg-type]
+    assert batch_session.step_batch([], []).shape == (0, VOCAB)
+    assert batch_session.feed_batch([], [], logits="all") == []
+    assert [stream.position for stream in (a, b, c)] == [1, 0, 1]
+
+
+def test_streams_of_another_session(batch_session: rt.Session, session: rt.Session) -> None:
+    with pytest.raises(rt.BatchError, match="stream 1 of this session"):
+        batch_session.step_batch([batch_session.stream(), session.stream()], [1, 2])
+
+
+def test_bundles_of_vectors(tmp_path: Path) -> None:
+    model = Weights.random(vocab=6, outputs=5)
+    with rt.Session(
+        write_bundle(tmp_path / "vectors.titans", model, vectors=True), threads=1, batch_threads=2
+    ) as session:
+        vectors = [RANDOM.standard_normal((n, session.input_size)).astype(np.float32) for n in (3, 9)]
+        alone = [session.stream().feed(rows) for rows in vectors]
+        streams = [session.stream() for _ in vectors]
+        steps = session.step_batch(streams, np.stack([rows[0] for rows in vectors]))
+        rest = session.feed_batch(streams, [rows[1:] for rows in vectors], logits="all")
+        for step, rows, expected in zip(steps, rest, alone, strict=True):
+            np.testing.assert_array_equal(np.concatenate([step[None], rows]), expected)
+        with pytest.raises(rt.Error, match="float vectors"):
+            session.step_batch(streams, [1, 2])
+
+
+def test_many_threads_with_batches_of_their_own(bundle: Path, alone: list[Any]) -> None:
+    session = rt.Session(bundle, threads=1, batch_threads=2)
+    wrong: list[str] = []
+
+    def work(offset: int) -> None:
+        streams = [session.stream() for _ in range(4)]
+        for at in range(40):
+            got = session.step_batch(streams, [int(SEQUENCES[offset + i][at]) for i in range(4)])
+            if not np.array_equal(got, [alone[offset + i][at] for i in range(4)]):
+                wrong.append(f"{offset} at {at}")
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in (0, 4, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_stream_among_hundreds_that_do_their_worst(bundle: Path, alone: list[Any], tmp_path: Path) -> None:
+    """Neighbours whose memory is not finite, reset, forked, restored and ended, in the same batches."""
+    session = rt.Session(bundle, threads=1, batch_threads=2)
+    watched = session.stream()
+    neighbours = [session.stream() for _ in range(200)]
+    session.feed_batch(neighbours, [RANDOM.integers(0, VOCAB, int(n)) for n in RANDOM.integers(1, 9, 200)])
+    neighbours[0].save(tmp_path / "one.tstate")
+    poisoned = session.stream()
+    poisoned.feed([1, 2, 3])
+    poisoned.save(tmp_path / "poisoned.tstate")
+    poison(tmp_path / "poisoned.tstate")
+    for at in range(40):
+        for i in RANDOM.integers(0, 200, 8):
+            change = RANDOM.integers(0, 4)
+            if change == 0:
+                neighbours[i].reset()
+            elif change == 1:
+                neighbours[i] = neighbours[i].fork()
+            else:
+                neighbours[i] = session.restore(tmp_path / ("one.tstate" if change == 2 else "poisoned.tstate"))
+        chosen = [neighbours[i] for i in RANDOM.choice(200, 60, replace=False)]
+        place = int(RANDOM.integers(0, 61))
+        batch = [*chosen[:place], watched, *chosen[place:]]
+        tokens = RANDOM.integers(0, VOCAB, 61)
+        tokens[place] = SEQUENCES[5][at]
+        np.testing.assert_array_equal(session.step_batch(batch, tokens)[place], alone[5][at])
+    assert not np.isfinite(session.restore(tmp_path / "poisoned.tstate").feed([1, 2])).any()
+
+
+def poison(path: Path) -> None:
+    """Every number of the state NaN, with a hash that is right."""
+    import json
+
+    import xxhash
+
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    digits = json.loads(content[8 : 8 + length])["__metadata__"]["xxh3_128"].encode()
+    content[8 + length :] = np.full((len(content) - 8 - length) // 4, np.nan, np.float32).tobytes()
+    at = content.index(digits)
+    content[at : at + 32] = b"0" * 32
+    content[at : at + 32] = xxhash.xxh3_128_hexdigest(bytes(content)).encode()
+    path.write_bytes(content)

@@ -1,0 +1,159 @@
+"""Wheels as tools/wheels makes them: what is in them, what they need, and a stream in an environment without torch."""
+
+from __future__ import annotations
+
+import email
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import emulation
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tolerances import TOLERANCES
+
+from titans_export.checkpoints.titans import load
+
+pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
+
+ROOT = Path(__file__).resolve().parent.parent
+# That of Ubuntu 22.04, so of JetPack 6.
+NEWEST_GLIBC = 35
+# Of an installed runtime with numpy, and without ONNX Runtime.
+LARGEST_MB = 80
+
+pytest_plugins = ["cli_fixtures"]
+
+
+def make(folder: Path, what: str) -> Path:
+    if shutil.which("auditwheel", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("no auditwheel beside this Python: make setup")
+    # One build folder, and tests run in several processes.
+    with (ROOT / "build" / "wheels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run([str(ROOT / "tools" / "wheels"), "-o", str(folder), what], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert any(name.endswith(".dist-info/licenses/LICENSE") for name in archive.namelist())
+        return email.message_from_bytes(archive.read(name))
+
+
+def check_runtime_wheel(wheel: Path, machine: str, folder: Path) -> None:
+    matched = re.fullmatch(rf"titans_runtime-[\d.]+-py3-none-manylinux_2_(\d+)_{machine}\.whl", wheel.name)
+    assert matched, wheel.name
+    assert int(matched[1]) <= NEWEST_GLIBC
+    told = metadata(wheel)
+    assert told["License-Expression"] == "Apache-2.0"
+    assert told["Summary"]
+    assert "Operating System :: POSIX :: Linux" in told.get_all("Classifier", [])
+    assert told.get_all("Requires-Dist") == ["numpy>=1.24", 'onnxruntime>=1.21; extra == "onnxruntime"']
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    libraries = sorted((folder / "titans_runtime").glob("*.so*"))
+    names = {"libtitans.so", "libtitans_backend_onnxruntime.so", "libtitans_onnxruntime_ops.so"}
+    assert names <= {library.name for library in libraries}
+    for library in libraries:
+        read = subprocess.run(
+            ["readelf", "-W", "-d", "-S", "-h", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        assert {"x86_64": "X86-64", "aarch64": "AArch64"}[machine] in read
+        assert ".symtab" not in read, f"{library.name} is not stripped"
+        assert "RPATH" not in read
+        assert "RUNPATH" not in read
+        needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", read))
+        assert needed <= {"libc", "libm", "libstdc++", "libgcc_s", "ld-linux-x86-64", "ld-linux-aarch64"}
+
+
+def check_logits(logits: npt.NDArray[Any], checkpoint: Path, tokens: npt.NDArray[np.int64]) -> None:
+    """Those after the last token, against PyTorch."""
+    model = load(checkpoint).model
+    expected, _ = model.feed(torch.from_numpy(tokens)[None], model.initial_state(1), 0)
+    assert np.abs(logits - expected[0, -1].detach().numpy()).max() < TOLERANCES["cpu", "float32"]
+
+
+@pytest.mark.slow
+def test_the_runtime_in_a_bare_environment(checkpoint: Path, shared_bundle: Path, tmp_path: Path) -> None:
+    wheel = make(tmp_path / "dist", "native")
+    check_runtime_wheel(wheel, os.uname().machine, tmp_path / "unpacked")
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    wanted = [wheel, *(f"{name}=={version(name)}" for name in ("numpy", "onnxruntime"))]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+
+    tokens = np.random.default_rng(9).integers(0, load(checkpoint).model.output.size, 60)
+    code = f"""
+import importlib.util, json, pathlib
+import titans_runtime as rt
+with rt.Session({str(shared_bundle)!r}, threads=1, memory_kernel="require") as session:
+    logits = session.stream().feed({tokens.tolist()}, logits="last").reshape(-1).tolist()
+there = [name for name in ("torch", "onnx") if importlib.util.find_spec(name)]
+site = pathlib.Path(rt.__file__).parents[1]
+sizes = {{name: sum(file.stat().st_size for file in (site / name).rglob("*") if file.is_file())
+         for name in ("titans_runtime", "numpy", "numpy.libs", "onnxruntime")}}
+print(json.dumps([logits, there, sizes]))
+"""
+    # What points at a build of the checkout would hide what the wheel lacks.
+    hiding = ("TITANS_LIBRARY", "TITANS_ONNXRUNTIME", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if name not in hiding}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    logits, there, sizes = json.loads(done.stdout)
+    assert not there
+    check_logits(np.array(logits), checkpoint, tokens)
+    megabytes = {name: round(size / 1e6, 1) for name, size in sizes.items()}
+    print(f"MB installed: {megabytes}")
+    assert sum(megabytes[name] for name in ("titans_runtime", "numpy", "numpy.libs")) < LARGEST_MB
+
+
+def test_the_runtime_for_aarch64(checkpoint: Path, shared_bundle: Path, tmp_path: Path) -> None:
+    """That of `make wheels`, which compiles it; emulated, under a program in C."""
+    found = sorted((ROOT / "dist").glob("titans_runtime-*_aarch64.whl"))
+    if not found:
+        pytest.skip("no wheel for aarch64 in dist: make wheels")
+    check_runtime_wheel(found[-1], "aarch64", tmp_path)
+    program = emulation.BUILD / "tests" / "cpp" / "titans_stream_exchange"
+    if (why := emulation.why_not()) or emulation.onnxruntime() is None or not program.exists():
+        pytest.skip(f"looked at, but not run: {why or 'make kernels makes what runs it'}")
+    folder = tmp_path / "titans_runtime"
+    (folder / "libtitans.so.0.1").symlink_to("libtitans.so")
+    tokens = np.random.default_rng(10).integers(0, load(checkpoint).model.output.size, 20)
+    done = subprocess.run(
+        [*emulation.EMULATOR, "-E", f"LD_LIBRARY_PATH={folder}", program, shared_bundle, "-", "-", *map(str, tokens)],
+        env={**os.environ, "TITANS_ONNXRUNTIME": str(emulation.onnxruntime())}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    check_logits(np.array(done.stdout.split(), np.float32), checkpoint, tokens)
+
+
+def test_the_export_is_pure_python(tmp_path: Path) -> None:
+    wheel = make(tmp_path, "export")
+    assert re.fullmatch(r"titans_export-[\d.]+-py3-none-any\.whl", wheel.name)
+    assert metadata(wheel)["License-Expression"] == "Apache-2.0"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    folders = {ROOT / "titans_export": "titans_export", ROOT / "calibration": "titans_export/calibration"}
+    for folder, package in folders.items():
+        there = {
+            f"{package}/{path.relative_to(folder)}"
+            for path in folder.rglob("*")
+            if path.is_file() and path.suffix in {".py", ".toml", ".typed"}
+        }
+        assert there <= names
