@@ -177,7 +177,7 @@ $(STAMPS)/cuda: $(KERNEL_SOURCES) | $(STAMPS)/tools $(STAMPS)/headers
 CUDART_VERSION = $(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
 cuda-jetson: | $(STAMPS)/tools $(STAMPS)/headers
 	@test -n "$(NVCC)" || { echo "[cuda] expected nvcc but got none; do install a CUDA toolkit" >&2; exit 1; }
-	@echo "[cuda] the CUDA kernel for aarch64, sm_87 and sm_110 (first build about 2 min)"
+	@echo "[cuda] the CUDA kernel for aarch64, sm_87 and sm_110 (first build about 3 min)"
 	@PYTHON=$(VENV)/bin/python tools/fetch_aarch64 --cuda $(CUDART_VERSION)
 	@mkdir -p build; roots="$(subst :, ,$(TENSORRT_ROOTS))"; for root in $${roots:-$(TENSORRT_ROOT) none}; do \
 	  test $$root = none && root= && targets=neural_memory_run_cuda || \

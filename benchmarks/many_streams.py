@@ -94,22 +94,23 @@ def speeds(bundle: Path, settings: list[tuple[int, int]], streams: int, turns: i
     for turn in range(turns + 1):  # the first warms up
         for session, crowd, times in zip(sessions, crowds, taken, strict=True):
             tokens = np.full(streams, turn % 256, np.int32)
-            began = time.perf_counter()
-            session.step_batch(crowd, tokens)
-            middle = time.perf_counter()
-            for stream, token in zip(crowd, tokens.tolist(), strict=True):
-                stream.step(token)
-            end = time.perf_counter()
-            if turn:
-                times["batch"].append(streams / (middle - began))
-                times["loop"].append(streams / (end - middle))
+            # Each first in every other turn, so that both get every position within a chunk.
+            for way in ("batch", "loop") if turn % 2 else ("loop", "batch"):
+                began = time.perf_counter()
+                if way == "batch":
+                    session.step_batch(crowd, tokens)
+                else:
+                    for stream, token in zip(crowd, tokens.tolist(), strict=True):
+                        stream.step(token)
+                if turn:
+                    times[way].append(time.perf_counter() - began)
     return [
         {
             "threads": t,
             "batch_threads": b,
             "streams": streams,
-            "batch_tokens_per_second": statistics.median(times["batch"]),
-            "loop_tokens_per_second": statistics.median(times["loop"]),
+            "batch_tokens_per_second": streams / statistics.fmean(times["batch"]),
+            "loop_tokens_per_second": streams / statistics.fmean(times["loop"]),
         }
         for (t, b), times in zip(settings, taken, strict=True)
     ]
@@ -130,7 +131,7 @@ def judge(name: str, run: dict[str, Any], expected: int) -> list[str]:
 @click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="For each stream.")
 @click.option("--budget-tokens", type=click.IntRange(1), default=3, show_default=True, help="The same with a budget.")
 @click.option("--timed-streams", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--turns", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=16, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")
 def main(
     bundle: Path, streams: int, tokens: int, budget_tokens: int, timed_streams: int, turns: int, output: Path | None

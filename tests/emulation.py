@@ -12,8 +12,10 @@ BUILD = ROOT / "build" / "aarch64"
 FETCHED = ROOT / ".deps" / "aarch64"
 # That of tools/fetch_aarch64 before the system's, which may be too old to run ONNX Runtime.
 QEMU = shutil.which("qemu-aarch64", path=f"{FETCHED / 'usr' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
-# The neoverse-n1 is emulated many times faster than qemu's default; -L names the libraries of Debian's cross-compiler.
-EMULATOR = (QEMU or "qemu-aarch64", "-cpu", "neoverse-n1", "-L", "/usr/aarch64-linux-gnu")
+# The neoverse-n1 is emulated many times faster than qemu's default. The libraries are those of Debian's cross-compiler,
+# and what was fetched.
+_LIBRARIES = ("-L", "/usr/aarch64-linux-gnu", "-E", f"LD_LIBRARY_PATH={FETCHED / 'lib'}")
+EMULATOR = (QEMU or "qemu-aarch64", "-cpu", "neoverse-n1", *_LIBRARIES)
 
 
 def onnxruntime() -> Path | None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from emulation import BUILD, EMULATOR, onnxruntime, why_not
+from emulation import BUILD, EMULATOR, FETCHED, onnxruntime, why_not
 from tolerances import TOLERANCES
 
 from titans_export.checkpoints.titans import load
@@ -25,6 +25,9 @@ pytest_plugins = ["cli_fixtures"]
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 needs_onnxruntime = pytest.mark.skipif(
     onnxruntime() is None, reason="no ONNX Runtime for aarch64: tools/fetch_aarch64 says why"
+)
+needs_libcrypto = pytest.mark.skipif(
+    not (FETCHED / "lib" / "libcrypto.so.3").exists(), reason="no libcrypto for aarch64: tools/fetch_aarch64 says why"
 )
 
 TESTS = BUILD / "tests" / "cpp"
@@ -37,7 +40,14 @@ def run(program: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("program", ["titans_tests", "titans_kernel_tests", "titans_cuda_plan_tests"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("titans_tests", marks=[pytest.mark.slow, needs_libcrypto]),
+        "titans_kernel_tests",
+        "titans_cuda_plan_tests",
+    ],
+)
 def test_cpp(program: str) -> None:
     out = run(program)
     assert "[  PASSED  ]" in out

@@ -260,6 +260,25 @@ TEST_P(LateGuardTest, WhatTheOpenChunkHadLearnedBeforeTheGuardIsDropped) {
   }
 }
 
+// The checkpoints of a call that failed are none: it goes back to where that call began.
+TEST_P(GuardTest, ACallThatFailedLeavesNoCheckpoint) {
+  const Tokens harmless = part(tokens_with(17, 16), 0, 16), tokens = tokens_with(16, 7);
+  const auto stream = guarded(TITANS_GUARD_SKIP);
+  feed(*stream, part(tokens, 0, 6));
+  stream->set_progress([](void*, std::uint64_t done, std::uint64_t total) -> int { return done == total; }, nullptr);
+  expect_error(TITANS_CANCELLED, {"after 10"}, [&] { feed(*stream, part(harmless, 6, 16)); });
+  stream->set_progress(nullptr, nullptr);
+  feed(*stream, part(tokens, 6, 16));
+  const auto to = static_cast<std::size_t>(stream->guard_report().position);
+  Stream plain(session_);
+  feed(plain, part(tokens, 0, 6));
+  plain.set_learning(false);
+  feed(plain, part(tokens, 6, to));
+  plain.set_learning(true);
+  feed(plain, part(tokens, to, 16));
+  expect_same(*stream, plain);
+}
+
 TEST_P(GuardTest, AfterAResetItStartsAnew) {
   const Tokens tokens = tokens_with(12, 5);
   const auto stream = guarded(TITANS_GUARD_SKIP);
@@ -506,6 +525,8 @@ TEST_F(LogTest, TellsWhatIsAsSevereAsWanted) {
   ASSERT_EQ(lines_.size(), 1U);
   EXPECT_EQ(lines_[0].first, TITANS_LOG_WARNING);
   EXPECT_EQ(lines_[0].second.rfind("[guard] expected ", 0), 0U) << lines_[0].second;
+  guard.policy = TITANS_GUARD_OFF;  // with SKIP a call that fails would be made again
+  stream.set_guard(guard);
   control_.fail_at = static_cast<int>(control_.calls.size());
   EXPECT_THROW(stream.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0), core::Error);
   ASSERT_EQ(lines_.size(), 2U);

@@ -279,6 +279,31 @@ def test_a_chunk_that_is_skipped_is_one_that_was_frozen(reader: rt.Stream) -> No
         np.testing.assert_allclose(stream.step(120), by_hand.fork().step(120), rtol=1e-3, atol=1e-3)
 
 
+def test_a_call_that_fails_on_the_way_back_leaves_the_stream_as_it_was(reader: rt.Stream) -> None:
+    """The caches, too, whose rows from before the call have been written again."""
+    text = PROSE[4096:4160]
+    stream, twin = reader.fork(), reader.fork()
+    for one in (stream, twin):
+        one.guard("skip", max_update_norm=1e-30)
+        one.feed(text[:40], logits="none")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise LookupError("at the end")
+
+    with pytest.raises(LookupError, match="at the end"):
+        stream.feed(text[40:], progress=stop)
+    assert stream.guard_report.rollbacks == 1 and stream.position == twin.position
+    for name, values in twin.memory().items():
+        # Of the open chunk nobody reads rows beyond its fill.
+        rows = np.s_[:, :, :40] if re.search(r"\.(left|right)\d$", name) else np.s_[...]
+        assert np.array_equal(stream.memory()[name][rows], values[rows]), name
+    for one in (stream, twin):
+        one.guard("off")
+        one.freeze()
+    assert np.array_equal(stream.feed(text), twin.feed(text))
+
+
 # ---- log ----
 
 
