@@ -163,30 +163,32 @@ const float* Guard::values_of(const Field& field, const float* row, std::vector<
 }
 
 void Guard::look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after,
-                         Finding& finding, bool one_chunk) {
-  double weights = 0, change = 0, surprise = 0, now = 0;
+                         Finding& finding) {
+  double weights = 0, change = 0, now = 0, surprise = 0, surprise_change = 0;
   for (const Field& field : memory.fields) {
     const float* values = values_of(field, after + head * memory.row, after_values_);
+    const float* old = values_of(field, before + head * memory.row, before_values_);
     if (field.surprise) {
       surprise += squares(values, field.extent);
+      surprise_change += squares_of_change(old, values, field.extent);
       continue;
     }
-    const float* old = values_of(field, before + head * memory.row, before_values_);
     weights += squares(old, field.extent);
     change += squares_of_change(old, values, field.extent);
     now += squares(values, field.extent);
   }
   const auto update_norm = static_cast<float>(std::sqrt(change / (weights > 0 ? weights : 1.0)));
   const auto surprise_norm = static_cast<float>(std::sqrt(surprise));
-  finding.changed = finding.changed || change != 0;
+  const bool changed = change != 0 || surprise_change != 0;
+  finding.changed = finding.changed || changed;
   finding.update_norm = larger(update_norm, finding.update_norm);
   finding.surprise = larger(surprise_norm, finding.surprise);
   std::int32_t reason = TITANS_GUARD_GOOD;
   if (!std::isfinite(now) || !std::isfinite(surprise)) {
     reason = TITANS_GUARD_NOT_FINITE;
-  } else if (one_chunk && !(update_norm <= limits_.max_update_norm)) {
+  } else if (changed && !(update_norm <= limits_.max_update_norm)) {
     reason = TITANS_GUARD_UPDATE_NORM;
-  } else if (!(surprise_norm <= limits_.max_surprise)) {
+  } else if (changed && !(surprise_norm <= limits_.max_surprise)) {
     reason = TITANS_GUARD_SURPRISE;
   }
   if (reason == TITANS_GUARD_GOOD || finding.reason != TITANS_GUARD_GOOD) return;
@@ -220,7 +222,7 @@ Finding Guard::look(const BufferSet& before, const BufferSet& after, std::uint64
     const float* new_rows = rows_of(*after[memory.state], memory, after_copy_);
     const bool good = finding.reason == TITANS_GUARD_GOOD;
     for (std::size_t head = 0; head < memory.heads; ++head) {
-      look_at_head(memory, head, old_rows, new_rows, finding, chunks == 1);
+      look_at_head(memory, head, old_rows, new_rows, finding);
     }
     if (good && finding.reason != TITANS_GUARD_GOOD) finding.layer = static_cast<std::int32_t>(layer);
     report_.chunks += chunks;

@@ -118,8 +118,7 @@ class Guard {
   // The packed rows in host memory: the buffer's own, or a copy in `copy`.
   static const float* rows_of(const Buffer& buffer, const Memory& memory, std::vector<float>& copy);
   const float* values_of(const Field& field, const float* row, std::vector<float>& values) const;
-  void look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after, Finding& finding,
-                    bool one_chunk);
+  void look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after, Finding& finding);
   bool output_is_good(const float* output) const;
 
   const Session& session_;

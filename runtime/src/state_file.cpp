@@ -199,7 +199,10 @@ void write_encrypted(FileAside& file, const std::vector<Part>& parts, const Stat
   Cipher cipher(Cipher::Direction::kEncrypt, key, nonce.data(), kEncrypted.data(), kEncrypted.size());
   file.append(kEncrypted.data(), kEncrypted.size());
   file.append(nonce.data(), nonce.size());
-  Bytes block(kBlock);
+  // Most states are small, and what is taken here is wiped.
+  std::size_t largest = 0;
+  for (const Part& part : parts) largest = std::max(largest, part.bytes);
+  Bytes block(std::min(kBlock, largest));
   for (const Part& part : parts) {
     const auto* data = static_cast<const std::byte*>(part.data);
     for (std::size_t at = 0; at < part.bytes; at += kBlock) {

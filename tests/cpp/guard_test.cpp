@@ -351,6 +351,45 @@ TEST_F(GuardedStream, NumbersAreThoseOfWAndS) {
   EXPECT_EQ(report.chunks, 20U / kChunk + 20U);  // of the packed memory, and of the one that changes with each token
 }
 
+// What a frozen chunk leaves as it was breaks no limit, also one that S is above already.
+TEST_F(GuardedStream, ALimitBelowWhatIsThereStopsNoStream) {
+  Stream stream(session_), plain(session_);
+  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 8, TITANS_LOGITS_NONE, nullptr, 0);
+  titans_guard guard;
+  titans_guard_init(&guard);
+  guard.policy = TITANS_GUARD_FREEZE;
+  guard.max_surprise = 1e-3F;
+  stream.set_guard(guard);
+  plain.set_learning(false);
+  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 9, TITANS_LOGITS_NONE, nullptr, 0);
+  EXPECT_EQ(stream.guard_report().reason, TITANS_GUARD_SURPRISE);
+  EXPECT_EQ(stream.last_output(), plain.last_output());
+}
+
+// A token of a stream with more rows than tokens may complete two chunks, which are then measured as one.
+TEST_F(GuardedStream, ATokenThatCompletesTwoChunksIsMeasured) {
+  const TemporaryFolder folder;
+  nlohmann::json manifest = manifest_json();
+  manifest["state"][0]["chunk"] = 2;
+  manifest["state"][0]["rows"] = {{"segment", 2}, {"longterm", 2}};
+  write_bundle(folder.path(), manifest);
+  FakeControl control;
+  const auto session = open_fake_session(folder.path(), control);
+  titans_guard limits;
+  titans_guard_init(&limits);
+  limits.max_update_norm = 0.5F;
+  core::Guard guard(*session, limits);
+  EXPECT_EQ(guard.reach(0, 9), 2U);  // rows 0, then 1 to 3
+  EXPECT_EQ(guard.reach(1, 9), 1U);
+  FakeBuffer before(16, control.traffic), after(16, control.traffic);
+  before.values = {1, 0, 0, 0};
+  after.values = {2, 0, 0, 0};
+  const std::vector<float> output(kFakeVocab, 0.0F);
+  const core::Finding finding = guard.look({&before, &before}, {&after, &after}, 1, 1, output.data());
+  EXPECT_EQ(finding.reason, TITANS_GUARD_UPDATE_NORM);
+  EXPECT_EQ(guard.report().chunks, 2U);
+}
+
 TEST_F(GuardedStream, RefusesWhatIsNoGuard) {
   Stream stream(session_);
   titans_guard guard;
