@@ -76,13 +76,13 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS)
 	@touch $@
 
-# CMake and Ninja of the machine do, where they are new enough.
+# CMake of the machine does, where it is new enough. Ninja comes with packages of a later step anyway, and compiles anew
+# what another version of it has compiled.
 $(STAMPS)/tools: constraints.txt | $(STAMPS)/venv
 	@echo "[setup] build tools (about 10 s)"
-	@wanted="scikit-build-core"; \
+	@wanted="scikit-build-core ninja"; \
 	cmake --version 2>/dev/null | sed -n 's/^cmake version //p;q' | { read -r found || true; \
 	  printf '3.22\n%s\n' "$${found:-0}" | sort -V -C; } || wanted="$$wanted cmake"; \
-	command -v ninja >/dev/null || wanted="$$wanted ninja"; \
 	$(call install,$$wanted)
 	@touch $@
 
