@@ -148,14 +148,14 @@ bool Guard::saw_several(std::uint64_t position, std::uint64_t tokens) const {
                                    [&](const Memory& memory) { return completed(memory, position, tokens) > 1; });
 }
 
-const float* Guard::rows_of(const Buffer& buffer, const Memory& memory, std::vector<float>& copy) {
+const float* Guard::rows_of(const Buffer& buffer, const Memory& memory, Floats& copy) {
   if (const std::byte* host = buffer.host()) return reinterpret_cast<const float*>(host);
   copy.resize(memory.row * memory.heads);
   buffer.download(reinterpret_cast<std::byte*>(copy.data()));
   return copy.data();
 }
 
-const float* Guard::values_of(const Field& field, const float* row, std::vector<float>& values) const {
+const float* Guard::values_of(const Field& field, const float* row, Floats& values) const {
   if (field.storage == FieldStorage::kFloat32) return row + field.offset;
   values.resize(std::max(values.size(), field.extent));
   unpack_field(field.storage, row + field.offset, field.extent, field.columns, values.data());

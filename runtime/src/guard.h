@@ -14,6 +14,7 @@
 
 #include "journal.h"
 #include "session.h"
+#include "stream_state.h"
 #include "titans/titans.h"
 
 namespace titans::core {
@@ -116,8 +117,8 @@ class Guard {
   bool saw_several(std::uint64_t position, std::uint64_t tokens) const;
   std::uint64_t completed(const Memory& memory, std::uint64_t position, std::uint64_t tokens) const;
   // The packed rows in host memory: the buffer's own, or a copy in `copy`.
-  static const float* rows_of(const Buffer& buffer, const Memory& memory, std::vector<float>& copy);
-  const float* values_of(const Field& field, const float* row, std::vector<float>& values) const;
+  static const float* rows_of(const Buffer& buffer, const Memory& memory, Floats& copy);
+  const float* values_of(const Field& field, const float* row, Floats& values) const;
   void look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after, Finding& finding);
   bool output_is_good(const float* output) const;
 
@@ -131,9 +132,9 @@ class Guard {
   std::size_t set_ = 0;
   bool droppable_ = false;
   std::uint64_t closely_until_ = 0;
-  std::vector<std::int32_t> tokens_;
-  std::vector<float> vectors_;
-  std::vector<float> before_copy_, after_copy_, before_values_, after_values_;
+  std::vector<std::int32_t, WipingAllocator<std::int32_t>> tokens_;
+  Floats vectors_;
+  Floats before_copy_, after_copy_, before_values_, after_values_;
 };
 
 }  // namespace titans::core

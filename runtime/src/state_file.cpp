@@ -10,14 +10,13 @@
 #include <utility>
 #include <vector>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 #include <nlohmann/json.hpp>
 
 #include "error.h"
 #include "json_reader.h"
 #include "safetensors.h"
 #include "state_convert.h"
+#include "xxh3.h"
 
 namespace titans::core {
 namespace {
@@ -53,17 +52,7 @@ class Hash {
   Hash& operator=(const Hash&) = delete;
 
   void update(const void* data, std::size_t bytes) { XXH3_128bits_update(state_, data, bytes); }
-  std::string digits() const {
-    XXH128_canonical_t canonical;
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_));
-    constexpr std::string_view kDigits = "0123456789abcdef";
-    std::string hex;
-    for (const unsigned char byte : canonical.digest) {
-      hex += kDigits[byte >> 4];
-      hex += kDigits[byte & 15];
-    }
-    return hex;
-  }
+  std::string digits() const { return hex_digits(XXH3_128bits_digest(state_)); }
 
  private:
   XXH3_state_t* state_;

@@ -174,4 +174,15 @@ class Stream : private Spillable {
   std::atomic<bool> cancelled_{false};
 };
 
+template <typename Change>
+void Stream::transact(Change&& change) {
+  journal_.begin();
+  try {
+    change();
+  } catch (...) {
+    journal_.restore();
+    throw;
+  }
+}
+
 }  // namespace titans::core

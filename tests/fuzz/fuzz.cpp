@@ -7,8 +7,7 @@
 #include <fstream>
 #include <stdexcept>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
+#include "xxh3.h"
 
 namespace titans::fuzz {
 namespace {
@@ -56,15 +55,7 @@ bool write(const std::filesystem::path& path, std::string_view content) {
 }
 
 std::string xxh3_128(std::string_view content) {
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(content.data(), content.size()));
-  std::string hex;
-  for (const unsigned char byte : canonical.digest) {
-    constexpr std::string_view kDigits = "0123456789abcdef";
-    hex += kDigits[byte >> 4];
-    hex += kDigits[byte & 15];
-  }
-  return hex;
+  return core::hex_digits(XXH3_128bits(content.data(), content.size()));
 }
 
 nlohmann::json file_record(std::string_view content) {
