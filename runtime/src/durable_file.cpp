@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "error.h"
+#include "file_descriptor.h"
 
 namespace titans::core {
 namespace {
@@ -151,14 +152,10 @@ Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
     throw Error(TITANS_FAILED, name_of(path), text("a readable file at ", path.string()), got, "check the path");
   };
   // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (descriptor < 0) fail(reason(errno));
-  struct Close {
-    int descriptor;
-    ~Close() { ::close(descriptor); }
-  } const close{descriptor};
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (file.get() < 0) fail(reason(errno));
   struct stat status{};
-  if (::fstat(descriptor, &status) != 0) fail(reason(errno));
+  if (::fstat(file.get(), &status) != 0) fail(reason(errno));
   if (!S_ISREG(status.st_mode)) fail("something that is not a regular file");
   const auto size = static_cast<std::uint64_t>(status.st_size);
   if (size > most) {
@@ -169,7 +166,7 @@ Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
   std::size_t done = 0;
   while (done < content.size()) {
     const ssize_t got = uninterrupted(
-        [&] { return ::read(descriptor, content.data() + done, std::min(content.size() - done, kMostAtOnce)); });
+        [&] { return ::read(file.get(), content.data() + done, std::min(content.size() - done, kMostAtOnce)); });
     if (got < 0) fail(reason(errno));
     if (got == 0) break;  // it has been cut meanwhile, and what is missing will be missed
     done += static_cast<std::size_t>(got);

@@ -9,26 +9,13 @@
 #include <system_error>
 
 #include "error.h"
+#include "file_descriptor.h"
 #include "xxh3.h"
 
 namespace titans::core {
 namespace {
 
 constexpr std::string_view kAdvice = "copy or export the bundle again";
-
-class FileDescriptor {
- public:
-  explicit FileDescriptor(int descriptor) : descriptor_(descriptor) {}
-  ~FileDescriptor() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int get() const { return descriptor_; }
-
- private:
-  int descriptor_;
-};
 
 [[noreturn]] void fail(const std::filesystem::path& path, std::string_view got) {
   throw Error(TITANS_FAILED, "bundle", text("a readable file at ", path.string()), got, kAdvice);

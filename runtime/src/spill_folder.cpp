@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "error.h"
+#include "file_descriptor.h"
 #include "log.h"
 #include "state_file.h"
 #include "wipe.h"
@@ -33,29 +34,14 @@ bool ends_with(std::string_view name, std::string_view end) {
   return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
 }
 
-class Descriptor {
- public:
-  explicit Descriptor(int descriptor) : descriptor_(descriptor) {}
-  ~Descriptor() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int get() const { return descriptor_; }
-  int release() { return std::exchange(descriptor_, -1); }
-
- private:
-  int descriptor_;
-};
-
 // A folder itself, not what a link points to: others may write where ours is.
-Descriptor open_folder(const fs::path& path) {
-  return Descriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+FileDescriptor open_folder(const fs::path& path) {
+  return FileDescriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
 }
 
 // The folder's lock, which `flags` may let it make; -1 where somebody has it, or there is none, with errno.
-int take_lock(const Descriptor& folder, int flags) {
-  Descriptor lock(::openat(folder.get(), kLock, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, S_IRUSR | S_IWUSR));
+int take_lock(const FileDescriptor& folder, int flags) {
+  FileDescriptor lock(::openat(folder.get(), kLock, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, S_IRUSR | S_IWUSR));
   if (lock.get() < 0) return -1;
   struct stat status{};
   // Without a name it is the lock of a folder that is being removed.
@@ -67,7 +53,7 @@ int take_lock(const Descriptor& folder, int flags) {
 
 // Of a folder whose lock we have: our own files and no other, the lock last. What cannot be removed stays, and is tried
 // again by the next session.
-void remove_folder(const fs::path& path, const Descriptor& folder) {
+void remove_folder(const fs::path& path, const FileDescriptor& folder) {
   const int own = ::dup(folder.get());
   DIR* listing = own < 0 ? nullptr : ::fdopendir(own);
   if (listing == nullptr) {
@@ -86,10 +72,10 @@ void remove_folder(const fs::path& path, const Descriptor& folder) {
 
 // The folder of a process that is gone, if it is one.
 void remove_leftover(const fs::path& path) {
-  const Descriptor folder = open_folder(path);
+  const FileDescriptor folder = open_folder(path);
   struct stat status{};
   if (folder.get() < 0 || ::fstat(folder.get(), &status) != 0 || status.st_uid != ::geteuid()) return;
-  const Descriptor lock(take_lock(folder, 0));
+  const FileDescriptor lock(take_lock(folder, 0));
   if (lock.get() >= 0) {
     log(TITANS_LOG_INFO, "spill", text("removing what a session that did not end has left: ", path.string()));
     remove_folder(path, folder);
@@ -130,7 +116,7 @@ bool SpillFolder::make_own(const fs::path& parent) {
                 std::generic_category().message(errno), "check spill_dir and its permissions");
   }
   path_ = pattern;
-  const Descriptor folder = open_folder(path_);
+  const FileDescriptor folder = open_folder(path_);
   lock_ = folder.get() < 0 ? -1 : take_lock(folder, O_CREAT | O_EXCL);
   if (lock_ >= 0) return true;
   if (folder.get() >= 0) ::unlinkat(folder.get(), kLock, 0);
@@ -141,7 +127,7 @@ bool SpillFolder::make_own(const fs::path& parent) {
 SpillFolder::~SpillFolder() {
   if (::getpid() == process_) {
     try {
-      const Descriptor folder = open_folder(path_);
+      const FileDescriptor folder = open_folder(path_);
       if (folder.get() >= 0) remove_folder(path_, folder);
     } catch (const std::exception&) {  // no memory for names: what stays is as a killed process's
     }
