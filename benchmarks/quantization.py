@@ -297,10 +297,11 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
     if busy > QUIET:
         _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
     entries: dict[str, Result] = {}
+    built: dict[str, Path] = {}
     for name, path in taking_part.items():
         manifest = read_bundle(path).manifest
-        if not manifest.get("engines"):
-            build_engine(path, Request("cpu"))
+        built[name] = settings.work / f"{model.name}.{name}.cpu.titans"
+        build_engine(path, Request("cpu"), output=built[name], overwrite=True)
         with _open(path, settings) as session, session.stream() as stream:
             entries[name] = {
                 "weights_bytes": manifest["files"][manifest["weights"]["file"]]["bytes"],
@@ -309,7 +310,7 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
     plan = Plan.of(bundle, settings.prefill_tokens, settings.decode_tokens, settings.rounds, settings.threads)
     with ExitStack() as stack:
         workers = {}
-        for name, path in taking_part.items():
+        for name, path in built.items():
             try:
                 arguments = (path, "cpu", None, settings.threads, "auto")
                 target = "titans_export.bench.models:Runtime"

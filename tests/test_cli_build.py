@@ -235,7 +235,9 @@ def test_a_bundle_that_changes_meanwhile(bundle: Path, monkeypatch: pytest.Monke
 
     def meddle(*args: Any) -> Any:
         manifest = json.loads((bundle / "manifest.json").read_text())
-        (bundle / "decode.onnx").write_bytes(b"another")
+        other = onnx.load(str(bundle / "decode.onnx"), load_external_data=False)
+        other.doc_string += "another"
+        (bundle / "decode.onnx").write_bytes(other.SerializeToString())
         manifest["files"]["decode.onnx"] = building.file_entry(bundle / "decode.onnx")
         done = original(*args) if args[1]["name"] == "chunk" else {}
         args[5].touch()

@@ -167,7 +167,7 @@ def _share_weights(plan: Plan, engine: dict[str, Any], work: Path) -> None:
     for entry in engine["graphs"]:
         (work / entry["file"]).write_bytes(models[entry["graph"]].SerializeToString(deterministic=True))
         entry["weights"] = names[entry["graph"]]
-    if path.exists():
+    if set().union(*names.values()) - {name for graph in plan.bundle.manifest["graphs"] for name in graph["weights"]}:
         engine["weights"] = {"file": path.name}
 
 

@@ -32,8 +32,7 @@ def share_weights(
     """Moves the large initialisers of the models, by graph name, to `path`, beside which the graphs will lie.
 
     Those whose names begin with `named`, parameters, keep them; of others equal ones of different graphs are one, named
-    by its content. What lies in a file already stays there. Returns the names of each graph's shared initialisers;
-    where there are none to move, no file is written.
+    by its content. What lies in a file already stays there. Returns the names of each graph's shared initialisers.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
@@ -56,8 +55,6 @@ def share_weights(
         _rename(model.graph, renamed)
         names[graph] = sorted({t.name for t in model.graph.initializer} & (set(values) | elsewhere))
         _drop_twins(model.graph)
-    if not values:
-        return names
     offsets = write_safetensors(path, values)
     for model in models.values():
         for tensor in model.graph.initializer:
