@@ -160,7 +160,7 @@ Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
   const auto size = static_cast<std::uint64_t>(status.st_size);
   if (size > most) {
     throw Error(TITANS_FAILED, name_of(path), text("a state file of at most ", most, " bytes"), text(size),
-                "check that this file is a state of this model");
+                "check that it is a state, and of this model");
   }
   Bytes content(static_cast<std::size_t>(size));
   std::size_t done = 0;

@@ -1,5 +1,7 @@
 #include "state_file.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -463,8 +465,9 @@ StreamState load_state(const std::filesystem::path& path, const Session& session
 
 Bytes read_state(const std::filesystem::path& path, const StateKey* key) {
   const std::string name = name_of(path);
-  constexpr std::uint64_t kMost = std::numeric_limits<std::size_t>::max() / 2;
-  return verify(open_envelope(read_whole_file(path, kMost), key, name), name).content;
+  // No model tells how large it may be. An encrypted one is in memory twice.
+  const auto most = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES) / 2 * ::sysconf(_SC_PAGE_SIZE));
+  return verify(open_envelope(read_whole_file(path, most), key, name), name).content;
 }
 
 }  // namespace titans::core

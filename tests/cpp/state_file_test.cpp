@@ -358,6 +358,11 @@ TEST_F(StateFileTest, ASizeBeyondThisModelIsNotRead) {
   refused(TITANS_FAILED, {"at most", "1099511627776"});
 }
 
+TEST_F(StateFileTest, ASizeBeyondThisMachineIsNotRead) {
+  std::filesystem::resize_file(file_, std::uintmax_t{1} << 43);
+  expect_error(TITANS_FAILED, {"at most", "8796093022208"}, [&] { core::read_state(file_, nullptr); });
+}
+
 // ---- files that take their place at once ----
 
 TEST_F(StateFileTest, WhatAKilledWriterLeftIsRemoved) {
