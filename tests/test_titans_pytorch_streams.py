@@ -45,6 +45,7 @@ TOLERANCE = TOLERANCES["cpu", "float32"]
 # No multiples of a batch: there the library's last output with gated_transition is of the weights before it.
 LENGTH = 601
 EXPORTED = 17
+SAVED = 233  # within a chunk and within a batch
 # The library's own float32 stays this close to float64, else the model says nothing about ours.
 FAIR = TOLERANCE / 2
 # What learning changes must be far more than the tolerance.
@@ -271,7 +272,7 @@ def test_every_pair_of_options_occurs() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
 )
-def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Exported]) -> None:
+def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Exported], tmp_path: Path) -> None:
     bundle, inputs, right, float32_error = exported(name)
     assert np.isfinite(right).all()
     assert float32_error < FAIR
@@ -288,6 +289,14 @@ def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Expor
         frozen = session.stream()
         frozen.freeze()
         assert np.abs(fed(frozen, inputs, [LENGTH]) - right).max() > MATTERS
+        saved = session.stream()
+        saved.feed(inputs[:SAVED], logits="none")
+        saved.save(tmp_path / "one.tstate")
+        expected = saved.feed(inputs[SAVED:])
+    with titans_runtime.Session(bundle) as another:
+        got = another.restore(tmp_path / "one.tstate").feed(inputs[SAVED:])
+    assert np.array_equal(got, expected)
+    assert np.abs(got - right[SAVED:]).max() < TOLERANCE
 
 
 def rows_before(facts: StateFacts, position: int) -> int:

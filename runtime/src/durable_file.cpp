@@ -131,7 +131,7 @@ void FileAside::commit() {
   if (::rename(aside_.c_str(), path_.c_str()) != 0) fail(text("a file that can be named ", name_of(path_)), errno);
   // Closed after it has its name, so that the lock lasts as long as the name NAME.tmp.
   const int closed = ::close(std::exchange(descriptor_, -1));
-  if (closed != 0 && errno != EINTR) fail("a file that can be closed", errno);
+  if (closed != 0 && errno != EINTR) fail_in_place("a file that can be closed", errno);
   if (!sync) return;
   const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -140,7 +140,12 @@ void FileAside::commit() {
   const int synced = uninterrupted([&] { return ::fsync(descriptor); });
   const int error = errno;
   ::close(descriptor);
-  if (synced != 0 && error != EINVAL && error != ENOTSUP) fail("a folder that reaches the disk", error);
+  if (synced != 0 && error != EINVAL && error != ENOTSUP) fail_in_place("a folder that reaches the disk", error);
+}
+
+void FileAside::fail_in_place(std::string_view expected, int error) const {
+  throw Error(TITANS_FAILED, name_of(path_), expected, reason(error),
+              "save again: the new file is in its place, but a loss of power may undo that");
 }
 
 void FileAside::fail(std::string_view expected, int error) const {

@@ -29,6 +29,7 @@ class FileAside {
 
  private:
   [[noreturn]] void fail(std::string_view expected, int error) const;
+  [[noreturn]] void fail_in_place(std::string_view expected, int error) const;
   void open_locked();
 
   std::filesystem::path path_;

@@ -10,7 +10,7 @@ namespace {
 constexpr std::string_view kAdvice = "export the bundle again";
 constexpr std::size_t kLongestQuote = 60;
 // What reads and writes JSON goes down its levels by recursion, so a file must not choose how deep.
-constexpr int kDeepest = 64;
+constexpr std::size_t kDeepest = 64;
 
 // Bytes that are no valid UTF-8 must not stop an error text from being made.
 std::string quote(const nlohmann::json& value) {
@@ -19,24 +19,56 @@ std::string quote(const nlohmann::json& value) {
   return out;
 }
 
+// What a document is refused for before it takes memory. (The library's own callbacks while it parses take time that
+// grows with the square of an object's members.)
+class Check : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit Check(std::string_view document) : document_(document) {}
+
+  bool null() override { return true; }
+  bool boolean(bool /*value*/) override { return true; }
+  bool number_integer(number_integer_t /*value*/) override { return true; }
+  bool number_unsigned(number_unsigned_t /*value*/) override { return true; }
+  bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
+  bool string(string_t& /*value*/) override { return true; }
+  bool binary(binary_t& /*value*/) override { return true; }
+  bool start_object(std::size_t /*elements*/) override { return go_down(); }
+  bool start_array(std::size_t /*elements*/) override { return go_down(); }
+  bool end_object() override { return go_up(); }
+  bool end_array() override { return go_up(); }
+  bool key(string_t& value) override {
+    // Which of the two counts, readers do not agree on.
+    if (keys_.back().insert(value).second) return true;
+    throw Error(TITANS_FAILED, document_, "each key once in an object", text(quote(value), " twice"), kAdvice);
+  }
+  bool parse_error(std::size_t /*at*/, const std::string& /*token*/, const nlohmann::json::exception&) override {
+    return false;
+  }
+
+ private:
+  bool go_down() {
+    if (keys_.size() < kDeepest)
+      keys_.emplace_back();
+    else
+      throw Error(TITANS_FAILED, document_, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
+    return true;
+  }
+  bool go_up() {
+    keys_.pop_back();
+    return true;
+  }
+
+  std::string_view document_;
+  std::vector<std::unordered_set<std::string>> keys_;  // of the objects and arrays that are open
+};
+
 }  // namespace
 
 nlohmann::json JsonReader::parse(std::string_view source, std::string_view document) {
-  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are being read
-  const auto watch = [&](int depth, nlohmann::json::parse_event_t event, const nlohmann::json& parsed) {
-    using Event = nlohmann::json::parse_event_t;
-    if (depth >= kDeepest && (event == Event::object_start || event == Event::array_start)) {
-      throw Error(TITANS_FAILED, document, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
-    }
-    if (event == Event::object_start) keys.emplace_back();
-    if (event == Event::object_end) keys.pop_back();
-    // Which of the two counts, readers do not agree on.
-    if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second) {
-      throw Error(TITANS_FAILED, document, "each key once in an object", text(quote(parsed), " twice"), kAdvice);
-    }
-    return true;
-  };
-  nlohmann::json value = nlohmann::json::parse(source, watch, /*allow_exceptions=*/false);
+  Check check(document);
+  nlohmann::json value(nlohmann::json::value_t::discarded);
+  if (nlohmann::json::sax_parse(source, &check))
+    value = nlohmann::json::parse(source, nullptr, /*allow_exceptions=*/false);
   if (!value.is_object()) {
     throw Error(TITANS_FAILED, document, "a JSON object",
                 value.is_discarded() ? "something that is not JSON" : quote(value), kAdvice);

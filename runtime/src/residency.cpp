@@ -89,6 +89,7 @@ void Residency::let_go(Place& place) noexcept {
   try {
     free_up(lock);
   } catch (...) {
+    lock.unlock();  // a log function may close streams
     log(TITANS_LOG_WARNING, "spill", current_failure().text);
   }
 }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "stream_state.h"
+
 namespace titans::core {
 
 struct Sampling {
@@ -36,7 +38,7 @@ class Sampler {
   void keep_min_p();
 
   Sampling sampling_;
-  std::vector<Candidate> candidates_;  // kept to spare its allocation
+  std::vector<Candidate, WipingAllocator<Candidate>> candidates_;  // kept to spare its allocation
 };
 
 }  // namespace titans::core

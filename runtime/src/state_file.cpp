@@ -18,6 +18,7 @@
 #include "json_reader.h"
 #include "safetensors.h"
 #include "state_convert.h"
+#include "wipe.h"
 #include "xxh3.h"
 
 namespace titans::core {
@@ -36,8 +37,9 @@ constexpr std::size_t kLengthBytes = 8;
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kEnvelope = kEncrypted.size() + kNonceBytes + kTagBytes;
 constexpr std::size_t kBlock = std::size_t{1} << 20;  // that is encrypted at once
-// What a header may take beside the tensors, and by how much a memory in another storage may be larger than ours.
-constexpr std::uint64_t kMostHeader = std::uint64_t{64} << 20;
+// What a header may take beside the tensors, as much as a manifest, which describes the same; and by how much a memory
+// in another storage may be larger than ours.
+constexpr std::uint64_t kMostHeader = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMostGrowth = 8;
 constexpr std::string_view kRestore = "restore an older copy of it";
 
@@ -49,7 +51,10 @@ class Hash {
     if (state_ == nullptr) throw std::bad_alloc();
     XXH3_128bits_reset(state_);
   }
-  ~Hash() { XXH3_freeState(state_); }
+  ~Hash() {
+    wipe(state_, sizeof(*state_));  // it has some of what was hashed
+    XXH3_freeState(state_);
+  }
   Hash(const Hash&) = delete;
   Hash& operator=(const Hash&) = delete;
 
@@ -310,15 +315,20 @@ StateFile verify(Bytes content, const std::string& name) {
   StateFile file{std::move(content), {}, {}};
   const std::string_view whole = text_of(file.content);
   const std::string_view source = read_header(name, [&] { return safetensors_header(whole, name); });
-  const json header = read_header(name, [&] { return JsonReader::parse(source, name); });
+  if (source.size() > kMostHeader)
+    fail_damaged(name, text("a header of at most ", kMostHeader, " bytes"), text(source.size()));
+  json header = read_header(name, [&] { return JsonReader::parse(source, name); });
+  const auto metadata = header.find(kMetadata);
+  const bool described = metadata != header.end() && metadata->is_object();
+  file.metadata = described ? std::move(*metadata) : json::object();
   const JsonReader reader(header, name);
-  const std::optional<JsonReader> metadata = reader.find(std::string(kMetadata));
-  file.metadata = metadata && metadata->raw().is_object() ? metadata->raw() : json::object();
   // Of a newer version it is not known how to check it, so this comes first; and a cut file should be called one.
   check_format(JsonReader(file.metadata, name), name);
   check_size(reader, kLengthBytes + source.size(), whole.size(), name);
   check_hash(whole, JsonReader(file.metadata, name), name);
   file.tensors = read_header(name, [&] { return read_safetensors(whole, name); });
+  // Those of types that are not known are left out there.
+  if (file.tensors.size() + 1 != header.size()) fail_damaged(name, "tensors of known types", "others");
   return file;
 }
 
@@ -382,6 +392,9 @@ std::vector<StateTensor> read_states(const JsonReader& metadata, const std::stri
     if (!bytes) entry.at("shape").fail("a shape that fits into memory");
     state.bytes = *bytes;
     state.layout = read_layout(entry, state.shape);
+    if (state.role == "memory" && (state.dtype != DType::kFloat32 || state.shape.empty())) {
+      entry.at("dtype").fail("float32, with a shape, as its role is memory");
+    }
     states.push_back(std::move(state));
   }
   return states;
@@ -397,6 +410,24 @@ const TensorView& find_tensor(const StateFile& file, const std::string& tensor, 
                  text(dtype_info(view.dtype).name, " ", shape_text(view.shape)));
   }
   return view;
+}
+
+// What any model's state file has, for those who read it without the model.
+void check_content(const StateFile& file, const std::string& name) {
+  const JsonReader metadata(file.metadata, name);
+  const std::uint64_t position = read_header(name, [&] { return read_position(metadata); });
+  read_header(name, [&] {
+    read_learning(metadata);
+    return JsonReader::parse(metadata.at("model").string(), name);
+  });
+  const std::vector<StateTensor> kept = read_header(name, [&] { return read_states(metadata, name); });
+  for (const StateTensor& state : kept) find_tensor(file, state.name, state, name);
+  for (const auto& [tensor, view] : file.tensors) {
+    const bool known =
+        std::any_of(kept.begin(), kept.end(), [&](const StateTensor& one) { return one.name == tensor; });
+    const bool output = tensor == kLastOutput && position > 0 && view.dtype == DType::kFloat32;
+    if (!known && !output) fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
+  }
 }
 
 StreamState to_state(const StateFile& file, const Session& session, const std::string& name) {
@@ -467,7 +498,9 @@ Bytes read_state(const std::filesystem::path& path, const StateKey* key) {
   const std::string name = name_of(path);
   // No model tells how large it may be. An encrypted one is in memory twice.
   const auto most = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES) / 2 * ::sysconf(_SC_PAGE_SIZE));
-  return verify(open_envelope(read_whole_file(path, most), key, name), name).content;
+  StateFile file = verify(open_envelope(read_whole_file(path, most), key, name), name);
+  check_content(file, name);
+  return std::move(file.content);
 }
 
 }  // namespace titans::core

@@ -6,24 +6,20 @@
 #include "error.h"
 
 namespace titans::core {
-Stream::Use::Use(const Stream& stream) : stream_(stream) {
+
+Stream::Claim::Claim(const Stream& stream) : stream_(stream) {
   if (stream.used_.exchange(true, std::memory_order_acquire)) {
     throw Error(TITANS_INVALID_ARGUMENT, "stream", "a stream that no other call is in",
                 "one in use by another thread, or by the call that this one is made within",
                 "let one thread at a time use a stream");
   }
-  try {
-    stream.place_.hold();
-  } catch (...) {
-    stream.used_.store(false, std::memory_order_release);
-    throw;
-  }
 }
 
-Stream::Use::~Use() {
-  stream_.place_.let_go();
-  stream_.used_.store(false, std::memory_order_release);
-}
+Stream::Claim::~Claim() { stream_.used_.store(false, std::memory_order_release); }
+
+Stream::Use::Use(const Stream& stream) : claim_(stream), stream_(stream) { stream.place_.hold(); }
+
+Stream::Use::~Use() { stream_.place_.let_go(); }
 
 Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) {
   reset();
@@ -70,10 +66,26 @@ void Stream::drop_last_output() noexcept {
 Buffer* Stream::add_buffer(std::size_t state) {
   const std::size_t bytes = session_->manifest().state[state].bytes;
   place_.grow(bytes);
+  try {
+    OwnBuffer own{state, session_->engine().allocate(state), nullptr};
+    own.known_as = own.buffer.get();
+    buffers_.push_back(std::move(own));
+  } catch (...) {
+    place_.shrink(bytes);
+    throw;
+  }
   state_bytes_ += bytes;
-  OwnBuffer& own = buffers_.emplace_back(OwnBuffer{state, nullptr, nullptr});
-  own.buffer = session_->engine().allocate(state);
-  return own.known_as = own.buffer.get();
+  return buffers_.back().known_as;
+}
+
+// Those that were added last, but for `kept`.
+void Stream::drop_buffers(std::size_t kept) noexcept {
+  while (buffers_.size() > kept) {
+    const std::size_t bytes = session_->manifest().state[buffers_.back().state].bytes;
+    buffers_.pop_back();
+    state_bytes_ -= bytes;
+    place_.shrink(bytes);
+  }
 }
 
 StreamState Stream::copy_of(const BufferSet& buffers) const {
@@ -299,11 +311,17 @@ void Stream::set_guard(const titans_guard& limits) {
 void Stream::add_guard_buffers() {
   BufferSet set;
   std::vector<Buffer*> backups;
-  for (std::size_t state = 0; state < sets_[0].size(); ++state) {
-    Buffer* buffer = add_buffer(state);
-    const bool in_place = session_->engine().in_place(state);
-    set.push_back(in_place ? sets_[0][state] : buffer);
-    backups.push_back(in_place ? buffer : nullptr);
+  const std::size_t before = buffers_.size();
+  try {
+    for (std::size_t state = 0; state < sets_[0].size(); ++state) {
+      Buffer* buffer = add_buffer(state);
+      const bool in_place = session_->engine().in_place(state);
+      set.push_back(in_place ? sets_[0][state] : buffer);
+      backups.push_back(in_place ? buffer : nullptr);
+    }
+  } catch (...) {
+    drop_buffers(before);
+    throw;
   }
   sets_[kSets] = std::move(set);
   guard_backups_ = std::move(backups);

@@ -20,19 +20,32 @@ namespace titans::core {
 // An Error where the bundle's input is of another kind: what is asked for is meant for `kind` alone.
 void require_input(const Manifest& manifest, InputKind kind);
 
-// Whoever calls functions of a stream that many threads may know holds it meanwhile, with a Stream::Use.
+// Whoever calls functions of a stream that many threads may know holds it meanwhile, with a Stream::Use, or with a
+// Stream::Claim where the state is not touched.
 class Stream : private Spillable {
  public:
-  // A call's hold on a stream: no other call is in it, and its state is in memory, for the life of the object.
-  class Use {
+  // No other call is in the stream for the life of the object.
+  class Claim {
    public:
     // TITANS_INVALID_ARGUMENT where another call is in it: of another thread, or the one that this is made within.
+    explicit Claim(const Stream& stream);
+    ~Claim();
+    Claim(const Claim&) = delete;
+    Claim& operator=(const Claim&) = delete;
+
+   private:
+    const Stream& stream_;
+  };
+  // The same, and the state is in memory.
+  class Use {
+   public:
     explicit Use(const Stream& stream);
     ~Use();
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
 
    private:
+    const Claim claim_;
     const Stream& stream_;
   };
 
@@ -100,6 +113,7 @@ class Stream : private Spillable {
   BufferSet checkpoint_buffers() const;
 
   Buffer* add_buffer(std::size_t state);
+  void drop_buffers(std::size_t kept) noexcept;
   using Mark = std::map<std::uint64_t, StreamState>::iterator;
   Mark find_mark(std::uint64_t position);
   void drop_marks(Mark first, Mark end);

@@ -191,8 +191,9 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
         }
         if (!again) report_progress(done + rows, count);
       }
+      const float* last = workspace.output(rows - 1, 1);
       if (guarded) guard_->remember(position_, sequence.tokens, sequence.vectors, count);
-      std::copy_n(workspace.output(rows - 1, 1), last_output_.size(), last_output_.begin());
+      std::copy_n(last, last_output_.size(), last_output_.begin());
     });
   } catch (const Error& error) {
     if (passage.checkpoint_moved) rebase_guard();

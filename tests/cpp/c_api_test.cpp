@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <thread>
 
@@ -331,9 +332,31 @@ TEST_F(CApiStream, GuardsAndProgress) {
     EXPECT_EQ(error.status(), TITANS_CANCELLED) << error.what();
   }
   stream.set_progress(nullptr);
+  // Calls within a call are refused.
+  struct Within {
+    Stream& stream;
+    std::size_t refused = 0;
+  } within{stream};
+  stream.set_progress(
+      [](void* user, std::uint64_t, std::uint64_t) {
+        auto& [own, refused] = *static_cast<Within*>(user);
+        const std::function<void()> calls[] = {[&] { own.marks(); }, [&] { own.freeze(); }, [&] { own.generate(); },
+                                               [&] { own.mark(); }, [&] { own.guard_report(); }};
+        for (const auto& call : calls) {
+          try {
+            call();
+          } catch (const Error& error) {
+            refused += error.status() == TITANS_INVALID_ARGUMENT ? 1 : 0;
+          }
+        }
+        return 0;
+      },
+      &within);
   stream.cancel();
   stream.feed_none({5});
   EXPECT_EQ(stream.position(), 4U);
+  EXPECT_EQ(within.refused, 5U);
+  EXPECT_TRUE(stream.learning());
 }
 
 TEST_F(CApiStream, Metrics) {

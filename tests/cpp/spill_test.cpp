@@ -16,6 +16,7 @@
 #include "batch.h"
 #include "fake_engine.h"
 #include "generator.h"
+#include "log.h"
 #include "packed_engine.h"
 #include "state_crypto.h"
 #include "stream.h"
@@ -236,6 +237,62 @@ TEST_P(SpillTest, ADiskThatIsFull) {
   EXPECT_EQ(feed(a, {5}), row(expected_logits({3, 1, 4, 1, 5}), 4));
   EXPECT_EQ(feed(b, {5}), row(expected_logits({2, 7, 5}), 2));
   EXPECT_EQ(feed(*c, {5}), row(expected_logits({6, 5}), 1));
+}
+
+// A stream beyond the budget that cannot be spilled as its call ends is logged. A log function may use the library.
+TEST_P(SpillTest, ALogFunctionMakesStreams) {
+  const auto session = open(1);
+  Stream a(session);
+  auto b = std::make_unique<Stream>(session);
+  std::vector<std::string> told;
+  const auto tell = [&](const std::string& message) {
+    told.push_back(message);
+    b.reset();
+  };
+  core::set_log(
+      [](void* user, std::int32_t, const char* message) { (*static_cast<decltype(tell)*>(user))(message); },
+      const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
+  ::signal(SIGXFSZ, SIG_IGN);
+  rlimit unlimited{};
+  ::getrlimit(RLIMIT_FSIZE, &unlimited);
+  rlimit full = unlimited;
+  full.rlim_cur = 1;
+  {
+    const Stream::Use one(a), other(*b);  // both in memory
+    ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  }
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  core::set_log(nullptr, nullptr, TITANS_LOG_WARNING);
+  ASSERT_EQ(told.size(), 1U);
+  EXPECT_NE(told[0].find("memory_budget"), std::string::npos);
+  EXPECT_EQ(session->metrics().resident_bytes.value(), bytes_);
+}
+
+// Of a guard's buffers that have no room none stays.
+TEST_P(SpillTest, AGuardThatHasNoRoom) {
+  const auto session = open(2);
+  Stream a(session), b(session);
+  feed(a, {3, 1, 4});
+  ::signal(SIGXFSZ, SIG_IGN);
+  rlimit unlimited{};
+  ::getrlimit(RLIMIT_FSIZE, &unlimited);
+  rlimit full = unlimited;
+  full.rlim_cur = 1;
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  titans_guard guard;
+  titans_guard_init(&guard);
+  const auto set = [&] {
+    const Stream::Use use(a);
+    a.set_guard(guard);
+  };
+  expect_error(TITANS_FAILED, {"memory_budget"}, set);
+  EXPECT_EQ(a.state_bytes(), bytes_);
+  EXPECT_EQ(session->metrics().state_bytes.value(), 2 * bytes_);
+  EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  set();
+  EXPECT_GT(a.state_bytes(), bytes_);
+  EXPECT_EQ(feed(a, {1}), row(expected_logits({3, 1, 4, 1}), 3));
 }
 
 TEST_P(SpillTest, AFileThatWasAlteredIsRefusedAndTheStreamIsNotLost) {

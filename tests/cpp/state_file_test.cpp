@@ -358,6 +358,42 @@ TEST_F(StateFileTest, ASizeBeyondThisModelIsNotRead) {
   refused(TITANS_FAILED, {"at most", "1099511627776"});
 }
 
+// A header of a million small values is refused as quickly as it is read: in time that grows with its length.
+TEST_F(StateFileTest, AHeaderOfManyValues) {
+  json header = this->header();
+  json& padding = header["__metadata__"]["pad"] = json::array();
+  for (int i = 0; i < 1'000'000; ++i) padding.push_back(json::object());
+  write_sealed(header, data());
+  EXPECT_NO_THROW(core::read_state(file_, nullptr));
+  header["__metadata__"]["pad"] = std::string(std::size_t{17} << 20, ' ');
+  write_sealed(header, data());
+  expect_error(TITANS_FAILED, {"header"}, [&] { core::read_state(file_, nullptr); });
+}
+
+TEST_F(StateFileTest, WhatReadersWithoutTheModelRelyOn) {
+  const auto refused_reading = [&](const json& header) {
+    write_sealed(header, data());
+    expect_error(TITANS_FAILED, {"damaged"}, [&] { core::read_state(file_, nullptr); });
+  };
+  for (const char* field : {"position", "learning", "model", "state"}) {
+    json header = this->header();
+    header["__metadata__"].erase(field);
+    refused_reading(header);
+  }
+  const json good = header();
+  json unknown = good;
+  unknown["another"] = {{"dtype", "F8_E5M2"}, {"shape", {0}}, {"data_offsets", {0, 0}}};
+  write_sealed(unknown, data());
+  expect_error(TITANS_FAILED, {"known types"}, [&] { core::read_state(file_, nullptr); });
+  unknown["another"]["dtype"] = "F32";
+  write_sealed(unknown, data());
+  expect_error(TITANS_FAILED, {"another beside them"}, [&] { core::read_state(file_, nullptr); });
+  json bare = good;
+  bare["__metadata__"]["state"] = "[]";
+  write_sealed(bare, data());
+  expect_error(TITANS_FAILED, {"beside them"}, [&] { core::read_state(file_, nullptr); });
+}
+
 TEST_F(StateFileTest, ASizeBeyondThisMachineIsNotRead) {
   std::filesystem::resize_file(file_, std::uintmax_t{1} << 43);
   expect_error(TITANS_FAILED, {"at most", "8796093022208"}, [&] { core::read_state(file_, nullptr); });

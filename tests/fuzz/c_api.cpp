@@ -530,7 +530,8 @@ class Caller {
       feed.capacity = buffers.back().size();
       items.push_back(feed);
     }
-    if (!items.empty() && choices_.byte() > 250) items[0].struct_size = choices_.byte();
+    // Never more than there is: that is what a size promises.
+    if (!items.empty() && choices_.byte() > 250) items[0].struct_size = choices_.below(sizeof(titans_feed));
     std::vector<titans_status> statuses(items.size());
     const bool told = choices_.byte() < 250;
     const titans_status status =

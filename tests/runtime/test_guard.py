@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -23,6 +25,8 @@ from onnx import numpy_helper
 from synthetic import Reference, Weights, write_bundle
 
 import titans_runtime as rt
+from titans_runtime._library import TokenPointer, lib
+from titans_runtime._progress import Watched
 
 ROOT = Path(__file__).parent.parent.parent
 FAILED, INVALID_ARGUMENT, CANCELLED = 1, 2, 5
@@ -350,6 +354,34 @@ def test_what_progress_raises_ends_the_call(session: rt.Session) -> None:
         stream.feed(range(15), progress=stop)
     assert stream.position == 0
     assert np.array_equal(stream.feed([1, 2, 3]), twin.feed([1, 2, 3]))
+
+
+def test_another_thread_comes_between(session: rt.Session) -> None:
+    """It may still have the function of a call that was refused meanwhile."""
+    stream = session.stream()
+    told: list[int] = []
+    watched = Watched(stream._open(), stream._watcher, lambda done, total: told.append(done))
+    done, count = ctypes.c_int(-1), ctypes.c_size_t()
+    tokens = np.zeros(LONG.size, np.int32)
+
+    def feed() -> None:
+        pointer = tokens.ctypes.data_as(TokenPointer)
+        done.value = lib.titans_stream_feed(stream._open(), pointer, tokens.size, 0, None, 0)
+
+    thread = threading.Thread(target=feed)
+    with watched:
+        thread.start()
+        # Only a call that is refused tells that the other one is in the stream.
+        while thread.is_alive() and lib.titans_stream_marks(stream._open(), None, 0, ctypes.byref(count)) == 0:
+            pass
+        assert thread.is_alive()
+    del watched
+    gc.collect()
+    thread.join()
+    assert done.value == 0 and told == []
+    assert stream.position == LONG.size
+    stream.feed([1, 2], progress=lambda done, total: told.append(done))
+    assert told[-1] == 2
 
 
 def test_another_thread_cancels_a_long_feed(session: rt.Session) -> None:

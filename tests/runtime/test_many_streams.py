@@ -11,6 +11,7 @@ import pytest
 from synthetic import Reference, Weights, write_bundle
 
 import titans_runtime as rt
+from titans_runtime._library import ProgressFunction, lib
 
 VOCAB = 16
 RANDOM = np.random.default_rng(3)
@@ -90,6 +91,18 @@ def test_what_fails_in_a_batch(batch_session: rt.Session, alone: list[Any]) -> N
     assert batch_session.step_batch([], []).shape == (0, VOCAB)
     assert batch_session.feed_batch([], [], logits="all") == []
     assert [stream.position for stream in (a, b, c)] == [1, 0, 1]
+
+
+def test_one_that_fails_midway_has_no_logits(batch_session: rt.Session, session: rt.Session) -> None:
+    good, bad = batch_session.stream(), batch_session.stream()
+    stop = ProgressFunction(lambda _user, done, _total: int(done > 8))
+    assert lib.titans_stream_set_progress(bad._open(), stop, None) == 0
+    with pytest.raises(rt.BatchError, match="stream 1 first") as caught:
+        batch_session.feed_batch([good, bad], [range(12), range(12)], logits="all")
+    assert isinstance(caught.value.logits, list)
+    np.testing.assert_array_equal(caught.value.logits[0], session.stream().feed(range(12)))
+    assert not caught.value.logits[1].any()
+    assert (good.position, bad.position) == (12, 0)
 
 
 def test_streams_of_another_session(batch_session: rt.Session, session: rt.Session) -> None:

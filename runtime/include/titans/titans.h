@@ -45,9 +45,9 @@ TITANS_API const char* titans_last_error(void);
 /* ---- log ---- */
 
 typedef enum titans_log_level {
-  TITANS_LOG_ERROR = 1,   /* a call of the backend failed */
-  TITANS_LOG_WARNING = 2, /* a guard took a chunk back */
-  TITANS_LOG_INFO = 3,    /* sessions opened and closed */
+  TITANS_LOG_ERROR = 1,   /* a call that consumes tokens failed */
+  TITANS_LOG_WARNING = 2, /* a guard took a chunk back; a stream could not be spilled */
+  TITANS_LOG_INFO = 3,    /* sessions opened */
   TITANS_LOG_DEBUG = 4    /* calls cancelled */
 } titans_log_level;
 
@@ -277,7 +277,7 @@ typedef struct titans_guard_report {
   float update_norm;      /* of the last: the largest of its layers and heads, which may be NaN */
   float surprise;         /* the same */
   uint64_t chunks;        /* looked at, of each memory */
-  float peak_update_norm; /* the largest of all chunks that were good: what limits are chosen by */
+  float peak_update_norm; /* the largest of all chunks that were looked at one by one, and good */
   float peak_surprise;    /* the same */
 } titans_guard_report;
 
@@ -286,8 +286,9 @@ TITANS_API titans_status titans_stream_guard_report(const titans_stream* stream,
 
 /* ---- progress and cancellation ---- */
 
-/* Called on the thread of the call, after each call of a graph, with the tokens consumed so far and in all. Anything
- * but 0 ends the call with TITANS_CANCELLED, and the stream is as it was before. It must not use the stream. */
+/* Called on the thread of the call, or in a batch on one of its threads, after each call of a graph, with the tokens
+ * consumed so far and in all. Anything but 0 ends the call with TITANS_CANCELLED, and the stream is as it was before.
+ * It must not use the stream. */
 typedef int (*titans_progress_function)(void* user, uint64_t done, uint64_t total);
 
 /* For all later calls on this stream; NULL: none, as in the beginning and in forks. `user` is passed on and remains the
@@ -332,11 +333,11 @@ typedef struct titans_feed {
 } titans_feed;
 
 /* Feeds `count` >= 0 streams at any positions, each its own sequence, side by side on batch_threads threads. Each
- * stream and its logits are bit by bit what its own call would have made of it. One that fails is as it was, as are its
- * logits, and stops no other: `statuses` (count of them, or NULL) has the status of each, and the call returns the
- * first that is not TITANS_OK with the text of that. TITANS_INVALID_ARGUMENT, and nothing has run, on NULL, a stream of
- * another session or one that is there twice, wrong sizes and choices; every status then says so. The caller owns all
- * that items point to. From any number of threads at once, each with streams of its own. */
+ * stream and its logits are bit by bit what its own call would have made of it. One that fails is as it was, what its
+ * logits hold is not defined, and it stops no other: `statuses` (count of them, or NULL) has the status of each, and
+ * the call returns the first that is not TITANS_OK with the text of that. TITANS_INVALID_ARGUMENT, and nothing has run,
+ * on NULL, a stream of another session or one that is there twice, wrong sizes and choices; every status then says so.
+ * The caller owns all that items point to. From any number of threads at once, each with streams of its own. */
 TITANS_API titans_status titans_session_feed_batch(titans_session* session, const titans_feed* items, size_t count,
                                                    titans_status* statuses);
 

@@ -62,6 +62,9 @@ def feed_batch(
     status = lib.titans_session_feed_batch(session, items, len(given), statuses)
     result = None if logits == "none" else one_for_all if logits == "last" else rows
     if status:
+        for out, own in zip(rows, statuses, strict=True):
+            if own:
+                out[:] = 0
         raise BatchError(lib.titans_last_error().decode("utf-8", "replace"), status, list(statuses), result)
     return result
 

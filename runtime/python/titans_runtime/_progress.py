@@ -14,6 +14,23 @@ from ._library import ProgressFunction, check, lib
 Progress: TypeAlias = Callable[[int, int], object]
 
 
+class Watcher:
+    """A stream's progress function of the C interface, of all its calls.
+
+    It lives as long as the stream: another thread's call that came between may still have it when ours has ended.
+    """
+
+    def __init__(self) -> None:
+        watching: dict[int, Watched] = {}  # by threads; a call is told of on its own
+
+        def tell(_user: int | None, done: int, total: int) -> int:
+            watched = watching.get(threading.get_ident())
+            return watched.tell(done, total) if watched is not None else 0
+
+        self.watching = watching
+        self.function = ProgressFunction(tell)
+
+
 class Watched:
     """A context for one call on the stream, of many tokens.
 
@@ -22,14 +39,14 @@ class Watched:
     where the handler of Ctrl-C runs; what that raises ends the call, too.
     """
 
-    def __init__(self, stream: ctypes.c_void_p, progress: Progress | None) -> None:
+    def __init__(self, stream: ctypes.c_void_p, watcher: Watcher, progress: Progress | None) -> None:
         self._stream = stream
+        self._watcher = watcher
         self._progress = progress
         self._raised: BaseException | None = None
         self._handler: Callable[[int, FrameType | None], object] | None = None
-        self._function = ProgressFunction(self._tell)
 
-    def _tell(self, _user: int | None, done: int, total: int) -> int:
+    def tell(self, done: int, total: int) -> int:
         try:
             if self._progress is not None and self._raised is None:
                 self._progress(done, total)
@@ -52,7 +69,8 @@ class Watched:
                 self._handler = handler
         if self._handler is None and self._progress is None:
             return
-        check(lib.titans_stream_set_progress(self._stream, self._function, None))
+        check(lib.titans_stream_set_progress(self._stream, self._watcher.function, None))
+        self._watcher.watching[threading.get_ident()] = self
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._interrupt)
 
@@ -62,9 +80,9 @@ class Watched:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if self._handler is not None or self._progress is not None:
+            self._watcher.watching.pop(threading.get_ident(), None)
+            # Refused where another thread is in the stream: it goes on being told nothing.
             lib.titans_stream_set_progress(self._stream, ProgressFunction(), None)
         raised, self._raised = self._raised, None
-        # The bound function and this object would keep each other, and the exception's frames, alive.
-        del self._function
         if raised is not None:
             raise raised from None

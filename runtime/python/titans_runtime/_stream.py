@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ._guard import GuardReport, guard_report, set_guard
 from ._library import INVALID_ARGUMENT, LOGITS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, lib
-from ._progress import Progress, Watched
+from ._progress import Progress, Watched, Watcher
 from ._state import Key, encode_path, state_options
 
 Tokens: TypeAlias = "bytes | bytearray | Sequence[int] | npt.NDArray[np.integer[Any]]"
@@ -41,6 +41,7 @@ class Stream:
     def __init__(self, handle: ctypes.c_void_p, form: StreamFormat) -> None:
         self._handle = handle
         self._form = form
+        self._watcher = Watcher()
         self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
 
     def feed(
@@ -67,7 +68,7 @@ class Stream:
             call, given = lib.titans_stream_feed, _tokens(rows)
         shape = {"all": (len(rows), size), "last": (size,), "none": (0,)}[logits]
         out = np.empty(shape, np.float32)
-        with Watched(self._open(), progress):
+        with Watched(self._open(), self._watcher, progress):
             check(call(self._open(), given, len(rows), LOGITS[logits], _floats(out), out.size))
         return None if logits == "none" else out
 
@@ -95,7 +96,7 @@ class Stream:
         self._require_tokens()
         ids = token_array(tokens)
         out = np.empty(ids.size, np.float32)
-        with Watched(self._open(), progress):
+        with Watched(self._open(), self._watcher, progress):
             check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
         return out
 
