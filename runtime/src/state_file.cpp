@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -421,12 +422,14 @@ void check_content(const StateFile& file, const std::string& name) {
     return JsonReader::parse(metadata.at("model").string(), name);
   });
   const std::vector<StateTensor> kept = read_header(name, [&] { return read_states(metadata, name); });
-  for (const StateTensor& state : kept) find_tensor(file, state.name, state, name);
+  std::unordered_set<std::string_view> known;
+  for (const StateTensor& state : kept) {
+    find_tensor(file, state.name, state, name);
+    known.insert(state.name);
+  }
   for (const auto& [tensor, view] : file.tensors) {
-    const bool known =
-        std::any_of(kept.begin(), kept.end(), [&](const StateTensor& one) { return one.name == tensor; });
     const bool output = tensor == kLastOutput && position > 0 && view.dtype == DType::kFloat32;
-    if (!known && !output) fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
+    if (known.count(tensor) == 0 && !output) fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
   }
 }
 

@@ -339,7 +339,8 @@ TEST_F(CApiStream, GuardsAndProgress) {
   } within{stream};
   stream.set_progress(
       [](void* user, std::uint64_t, std::uint64_t) {
-        auto& [own, refused] = *static_cast<Within*>(user);
+        auto& own = static_cast<Within*>(user)->stream;
+        std::size_t& refused = static_cast<Within*>(user)->refused;
         const std::function<void()> calls[] = {[&] { own.marks(); }, [&] { own.freeze(); }, [&] { own.generate(); },
                                                [&] { own.mark(); }, [&] { own.guard_report(); }};
         for (const auto& call : calls) {
