@@ -429,7 +429,8 @@ void check_content(const StateFile& file, const std::string& name) {
   }
   for (const auto& [tensor, view] : file.tensors) {
     const bool output = tensor == kLastOutput && position > 0 && view.dtype == DType::kFloat32;
-    if (known.count(tensor) == 0 && !output) fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
+    if (known.count(tensor) == 0 && !output)
+      fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
   }
 }
 
