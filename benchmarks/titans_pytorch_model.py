@@ -259,8 +259,9 @@ def make_weights(path: Path, config: str) -> None:
     torch.manual_seed(0)
     model = build(arguments_of(config))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("rotary_emb.freqs"):  # which are never trained
+                parameter += 0.02 * torch.randn_like(parameter)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
         torch.save(model.state_dict(), aside)
