@@ -41,6 +41,7 @@ HWY_AFTER_NAMESPACE();
 #include <mutex>
 
 #include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/subnormals.h"
 
 namespace titans::kernels {
 namespace {
@@ -164,6 +165,7 @@ class Kernel final : public CpuKernel {
     // Runs on a thread that knows no exceptions.
     static void run_head(void* context, std::size_t index) {
       Call& call = *static_cast<Call*>(context);
+      const FlushSubnormals flush;
       try {
         call.kernel.run_head(call.operands, static_cast<std::int64_t>(index));
       } catch (...) {
