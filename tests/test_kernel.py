@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import KINDS, Case, random_cuts, worst
-from kernel_runner import Target, run_kernel, targets
+from kernel_runner import Target, cpu_targets, run_kernel, targets
 from oracles import network, titans_stream
 from torch import Tensor
 
@@ -352,6 +352,26 @@ def test_activations_hold_over_the_whole_range(target: Target, tmp_path: Path) -
         assert float((error / (1e-6 + exact(z.double()).abs())).max()) < 2e-6
         poisoned = run_kernel(target, tmp_path, spec, rows, [{"q": torch.full((1, 1, 3, 1), math.nan)}], mode="read")
         assert torch.isnan(poisoned.y[0]).all()
+
+
+@pytest.mark.parametrize("target", cpu_targets())
+def test_a_memory_that_decays_has_no_subnormal_numbers(target: Target, tmp_path: Path) -> None:
+    """Processors compute with those many times slower. What becomes zero is at most 2^-126 away."""
+    least = torch.finfo(torch.float32).tiny
+    spec = SHAPES["linear-17"][0]
+    case = _case("linear-17", 2 * spec.chunk_size)
+    [call] = _calls(case, [case.length])
+    call |= {"step_size": torch.zeros_like(case.step_size), "forget_gate": torch.full_like(case.forget_gate, 0.5)}
+    sizes = torch.tensor([1e-20, 1e-30]).repeat(9)[:17]
+    weights = [torch.randn(w.shape).sign() * sizes for w in case.weights]
+    result = run_kernel(target, tmp_path, spec, initial_rows(spec, weights), [call])
+    fields = Layout.of(spec).unpack(result.state)
+    got = fields["W0"]
+    exact = weights[0].double() * 0.5**case.length
+    assert bool(((exact.abs() < least) & (exact != 0)).any() and (exact.abs() > least).any())
+    assert float((got.double() - exact).abs().max()) < max(least, 1e-5 * float(exact.abs().max()))
+    assert bool(((got == 0) | (got.abs() >= least)).all())
+    assert bool((got != 0).any())
 
 
 def test_a_target_of_another_machine_is_refused(tmp_path: Path) -> None:
