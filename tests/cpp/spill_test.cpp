@@ -249,9 +249,8 @@ TEST_P(SpillTest, ALogFunctionMakesStreams) {
     told.push_back(message);
     b.reset();
   };
-  core::set_log(
-      [](void* user, std::int32_t, const char* message) { (*static_cast<decltype(tell)*>(user))(message); },
-      const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
+  core::set_log([](void* user, std::int32_t, const char* message) { (*static_cast<decltype(tell)*>(user))(message); },
+                const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
   ::signal(SIGXFSZ, SIG_IGN);
   rlimit unlimited{};
   ::getrlimit(RLIMIT_FSIZE, &unlimited);
