@@ -240,14 +240,14 @@ TEST_P(SpillTest, ADiskThatIsFull) {
 }
 
 // A stream beyond the budget that cannot be spilled as its call ends is logged. A log function may use the library.
-TEST_P(SpillTest, ALogFunctionMakesStreams) {
+TEST_P(SpillTest, ALogFunctionClosesAStream) {
   const auto session = open(1);
-  Stream a(session);
-  auto b = std::make_unique<Stream>(session);
+  Stream a(session), b(session);
+  auto c = std::make_unique<Stream>(session);
   std::vector<std::string> told;
   const auto tell = [&](const std::string& message) {
     told.push_back(message);
-    b.reset();
+    c.reset();
   };
   core::set_log([](void* user, std::int32_t, const char* message) { (*static_cast<decltype(tell)*>(user))(message); },
                 const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
@@ -257,14 +257,15 @@ TEST_P(SpillTest, ALogFunctionMakesStreams) {
   rlimit full = unlimited;
   full.rlim_cur = 1;
   {
-    const Stream::Use one(a), other(*b);  // both in memory
+    const Stream::Use one(a), other(b);  // both in memory, and c is not
     ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
   }
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
   core::set_log(nullptr, nullptr, TITANS_LOG_WARNING);
-  ASSERT_EQ(told.size(), 1U);
+  ASSERT_EQ(told.size(), 2U);
   EXPECT_NE(told[0].find("memory_budget"), std::string::npos);
-  EXPECT_EQ(session->metrics().resident_bytes.value(), bytes_);
+  EXPECT_EQ(session->metrics().streams.value(), 2U);
+  EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
 }
 
 // Of a guard's buffers that have no room none stays.
