@@ -8,6 +8,7 @@
 #include <chrono>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -55,6 +56,24 @@ std::vector<float> row(const std::vector<float>& logits, std::size_t index) {
           logits.begin() + static_cast<std::ptrdiff_t>((index + 1) * kVocab)};
 }
 
+// While it lives files have room for no more than a byte.
+class FullDisk {
+ public:
+  FullDisk() {
+    ::signal(SIGXFSZ, SIG_IGN);
+    EXPECT_EQ(::getrlimit(RLIMIT_FSIZE, &before_), 0);
+    rlimit full = before_;
+    full.rlim_cur = 1;
+    EXPECT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  }
+  ~FullDisk() { EXPECT_EQ(::setrlimit(RLIMIT_FSIZE, &before_), 0); }
+  FullDisk(const FullDisk&) = delete;
+  FullDisk& operator=(const FullDisk&) = delete;
+
+ private:
+  rlimit before_{};
+};
+
 class SpillTest : public testing::TestWithParam<std::vector<bool>> {
  protected:
   SpillTest() {
@@ -63,9 +82,9 @@ class SpillTest : public testing::TestWithParam<std::vector<bool>> {
     bytes_ = GetParam()[0] ? kStreamBytesInPlace : kStreamBytes;
   }
 
-  std::shared_ptr<core::Session> open(std::uint64_t streams) {
+  std::shared_ptr<core::Session> open(std::uint64_t streams, std::uint64_t more = 0) {
     core::SessionOptions options;
-    options.memory_budget = streams * bytes_;
+    options.memory_budget = streams * bytes_ + more;
     options.spill_dir = spill_.path();
     return open_fake_session(bundle_.path(), control_, options);
   }
@@ -198,28 +217,23 @@ TEST_P(SpillTest, FilesCannotBeReadByOthers) {
   EXPECT_EQ(read_file(files[0]).substr(0, 8), "TITANSE1");
 }
 
-// Room for files of no more than a byte: what wants room fails, and nothing is lost.
+// What wants room fails, and nothing is lost.
 TEST_P(SpillTest, ADiskThatIsFull) {
   const auto session = open(2);
   Stream a(session), b(session);
   feed(a, {3, 1, 4});
   feed(b, {2, 7});
-  ::signal(SIGXFSZ, SIG_IGN);
-  rlimit unlimited{};
-  ::getrlimit(RLIMIT_FSIZE, &unlimited);
-  rlimit full = unlimited;
-  full.rlim_cur = 1;
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  std::optional<FullDisk> full(std::in_place);
   const auto another = [&] { Stream c(session); };
   expect_error(TITANS_FAILED, {"[spill]", "memory_budget", "no stream has changed"}, another);
   EXPECT_EQ(feed(a, {1}), row(expected_logits({3, 1, 4, 1}), 3));
   EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
   EXPECT_TRUE(list(spill_.path()).empty());
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  full.reset();
   another();
   auto c = std::make_unique<Stream>(session);
   feed(*c, {6});
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  full.emplace();
   // One of a and b has gone; it stays where it is until there is room.
   const std::size_t spilled = list(spill_.path()).size();
   EXPECT_EQ(spilled, 1U);
@@ -233,7 +247,7 @@ TEST_P(SpillTest, ADiskThatIsFull) {
     }
   }
   EXPECT_EQ(failed, 1U);
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  full.reset();
   EXPECT_EQ(feed(a, {5}), row(expected_logits({3, 1, 4, 1, 5}), 4));
   EXPECT_EQ(feed(b, {5}), row(expected_logits({2, 7, 5}), 2));
   EXPECT_EQ(feed(*c, {5}), row(expected_logits({6, 5}), 1));
@@ -251,16 +265,12 @@ TEST_P(SpillTest, ALogFunctionClosesAStream) {
   };
   core::set_log([](void* user, std::int32_t, const char* message) { (*static_cast<decltype(tell)*>(user))(message); },
                 const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
-  ::signal(SIGXFSZ, SIG_IGN);
-  rlimit unlimited{};
-  ::getrlimit(RLIMIT_FSIZE, &unlimited);
-  rlimit full = unlimited;
-  full.rlim_cur = 1;
+  std::optional<FullDisk> full;
   {
     const Stream::Use one(a), other(b);  // both in memory, and c is not
-    ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+    full.emplace();
   }
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  full.reset();
   core::set_log(nullptr, nullptr, TITANS_LOG_WARNING);
   ASSERT_EQ(told.size(), 2U);
   EXPECT_NE(told[0].find("memory_budget"), std::string::npos);
@@ -268,17 +278,12 @@ TEST_P(SpillTest, ALogFunctionClosesAStream) {
   EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
 }
 
-// Of a guard's buffers that have no room none stays.
+// The first of a guard's two buffers has room and the second has not: none stays.
 TEST_P(SpillTest, AGuardThatHasNoRoom) {
-  const auto session = open(2);
+  const auto session = open(2, 16);
   Stream a(session), b(session);
   feed(a, {3, 1, 4});
-  ::signal(SIGXFSZ, SIG_IGN);
-  rlimit unlimited{};
-  ::getrlimit(RLIMIT_FSIZE, &unlimited);
-  rlimit full = unlimited;
-  full.rlim_cur = 1;
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &full), 0);
+  std::optional<FullDisk> full(std::in_place);
   titans_guard guard;
   titans_guard_init(&guard);
   const auto set = [&] {
@@ -289,7 +294,7 @@ TEST_P(SpillTest, AGuardThatHasNoRoom) {
   EXPECT_EQ(a.state_bytes(), bytes_);
   EXPECT_EQ(session->metrics().state_bytes.value(), 2 * bytes_);
   EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
-  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+  full.reset();
   set();
   EXPECT_GT(a.state_bytes(), bytes_);
   EXPECT_EQ(feed(a, {1}), row(expected_logits({3, 1, 4, 1}), 3));
