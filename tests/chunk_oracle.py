@@ -292,9 +292,15 @@ class ChunkCase:
         ends = [sum(cuts[: i + 1]) for i in range(len(cuts))]
         return [self.call(end - cut, end) for cut, end in zip(cuts, ends, strict=True)]
 
-    def stream(self, b: int, h: int, dtype: torch.dtype = torch.float64, **how: Any) -> Stream:
-        """The oracle's."""
+    def stream(
+        self, b: int, h: int, dtype: torch.dtype = torch.float64, jitter: int | None = None, **how: Any
+    ) -> Stream:
+        """The oracle's. jitter: seed of the signs of 2^-24, by which each initial weight is off."""
         inputs = {name: value[b, h].to(dtype) for name, value in self.inputs.items()}
         if self.norm_scale is not None:
             inputs["norm_scale"] = self.norm_scale[h].to(dtype)
-        return run_stream(self.node, inputs, self.weights[b, h].to(dtype), **how)
+        weights = self.weights[b, h]
+        if jitter is not None:
+            draw = torch.Generator().manual_seed(jitter)
+            weights = weights * (1 + 2.0**-24 * (2 * torch.randint(2, weights.shape, generator=draw) - 1))
+        return run_stream(self.node, inputs, weights.to(dtype), **how)

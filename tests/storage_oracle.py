@@ -40,6 +40,11 @@ def magnitudes(storage: str) -> NDArray[np.float64]:
     return np.append(found, 2 * found[-1] - found[-2])
 
 
+def flushed(x: Tensor) -> Tensor:
+    """Without subnormal numbers of float32, which the CPU's kernel takes and gives as zero (docs/operator.md)."""
+    return torch.where(x.abs() < 2.0**-126, torch.zeros_like(x), x)
+
+
 def mix(x: Any) -> Any:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
     x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
@@ -180,22 +185,22 @@ class Kept:
 
     def _with_errors(self, letter: str, values: list[Tensor]) -> list[Tensor]:
         errors = [self.values(f"E{letter}{i}").reshape(x.shape) for i, x in enumerate(values)]
-        return [(x.float() + e.float()).double() for x, e in zip(values, errors, strict=True)]
+        return [flushed(x.float() + e.float()).double() for x, e in zip(values, errors, strict=True)]
 
     def values(self, name: str) -> Tensor:
-        return torch.from_numpy(self.fields[name].values(self.storage))
+        return flushed(torch.from_numpy(self.fields[name].values(self.storage)))
 
     def _keep(self, letter: str, values: list[Tensor], noisy: bool = True) -> list[Tensor]:
         out = []
         for i, value in enumerate(values):
-            x = value.float().reshape(-1, value.shape[-1]).numpy()
+            x = flushed(value.float()).reshape(-1, value.shape[-1]).numpy()
             noise = None
             if noisy and self.rounding == "stochastic":
                 noise = uniforms(self.seed, self.head, i, letter == "S", self.folds, x.size)
             self.fields[f"{letter}{i}"] = kept = round_field(x, self.storage, noise)
             stored = kept.values(self.storage)
             if self.rounding == "feedback":
-                lost = x - stored.astype(np.float32)
-                self.fields[f"E{letter}{i}"] = round_field(lost, self.storage)
+                lost = flushed(torch.from_numpy(x - stored.astype(np.float32)))
+                self.fields[f"E{letter}{i}"] = round_field(lost.numpy(), self.storage)
             out.append(torch.from_numpy(stored).reshape(value.shape))
         return out

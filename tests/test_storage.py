@@ -26,6 +26,7 @@ from storage_oracle import (
     decode,
     encode,
     field_words,
+    flushed,
     magnitudes,
     round_field,
     uniforms,
@@ -203,7 +204,7 @@ BLOCK_OF_ZEROS = 32
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() + b.float()).double()
+    return flushed(flushed(a.float()) + flushed(b.float())).double()
 
 
 SHAPES = {
