@@ -19,7 +19,6 @@
 #include "json_reader.h"
 #include "safetensors.h"
 #include "state_convert.h"
-#include "wipe.h"
 #include "xxh3.h"
 
 namespace titans::core {
@@ -48,22 +47,14 @@ std::string name_of(const std::filesystem::path& path) { return path.filename().
 
 class Hash {
  public:
-  Hash() : state_(XXH3_createState()) {
-    if (state_ == nullptr) throw std::bad_alloc();
-    XXH3_128bits_reset(state_);
-  }
-  ~Hash() {
-    wipe(state_, sizeof(*state_));  // it has some of what was hashed
-    XXH3_freeState(state_);
-  }
-  Hash(const Hash&) = delete;
-  Hash& operator=(const Hash&) = delete;
+  Hash() : state_(1) { XXH3_128bits_reset(state_.data()); }
 
-  void update(const void* data, std::size_t bytes) { XXH3_128bits_update(state_, data, bytes); }
-  std::string digits() const { return hex_digits(XXH3_128bits_digest(state_)); }
+  void update(const void* data, std::size_t bytes) { XXH3_128bits_update(state_.data(), data, bytes); }
+  std::string digits() const { return hex_digits(XXH3_128bits_digest(state_.data())); }
 
  private:
-  XXH3_state_t* state_;
+  // It has some of what was hashed.
+  std::vector<XXH3_state_t, WipingAllocator<XXH3_state_t>> state_;
 };
 
 // ---- what is written ----

@@ -13,6 +13,7 @@
 #include <gtest/gtest.h>
 
 #include "fake_engine.h"
+#include "sampler.h"
 #include "state_file.h"
 #include "stream.h"
 #include "test_bundle.h"
@@ -167,6 +168,17 @@ TEST(Wipe, WhatTheCoreKeepsAndCopies) {
     }
     EXPECT_GT(session->metrics().spilled.value(), 10U);
   }
+  EXPECT_EQ(Look::times(), 0U);
+}
+
+TEST(Wipe, WhatTheSamplerWeighs) {
+  std::vector<float> logits(64);
+  fill(logits);
+  core::Sampling sampling;
+  sampling.top_k = 8;
+  sampling.top_p = 0.9;
+  const Look look;
+  core::Sampler(sampling).sample(logits, 0);
   EXPECT_EQ(Look::times(), 0U);
 }
 

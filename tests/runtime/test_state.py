@@ -479,6 +479,9 @@ def test_what_cannot_be_written_is_told(killing: dict[str, Any]) -> None:
         assert "No space left on device" in failures[errno.ENOSPC, kind]
         assert "; do make room" in failures[errno.ENOSPC, kind]
     assert "Input/output error" in failures[errno.EIO, "r"]
+    file, folder = (message for *call, message in killing["fail"]["outcomes"] if call == [errno.EIO, "s"])
+    assert "the file that was there before is whole" in file
+    assert "a folder that reaches the disk" in folder and "the new file is in its place" in folder
     assert failures[errno.EINTR, "w"] == failures[0, "w"] == "", "an interrupted or cut call is made again"
     message = killing["limit"]["message"]
     assert "[user.tstate]" in message and "File too large" in message and "the file that was there" in message
