@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ._library import INVALID_ARGUMENT, LOGITS, Error, Feed, FloatPointer, TokenPointer, lib
+from ._progress import cancelling
 from ._stream import Floats, Stream, StreamFormat, Tokens, Vectors, token_array, vector_array
 
 
@@ -59,13 +60,20 @@ def feed_batch(
         item.logits = out.ctypes.data_as(FloatPointer)
         item.capacity = out.size * room
     statuses = (ctypes.c_int * len(given))()
-    status = lib.titans_session_feed_batch(session, items, len(given), statuses)
+
+    def run() -> tuple[int, str]:
+        status = lib.titans_session_feed_batch(session, items, len(given), statuses)
+        return status, lib.titans_last_error().decode("utf-8", "replace")
+
+    # A thread takes longer than a token.
+    long = any(len(sequence) > 1 for sequence in given)
+    status, message = cancelling(run, [stream._open() for stream in streams]) if long else run()
     result = None if logits == "none" else one_for_all if logits == "last" else rows
     if status:
         for out, own in zip(rows, statuses, strict=True):
             if own:
                 out[:] = 0
-        raise BatchError(lib.titans_last_error().decode("utf-8", "replace"), status, list(statuses), result)
+        raise BatchError(message, status, list(statuses), result)
     return result
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType, TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from ._library import ProgressFunction, check, lib
 
 Progress: TypeAlias = Callable[[int, int], object]
+T = TypeVar("T")
 
 
 class Watcher:
@@ -86,3 +88,22 @@ class Watched:
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised from None
+
+
+def cancelling(call: Callable[[], T], streams: Sequence[ctypes.c_void_p]) -> T:
+    """The result of ``call``, which works on these streams. Ctrl-C on the main thread cancels what runs on them.
+
+    There the call goes to a thread of its own, so that Python answers signals meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(call)
+        try:
+            return running.result()
+        except BaseException:
+            while not running.done():
+                for stream in streams:
+                    lib.titans_stream_cancel(stream)
+                wait([running], timeout=0.01)  # and again: a stream whose turn has not come knows of no cancellation
+            raise

@@ -103,7 +103,7 @@ class Session:
         """Feeds each stream a sequence of its own, of any length, side by side.
 
         Returns the logits after the last of each, (B, vocab), a list with those after each, (T, vocab), or None. Fails
-        as :meth:`step_batch` does.
+        as :meth:`step_batch` does. Ctrl-C ends it: streams that were done have gone on, the others are as they were.
         """
         return feed_batch(self._open(), self._format(), streams, sequences, logits)
 
