@@ -125,9 +125,10 @@ def kill_at_random(work: Path, kills: int, seed: int = 0) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        print(json.dumps(kill_at_random(Path(work), arguments.kills)))
+        print(json.dumps(kill_at_random(Path(work), arguments.kills, arguments.seed)))
 
 
 if __name__ == "__main__":
