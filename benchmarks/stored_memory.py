@@ -2,8 +2,8 @@
 
     python -m benchmarks.stored_memory -o benchmarks/results/cpu-stored-memory-DATE.json
 
-Storages, roundings and instruction sets take turns. "within" is the median of tokens that complete no chunk, "mean" that
-of whole chunks, their end included, a token.
+Storages, roundings and instruction sets take turns. "within" is the median of tokens that complete no chunk, "mean"
+that of whole chunks, their end included, a token.
 """
 
 from __future__ import annotations
