@@ -47,10 +47,11 @@ def feed_batch(
     if logits == "all":
         rows = [np.zeros((len(sequence), size), np.float32) for sequence in given]
     room = 0 if logits == "none" else 1
+    handles = [stream._open() for stream in streams]
     items = (Feed * len(given))()
-    for item, stream, sequence, out in zip(items, streams, given, rows, strict=True):
+    for item, handle, sequence, out in zip(items, handles, given, rows, strict=True):
         item.struct_size = ctypes.sizeof(Feed)
-        item.stream = stream._open()
+        item.stream = handle
         if vectors:
             item.vectors = sequence.ctypes.data_as(FloatPointer)
         else:
@@ -67,7 +68,7 @@ def feed_batch(
 
     # A thread takes longer than a token.
     long = any(len(sequence) > 1 for sequence in given)
-    status, message = cancelling(run, [stream._open() for stream in streams]) if long else run()
+    status, message = cancelling(run, handles) if long else run()
     result = None if logits == "none" else one_for_all if logits == "last" else rows
     if status:
         for out, own in zip(rows, statuses, strict=True):

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TypeAlias, TypeVar
 
@@ -105,5 +106,7 @@ def cancelling(call: Callable[[], T], streams: Sequence[ctypes.c_void_p]) -> T:
             while not running.done():
                 for stream in streams:
                     lib.titans_stream_cancel(stream)
-                wait([running], timeout=0.01)  # and again: a stream whose turn has not come knows of no cancellation
+                # And again, as a stream whose turn has not come knows of no cancellation, however often Ctrl-C comes.
+                with suppress(KeyboardInterrupt):
+                    wait([running], timeout=0.01)
             raise
