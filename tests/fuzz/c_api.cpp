@@ -174,6 +174,7 @@ class Caller {
     for (std::size_t step = 0; step < kMostSteps && choices_.any_left(); ++step) {
       act();
       for (const Handle& handle : handles_) verify(handle);
+      if (touched_ != nullptr) read(*touched_);
       if (step % kStepsBetweenReads == kStepsBetweenReads - 1) read_all();
     }
     read_all();
@@ -204,12 +205,11 @@ class Caller {
 
   // Brings back what is spilled, which takes most of the time of all that is done here.
   void read_all() {
-    for (const Handle& handle : handles_) {
-      if (handle.model.known) read(handle);
-    }
+    for (const Handle& handle : handles_) read(handle);
   }
 
   void read(const Handle& handle) {
+    if (!handle.model.known) return;
     std::array<float, kMemoryFloats> found{};
     check(ok(titans_stream_memory_read(handle.stream, 0, found.data(), 2)), "W0");
     check(ok(titans_stream_memory_read(handle.stream, 1, found.data() + 2, 2)), "S0");
@@ -217,8 +217,11 @@ class Caller {
   }
 
   Place any() {
+    touched_ = nullptr;
     if (handles_.empty()) return handles_.end();
-    return std::next(handles_.begin(), static_cast<std::ptrdiff_t>(choices_.below(handles_.size())));
+    const Place place = std::next(handles_.begin(), static_cast<std::ptrdiff_t>(choices_.below(handles_.size())));
+    touched_ = &*place;
+    return place;
   }
 
   // NULL now and then.
@@ -297,6 +300,7 @@ class Caller {
   }
 
   void destroy(Place place) {
+    if (touched_ == &*place) touched_ = nullptr;
     for (titans_generator* generator : place->generators) titans_generator_destroy(generator);
     titans_stream_destroy(place->stream);
     handles_.erase(place);
@@ -744,6 +748,7 @@ class Caller {
   Choices choices_;
   Sessions& sessions_;
   std::list<Handle> handles_;
+  const Handle* touched_ = nullptr;  // of handles_, the last that any() has given
   std::map<std::filesystem::path, Saved> saved_;
   std::size_t messages_ = 0;
 };
