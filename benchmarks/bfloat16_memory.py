@@ -5,8 +5,8 @@
 Two measurements over the same tokens, line by line along the stream:
 
 - the whole model in PyTorch, once as it is and once with W and S rounded to bfloat16 after each chunk (what the kernel
-  does with storage "bfloat16", to which tests/test_kernel.py holds it): bits per byte, and how far logits are apart;
-- each memory layer by itself: the operands that the unrounded model gave it go through the CPU kernel in either storage
+  does with bfloat16 memories, see tests/test_kernel.py): bits per byte, and how far logits are apart;
+- each memory layer by itself: the operands that the unrounded model gave it go through the CPU kernel in either dtype
   and through the reference in float64: relative error of retrievals y (root mean square) and of W.
 
 Without --text the stream is the standard library's sources, as in benchmarks.long_stream.
@@ -79,9 +79,9 @@ def bits(logits: Tensor, following: Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits, following, reduction="sum")) / math.log(2)
 
 
-def pack_rows(spec: MemorySpec, rows: Tensor, storage: str) -> Tensor:
-    """Float32 rows of a fresh memory as the kernel takes them in that storage."""
-    if storage == "float32":
+def pack_rows(spec: MemorySpec, rows: Tensor, memory_dtype: str) -> Tensor:
+    """Float32 rows of a fresh memory as the kernel takes them in that memory_dtype."""
+    if memory_dtype == "float32":
         return rows
     count = 2 * spec.weights
     words = rows[..., :count].to(torch.bfloat16).contiguous().view(torch.float32)
@@ -90,14 +90,14 @@ def pack_rows(spec: MemorySpec, rows: Tensor, storage: str) -> Tensor:
     return packed[..., : -(-used // 16) * 16].contiguous()
 
 
-def run_kernel(spec: MemorySpec, rows: Tensor, recorded: Recorded, storage: str) -> tuple[Tensor, Tensor]:
+def run_kernel(spec: MemorySpec, rows: Tensor, recorded: Recorded, memory_dtype: str) -> tuple[Tensor, Tensor]:
     """y of all tokens (1, H, T, D) and the last W (1, H, weights), float32, from the CPU kernel."""
-    tensors, calls = {"state": pack_rows(spec, rows, storage)}, 0
+    tensors, calls = {"state": pack_rows(spec, rows, memory_dtype)}, 0
     for start in range(0, len(recorded["q"]), CHUNKS_PER_CALL):
         for name in OPERANDS:
             tensors[f"{calls}.{name}"] = torch.cat(recorded[name][start : start + CHUNKS_PER_CALL], 2).contiguous()
         calls += 1
-    node = {**attributes(spec, "update", True), "storage": storage}
+    node = {**attributes(spec, "update", True), "memory_dtype": memory_dtype}
     with tempfile.TemporaryDirectory(prefix="titans-bench-") as folder:
         case, out = Path(folder, "case.safetensors"), Path(folder, "out.bin")
         save_file(tensors, case, {"calls": str(calls), "attributes": json.dumps(node)})
@@ -109,7 +109,7 @@ def run_kernel(spec: MemorySpec, rows: Tensor, recorded: Recorded, storage: str)
         y.append(values[at : at + shape.numel()].reshape(shape))
         at += shape.numel() + shape[0] * shape[1] * 4
     state = values[at:].reshape(tensors["state"].shape)
-    if storage == "bfloat16":
+    if memory_dtype == "bfloat16":
         weights = state[..., : spec.weights // 2].contiguous().view(torch.bfloat16).float()
     else:
         weights = state[..., : spec.weights]
@@ -167,16 +167,19 @@ def measure(model: Any, tokens: Tensor, window: int) -> tuple[list[dict[str, Any
     for i, name in enumerate(fresh):
         recorded = {operand: [call[operand] for call in calls[i :: len(fresh)]] for operand in OPERANDS}
         right_y, right_w = run_reference(spec, fresh[name], recorded)
-        found = {storage: run_kernel(spec, fresh[name], recorded, storage) for storage in ("float32", "bfloat16")}
+        found = {
+            memory_dtype: run_kernel(spec, fresh[name], recorded, memory_dtype)
+            for memory_dtype in ("float32", "bfloat16")
+        }
         layers[name] = {
-            storage: {
+            memory_dtype: {
                 "y_by_window": [
                     relative(y[:, :, start : start + window], right_y[:, :, start : start + window])
                     for start in range(0, y.shape[2] - window + 1, window)
                 ],
                 "w_at_the_end": relative(w, right_w),
             }
-            for storage, (y, w) in found.items()
+            for memory_dtype, (y, w) in found.items()
         }
     return lines, layers
 

@@ -16,9 +16,9 @@ import torch
 from benchmarks import costs
 from benchmarks.case import Case
 from benchmarks.reference import TOLERANCE
-from titans_export.model.node import attributes, storage_attributes
+from titans_export.model.memory_dtype import pack_row
+from titans_export.model.node import attributes, memory_dtype_attributes
 from titans_export.model.operator import STATS, Layout, initial_rows
-from titans_export.model.storage import pack_row
 
 MLP, LINEAR = (64, 256, 64), (64, 64)
 CHUNK = 64
@@ -41,7 +41,7 @@ class Row:
 
     case: Case
     values: str
-    storage: str
+    memory_dtype: str
     bound_by: str
     reach_share: float | None = None
     reach_us_per_chunk: float | None = None
@@ -49,22 +49,22 @@ class Row:
 
     @property
     def name(self) -> str:
-        stored = "" if self.storage == "float32" else f"-stored-{self.storage}"
+        stored = "" if self.memory_dtype == "float32" else f"-stored-{self.memory_dtype}"
         rounded = "" if self.rounding == "nearest" else f"-{self.rounding}"
         return f"{self.case.name}-{self.values}{stored}{rounded}"
 
     @property
-    def node_storage(self) -> dict[str, Any]:
+    def node_memory_dtype(self) -> dict[str, Any]:
         """What the node's attributes have of it."""
-        return storage_attributes(self.storage, self.rounding, SEED if self.rounding == "stochastic" else 0)
+        return memory_dtype_attributes(self.memory_dtype, self.rounding, SEED if self.rounding == "stochastic" else 0)
 
     @property
     def tolerance(self) -> float:
-        return max(TOLERANCES[self.values], STORED[self.storage])
+        return max(TOLERANCES[self.values], STORED[self.memory_dtype])
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.case.spec, self.storage, self.rounding)
+        return Layout.of(self.case.spec, self.memory_dtype, self.rounding)
 
     @property
     def flop_per_pass(self) -> float:
@@ -119,7 +119,10 @@ def sanitizer_rows() -> list[Row]:
             chunk = 8 if widths[0] < 64 else 16
             case = Case(f"{kind}-{'x'.join(map(str, widths))}", kind, widths, 2, 2, chunk, 2 * chunk, threads=0)
             found += [Row(case, values, "float32", "copy") for values in ("float32", "bfloat16")]
-            found += [Row(case, "float32", "int8", "copy"), Row(case, "float32", "fp8", "copy", rounding="feedback")]
+            found += [
+                Row(case, "float32", "int8", "copy"),
+                Row(case, "float32", "fp8", "copy", rounding="error_feedback"),
+            ]
             found.append(Row(case, "float32", "bfloat16", "copy", rounding="stochastic"))
     return found
 
@@ -138,7 +141,7 @@ def write_case(row: Row, path: Path) -> None:
         tensors |= {f"{call}.{name}": value[:, :, part].contiguous() for name, value in operands.items()}
         if calls > 1:
             tensors[f"{call}.fill"] = torch.full((case.streams,), call % case.chunk, dtype=torch.int64)
-    node = {**attributes(case.spec, "update", calls == 1), **row.node_storage}
+    node = {**attributes(case.spec, "update", calls == 1), **row.node_memory_dtype}
     save_file(tensors, path, {"calls": str(calls), "attributes": json.dumps(node)})
 
 
@@ -152,7 +155,7 @@ def read_answer(row: Row, path: Path) -> dict[str, Any]:
         y.append(values[at : at + size].reshape(*lead, tokens, width))
         at += size + int(np.prod(lead)) * len(STATS)
     found = {"y": np.concatenate(y, 2)}
-    if row.storage == "float32":
+    if row.memory_dtype == "float32":
         fields = Layout.of(case.spec).unpack(torch.from_numpy(values[at:].reshape(_initial(row).shape)))
         found |= {name: field.numpy() for name, field in fields.items() if name[0] in "WS"}
     return found
@@ -162,7 +165,7 @@ def _initial(row: Row) -> torch.Tensor:
     """Packed rows of a fresh memory."""
     spec, layout = row.case.spec, row.layout
     packed = initial_rows(spec, [torch.from_numpy(value) for value in row.case.data.weights])
-    if row.storage == "float32":
+    if row.memory_dtype == "float32":
         return packed.contiguous()
     fields = {name: value.numpy() for name, value in Layout.of(spec).unpack(packed.float()).items()}
     return torch.from_numpy(pack_row(fields, layout.to_json(), layout.size))

@@ -172,7 +172,7 @@ def time_row(row: Row, program: Path, limits: dict[str, float], until: float) ->
         "name": row.name,
         **{key: value for key, value in dataclasses.asdict(row.case).items() if key not in ("name", "threads")},
         "values": row.values,
-        "storage": row.storage,
+        "memory_dtype": row.memory_dtype,
         "rounding": row.rounding,
         "contenders": ours + theirs,
         **verdict(row, ours, theirs, limits),

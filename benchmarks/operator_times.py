@@ -119,7 +119,7 @@ def _without_warm_up(events: list[dict[str, Any]], calls: int) -> dict[str, tupl
 def schedule(bundle: Bundle, position: int, count: int) -> list[tuple[str, int]]:
     """The calls, graph and position, that a feed of `count` tokens makes."""
     graphs = [
-        Graph(g["name"], g["tokens"], g["align"], tuple(g.get("phases", (0,)))) for g in bundle.manifest["graphs"]
+        Graph(g["name"], g["tokens"], g["stride"], tuple(g.get("offsets", (0,)))) for g in bundle.manifest["graphs"]
     ]
     calls, end = [], position + count
     while position < end:
@@ -134,7 +134,7 @@ def profile(bundle: Bundle, threads: int, prompt_tokens: int) -> dict[str, Any]:
     prompt of so many tokens: microseconds a call, by group and by operator.
     """
     largest = max(graph["tokens"] for graph in bundle.manifest["graphs"])
-    period = max(graph["align"] for graph in bundle.manifest["graphs"])
+    period = max(graph["stride"] for graph in bundle.manifest["graphs"])
     start = prompt_tokens // period * period
     tokens = [call for at in range(start, start + period) for call in schedule(bundle, at, 1)]
     plans = {"prefill": (schedule(bundle, 0, largest), 1), "decode": (tokens, period)}

@@ -91,7 +91,7 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
 def period_of(bundle: Bundle) -> int:
     """After so many positions every chunk and segment of the bundle has ended once, and every graph has run."""
     graphs: list[dict[str, int]] = bundle.manifest["graphs"]
-    return max(math.lcm(*(graph["align"] for graph in graphs)), *(graph["tokens"] for graph in graphs))
+    return max(math.lcm(*(graph["stride"] for graph in graphs)), *(graph["tokens"] for graph in graphs))
 
 
 def check_enough(bundle: Bundle, data: Data) -> None:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from ..engines.graphs import is_memory, names_read, subgraphs
+from ..model.memory_dtype import pack_row, stored_layout, unpack_row
 from ..model.node import DOMAIN, OPERATOR
-from ..model.storage import pack_row, stored_layout, unpack_row
 from .products import QuantiseError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _STATE, _STATE_OUT = 0, 1  # a node's rows, in and out
 def store_memories(
     models: Mapping[str, ModelProto], state: Sequence[Mapping[str, Any]], memory: MemoryRecipe
 ) -> list[dict[str, Any]]:
-    """Changes the graphs to the recipe's storage, and returns the manifest's state as it is then.
+    """Changes the graphs to the recipe's memory_dtype, and returns the manifest's state as it is then.
 
     Raises QuantiseError where a memory is not the operator's own.
     """
@@ -34,7 +34,7 @@ def store_memories(
             continue
         if not entry.get("layout"):
             raise _foreign(entry["name"], "one without a layout")
-        layout, size = stored_layout(entry["layout"], memory.storage, memory.rounding)
+        layout, size = stored_layout(entry["layout"], memory.dtype, memory.rounding)
         result.append({**entry, "shape": [*entry["shape"][:-1], size], "layout": layout})
     sizes = {entry["input"]: entry["shape"][-1] for entry in result if entry["role"] == "memory"}
     if not sizes:
@@ -59,7 +59,7 @@ def store_rows(
 
 def _foreign(name: str, got: str) -> QuantiseError:
     return QuantiseError(
-        "quantize", f"the memory {name} to be the operator NeuralMemory's", got, 'take memory.storage "float32"'
+        "quantize", f"the memory {name} to be the operator NeuralMemory's", got, 'take memory.dtype "float32"'
     )
 
 
@@ -99,11 +99,11 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
 def _mark(node: NodeProto, memory: MemoryRecipe, seed: int) -> None:
     """The attributes of docs/operator.md, and no function body."""
     node.ClearField("overload")
-    others = [entry for entry in node.attribute if entry.name not in ("storage", "rounding", "seed")]
+    others = [entry for entry in node.attribute if entry.name not in ("memory_dtype", "rounding", "seed")]
     copies = [type(entry).FromString(entry.SerializeToString()) for entry in others]
     del node.attribute[:]
     node.attribute.extend(copies)
-    node.attribute.append(helper.make_attribute("storage", memory.storage))
+    node.attribute.append(helper.make_attribute("memory_dtype", memory.dtype))
     if memory.rounding != "nearest":
         node.attribute.append(helper.make_attribute("rounding", memory.rounding))
     if memory.rounding == "stochastic":

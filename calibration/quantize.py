@@ -225,7 +225,7 @@ def _prepare(
         if os.path.realpath(bundle) == os.path.realpath(output):
             raise UsageError("quantize", "another name for the new bundle", str(output), "give another -o")
         check_output(output, overwrite, MANIFEST)
-    if recipe.memory.storage != "float32":
+    if recipe.memory.dtype != "float32":
         store_memories(load_models(source, weights=False), source.manifest["state"], recipe.memory)
     if not recipe.needs_data:
         return source, None

@@ -26,8 +26,8 @@ WEIGHT_METHODS = ("minmax", "mse", "awq", "gptq")
 ACTIVATION_FORMATS = ("int8", "fp8")
 ACTIVATION_METHODS = ("minmax", "percentile", "entropy", "mse")
 EMBEDDING_FORMATS = ("float32", "float16", "int8")
-MEMORY_STORAGES = ("float32", "bfloat16", "float16", "int8", "fp8")
-ROUNDINGS = ("nearest", "stochastic", "feedback")
+MEMORY_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+ROUNDINGS = ("nearest", "stochastic", "error_feedback")
 GROUPS = (16, 32, 64, 128, 256)
 FOLDER = Path(__file__).resolve().parent / "recipes"
 _SCALED = ("int8", "int4", "fp8")  # weight formats with a scale, which a method has to find
@@ -60,7 +60,7 @@ class ActivationsRecipe:
 class MemoryRecipe:
     """How memories hold W and S between chunks, docs/operator.md."""
 
-    storage: str = "float32"
+    dtype: str = "float32"
     rounding: str = "nearest"
     seed: int = 0
 
@@ -150,7 +150,7 @@ def parse_recipe(values: Mapping[str, Any], *, name: str, where: str) -> Recipe:
         activations=_activations(table.table("activations", ("format", "method", "percentile"))),
         smooth=table.number("smooth", 0.0, 1.0),
         embedding=table.choice("embedding", EMBEDDING_FORMATS, "float32"),
-        memory=_memory(table.table("memory", ("storage", "rounding", "seed"))),
+        memory=_memory(table.table("memory", ("dtype", "rounding", "seed"))),
         keep=table.texts("keep"),
         mixed=_mixed(table.table("mixed", [field.name for field in dataclasses.fields(MixedRecipe)])),
     )
@@ -187,7 +187,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         refuse("activations.method", expected, repr(activations.method), "take one of them")
     if recipe.smooth is not None and activations is None:
         refuse("smooth", "absent without activations", str(recipe.smooth), "leave it out, or take weights.method 'awq'")
-    if recipe.memory.storage == "float32" and recipe.memory.rounding != "nearest":
+    if recipe.memory.dtype == "float32" and recipe.memory.rounding != "nearest":
         refuse("memory.rounding", "absent with float32", repr(recipe.memory.rounding), "leave it out")
     if recipe.memory.seed and recipe.memory.rounding != "stochastic":
         refuse("memory.seed", "absent unless rounding is stochastic", str(recipe.memory.seed), "leave it out")
@@ -199,10 +199,10 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 
 def with_memory(recipe: Recipe, text: str) -> Recipe:
-    """The recipe with the memory of `STORAGE[:ROUNDING]`. Raises RecipeError."""
-    storage, _, rounding = text.partition(":")
-    values: dict[str, Any] = {"storage": storage} | ({"rounding": rounding} if rounding else {})
-    memory = _memory(_Table("--memory", "memory", values, ("storage", "rounding")))
+    """The recipe with the memory of `DTYPE[:ROUNDING]`. Raises RecipeError."""
+    dtype, _, rounding = text.partition(":")
+    values: dict[str, Any] = {"dtype": dtype} | ({"rounding": rounding} if rounding else {})
+    memory = _memory(_Table("--memory", "memory", values, ("dtype", "rounding")))
     if memory.rounding == "stochastic":
         memory = dataclasses.replace(memory, seed=recipe.memory.seed)
     recipe = dataclasses.replace(recipe, memory=memory)
@@ -235,7 +235,7 @@ def _memory(table: _Table | None) -> MemoryRecipe:
     if table is None:
         return MemoryRecipe()
     return MemoryRecipe(
-        storage=table.choice("storage", MEMORY_STORAGES, "float32"),
+        dtype=table.choice("dtype", MEMORY_DTYPES, "float32"),
         rounding=table.choice("rounding", ROUNDINGS, "nearest"),
         seed=table.integer("seed", 0, 2**31 - 1) or 0,
     )

@@ -64,14 +64,14 @@ def write_quantised(
 
     `data` is what the manifest says of the data: its hash, tokens and streams. The runtime runs the new bundle over the
     golden inputs before it takes its name. Raises TitansError, or titans_runtime.Error where no kernel here has the
-    memory's storage; then nothing is written.
+    memory's memory_dtype; then nothing is written.
     """
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         models = {name: _copy(model) for name, model in quantised.models.items()}
         before = bundle.manifest["state"]
         state = [dict(entry) for entry in before]
         rows = bundle.initial_state()
-        if recipe.memory.storage != "float32":
+        if recipe.memory.dtype != "float32":
             state = store_memories(models, before, recipe.memory)
             rows = store_rows(rows, before, state)
         shared = share_weights(models, folder / WEIGHTS)
@@ -90,7 +90,7 @@ def write_quantised(
             "seed": seed,
             "products": quantised.report.products,
             "memory": {
-                "storage": recipe.memory.storage,
+                "dtype": recipe.memory.dtype,
                 "rounding": recipe.memory.rounding,
                 "seed": recipe.memory.seed,
             },

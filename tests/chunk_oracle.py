@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from storage_oracle import Kept
+from memory_dtype_oracle import Kept
 from torch import Tensor
 
 Node = dict[str, Any]

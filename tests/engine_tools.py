@@ -43,7 +43,7 @@ def stream_logits(
     by_length = sorted(bundle.manifest["graphs"], key=lambda graph: -graph["tokens"])
     while at < count:
         fits = (g for g in by_length if g["name"] in sessions and g["tokens"] <= count - at)
-        graph = next(g for g in fits if at % g["align"] in g.get("phases", [0]))
+        graph = next(g for g in fits if at % g["stride"] in g.get("offsets", [0]))
         names = [output.name for output in sessions[graph["name"]].get_outputs()]
         feed = {
             "tokens": tokens[at : at + graph["tokens"]].astype(np.int64)[None],

@@ -135,7 +135,7 @@ def run_kernel(
     calls: list[dict[str, Tensor]],
     mode: str = "update",
     aligned: bool = False,
-    storage: str = "float32",
+    memory_dtype: str = "float32",
     options: tuple[str, ...] = (),
     values: torch.dtype = torch.float32,
 ) -> Result:
@@ -143,7 +143,7 @@ def run_kernel(
 
     `values` is the type of q, k and v, and inside of y; all other numbers are float32.
     """
-    node = {**attributes(spec, mode, aligned), "storage": storage}
+    node = {**attributes(spec, mode, aligned), "memory_dtype": memory_dtype}
     return run_node(target, folder, node, state, calls, options, values)
 
 

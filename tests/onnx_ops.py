@@ -28,15 +28,15 @@ def make_model(
     node: dict[str, Any],
     repeat: int = 1,
     values: int = TensorProto.FLOAT,
-    before: tuple[int, ...] | None = None,
+    initial_weights: tuple[int, ...] | None = None,
 ) -> bytes:
     """`repeat` nodes one after the other, the state going from each to the next, over inputs of the feeds' shapes; q,
-    k, v and y are of the type `values`. `before`: the shape of that output, None where the node does not have it.
+    k, v and y are of the type `values`. `initial_weights`: the shape of that output, or None without it.
     """
     names = [name if name in feeds else "" for name in INPUTS]
     while not names[-1]:
         names.pop()
-    outputs = (*OUTPUTS[node["mode"]], *(("before",) if before else ()))
+    outputs = (*OUTPUTS[node["mode"]], *(("initial_weights",) if initial_weights else ()))
     nodes = []
     for i in range(repeat):
         first, last = i == 0, i == repeat - 1
@@ -48,7 +48,7 @@ def make_model(
         "y": feeds["q"].shape,
         "state_out": feeds["state"].shape,
         "stats": (*feeds["q"].shape[:2], 4),
-        "before": before,
+        "initial_weights": initial_weights,
     }
     graph = helper.make_graph(
         nodes,

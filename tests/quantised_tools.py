@@ -23,8 +23,8 @@ RECIPES = {
 }  # fmt: skip
 
 
-def with_memory(name: str, storage: str, rounding: str = "nearest") -> Recipe:
-    return dataclasses.replace(RECIPES[name], memory=MemoryRecipe(storage, rounding))
+def with_memory(name: str, memory_dtype: str, rounding: str = "nearest") -> Recipe:
+    return dataclasses.replace(RECIPES[name], memory=MemoryRecipe(memory_dtype, rounding))
 
 
 def observe_noise(models: dict[str, Any], gram: bool = False, seed: int = 0) -> Observations:

@@ -57,7 +57,7 @@ def write_rows(
         "model": json.dumps({"name": "by-hand", "variant": "lmm", "weights_sha256": "ab" * 32}),
         "position": "64",
         "learning": "true",
-        "memory": json.dumps({"storage": "float32", "rounding": "nearest", "seed": 0}),
+        "memory": json.dumps({"dtype": "float32", "rounding": "nearest", "seed": 0}),
         "backend": "none",
         "device": "none",
         "state": json.dumps(entries),

@@ -23,9 +23,9 @@ from titans_export.calibration.data import (
 from titans_export.errors import BundleError
 
 GRAPHS = [
-    {"name": "prefill", "tokens": 128, "align": 32},
-    {"name": "segment", "tokens": 48, "align": 48},
-    {"name": "decode", "tokens": 1, "align": 1},
+    {"name": "prefill", "tokens": 128, "stride": 32},
+    {"name": "segment", "tokens": 48, "stride": 48},
+    {"name": "decode", "tokens": 1, "stride": 1},
 ]
 BYTES = Bundle(
     Path("none"),

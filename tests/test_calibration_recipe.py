@@ -57,11 +57,11 @@ MISTAKES = {
     "smooth that is text": ('smooth = "much"\n' + INT8 + ACTIVATIONS, "smooth", "number"),
     "smooth that is nan": ("smooth = nan\n" + INT8 + ACTIVATIONS, "smooth", "number"),
     "embedding in int4": ('embedding = "int4"', "embedding", "float16"),
-    "unknown storage": ('[memory]\nstorage = "int4"', "memory.storage", "bfloat16"),
-    "unknown rounding": ('[memory]\nstorage = "int8"\nrounding = "up"', "memory.rounding", "stochastic"),
+    "unknown memory dtype": ('[memory]\ndtype = "int4"', "memory.dtype", "bfloat16"),
+    "unknown rounding": ('[memory]\ndtype = "int8"\nrounding = "up"', "memory.rounding", "stochastic"),
     "rounding of float32": ('[memory]\nrounding = "stochastic"', "memory.rounding", "float32"),
-    "seed without noise": ('[memory]\nstorage = "int8"\nseed = 1', "memory.seed", "stochastic"),
-    "seed below zero": ('[memory]\nstorage = "int8"\nrounding = "stochastic"\nseed = -1', "memory.seed", "-1"),
+    "seed without noise": ('[memory]\ndtype = "int8"\nseed = 1', "memory.seed", "stochastic"),
+    "seed below zero": ('[memory]\ndtype = "int8"\nrounding = "stochastic"\nseed = -1', "memory.seed", "-1"),
     "keep that is text": ('keep = "model.head.*"', "keep", "list"),
     "keep of numbers": ("keep = [1]", "keep", "list"),
     "description of numbers": ("description = 1", "description", "string"),
@@ -93,7 +93,7 @@ def test_a_file_is_read_in_full(tmp_path: Path) -> None:
         'description = "mine"\nsmooth = 0.25\nembedding = "float16"\nkeep = ["model.head.*"]\n'
         '[weights]\nformat = "int8"\nmethod = "mse"\n'
         '[activations]\nformat = "int8"\nmethod = "percentile"\npercentile = 99.9\n'
-        '[memory]\nstorage = "int8"\nrounding = "stochastic"\nseed = 7\n'
+        '[memory]\ndtype = "int8"\nrounding = "stochastic"\nseed = 7\n'
         '[mixed]\nmax_weights_bytes = 1000\nby = "layer"\nfallback = "bfloat16"\nheld_back = 0.1\n'
     )
     assert load_recipe(str(path)) == Recipe(
@@ -144,7 +144,7 @@ def test_unknown_names_list_the_known_ones() -> None:
 def test_the_memory_of_the_command_line_overrules() -> None:
     recipe = load_recipe("memory-int8")
     assert with_memory(recipe, "bfloat16").memory == MemoryRecipe("bfloat16", "nearest", 0)
-    assert with_memory(recipe, "fp8:feedback").memory == MemoryRecipe("fp8", "feedback", 0)
+    assert with_memory(recipe, "fp8:error_feedback").memory == MemoryRecipe("fp8", "error_feedback", 0)
     assert with_memory(recipe, "float32").memory == MemoryRecipe()
     for text in ("int4", "int8:up", "float32:stochastic"):
         with pytest.raises(RecipeError, match="--memory"):

@@ -420,11 +420,11 @@ def _before_shape(case: ChunkCase) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", ["mac", "keys-2-lookahead", "momentum-0", "batch-2", "clamp", "norm-slow"])
-@pytest.mark.parametrize("before", [True, False], ids=["before", "no-before"])
+@pytest.mark.parametrize("before", [True, False], ids=["initial_weights", "no-initial_weights"])
 def test_a_node_computes_the_equations(name: str, before: bool) -> None:
     case = _case(name)
     feeds = _feeds(case)
-    model = make_model(feeds, case.node, before=_before_shape(case) if before else None)
+    model = make_model(feeds, case.node, initial_weights=_before_shape(case) if before else None)
     y, state, stats, *more = (torch.from_numpy(x) for x in make_session(model).run(None, feeds))
     result = Result([y], [stats], state, "", [*more])
     _expect(case, result, [case.length] * before, _tolerance(case))
@@ -471,8 +471,8 @@ def test_before_is_refused_of_a_memory_whose_gates_are_of_a_token() -> None:
     feeds = _feeds(case)
     row = 6 * 10 * 4 + 4 * (6 + 10 + 10 + 6) + 4 + 4 + 3  # W and S, left and right, coefficients
     feeds["state"] = np.zeros((2, 2, -(-row // 16) * 16), np.float32)
-    model = onnx.load_from_string(make_model(feeds, node, before=(2, 2, 5, 120)))
-    with pytest.raises(Exception, match=r'\[NeuralMemory\] expected no before with gates "token" but got one'):
+    model = onnx.load_from_string(make_model(feeds, node, initial_weights=(2, 2, 5, 120)))
+    with pytest.raises(Exception, match=r'\[NeuralMemory\] expected no initial_weights with gates "token" but got one'):
         make_session(model.SerializeToString()).run(None, feeds)
 
 

@@ -24,8 +24,8 @@ def test_json(shared_bundle: Path) -> None:
 
 def test_graphs(shared_bundle: Path) -> None:
     graphs = {graph["name"]: graph for graph in invoke("inspect", shared_bundle, "--json").json()["graphs"]}
-    assert (graphs["decode"]["tokens"], graphs["decode"]["align"]) == (1, 1)
-    assert (graphs["chunk"]["tokens"], graphs["chunk"]["align"]) == (4, 4)
+    assert (graphs["decode"]["tokens"], graphs["decode"]["stride"]) == (1, 1)
+    assert (graphs["chunk"]["tokens"], graphs["chunk"]["stride"]) == (4, 4)
     for graph in graphs.values():
         assert graph["operators"]["NeuralMemory"] == len(graph["neural_memory"]) == 2
         modes = [node["attributes"]["mode"] for node in graph["neural_memory"]]

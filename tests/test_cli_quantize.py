@@ -215,7 +215,7 @@ def test_a_memory_that_cannot_be_stored_so_is_refused_before_any_work(
     options = [*_options(foreign, long_text, output), "--memory", "int8"]
     for more in ((), ("--dry-run",)):
         result = invoke("quantize", *options, *more)
-        result.check_failure(1, "layers.0.memory", "NeuralMemory", 'memory.storage "float32"')
+        result.check_failure(1, "layers.0.memory", "NeuralMemory", 'memory.dtype "float32"')
         assert "observing" not in result.err
 
 

@@ -23,8 +23,8 @@ def by_hand(**changes: Any) -> dict[str, np.ndarray]:
     fields: dict[str, Any] = {
         "W0": [[[3, 0], [0, 4]], [[0, 6], [8, 0]]],
         "S0": [[[0.3, 0], [0, 0.4]], [[0, 0], [0, 0]]],
-        "left0": [[[9, 9], [9, 9]], [[2, 0], [NAN, NAN]]],
-        "right0": [[[9, 9], [9, 9]], [[0, 3], [NAN, NAN]]],
+        "layer_input0": [[[9, 9], [9, 9]], [[2, 0], [NAN, NAN]]],
+        "output_grad0": [[[9, 9], [9, 9]], [[0, 3], [NAN, NAN]]],
         "e": [[0, 0], [0.5, 0]],
         "a": [[0, 0], [0.5, 0]],
         "m": [1, 1],
@@ -57,7 +57,7 @@ def test_numbers_known_beforehand(hand: Path) -> None:
     assert facts["finite"]
     assert (facts["producer"], facts["position"], facts["learning"]) == ("test 1.0", 64, True)
     assert facts["model"]["name"] == "by-hand"
-    assert facts["storage"]["storage"] == "float32"
+    assert facts["memory_dtype"]["dtype"] == "float32"
     assert facts["bytes"] == hand.stat().st_size
     assert [(t["name"], t["bytes"]) for t in facts["tensors"]] == [("layers.0.memory", 2 * 32 * 4), ("keys", 12)]
     (memory,) = facts["memories"]
@@ -74,7 +74,7 @@ def test_numbers_known_beforehand(hand: Path) -> None:
     assert np.allclose(memory["open_chunk"], [0, math.sqrt(3.6**2 + 0.8**2) / 10], rtol=1e-6)
     assert memory["from_fresh"] is None
     saturation = memory["saturation"]
-    assert (saturation["storage"], saturation["elements"], saturation["dead_blocks"]) == ("float32", 16, None)
+    assert (saturation["dtype"], saturation["elements"], saturation["dead_blocks"]) == ("float32", 16, None)
     assert (saturation["at_limit"], saturation["zero"]) == (0, 10 / 16)
 
 
@@ -111,33 +111,33 @@ def test_what_is_not_finite_is_told_first(tmp_path: Path) -> None:
 def test_a_row_of_the_open_chunk_counts_once_it_is_used(tmp_path: Path) -> None:
     fields = by_hand(a=[[0, 0], [0.5, 0.1]])
     result = invoke("inspect", write_state(tmp_path / "bad.tstate", {"memory": fields}))
-    result.check_failure(3, "2 NaN in memory.left0, head 1")
+    result.check_failure(3, "2 NaN in memory.layer_input0, head 1")
 
 
-def _blocks(storage: str, large: int, one: int) -> np.ndarray:
+def _blocks(memory_dtype: str, large: int, one: int) -> np.ndarray:
     """A row with W0 and S0 of 2 x 32 each: codes in 16 words, two bfloat16 scales in one more."""
     raw = np.zeros((1, 1, 48 * 4), np.uint8)
     w0, s0 = raw[0, 0, :68], raw[0, 0, 68:136]
     w0[:4], w0[4:32] = large, one
     w0[64:66] = (0x80, 0x3F)  # 1.0
-    s0[0] = large | 0x80 if storage == "fp8" else 256 - large
+    s0[0] = large | 0x80 if memory_dtype == "fp8" else 256 - large
     s0[64:66] = (0x00, 0x3F)  # 0.5
     return raw.view(np.float32)
 
 
-@pytest.mark.parametrize(("storage", "large", "one", "value"), [("int8", 127, 1, 127), ("fp8", 0x7E, 0x38, 448)])
-def test_saturation_of_blocks(storage: str, large: int, one: int, value: int, tmp_path: Path) -> None:
-    layout = [{"name": n, "offset": at, "shape": [2, 32], "storage": storage} for n, at in (("W0", 0), ("S0", 17))]
+@pytest.mark.parametrize(("memory_dtype", "large", "one", "value"), [("int8", 127, 1, 127), ("fp8", 0x7E, 0x38, 448)])
+def test_saturation_of_blocks(memory_dtype: str, large: int, one: int, value: int, tmp_path: Path) -> None:
+    layout = [{"name": n, "offset": at, "shape": [2, 32], "dtype": memory_dtype} for n, at in (("W0", 0), ("S0", 17))]
     entry = memory_entry("memory", layout, 1, 48)
-    kept = {"storage": storage, "rounding": "nearest", "seed": 0}
-    path = write_rows(tmp_path / "blocks.tstate", [entry], {"memory": _blocks(storage, large, one)}, memory=kept)
+    kept = {"dtype": memory_dtype, "rounding": "nearest", "seed": 0}
+    path = write_rows(tmp_path / "blocks.tstate", [entry], {"memory": _blocks(memory_dtype, large, one)}, memory=kept)
     result = invoke("inspect", path, "--json")
     assert result.code == 0, result.err
     (memory,) = result.json()["memories"]
     assert math.isclose(memory["weights"]["norm"], math.sqrt(4 * value**2 + 28))
     assert math.isclose(memory["surprise"]["norm"], value / 2)
     assert memory["saturation"] == {
-        "storage": storage, "elements": 128, "at_limit": 5 / 128, "zero": 95 / 128, "dead_blocks": 0.5,
+        "dtype": memory_dtype, "elements": 128, "at_limit": 5 / 128, "zero": 95 / 128, "dead_blocks": 0.5,
     }  # fmt: skip
     assert "dead blocks" in invoke("inspect", path).out
 
@@ -145,8 +145,8 @@ def test_saturation_of_blocks(storage: str, large: int, one: int, value: int, tm
 def test_saturation_of_float16(tmp_path: Path) -> None:
     row = np.zeros((1, 1, 16), np.float32)
     row.view(np.float16)[0, 0, :8] = [65504, -65504, 1, 0, 2, 0, 0, 0]
-    fields = [{"name": n, "offset": at, "shape": [1, 4], "storage": "float16"} for n, at in (("W0", 0), ("S0", 2))]
-    kept = {"storage": "float16", "rounding": "nearest", "seed": 0}
+    fields = [{"name": n, "offset": at, "shape": [1, 4], "dtype": "float16"} for n, at in (("W0", 0), ("S0", 2))]
+    kept = {"dtype": "float16", "rounding": "nearest", "seed": 0}
     path = write_rows(tmp_path / "half.tstate", [memory_entry("memory", fields, 1, 16)], {"memory": row}, memory=kept)
     (memory,) = invoke("inspect", path, "--json").json()["memories"]
     assert (memory["saturation"]["at_limit"], memory["saturation"]["zero"]) == (2 / 8, 4 / 8)
@@ -345,8 +345,8 @@ def test_states_of_one_model_in_two_storages(tmp_path: Path) -> None:
     whole = write_state(tmp_path / "whole.tstate", {"memory": {"W0": values, "S0": 0 * values}})
     row = np.zeros((1, 1, 16), np.float32)
     row.view(np.float16)[0, 0, :4] = [1, 2, -3, 0.625]
-    fields = [{"name": n, "offset": at, "shape": [1, 4], "storage": "float16"} for n, at in (("W0", 0), ("S0", 2))]
-    kept = {"storage": "float16", "rounding": "nearest", "seed": 0}
+    fields = [{"name": n, "offset": at, "shape": [1, 4], "dtype": "float16"} for n, at in (("W0", 0), ("S0", 2))]
+    kept = {"dtype": "float16", "rounding": "nearest", "seed": 0}
     half = write_rows(tmp_path / "half.tstate", [memory_entry("memory", fields, 1, 16)], {"memory": row}, memory=kept)
     facts = invoke("diff", whole, half, "--tolerance", 0.04, "--json").json()
     assert facts["passed"]

@@ -16,14 +16,14 @@ import pytest
 import torch
 from cases import KINDS, Case, random_cuts, worst
 from kernel_runner import CUDA, CUDA_EMULATED, EMULATED_GPUS, Target, cuda_targets, run_kernel, run_node
+from memory_dtype_oracle import MEMORY_DTYPES, ROUNDINGS, Kept, encode
 from oracles import titans_stream
-from storage_oracle import ROUNDINGS, STORAGES, Kept, encode
 from test_kernel import GATES, SHAPES, _calls
 from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.node import attributes, storage_attributes
+from titans_export.model.node import attributes, memory_dtype_attributes
 from titans_export.model.operator import Layout, initial_rows
 
 REPORT = CUDA.parents[1] / "titans_cuda_kernels.ptxas.txt"
@@ -101,20 +101,20 @@ def test_who_runs_first_changes_no_bit(gpu: str, name: str, tmp_path: Path) -> N
             assert torch.equal(a, b)
 
 
-STORED = [(storage, rounding) for storage in STORAGES for rounding in ROUNDINGS]
+STORED = [(memory_dtype, rounding) for memory_dtype in MEMORY_DTYPES for rounding in ROUNDINGS]
 
 
-def _stored_rows(spec: MemorySpec, heads: int, storage: str, rounding: str) -> tuple[Tensor, list[Kept]]:
+def _stored_rows(spec: MemorySpec, heads: int, memory_dtype: str, rounding: str) -> tuple[Tensor, list[Kept]]:
     """Rows of random W and S with an empty chunk, (1, heads, R), and the same by the oracle."""
-    layout, draw = Layout.of(spec, storage, rounding), torch.Generator().manual_seed(3)
+    layout, draw = Layout.of(spec, memory_dtype, rounding), torch.Generator().manual_seed(3)
     rows, kept = torch.zeros(1, heads, layout.size), []
     for head in range(heads):
         w, s = ([torch.randn(shape, generator=draw).double() for shape in spec.shapes] for _ in range(2))
-        w[0][0, 0] = 1e-35  # what most storages cannot tell from 0
+        w[0][0, 0] = 1e-35  # what most memory_dtypes cannot tell from 0
         w[0][1] = 0.0
-        each = Kept(storage, rounding, seed=5, head=head)
+        each = Kept(memory_dtype, rounding, seed=5, head=head)
         each.fresh(w, s)
-        each.folds = 7
+        each.chunk_updates = 7
         kept.append(each)
         words = rows[0, head].view(torch.int32)
         _put(words, layout, each)
@@ -129,29 +129,29 @@ def _offset(layout: Layout, name: str) -> int:
 
 def _put(words: Tensor, layout: Layout, kept: Kept) -> None:
     for name, elements in kept.fields.items():
-        packed = torch.from_numpy(encode(elements, kept.storage).view("int32").copy())
+        packed = torch.from_numpy(encode(elements, kept.memory_dtype).view("int32").copy())
         at = _offset(layout, name)
         words[at : at + len(packed)] = packed
     if kept.rounding == "stochastic":
-        words[_offset(layout, "folds")] = kept.folds
+        words[_offset(layout, "chunk_updates")] = kept.chunk_updates
 
 
 @targets
 @pytest.mark.parametrize("widths", [(33, 33), (6, 70, 6)], ids=["linear-33", "mlp-6-70-6"])
-@pytest.mark.parametrize(("storage", "rounding"), STORED)
+@pytest.mark.parametrize(("memory_dtype", "rounding"), STORED)
 def test_what_a_fold_stores_is_to_the_bit_what_the_contract_says(
-    target: Target, storage: str, rounding: str, widths: tuple[int, ...], tmp_path: Path
+    target: Target, memory_dtype: str, rounding: str, widths: tuple[int, ...], tmp_path: Path
 ) -> None:
     """With a step size of 0 and gates of a half all that is rounded is exact, so every bit is known beforehand."""
     spec, tokens, heads = MemorySpec(widths, chunk_size=2), 8, 2
-    rows, kept = _stored_rows(spec, heads, storage, rounding)
+    rows, kept = _stored_rows(spec, heads, memory_dtype, rounding)
     case = Case(spec, tokens, streams=1, heads=heads)
     case.step_size.zero_()
     case.momentum.fill_(0.5)
     case.forget_gate.fill_(0.5)
     seed = 5 if rounding == "stochastic" else 0
-    node = {**attributes(spec, "update", False), **storage_attributes(storage, rounding, seed)}
-    expected, layout = rows.clone(), Layout.of(spec, storage, rounding)
+    node = {**attributes(spec, "update", False), **memory_dtype_attributes(memory_dtype, rounding, seed)}
+    expected, layout = rows.clone(), Layout.of(spec, memory_dtype, rounding)
     for head, each in enumerate(kept):
         for _ in range(tokens // spec.chunk_size):
             w, s = ([each.values(f"{letter}{i}") for i in range(spec.depth)] for letter in "WS")
@@ -162,7 +162,7 @@ def test_what_a_fold_stores_is_to_the_bit_what_the_contract_says(
     for cuts in ([tokens], [1] * tokens, [3, 1, 4]):
         state = run_node(target, tmp_path, node, rows, _calls(case, cuts)).state
         for field in layout.fields:
-            if field.name[0] in "WSE" or field.name == "folds":
+            if field.name[0] in "WSE" or field.name == "chunk_updates":
                 part = slice(field.offset, field.offset + field.words)
                 a, b = (x[..., part].contiguous().view(torch.int32) for x in (state, expected))
                 assert torch.equal(a, b), f"{field.name}, {cuts}"
@@ -170,23 +170,25 @@ def test_what_a_fold_stores_is_to_the_bit_what_the_contract_says(
     for refused in ({"update_limit": torch.tensor([0.0])}, {"learn": torch.tensor([False])}):
         [call] = _calls(case, [tokens])
         state = run_node(target, tmp_path, node, rows, [{**call, **refused}]).state
-        end = _offset(layout, "left0")
+        end = _offset(layout, "layer_input0")
         assert torch.equal(state[..., :end].view(torch.int32), rows[..., :end].view(torch.int32))
         if rounding == "stochastic":
-            at = _offset(layout, "folds")
+            at = _offset(layout, "chunk_updates")
             assert torch.equal(state[..., at].view(torch.int32), rows[..., at].view(torch.int32))
 
 
 @emulated
-@pytest.mark.parametrize(("storage", "rounding"), [("int8", "feedback"), ("bfloat16", "stochastic")])
+@pytest.mark.parametrize(("memory_dtype", "rounding"), [("int8", "error_feedback"), ("bfloat16", "stochastic")])
 @pytest.mark.parametrize("gpu", ["90:132:232448", "87:8:166912", "120:84:16384"])
-def test_who_runs_first_changes_no_bit_of_what_is_stored(gpu: str, storage: str, rounding: str, tmp_path: Path) -> None:
+def test_who_runs_first_changes_no_bit_of_what_is_stored(
+    gpu: str, memory_dtype: str, rounding: str, tmp_path: Path
+) -> None:
     spec = MemorySpec((6, 70, 6), chunk_size=2)
-    rows, _ = _stored_rows(spec, 1, storage, rounding)
+    rows, _ = _stored_rows(spec, 1, memory_dtype, rounding)
     cuts = [5, 1, 1, 3]
     calls = _calls(Case(spec, sum(cuts), streams=1, heads=1), cuts)
     calls[0]["update_limit"] = torch.tensor([1e3])
-    node = {**attributes(spec, "update", False), **storage_attributes(storage, rounding)}
+    node = {**attributes(spec, "update", False), **memory_dtype_attributes(memory_dtype, rounding)}
     results = [run_node(emulated_gpu(gpu, order), tmp_path, node, rows, calls) for order in ("forward", "1", "2", "3")]
     for other in results[1:]:
         assert torch.equal(results[0].state.view(torch.int32), other.state.view(torch.int32))

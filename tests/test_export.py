@@ -138,10 +138,10 @@ def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> Non
 def test_chunks_per_call_sets_the_unroll(
     checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    graphs = {g["name"]: (g["tokens"], g["align"]) for g in read_bundle(bundles["lmm"]).manifest["graphs"]}
+    graphs = {g["name"]: (g["tokens"], g["stride"]) for g in read_bundle(bundles["lmm"]).manifest["graphs"]}
     assert graphs == {"prefill": (24, 8), "chunk": (8, 8), "decode": (1, 1)}
     export_checkpoint(checkpoints["lmm"], tmp_path / "one.titans", chunks_per_call=1, positions=20)
-    graphs = {g["name"]: (g["tokens"], g["align"]) for g in read_bundle(tmp_path / "one.titans").manifest["graphs"]}
+    graphs = {g["name"]: (g["tokens"], g["stride"]) for g in read_bundle(tmp_path / "one.titans").manifest["graphs"]}
     assert graphs == {"chunk": (8, 8), "decode": (1, 1)}
 
 
@@ -238,7 +238,7 @@ def test_the_comparison_runs_every_graph(chunks: int, positions: int) -> None:
     for cut in cuts:
         end = at + cut
         while at < end:
-            graph = next(g for g in graphs if g.tokens <= end - at and at % g.align == 0)
+            graph = next(g for g in graphs if g.tokens <= end - at and at % g.stride == 0)
             used.add(graph.name)
             at += graph.tokens
     assert used == {graph.name for graph in graphs}

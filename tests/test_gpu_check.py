@@ -163,7 +163,7 @@ def test_the_parts_run_one_after_the_other(gpu: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_the_table_of_tests_goes_to_the_program_that_was_built(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gpu / "gpu.json"
-    monkeypatch.setattr(gpu_parts, "ON_GPU", "cuda-gpu and bfloat16_storage and linear-17")
+    monkeypatch.setattr(gpu_parts, "ON_GPU", "cuda-gpu and bfloat16_memory_dtype and linear-17")
     assert gpu_check.main(["-o", str(path), "--part", "test"]) == 4, "nothing is built"
     assert gpu_check.main(["-o", str(path), "--part", "build", "--part", "test"]) == 0
     part = json.loads(path.read_text())["parts"]["test"]
@@ -171,7 +171,7 @@ def test_the_table_of_tests_goes_to_the_program_that_was_built(gpu: Path, monkey
     assert part["failed"] == part["skipped"] == 0
     monkeypatch.setenv("FAKE_WRONG", "1")
     assert gpu_check.main(["-o", str(path), "--part", "test"]) == 1
-    assert "bfloat16_storage" in json.loads(path.read_text())["parts"]["test"]["reason"]
+    assert "bfloat16_memory_dtype" in json.loads(path.read_text())["parts"]["test"]["reason"]
 
 
 def test_a_build_that_fails_says_what_the_compiler_said(gpu: Path, capsys: pytest.CaptureFixture[str]) -> None:

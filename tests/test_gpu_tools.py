@@ -82,8 +82,8 @@ def test_a_case_goes_to_the_program_and_its_answer_comes_back(kind: str, tmp_pat
         subprocess.run([fake_gpu.CPU_PROGRAM, tmp_path / "case", tmp_path / "out"], check=True)
         answer, right = read_answer(row, tmp_path / "out"), recurrence(row.case)
         wrong = errors(answer, {name: right[name] for name in answer})
-        assert ("W0" in answer) == (row.storage == "float32")
-        assert max(wrong.values()) < TOLERANCES[row.storage]
+        assert ("W0" in answer) == (row.memory_dtype == "float32")
+        assert max(wrong.values()) < TOLERANCES[row.memory_dtype]
 
 
 def test_small_rows_are_the_same_memory() -> None:

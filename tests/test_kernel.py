@@ -204,9 +204,9 @@ def test_a_frozen_chunk_leaves_every_bit(target: Target, tmp_path: Path) -> None
 
 @targets
 @pytest.mark.parametrize("way", ["aligned", "tokens", "blocks"])
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory_dtype", ["float32", "bfloat16"])
 def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
-    target: Target, way: str, storage: str, tmp_path: Path
+    target: Target, way: str, memory_dtype: str, tmp_path: Path
 ) -> None:
     spec = KINDS["mlp2-silu"]
     case = Case(spec, length=3 * spec.chunk_size, streams=3)
@@ -218,18 +218,18 @@ def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
         call["update_limit"] = torch.full((3,), 100.0)
         if way == "aligned":
             del call["fill"]
-    rows = _packed(spec, case, storage)
-    result = run_kernel(target, tmp_path, spec, rows, calls, aligned=way == "aligned", storage=storage)
+    rows = _packed(spec, case, memory_dtype)
+    result = run_kernel(target, tmp_path, spec, rows, calls, aligned=way == "aligned", memory_dtype=memory_dtype)
     total = torch.stack(result.stats).sum(0)
     committed, rejected = (total[..., STATS.index(name)] for name in ("committed", "rejected"))
     assert committed.tolist() == [[3, 3, 3], [2, 2, 2], [2, 3, 3]]
     assert (committed + rejected == 3).all()
-    fields = Layout.of(spec).unpack(result.state) if storage == "float32" else _unpacked(spec, result.state)
+    fields = Layout.of(spec).unpack(result.state) if memory_dtype == "float32" else _unpacked(spec, result.state)
     assert all(torch.isfinite(fields[name]).all() for name in ("W0", "W1", "S0", "S1"))
     norms = torch.stack(result.stats)[..., STATS.index("update_norm")]
     assert torch.isfinite(norms[:, 0]).all()
     assert bool((norms[:, 1].amax(0) > 100).all()), "the norm of what was dropped is told"
-    if storage == "float32":
+    if memory_dtype == "float32":
         # What was dropped is as if it had never been learned, so the third chunk goes on from the first.
         kept = {name: x[1, 0, [*range(8), *range(16, 24)]] for name, x in _named(case).items()}
         _, w, _, _ = titans_stream(spec, [x[1, 0] for x in case.weights], **kept)
@@ -262,10 +262,10 @@ def _named(case: Case) -> dict[str, Tensor]:
     return dict(zip(("q", "k", "v", *GATES), (case.q, case.k, case.v, *case.gates), strict=True))
 
 
-def _packed(spec: MemorySpec, case: Case, storage: str) -> Tensor:
+def _packed(spec: MemorySpec, case: Case, memory_dtype: str) -> Tensor:
     """Rows of a fresh memory; in bfloat16 two values share a word, the first in its lower half (little endian)."""
     rows = initial_rows(spec, case.weights).float()
-    if storage == "float32":
+    if memory_dtype == "float32":
         return rows
     fields = Layout.of(spec).unpack(rows)
     parts = []
@@ -313,7 +313,7 @@ def test_bfloat16_storage_rounds_at_the_end_of_each_chunk_and_nowhere_else(
         fields = Layout.of(spec).unpack(update.state)
     packed = _packed(spec, case, "bfloat16")
     for cuts in ([case.length], [1] * case.length, random_cuts(case.length, seed=2)):
-        result = run_kernel(target, tmp_path, spec, packed, _calls(case, cuts), storage="bfloat16")
+        result = run_kernel(target, tmp_path, spec, packed, _calls(case, cuts), memory_dtype="bfloat16")
         # A value that float32 and float64 round to neighbours differs by one step of bfloat16, 2^-8.
         y = torch.cat(result.y, 2).double()
         assert worst((y[:, :, : spec.chunk_size], expected[0])) < target.tolerance

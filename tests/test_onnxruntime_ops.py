@@ -173,10 +173,13 @@ def test_wrong_shapes_are_refused_at_run_time_too() -> None:
         ({"mode": "write"}, 'attribute mode to be "update" or "read" but got "write"'),
         ({"activation": "relu"}, 'activation to be "silu" or "gelu" but got "relu"'),
         ({"widths": [6, 10]}, "the first of widths to equal the last"),
-        ({"storage": "int4"}, 'storage to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"'),
+        (
+            {"memory_dtype": "int4"},
+            'memory_dtype to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"',
+        ),
         ({"chunk_size": 0}, "chunk_size in"),
         ({"residual": 1.0}, "attribute residual of the type that"),
-        ({"storage": 16}, "attribute storage of the type that"),
+        ({"memory_dtype": 16}, "attribute memory_dtype of the type that"),
         ({"activation": None}, 'activation to be "silu" or "gelu" but got ""'),
     ],
 )

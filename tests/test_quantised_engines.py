@@ -151,8 +151,8 @@ def test_a_memory_in_few_bits_needs_the_plugin(small_bundle: Path, tmp_path: Pat
     plan = make_plan(changed, Request(target="orin-agx"))
     assert plan.plugin
     prepared = plan.prepare(plan.graphs[0])
-    storages = {graphs.attribute(node, "storage") for node in prepared.graph.node if graphs.is_memory(node)}
-    assert storages == {"int8"} and not prepared.functions
+    memory_dtypes = {graphs.attribute(node, "memory_dtype") for node in prepared.graph.node if graphs.is_memory(node)}
+    assert memory_dtypes == {"int8"} and not prepared.functions
 
 
 def test_the_precision_is_that_of_the_weights(quantised_bundle: Make) -> None:

@@ -260,7 +260,16 @@ def test_tensorrt_rtx_loads_the_library(registered: Built, library: str) -> None
     printed = _in_registry(path, ONE_PLUGIN)
     said = dict(line.split(" ", 1) for line in printed.strip().split("\n"))
     node = attributes(KINDS["linear"], "update", False)
-    assert set(said["fields"].split()) == {*node, "storage", "gates", "rounding", "seed", "alias", "inputs", "outputs"}
+    assert set(said["fields"].split()) == {
+        *node,
+        "memory_dtype",
+        "gates",
+        "rounding",
+        "seed",
+        "alias",
+        "inputs",
+        "outputs",
+    }
     assert said["plugin"] == "ai.titans NeuralMemory 1"
     assert said["outputs"] == "2"
     assert "alias=declared" in said["id"] and "widths=32x32" in said["id"]

@@ -383,11 +383,11 @@ def test_graphs_are_the_model(name: str, tmp_path: Path) -> None:
 
 def test_graphs_of_a_schedule(tmp_path: Path) -> None:
     model, _ = case("mag-parts", tmp_path)
-    assert [(g.name, g.tokens, g.align) for g in model.graphs(3)] == [
+    assert [(g.name, g.tokens, g.stride) for g in model.graphs(3)] == [
         ("prefill", 216, 72), ("segment", 72, 72), ("part", 36, 36), ("decode", 1, 1),
     ]  # fmt: skip
     model, _ = case("mal-segments-of-one", tmp_path)
-    assert [(g.name, g.tokens, g.align) for g in model.graphs(1)] == [("decode", 1, 1)]
+    assert [(g.name, g.tokens, g.stride) for g in model.graphs(1)] == [("decode", 1, 1)]
 
 
 def logits(path: Path, count: int = 20) -> Tensor:

@@ -332,7 +332,7 @@ def test_a_call_changes_no_more_of_the_state_than_the_manifest_says(name: str) -
     graphs = model.graphs(case.chunks_per_call)
     calls = [graph for graph in graphs if graph.tokens > 1]
     # Then a token at a time, over more than a ring.
-    for graph in [*calls, *[None] * (max(graph.align for graph in graphs) + 9)]:
+    for graph in [*calls, *[None] * (max(graph.stride for graph in graphs) + 9)]:
         graph = graph or next_graph(graphs, position, 1)
         end, old = position + graph.tokens, state
         with torch.no_grad():

@@ -12,10 +12,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from .errors import BundleError, NewerBundleError
+from .errors import BundleError, NewerBundleError, OlderBundleError
 from .schedule import check_schedule
 
-FORMAT, SCHEMA_VERSION = "titans-bundle", 1
+FORMAT, SCHEMA_VERSION = "titans-bundle", 2
 MANIFEST = "manifest.json"
 WEIGHTS, STATE, GOLDEN, TOKENIZER = "weights.safetensors", "state.safetensors", "golden.safetensors", "tokenizer.json"
 REQUIRED = (
@@ -223,6 +223,13 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"a schema version up to {SCHEMA_VERSION}",
             f"{version}",
             "upgrade titans-export to read this bundle",
+        )
+    if version < SCHEMA_VERSION:
+        raise OlderBundleError(
+            "bundle",
+            f"schema version {SCHEMA_VERSION} in {path / MANIFEST}",
+            f"{version}",
+            f"make the bundle anew: titans-export export CHECKPOINT -o {path}",
         )
     if missing := [key for key in REQUIRED if key not in values]:
         raise BundleError("bundle", f"key {missing[0]!r} in {path / MANIFEST}", "none", _REMEDY)

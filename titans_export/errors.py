@@ -27,6 +27,12 @@ class NewerBundleError(BundleError):
     exit_code = 4
 
 
+class OlderBundleError(BundleError):
+    """A bundle of a schema that this version no longer reads."""
+
+    exit_code = 4
+
+
 class OutputError(TitansError):
     """Output that cannot be written."""
 

@@ -94,9 +94,9 @@ def _state_table(model: StreamModel) -> list[dict[str, Any]]:
 def _graph_table(graphs: list[Graph], shared: dict[str, list[str]]) -> list[dict[str, Any]]:
     table = []
     for graph in graphs:
-        entry = {"name": graph.name, "file": f"{graph.name}.onnx", "tokens": graph.tokens, "align": graph.align}
-        if graph.phases != (0,):
-            entry["phases"] = list(graph.phases)
+        entry = {"name": graph.name, "file": f"{graph.name}.onnx", "tokens": graph.tokens, "stride": graph.stride}
+        if graph.offsets != (0,):
+            entry["offsets"] = list(graph.offsets)
         table.append(entry | {"weights": shared[graph.name]})
     return table
 
@@ -199,7 +199,7 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
         # To where it may start, then through it alone.
         while graph.name in unseen:
             start = sum(cuts)
-            ahead = next(n for n in range(graph.align) if graph.starts_at(start + n))
+            ahead = next(n for n in range(graph.stride) if graph.starts_at(start + n))
             for length in (ahead, graph.tokens):
                 at = sum(cuts)
                 cuts += [length] * (length > 0)

@@ -26,7 +26,7 @@ from polygraphy.logger import G_LOGGER
 
 from .bundle import Bundle
 from .errors import UsageError
-from .schedule import may_start, next_graph, phases
+from .schedule import may_start, next_graph, offsets
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -90,11 +90,11 @@ def load_inlined(path: Path) -> onnx.ModelProto:
 
 def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
     """Compares every output of every graph. `tolerance` is absolute. Raises UsageError for memories in few bits."""
-    storage = (bundle.quantization or {}).get("memory", {}).get("storage", "float32")
-    if storage != "float32":
+    memory_dtype = (bundle.quantization or {}).get("memory", {}).get("dtype", "float32")
+    if memory_dtype != "float32":
         raise UsageError(
             "verify", "memories in float32, which ONNX's reference can compute",
-            f"{bundle.path} with memories in {storage}",
+            f"{bundle.path} with memories in {memory_dtype}",
             "leave the comparison of graphs out; the runtime's own outputs are compared all the same",
         )  # fmt: skip
     checks = []
@@ -136,7 +136,7 @@ class _Samples:
     def of(self, graph: dict[str, Any]) -> list[Arrays]:
         """From the first place where the graph can run, and from the last ones: for one token, the last two."""
         last = max(0, len(self._given) - graph["tokens"])
-        places = [place for place in range(last + 1) if may_start(graph, place)] or phases(graph)[:1]
+        places = [place for place in range(last + 1) if may_start(graph, place)] or offsets(graph)[:1]
         chosen = {places[0], *places[-2 if graph["tokens"] == 1 else -1 :]}
         return [self._inputs(graph, place, self._state(place)) for place in sorted(chosen)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, engines
-from .schedule import phases
+from .schedule import offsets
 
 OPERATOR_DOMAIN = "ai.titans"
 _BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -29,7 +29,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "tokenizer": manifest["tokenizer"],
         "quantization": _quantization(bundle),
         "graphs": [
-            {**entry, "phases": phases(entry), **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]
+            {**entry, "offsets": offsets(entry), **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]
         ],
         "state": state,
         "state_bytes": sum(entry["bytes"] for entry in state),

@@ -14,15 +14,15 @@ LONGEST_PERIOD = 1 << 20  # of the graphs of a single token together
 Graph = dict[str, Any]  # as the manifest has it
 
 
-def phases(graph: Graph) -> list[int]:
-    """The values of `position % align` where the graph may start, ascending."""
-    found: list[int] = graph.get("phases", [0])
+def offsets(graph: Graph) -> list[int]:
+    """The values of `position % stride` where the graph may start, ascending."""
+    found: list[int] = graph.get("offsets", [0])
     return found
 
 
 def may_start(graph: Graph, position: int) -> bool:
     """Whether the graph may run at that position."""
-    return position % graph["align"] in phases(graph)
+    return position % graph["stride"] in offsets(graph)
 
 
 def next_graph(graphs: Sequence[Graph], position: int, remaining: int) -> Graph:
@@ -40,10 +40,10 @@ def missing(graphs: Sequence[Graph]) -> str | None:
     singles = [graph for graph in graphs if graph["tokens"] == 1]
     period = 1
     for graph in singles:
-        period = math.lcm(period, graph["align"])
+        period = math.lcm(period, graph["stride"])
         if period > LONGEST_PERIOD:
             return f"a schedule whose graphs with tokens = 1 repeat within {LONGEST_PERIOD} positions"
-    served = {at for graph in singles for phase in phases(graph) for at in range(phase, period, graph["align"])}
+    served = {at for graph in singles for offset in offsets(graph) for at in range(offset, period, graph["stride"])}
     lacking = next((at for at in range(period) if at not in served), None)
     if lacking is not None:
         return f"a schedule where a graph with tokens = 1 starts at every position, also at {lacking} modulo {period}"
@@ -56,17 +56,17 @@ def check_schedule(graphs: Any, remedy: str) -> None:
         raise BundleError("bundle", "graphs of the manifest to be a list of objects", repr(graphs)[:80], remedy)
     for graph in graphs:
         name = graph.get("name")
-        for key in ("tokens", "align"):
+        for key in ("tokens", "stride"):
             if not _is_integer(graph.get(key)) or graph[key] < 1:
                 raise BundleError("bundle", f"{key} of the graph {name} from 1 on", repr(graph.get(key)), remedy)
-        found = phases(graph)
+        found = offsets(graph)
         if (
             not isinstance(found, list)
             or not found
-            or not all(_is_integer(phase) and 0 <= phase < graph["align"] for phase in found)
+            or not all(_is_integer(offset) and 0 <= offset < graph["stride"] for offset in found)
             or found != sorted(set(found))
         ):
-            expected = f"phases of the graph {name}, ascending, each from 0 on and below align"
+            expected = f"offsets of the graph {name}, ascending, each from 0 on and below stride"
             raise BundleError("bundle", expected, repr(found)[:80], remedy)
     if lacks := missing(graphs):
         names = ", ".join(str(graph.get("name")) for graph in graphs)
@@ -74,9 +74,9 @@ def check_schedule(graphs: Any, remedy: str) -> None:
 
 
 def _meet(one: Graph, other: Graph) -> bool:
-    """Whether both may start at the same position: where phases agree modulo what the alignments have in common."""
-    common = math.gcd(one["align"], other["align"])
-    return not {phase % common for phase in phases(one)}.isdisjoint(phase % common for phase in phases(other))
+    """Whether both may start at the same position: where offsets agree modulo what the strides have in common."""
+    common = math.gcd(one["stride"], other["stride"])
+    return not {offset % common for offset in offsets(one)}.isdisjoint(offset % common for offset in offsets(other))
 
 
 def _is_integer(value: Any) -> bool:

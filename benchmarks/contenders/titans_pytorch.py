@@ -71,8 +71,8 @@ def _bytes(value: Any) -> int:
 
     def visit(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            memory_dtype = value.untyped_storage()
+            found[memory_dtype.data_ptr()] = memory_dtype.nbytes()
         elif isinstance(value, (tuple, list)):
             for inner in value:
                 visit(inner)

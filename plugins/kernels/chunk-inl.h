@@ -1,9 +1,9 @@
 // One head of the operator with gates = "chunk" (docs/operator.md has the equations; names are those of the packed
 // row). Compiled once for each instruction set.
 //
-// Between two folds W is only read, for the queries of up to a chunk of tokens at once; keys, values and step sizes
-// wait in the packed row, or stay where they are when a call brings the whole chunk. A fold is one forward and backward
-// pass over the chunk's keys and then, tensor by tensor, one pass over the outer products with S and W.
+// Between two chunk_updates W is only read, for the queries of up to a chunk of tokens at once; keys, values and step
+// sizes wait in the packed row, or stay where they are when a call brings the whole chunk. A fold is one forward and
+// backward pass over the chunk's keys and then, tensor by tensor, one pass over the outer products with S and W.
 
 #if defined(TITANS_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_CHUNK_INL_H_
@@ -38,7 +38,7 @@ class ChunkRun {
         layout_(plan.layout),
         head_(head),
         scratch_(scratch),
-        codec_(codec_of(c_.storage)),
+        codec_(codec_of(c_.memory_dtype)),
         rounded_(c_, layout_, codec_, head.row, head.index),
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
@@ -306,7 +306,7 @@ class ChunkRun {
     const float* s = c_.momentum ? s_ + offset(p) : nullptr;
     float* w_next = w_next_ + offset(p);
     float* s_next = c_.momentum ? s_next_ + offset(p) : nullptr;
-    if (c_.rounding == Rounding::kFeedback) {
+    if (c_.rounding == Rounding::kErrorFeedback) {
       rounded_.add_error(p, false, w, w_next);
       w = w_next;
       if (c_.momentum) {

@@ -1,4 +1,4 @@
-// A head's matrices by their storage, and what becomes of them at the end of a chunk. Compiled once for each
+// A head's matrices by their memory_dtype, and what becomes of them at the end of a chunk. Compiled once for each
 // instruction set.
 
 #if defined(TITANS_CODEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -15,14 +15,14 @@
 
 #include "hwy/highway.h"
 #include "plugins/kernels/gemv-inl.h"
+#include "plugins/kernels/memory_dtype-inl.h"
 #include "plugins/kernels/neural_memory.h"
-#include "plugins/kernels/storage-inl.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-// What a head does with its matrices, by their storage.
+// What a head does with its matrices, by their memory_dtype.
 struct Codec {
   bool direct;  // they are float32 as they lie
   void (*gemv)(Pass pass, const Gemv& g);
@@ -31,19 +31,19 @@ struct Codec {
   void (*pack)(const float* from, const Stored& to, const Noise& noise, float* kept);
 };
 
-template <class Storage>
-inline constexpr Codec kCodec{std::is_same_v<Storage, Float32>, &gemv<Storage>, &gemv_transposed<Storage>,
-                              &unpack_matrix<Storage>, &pack_matrix<Storage>};
+template <class MemoryDtype>
+inline constexpr Codec kCodec{std::is_same_v<MemoryDtype, Float32>, &gemv<MemoryDtype>, &gemv_transposed<MemoryDtype>,
+                              &unpack_matrix<MemoryDtype>, &pack_matrix<MemoryDtype>};
 
-inline const Codec& codec_of(Storage storage) {
-  switch (storage) {
-    case Storage::kBFloat16:
+inline const Codec& codec_of(MemoryDtype memory_dtype) {
+  switch (memory_dtype) {
+    case MemoryDtype::kBFloat16:
       return kCodec<BFloat16>;
-    case Storage::kFloat16:
+    case MemoryDtype::kFloat16:
       return kCodec<Float16>;
-    case Storage::kInt8:
+    case MemoryDtype::kInt8:
       return kCodec<Int8>;
-    case Storage::kFp8:
+    case MemoryDtype::kFp8:
       return kCodec<Fp8>;
     default:
       return kCodec<Float32>;
@@ -69,10 +69,10 @@ class Rounded {
   void store_tensor(int tensor, bool surprise, float* next, float* kept) const {
     Noise noise;
     if (c_.rounding == Rounding::kStochastic) {
-      noise = {true, noise_keys(c_.seed, head_, static_cast<std::uint32_t>(tensor), surprise, folds())};
+      noise = {true, noise_keys(c_.seed, head_, static_cast<std::uint32_t>(tensor), surprise, chunk_updates())};
     }
     codec_.pack(next, field(tensor, surprise), noise, kept);
-    if (c_.rounding != Rounding::kFeedback) return;
+    if (c_.rounding != Rounding::kErrorFeedback) return;
     each_vector(static_cast<std::size_t>(c_.elements(tensor)), [&](std::size_t i, std::size_t n) HWY_ATTR {
       store(hn::Sub(load(next + i, n), load(kept + i, n)), next + i, n);
     });
@@ -82,8 +82,8 @@ class Rounded {
   // After all tensors of a committed chunk.
   void count() const {
     if (c_.rounding != Rounding::kStochastic) return;
-    const std::uint32_t after = folds() + 1;
-    std::memcpy(row_ + layout_.folds, &after, sizeof(after));
+    const std::uint32_t after = chunk_updates() + 1;
+    std::memcpy(row_ + layout_.chunk_updates, &after, sizeof(after));
   }
 
   Stored field(int tensor, bool surprise) const {
@@ -95,9 +95,9 @@ class Rounded {
     return stored_tensor(c_, row_, (surprise ? layout_.es : layout_.ew)[static_cast<std::size_t>(tensor)], tensor);
   }
 
-  std::uint32_t folds() const {
+  std::uint32_t chunk_updates() const {
     std::uint32_t count;
-    std::memcpy(&count, row_ + layout_.folds, sizeof(count));
+    std::memcpy(&count, row_ + layout_.chunk_updates, sizeof(count));
     return count;
   }
 

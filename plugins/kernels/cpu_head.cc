@@ -20,9 +20,9 @@ void Scratch::want_token(const Configuration& c, Wanted& wanted) {
     const auto in = static_cast<std::size_t>(c.in(i)), out = static_cast<std::size_t>(c.out(i));
     widest = std::max({widest, padded(in), padded(out)});
     transpose = std::max({transpose, in * line, out * padded(in), padded(out)});
-    if (c.storage != Storage::kFloat32) wanted.emplace_back(&w[layer], in * out);
+    if (c.memory_dtype != MemoryDtype::kFloat32) wanted.emplace_back(&w[layer], in * out);
     if (c.mode == Mode::kRead) continue;
-    if (c.storage != Storage::kFloat32) wanted.emplace_back(&s[layer], in * out);
+    if (c.memory_dtype != MemoryDtype::kFloat32) wanted.emplace_back(&s[layer], in * out);
     wanted.emplace_back(&left[layer], rows * padded(in));
     wanted.emplace_back(&right[layer], rows * padded(out));
     wanted.emplace_back(&derivative[layer], rows * padded(out));
@@ -58,7 +58,7 @@ void Scratch::want_chunk(const Configuration& c, Wanted& wanted) {
   }
   for (float** row : {&scores, &scale, &gamma_gradient}) wanted.emplace_back(row, widest);
   for (float*& side : x) wanted.emplace_back(&side, rows * widest);
-  if (c.storage != Storage::kFloat32) {
+  if (c.memory_dtype != MemoryDtype::kFloat32) {
     for (float** copy : {&weights, &surprise}) wanted.emplace_back(copy, all);
   }
   if (c.mode == Mode::kRead) return;

@@ -142,7 +142,7 @@ class BlocksRun {
     constexpr int kFour = 4;
     const float* first = row_ + field.elements + p.in_begin * field.columns + p.out_begin;
     const bool fours = field.columns % kFour == 0 && p.out % kFour == 0;
-    const bool async = kShared && m_.storage == Storage::kFloat32 && fours &&
+    const bool async = kShared && m_.memory_dtype == MemoryDtype::kFloat32 && fours &&
                        reinterpret_cast<std::uintptr_t>(first) % (kFour * sizeof(float)) == 0;
     for (int r = warp_index(); r < rows; r += kWarps) {
       const int whole = fours && r < p.in ? p.out : 0;  // columns that go four at a time
@@ -178,8 +178,8 @@ class BlocksRun {
   __device__ void store(int start, int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      // In other storages the fold has written them.
-      for (int r = warp_index(); changed_ && m_.storage == Storage::kFloat32 && r < p.in; r += kWarps) {
+      // In other memory_dtypes the fold has written them.
+      for (int r = warp_index(); changed_ && m_.memory_dtype == MemoryDtype::kFloat32 && r < p.in; r += kWarps) {
         const int first = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin, from = r * stride_w(i);
         for (int j = lane_index(); j < p.out; j += kWarpSize) {
           row_[m_.w[i].elements + first + j] = w(i)[from + j];
@@ -204,7 +204,7 @@ class BlocksRun {
     row_[m_.m] = chunk_.m;
     row_[m_.f] = chunk_.f;
     row_[m_.beta] = chunk_.beta;
-    store_folds(m_, row_, folding_.folds);
+    store_chunk_updates(m_, row_, folding_.chunk_updates);
   }
 
   __device__ void store_rows(const V* from, int stride, float* to, int width, int begin, int count, int first,
@@ -409,13 +409,13 @@ class BlocksRun {
     const auto fold_all = [&](bool write) { return fold(write); };
     const bool folded = close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, fold_all);
     changed_ |= folded;
-    folding_.folds += folded ? 1U : 0U;
+    folding_.chunk_updates += folded ? 1U : 0U;
     closed_ = true;
   }
 
   // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
   __device__ float fold(bool write) {
-    const bool feedback = m_.rounding == Rounding::kFeedback;
+    const bool feedback = m_.rounding == Rounding::kErrorFeedback;
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
@@ -443,14 +443,14 @@ class BlocksRun {
         });
       });
     }
-    if (write && m_.storage != Storage::kFloat32) {
+    if (write && m_.memory_dtype != MemoryDtype::kFloat32) {
       sync_block();
       round_weights();
     }
     return squares;
   }
 
-  // W and S to what their storage holds, there and here. A warp takes a block of a row.
+  // W and S to what their memory_dtype holds, there and here. A warp takes a block of a row.
   __device__ void round_weights() {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);

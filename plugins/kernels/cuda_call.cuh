@@ -2,8 +2,8 @@
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_memory_dtype.cuh"
 #include "plugins/kernels/cuda_plan.h"
-#include "plugins/kernels/cuda_storage.cuh"
 
 namespace titans::kernels::cuda {
 
@@ -156,15 +156,15 @@ __device__ inline Part part_of(const Model& m, int share, int rank, int i) {
 
 // What the fold of a chunk rounds with: how often the head's memory has been folded before, and which head it is.
 struct Folding {
-  std::uint32_t head = 0, folds = 0;
+  std::uint32_t head = 0, chunk_updates = 0;
 };
 __device__ inline Folding folding_of(const Model& m, const float* row, const Item& item) {
   const bool counts = m.rounding == Rounding::kStochastic;
-  return {static_cast<std::uint32_t>(item.head), counts ? bits_of(row[m.folds]) : 0U};
+  return {static_cast<std::uint32_t>(item.head), counts ? bits_of(row[m.chunk_updates]) : 0U};
 }
 // One thread does it, for all blocks of the group.
-__device__ inline void store_folds(const Model& m, float* row, std::uint32_t folds) {
-  if (m.rounding == Rounding::kStochastic) row[m.folds] = float_of(folds);
+__device__ inline void store_chunk_updates(const Model& m, float* row, std::uint32_t chunk_updates) {
+  if (m.rounding == Rounding::kStochastic) row[m.chunk_updates] = float_of(chunk_updates);
 }
 
 // A block of a row of W or S at the end of a chunk, as store_block takes it: to the packed row, with what rounding has
@@ -172,8 +172,8 @@ __device__ inline void store_folds(const Model& m, float* row, std::uint32_t fol
 __device__ inline float keep_block(const Model& m, const Folding& folding, float* row, int i, bool of_s, int r, int j,
                                    bool inside, float x) {
   const bool stochastic = m.rounding == Rounding::kStochastic;
-  const NoiseKeys keys = noise_keys(m.seed, folding.head, static_cast<std::uint32_t>(i), of_s, folding.folds);
-  const int passes = m.rounding == Rounding::kFeedback ? 2 : 1;
+  const NoiseKeys keys = noise_keys(m.seed, folding.head, static_cast<std::uint32_t>(i), of_s, folding.chunk_updates);
+  const int passes = m.rounding == Rounding::kErrorFeedback ? 2 : 1;
   float kept = 0.0F;
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {

@@ -163,28 +163,28 @@ int fitness(const Model& m, const Plan& plan) {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-Decoder make_decoder(Storage storage) {
-  switch (storage) {
-    case Storage::kBFloat16:
+Decoder make_decoder(MemoryDtype memory_dtype) {
+  switch (memory_dtype) {
+    case MemoryDtype::kBFloat16:
       return {2, 1, 16, 0x7FFF, 0x8000, 16, 16, 0, 1.0F, -0.0F, kInfinity};
-    case Storage::kFloat16:
+    case MemoryDtype::kFloat16:
       return {2, 1, 16, 0x7FFF, 0x8000, 13, 16, 0, 0x1p112F, -0.0F, 0x1p16F};
-    case Storage::kInt8:  // b + 128 in the lowest bits of 2^23
+    case MemoryDtype::kInt8:  // b + 128 in the lowest bits of 2^23
       return {4, 2, 8, 0xFF, 0, 0, 0, 0x4B000080, 1.0F, -0x1p23F - 128.0F, kInfinity};
-    case Storage::kFp8:
+    case MemoryDtype::kFp8:
       return {4, 2, 8, 0x7F, 0x80, 20, 24, 0, 0x1p120F, -0.0F, kInfinity};
     default:
       return {1, 0, 32, 0x7FFFFFFF, 0x80000000, 0, 0, 0, 1.0F, -0.0F, kInfinity};
   }
 }
 
-Encoder make_encoder(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat16:
+Encoder make_encoder(MemoryDtype memory_dtype) {
+  switch (memory_dtype) {
+    case MemoryDtype::kFloat16:
       return {0x1p-14F, 0x1p24F, 13, 112U << 10, 0x7C00, 0x7E00, 0.0F};
-    case Storage::kInt8:
+    case MemoryDtype::kInt8:
       return {kInfinity, 1.0F, 16, 0, 127, 0, kLargestInt8};
-    case Storage::kFp8:
+    case MemoryDtype::kFp8:
       return {0x1p-6F, 0x1p9F, 20, 120U << 3, 0x7E, 0, kLargestFp8};
     default:
       return {0.0F, 1.0F, 16, 0, 0x7F80, 0x7FC0, 0.0F};
@@ -203,8 +203,9 @@ Model make_model(const Configuration& c) {
   for (int i = 0; i < c.depth; ++i) {
     const auto layer = static_cast<std::size_t>(i);
     const auto field = [&](std::int64_t offset) {
-      return Field{static_cast<int>(offset), static_cast<int>(offset + element_words(c.storage, c.in(i), c.out(i))),
-                   m.widths[i + 1], static_cast<int>((c.out(i) + kScaleBlock - 1) / kScaleBlock)};
+      return Field{static_cast<int>(offset),
+                   static_cast<int>(offset + element_words(c.memory_dtype, c.in(i), c.out(i))), m.widths[i + 1],
+                   static_cast<int>((c.out(i) + kScaleBlock - 1) / kScaleBlock)};
     };
     m.w[i] = field(layout.w[layer]);
     m.s[i] = field(layout.s[layer]);
@@ -218,17 +219,17 @@ Model make_model(const Configuration& c) {
   m.m = static_cast<int>(layout.m);
   m.f = static_cast<int>(layout.f);
   m.beta = static_cast<int>(layout.beta);
-  m.folds = static_cast<int>(layout.folds);
+  m.chunk_updates = static_cast<int>(layout.chunk_updates);
   m.row = static_cast<int>(layout.size);
   m.update = c.mode == Mode::kUpdate;
   m.aligned = c.schedule == Schedule::kAligned;
   m.gelu = c.activation == Activation::kGelu;
   m.residual = c.residual;
   m.layer_norm = c.layer_norm;
-  m.scaled = has_scales(c.storage);
-  m.storage = c.storage;
-  m.decoder = make_decoder(c.storage);
-  m.encoder = make_encoder(c.storage);
+  m.scaled = has_scales(c.memory_dtype);
+  m.memory_dtype = c.memory_dtype;
+  m.decoder = make_decoder(c.memory_dtype);
+  m.encoder = make_encoder(c.memory_dtype);
   m.rounding = c.rounding;
   m.seed = c.seed;
   return m;

@@ -30,8 +30,8 @@ struct Place {
   bool shared = true;
 };
 
-// A matrix of the packed row as its storage holds it: where elements and scales begin, in words, and of its rows the
-// elements and the blocks that share a scale.
+// A matrix of the packed row as its memory_dtype holds it: where elements and scales begin, in words, and of its rows
+// the elements and the blocks that share a scale.
 struct Field {
   int elements, scales, columns, blocks;
 };
@@ -59,11 +59,11 @@ struct Encoder {
 struct Model {
   int depth, chunk, width;
   int widths[kMaxDepth + 1];
-  Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "feedback"
+  Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "error_feedback"
   int left[kMaxDepth], right[kMaxDepth];
-  int e, a, m, f, beta, folds, row;
+  int e, a, m, f, beta, chunk_updates, row;
   bool update, aligned, gelu, residual, layer_norm, scaled;
-  Storage storage;
+  MemoryDtype memory_dtype;
   Decoder decoder;
   Encoder encoder;
   Rounding rounding;

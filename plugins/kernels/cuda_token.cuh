@@ -1,5 +1,5 @@
 // Mode update for calls of one token: inside a chunk W and S are only read, once, and a row is appended; the token that
-// completes the chunk folds it. All of it is float32 and bound by memory. Equations and names are those of
+// completes the chunk chunk_updates it. All of it is float32 and bound by memory. Equations and names are those of
 // docs/operator.md; how several blocks share a head stands in cuda_blocks.cuh.
 #pragma once
 
@@ -67,7 +67,8 @@ class TokenRun {
         const float* limit = c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream;
         const auto fold_all = [&](bool write) { return fold(write); };
         const bool folded = close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, fold_all);
-        if (folded && group_.rank == 0 && thread_index() == 0) store_folds(m_, row_, folding_.folds + 1);
+        if (folded && group_.rank == 0 && thread_index() == 0)
+          store_chunk_updates(m_, row_, folding_.chunk_updates + 1);
       }
       store_coefficients();
     } else if (group_.rank == 0) {
@@ -157,7 +158,7 @@ class TokenRun {
     const bool fours = field.columns % kFour == 0 && p.out % kFour == 0;
     const float* first = row_ + field.elements + p.in_begin * field.columns + p.out_begin;
     const int across = p.out / kFour;
-    if (m_.storage == Storage::kFloat32 && fours &&
+    if (m_.memory_dtype == MemoryDtype::kFloat32 && fours &&
         reinterpret_cast<std::uintptr_t>(first) % (kFour * sizeof(float)) == 0) {
       for (int at = thread_index(); at < p.in * across; at += kThreads) {
         const int r = at / across, j = at % across * kFour;
@@ -381,7 +382,7 @@ class TokenRun {
             by_e[r] += chunk_.e[t] * product;
           }
         }
-        if (m_.storage == Storage::kFloat32) {
+        if (m_.memory_dtype == MemoryDtype::kFloat32) {
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             if (!inside || r0 + r >= p.in) continue;
@@ -400,7 +401,7 @@ class TokenRun {
           if (r0 + r >= p.in) break;
           const int row = p.in_begin + r0 + r, column = p.out_begin + j;
           float old = inside ? of_w(r0 + r, j) : 0.0F, surprise = inside ? of_s(r0 + r, j) : 0.0F;
-          if (inside && m_.rounding == Rounding::kFeedback) {
+          if (inside && m_.rounding == Rounding::kErrorFeedback) {
             old += load_weight(m_, row_, m_.ew[i], row, column);
             surprise += load_weight(m_, row_, m_.es[i], row, column);
           }

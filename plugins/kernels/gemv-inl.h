@@ -11,7 +11,7 @@
 #include <cstddef>
 
 #include "hwy/highway.h"
-#include "plugins/kernels/storage-inl.h"
+#include "plugins/kernels/memory_dtype-inl.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -33,14 +33,14 @@ struct Gemv {
   float* z;
 };
 
-template <Pass kPass, int kVectors, bool kTail, class Storage>
+template <Pass kPass, int kVectors, bool kTail, class MemoryDtype>
 HWY_INLINE void gemv_panel(const Gemv& g, std::size_t column, std::size_t tail) {
   const Floats d;
   const std::size_t count = kTail ? tail : kLanes;
   Vector y[kVectors], y_s[kVectors], z[kVectors];
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) y[j] = y_s[j] = z[j] = hn::Zero(d);
-  const View<Storage> w(g.w), s(g.s);
+  const View<MemoryDtype> w(g.w), s(g.s);
   for (std::size_t i = 0; i < w.rows; ++i) {
     const Vector by_w = hn::Set(d, g.by_w[i]);
     const Vector by_s = kPass == Pass::kOne ? by_w : hn::Set(d, g.by_s[i]);
@@ -63,7 +63,7 @@ HWY_INLINE void gemv_panel(const Gemv& g, std::size_t column, std::size_t tail) 
 }
 
 // The same of whole blocks that share scales: those go into the rows, not into each element.
-template <Pass kPass, int kBlocks, class Storage>
+template <Pass kPass, int kBlocks, class MemoryDtype>
 HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
   const Floats d;
   constexpr int kEach = static_cast<int>(kBlock / kLanes);
@@ -73,7 +73,7 @@ HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
 #pragma GCC unroll 8
     for (int j = 0; j < kEach; ++j) y[b][j] = y_s[b][j] = z[b][j] = hn::Zero(d);
   }
-  const View<Storage> w(g.w), s(g.s);
+  const View<MemoryDtype> w(g.w), s(g.s);
   const auto column = [block](int b, int j) {
     return (block + static_cast<std::size_t>(b)) * kBlock + static_cast<std::size_t>(j) * kLanes;
   };
@@ -106,47 +106,47 @@ HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
   }
 }
 
-template <Pass kPass, class Storage>
+template <Pass kPass, class MemoryDtype>
 HWY_INLINE void gemv_pass(const Gemv& g) {
   constexpr int kVectors = HWY_TARGET == HWY_AVX2 ? 3 : 4;
   const std::size_t columns = g.w.columns;
   std::size_t column = 0;
-  if constexpr (Storage::kScaled) {
+  if constexpr (MemoryDtype::kScaled) {
     constexpr int kBlocks = kLanes == 16 ? 2 : 1;
     for (; column + kBlocks * kBlock <= columns; column += kBlocks * kBlock) {
-      gemv_blocks<kPass, kBlocks, Storage>(g, column / kBlock);
+      gemv_blocks<kPass, kBlocks, MemoryDtype>(g, column / kBlock);
     }
-    for (; column + kBlock <= columns; column += kBlock) gemv_blocks<kPass, 1, Storage>(g, column / kBlock);
+    for (; column + kBlock <= columns; column += kBlock) gemv_blocks<kPass, 1, MemoryDtype>(g, column / kBlock);
   }
   for (; column + kVectors * kLanes <= columns; column += kVectors * kLanes) {
-    gemv_panel<kPass, kVectors, false, Storage>(g, column, 0);
+    gemv_panel<kPass, kVectors, false, MemoryDtype>(g, column, 0);
   }
-  for (; column + kLanes <= columns; column += kLanes) gemv_panel<kPass, 1, false, Storage>(g, column, 0);
-  if (column < columns) gemv_panel<kPass, 1, true, Storage>(g, column, columns - column);
+  for (; column + kLanes <= columns; column += kLanes) gemv_panel<kPass, 1, false, MemoryDtype>(g, column, 0);
+  if (column < columns) gemv_panel<kPass, 1, true, MemoryDtype>(g, column, columns - column);
 }
 
-template <class Storage>
+template <class MemoryDtype>
 void gemv(Pass pass, const Gemv& g) {
   switch (pass) {
     case Pass::kOne:
-      return gemv_pass<Pass::kOne, Storage>(g);
+      return gemv_pass<Pass::kOne, MemoryDtype>(g);
     case Pass::kTwo:
-      return gemv_pass<Pass::kTwo, Storage>(g);
+      return gemv_pass<Pass::kTwo, MemoryDtype>(g);
     case Pass::kTwoMore:
-      return gemv_pass<Pass::kTwoMore, Storage>(g);
+      return gemv_pass<Pass::kTwoMore, MemoryDtype>(g);
   }
 }
 
 // y[i] = W[i] . x for each of W's rows.
-template <class Storage>
+template <class MemoryDtype>
 void gemv_transposed(const Stored& stored, const float* x, float* y) {
   const Floats d;
-  const View<Storage> w(stored);
+  const View<MemoryDtype> w(stored);
   std::size_t i = 0;
   for (; i + 4 <= w.rows; i += 4) {
     Vector sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
     std::size_t begin = 0;
-    if constexpr (Storage::kScaled) {
+    if constexpr (MemoryDtype::kScaled) {
       for (; begin + kBlock <= w.columns; begin += kBlock) {
         Vector part[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
 #pragma GCC unroll 8

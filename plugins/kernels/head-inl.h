@@ -36,7 +36,7 @@ class HeadRun {
         layout_(plan.layout),
         head_(head),
         scratch_(scratch),
-        codec_(codec_of(c_.storage)),
+        codec_(codec_of(c_.memory_dtype)),
         rounded_(c_, layout_, codec_, head.row, head.index),
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
@@ -385,7 +385,7 @@ class HeadRun {
     const float *w = weights_w(i), *s = weights_s(i);
     float* w_next = waits ? scratch_.w_next[index(i)] : weights_w(i);
     float* s_next = waits ? scratch_.s_next[index(i)] : weights_s(i);
-    if (c_.rounding == Rounding::kFeedback) {
+    if (c_.rounding == Rounding::kErrorFeedback) {
       rounded_.add_error(i, false, w, w_next);
       rounded_.add_error(i, true, s, s_next);
       w = w_next;

@@ -195,21 +195,21 @@ std::int64_t Configuration::all_elements() const {
   return count;
 }
 
-std::int64_t element_words(Storage storage, std::int64_t rows, std::int64_t columns) {
-  switch (storage) {
-    case Storage::kFloat32:
+std::int64_t element_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns) {
+  switch (memory_dtype) {
+    case MemoryDtype::kFloat32:
       return rows * columns;
-    case Storage::kBFloat16:
-    case Storage::kFloat16:
+    case MemoryDtype::kBFloat16:
+    case MemoryDtype::kFloat16:
       return (rows * columns + 1) / 2;
     default:
       return (rows * columns + 3) / 4;
   }
 }
 
-std::int64_t storage_words(Storage storage, std::int64_t rows, std::int64_t columns) {
+std::int64_t memory_dtype_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns) {
   const std::int64_t blocks = (columns + kScaleBlock - 1) / kScaleBlock;
-  return element_words(storage, rows, columns) + (has_scales(storage) ? (rows * blocks + 1) / 2 : 0);
+  return element_words(memory_dtype, rows, columns) + (has_scales(memory_dtype) ? (rows * blocks + 1) / 2 : 0);
 }
 
 RowLayout::RowLayout(const Configuration& c) {
@@ -224,7 +224,7 @@ RowLayout::RowLayout(const Configuration& c) {
   place_tensors(w);
   if (c.keeps_point()) place_tensors(g);
   if (c.momentum) place_tensors(s);
-  if (c.rounding == Rounding::kFeedback) {
+  if (c.rounding == Rounding::kErrorFeedback) {
     place_tensors(ew);
     if (c.momentum) place_tensors(es);
   }
@@ -240,7 +240,7 @@ RowLayout::RowLayout(const Configuration& c) {
     place(a, c.chunk_size);
     for (std::int64_t* coefficient : {&m, &f, &beta}) place(*coefficient, 1);
   }
-  if (c.rounding == Rounding::kStochastic) place(folds, 1);
+  if (c.rounding == Rounding::kStochastic) place(chunk_updates, 1);
   size = (size + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 }
 
@@ -269,17 +269,18 @@ std::string configure(const Attributes& attributes, Configuration& c) {
        {choose("mode", attributes.mode, std::array{"update", "read"}, c.mode),
         choose("schedule", attributes.schedule, std::array{"aligned", "any"}, c.schedule),
         choose("activation", attributes.activation, std::array{"silu", "gelu"}, c.activation),
-        choose("storage", attributes.storage, std::array{"float32", "bfloat16", "float16", "int8", "fp8"}, c.storage),
+        choose("memory_dtype", attributes.memory_dtype, std::array{"float32", "bfloat16", "float16", "int8", "fp8"},
+               c.memory_dtype),
         choose("gates", attributes.gates, std::array{"token", "chunk"}, c.gates),
-        choose("rounding", attributes.rounding, std::array{"nearest", "stochastic", "feedback"}, c.rounding),
+        choose("rounding", attributes.rounding, std::array{"nearest", "stochastic", "error_feedback"}, c.rounding),
         whole("seed", attributes.seed, 0, kLargestSeed), flag("residual", attributes.residual, c.residual),
         flag("layer_norm", attributes.layer_norm, c.layer_norm)}) {
     if (!problem.empty()) return problem;
   }
   c.seed = static_cast<std::uint32_t>(attributes.seed);
-  if (c.storage == Storage::kFloat32 && c.rounding != Rounding::kNearest) {
-    return wrong("attribute rounding to be \"nearest\" with storage \"float32\"", "\"" + attributes.rounding + "\"",
-                 "export the model again");
+  if (c.memory_dtype == MemoryDtype::kFloat32 && c.rounding != Rounding::kNearest) {
+    return wrong("attribute rounding to be \"nearest\" with memory_dtype \"float32\"",
+                 "\"" + attributes.rounding + "\"", "export the model again");
   }
   if (c.seed != 0 && c.rounding != Rounding::kStochastic) {
     return wrong("attribute seed to be left out with rounding \"" + attributes.rounding + "\"",
@@ -325,7 +326,7 @@ std::string check_operands(const Configuration& c, const Operands& operands, DTy
       {kY, values, rows, 4, true},
       {kStateOut, DType::kFloat32, pool, 3, update},
       {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false},
-      {kBefore, DType::kFloat32, weights, 4, false}};
+      {kInitialWeights, DType::kFloat32, weights, 4, false}};
   for (const Expectation& expectation : expectations) {
     std::string problem = check_one(operands[expectation.which], expectation);
     if (!problem.empty()) return problem;
@@ -336,7 +337,7 @@ std::string check_operands(const Configuration& c, const Operands& operands, DTy
       {kModulation, !chunk, "gates \"token\""},
       {kPrevious, !chunk, "gates \"token\""},
       {kPreviousGate, !operands[kPrevious].present(), "no previous"},
-      {kBefore, !chunk, "gates \"token\""},
+      {kInitialWeights, !chunk, "gates \"token\""},
       {kFill, update && !any && !c.counts_batch(), "schedule \"aligned\""}};
   for (const auto& [which, is_refused, where] : refused) {
     if (!is_refused || !operands[which].present()) continue;

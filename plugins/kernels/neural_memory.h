@@ -19,27 +19,29 @@ enum class Mode : std::uint8_t { kUpdate, kRead };
 enum class Schedule : std::uint8_t { kAligned, kAny };
 enum class Activation : std::uint8_t { kSilu, kGelu };
 // How a packed row holds the weights and the surprise. Arithmetic is float32 in any case.
-enum class Storage : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
+enum class MemoryDtype : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
 // How they are rounded to what the row can hold, at the end of each committed chunk.
-enum class Rounding : std::uint8_t { kNearest, kStochastic, kFeedback };
+enum class Rounding : std::uint8_t { kNearest, kStochastic, kErrorFeedback };
 // Whether W moves with every token, or with every chunk and by the gates of the token that completes it.
 enum class Gates : std::uint8_t { kToken, kChunk };
 // Whether the LayerNorm's scale is given to each call, or part of W.
 enum class NormWeight : std::uint8_t { kSlow, kFast };
 
-// Elements along a matrix's last dimension that share a scale, with storage "int8" and "fp8".
+// Elements along a matrix's last dimension that share a scale, with memory_dtype "int8" and "fp8".
 inline constexpr std::int64_t kScaleBlock = 32;
 // The largest value of each: what a block's largest is scaled to.
 inline constexpr float kLargestInt8 = 127.0F, kLargestFp8 = 448.0F;
 // A block whose largest value is below this is stored as zeros, so that no scale is subnormal.
 inline constexpr float kSmallestBlock = 0x1p-100F;
 
-constexpr bool has_scales(Storage storage) { return storage == Storage::kInt8 || storage == Storage::kFp8; }
+constexpr bool has_scales(MemoryDtype memory_dtype) {
+  return memory_dtype == MemoryDtype::kInt8 || memory_dtype == MemoryDtype::kFp8;
+}
 // 32-bit words of a matrix's elements, which come first, and of the whole field.
-std::int64_t element_words(Storage storage, std::int64_t rows, std::int64_t columns);
-std::int64_t storage_words(Storage storage, std::int64_t rows, std::int64_t columns);
+std::int64_t element_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns);
+std::int64_t memory_dtype_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns);
 
-// The node's attributes as they are written. `storage` and what follows it may be left out.
+// The node's attributes as they are written. `memory_dtype` and what follows it may be left out.
 struct Attributes {
   std::string mode;
   std::string schedule;
@@ -48,7 +50,7 @@ struct Attributes {
   std::int64_t residual = 0;
   std::int64_t layer_norm = 0;
   std::int64_t chunk_size = 0;
-  std::string storage = "float32";
+  std::string memory_dtype = "float32";
   std::string gates = "token";
   std::string rounding = "nearest";
   std::int64_t seed = 0;
@@ -64,9 +66,9 @@ struct Attributes {
 };
 
 inline constexpr std::array<std::string_view, 19> kAttributeNames{
-    "mode",      "schedule",    "widths",         "activation", "residual",     "layer_norm", "chunk_size",
-    "storage",   "gates",       "rounding",       "seed",       "batch_size",   "loss_scale", "keys_per_token",
-    "lookahead", "norm_weight", "momentum_order", "grad_clamp", "orthogonalise"};
+    "mode",         "schedule",    "widths",         "activation", "residual",     "layer_norm", "chunk_size",
+    "memory_dtype", "gates",       "rounding",       "seed",       "batch_size",   "loss_scale", "keys_per_token",
+    "lookahead",    "norm_weight", "momentum_order", "grad_clamp", "orthogonalise"};
 
 // The first of them, which have a meaning with any gates.
 inline constexpr std::size_t kCommonAttributes = 11;
@@ -80,7 +82,7 @@ struct Configuration {
   bool residual = false;
   bool layer_norm = false;
   std::int64_t chunk_size = 1;
-  Storage storage = Storage::kFloat32;
+  MemoryDtype memory_dtype = MemoryDtype::kFloat32;
   Gates gates = Gates::kToken;
   Rounding rounding = Rounding::kNearest;
   std::uint32_t seed = 0;
@@ -106,7 +108,7 @@ struct Configuration {
   std::int64_t rows(int tensor) const { return tensor < depth ? in(tensor) : 1; }
   std::int64_t all_elements() const;
   // 32-bit words of a tensor's field.
-  std::int64_t words(int tensor) const { return storage_words(storage, rows(tensor), columns(tensor)); }
+  std::int64_t words(int tensor) const { return memory_dtype_words(memory_dtype, rows(tensor), columns(tensor)); }
 
   // With gates = "chunk": keys of a chunk; whether the gradient point is another than W; what `fill` counts up to; the
   // most chunks that a call completes.
@@ -121,8 +123,8 @@ struct Configuration {
 // and those of G, S and the rounding errors likewise.
 struct RowLayout {
   std::array<std::int64_t, kMaxTensors> w{}, s{};
-  std::array<std::int64_t, kMaxTensors> ew{}, es{};  // rounding = "feedback"
-  std::int64_t folds = 0;                            // rounding = "stochastic"
+  std::array<std::int64_t, kMaxTensors> ew{}, es{};  // rounding = "error_feedback"
+  std::int64_t chunk_updates = 0;                    // rounding = "stochastic"
   // gates = "token"
   std::array<std::int64_t, kMaxDepth> left{}, right{};
   std::int64_t e = 0, a = 0, m = 0, f = 0, beta = 0;
@@ -174,8 +176,8 @@ enum Operand : std::size_t {
   kInputs,  // how many inputs there are
   kY = kInputs,
   kStateOut,
-  kStats,   // optional
-  kBefore,  // optional
+  kStats,           // optional
+  kInitialWeights,  // optional
   kOperands
 };
 
@@ -184,7 +186,7 @@ inline constexpr std::array<const char*, kOperands> kOperandNames{
     "step_size",  "momentum",   "forget_gate", "fill",
     "learn",      "valid",      "slots",       "update_limit",
     "norm_scale", "modulation", "previous",    "previous_gate",
-    "y",          "state_out",  "stats",       "before"};
+    "y",          "state_out",  "stats",       "initial_weights"};
 
 using Operands = std::array<Tensor, kOperands>;
 

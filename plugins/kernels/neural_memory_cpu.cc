@@ -1,9 +1,9 @@
 // The operator on the CPU. The idea: a head's W and S (tens to hundreds of KiB) stay in a core's cache from the first
-// token of a call to the last, and everything between two folds only reads them. A whole chunk is a few small products
-// a layer whose masks, gates and activations are applied while the result is in registers (head-inl.h). One token is
-// one pass over S and, layer by layer, one (the first) or three over W, of which all but one find it in the cache. Per
-// head and token, chunk 64, that is 57 kFLOP for a linear memory of 64 and 442 kFLOP for an MLP 64-256-64, or 49 and
-// 345 KiB moved where tokens come one by one.
+// token of a call to the last, and everything between two chunk_updates only reads them. A whole chunk is a few small
+// products a layer whose masks, gates and activations are applied while the result is in registers (head-inl.h). One
+// token is one pass over S and, layer by layer, one (the first) or three over W, of which all but one find it in the
+// cache. Per head and token, chunk 64, that is 57 kFLOP for a linear memory of 64 and 442 kFLOP for an MLP 64-256-64,
+// or 49 and 345 KiB moved where tokens come one by one.
 //
 // This file is compiled once for each instruction set (Highway's foreach_target), and chooses among them.
 
@@ -204,7 +204,7 @@ class Kernel final : public CpuKernel {
       head.modulation = part(kModulation, all * c.tensors());
       head.previous = part(kPrevious, weights);
       head.previous_gate = part(kPreviousGate, all);
-      head.before = part(kBefore, weights);
+      head.before = part(kInitialWeights, weights);
       head.stats = part(kStats, kStatCount);
       head.tokens = of_stream(kValid, all);
       head.fill = of_stream(kFill, 0);

@@ -28,9 +28,9 @@ struct NoiseKeys {
 };
 
 TITANS_BOTH constexpr NoiseKeys noise_keys(std::uint32_t seed, std::uint32_t head, std::uint32_t tensor, bool surprise,
-                                           std::uint32_t folds) {
+                                           std::uint32_t chunk_updates) {
   const std::uint32_t field = mix(mix(mix(kGolden + seed) + head) + 2 * tensor + (surprise ? 1 : 0));
-  const std::uint32_t first = mix(field + folds);
+  const std::uint32_t first = mix(field + chunk_updates);
   return {first, mix(first + field)};
 }
 

@@ -53,7 +53,7 @@ Attributes read_attributes(const OrtApi& api, const OrtKernelInfo& info) {
   read_text("mode", attributes.mode);
   read_text("schedule", attributes.schedule);
   read_text("activation", attributes.activation);
-  read_text("storage", attributes.storage);
+  read_text("memory_dtype", attributes.memory_dtype);
   read_number("residual", attributes.residual);
   read_number("layer_norm", attributes.layer_norm);
   read_number("chunk_size", attributes.chunk_size);
@@ -154,11 +154,11 @@ Operands read_operands(const OrtApi& api, OrtKernelContext& context, const Confi
       stats.shape[2] = kStatCount;
       operands[kStats] = output(api, context, kStats, stats, DType::kFloat32);
     }
-    if (outputs > kBefore - kY) {
+    if (outputs > kInitialWeights - kY) {
       Tensor before = operands[kQ];
       before.shape[2] = configuration.chunks(before.shape[2]);
       before.shape[3] = configuration.all_elements();
-      operands[kBefore] = output(api, context, kBefore, before, DType::kFloat32);
+      operands[kInitialWeights] = output(api, context, kInitialWeights, before, DType::kFloat32);
     }
   }
   return operands;

@@ -146,7 +146,7 @@ std::string check_presence(const Node& node) {
       case kModulation:
       case kPrevious:
       case kPreviousGate:
-      case kBefore:
+      case kInitialWeights:
         allowed = false;  // they come with gates "chunk"
         break;
       case kLearn:
@@ -198,8 +198,9 @@ std::string read_fields(const PluginFieldCollection& fields, Node& node) {
   std::string alias = kAliases[static_cast<std::size_t>(Alias::kTwoBuffers)], inputs, outputs;
   for (const Text& text :
        {Text{"mode", &a.mode, true}, Text{"schedule", &a.schedule, true}, Text{"activation", &a.activation, true},
-        Text{"storage", &a.storage, false}, Text{"gates", &a.gates, false}, Text{"rounding", &a.rounding, false},
-        Text{"alias", &alias, false}, Text{"inputs", &inputs, true}, Text{"outputs", &outputs, true}}) {
+        Text{"memory_dtype", &a.memory_dtype, false}, Text{"gates", &a.gates, false},
+        Text{"rounding", &a.rounding, false}, Text{"alias", &alias, false}, Text{"inputs", &inputs, true},
+        Text{"outputs", &outputs, true}}) {
     std::string problem = read(fields, text);
     if (!problem.empty()) return problem;
   }
@@ -241,7 +242,7 @@ NodeFields::NodeFields(const Node& node) {
   add_text("mode", a.mode);
   add_text("schedule", a.schedule);
   add_text("activation", a.activation);
-  add_text("storage", a.storage);
+  add_text("memory_dtype", a.memory_dtype);
   add_text("gates", a.gates);
   add_text("rounding", a.rounding);
   add_integers("widths", {a.widths.begin(), a.widths.end()});
@@ -276,7 +277,7 @@ const PluginFieldCollection& NodeFields::names() {
   static const std::array<PluginField, 14> fields{{{"mode", nullptr, PluginFieldType::kCHAR},
                                                    {"schedule", nullptr, PluginFieldType::kCHAR},
                                                    {"activation", nullptr, PluginFieldType::kCHAR},
-                                                   {"storage", nullptr, PluginFieldType::kCHAR},
+                                                   {"memory_dtype", nullptr, PluginFieldType::kCHAR},
                                                    {"gates", nullptr, PluginFieldType::kCHAR},
                                                    {"rounding", nullptr, PluginFieldType::kCHAR},
                                                    {"widths", nullptr, PluginFieldType::kINT32},

@@ -70,7 +70,7 @@ Attributes CaseFile::node_attributes() const {
   a.activation = attributes.at("activation");
   a.residual = attributes.value("residual", a.residual);
   a.layer_norm = attributes.value("layer_norm", a.layer_norm);
-  a.storage = attributes.value("storage", a.storage);
+  a.memory_dtype = attributes.value("memory_dtype", a.memory_dtype);
   a.gates = attributes.value("gates", a.gates);
   a.rounding = attributes.value("rounding", a.rounding);
   a.seed = attributes.value("seed", a.seed);

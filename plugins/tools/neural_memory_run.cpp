@@ -97,7 +97,7 @@ void run(const Options& options) {
     const std::int64_t chunks = configuration.chunks(q.shape[2]), weights = configuration.all_elements();
     results.push_back(
         std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1] * chunks * weights) * 4));
-    operands[kBefore] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], chunks, weights});
+    operands[kInitialWeights] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], chunks, weights});
   }
   for (std::size_t repeat = 0; repeat < std::max<std::size_t>(options.repeats, 1); ++repeat) {
     json each = json::array();
@@ -112,7 +112,7 @@ void run(const Options& options) {
       if (update) std::swap(state, next);
       if (repeat != 0) continue;
       write(out, operands[kY]);
-      for (const Operand which : {kStats, kBefore}) {
+      for (const Operand which : {kStats, kInitialWeights}) {
         if (operands[which].present()) write(out, operands[which]);
       }
     }

@@ -18,7 +18,7 @@ struct BatchItem {
   const std::int32_t* tokens;
   const float* vectors;
   std::size_t count;
-  titans_logits which;
+  titans_output which;
   float* output;
   std::size_t capacity;
 };

@@ -85,9 +85,9 @@ void require_size(std::size_t got, std::size_t least, std::string_view name) {
   }
 }
 
-void require_choice(titans_logits which) {
-  if (which == TITANS_LOGITS_NONE || which == TITANS_LOGITS_LAST || which == TITANS_LOGITS_ALL) return;
-  throw core::Error(TITANS_INVALID_ARGUMENT, "stream", "which logits as a titans_logits",
+void require_choice(titans_output which) {
+  if (which == TITANS_OUTPUT_NONE || which == TITANS_OUTPUT_LAST || which == TITANS_OUTPUT_ALL) return;
+  throw core::Error(TITANS_INVALID_ARGUMENT, "stream", "which logits as a titans_output",
                     core::text(static_cast<int>(which)), "pass a value of that enumeration");
 }
 
@@ -372,7 +372,7 @@ titans_status titans_stream_reset(titans_stream* stream) {
   });
 }
 
-titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count, titans_logits which,
+titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count, titans_output which,
                                  float* logits, size_t capacity) {
   return guard([&] {
     require(stream, "stream");
@@ -383,7 +383,7 @@ titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, s
   });
 }
 
-titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count, titans_logits which,
+titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count, titans_output which,
                                          float* outputs, size_t capacity) {
   return guard([&] {
     require(stream, "stream");
@@ -398,7 +398,7 @@ titans_status titans_stream_step(titans_stream* stream, int32_t token, float* lo
   return guard([&] {
     require(stream, "stream");
     const core::Stream::Use use(*stream->stream);
-    stream->stream->feed(&token, 1, logits == nullptr ? TITANS_LOGITS_NONE : TITANS_LOGITS_LAST, logits,
+    stream->stream->feed(&token, 1, logits == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, logits,
                          stream->stream->session().output_size());
   });
 }
@@ -517,7 +517,7 @@ titans_status titans_session_step_batch(titans_session* session, titans_stream* 
     for (std::size_t index = 0; index < count; ++index) {
       float* row = logits == nullptr ? nullptr : logits + index * vocab;
       items.push_back({stream_of(streams[index], index), tokens + index, nullptr, 1,
-                       row == nullptr ? TITANS_LOGITS_NONE : TITANS_LOGITS_LAST, row, vocab});
+                       row == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, row, vocab});
     }
     return items;
   });

@@ -33,7 +33,7 @@ std::optional<std::int32_t> Generator::next() {
     stopped_ = true;
     return std::nullopt;
   }
-  stream_.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0);
+  stream_.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0);
   ++count_;
   return token;
 }

@@ -96,10 +96,10 @@ Guard::Guard(const Session& session, const titans_guard& limits)
       std::size_t extent = 1;
       for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
       const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
-      memory.fields.push_back({field.offset, extent, columns, field.storage, is_surprise(field.name)});
+      memory.fields.push_back({field.offset, extent, columns, field.dtype, is_surprise(field.name)});
     }
     // Of a memory in a form that is not ours, all numbers are weights.
-    if (memory.fields.empty()) memory.fields.push_back({0, memory.row, memory.row, FieldStorage::kFloat32, false});
+    if (memory.fields.empty()) memory.fields.push_back({0, memory.row, memory.row, FieldDtype::kFloat32, false});
     memories_.push_back(std::move(memory));
   }
   report_.layer = report_.head = -1;
@@ -156,9 +156,9 @@ const float* Guard::rows_of(const Buffer& buffer, const Memory& memory, Floats& 
 }
 
 const float* Guard::values_of(const Field& field, const float* row, Floats& values) const {
-  if (field.storage == FieldStorage::kFloat32) return row + field.offset;
+  if (field.dtype == FieldDtype::kFloat32) return row + field.offset;
   values.resize(std::max(values.size(), field.extent));
-  unpack_field(field.storage, row + field.offset, field.extent, field.columns, values.data());
+  unpack_field(field.dtype, row + field.offset, field.extent, field.columns, values.data());
   return values.data();
 }
 

@@ -97,7 +97,7 @@ class Guard {
  private:
   struct Field {
     std::size_t offset, extent, columns;
-    FieldStorage storage;
+    FieldDtype dtype;
     bool surprise;  // of S; else of W
   };
   struct Memory {

@@ -22,7 +22,7 @@ void copy(Buffer& to, const Buffer& from, const std::vector<Stripe>& places, std
 
 std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   constexpr std::array<std::string_view, 5> kCoefficients{"e", "a", "m", "f", "beta"};
-  const bool counted = !state.layout.empty() && state.layout.back().name == "folds";
+  const bool counted = !state.layout.empty() && state.layout.back().name == "chunk_updates";
   const std::size_t count = state.layout.size() - (counted ? 1 : 0);
   if (state.role != "memory" || count <= kCoefficients.size()) return std::nullopt;
   const std::size_t first = count - kCoefficients.size();
@@ -42,7 +42,7 @@ std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
   const bool others_before = std::all_of(
       state.layout.begin(), state.layout.begin() + static_cast<std::ptrdiff_t>(first), [&](const MemoryField& field) {
         const std::optional<std::size_t> elements = tensor_bytes(field.shape, DType::kInt8);
-        return elements && field.offset + field_words(field.storage, field.shape) <= chunk.coefficients;
+        return elements && field.offset + field_words(field.dtype, field.shape) <= chunk.coefficients;
       });
   return others_before ? std::optional(chunk) : std::nullopt;
 }

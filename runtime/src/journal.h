@@ -23,7 +23,7 @@ struct OpenChunk {
 };
 
 // What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
-// after the other, perhaps a count of folds, and has everything else before them.
+// after the other, perhaps a count of chunk_updates, and has everything else before them.
 std::optional<OpenChunk> find_open_chunk(const StateTensor& state);
 
 // The rows of the stream after which a memory changes; 1 where nothing says so.

@@ -77,19 +77,20 @@ Graph read_graph(const JsonReader& entry) {
   Graph graph{entry.at("name").string(),
               entry.at("file").file_name(),
               entry.at("tokens").integer(1, kMost),
-              entry.at("align").integer(1, kMost),
+              entry.at("stride").integer(1, kMost),
               {}};
   for (const JsonReader& weight : entry.at("weights").items()) graph.weights.push_back(weight.string());
-  const std::optional<JsonReader> phases = entry.find("phases");
-  if (!phases) return graph;
-  graph.phases.clear();
-  for (const JsonReader& phase : phases->items()) {
-    const std::int64_t value = phase.integer(0);
-    const bool ascends = graph.phases.empty() || value > graph.phases.back();
-    if (!ascends || value >= graph.align) phase.fail(text("above the phase before it and below align, ", graph.align));
-    graph.phases.push_back(value);
+  const std::optional<JsonReader> offsets = entry.find("offsets");
+  if (!offsets) return graph;
+  graph.offsets.clear();
+  for (const JsonReader& offset : offsets->items()) {
+    const std::int64_t value = offset.integer(0);
+    const bool ascends = graph.offsets.empty() || value > graph.offsets.back();
+    if (!ascends || value >= graph.stride)
+      offset.fail(text("above the offset before it and below stride, ", graph.stride));
+    graph.offsets.push_back(value);
   }
-  if (graph.phases.empty()) phases->fail("at least one of the positions modulo align");
+  if (graph.offsets.empty()) offsets->fail("at least one of the positions modulo stride");
   return graph;
 }
 
@@ -164,7 +165,7 @@ std::string read_memory(const JsonReader& document) {
   const std::optional<JsonReader> quantization = document.find("quantization");
   const bool listed = quantization && quantization->raw().is_object();
   const std::optional<JsonReader> memory = listed ? quantization->find("memory") : std::nullopt;
-  return memory ? memory->raw().dump() : R"({"storage":"float32","rounding":"nearest","seed":0})";
+  return memory ? memory->raw().dump() : R"({"dtype":"float32","rounding":"nearest","seed":0})";
 }
 
 }  // namespace
@@ -175,14 +176,14 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
   if (!fields || shape.empty()) return layout;
   for (const JsonReader& field : fields->items()) {
     MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
-    if (const std::optional<JsonReader> storage = field.find("storage")) {
-      const std::optional<FieldStorage> known = field_storage_named(storage->string());
-      if (!known) storage->fail("a storage that this runtime knows: " + field_storage_names());
-      memory.storage = *known;
+    if (const std::optional<JsonReader> dtype = field.find("dtype")) {
+      const std::optional<FieldDtype> known = field_dtype_named(dtype->string());
+      if (!known) dtype->fail("a dtype that this runtime knows: " + field_dtype_names());
+      memory.dtype = *known;
     }
     const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
     const auto row = static_cast<std::size_t>(shape.back());
-    const std::size_t words = bytes ? field_words(memory.storage, memory.shape) : row + 1;
+    const std::size_t words = bytes ? field_words(memory.dtype, memory.shape) : row + 1;
     if (words > row) field.fail(text("a field of at most ", row, " elements"));
     memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - words)));
     layout.push_back(std::move(memory));
@@ -203,6 +204,10 @@ Manifest Manifest::parse(std::string_view source) {
   if (version > kSchemaVersion) {
     throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version up to ", kSchemaVersion), text(version),
                 "install a newer titans runtime, or export the bundle with an older titans-export");
+  }
+  if (version < kSchemaVersion) {
+    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version ", kSchemaVersion), text(version),
+                "make the bundle anew: titans-export export CHECKPOINT -o NAME.titans");
   }
 
   Manifest manifest{};

@@ -8,19 +8,19 @@
 #include <string_view>
 #include <vector>
 
-#include "field_storage.h"
+#include "field_dtype.h"
 #include "tensor.h"
 
 namespace titans::core {
 
-inline constexpr std::int64_t kSchemaVersion = 1;
+inline constexpr std::int64_t kSchemaVersion = 2;
 
 // One field of a packed memory row.
 struct MemoryField {
   std::string name;
   std::size_t offset;  // in words of 32 bits, within the last dimension
   Shape shape;
-  FieldStorage storage = FieldStorage::kFloat32;
+  FieldDtype dtype = FieldDtype::kFloat32;
 };
 
 // The rows of a stream: one for each token, and `longterm` more after every `segment` tokens, which a token takes with
@@ -64,9 +64,9 @@ struct Graph {
   std::string name;
   std::string file;
   std::int64_t tokens;
-  std::int64_t align;
-  std::vector<std::string> weights;        // initialisers that the runtime hands over
-  std::vector<std::int64_t> phases = {0};  // it may start where position % align is one of these; ascending
+  std::int64_t stride;
+  std::vector<std::string> weights;         // initialisers that the runtime hands over
+  std::vector<std::int64_t> offsets = {0};  // it may start where position % stride is one of these; ascending
 };
 
 // What a stream consumes: token ids, or vectors of floats. A vector counts as one token.
@@ -120,7 +120,7 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
 
 struct Manifest {
   std::string model;           // JSON text, for people
-  std::string memory;          // JSON text, for people: storage, rounding and seed of memories in fewer bits
+  std::string memory;          // JSON text, for people: dtype, rounding and seed of memories in fewer bits
   std::string tokenizer;       // JSON text, for people
   std::string tokenizer_file;  // empty: none
   std::string position_input;

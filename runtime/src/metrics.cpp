@@ -122,7 +122,7 @@ void Metrics::read(titans_metrics* into) const {
   all.struct_size = into->struct_size;
   all.streams = streams.value();
   all.tokens = tokens.value();
-  all.folds = folds.value();
+  all.chunk_updates = chunk_updates.value();
   all.rollbacks = rollbacks.value();
   all.cancelled = cancelled.value();
   all.failed = failed.value();
@@ -146,7 +146,7 @@ std::string Metrics::text(std::string_view bundle) const {
   out.gauge("titans_state_bytes", state_bytes, "State of all open streams, in memory or spilled.");
   out.gauge("titans_resident_bytes", resident_bytes, "State of open streams that is in memory.");
   out.counter("titans_tokens_total", tokens, "Tokens or vectors consumed by calls that succeeded.");
-  out.counter("titans_folds_total", folds, "Chunks completed, of each memory.");
+  out.counter("titans_chunk_updates_total", chunk_updates, "Chunks completed, of each memory.");
   out.counter("titans_rollbacks_total", rollbacks, "Chunks that a guard took back.");
   out.counter("titans_calls_cancelled_total", cancelled, "Calls that were cancelled.");
   out.counter("titans_calls_failed_total", failed, "Calls that failed after they began to work.");

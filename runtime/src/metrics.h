@@ -50,12 +50,12 @@ class DurationHistogram {
 };
 
 struct Metrics {
-  Counter streams;    // open now
-  Counter tokens;     // consumed by calls that succeeded
-  Counter folds;      // chunks that those completed, of each memory
-  Counter rollbacks;  // chunks that a guard took back
-  Counter cancelled;  // calls
-  Counter failed;     // calls that began to work
+  Counter streams;        // open now
+  Counter tokens;         // consumed by calls that succeeded
+  Counter chunk_updates;  // chunks that those completed, of each memory
+  Counter rollbacks;      // chunks that a guard took back
+  Counter cancelled;      // calls
+  Counter failed;         // calls that began to work
   Counter spilled;
   Counter restored;
   Counter state_bytes;      // of all open streams
@@ -79,12 +79,12 @@ class MeasuredCall {
   MeasuredCall(const MeasuredCall&) = delete;
   MeasuredCall& operator=(const MeasuredCall&) = delete;
 
-  void succeeded(std::uint64_t tokens, std::uint64_t folds) noexcept {
+  void succeeded(std::uint64_t tokens, std::uint64_t chunk_updates) noexcept {
     const auto elapsed = std::chrono::steady_clock::now() - start_;
     const auto nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count();
     (tokens == 1 ? metrics_.steps : metrics_.feeds).add(static_cast<std::uint64_t>(nanoseconds));
     metrics_.tokens.add(tokens);
-    if (folds > 0) metrics_.folds.add(folds);
+    if (chunk_updates > 0) metrics_.chunk_updates.add(chunk_updates);
     ended_ = true;
   }
   void cancelled() noexcept {

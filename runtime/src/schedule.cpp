@@ -12,13 +12,13 @@ namespace {
 // Of graphs of a single token together; longer ones are no model's, and would take long to check.
 constexpr std::int64_t kLongestPeriod = std::int64_t{1} << 20;
 
-// Whether both may start at the same position: two phases that are equal modulo what their alignments have in common.
+// Whether both may start at the same position: two offsets that are equal modulo what their strides have in common.
 bool meet(const Graph& a, const Graph& b) {
-  const std::int64_t common = std::gcd(a.align, b.align);
+  const std::int64_t common = std::gcd(a.stride, b.stride);
   std::set<std::int64_t> residues;
-  for (const std::int64_t phase : a.phases) residues.insert(phase % common);
-  for (const std::int64_t phase : b.phases) {
-    if (residues.count(phase % common) != 0) return true;
+  for (const std::int64_t offset : a.offsets) residues.insert(offset % common);
+  for (const std::int64_t offset : b.offsets) {
+    if (residues.count(offset % common) != 0) return true;
   }
   return false;
 }
@@ -38,7 +38,7 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
   for (const Graph& graph : graphs) {
     if (graph.tokens != 1) continue;
     // The product of two numbers of at most 2^20 fits.
-    period = graph.align > kLongestPeriod ? graph.align : std::lcm(period, graph.align);
+    period = graph.stride > kLongestPeriod ? graph.stride : std::lcm(period, graph.stride);
     if (period > kLongestPeriod) {
       return text("a schedule whose graphs with tokens = 1 repeat within ", kLongestPeriod, " positions");
     }
@@ -46,8 +46,8 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
   std::vector<bool> served(static_cast<std::size_t>(period), false);
   for (const Graph& graph : graphs) {
     if (graph.tokens != 1) continue;
-    for (const std::int64_t phase : graph.phases) {
-      for (std::int64_t at = phase; at < period; at += graph.align) served[static_cast<std::size_t>(at)] = true;
+    for (const std::int64_t offset : graph.offsets) {
+      for (std::int64_t at = offset; at < period; at += graph.stride) served[static_cast<std::size_t>(at)] = true;
     }
   }
   for (std::size_t at = 0; at < served.size(); ++at) {
@@ -62,14 +62,14 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
 Schedule::Schedule(const std::vector<Graph>& graphs) {
   double most = 0.0;
   for (const Graph& graph : graphs) {
-    const double share = static_cast<double>(graph.phases.size()) / static_cast<double>(graph.align);
+    const double share = static_cast<double>(graph.offsets.size()) / static_cast<double>(graph.stride);
     if (graph.tokens == 1 && share > most) {
       most = share;
       decoding_graph_ = entries_.size();
     }
-    Entry entry{static_cast<std::uint64_t>(graph.tokens), static_cast<std::uint64_t>(graph.align), {}};
-    for (const std::int64_t phase : graph.phases) {
-      const auto begin = static_cast<std::uint64_t>(phase);
+    Entry entry{static_cast<std::uint64_t>(graph.tokens), static_cast<std::uint64_t>(graph.stride), {}};
+    for (const std::int64_t offset : graph.offsets) {
+      const auto begin = static_cast<std::uint64_t>(offset);
       if (!entry.spans.empty() && entry.spans.back().end == begin) {
         ++entry.spans.back().end;
       } else {

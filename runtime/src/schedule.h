@@ -37,15 +37,15 @@ class Schedule {
   };
   struct Entry {
     bool may_start(std::uint64_t position) const {
-      const std::uint64_t phase = position % align;
+      const std::uint64_t offset = position % stride;
       for (const Span& span : spans) {
-        if (phase < span.end) return phase >= span.begin;
+        if (offset < span.end) return offset >= span.begin;
       }
       return false;
     }
 
     std::uint64_t tokens;
-    std::uint64_t align;
+    std::uint64_t stride;
     std::vector<Span> spans;  // ascending; mostly one
   };
   std::vector<Entry> entries_;

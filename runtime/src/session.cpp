@@ -58,7 +58,7 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
     const std::size_t elements = state.bytes / sizeof(float);
     const auto row = static_cast<std::size_t>(state.shape.back());
     if (state.layout.empty()) {
-      memories.push_back({state.name, state.shape, elements, index, 0, row, row, FieldStorage::kFloat32});
+      memories.push_back({state.name, state.shape, elements, index, 0, row, row, FieldDtype::kFloat32});
     }
     for (const MemoryField& field : state.layout) {
       Shape shape(state.shape.begin(), state.shape.end() - 1);
@@ -67,7 +67,7 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
       for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
       const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
       memories.push_back({field_name(state, field), shape, elements / row * extent, index, field.offset, extent,
-                          columns, field.storage});
+                          columns, field.dtype});
     }
   }
   return memories;
@@ -90,7 +90,7 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
   for (const EngineGraph& one : bundle.graphs()) {
     const Graph& graph = manifest.graphs[one.graph];
     graphs.push_back(
-        {{"name", graph.name}, {"tokens", graph.tokens}, {"align", graph.align}, {"phases", graph.phases}});
+        {{"name", graph.name}, {"tokens", graph.tokens}, {"stride", graph.stride}, {"offsets", graph.offsets}});
   }
   json others = json::array();
   for (const auto& [name, reason] : choice.others) others.push_back({{"name", name}, {"reason", reason}});
@@ -207,12 +207,13 @@ std::string Session::metrics_text() const {
   return metrics_.text(folder.filename().string());
 }
 
-std::uint64_t Session::folds(std::uint64_t position, std::uint64_t tokens) const {
-  std::uint64_t folds = 0;
+std::uint64_t Session::chunk_updates(std::uint64_t position, std::uint64_t tokens) const {
+  std::uint64_t chunk_updates = 0;
   for (const FoldedRows& one : folded_) {
-    folds += one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
+    chunk_updates +=
+        one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
   }
-  return folds;
+  return chunk_updates;
 }
 
 ThreadPool& Session::batch_threads() {

@@ -38,7 +38,7 @@ struct MemoryView {
   std::size_t offset;   // of the field within the tensor's last dimension
   std::size_t extent;   // elements of the field within one row
   std::size_t columns;  // of a matrix, or of a vector as one row
-  FieldStorage storage;
+  FieldDtype dtype;
 };
 
 class Session {
@@ -57,7 +57,7 @@ class Session {
   // Prometheus' text, with the name of the bundle's folder.
   std::string metrics_text() const;
   // Chunks that `tokens` from `position` on complete, of each memory.
-  std::uint64_t folds(std::uint64_t position, std::uint64_t tokens) const;
+  std::uint64_t chunk_updates(std::uint64_t position, std::uint64_t tokens) const;
   // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
   std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
     return bundle_->graphs()[bundle_->schedule().next_graph(position, remaining)].graph;

@@ -12,7 +12,7 @@ namespace {
 
 using Layout = std::vector<MemoryField>;
 
-constexpr std::string_view kFolds = "folds";
+constexpr std::string_view kChunkUpdates = "chunk_updates";
 
 const MemoryField* find_field(const Layout& layout, std::string_view name) {
   const auto found = std::find_if(layout.begin(), layout.end(), [&](const auto& field) { return field.name == name; });
@@ -24,7 +24,7 @@ std::string error_name(std::string_view name) { return name == "gamma" ? "EW_gam
 
 // Whether the rounding has added the field to what the memory is.
 bool is_added(const Layout& layout, const MemoryField& field) {
-  if (field.name == kFolds) return true;
+  if (field.name == kChunkUpdates) return true;
   return std::any_of(layout.begin(), layout.end(),
                      [&](const MemoryField& other) { return error_name(other.name) == field.name; });
 }
@@ -34,7 +34,7 @@ bool is_packed(const StateTensor& state) { return !state.layout.empty() && state
 
 bool same_layout(const Layout& a, const Layout& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const MemoryField& x, const MemoryField& y) {
-    return x.name == y.name && x.offset == y.offset && x.shape == y.shape && x.storage == y.storage;
+    return x.name == y.name && x.offset == y.offset && x.shape == y.shape && x.dtype == y.dtype;
   });
 }
 
@@ -46,12 +46,12 @@ std::size_t columns_of(const MemoryField& field) {
 
 Floats unpack(const MemoryField& field, const float* row) {
   Floats values(extent_of(field));
-  unpack_field(field.storage, row + field.offset, values.size(), columns_of(field), values.data());
+  unpack_field(field.dtype, row + field.offset, values.size(), columns_of(field), values.data());
   return values;
 }
 
 void pack(const MemoryField& field, const Floats& values, float* row) {
-  pack_field(field.storage, values.data(), values.size(), columns_of(field), row + field.offset);
+  pack_field(field.dtype, values.data(), values.size(), columns_of(field), row + field.offset);
 }
 
 void convert_field(const Layout& from, const float* in, const Layout& to, const MemoryField& field, float* out) {
@@ -59,12 +59,12 @@ void convert_field(const Layout& from, const float* in, const Layout& to, const 
   const MemoryField* lost = find_field(from, error_name(field.name));
   const MemoryField* errors = find_field(to, error_name(field.name));
   // Packed again, blocks with a scale would be rounded a second time.
-  const bool keeps_bits = source.storage == field.storage && (lost == nullptr || errors != nullptr);
+  const bool keeps_bits = source.dtype == field.dtype && (lost == nullptr || errors != nullptr);
   if (keeps_bits) {
-    std::copy_n(in + source.offset, field_words(field.storage, field.shape), out + field.offset);
+    std::copy_n(in + source.offset, field_words(field.dtype, field.shape), out + field.offset);
     if (lost == nullptr) return;  // the errors are zeros, as the row was
-    if (lost->storage == errors->storage) {
-      std::copy_n(in + lost->offset, field_words(errors->storage, errors->shape), out + errors->offset);
+    if (lost->dtype == errors->dtype) {
+      std::copy_n(in + lost->offset, field_words(errors->dtype, errors->shape), out + errors->offset);
     } else {
       pack(*errors, unpack(*lost, in), out);
     }
@@ -124,7 +124,8 @@ void convert_state(const StateTensor& from, const std::byte* in, const StateTens
     for (const MemoryField& field : to.layout) {
       if (!is_added(to.layout, field)) {
         convert_field(from.layout, from_start, to.layout, field, to_start);
-      } else if (const MemoryField* kept = field.name == kFolds ? find_field(from.layout, kFolds) : nullptr) {
+      } else if (const MemoryField* kept =
+                     field.name == kChunkUpdates ? find_field(from.layout, kChunkUpdates) : nullptr) {
         to_start[field.offset] = from_start[kept->offset];
       }
     }

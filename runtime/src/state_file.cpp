@@ -38,7 +38,7 @@ constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kEnvelope = kEncrypted.size() + kNonceBytes + kTagBytes;
 constexpr std::size_t kBlock = std::size_t{1} << 20;  // that is encrypted at once
 // What a header may take beside the tensors, as much as a manifest, which describes the same; and by how much a memory
-// in another storage may be larger than ours.
+// in another dtype may be larger than ours.
 constexpr std::uint64_t kMostHeader = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMostGrowth = 8;
 constexpr std::string_view kRestore = "restore an older copy of it";
@@ -90,7 +90,7 @@ json describe(const StateTensor& state) {
       {"name", state.name}, {"role", state.role}, {"dtype", dtype_info(state.dtype).name}, {"shape", state.shape}};
   for (const MemoryField& field : state.layout) {
     json one{{"name", field.name}, {"offset", field.offset}, {"shape", field.shape}};
-    if (field.storage != FieldStorage::kFloat32) one["storage"] = field_storage_name(field.storage);
+    if (field.dtype != FieldDtype::kFloat32) one["dtype"] = field_dtype_name(field.dtype);
     entry["layout"].push_back(std::move(one));
   }
   return entry;

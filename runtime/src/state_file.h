@@ -15,7 +15,7 @@ namespace titans::core {
 void save_state(const std::filesystem::path& path, const Session& session, const StateView& state, const StateKey* key,
                 Durability durability = Durability::kPower);
 
-// Reads one for a stream of the session, whose bundle may keep memories in another storage than the file.
+// Reads one for a stream of the session, whose bundle may keep memories in another dtype than the file.
 StreamState load_state(const std::filesystem::path& path, const Session& session, const StateKey* key);
 
 // The safetensors file in it, with everything checked that needs no model.

@@ -357,7 +357,7 @@ void Stream::read_memory(std::size_t index, float* values, std::size_t capacity)
   sets_[current_][memory.state]->download(reinterpret_cast<std::byte*>(packed.data()));
   const auto row = static_cast<std::size_t>(state.shape.back());
   for (std::size_t start = memory.offset; start < packed.size(); start += row) {
-    unpack_field(memory.storage, packed.data() + start, memory.extent, memory.columns, values);
+    unpack_field(memory.dtype, packed.data() + start, memory.extent, memory.columns, values);
     values += memory.extent;
   }
 }

@@ -72,8 +72,8 @@ class Stream : private Spillable {
 
   // See titans_stream_feed, titans_stream_feed_vectors and titans_stream_score. Any failure leaves the stream as it
   // was.
-  void feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits, std::size_t capacity);
-  void feed_vectors(const float* vectors, std::size_t count, titans_logits which, float* outputs, std::size_t capacity);
+  void feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits, std::size_t capacity);
+  void feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs, std::size_t capacity);
   void score(const std::int32_t* tokens, std::size_t count, float* logprobs);
 
   bool learning() const { return learning_; }
@@ -157,8 +157,8 @@ class Stream : private Spillable {
   template <typename Sink>
   void advance(const Sequence& sequence, Sink&& sink);
   // That `capacity` floats at `output` have room for what `which` asks for.
-  void check_room(std::size_t count, titans_logits which, const float* output, std::size_t capacity) const;
-  void feed(const Sequence& sequence, titans_logits which, float* output);
+  void check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const;
+  void feed(const Sequence& sequence, titans_output which, float* output);
 
   struct OwnBuffer {
     std::size_t state;

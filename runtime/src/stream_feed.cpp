@@ -210,39 +210,39 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
   }
   if (passage.frozen_until == kAlways) learning_ = false;
   current_ = passage.set;
-  measured.succeeded(count, session_->folds(position_, count));
+  measured.succeeded(count, session_->chunk_updates(position_, count));
   position_ = end;
 }
 
-void Stream::check_room(std::size_t count, titans_logits which, const float* output, std::size_t capacity) const {
+void Stream::check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const {
   const std::size_t size = session_->output_size();
   const char* what = session_->manifest().input_kind == InputKind::kTokens ? "logits" : "outputs";
-  if (which == TITANS_LOGITS_LAST && count == 0 && position_ == 0) {
+  if (which == TITANS_OUTPUT_LAST && count == 0 && position_ == 0) {
     throw Error(TITANS_INVALID_ARGUMENT, "stream",
                 text("at least one token consumed before its last ", what, " are asked for"), "a fresh stream",
                 "feed a token first");
   }
-  if (which == TITANS_LOGITS_ALL && count > std::numeric_limits<std::size_t>::max() / size) {
+  if (which == TITANS_OUTPUT_ALL && count > std::numeric_limits<std::size_t>::max() / size) {
     throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a count whose ", what, " fit into memory"), text(count),
                 "feed in blocks");
   }
-  const std::size_t needed = which == TITANS_LOGITS_ALL ? count * size : which == TITANS_LOGITS_LAST ? size : 0;
+  const std::size_t needed = which == TITANS_OUTPUT_ALL ? count * size : which == TITANS_OUTPUT_LAST ? size : 0;
   if (capacity < needed || (needed > 0 && output == nullptr)) {
     throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " ", what),
                 output == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
   }
 }
 
-void Stream::feed(const Sequence& sequence, titans_logits which, float* output) {
+void Stream::feed(const Sequence& sequence, titans_output which, float* output) {
   const std::size_t size = session_->output_size();
   advance(sequence, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
-    if (which != TITANS_LOGITS_ALL) return;
+    if (which != TITANS_OUTPUT_ALL) return;
     std::copy_n(workspace.output(0, rows), rows * size, output + first * size);
   });
-  if (which == TITANS_LOGITS_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
+  if (which == TITANS_OUTPUT_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
 }
 
-void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_logits which, float* logits,
+void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits,
                   std::size_t capacity) {
   require_input(session_->manifest(), InputKind::kTokens);
   check_room(count, which, logits, capacity);
@@ -250,7 +250,7 @@ void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_logits w
   feed({tokens, nullptr, count}, which, logits);
 }
 
-void Stream::feed_vectors(const float* vectors, std::size_t count, titans_logits which, float* outputs,
+void Stream::feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs,
                           std::size_t capacity) {
   require_input(session_->manifest(), InputKind::kVectors);
   check_room(count, which, outputs, capacity);

@@ -54,7 +54,7 @@ class BatchTest : public testing::TestWithParam<int> {
 
   static BatchItem item(core::Stream& stream, const Tokens& tokens, std::vector<float>& logits) {
     logits.assign(tokens.size() * kVocab, 0.0F);
-    return {&stream, tokens.data(), nullptr, tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size()};
+    return {&stream, tokens.data(), nullptr, tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size()};
   }
 
   TemporaryFolder folder_;
@@ -139,7 +139,7 @@ TEST_P(BatchTest, WhatIsRefusedBeforeAnythingRuns) {
   core::Stream stranger(other);
   const Tokens token{5};
   const auto one = [&](core::Stream* stream) {
-    return BatchItem{stream, token.data(), nullptr, 1, TITANS_LOGITS_NONE, nullptr, 0};
+    return BatchItem{stream, token.data(), nullptr, 1, TITANS_OUTPUT_NONE, nullptr, 0};
   };
   const auto a = one(streams[0].get());
   const auto b = one(streams[1].get());
@@ -174,7 +174,7 @@ TEST(Batch, StreamsRunSideBySide) {
   const Tokens token{5};
   std::vector<BatchItem> items;
   for (core::Stream* stream : {&a, &b, &c}) {
-    items.push_back({stream, token.data(), nullptr, 1, TITANS_LOGITS_NONE, nullptr, 0});
+    items.push_back({stream, token.data(), nullptr, 1, TITANS_OUTPUT_NONE, nullptr, 0});
   }
   for (const Failure& outcome : run_batch(*session, items)) EXPECT_EQ(outcome.status, TITANS_OK);
 }
@@ -248,7 +248,7 @@ TEST_F(BatchCApi, WrongArguments) {
   float output[kFakeOutputs];
   titans_feed items[2]{};
   for (titans_feed& item : items) {
-    item = {sizeof(titans_feed), stream, nullptr, vector, 1, TITANS_LOGITS_LAST, output, kFakeOutputs};
+    item = {sizeof(titans_feed), stream, nullptr, vector, 1, TITANS_OUTPUT_LAST, output, kFakeOutputs};
   }
   titans_status statuses[2];
   const auto refused = [&](const titans_feed* first, std::size_t count, const std::string& word) {

@@ -54,8 +54,8 @@ TEST(CApi, NullIsAnErrorEverywhere) {
       titans_stream_fork(nullptr, &stream),
       titans_stream_fork(nullptr, nullptr),
       titans_stream_reset(nullptr),
-      titans_stream_feed(nullptr, &token, 1, TITANS_LOGITS_NONE, nullptr, 0),
-      titans_stream_feed_vectors(nullptr, &number, 1, TITANS_LOGITS_NONE, nullptr, 0),
+      titans_stream_feed(nullptr, &token, 1, TITANS_OUTPUT_NONE, nullptr, 0),
+      titans_stream_feed_vectors(nullptr, &number, 1, TITANS_OUTPUT_NONE, nullptr, 0),
       titans_stream_step(nullptr, 0, &number),
       titans_stream_score(nullptr, &token, 1, &number),
       titans_stream_set_learning(nullptr, 1),
@@ -219,11 +219,11 @@ TEST_F(CApiStream, Vectors) {
   EXPECT_EQ(twin.feed_vectors({0, 1, 4, -2, 2, 2}), std::vector<float>(expected.begin() + 6, expected.end()));
   expect_invalid({"2 floats each", "3 floats"}, [&] { twin.feed_vectors({1, 2, 3}); });
   expect_invalid({"vector 1", "finite"}, [&] { twin.feed_vectors({1, 2, 3, HUGE_VALF}); });
-  expect_invalid({"pointer for vectors"}, [&] { twin.feed_vectors(nullptr, 1, TITANS_LOGITS_NONE, nullptr, 0); });
-  expect_invalid({"titans_logits"},
-                 [&] { twin.feed_vectors(vectors.data(), 1, static_cast<titans_logits>(3), nullptr, 0); });
+  expect_invalid({"pointer for vectors"}, [&] { twin.feed_vectors(nullptr, 1, TITANS_OUTPUT_NONE, nullptr, 0); });
+  expect_invalid({"titans_output"},
+                 [&] { twin.feed_vectors(vectors.data(), 1, static_cast<titans_output>(3), nullptr, 0); });
   expect_invalid({"room for 6 outputs"},
-                 [&] { twin.feed_vectors(vectors.data(), 2, TITANS_LOGITS_ALL, std::vector<float>(5).data(), 5); });
+                 [&] { twin.feed_vectors(vectors.data(), 2, TITANS_OUTPUT_ALL, std::vector<float>(5).data(), 5); });
   const std::vector<std::string> words{"takes tokens", "takes vectors"};
   expect_invalid(words, [&] { twin.feed({1}); });
   expect_invalid(words, [&] { twin.feed_last({1}); });

@@ -54,7 +54,7 @@ class FakeEngine final : public core::Engine {
     EXPECT_EQ(call.vectors != nullptr, manifest_.input_kind == core::InputKind::kVectors);
     EXPECT_EQ(call.tokens == nullptr, call.vectors != nullptr);
     const core::Graph& graph = manifest_.graphs[call.graph];
-    EXPECT_TRUE(std::count(graph.phases.begin(), graph.phases.end(), call.position % graph.align)) << graph.name;
+    EXPECT_TRUE(std::count(graph.offsets.begin(), graph.offsets.end(), call.position % graph.stride)) << graph.name;
     for (std::int64_t t = 0; t < graph.tokens; ++t) {
       append_row(logits, memory[0], last, static_cast<float>(call.position + t),
                  static_cast<std::size_t>(manifest_.output_size));

@@ -86,7 +86,7 @@ class GuardTest : public testing::TestWithParam<std::tuple<Buffers, Attack>> {
 
   static std::vector<float> feed(Stream& stream, const Tokens& tokens) {
     std::vector<float> logits(tokens.size() * kFakeVocab);
-    stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
     return logits;
   }
   static void expect_same(Stream& a, Stream& b) {
@@ -333,7 +333,7 @@ TEST_F(GuardedStream, NumbersAreThoseOfWAndS) {
       const std::string& name = session_->memories()[index].name;
       if (name.find(".W0") != std::string::npos) before.emplace_back(index, read(index));
     }
-    stream.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0);
+    stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0);
     for (const auto& [index, old] : before) {
       const std::vector<float> now = read(index), s = read(index + 1);
       for (std::size_t head = 0; head < now.size(); head += 2) {
@@ -354,14 +354,14 @@ TEST_F(GuardedStream, NumbersAreThoseOfWAndS) {
 // What a frozen chunk leaves as it was breaks no limit, also one that S is above already.
 TEST_F(GuardedStream, ALimitBelowWhatIsThereStopsNoStream) {
   Stream stream(session_), plain(session_);
-  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 8, TITANS_LOGITS_NONE, nullptr, 0);
+  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 8, TITANS_OUTPUT_NONE, nullptr, 0);
   titans_guard guard;
   titans_guard_init(&guard);
   guard.policy = TITANS_GUARD_FREEZE;
   guard.max_surprise = 1e-3F;
   stream.set_guard(guard);
   plain.set_learning(false);
-  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 9, TITANS_LOGITS_NONE, nullptr, 0);
+  for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 9, TITANS_OUTPUT_NONE, nullptr, 0);
   EXPECT_EQ(stream.guard_report().reason, TITANS_GUARD_SURPRISE);
   EXPECT_EQ(stream.last_output(), plain.last_output());
 }
@@ -421,7 +421,7 @@ TEST_F(GuardedStream, CostsTheBuffersOfOneState) {
 
 // In fewer bits than a float's, numbers are those that the bits stand for: W from (1, 2) to (1, 4), S = (3, 4).
 struct Packed {
-  const char* storage;
+  const char* dtype;
   std::vector<std::uint32_t> before, after, broken;
   std::size_t surprise_at;  // in words
 };
@@ -440,13 +440,13 @@ INSTANTIATE_TEST_SUITE_P(
                     // Elements, then a scale of a half; NaN as a scale.
                     Packed{
                         "int8", {0x0402, 0x3F00, 0, 0}, {0x0802, 0x3F00, 0x0806, 0x3F00}, {0x0402, 0x7FC0, 0, 0}, 2}),
-    [](const auto& info) { return std::string(info.param.storage); });
+    [](const auto& info) { return std::string(info.param.dtype); });
 
 TEST_P(GuardStorage, NumbersAreWhatTheBitsStandFor) {
   const TemporaryFolder folder;
   nlohmann::json manifest = manifest_json();
   nlohmann::json& layout = manifest["state"][0]["layout"];
-  for (nlohmann::json& field : layout) field["storage"] = GetParam().storage;
+  for (nlohmann::json& field : layout) field["dtype"] = GetParam().dtype;
   layout[1]["offset"] = GetParam().surprise_at;
   write_bundle(folder.path(), manifest);
   FakeControl control;
@@ -482,11 +482,11 @@ TEST_F(GuardedStream, ProgressIsTold) {
         return 0;
       },
       &told);
-  stream.feed(tokens_.data(), 15, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(tokens_.data(), 15, TITANS_OUTPUT_NONE, nullptr, 0);
   const decltype(told) expected{{8, 15}, {12, 15}, {14, 15}, {15, 15}};
   EXPECT_EQ(told, expected);
   stream.set_progress(nullptr, nullptr);
-  stream.feed(tokens_.data(), 5, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(tokens_.data(), 5, TITANS_OUTPUT_NONE, nullptr, 0);
   EXPECT_EQ(told, expected);
 }
 
@@ -497,19 +497,19 @@ TEST_F(GuardedStream, AProgressFunctionEndsTheCall) {
       titans_guard guard;
       titans_guard_init(&guard);
       if (guarded) stream.set_guard(guard);
-      stream.feed(tokens_.data(), 4, TITANS_LOGITS_NONE, nullptr, 0);
-      plain.feed(tokens_.data(), 4, TITANS_LOGITS_NONE, nullptr, 0);
+      stream.feed(tokens_.data(), 4, TITANS_OUTPUT_NONE, nullptr, 0);
+      plain.feed(tokens_.data(), 4, TITANS_OUTPUT_NONE, nullptr, 0);
       stream.set_progress([](void* user, std::uint64_t done,
                              std::uint64_t) -> int { return done == *static_cast<std::uint64_t*>(user); },
                           &at);
       const std::uint64_t cancelled = session_->metrics().cancelled.value();
       expect_error(TITANS_CANCELLED, {"after " + std::to_string(at)},
-                   [&] { stream.feed(tokens_.data(), 15, TITANS_LOGITS_NONE, nullptr, 0); });
+                   [&] { stream.feed(tokens_.data(), 15, TITANS_OUTPUT_NONE, nullptr, 0); });
       EXPECT_EQ(session_->metrics().cancelled.value(), cancelled + 1);
       stream.set_progress(nullptr, nullptr);
       EXPECT_EQ(stream.position(), 4U);
-      stream.feed(tokens_.data(), 15, TITANS_LOGITS_NONE, nullptr, 0);
-      plain.feed(tokens_.data(), 15, TITANS_LOGITS_NONE, nullptr, 0);
+      stream.feed(tokens_.data(), 15, TITANS_OUTPUT_NONE, nullptr, 0);
+      plain.feed(tokens_.data(), 15, TITANS_OUTPUT_NONE, nullptr, 0);
       EXPECT_EQ(stream.last_output(), plain.last_output());
     }
   }
@@ -518,19 +518,19 @@ TEST_F(GuardedStream, AProgressFunctionEndsTheCall) {
 TEST_F(GuardedStream, CancelEndsTheCallThatRuns) {
   Stream stream(session_), plain(session_);
   stream.cancel();  // nothing runs, so nothing ends
-  stream.feed(tokens_.data(), 3, TITANS_LOGITS_NONE, nullptr, 0);
-  plain.feed(tokens_.data(), 3, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(tokens_.data(), 3, TITANS_OUTPUT_NONE, nullptr, 0);
+  plain.feed(tokens_.data(), 3, TITANS_OUTPUT_NONE, nullptr, 0);
   std::size_t calls = 0;
   control_.before_call = [&] {
     if (++calls == 2) stream.cancel();
   };
   expect_error(TITANS_CANCELLED, {"cancelled after"},
-               [&] { stream.feed(tokens_.data(), 20, TITANS_LOGITS_NONE, nullptr, 0); });
+               [&] { stream.feed(tokens_.data(), 20, TITANS_OUTPUT_NONE, nullptr, 0); });
   control_.before_call = nullptr;
   EXPECT_EQ(calls, 2U);
   EXPECT_EQ(stream.position(), 3U);
-  stream.feed(tokens_.data(), 20, TITANS_LOGITS_NONE, nullptr, 0);
-  plain.feed(tokens_.data(), 20, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(tokens_.data(), 20, TITANS_OUTPUT_NONE, nullptr, 0);
+  plain.feed(tokens_.data(), 20, TITANS_OUTPUT_NONE, nullptr, 0);
   EXPECT_EQ(stream.last_output(), plain.last_output());
 }
 
@@ -557,17 +557,17 @@ TEST_F(LogTest, TellsWhatIsAsSevereAsWanted) {
   control_.surprising[5] = std::nanf("");
   const std::int32_t token = 5;
   listen(TITANS_LOG_ERROR);
-  stream.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0);
   EXPECT_TRUE(lines_.empty());
   listen(TITANS_LOG_WARNING);
-  stream.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0);
+  stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0);
   ASSERT_EQ(lines_.size(), 1U);
   EXPECT_EQ(lines_[0].first, TITANS_LOG_WARNING);
   EXPECT_EQ(lines_[0].second.rfind("[guard] expected ", 0), 0U) << lines_[0].second;
   guard.policy = TITANS_GUARD_OFF;  // with SKIP a call that fails would be made again
   stream.set_guard(guard);
   control_.fail_at = static_cast<int>(control_.calls.size());
-  EXPECT_THROW(stream.feed(&token, 1, TITANS_LOGITS_NONE, nullptr, 0), core::Error);
+  EXPECT_THROW(stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0), core::Error);
   ASSERT_EQ(lines_.size(), 2U);
   EXPECT_EQ(lines_[1].first, TITANS_LOG_ERROR);
   core::log(TITANS_LOG_WARNING, "test", "two\nlines");

@@ -37,7 +37,7 @@ class JournalTest : public testing::Test {
 
   static std::vector<float> feed(Stream& stream, const Tokens& tokens) {
     std::vector<float> logits(tokens.size() * kFakeVocab);
-    stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
     return logits;
   }
 
@@ -50,7 +50,7 @@ class JournalTest : public testing::Test {
       std::vector<float> values(field.elements);
       stream.read_memory(index, values.data(), values.size());
       const bool is_chunk =
-          field.name.find("left") != std::string::npos || field.name.find("right") != std::string::npos;
+          field.name.find("layer_input") != std::string::npos || field.name.find("output_grad") != std::string::npos;
       for (auto head = values.begin(); head != values.end(); head += static_cast<std::ptrdiff_t>(field.extent)) {
         all.insert(all.end(), head, head + (is_chunk ? fill : static_cast<std::ptrdiff_t>(field.extent)));
       }
@@ -229,8 +229,8 @@ TEST_P(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
 template <typename Change>
 std::size_t bytes_saved_within_a_chunk(Change&& change) {
   core::StateTensor state{"memory", "in", "out", core::DType::kFloat32, {1, 2, 16}, 128, "memory", {}};
-  state.layout = {{"W0", 0, {2}}, {"left0", 2, {4}}, {"e", 6, {3}},   {"a", 9, {3}},
-                  {"m", 12, {}},  {"f", 13, {}},     {"beta", 14, {}}};
+  state.layout = {{"W0", 0, {2}}, {"layer_input0", 2, {4}}, {"e", 6, {3}}, {"a", 9, {3}}, {"m", 12, {}},
+                  {"f", 13, {}},  {"beta", 14, {}}};
   change(state);
   FakeTraffic traffic;
   FakeBuffer live(state.bytes, traffic);
@@ -245,10 +245,12 @@ std::size_t bytes_saved_within_a_chunk(Change&& change) {
 TEST(Journal, OnlyAPackedRowIsSavedInParts) {
   using core::StateTensor;
   EXPECT_EQ(bytes_saved_within_a_chunk([](StateTensor&) {}), 2 * 10 * sizeof(float));
-  // A count of folds belongs to them, and what is stored in fewer bits takes fewer words than it has elements.
-  const auto counted = [](StateTensor& state) { state.layout.push_back({"folds", 15, {}}); };
+  // A count of chunk_updates belongs to them, and what is stored in fewer bits takes fewer words than it has elements.
+  const auto counted = [](StateTensor& state) { state.layout.push_back({"chunk_updates", 15, {}}); };
   EXPECT_EQ(bytes_saved_within_a_chunk(counted), 2 * 10 * sizeof(float));
-  const auto stored = [](StateTensor& state) { state.layout[1] = {"left0", 2, {8}, core::FieldStorage::kBFloat16}; };
+  const auto stored = [](StateTensor& state) {
+    state.layout[1] = {"layer_input0", 2, {8}, core::FieldDtype::kBFloat16};
+  };
   EXPECT_EQ(bytes_saved_within_a_chunk(stored), 2 * 10 * sizeof(float));
   const std::vector<void (*)(StateTensor&)> changes{
       [](StateTensor& state) { state.role = "cache"; },
@@ -264,7 +266,7 @@ TEST(Journal, OnlyAPackedRowIsSavedInParts) {
       [](StateTensor& state) { state.layout[1].offset = 3; },
       [](StateTensor& state) { state.layout.erase(state.layout.begin(), state.layout.begin() + 2); },
       [](StateTensor& state) { state.layout.push_back({"S0", 15, {1}}); },
-      [](StateTensor& state) { state.layout.push_back({"folds", 14, {}}); },
+      [](StateTensor& state) { state.layout.push_back({"chunk_updates", 14, {}}); },
   };
   for (std::size_t i = 0; i < changes.size(); ++i) EXPECT_EQ(bytes_saved_within_a_chunk(changes[i]), 128U) << i;
 }

@@ -41,8 +41,8 @@ TEST(ManifestEngines, NewerOnesDoNotHarm) {
 TEST(ManifestEngines, HaveGraphsForEveryPhase) {
   json manifest = manifest_json();
   manifest["graphs"].push_back(manifest["graphs"][0]);
-  manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
-  manifest["graphs"][3].update({{"name", "last"}, {"align", 4}, {"phases", {3}}});
+  manifest["graphs"][0].update({{"stride", 4}, {"offsets", {0, 1, 2}}});
+  manifest["graphs"][3].update({{"name", "last"}, {"stride", 4}, {"offsets", {3}}});
   manifest["engines"] = {engine_json("orin", "tensorrt", 87)};
   expect_error(TITANS_FAILED, {"engines[0].graphs", "also at 3 modulo 4"},
                [&] { core::Manifest::parse(manifest.dump()); });

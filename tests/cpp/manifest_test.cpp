@@ -72,19 +72,19 @@ TEST(Manifest, WhatARowOfTheStreamIs) {
 
 TEST(Manifest, Phases) {
   json manifest = manifest_json();
-  EXPECT_EQ(parse(manifest).graphs[0].phases, (std::vector<std::int64_t>{0}));
+  EXPECT_EQ(parse(manifest).graphs[0].offsets, (std::vector<std::int64_t>{0}));
   json last = manifest["graphs"][0];
-  manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
+  manifest["graphs"][0].update({{"stride", 4}, {"offsets", {0, 1, 2}}});
   expect_error(TITANS_FAILED, {"manifest.json", "graphs", "also at 3 modulo 4"}, [&] { parse(manifest); });
-  last.update({{"name", "last"}, {"align", 4}, {"phases", {3}}});
+  last.update({{"name", "last"}, {"stride", 4}, {"offsets", {3}}});
   manifest["graphs"].push_back(last);
   const core::Manifest read = parse(manifest);
-  EXPECT_EQ(read.graphs[2].phases, (std::vector<std::int64_t>{0, 1, 2}));
-  EXPECT_EQ(read.graphs[3].phases, (std::vector<std::int64_t>{3}));
-  const std::vector<json> wrong{json::array(), {4}, {3, 3}, {3, 2}, {-1},          {2, 3},
-                                {1.5},         3,   {"3"},  {{3}},  {{"phase", 3}}};
-  for (const json& phases : wrong) {
-    manifest["graphs"][3]["phases"] = phases;
+  EXPECT_EQ(read.graphs[2].offsets, (std::vector<std::int64_t>{0, 1, 2}));
+  EXPECT_EQ(read.graphs[3].offsets, (std::vector<std::int64_t>{3}));
+  const std::vector<json> wrong{json::array(), {4}, {3, 3}, {3, 2}, {-1},           {2, 3},
+                                {1.5},         3,   {"3"},  {{3}},  {{"offset", 3}}};
+  for (const json& offsets : wrong) {
+    manifest["graphs"][3]["offsets"] = offsets;
     expect_error(TITANS_FAILED, {"manifest.json", "graphs"}, [&] { parse(manifest); });
   }
 }
@@ -147,7 +147,7 @@ TEST(Manifest, FieldsOfTheMemoryHaveDifferentNames) {
 }
 
 TEST(Manifest, ANewerSchemaIsUnsupportedWhateverElseItSays) {
-  expect_error(TITANS_UNSUPPORTED, {"schema_version up to 1", "got 7"},
+  expect_error(TITANS_UNSUPPORTED, {"schema_version up to 2", "got 7"},
                [] { parse({{"format", "titans-bundle"}, {"schema_version", 7}}); });
 }
 
@@ -169,7 +169,7 @@ INSTANTIATE_TEST_SUITE_P(Manifest, MissingField,
                                          "/state/0/output", "/state/0/dtype", "/state/0/shape", "/state/0/role",
                                          "/state/0/layout/0/name", "/state/0/layout/0/offset",
                                          "/state/0/layout/0/shape", "/graphs", "/graphs/0/name", "/graphs/0/file",
-                                         "/graphs/0/tokens", "/graphs/0/align", "/graphs/0/weights", "/weights",
+                                         "/graphs/0/tokens", "/graphs/0/stride", "/graphs/0/weights", "/weights",
                                          "/weights/file", "/initial_state", "/initial_state/file", "/files"));
 
 struct Change {
@@ -211,7 +211,7 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"/state/0/rows", {{"segment", 1}, {"longterm", -1}}}, Change{"/state/1/name", "layers.0.memory"},
         Change{"/state/1/input", "tokens"}, Change{"/state/1/output", "memory.next"}, Change{"/graphs", json::array()},
         Change{"/graphs", json::object()}, Change{"/graphs/0/tokens", 3}, Change{"/graphs/0/tokens", 0},
-        Change{"/graphs/0/align", 2}, Change{"/graphs/0/align", 0}, Change{"/graphs/0/weights", "E"},
+        Change{"/graphs/0/stride", 2}, Change{"/graphs/0/stride", 0}, Change{"/graphs/0/weights", "E"},
         Change{"/graphs/0/file", "../decode.onnx"}, Change{"/graphs/0/file", "a/b"}, Change{"/graphs/0/file", "a\\b"},
         Change{"/graphs/0/file", ".."}, Change{"/graphs/0/file", "."}, Change{"/graphs/0/file", ""},
         Change{"/graphs/0/file", std::string("a\0b", 3)}, Change{"/weights/file", "/etc/passwd"},

@@ -87,19 +87,19 @@ TEST_F(MetricsTest, CountWhatStreamsDo) {
   EXPECT_EQ(metrics.calls, 0U);
   EXPECT_EQ(metrics.step.p50_seconds, 0);
 
-  stream->feed(tokens_.data(), 6, TITANS_LOGITS_NONE, nullptr, 0);
-  for (int i = 0; i < 3; ++i) twin->feed(tokens_.data(), 1, TITANS_LOGITS_NONE, nullptr, 0);
-  twin->feed(nullptr, 0, TITANS_LOGITS_NONE, nullptr, 0);
+  stream->feed(tokens_.data(), 6, TITANS_OUTPUT_NONE, nullptr, 0);
+  for (int i = 0; i < 3; ++i) twin->feed(tokens_.data(), 1, TITANS_OUTPUT_NONE, nullptr, 0);
+  twin->feed(nullptr, 0, TITANS_OUTPUT_NONE, nullptr, 0);
   control_.fail_at = static_cast<int>(control_.calls.size());
-  EXPECT_THROW(stream->feed(tokens_.data(), 6, TITANS_LOGITS_NONE, nullptr, 0), core::Error);
-  EXPECT_THROW(stream->feed(tokens_.data(), 6, TITANS_LOGITS_ALL, nullptr, 0), core::Error);  // never began
+  EXPECT_THROW(stream->feed(tokens_.data(), 6, TITANS_OUTPUT_NONE, nullptr, 0), core::Error);
+  EXPECT_THROW(stream->feed(tokens_.data(), 6, TITANS_OUTPUT_ALL, nullptr, 0), core::Error);  // never began
   metrics = read(session_->metrics());
   EXPECT_EQ(metrics.tokens, 9U);
   EXPECT_EQ(metrics.calls, 5U);
   EXPECT_EQ(metrics.failed, 1U);
   EXPECT_EQ(metrics.step.count, 3U);
   EXPECT_EQ(metrics.feed.count, 1U);
-  EXPECT_EQ(metrics.folds, 9U);  // a memory whose layout does not say where chunks end
+  EXPECT_EQ(metrics.chunk_updates, 9U);  // a memory whose layout does not say where chunks end
   EXPECT_GT(metrics.step.p50_seconds, 0);
   EXPECT_LE(metrics.step.p50_seconds, metrics.step.p99_seconds);
   EXPECT_LE(metrics.step.p99_seconds, metrics.step.max_seconds);
@@ -133,7 +133,7 @@ TEST_F(MetricsTest, CountEveryCallOfEveryThread) {
   for (std::thread& thread : threads) thread.join();
   const titans_metrics metrics = read(session_->metrics());
   EXPECT_EQ(metrics.tokens, 8000U);
-  EXPECT_EQ(metrics.folds, 4000U);
+  EXPECT_EQ(metrics.chunk_updates, 4000U);
   EXPECT_EQ(metrics.feed.count, 4000U);
 }
 

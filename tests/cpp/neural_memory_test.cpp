@@ -194,9 +194,10 @@ TEST(NeuralMemoryAttributes, WrongOnesAreRefusedByName) {
   expect("mode to be \"update\" or \"read\" but got \"\"", [](Attributes& a) { a.mode.clear(); });
   expect("schedule to be", [](Attributes& a) { a.schedule = "some"; });
   expect("activation to be \"silu\" or \"gelu\" but got \"relu\"", [](Attributes& a) { a.activation = "relu"; });
-  expect("storage to be", [](Attributes& a) { a.storage = "int4"; });
+  expect("memory_dtype to be", [](Attributes& a) { a.memory_dtype = "int4"; });
   expect("rounding to be", [](Attributes& a) { a.rounding = "up"; });
-  expect("rounding to be \"nearest\" with storage \"float32\"", [](Attributes& a) { a.rounding = "feedback"; });
+  expect("rounding to be \"nearest\" with memory_dtype \"float32\"",
+         [](Attributes& a) { a.rounding = "error_feedback"; });
   expect("seed to be left out with rounding \"nearest\"", [](Attributes& a) { a.seed = 1; });
   expect("seed in [0, 4294967295]", [](Attributes& a) { a.seed = -1; });
   expect("2 to 4 widths but got 1", [](Attributes& a) { a.widths = {6}; });

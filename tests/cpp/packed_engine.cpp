@@ -131,7 +131,7 @@ class PackedEngine final : public core::Engine {
 
 json packed_layout() {
   const std::array<std::pair<const char*, std::size_t>, 6> vectors{
-      {{"W0", kW}, {"S0", kS}, {"left0", kLeft}, {"right0", kRight}, {"e", kE}, {"a", kA}}};
+      {{"W0", kW}, {"S0", kS}, {"layer_input0", kLeft}, {"output_grad0", kRight}, {"e", kE}, {"a", kA}}};
   json layout = json::array();
   for (const auto& [name, offset] : vectors) {
     layout.push_back({{"name", name}, {"offset", offset}, {"shape", {offset < kLeft ? 2 : kPackedChunk}}});
@@ -153,11 +153,11 @@ void write_packed_bundle(const std::filesystem::path& folder) {
   manifest["state"].insert(manifest["state"].begin() + 1, other);
   manifest["graphs"] = json::array();
   const std::array<std::array<int, 2>, 4> graphs{{{8, 4}, {4, 4}, {2, 2}, {1, 1}}};
-  for (const auto& [tokens, align] : graphs) {
+  for (const auto& [tokens, stride] : graphs) {
     const std::string name = "graph" + std::to_string(tokens);
     write_file(folder / (name + ".onnx"), name);
     manifest["graphs"].push_back(
-        {{"name", name}, {"file", name + ".onnx"}, {"tokens", tokens}, {"align", align}, {"weights", json::array()}});
+        {{"name", name}, {"file", name + ".onnx"}, {"tokens", tokens}, {"stride", stride}, {"weights", json::array()}});
   }
   std::vector<float> row(kPackedRow, 0.0F);
   row[kW] = 0.5F;

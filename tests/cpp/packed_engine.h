@@ -1,6 +1,7 @@
 // A backend without a device whose memory is a packed row (docs/operator.md), updated in place as the operator's
-// kernels do it: inside a chunk a token appends a row and changes the coefficients, the chunk's last token folds W and
-// S. Beside it a memory of another layout, in place too, and a cache that swaps. A frozen token is the identity.
+// kernels do it: inside a chunk a token appends a row and changes the coefficients, the chunk's last token
+// chunk_updates W and S. Beside it a memory of another layout, in place too, and a cache that swaps. A frozen token is
+// the identity.
 //
 // A call that fails first spoils all that it is allowed to write. Rows of the open chunk beyond its fill are never
 // read.

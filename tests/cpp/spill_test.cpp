@@ -47,7 +47,7 @@ std::vector<fs::path> list(const fs::path& folder) {
 std::vector<float> feed(Stream& stream, const Tokens& tokens) {
   const Stream::Use use(stream);
   std::vector<float> logits(tokens.size() * kVocab);
-  stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+  stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
   return logits;
 }
 

@@ -1,4 +1,4 @@
-// State files from inside: what is written, all that is refused, and states in another storage.
+// State files from inside: what is written, all that is refused, and states in another dtype.
 #include "state_file.h"
 
 #include <fcntl.h>
@@ -32,7 +32,7 @@ const core::StateKey kKey{1, 2, 3, 4, 5};
 
 std::vector<float> feed(Stream& stream, const Tokens& tokens) {
   std::vector<float> logits(tokens.size() * kVocab);
-  stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+  stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
   return logits;
 }
 
@@ -463,7 +463,7 @@ TEST_F(StateFileTest, AFailedSaveLeavesTheOldFile) {
   EXPECT_FALSE(std::filesystem::exists(folder_.path() / "model.tmp"));
 }
 
-// ---- another storage ----
+// ---- another dtype ----
 
 // A tensor of one row: the fields one after the other.
 core::StateTensor memory_of(const std::vector<core::MemoryField>& fields) {
@@ -474,7 +474,7 @@ core::StateTensor memory_of(const std::vector<core::MemoryField>& fields) {
   std::size_t words = 0;
   for (core::MemoryField field : fields) {
     field.offset = words;
-    words += core::field_words(field.storage, field.shape);
+    words += core::field_words(field.dtype, field.shape);
     state.layout.push_back(std::move(field));
   }
   state.shape = {1, 1, static_cast<std::int64_t>(words)};
@@ -493,16 +493,16 @@ std::vector<float> convert(const core::StateTensor& from, const std::vector<floa
 std::vector<float> values_of(const core::StateTensor& state, const std::vector<float>& row, std::size_t index) {
   const core::MemoryField& field = state.layout[index];
   std::vector<float> values(*core::tensor_bytes(field.shape, core::DType::kInt8));
-  core::unpack_field(field.storage, row.data() + field.offset, values.size(),
+  core::unpack_field(field.dtype, row.data() + field.offset, values.size(),
                      field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back()), values.data());
   return values;
 }
 
-using core::FieldStorage;
+using core::FieldDtype;
 
 TEST(StateConversion, ToBfloat16AndBack) {
   const auto wide = memory_of({{"W0", 0, {1, 3}}, {"a", 0, {2}}});
-  const auto narrow = memory_of({{"W0", 0, {1, 3}, FieldStorage::kBFloat16}, {"a", 0, {2}}});
+  const auto narrow = memory_of({{"W0", 0, {1, 3}, FieldDtype::kBFloat16}, {"a", 0, {2}}});
   // 1 + 2^-8 lies in the middle of two and goes to the even one.
   const std::vector<float> there = convert(wide, {1.00390625F, -3.0F, 1.01171875F, 5.0F, 6.0F}, narrow);
   EXPECT_EQ(values_of(narrow, there, 0), (std::vector<float>{1.0F, -3.0F, 1.015625F}));
@@ -512,10 +512,10 @@ TEST(StateConversion, ToBfloat16AndBack) {
 
 TEST(StateConversion, KeptErrorsCount) {
   const auto wide = memory_of({{"W0", 0, {1, 2}}, {"gamma", 0, {2}}});
-  const auto kept = memory_of({{"W0", 0, {1, 2}, FieldStorage::kBFloat16},
-                               {"gamma", 0, {2}, FieldStorage::kBFloat16},
-                               {"EW0", 0, {1, 2}, FieldStorage::kBFloat16},
-                               {"EW_gamma", 0, {2}, FieldStorage::kBFloat16}});
+  const auto kept = memory_of({{"W0", 0, {1, 2}, FieldDtype::kBFloat16},
+                               {"gamma", 0, {2}, FieldDtype::kBFloat16},
+                               {"EW0", 0, {1, 2}, FieldDtype::kBFloat16},
+                               {"EW_gamma", 0, {2}, FieldDtype::kBFloat16}});
   const std::vector<float> values{1.00390625F, -1.01171875F, 0.1F, 3.0F};
   const std::vector<float> there = convert(wide, values, kept);
   EXPECT_EQ(values_of(kept, there, 0), (std::vector<float>{1.0F, -1.015625F}));
@@ -526,15 +526,15 @@ TEST(StateConversion, KeptErrorsCount) {
   EXPECT_NEAR(back[2], values[2], 0.1F * 0x1p-17F);
   EXPECT_EQ(back[3], values[3]);
   // Without errors: the sum, rounded.
-  const auto plain = memory_of({{"W0", 0, {1, 2}, FieldStorage::kFloat16}, {"gamma", 0, {2}, FieldStorage::kFloat16}});
+  const auto plain = memory_of({{"W0", 0, {1, 2}, FieldDtype::kFloat16}, {"gamma", 0, {2}, FieldDtype::kFloat16}});
   EXPECT_EQ(values_of(plain, convert(kept, there, plain), 0), (std::vector<float>{1.00390625F, -1.01171875F}));
 }
 
 TEST(StateConversion, TheSameStorageKeepsItsBits) {
-  const auto nearest = memory_of({{"W0", 0, {1, 33}, FieldStorage::kInt8}, {"a", 0, {1}}});
+  const auto nearest = memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}});
   const auto feedback =
-      memory_of({{"W0", 0, {1, 33}, FieldStorage::kInt8}, {"EW0", 0, {1, 33}, FieldStorage::kInt8}, {"a", 0, {1}}});
-  const auto stochastic = memory_of({{"W0", 0, {1, 33}, FieldStorage::kInt8}, {"a", 0, {1}}, {"folds", 0, {}}});
+      memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"EW0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}});
+  const auto stochastic = memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}, {"chunk_updates", 0, {}}});
   std::vector<float> row(nearest.bytes / sizeof(float));
   for (std::size_t i = 0; i + 1 < row.size(); ++i) {
     const std::uint32_t bits = 0x3F400000U + static_cast<std::uint32_t>(i * 0x01020304U);
@@ -552,7 +552,7 @@ TEST(StateConversion, TheSameStorageKeepsItsBits) {
   EXPECT_EQ(counted.back(), 0.0F);
   counted.back() = 7.0F;
   EXPECT_EQ(convert(stochastic, counted, stochastic).back(), 7.0F);
-  const auto narrower = memory_of({{"W0", 0, {1, 33}, FieldStorage::kBFloat16}, {"a", 0, {1}}, {"folds", 0, {}}});
+  const auto narrower = memory_of({{"W0", 0, {1, 33}, FieldDtype::kBFloat16}, {"a", 0, {1}}, {"chunk_updates", 0, {}}});
   EXPECT_EQ(convert(stochastic, counted, narrower).back(), 7.0F);
 }
 

@@ -34,7 +34,7 @@ class StreamTest : public testing::TestWithParam<std::vector<bool>> {
 
   static std::vector<float> feed(Stream& stream, const Tokens& tokens) {
     std::vector<float> logits(tokens.size() * kVocab);
-    stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
     return logits;
   }
 
@@ -142,9 +142,9 @@ TEST_P(StreamTest, LastLogits) {
   Stream stream(session_);
   std::vector<float> last(kVocab);
   expect_error(TITANS_INVALID_ARGUMENT, {"at least one token"},
-               [&] { stream.feed(nullptr, 0, TITANS_LOGITS_LAST, last.data(), kVocab); });
-  stream.feed(kTokens.data(), 5, TITANS_LOGITS_NONE, nullptr, 0);
-  stream.feed(nullptr, 0, TITANS_LOGITS_LAST, last.data(), kVocab);
+               [&] { stream.feed(nullptr, 0, TITANS_OUTPUT_LAST, last.data(), kVocab); });
+  stream.feed(kTokens.data(), 5, TITANS_OUTPUT_NONE, nullptr, 0);
+  stream.feed(nullptr, 0, TITANS_OUTPUT_LAST, last.data(), kVocab);
   const std::vector<float> expected = expected_logits(kTokens);
   EXPECT_EQ(last, std::vector<float>(expected.begin() + 4 * kVocab, expected.begin() + 5 * kVocab));
 }
@@ -153,11 +153,11 @@ TEST_P(StreamTest, RoomForLogits) {
   Stream stream(session_);
   std::vector<float> logits(2 * kVocab);
   expect_error(TITANS_INVALID_ARGUMENT, {"16", "15"},
-               [&] { stream.feed(kTokens.data(), 2, TITANS_LOGITS_ALL, logits.data(), 15); });
+               [&] { stream.feed(kTokens.data(), 2, TITANS_OUTPUT_ALL, logits.data(), 15); });
   expect_error(TITANS_INVALID_ARGUMENT, {"NULL"},
-               [&] { stream.feed(kTokens.data(), 2, TITANS_LOGITS_LAST, nullptr, 100); });
+               [&] { stream.feed(kTokens.data(), 2, TITANS_OUTPUT_LAST, nullptr, 100); });
   expect_error(TITANS_INVALID_ARGUMENT, {"fit into memory"}, [&] {
-    stream.feed(kTokens.data(), std::numeric_limits<std::size_t>::max() / 2, TITANS_LOGITS_ALL, logits.data(), 16);
+    stream.feed(kTokens.data(), std::numeric_limits<std::size_t>::max() / 2, TITANS_OUTPUT_ALL, logits.data(), 16);
   });
   EXPECT_EQ(stream.position(), 0U);
 }
@@ -277,14 +277,14 @@ TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
   }
 }
 
-// Vectors in the tokens' stead, and phases.
+// Vectors in the tokens' stead, and offsets.
 class VectorStreamTest : public testing::TestWithParam<std::vector<bool>> {
  protected:
   VectorStreamTest() {
     json manifest = vectors_json();
     manifest["graphs"].push_back(manifest["graphs"][0]);
-    manifest["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
-    manifest["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"align", 4}, {"phases", {3}}});
+    manifest["graphs"][0].update({{"stride", 4}, {"offsets", {0, 1, 2}}});
+    manifest["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"stride", 4}, {"offsets", {3}}});
     write_bundle(folder_.path(), manifest);
     control_.in_place = GetParam();
     session_ = open_fake_session(folder_.path(), control_);
@@ -294,7 +294,7 @@ class VectorStreamTest : public testing::TestWithParam<std::vector<bool>> {
   // Of `count` vectors from `first` on.
   std::vector<float> feed(Stream& stream, std::size_t first, std::size_t count) const {
     std::vector<float> outputs(count * kFakeOutputs);
-    stream.feed_vectors(vectors_.data() + first * kFakeInputs, count, TITANS_LOGITS_ALL, outputs.data(),
+    stream.feed_vectors(vectors_.data() + first * kFakeInputs, count, TITANS_OUTPUT_ALL, outputs.data(),
                         outputs.size());
     return outputs;
   }
@@ -324,7 +324,8 @@ TEST_P(VectorStreamTest, AnyCutGivesTheSameOutputs) {
   }
 }
 
-// The engine compares each call's position with the graph's phases. The manifest's order: prefill, chunk, decode, last.
+// The engine compares each call's position with the graph's offsets. The manifest's order: prefill, chunk, decode,
+// last.
 TEST_P(VectorStreamTest, TheGraphOfThePhaseRuns) {
   Stream stream(session_);
   for (std::size_t at = 0; at < 9; ++at) feed(stream, at, 1);
@@ -380,16 +381,16 @@ TEST_P(VectorStreamTest, WhichOutputs) {
   Stream stream(session_);
   std::vector<float> last(kFakeOutputs);
   expect_error(TITANS_INVALID_ARGUMENT, {"at least one token", "outputs"},
-               [&] { stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size()); });
+               [&] { stream.feed_vectors(nullptr, 0, TITANS_OUTPUT_LAST, last.data(), last.size()); });
   expect_error(TITANS_INVALID_ARGUMENT, {"6 outputs", "5"},
-               [&] { stream.feed_vectors(vectors_.data(), 2, TITANS_LOGITS_ALL, last.data(), 5); });
+               [&] { stream.feed_vectors(vectors_.data(), 2, TITANS_OUTPUT_ALL, last.data(), 5); });
   for (const std::size_t count :
        {std::numeric_limits<std::size_t>::max() / 2, std::numeric_limits<std::size_t>::max() / 8 + 1}) {
     expect_error(TITANS_INVALID_ARGUMENT, {"fit into memory"},
-                 [&] { stream.feed_vectors(vectors_.data(), count, TITANS_LOGITS_NONE, nullptr, 0); });
+                 [&] { stream.feed_vectors(vectors_.data(), count, TITANS_OUTPUT_NONE, nullptr, 0); });
   }
-  stream.feed_vectors(vectors_.data(), 5, TITANS_LOGITS_NONE, nullptr, 0);
-  stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size());
+  stream.feed_vectors(vectors_.data(), 5, TITANS_OUTPUT_NONE, nullptr, 0);
+  stream.feed_vectors(nullptr, 0, TITANS_OUTPUT_LAST, last.data(), last.size());
   const std::vector<float> all = expected(0);
   EXPECT_EQ(last, std::vector<float>(all.begin() + 4 * kFakeOutputs, all.begin() + 5 * kFakeOutputs));
 }
@@ -401,7 +402,7 @@ TEST_P(VectorStreamTest, WhatNeedsTokens) {
   std::vector<float> values(8);
   const std::vector<std::string> words{"takes tokens", "takes vectors"};
   expect_error(TITANS_INVALID_ARGUMENT, words,
-               [&] { stream.feed(&token, 1, TITANS_LOGITS_ALL, values.data(), values.size()); });
+               [&] { stream.feed(&token, 1, TITANS_OUTPUT_ALL, values.data(), values.size()); });
   expect_error(TITANS_INVALID_ARGUMENT, words, [&] { stream.score(&token, 1, values.data()); });
   expect_error(TITANS_INVALID_ARGUMENT, words, [&] { core::Generator(stream, {}, 3, {}); });
   EXPECT_EQ(stream.position(), 2U);
@@ -411,12 +412,12 @@ TEST_P(StreamTest, VectorsForABundleOfTokens) {
   Stream stream(session_);
   const std::vector<float> vectors(kVocab, 1.0F);
   expect_error(TITANS_INVALID_ARGUMENT, {"takes vectors", "takes tokens"},
-               [&] { stream.feed_vectors(vectors.data(), 1, TITANS_LOGITS_NONE, nullptr, 0); });
+               [&] { stream.feed_vectors(vectors.data(), 1, TITANS_OUTPUT_NONE, nullptr, 0); });
   EXPECT_EQ(stream.position(), 0U);
 }
 
-core::Graph graph(std::int64_t tokens, std::int64_t align, std::vector<std::int64_t> phases = {0}) {
-  return {std::to_string(tokens) + " at " + std::to_string(align), "", tokens, align, {}, std::move(phases)};
+core::Graph graph(std::int64_t tokens, std::int64_t stride, std::vector<std::int64_t> offsets = {0}) {
+  return {std::to_string(tokens) + " at " + std::to_string(stride), "", tokens, stride, {}, std::move(offsets)};
 }
 
 TEST(Schedule, AlignmentHoldsAtEveryPosition) {
@@ -440,8 +441,8 @@ TEST(Schedule, TheLongestGraphOfThePhase) {
       for (std::size_t remaining = 1; remaining < 14; ++remaining) {
         const core::Graph* best = nullptr;
         for (const core::Graph& one : graphs) {
-          const auto phase = static_cast<std::int64_t>(position % static_cast<std::uint64_t>(one.align));
-          const bool starts = std::count(one.phases.begin(), one.phases.end(), phase) > 0;
+          const auto offset = static_cast<std::int64_t>(position % static_cast<std::uint64_t>(one.stride));
+          const bool starts = std::count(one.offsets.begin(), one.offsets.end(), offset) > 0;
           if (!starts || one.tokens > static_cast<std::int64_t>(remaining)) continue;
           if (best == nullptr || one.tokens > best->tokens) best = &one;
         }

@@ -93,8 +93,8 @@ class TensorRt : public testing::TestWithParam<Vendor> {
   void use_vectors() {
     manifest_ = vectors_json();
     manifest_["graphs"].push_back(manifest_["graphs"][0]);
-    manifest_["graphs"][0].update({{"align", 4}, {"phases", {0, 1, 2}}});
-    manifest_["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"align", 4}, {"phases", {3}}});
+    manifest_["graphs"][0].update({{"stride", 4}, {"offsets", {0, 1, 2}}});
+    manifest_["graphs"][3].update({{"name", "last"}, {"file", "last.onnx"}, {"stride", 4}, {"offsets", {3}}});
     for (const auto& file : std::vector<std::filesystem::directory_entry>(
              std::filesystem::directory_iterator(folder_.path()), std::filesystem::directory_iterator())) {
       std::filesystem::remove(file);
@@ -172,7 +172,7 @@ class TensorRt : public testing::TestWithParam<Vendor> {
 
 inline std::vector<float> feed(core::Stream& stream, const Tokens& tokens) {
   std::vector<float> logits(tokens.size() * kFakeVocab);
-  stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+  stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
   return logits;
 }
 

@@ -11,7 +11,7 @@ Fields::Fields(const kernels::Attributes& a, const std::string& inputs, const st
   set_text("mode", a.mode);
   set_text("schedule", a.schedule);
   set_text("activation", a.activation);
-  set_text("storage", a.storage);
+  set_text("memory_dtype", a.memory_dtype);
   set_text("gates", a.gates);
   set_text("rounding", a.rounding);
   set_int32("widths", {a.widths.begin(), a.widths.end()});

@@ -37,8 +37,8 @@ class PluginLibrary : public testing::TestWithParam<std::string> {
     return Fields(problem.attributes, kInputNames, kOutputNames, alias);
   }
   Built built(Fields from) const { return build(library, std::move(from), ranges(problem), false); }
-  Plugin create(Fields& from, TensorRTPhase phase = TensorRTPhase::kBUILD) const {
-    return Plugin(library.creator().createPlugin("layer", &from.collection(), phase));
+  Plugin create(Fields& from, TensorRTPhase offset = TensorRTPhase::kBUILD) const {
+    return Plugin(library.creator().createPlugin("layer", &from.collection(), offset));
   }
   static nvinfer1::IPluginV3OneBuildV2& build_side(const Plugin& plugin) {
     return *static_cast<nvinfer1::IPluginV3OneBuildV2*>(
@@ -158,7 +158,7 @@ TEST_P(PluginLibrary, AsksForMoreWorkspaceForMore) {
 TEST_P(PluginLibrary, AnEngineKeepsAllThatTheNodeIs) {
   Attributes a = problem.attributes;
   a.activation = "gelu";
-  a.storage = "bfloat16";
+  a.memory_dtype = "bfloat16";
   a.residual = a.layer_norm = 1;
   const std::string names = std::string(kInputNames) + ",norm_scale";
   Problem other;
@@ -168,7 +168,7 @@ TEST_P(PluginLibrary, AnEngineKeepsAllThatTheNodeIs) {
   inputs.push_back({DataType::kFLOAT, {3, 6}, {3, 6}, {3, 6}});
   const Built b = build(library, Fields(a, names, "y,state_out", "declared"), inputs, false);
   for (const char* part :
-       {"mode=update", "schedule=any", "activation=gelu", "storage=bfloat16", "gates=token", "widths=6x10x6",
+       {"mode=update", "schedule=any", "activation=gelu", "memory_dtype=bfloat16", "gates=token", "widths=6x10x6",
         "residual=1", "layer_norm=1", "chunk_size=4", "alias=declared",
         "inputs=state,q,k,v,step_size,momentum,forget_gate,fill,learn,norm_scale", "outputs=y,state_out "}) {
     EXPECT_NE((b.timing_cache_id + " ").find(part), std::string::npos) << b.timing_cache_id;
@@ -191,13 +191,13 @@ TEST_P(PluginLibrary, TakesFieldsAsOthersWriteThem) {
   other.set_int64("widths", {6, 10, 6});
   other.set_int64("chunk_size", {4});
   other.set_text("mode", "update", false);
-  for (const char* name : {"storage", "gates", "rounding", "seed", "residual", "layer_norm"}) other.remove(name);
+  for (const char* name : {"memory_dtype", "gates", "rounding", "seed", "residual", "layer_norm"}) other.remove(name);
   EXPECT_EQ(built(other).timing_cache_id, built(fields()).timing_cache_id);
 }
 
 TEST_P(PluginLibrary, TheSeedHas32BitsHoweverItComes) {
   Fields given = fields();
-  given.set_text("storage", "int8");
+  given.set_text("memory_dtype", "int8");
   given.set_text("rounding", "stochastic");
   const auto described = [&] {
     const Plugin plugin = create(given);
@@ -205,7 +205,7 @@ TEST_P(PluginLibrary, TheSeedHas32BitsHoweverItComes) {
   };
   given.set_int32("seed", {-2});
   const std::string as_int32 = described();
-  for (const char* part : {"storage=int8 ", "rounding=stochastic ", "seed=-2 "}) {
+  for (const char* part : {"memory_dtype=int8 ", "rounding=stochastic ", "seed=-2 "}) {
     EXPECT_NE(as_int32.find(part), std::string::npos) << as_int32;
   }
   given.set_int64("seed", {4294967294});
@@ -232,9 +232,9 @@ TEST_P(PluginLibrary, RefusesWrongFieldsByName) {
   expect("2 to 4 widths but got 1", [](Fields& f) { f.set_int32("widths", {6}); });
   expect("chunk_size in [1,", [](Fields& f) { f.set_int32("chunk_size", {0}); });
   expect("residual to be 0 or 1 but got 2", [](Fields& f) { f.set_int32("residual", {2}); });
-  expect("attribute storage to be", [](Fields& f) { f.set_text("storage", "int4"); });
+  expect("attribute memory_dtype to be", [](Fields& f) { f.set_text("memory_dtype", "int4"); });
   expect("attribute rounding to be \"nearest\" or \"stochastic\"", [](Fields& f) { f.set_text("rounding", "up"); });
-  expect("rounding to be \"nearest\" with storage", [](Fields& f) { f.set_text("rounding", "feedback"); });
+  expect("rounding to be \"nearest\" with memory_dtype", [](Fields& f) { f.set_text("rounding", "error_feedback"); });
   expect("seed to be left out with rounding \"nearest\"", [](Fields& f) { f.set_int32("seed", {3}); });
   expect("one value in field seed but got 2", [](Fields& f) { f.set_int32("seed", {4, 4}); });
   expect("field alias to be \"declared\" or \"undeclared\" or \"two-buffers\" but got \"both\"",

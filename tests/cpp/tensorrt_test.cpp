@@ -111,7 +111,7 @@ TEST_P(TensorRt, LogitsAfterTheLastToken) {
       core::Stream stream(session);
       const Tokens tokens = some_tokens(count);
       std::vector<float> logits(kFakeVocab);
-      stream.feed(tokens.data(), count, TITANS_LOGITS_LAST, logits.data(), logits.size());
+      stream.feed(tokens.data(), count, TITANS_OUTPUT_LAST, logits.data(), logits.size());
       const std::vector<float> expected = expected_logits(tokens);
       EXPECT_EQ(logits, std::vector<float>(expected.end() - static_cast<std::ptrdiff_t>(kFakeVocab), expected.end()));
     }
@@ -198,8 +198,8 @@ TEST_P(TensorRt, VectorsAndPhases) {
       for (std::size_t at = 0; at < 23; at += cut) {
         const std::size_t count = std::min(cut, 23 - at);
         float* out = outputs.data() + at * kFakeOutputs;
-        stream.feed_vectors(vectors.data() + at * kFakeInputs, count, TITANS_LOGITS_ALL, out, count * kFakeOutputs);
-        stream.feed_vectors(nullptr, 0, TITANS_LOGITS_LAST, last.data(), last.size());
+        stream.feed_vectors(vectors.data() + at * kFakeInputs, count, TITANS_OUTPUT_ALL, out, count * kFakeOutputs);
+        stream.feed_vectors(nullptr, 0, TITANS_OUTPUT_LAST, last.data(), last.size());
         EXPECT_EQ(last, std::vector<float>(out + (count - 1) * kFakeOutputs, out + count * kFakeOutputs));
       }
       EXPECT_EQ(outputs, expected) << cut;
@@ -214,7 +214,7 @@ TEST_P(TensorRt, BothGraphsThatDecodeAreRecorded) {
   core::Stream stream(session);
   const auto enqueued = function_of<int()>(GetParam().library, "fake_nvinfer_enqueued");
   const std::vector<float> vector{1, -1};
-  const auto feed_one = [&] { stream.feed_vectors(vector.data(), 1, TITANS_LOGITS_NONE, nullptr, 0); };
+  const auto feed_one = [&] { stream.feed_vectors(vector.data(), 1, TITANS_OUTPUT_NONE, nullptr, 0); };
   for (int i = 0; i < 60; ++i) feed_one();
   const int before = enqueued();
   for (int i = 0; i < 60; ++i) feed_one();

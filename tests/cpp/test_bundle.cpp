@@ -45,7 +45,7 @@ std::string float_bytes(const std::vector<float>& values) {
 
 json manifest_json() {
   return json::parse(R"({
-    "format": "titans-bundle", "schema_version": 1, "model": {"name": "fake"},
+    "format": "titans-bundle", "schema_version": 2, "model": {"name": "fake"},
     "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": 8},
     "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": 8},
     "controls": {"position": "position", "learn": "learn"},
@@ -56,9 +56,9 @@ json manifest_json() {
       {"name": "layers.0.last", "input": "last", "output": "last.next", "dtype": "float32", "shape": [1, 1],
        "role": "cache"}],
     "graphs": [
-      {"name": "decode", "file": "decode.onnx", "tokens": 1, "align": 1, "weights": ["E"]},
-      {"name": "prefill", "file": "prefill.onnx", "tokens": 4, "align": 2, "weights": ["E"]},
-      {"name": "chunk", "file": "chunk.onnx", "tokens": 2, "align": 2, "weights": []}],
+      {"name": "decode", "file": "decode.onnx", "tokens": 1, "stride": 1, "weights": ["E"]},
+      {"name": "prefill", "file": "prefill.onnx", "tokens": 4, "stride": 2, "weights": ["E"]},
+      {"name": "chunk", "file": "chunk.onnx", "tokens": 2, "stride": 2, "weights": []}],
     "weights": {"file": "weights.safetensors"},
     "initial_state": {"file": "state.safetensors"},
     "files": {}})");

@@ -41,7 +41,7 @@ Tokens random_tokens(unsigned seed, std::size_t count) {
 std::vector<float> feed(Stream& stream, const Tokens& tokens) {
   const Stream::Use use(stream);
   std::vector<float> logits(tokens.size() * kVocab);
-  stream.feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+  stream.feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
   return logits;
 }
 
@@ -133,7 +133,7 @@ TEST_P(ThreadsTest, BatchesOfSeveralThreads) {
       std::vector<core::BatchItem> items;
       for (std::size_t i = 0; i < kStreams; ++i) {
         items.push_back(
-            {streams[i].get(), tokens[i].data(), nullptr, 1, TITANS_LOGITS_LAST, &rows[i * kVocab], kVocab});
+            {streams[i].get(), tokens[i].data(), nullptr, 1, TITANS_OUTPUT_LAST, &rows[i * kVocab], kVocab});
       }
       for (const core::Failure& outcome : run_batch(*session_, items)) EXPECT_EQ(outcome.status, TITANS_OK);
       for (std::size_t i = 0; i < kStreams; ++i) {
@@ -213,7 +213,7 @@ TEST_P(ThreadsTest, NoBitOfAnothers) {
     std::vector<core::BatchItem> items;
     for (std::size_t i = 0; i < streams.size(); ++i) {
       outputs.emplace_back(tokens[i].size() * kVocab);
-      items.push_back({streams[i], tokens[i].data(), nullptr, tokens[i].size(), TITANS_LOGITS_ALL, outputs[i].data(),
+      items.push_back({streams[i], tokens[i].data(), nullptr, tokens[i].size(), TITANS_OUTPUT_ALL, outputs[i].data(),
                        outputs[i].size()});
     }
     const std::vector<core::Failure> outcomes = run_batch(*session_, items);

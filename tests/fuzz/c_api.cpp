@@ -92,7 +92,7 @@ struct Sessions {
     const std::filesystem::path folder = scratch() / name;
     std::filesystem::create_directory(folder);
     json manifest = json::parse(R"({
-      "format": "titans-bundle", "schema_version": 1,
+      "format": "titans-bundle", "schema_version": 2,
       "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": 8},
       "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": 8},
       "controls": {"position": "position", "learn": "learn"},
@@ -101,8 +101,8 @@ struct Sessions {
          "layout": [{"name": "W0", "offset": 0, "shape": [1, 2]}, {"name": "S0", "offset": 2, "shape": [1, 2]}]},
         {"name": "last", "input": "last.in", "output": "last.next", "dtype": "float32", "shape": [1, 1],
          "role": "cache"}],
-      "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "align": 1, "weights": []},
-                 {"name": "prefill", "file": "prefill.onnx", "tokens": 4, "align": 2, "weights": []}],
+      "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "stride": 1, "weights": []},
+                 {"name": "prefill", "file": "prefill.onnx", "tokens": 4, "stride": 2, "weights": []}],
       "weights": {"file": "weights.safetensors"}, "initial_state": {"file": "state.safetensors"}})");
     manifest["model"] = {{"name", name}, {"source", {{"weights_sha256", name}}}};
     if (vectors) {
@@ -251,9 +251,9 @@ class Caller {
     return vectors;
   }
 
-  titans_logits any_choice() {
+  titans_output any_choice() {
     const std::uint8_t byte = choices_.byte();
-    return static_cast<titans_logits>(byte > 250 ? 3 : byte % 3);  // no more than 3 is in the enumeration's range
+    return static_cast<titans_output>(byte > 250 ? 3 : byte % 3);  // no more than 3 is in the enumeration's range
   }
 
   // A size near the right one, or any.
@@ -323,13 +323,13 @@ class Caller {
   }
 
   void check_outputs(const Model& before, const std::vector<float>& inputs, const float* outputs, std::size_t size,
-                     titans_logits which) const {
-    if (!before.known || which == TITANS_LOGITS_NONE) return;
+                     titans_output which) const {
+    if (!before.known || which == TITANS_OUTPUT_NONE) return;
     Model model = before;
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       const float expected = model.next_output();
-      const std::size_t row = which == TITANS_LOGITS_ALL ? i : 0;
-      if (which == TITANS_LOGITS_ALL || i + 1 == inputs.size()) {
+      const std::size_t row = which == TITANS_OUTPUT_ALL ? i : 0;
+      if (which == TITANS_OUTPUT_ALL || i + 1 == inputs.size()) {
         check(outputs[row * size] == expected, "the outputs of this stream alone");
       }
       model.take(inputs[i]);
@@ -339,8 +339,8 @@ class Caller {
   void feed(Place place) {
     Handle& handle = *place;
     const std::vector<std::int32_t> tokens = any_tokens();
-    const titans_logits which = any_choice();
-    const std::size_t right = which == TITANS_LOGITS_ALL ? tokens.size() * kVocab : kVocab;
+    const titans_output which = any_choice();
+    const std::size_t right = which == TITANS_OUTPUT_ALL ? tokens.size() * kVocab : kVocab;
     const std::size_t capacity = any_size(right);
     std::vector<float> logits(std::min<std::size_t>(capacity, 4096));
     float* out = choices_.byte() > 250 ? nullptr : logits.data();
@@ -356,7 +356,7 @@ class Caller {
   void feed_vectors(Place place) {
     Handle& handle = *place;
     const std::vector<float> vectors = any_vectors();
-    const titans_logits which = any_choice();
+    const titans_output which = any_choice();
     std::size_t count = vectors.size() / kInputs;
     std::vector<float> outputs(std::min<std::size_t>(any_size(std::max<std::size_t>(count, 1) * kOutputs), 4096));
     const Model before = handle.model;
@@ -387,7 +387,7 @@ class Caller {
     if (!ok(titans_stream_step(place->stream, token, out))) return;
     fed(*place, {token});
     if (!place->guarded && out != nullptr) {
-      check_outputs(before, {static_cast<float>(token)}, out, kVocab, TITANS_LOGITS_LAST);
+      check_outputs(before, {static_cast<float>(token)}, out, kVocab, TITANS_OUTPUT_LAST);
     }
   }
 
@@ -649,7 +649,7 @@ class Caller {
     std::size_t count = 0;
     for (const titans_status status :
          {titans_stream_fork(nullptr, &stream), titans_stream_reset(nullptr), titans_stream_mark(nullptr, nullptr),
-          titans_stream_feed(nullptr, &token, 1, TITANS_LOGITS_NONE, nullptr, 0), titans_stream_cancel(nullptr),
+          titans_stream_feed(nullptr, &token, 1, TITANS_OUTPUT_NONE, nullptr, 0), titans_stream_cancel(nullptr),
           titans_stream_save(nullptr, "", nullptr), titans_session_restore(nullptr, nullptr, nullptr, &stream),
           titans_stream_marks(nullptr, nullptr, 0, &count), titans_generator_next(nullptr, &token, &done),
           titans_stream_set_guard(nullptr, nullptr), titans_stream_guard_report(nullptr, nullptr),

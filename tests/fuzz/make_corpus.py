@@ -25,8 +25,8 @@ def _state(name: str, role: str, shape: list[int], **more: Any) -> dict[str, Any
     }  # fmt: skip
 
 
-def _graph(name: str, tokens: int, align: int, **more: Any) -> dict[str, Any]:
-    return {"name": name, "file": f"{name}.onnx", "tokens": tokens, "align": align, "weights": ["E"], **more}
+def _graph(name: str, tokens: int, stride: int, **more: Any) -> dict[str, Any]:
+    return {"name": name, "file": f"{name}.onnx", "tokens": tokens, "stride": stride, "weights": ["E"], **more}
 
 
 def _field(name: str, offset: int, *shape: int, **more: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def _field(name: str, offset: int, *shape: int, **more: Any) -> dict[str, Any]:
 
 MEMORY = _state("m", "memory", [1, 1, 4], layout=[_field("W0", 0, 1, 2), _field("S0", 2, 2)])
 MANIFEST: dict[str, Any] = {
-    "format": "titans-bundle", "schema_version": 1, "model": {"name": "fuzz"},
+    "format": "titans-bundle", "schema_version": 2, "model": {"name": "fuzz"},
     "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": 8},
     "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": 8},
     "controls": {"position": "position", "learn": "learn"}, "tokenizer": {"kind": "bytes"},
@@ -53,8 +53,9 @@ ENGINE: dict[str, Any] = {
 
 def manifests() -> Iterator[tuple[str, bytes]]:
     """manifest.json: tokens, vectors, every kind of state and of schedule, engines."""
-    row = [_field("W0", 0, 2, 32, storage="int8"), _field("S0", 18, 2, 2, storage="bfloat16"), _field("e", 20, 2),
-           _field("a", 22, 2), _field("m", 24), _field("f", 25), _field("beta", 26), _field("folds", 27)]  # fmt: skip
+    row = [_field("W0", 0, 2, 32, dtype="int8"), _field("S0", 18, 2, 2, dtype="bfloat16"), _field("e", 20, 2),
+           _field("a", 22, 2), _field("m", 24), _field("f", 25), _field("beta", 26),
+           _field("chunk_updates", 27)]  # fmt: skip
     written = {"axis": 2, "first": [0, 4], "period": 4}
     variants: dict[str, dict[str, Any]] = {
         "tokens": {},
@@ -68,7 +69,7 @@ def manifests() -> Iterator[tuple[str, bytes]]:
         },
         "cache": {"state": [MEMORY, _state("keys", "cache", [1, 2, 9, 2], written=written)]},
         "tokenizer": {"tokenizer": {"kind": "file", "file": "tokenizer.json"}},
-        "phases": {"graphs": [_graph("decode", 1, 4, phases=[0, 1, 2]), _graph("insert", 1, 4, phases=[3])]},
+        "offsets": {"graphs": [_graph("decode", 1, 4, offsets=[0, 1, 2]), _graph("insert", 1, 4, offsets=[3])]},
         "engines": {
             "engines": [
                 ENGINE,
@@ -103,10 +104,10 @@ def safetensors() -> Iterator[tuple[str, bytes]]:
     yield "empty", _safetensors({"x": _entry("F32", [0, 3], 0, 0)}, b"")
 
 
-ROW = [_field("W0", 0, 2, 32, storage="int8"), _field("EW0", 17, 2, 32, storage="bfloat16"), _field("S0", 49, 4),
-       _field("folds", 53)]  # fmt: skip
+ROW = [_field("W0", 0, 2, 32, dtype="int8"), _field("EW0", 17, 2, 32, dtype="bfloat16"), _field("S0", 49, 4),
+       _field("chunk_updates", 53)]  # fmt: skip
 PLAIN = [_field("W0", 0, 2, 32), _field("S0", 64, 4)]
-KEPT = [_field("W0", 0, 2, 32, storage="bfloat16"), _field("EW0", 32, 2, 32), _field("S0", 96, 4)]
+KEPT = [_field("W0", 0, 2, 32, dtype="bfloat16"), _field("EW0", 32, 2, 32), _field("S0", 96, 4)]
 P = [_field("W0", 0, 2, 3), _field("S0", 6, 2, 3)]
 
 
@@ -134,7 +135,7 @@ def _state_file(layout: list[dict[str, Any]], words: int, **changes: str) -> byt
 
 
 def states() -> Iterator[tuple[str, bytes]]:
-    """The bundle's own storage, others that are converted, and a stream that has consumed nothing."""
+    """The bundle's own dtype, others that are converted, and a stream that has consumed nothing."""
     yield "same.tstate", _state_file(ROW, 54)
     yield "float32.tstate", _state_file(PLAIN, 68)
     yield "bfloat16.tstate", _state_file(KEPT, 100, learning="false")

@@ -83,25 +83,25 @@ void run_stream(const std::shared_ptr<core::Session>& session, std::size_t count
   std::vector<float> output(kMostTokens * session->output_size());
   const std::vector<float> vectors(count * session->input_size(), 1.0F);
   const std::vector<std::int32_t> ids(count, 0);
-  const auto feed = [&](core::Stream& to, titans_logits which) {
+  const auto feed = [&](core::Stream& to, titans_output which) {
     if (tokens) {
       to.feed(ids.data(), count, which, output.data(), output.size());
     } else {
       to.feed_vectors(vectors.data(), count, which, output.data(), output.size());
     }
   };
-  const bool fed = succeeds([&] { feed(stream, TITANS_LOGITS_ALL); });
+  const bool fed = succeeds([&] { feed(stream, TITANS_OUTPUT_ALL); });
   check(stream.position() == (fed ? count : 0), "a position as fed");
   if (tokens && session->manifest().input_size > kFailing) {
     std::vector<std::int32_t> failing(count + 1, 1);
     failing.back() = kFailing;
     const std::uint64_t position = stream.position();
-    check(!succeeds([&] { stream.feed(failing.data(), failing.size(), TITANS_LOGITS_NONE, nullptr, 0); }),
+    check(!succeeds([&] { stream.feed(failing.data(), failing.size(), TITANS_OUTPUT_NONE, nullptr, 0); }),
           "a token to fail");
     check(stream.position() == position, "a failed call to leave the position");
   }
   const std::unique_ptr<core::Stream> twin = stream.fork();
-  succeeds([&] { feed(*twin, TITANS_LOGITS_LAST); });
+  succeeds([&] { feed(*twin, TITANS_OUTPUT_LAST); });
   for (std::size_t index = 0; index < session->memories().size(); ++index) {
     std::vector<float> values(session->memories()[index].elements);
     succeeds([&] { twin->read_memory(index, values.data(), values.size()); });

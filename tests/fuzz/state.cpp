@@ -13,22 +13,22 @@ namespace {
 
 using nlohmann::json;
 
-// Memories in several storages, which a state of another bundle of the model is converted to; and what is no memory.
+// Memories in several dtypes, which a state of another bundle of the model is converted to; and what is no memory.
 constexpr const char* kManifest = R"({
-  "format": "titans-bundle", "schema_version": 1,
+  "format": "titans-bundle", "schema_version": 2,
   "model": {"name": "fuzz", "variant": "lmm", "source": {"weights_sha256": "5eed"}},
   "input": {"kind": "tokens", "name": "tokens", "dtype": "int64", "vocab_size": 8},
   "output": {"kind": "logits", "name": "logits", "dtype": "float32", "size": 8},
   "controls": {"position": "position", "learn": "learn"},
   "state": [
     {"name": "m", "input": "m.in", "output": "m.next", "dtype": "float32", "shape": [1, 2, 54], "role": "memory",
-     "layout": [{"name": "W0", "offset": 0, "shape": [2, 32], "storage": "int8"},
-                {"name": "EW0", "offset": 17, "shape": [2, 32], "storage": "bfloat16"},
-                {"name": "S0", "offset": 49, "shape": [4]}, {"name": "folds", "offset": 53, "shape": []}]},
+     "layout": [{"name": "W0", "offset": 0, "shape": [2, 32], "dtype": "int8"},
+                {"name": "EW0", "offset": 17, "shape": [2, 32], "dtype": "bfloat16"},
+                {"name": "S0", "offset": 49, "shape": [4]}, {"name": "chunk_updates", "offset": 53, "shape": []}]},
     {"name": "p", "input": "p.in", "output": "p.next", "dtype": "float32", "shape": [1, 12], "role": "memory",
      "layout": [{"name": "W0", "offset": 0, "shape": [2, 3]}, {"name": "S0", "offset": 6, "shape": [2, 3]}]},
     {"name": "c", "input": "c.in", "output": "c.next", "dtype": "int8", "shape": [1, 5], "role": "cache"}],
-  "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "align": 1, "weights": []}],
+  "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "stride": 1, "weights": []}],
   "weights": {"file": "weights.safetensors"}, "initial_state": {"file": "state.safetensors"}})";
 
 std::shared_ptr<core::Session> open_session() {
@@ -80,7 +80,7 @@ void use(const std::shared_ptr<core::Session>& session, const core::StreamState&
   check(same(core::load_state(path, *session, nullptr), state), "what was saved");
   const std::int32_t tokens[] = {1, 2, 3};
   try {
-    stream.feed(tokens, std::size(tokens), TITANS_LOGITS_NONE, nullptr, 0);
+    stream.feed(tokens, std::size(tokens), TITANS_OUTPUT_NONE, nullptr, 0);
     check(stream.position() == state.position + std::size(tokens), "a stream that goes on");
   } catch (const core::Error& error) {
     check_error(error);

@@ -27,9 +27,9 @@ from safetensors.numpy import save_file
 
 Array = npt.NDArray[Any]
 DECAY = np.float32(0.9)
-GRAPHS = (("prefill", 8, 4), ("chunk", 4, 4), ("decode", 1, 1))  # name, tokens, align
+GRAPHS = (("prefill", 8, 4), ("chunk", 4, 4), ("decode", 1, 1))  # name, tokens, stride
 PERIOD = 4
-# The same where the memory is halved every PERIOD tokens: which graph runs shows in the numbers. And phases.
+# The same where the memory is halved every PERIOD tokens: which graph runs shows in the numbers. And offsets.
 PERIODIC_GRAPHS = (
     ("prefill", 8, 4),
     ("middle", 2, 4, (1,)),
@@ -246,8 +246,8 @@ def write_bundle(
     row = np.concatenate([weights.initial.ravel(), np.float32([7, 8])]).astype(np.float32)
     save_file({MEMORY: row[None, None], CACHE: np.zeros((1, width), np.float32)}, folder / "state.safetensors")
     offsets = tensor_offsets(folder / "weights.safetensors")
-    for name, tokens, _, *phases in graphs:
-        start = phases[0][0] if phases else 0
+    for name, tokens, _, *starts in graphs:
+        start = starts[0][0] if starts else 0
         halvings = [period > 0 and (start + t) % period == period - 1 for t in range(tokens)]
         (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets, vectors, halvings).SerializeToString())
     rng = np.random.default_rng(3)
@@ -290,7 +290,7 @@ def write_bundle(
         folder,
         {
             "format": "titans-bundle",
-            "schema_version": 1,
+            "schema_version": 2,
             "producer": "synthetic",
             "model": {
                 "name": "leaky-sum",
@@ -308,11 +308,11 @@ def write_bundle(
                     "name": name,
                     "file": f"{name}.onnx",
                     "tokens": tokens,
-                    "align": align,
+                    "stride": stride,
                     "weights": sorted(weights.named()),
-                    **({"phases": list(phases[0])} if phases else {}),
+                    **({"offsets": list(starts[0])} if starts else {}),
                 }
-                for name, tokens, align, *phases in graphs
+                for name, tokens, stride, *starts in graphs
             ],
             "weights": {"file": "weights.safetensors"},
             "initial_state": {"file": "state.safetensors"},

@@ -1,4 +1,4 @@
-"""titans-export reads these bundles as the runtime does: vectors, phases, and what is refused."""
+"""titans-export reads these bundles as the runtime does: vectors, offsets, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> Weights:
 
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory, model: Weights) -> Path:
-    """With phases, and with vectors in the tokens' stead."""
+    """With offsets, and with vectors in the tokens' stead."""
     folder = tmp_path_factory.mktemp("bundles") / "vectors.titans"
     return write_bundle(folder, model, PERIODIC_GRAPHS, period=PERIOD, vectors=True)
 
@@ -70,7 +70,7 @@ def test_inspect(vectors: Path, bundle: Path) -> None:
     assert facts["input"] == {"kind": "vectors", "name": "x", "dtype": "float32", "size": SIZE}
     assert facts["output"] == {"kind": "vectors", "name": "y", "dtype": "float32", "size": OUTPUTS}
     assert facts["vocab_size"] is None
-    assert {graph["name"]: graph["phases"] for graph in facts["graphs"]} == {
+    assert {graph["name"]: graph["offsets"] for graph in facts["graphs"]} == {
         "prefill": [0],
         "middle": [1],
         "decode": [0, 1, 2],
@@ -82,7 +82,7 @@ def test_inspect(vectors: Path, bundle: Path) -> None:
     rows = {line.split()[0]: line.split()[1:4] for line in lines if line.startswith(("decode ", "halve ", "prefill "))}
     assert rows == {"prefill": ["8", "4", "0"], "decode": ["1", "4", "0-2"], "halve": ["1", "4", "3"]}
     facts = json.loads(inspect(bundle, "--json"))
-    assert (facts["vocab_size"], facts["input"]["kind"], facts["graphs"][0]["phases"]) == (16, "tokens", [0])
+    assert (facts["vocab_size"], facts["input"]["kind"], facts["graphs"][0]["offsets"]) == (16, "tokens", [0])
     assert "vocabulary 16, tokenizer bytes" in inspect(bundle)
 
 
@@ -119,7 +119,7 @@ def test_the_schedule(vectors: Path) -> None:
     ids=str,
 )
 def test_what_graphs_lack(graphs: list[tuple[int, int, list[int]]], words: str | None) -> None:
-    entries = [{"name": str(i), "tokens": t, "align": a, "phases": p} for i, (t, a, p) in enumerate(graphs)]
+    entries = [{"name": str(i), "tokens": t, "stride": a, "offsets": p} for i, (t, a, p) in enumerate(graphs)]
     found = missing(entries)
     assert found is None if words is None else found is not None and words in found
 
@@ -129,16 +129,16 @@ def _graph(name: str, **change: Any) -> Any:
 
 
 CHANGES = {
-    "a phase is not served": lambda m: m["graphs"].pop(),
-    "two start together": _graph("halve", phases=[2, 3]),
-    "phases out of order": _graph("decode", phases=[1, 0, 2]),
-    "phases twice": _graph("decode", phases=[0, 1, 2, 2]),
-    "a phase beyond align": _graph("halve", phases=[4]),
-    "a negative phase": _graph("halve", phases=[-1]),
-    "no phases": _graph("halve", phases=[]),
-    "phases of another type": _graph("halve", phases=3),
-    "a period too long": _graph("halve", align=1 << 21),
-    "an align of 0": _graph("decode", align=0),
+    "a offset is not served": lambda m: m["graphs"].pop(),
+    "two start together": _graph("halve", offsets=[2, 3]),
+    "offsets out of order": _graph("decode", offsets=[1, 0, 2]),
+    "offsets twice": _graph("decode", offsets=[0, 1, 2, 2]),
+    "a offset beyond stride": _graph("halve", offsets=[4]),
+    "a negative offset": _graph("halve", offsets=[-1]),
+    "no offsets": _graph("halve", offsets=[]),
+    "offsets of another type": _graph("halve", offsets=3),
+    "a period too long": _graph("halve", stride=1 << 21),
+    "an stride of 0": _graph("decode", stride=0),
     "another kind of input": lambda m: m["input"].update(kind="images"),
     "another type of input": lambda m: m["input"].update(dtype="float16"),
     "no size": lambda m: m["input"].pop("size"),

@@ -55,8 +55,8 @@ def test_no_manifest(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema(copy: Path) -> None:
-    edit(copy, lambda manifest: manifest.update(schema_version=2))
-    refuse(copy, UNSUPPORTED, "schema_version", "2")
+    edit(copy, lambda manifest: manifest.update(schema_version=3))
+    refuse(copy, UNSUPPORTED, "schema_version", "3")
 
 
 @pytest.mark.parametrize("name", ["decode.onnx", "weights.safetensors", "state.safetensors"])

@@ -177,7 +177,7 @@ def memory_of(stream: rt.Stream) -> dict[str, Any]:
     """All of the memory that counts: of the open chunk's rows those up to its fill."""
     fill = stream.position % CHUNK
     return {
-        name: value[..., :fill, :] if name.split(".")[-1].startswith(("left", "right")) else value
+        name: value[..., :fill, :] if name.split(".")[-1].startswith(("layer_input", "output_grad")) else value
         for name, value in stream.memory().items()
     }
 

@@ -29,7 +29,7 @@ def test_counts(own_session: rt.Session) -> None:
     metrics = own_session.metrics()
     assert (metrics.streams, metrics.tokens, metrics.calls) == (2, 10 + 1 + 5 + 3 + 4, 1 + 1 + 5 + 1 + 4)
     assert (metrics.failed, metrics.cancelled, metrics.rollbacks, metrics.spilled, metrics.restored) == (0, 0, 0, 0, 0)
-    assert metrics.folds == metrics.tokens  # nothing says where this memory's chunks end
+    assert metrics.chunk_updates == metrics.tokens  # nothing says where this memory's chunks end
     assert metrics.state_bytes == metrics.resident_bytes == one.state_bytes + other.state_bytes
     assert (metrics.step.count, metrics.feed.count) == (1 + 5 + 4, 2)
     for durations in (metrics.step, metrics.feed):
@@ -57,7 +57,7 @@ def test_prometheus_reads_the_text(own_session: rt.Session, bundle: Path) -> Non
     assert families["titans_tokens"].type == "counter"
     assert families["titans_call_seconds"].type == "histogram"
     numbers = ("streams", "state_bytes", "resident_bytes")
-    totals = ("tokens", "folds", "rollbacks", "spilled", "restored")
+    totals = ("tokens", "chunk_updates", "rollbacks", "spilled", "restored")
     for name in numbers:
         assert samples[(f"titans_{name}",)] == getattr(metrics, name)
     for name in totals:

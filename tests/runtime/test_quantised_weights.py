@@ -44,11 +44,11 @@ def test_every_format_runs_and_no_cut_changes_it(quantised_bundle: Make, recipe:
         assert float(np.abs(outputs - logits).max()) <= bundle.tolerance
 
 
-@pytest.mark.parametrize(("storage", "rounding"), [("int8", "stochastic"), ("bfloat16", "feedback")])
-def test_memories_in_few_bits(quantised_bundle: Make, storage: str, rounding: str) -> None:
-    bundle = read_bundle(quantised_bundle(with_memory("float16", storage, rounding)))
+@pytest.mark.parametrize(("dtype", "rounding"), [("int8", "stochastic"), ("bfloat16", "error_feedback")])
+def test_memories_in_few_bits(quantised_bundle: Make, dtype: str, rounding: str) -> None:
+    bundle = read_bundle(quantised_bundle(with_memory("float16", dtype, rounding)))
     [entry] = [entry for entry in bundle.manifest["state"] if entry["role"] == "memory"]
-    assert {field.get("storage") for field in entry["layout"] if field["name"] in ("W0", "S0")} == {storage}
+    assert {field.get("dtype") for field in entry["layout"] if field["name"] in ("W0", "S0")} == {dtype}
     assert bundle.initial_state()[entry["name"]].shape == tuple(entry["shape"])
     with titans_runtime.Session(bundle.path) as session:
         whole = feed(session, [])
@@ -70,7 +70,7 @@ def test_a_memory_in_few_bits_reads_as_float32(quantised_bundle: Make) -> None:
     for name in fields:
         wanted, got = memories[0][name], memories[1][name]
         assert got.shape == wanted.shape and got.dtype == np.float32 and np.abs(wanted).max() > 0
-        # Steps of int8 are a 127th of a block's largest; folds add up a few of them.
+        # Steps of int8 are a 127th of a block's largest; chunk_updates add up a few of them.
         np.testing.assert_allclose(got, wanted, atol=0.1 * float(np.abs(wanted).max()))
         assert not np.array_equal(got, wanted)
 

@@ -27,7 +27,7 @@ from variants import CONFIGS
 import titans_runtime as rt
 from titans_export.bundle import read_bundle
 from titans_export.calibration.recipe import load_recipe, with_memory
-from titans_export.model.storage import unpack_row
+from titans_export.model.memory_dtype import unpack_row
 
 pytest_plugins = ["export_fixtures", "quantised_fixtures"]
 
@@ -94,7 +94,7 @@ def test_any_safetensors_reader_opens_it(session: rt.Session, weights: Weights, 
         "weights_sha256": None,
         "weights_xxh3_128": manifest["files"]["weights.safetensors"]["xxh3_128"],
     }
-    assert json.loads(metadata["memory"]) == {"storage": "float32", "rounding": "nearest", "seed": 0}
+    assert json.loads(metadata["memory"]) == {"dtype": "float32", "rounding": "nearest", "seed": 0}
     described = [{key: entry[key] for key in entry if key not in ("input", "output")} for entry in manifest["state"]]
     assert json.loads(metadata["state"]) == described
 
@@ -201,26 +201,26 @@ def test_vectors(tmp_path: Path) -> None:
         np.testing.assert_array_equal(restored.feed(given[9:]), stream.feed(given[9:]))
 
 
-# ---- another storage ----
+# ---- another dtype ----
 
 
 @pytest.mark.parametrize(
-    ("storage", "rounding"),
+    ("dtype", "rounding"),
     [
         ("bfloat16", "nearest"),
         ("bfloat16", "stochastic"),
-        ("bfloat16", "feedback"),
-        ("float16", "feedback"),
+        ("bfloat16", "error_feedback"),
+        ("float16", "error_feedback"),
         ("int8", "nearest"),
-        ("fp8", "feedback"),
+        ("fp8", "error_feedback"),
     ],
 )
 def test_in_another_storage(
-    small_bundle: Path, quantised_bundle: Callable[..., Path], storage: str, rounding: str, tmp_path: Path
+    small_bundle: Path, quantised_bundle: Callable[..., Path], dtype: str, rounding: str, tmp_path: Path
 ) -> None:
     """To a bundle whose memories are in fewer bits, and back: each field to the nearest, everything else as it is."""
     path = tmp_path / "user.tstate"
-    other = quantised_bundle(with_memory(load_recipe("memory-bf16"), f"{storage}:{rounding}"))
+    other = quantised_bundle(with_memory(load_recipe("memory-bf16"), f"{dtype}:{rounding}"))
     layouts = {entry["name"]: entry.get("layout") for entry in read_bundle(other).manifest["state"]}
     tokens = np.random.default_rng(4).integers(0, 96, 61)
     with rt.Session(small_bundle, threads=1) as full, rt.Session(other, threads=1) as narrow:
@@ -238,13 +238,13 @@ def test_in_another_storage(
                 np.testing.assert_array_equal(rows, exact.tensors[name])
                 continue
             for field, values in unpack_row(rows, layouts[name]).items():
-                if field in ("folds", *(f"E{one}" for one in ("W0", "S0"))):
+                if field in ("chunk_updates", *(f"E{one}" for one in ("W0", "S0"))):
                     continue
                 right = fields[f"{name}.{field}"]
                 if field[0] not in "WS":
                     np.testing.assert_array_equal(values, right)
                     continue
-                assert within_half_a_step(values, right, storage), field
+                assert within_half_a_step(values, right, dtype), field
                 np.testing.assert_array_equal(restored.memory()[f"{name}.{field}"], values)
                 np.testing.assert_array_equal(kept.memory()[f"{name}.{field}"], values)
         back = full.restore(path)
@@ -252,14 +252,14 @@ def test_in_another_storage(
         for name, right in fields.items():
             if name.rpartition(".")[2][0] not in "WS":
                 np.testing.assert_array_equal(memories[name], right)
-            elif rounding == "feedback":  # the kept errors are added again
-                least = 2.0**-25 if storage == "float16" else 0.0  # half the smallest that an error can be
-                assert np.abs(memories[name] - right).max() <= 2 * np.abs(right).max() * STEP[storage] ** 2 + least
+            elif rounding == "error_feedback":  # the kept errors are added again
+                least = 2.0**-25 if dtype == "float16" else 0.0  # half the smallest that an error can be
+                assert np.abs(memories[name] - right).max() <= 2 * np.abs(right).max() * STEP[dtype] ** 2 + least
             else:
                 np.testing.assert_array_equal(memories[name], kept.memory()[name])
         # What the model makes of it: of the order of one rounding of its memory.
         exact_logits, narrow_logits = stream.feed(tokens[45:]), restored.feed(tokens[45:])
-        assert np.abs(narrow_logits - exact_logits).max() <= 8 * STEP[storage] * np.abs(exact_logits).max()
+        assert np.abs(narrow_logits - exact_logits).max() <= 8 * STEP[dtype] * np.abs(exact_logits).max()
 
 
 # Half the distance of neighbours, relative to the value, or to the largest of a block of 32 that share a scale; that of
@@ -267,12 +267,12 @@ def test_in_another_storage(
 STEP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "int8": 1 / 127, "fp8": 2.0**-4}
 
 
-def within_half_a_step(values: Any, right: Any, storage: str) -> bool:
-    if storage in ("bfloat16", "float16"):
-        bound = np.abs(right) * STEP[storage] + 2.0**-24
+def within_half_a_step(values: Any, right: Any, dtype: str) -> bool:
+    if dtype in ("bfloat16", "float16"):
+        bound = np.abs(right) * STEP[dtype] + 2.0**-24
     else:
         blocks = np.abs(right).reshape(*right.shape[:-1], -1, min(32, right.shape[-1])).max(-1)
-        bound = np.repeat(blocks, min(32, right.shape[-1]), -1) * STEP[storage]
+        bound = np.repeat(blocks, min(32, right.shape[-1]), -1) * STEP[dtype]
     return bool((np.abs(values - right) <= bound).all())
 
 

@@ -175,8 +175,8 @@ def _passes(worker: Worker, kind: str, tokens: Tokens) -> int:
 
 
 def _chunk(bundle: Bundle) -> int:
-    """Tokens of a chunk: what the graphs align to."""
-    chunk: int = max(graph["align"] for graph in bundle.manifest["graphs"])
+    """Tokens of a chunk: what the graphs stride to."""
+    chunk: int = max(graph["stride"] for graph in bundle.manifest["graphs"])
     return chunk
 
 

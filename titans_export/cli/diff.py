@@ -65,7 +65,7 @@ def _as_json(
         "model": one.model,
         "positions": [one.position, other.position],
         "learning": [one.learning, other.learning],
-        "storages": [one.facts.get("memory"), other.facts.get("memory")],
+        "memory_dtypes": [one.facts.get("memory"), other.facts.get("memory")],
         **dataclasses.asdict(found),
     }
 
@@ -97,9 +97,9 @@ def _text(one: SavedState, other: SavedState, found: Comparison) -> str:
 
 
 def _side(state: SavedState) -> str:
-    storage = (state.facts.get("memory") or {}).get("storage")
+    memory_dtype = (state.facts.get("memory") or {}).get("dtype")
     doing = "learning" if state.learning else "frozen"
-    return f"{state.path}, {state.model.get('name')}, position {state.position:,}, {doing}, memories in {storage}"
+    return f"{state.path}, {state.model.get('name')}, position {state.position:,}, {doing}, memories in {memory_dtype}"
 
 
 def _distance(value: float) -> str:

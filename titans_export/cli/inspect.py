@@ -31,7 +31,7 @@ def inspect(path: Path, bundle: Path | None, numpy: Path | None, key_file: Path 
     """Show what is in a bundle, or in the state of a stream.
 
     Of a bundle: its model, graphs, state and files, and where it can run. Sizes and hashes of all files are checked. Of
-    a state: whose it is and, memory by memory, how large W and S are and how the storage holds them. NaN and infinity
+    a state: whose it is and, memory by memory, how large W and S are and how its dtype holds them. NaN and infinity
     are told first, and the exit code is 3.
     """
     if path.is_file() or path.suffix == ".tstate":
@@ -59,14 +59,14 @@ def _text(facts: dict[str, Any]) -> str:
         f"{_streams(facts)}, runs on: {targets}",
     ]
     graphs = [
-        (g["name"], g["tokens"], g["align"], _spans(g["phases"]), sum(g["operators"].values()), _most(g["operators"]))
+        (g["name"], g["tokens"], g["stride"], _spans(g["offsets"]), sum(g["operators"].values()), _most(g["operators"]))
         for g in facts["graphs"]
     ]
     state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in facts["state"]]
     sections = [
         "\n".join(head),
         _quantization(facts["quantization"]),
-        table(("graph", "tokens", "align", "phases", "nodes", "most frequent operators"), graphs),
+        table(("graph", "tokens", "stride", "offsets", "nodes", "most frequent operators"), graphs),
         _memories(facts["graphs"]),
         _engines(facts),
         table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(facts['state_bytes'])}",
@@ -94,8 +94,8 @@ def _quantization(entry: dict[str, Any] | None) -> str:
         lines.append(f"kept in float32: {', '.join(kept)}")
     if {"weights_bytes", "float32_weights_bytes"} <= set(entry):
         lines.append(f"weights: {size(entry['weights_bytes'])}, in float32 {size(entry['float32_weights_bytes'])}")
-    rounding = "" if memory.get("storage") == "float32" else f", rounding {memory.get('rounding')}"
-    lines.append(f"memories: {memory.get('storage')}{rounding}")
+    rounding = "" if memory.get("dtype") == "float32" else f", rounding {memory.get('rounding')}"
+    lines.append(f"memories: {memory.get('memory_dtype')}{rounding}")
     if data:
         lines.append(f"from {data.get('tokens')} tokens in {data.get('streams')} streams")
     if "max_abs_error" in entry:
@@ -103,14 +103,14 @@ def _quantization(entry: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _spans(phases: list[int]) -> str:
+def _spans(offsets: list[int]) -> str:
     """Ascending numbers, those that follow each other as 0-14."""
     spans: list[list[int]] = []
-    for phase in phases:
-        if spans and spans[-1][-1] + 1 == phase:
-            spans[-1][1:] = [phase]
+    for offset in offsets:
+        if spans and spans[-1][-1] + 1 == offset:
+            spans[-1][1:] = [offset]
         else:
-            spans.append([phase])
+            spans.append([offset])
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 

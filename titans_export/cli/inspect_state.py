@@ -49,7 +49,7 @@ def _as_json(
         **{key: facts.get(key) for key in ("schema_version", "producer", "created", "model", "backend", "device")},
         "position": state.position,
         "learning": state.learning,
-        "storage": facts.get("memory"),
+        "memory_dtype": facts.get("memory"),
         "tensors": [
             {**{key: entry[key] for key in ("name", "role", "dtype", "shape")}, "bytes": _bytes(state, entry["name"])}
             for entry in state.entries
@@ -66,8 +66,8 @@ def _bytes(state: SavedState, name: str) -> int:
 
 def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts]) -> str:
     model, facts = state.model, state.facts
-    storage = facts.get("memory") or {}
-    rounding = "" if storage.get("storage") == "float32" else f", rounding {storage.get('rounding')}"
+    memory_dtype = facts.get("memory") or {}
+    rounding = "" if memory_dtype.get("dtype") == "float32" else f", rounding {memory_dtype.get('rounding')}"
     sealed = "decrypted, " if state.encrypted else ""
     head = [
         *(f"NOT FINITE: {_broken(entry)}" for entry in broken),
@@ -75,7 +75,7 @@ def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts
         + ("learning" if state.learning else "frozen"),
         f"made by {facts.get('producer')} at {facts.get('created')}, {facts.get('backend')} on {facts.get('device')}",
         f"{size(state.bytes)}, {sealed}hash ok, weights {str(model.get('weights_sha256'))[:12]}, "
-        f"memories in {storage.get('storage')}{rounding}",
+        f"memories in {memory_dtype.get('memory_dtype')}{rounding}",
     ]
     roles: dict[str, list[int]] = {}
     for entry in state.entries:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--data", type=PATH, multiple=True, metavar="FILE", help="Text, .npz or .jsonl to find ranges from.")
 @click.option("--tokens", type=click.IntRange(1), default=1 << 15, help="Tokens of the data to take at most.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Draws the pieces of longer data.")
-@click.option("--memory", metavar="STORAGE[:ROUNDING]", help="How memories are held.  [default: the recipe's]")
+@click.option("--memory", metavar="DTYPE[:ROUNDING]", help="How memories are held.  [default: the recipe's]")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Weights to leave in float32, such as model.head.*.")
 @click.option("--target", metavar="NAME", help="Refuse what this device cannot run; see titans-export build.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; write nothing.")
@@ -127,10 +127,10 @@ def _show_plan(plan: QuantizePlan, as_json: bool) -> None:
         emit(dataclasses.asdict(plan))
         return
     recipe, memory = plan.recipe, plan.recipe["memory"]
-    rounding = "" if memory["storage"] == "float32" else f", rounding {memory['rounding']}"
+    rounding = "" if memory["dtype"] == "float32" else f", rounding {memory['rounding']}"
     lines = [
         f"{plan.bundle}: {plan.products} products, {plan.elements:,} weights, in {recipe['weights']['format']}",
-        f"embedding {recipe['embedding']}, memory {memory['storage']}{rounding}",
+        f"embedding {recipe['embedding']}, memory {memory['memory_dtype']}{rounding}",
     ]
     if plan.data:
         lines.append(f"data: {plan.data['tokens']} tokens in {plan.data['streams']} streams ({plan.data['xxh3_128']})")

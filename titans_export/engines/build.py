@@ -209,7 +209,7 @@ def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, An
 def _memory(plan: Plan) -> str:
     """What computes it."""
     if plan.compiler == ORT:
-        stored = (plan.bundle.quantization or {}).get("memory", {}).get("storage", "float32")
+        stored = (plan.bundle.quantization or {}).get("memory", {}).get("dtype", "float32")
         return "either" if stored == "float32" else "kernel"
     return "plugin" if plan.plugin else "standard-operators"
 

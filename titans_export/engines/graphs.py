@@ -228,7 +228,7 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
             "outputs": ",".join(outputs),
         }
         seed = attribute(node, "seed") or 0
-        for name, value in (("storage", "float32"), ("gates", "token"), ("rounding", "nearest"), ("seed", 0)):
+        for name, value in (("memory_dtype", "float32"), ("gates", "token"), ("rounding", "nearest"), ("seed", 0)):
             if attribute(node, name) is None:
                 added[name] = value
         for entry in node.attribute:

@@ -50,16 +50,16 @@ def check_target(
     bare = [node for model in models for node in model.graph.node if is_memory(node) and not node.overload]
     if target.sm is None or not bare:
         return
-    storage = attribute(bare[0], "storage") or "float32"
+    memory_dtype = attribute(bare[0], "memory_dtype") or "float32"
     if compiler == RTX:
         other = TENSORRT if TENSORRT in target.compilers else ORT
         raise MachineError(
             "build", f"a memory that standard operators can compute, as {RTX} takes no plugin of ours",
-            f"one in {storage}", f"take --compiler {other}, or quantize with --memory float32",
+            f"one in {memory_dtype}", f"take --compiler {other}, or quantize with --memory float32",
         )  # fmt: skip
     if not all(has_kernel(node) for node in bare):
         raise MachineError(
-            "build", "a memory that our kernels for GPUs compute", f"one with a gate a chunk in {storage}",
+            "build", "a memory that our kernels for GPUs compute", f"one with a gate a chunk in {memory_dtype}",
             "quantize with --memory float32, or build for the CPU",
         )  # fmt: skip
 

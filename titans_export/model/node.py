@@ -34,7 +34,7 @@ INPUTS = (
     "previous_gate",
 )
 OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}
-CHUNK_OUTPUTS = ("y", "state_out", "stats", "before")
+CHUNK_OUTPUTS = ("y", "state_out", "stats", "initial_weights")
 
 
 def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
@@ -73,10 +73,10 @@ def chunk_attributes(spec: ChunkMemorySpec, aligned: bool) -> dict[str, Any]:
     }
 
 
-def storage_attributes(storage: str, rounding: str = "nearest", seed: int = 0) -> dict[str, Any]:
-    """What a node with another storage has beside its other attributes; nothing for what is the default."""
-    given = {"storage": storage, "rounding": rounding, "seed": seed}
-    defaults = {"storage": "float32", "rounding": "nearest", "seed": 0}
+def memory_dtype_attributes(memory_dtype: str, rounding: str = "nearest", seed: int = 0) -> dict[str, Any]:
+    """What a node with another memory_dtype has beside its other attributes; nothing for what is the default."""
+    given = {"memory_dtype": memory_dtype, "rounding": rounding, "seed": seed}
+    defaults = {"memory_dtype": "float32", "rounding": "nearest", "seed": 0}
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 

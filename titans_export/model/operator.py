@@ -15,67 +15,67 @@ import torch
 from torch import Tensor
 
 from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
-from .storage import ROW_ALIGNMENT, stored_shapes, words
+from .memory_dtype import ROW_ALIGNMENT, stored_shapes, words
 
 STATS = ("surprise", "update_norm", "committed", "rejected")
 
 
 class Field(NamedTuple):
-    """A field of a packed row: words [offset, offset + words), one for each element unless `storage` is another."""
+    """A field of a packed row: words [offset, offset + words), one for each element unless `memory_dtype` differs."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
-    storage: str = "float32"
+    memory_dtype: str = "float32"
 
     @property
     def words(self) -> int:
-        return words(self.shape, self.storage)
+        return words(self.shape, self.memory_dtype)
 
     def to_json(self) -> dict[str, Any]:
         """As a manifest lists it."""
         entry = {"name": self.name, "offset": self.offset, "shape": list(self.shape)}
-        return entry if self.storage == "float32" else {**entry, "storage": self.storage}
+        return entry if self.memory_dtype == "float32" else {**entry, "dtype": self.memory_dtype}
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding.
 
-    storage, rounding: the operator's attributes. Only rows of storage "float32" can be packed and unpacked here; for
-    all of them there is storage.py.
+    memory_dtype, rounding: the operator's attributes. Only float32 rows can be packed and unpacked here; for
+    all of them there is memory_dtype.py.
     """
 
     fields: tuple[Field, ...]
     size: int
-    storage: str = "float32"
+    memory_dtype: str = "float32"
     rounding: str = "nearest"
 
     @staticmethod
-    def of(spec: MemorySpec, storage: str = "float32", rounding: str = "nearest") -> Layout:
+    def of(spec: MemorySpec, memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
         c = spec.chunk_size
         shapes: list[tuple[str, tuple[int, ...]]] = []
         shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
         shapes += [(f"S{i}", s) for i, s in enumerate(spec.shapes)]
         for i, (width_in, width_out) in enumerate(spec.shapes):
-            shapes += [(f"left{i}", (c, width_in)), (f"right{i}", (c, width_out))]
+            shapes += [(f"layer_input{i}", (c, width_in)), (f"output_grad{i}", (c, width_out))]
         shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
-        return Layout.from_shapes(shapes, storage, rounding)
+        return Layout.from_shapes(shapes, memory_dtype, rounding)
 
     @staticmethod
     def from_shapes(
-        shapes: list[tuple[str, tuple[int, ...]]], storage: str = "float32", rounding: str = "nearest"
+        shapes: list[tuple[str, tuple[int, ...]]], memory_dtype: str = "float32", rounding: str = "nearest"
     ) -> Layout:
         """The fields one after the other, and what the rounding adds to them."""
         fields, offset = [], 0
-        for name, shape, kept in stored_shapes(shapes, storage, rounding):
+        for name, shape, kept in stored_shapes(shapes, memory_dtype, rounding):
             fields.append(Field(name, offset, shape, kept))
             offset += fields[-1].words
-        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT, storage, rounding)
+        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT, memory_dtype, rounding)
 
-    def stored(self, storage: str, rounding: str = "nearest") -> Layout:
-        """That of the same row in another storage, from one of storage "float32"."""
-        return Layout.from_shapes([(f.name, f.shape) for f in self.fields], storage, rounding)
+    def stored(self, memory_dtype: str, rounding: str = "nearest") -> Layout:
+        """That of the same row in another memory_dtype, from one of memory_dtype "float32"."""
+        return Layout.from_shapes([(f.name, f.shape) for f in self.fields], memory_dtype, rounding)
 
     def to_json(self) -> list[dict[str, Any]]:
         """As a manifest lists it."""
@@ -83,7 +83,7 @@ class Layout:
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """(..., R) to the fields by name, each (..., *shape)."""
-        assert self.storage == "float32", "storage.unpack_row has the others"
+        assert self.memory_dtype == "float32", "memory_dtype.unpack_row has the others"
         lead = rows.shape[:-1]
         sizes = [math.prod(f.shape) for f in self.fields]
         parts = rows.split([*sizes, self.size - sum(sizes)], -1)
@@ -91,7 +91,7 @@ class Layout:
 
     def pack(self, fields: dict[str, Tensor]) -> Tensor:
         """The fields, each (..., *shape), to (..., R)."""
-        assert self.storage == "float32", "storage.pack_row has the others"
+        assert self.memory_dtype == "float32", "memory_dtype.pack_row has the others"
         first = self.fields[0]
         lead = fields[first.name].shape[: fields[first.name].dim() - len(first.shape)]
         parts = [fields[f.name].reshape(*lead, -1) for f in self.fields]
@@ -127,8 +127,8 @@ def _weights(spec: MemorySpec, fields: dict[str, Tensor]) -> State:
 def _open_chunk(spec: MemorySpec, fields: dict[str, Tensor]) -> CachedChunk:
     depth = range(spec.depth)
     return CachedChunk(
-        [fields[f"left{i}"] for i in depth],
-        [fields[f"right{i}"] for i in depth],
+        [fields[f"layer_input{i}"] for i in depth],
+        [fields[f"output_grad{i}"] for i in depth],
         *(fields[name] for name in ("e", "a", "m", "f", "beta")),
     )
 
@@ -136,7 +136,12 @@ def _open_chunk(spec: MemorySpec, fields: dict[str, Tensor]) -> CachedChunk:
 def _pack_open(spec: MemorySpec, state: State, chunk: CachedChunk) -> Tensor:
     fields = {name: getattr(chunk, name) for name in ("e", "a", "m", "f", "beta")}
     for i in range(spec.depth):
-        fields |= {f"W{i}": state.w[i], f"S{i}": state.s[i], f"left{i}": chunk.left[i], f"right{i}": chunk.right[i]}
+        fields |= {
+            f"W{i}": state.w[i],
+            f"S{i}": state.s[i],
+            f"layer_input{i}": chunk.left[i],
+            f"output_grad{i}": chunk.right[i],
+        }
     return Layout.of(spec).pack(fields)
 
 

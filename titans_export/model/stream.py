@@ -15,15 +15,15 @@ from .operator import Field
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of the schedule: it consumes `tokens` tokens where position % align is one of `phases`."""
+    """A graph of the schedule: it consumes `tokens` tokens where position % stride is one of `offsets`."""
 
     name: str
     tokens: int
-    align: int = 1
-    phases: tuple[int, ...] = (0,)
+    stride: int = 1
+    offsets: tuple[int, ...] = (0,)
 
     def starts_at(self, position: int) -> bool:
-        return position % self.align in self.phases
+        return position % self.stride in self.offsets
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .reading import SURPRISE, WEIGHTS, SavedState, StateError
 from .statistics import by_head, fields_of
 
-# What only some storages and roundings have; the rest of a row is the same in each.
-_STORAGES_OWN = re.compile(r"E[WS].*|folds")
+# What only some dtypes and roundings have; the rest of a row is the same in each.
+_STORAGES_OWN = re.compile(r"E[WS].*|chunk_updates")
 _SHOWN = re.compile(r"[WGS]\d+|([GS]_)?gamma")
 
 
@@ -59,7 +59,7 @@ class Comparison:
 
 
 def compare_states(a: SavedState, b: SavedState) -> Comparison:
-    """Compares two states of one model, also where one holds its memory in another storage. Raises StateError."""
+    """Compares two states of one model, also where one holds its memory in another dtype. Raises StateError."""
     _check_alike(a, b)
     with np.errstate(all="ignore"):
         memories = [_compare_memory(a, b, name) for name in a.memories()]

@@ -64,7 +64,7 @@ class SavedState:
         return [entry["name"] for entry in self.entries if entry["role"] == "memory" and entry.get("layout")]
 
     def layout(self, memory: str) -> list[Mapping[str, Any]]:
-        """Name, offset in words, shape and, where it is not float32, storage of each field of a memory's row."""
+        """Name, offset in words, shape and, where it is not float32, dtype of each field of a memory's row."""
         found: list[Mapping[str, Any]] = next(entry["layout"] for entry in self.entries if entry["name"] == memory)
         return found
 

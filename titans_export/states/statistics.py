@@ -39,13 +39,13 @@ class Norms:
 
 @dataclass(frozen=True)
 class Saturation:
-    """How the storage's range is used: parts, of 1, of the elements of W and S and what belongs to them.
+    """How the dtype's range is used: parts, of 1, of the elements of W and S and what belongs to them.
 
-    `at_limit`: of the largest magnitude that the storage has, in int8 and fp8 that of their block's scale. `zero`: that
+    `at_limit`: of the largest magnitude that the dtype has, in int8 and fp8 that of their block's scale. `zero`: that
     are 0. `dead_blocks`: blocks of which nothing is left but zeros; None without blocks.
     """
 
-    storage: str
+    dtype: str
     elements: int
     at_limit: float
     zero: float
@@ -109,7 +109,7 @@ def find_not_finite(state: SavedState) -> list[NotFinite]:
 def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     """The memories' fields of a fresh stream of the bundle. Raises BundleError, and StateError for another model's."""
     from ..bundle import read_bundle
-    from ..model.storage import unpack_row
+    from ..model.memory_dtype import unpack_row
 
     opened = read_bundle(bundle)
     ours, theirs = state.model.get("weights_sha256"), opened.manifest["model"].get("source", {}).get("weights_sha256")
@@ -201,7 +201,7 @@ def _open_chunk(state: SavedState, memory: str) -> NDArray[np.float64] | None:
             _with_error(state, memory, field, errors)
             for field, errors in ((f"W{index}", False), (f"W{index}", True), (f"S{index}", True))
         )
-        left, right = (_computed_with(state, memory, f"{side}{index}") for side in ("left", "right"))
+        left, right = (_computed_with(state, memory, f"{side}{index}") for side in ("layer_input", "output_grad"))
         if left is None or right is None:
             return None
         sums = np.einsum("hs,hsr,hsc->hrc", a, left[0].astype(np.float64), right[0].astype(np.float64))
@@ -231,7 +231,7 @@ def _computed_with(state: SavedState, memory: str, field: str) -> Floats | None:
     if values is None or _FOLDED.fullmatch(field):
         return values
     e, a = state.fields.get(f"{memory}.e"), state.fields.get(f"{memory}.a")
-    if e is None or a is None or not re.fullmatch(r"(left|right)\d+", field):
+    if e is None or a is None or not re.fullmatch(r"(layer_input|output_grad)\d+", field):
         return None
     used = (e != 0) | (a != 0)
     return np.where(used[..., None], values, np.float32(0))
@@ -247,18 +247,18 @@ def _count(name: str, values: NDArray[Any], heads: bool) -> NotFinite:
 
 def _saturation(state: SavedState, memory: str) -> Saturation:
     stored = [field for field in state.layout(memory) if _STORED.fullmatch(field["name"])]
-    storage = next((field["storage"] for field in stored if "storage" in field), "float32")
+    dtype = next((field["dtype"] for field in stored if "dtype" in field), "float32")
     counts = np.zeros(5)  # elements, at the limit, zeros, blocks, dead blocks
     for field in stored:
         values = state.fields[f"{memory}.{field['name']}"]
-        if (kept := field.get("storage", "float32")) in _LARGEST:
+        if (kept := field.get("dtype", "float32")) in _LARGEST:
             limit = int(np.count_nonzero(np.abs(values) >= _LARGEST[kept]))
             counts[:3] += values.size, limit, int(np.count_nonzero(values == 0))
         else:
             counts += _block_counts(state.tensors[memory], field)
     elements, limit, zeros, blocks, dead = counts.tolist()
     of = max(elements, 1)
-    return Saturation(storage, int(elements), limit / of, zeros / of, dead_blocks=dead / blocks if blocks else None)
+    return Saturation(dtype, int(elements), limit / of, zeros / of, dead_blocks=dead / blocks if blocks else None)
 
 
 def _block_counts(rows: NDArray[Any], field: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
@@ -269,7 +269,7 @@ def _block_counts(rows: NDArray[Any], field: Mapping[str, Any]) -> tuple[int, in
     scales_at = 4 * math.ceil(count / 4)
     magnitude = np.abs(raw[..., :count].view(np.int8).astype(np.int16))
     largest = 127
-    if field["storage"] == "fp8":
+    if field["dtype"] == "fp8":
         magnitude, largest = (raw[..., :count] & 0x7F).astype(np.int16), 0x7E
     scales = np.ascontiguousarray(raw[..., scales_at : scales_at + 2 * blocks]).view(np.uint16)
     return (

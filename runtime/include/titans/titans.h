@@ -94,7 +94,7 @@ TITANS_API void titans_session_close(titans_session* session);
 /* Facts about a session as one JSON object: bundle, model, device, device_name, engine (its name, or null for the plain
  * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
  * as "cpu-avx512", or "standard-operators"), input and output (kind, name, dtype, size), vocab_size (null without
- * tokens), graphs (name, tokens, align, phases), state (name, role, dtype, shape, in_place), tokenizer, details (what
+ * tokens), graphs (name, tokens, stride, offsets), state (name, role, dtype, shape, in_place), tokenizer, details (what
  * the backend has to say, texts). The string lives as long as the session handle. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 
@@ -123,7 +123,7 @@ typedef struct titans_metrics {
   uint64_t streams;        /* open now */
   uint64_t tokens;         /* tokens or vectors consumed by calls that succeeded */
   uint64_t calls;          /* feeds, steps, scores and draws that began to work */
-  uint64_t folds;          /* chunks completed, of each memory */
+  uint64_t chunk_updates;  /* chunks completed, of each memory */
   uint64_t rollbacks;      /* chunks that a guard took back */
   uint64_t cancelled;      /* of the calls */
   uint64_t failed;         /* of the calls */
@@ -147,11 +147,11 @@ TITANS_API titans_status titans_session_metrics_text(const titans_session* sessi
 
 /* ---- streams: one sequence and what its memory has learned ---- */
 
-typedef enum titans_logits {
-  TITANS_LOGITS_NONE = 0, /* write nothing */
-  TITANS_LOGITS_LAST = 1, /* (vocab,) after the last token */
-  TITANS_LOGITS_ALL = 2   /* (count, vocab), row i after token i */
-} titans_logits;          /* of a bundle that gives vectors: the same of these */
+typedef enum titans_output {
+  TITANS_OUTPUT_NONE = 0, /* write nothing */
+  TITANS_OUTPUT_LAST = 1, /* (vocab,) after the last token */
+  TITANS_OUTPUT_ALL = 2   /* (count, vocab), row i after token i */
+} titans_output;          /* of a bundle that gives vectors: the same of these */
 
 TITANS_API titans_status titans_stream_create(titans_session* session, titans_stream** stream);
 TITANS_API void titans_stream_destroy(titans_stream* stream);
@@ -210,13 +210,13 @@ TITANS_API titans_status titans_stream_reset(titans_stream* stream);
  * floats. count = 0 with LAST is an error unless the stream has consumed something. All tokens are checked before the
  * first is consumed; if the backend fails midway the stream is put back to where it stood. */
 TITANS_API titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count,
-                                            titans_logits which, float* logits, size_t capacity);
+                                            titans_output which, float* logits, size_t capacity);
 
 /* The same of a bundle that takes vectors: `count` of them, one after the other, titans_session_input_size floats each;
  * an output is of titans_session_output_size floats. NaN and infinity are refused before anything is consumed. On such
  * a bundle titans_stream_feed, _step, _score and generators are TITANS_INVALID_ARGUMENT, and this is on all others. */
 TITANS_API titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count,
-                                                    titans_logits which, float* outputs, size_t capacity);
+                                                    titans_output which, float* outputs, size_t capacity);
 
 /* Consumes one token; `logits` (vocab floats) may be NULL. */
 TITANS_API titans_status titans_stream_step(titans_stream* stream, int32_t token, float* logits);
@@ -327,7 +327,7 @@ typedef struct titans_feed {
   const int32_t* tokens; /* as titans_stream_feed takes them; NULL with vectors */
   const float* vectors;  /* as titans_stream_feed_vectors takes them; NULL with tokens */
   size_t count;          /* of the tokens or vectors; may be 0 */
-  titans_logits which;
+  titans_output which;
   float* logits;   /* (vocab,), (count, vocab) or NULL, as `which` says; outputs with vectors */
   size_t capacity; /* floats at `logits` */
 } titans_feed;

@@ -128,22 +128,22 @@ class Stream {
   // Consumes the tokens. Logits after each of them, row by row.
   std::vector<float> feed(const Tokens& tokens) {
     std::vector<float> logits(tokens.size() * output_size_);
-    feed(tokens.data(), tokens.size(), TITANS_LOGITS_ALL, logits.data(), logits.size());
+    feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
     return logits;
   }
 
   // Consumes the tokens. Logits after the last.
   std::vector<float> feed_last(const Tokens& tokens) {
     std::vector<float> logits(output_size_);
-    feed(tokens.data(), tokens.size(), TITANS_LOGITS_LAST, logits.data(), logits.size());
+    feed(tokens.data(), tokens.size(), TITANS_OUTPUT_LAST, logits.data(), logits.size());
     return logits;
   }
 
   // Consumes the tokens. No logits.
-  void feed_none(const Tokens& tokens) { feed(tokens.data(), tokens.size(), TITANS_LOGITS_NONE, nullptr, 0); }
+  void feed_none(const Tokens& tokens) { feed(tokens.data(), tokens.size(), TITANS_OUTPUT_NONE, nullptr, 0); }
 
   // The same into a buffer of the caller's.
-  void feed(const Token* tokens, std::size_t count, titans_logits which, float* logits, std::size_t capacity) {
+  void feed(const Token* tokens, std::size_t count, titans_output which, float* logits, std::size_t capacity) {
     detail::check(titans_stream_feed(handle_.get(), tokens, count, which, logits, capacity));
   }
 
@@ -152,24 +152,24 @@ class Stream {
   std::vector<float> feed_vectors(const std::vector<float>& vectors) {
     const std::size_t count = count_vectors(vectors);
     std::vector<float> outputs(count * output_size_);
-    feed_vectors(vectors.data(), count, TITANS_LOGITS_ALL, outputs.data(), outputs.size());
+    feed_vectors(vectors.data(), count, TITANS_OUTPUT_ALL, outputs.data(), outputs.size());
     return outputs;
   }
 
   // The output after the last.
   std::vector<float> feed_vectors_last(const std::vector<float>& vectors) {
     std::vector<float> output(output_size_);
-    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_LOGITS_LAST, output.data(), output.size());
+    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_OUTPUT_LAST, output.data(), output.size());
     return output;
   }
 
   // No output.
   void feed_vectors_none(const std::vector<float>& vectors) {
-    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_LOGITS_NONE, nullptr, 0);
+    feed_vectors(vectors.data(), count_vectors(vectors), TITANS_OUTPUT_NONE, nullptr, 0);
   }
 
   // The same into a buffer of the caller's.
-  void feed_vectors(const float* vectors, std::size_t count, titans_logits which, float* outputs,
+  void feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs,
                     std::size_t capacity) {
     detail::check(titans_stream_feed_vectors(handle_.get(), vectors, count, which, outputs, capacity));
   }
@@ -381,7 +381,7 @@ class Session {
     std::vector<titans_feed> items;
     for (std::size_t i = 0; i < streams.size(); ++i) {
       items.push_back({sizeof(titans_feed), streams[i]->handle_.get(), sequences[i].data(), nullptr,
-                       sequences[i].size(), TITANS_LOGITS_LAST, logits.data() + i * output_size(), output_size()});
+                       sequences[i].size(), TITANS_OUTPUT_LAST, logits.data() + i * output_size(), output_size()});
     }
     std::vector<titans_status> statuses(streams.size(), TITANS_OK);
     const titans_status status = titans_session_feed_batch(handle_.get(), items.data(), items.size(), statuses.data());

@@ -103,7 +103,7 @@ class RawMetrics(ctypes.Structure):
         ("streams", ctypes.c_uint64),
         ("tokens", ctypes.c_uint64),
         ("calls", ctypes.c_uint64),
-        ("folds", ctypes.c_uint64),
+        ("chunk_updates", ctypes.c_uint64),
         ("rollbacks", ctypes.c_uint64),
         ("cancelled", ctypes.c_uint64),
         ("failed", ctypes.c_uint64),

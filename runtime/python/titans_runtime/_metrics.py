@@ -22,16 +22,17 @@ class Durations:
 
 @dataclass(frozen=True)
 class Metrics:
-    """``streams``, ``state_bytes`` and of these ``resident_bytes`` are what is now; all else is counted since the
-    session was opened: ``tokens`` consumed, ``folds`` (chunks completed, of each memory), ``rollbacks`` (chunks that
-    guards took back), ``calls``, of which some ``cancelled`` or ``failed``, streams ``spilled`` and ``restored``; and
-    how long calls of one token (``step``) and of more (``feed``) took.
+    """What a session counts.
+
+    ``streams``, ``state_bytes`` and ``resident_bytes`` are current values; the rest counts since the session opened.
+    ``chunk_updates`` are completed chunks of each memory, ``rollbacks`` the chunks that guards took back. ``step`` and
+    ``feed`` are latencies of calls with one token and with more.
     """
 
     streams: int
     tokens: int
     calls: int
-    folds: int
+    chunk_updates: int
     rollbacks: int
     cancelled: int
     failed: int

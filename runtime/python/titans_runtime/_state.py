@@ -120,15 +120,15 @@ def _parse(content: memoryview) -> State:
 def _unpack(rows: npt.NDArray[np.float32], field: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """Rows (..., R) to the values of a field, (..., *shape)."""
     shape: Sequence[int] = field["shape"]
-    storage = field.get("storage", "float32")
+    dtype = field.get("dtype", "float32")
     count, columns = int(np.prod(shape, dtype=np.int64)), shape[-1] if shape else 1
     lead = rows.shape[:-1]
     words = np.ascontiguousarray(rows[..., field["offset"] :])
-    if storage == "float32":
+    if dtype == "float32":
         values = words[..., :count]
-    elif storage == "bfloat16":
+    elif dtype == "bfloat16":
         values = _from_bfloat16(words.view(np.uint16)[..., :count])
-    elif storage == "float16":
+    elif dtype == "float16":
         values = words.view(np.float16)[..., :count].astype(np.float32)
     else:
         codes = words.view(np.uint8)[..., :count]
@@ -136,7 +136,7 @@ def _unpack(rows: npt.NDArray[np.float32], field: Mapping[str, Any]) -> npt.NDAr
         lines = count // columns if columns else 0
         scales = words[..., -(-count // 4) :].view(np.uint16)[..., : lines * blocks]
         each = np.repeat(_from_bfloat16(scales).reshape(*lead, lines, blocks), _BLOCK, -1)[..., :columns]
-        elements = codes.view(np.int8).astype(np.float32) if storage == "int8" else _from_e4m3(codes)
+        elements = codes.view(np.int8).astype(np.float32) if dtype == "int8" else _from_e4m3(codes)
         values = elements.reshape(*lead, lines, columns) * each
     return np.ascontiguousarray(values.reshape(*lead, *shape), np.float32)
 

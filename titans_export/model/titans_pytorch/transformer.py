@@ -206,8 +206,8 @@ class MemoryAsContext(StreamModel):
         if tokens < 2 or period > LONGEST_PERIOD:
             return None
         starts = [t for t in range(period) if t % segment + tokens <= inside]
-        phases = tuple(t for t in starts if (t + longterm * (t // segment)) % chunk == 0)
-        return Graph("part", tokens, period, phases) if phases else None
+        offsets = tuple(t for t in starts if (t + longterm * (t // segment)) % chunk == 0)
+        return Graph("part", tokens, period, offsets) if offsets else None
 
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
         longterm = self.options.num_longterm_mem_tokens

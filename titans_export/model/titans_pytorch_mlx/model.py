@@ -118,7 +118,7 @@ class SegmentModel(StreamModel):
 
     def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
         size = self.options.segment
-        place = None if call.graph.align % size == 0 else torch.remainder(call.position, size)
+        place = None if call.graph.stride % size == 0 else torch.remainder(call.position, size)
         x = F.embedding(inputs, self.embedding)
         following: StreamState = {}
         for prefix, block in self._of_blocks():

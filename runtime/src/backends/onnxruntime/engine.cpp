@@ -73,15 +73,15 @@ class OrtEngine final : public Engine {
   }
 
  private:
-  // ONNX has no operators that could look into other storages.
+  // ONNX has no operators that could look into other dtypes.
   void require_float32_memories(KernelChoice choice) const {
     for (const StateTensor& state : manifest_.state) {
       for (const MemoryField& field : state.layout) {
-        if (field.storage == FieldStorage::kFloat32) continue;
+        if (field.dtype == FieldDtype::kFloat32) continue;
         const bool off = choice == KernelChoice::kOff;
         throw Error(TITANS_UNSUPPORTED, "onnxruntime",
                     text("our memory kernel for ", field_name(state, field), ", which is stored as ",
-                         field_storage_name(field.storage)),
+                         field_dtype_name(field.dtype)),
                     off ? R"(memory_kernel="off")" : "a runtime without it",
                     off ? R"(pass memory_kernel="auto")" : "install the runtime with its kernels");
       }

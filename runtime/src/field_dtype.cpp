@@ -1,4 +1,4 @@
-#include "field_storage.h"
+#include "field_dtype.h"
 
 #include <algorithm>
 #include <array>
@@ -11,11 +11,11 @@ namespace {
 constexpr std::array<std::string_view, 5> kNames{"float32", "bfloat16", "float16", "int8", "fp8"};
 constexpr std::size_t kBlock = 32;  // elements along a row that share a scale
 
-bool has_scales(FieldStorage storage) { return storage == FieldStorage::kInt8 || storage == FieldStorage::kFp8; }
+bool has_scales(FieldDtype dtype) { return dtype == FieldDtype::kInt8 || dtype == FieldDtype::kFp8; }
 
-std::size_t element_words(FieldStorage storage, std::size_t elements) {
-  if (storage == FieldStorage::kFloat32) return elements;
-  return has_scales(storage) ? (elements + 3) / 4 : (elements + 1) / 2;
+std::size_t element_words(FieldDtype dtype, std::size_t elements) {
+  if (dtype == FieldDtype::kFloat32) return elements;
+  return has_scales(dtype) ? (elements + 3) / 4 : (elements + 1) / 2;
 }
 
 std::size_t blocks_of(std::size_t columns) { return (columns + kBlock - 1) / kBlock; }
@@ -50,10 +50,10 @@ float from_float16(std::uint16_t bits) {
   return (bits & 0x8000U) != 0 ? -value : value;
 }
 
-float scaled_at(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, std::size_t index) {
+float scaled_at(FieldDtype dtype, const float* words, std::size_t extent, std::size_t columns, std::size_t index) {
   const std::size_t block = index / columns * blocks_of(columns) + index % columns / kBlock;
-  const float scale = from_bfloat16(element_at<std::uint16_t>(words + element_words(storage, extent), block));
-  if (storage == FieldStorage::kInt8) return scale * static_cast<float>(element_at<std::int8_t>(words, index));
+  const float scale = from_bfloat16(element_at<std::uint16_t>(words + element_words(dtype, extent), block));
+  if (dtype == FieldDtype::kInt8) return scale * static_cast<float>(element_at<std::int8_t>(words, index));
   return scale * from_small(element_at<std::uint8_t>(words, index), 4, 3);
 }
 
@@ -105,20 +105,20 @@ std::uint16_t scale_of(const float* values, std::size_t count, float largest) {
   return static_cast<std::uint16_t>((bits_of(most / largest) + 0xFFFFU) >> 16);
 }
 
-void pack_scaled(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words) {
-  const float largest = storage == FieldStorage::kInt8 ? 127.0F : 448.0F;
+void pack_scaled(FieldDtype dtype, const float* values, std::size_t extent, std::size_t columns, float* words) {
+  const float largest = dtype == FieldDtype::kInt8 ? 127.0F : 448.0F;
   std::size_t block = 0;
   for (std::size_t row = 0; row < extent; row += columns) {
     for (std::size_t start = 0; start < columns; start += kBlock, ++block) {
       const std::size_t count = std::min(kBlock, columns - start);
       const std::uint16_t scale = scale_of(values + row + start, count, largest);
-      put(words + element_words(storage, extent), block, scale);
+      put(words + element_words(dtype, extent), block, scale);
       if (scale == 0 || scale == kNaN) continue;  // elements of zeros
       const float reciprocal = 1.0F / from_bfloat16(scale);
       for (std::size_t i = row + start; i < row + start + count; ++i) {
         const float magnitude = std::min(std::abs(values[i]) * reciprocal, largest);
         const bool negative = std::signbit(values[i]);
-        if (storage == FieldStorage::kInt8) {
+        if (dtype == FieldDtype::kInt8) {
           const auto whole = static_cast<int>(std::nearbyint(magnitude));
           put(words, i, static_cast<std::int8_t>(negative ? -whole : whole));
         } else {
@@ -131,57 +131,57 @@ void pack_scaled(FieldStorage storage, const float* values, std::size_t extent, 
 
 }  // namespace
 
-std::optional<FieldStorage> field_storage_named(std::string_view name) {
+std::optional<FieldDtype> field_dtype_named(std::string_view name) {
   const auto* found = std::find(kNames.begin(), kNames.end(), name);
   if (found == kNames.end()) return std::nullopt;
-  return static_cast<FieldStorage>(found - kNames.begin());
+  return static_cast<FieldDtype>(found - kNames.begin());
 }
 
-std::string_view field_storage_name(FieldStorage storage) { return kNames[static_cast<std::size_t>(storage)]; }
+std::string_view field_dtype_name(FieldDtype dtype) { return kNames[static_cast<std::size_t>(dtype)]; }
 
-std::string field_storage_names() {
+std::string field_dtype_names() {
   std::string names;
   for (const std::string_view name : kNames) names += (names.empty() ? "" : ", ") + std::string(name);
   return names;
 }
 
-std::size_t field_words(FieldStorage storage, const Shape& shape) {
+std::size_t field_words(FieldDtype dtype, const Shape& shape) {
   std::size_t elements = 1;
   for (const std::int64_t dimension : shape) elements *= static_cast<std::size_t>(dimension);
-  const std::size_t words = element_words(storage, elements);
-  if (!has_scales(storage) || elements == 0) return words;
+  const std::size_t words = element_words(dtype, elements);
+  if (!has_scales(dtype) || elements == 0) return words;
   const std::size_t columns = shape.empty() ? 1 : static_cast<std::size_t>(shape.back());
   return words + (elements / columns * blocks_of(columns) + 1) / 2;
 }
 
-void unpack_field(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, float* values) {
+void unpack_field(FieldDtype dtype, const float* words, std::size_t extent, std::size_t columns, float* values) {
   for (std::size_t i = 0; i < extent; ++i) {
-    switch (storage) {
-      case FieldStorage::kFloat32:
+    switch (dtype) {
+      case FieldDtype::kFloat32:
         values[i] = words[i];
         break;
-      case FieldStorage::kBFloat16:
+      case FieldDtype::kBFloat16:
         values[i] = from_bfloat16(element_at<std::uint16_t>(words, i));
         break;
-      case FieldStorage::kFloat16:
+      case FieldDtype::kFloat16:
         values[i] = from_float16(element_at<std::uint16_t>(words, i));
         break;
       default:
-        values[i] = scaled_at(storage, words, extent, columns, i);
+        values[i] = scaled_at(dtype, words, extent, columns, i);
     }
   }
 }
 
-void pack_field(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words) {
-  if (storage == FieldStorage::kFloat32) {
+void pack_field(FieldDtype dtype, const float* values, std::size_t extent, std::size_t columns, float* words) {
+  if (dtype == FieldDtype::kFloat32) {
     std::copy_n(values, extent, words);
     return;
   }
   const auto rows = static_cast<std::int64_t>(columns == 0 ? 0 : extent / columns);
-  std::memset(words, 0, field_words(storage, {rows, static_cast<std::int64_t>(columns)}) * sizeof(float));
-  if (has_scales(storage)) return pack_scaled(storage, values, extent, columns, words);
+  std::memset(words, 0, field_words(dtype, {rows, static_cast<std::int64_t>(columns)}) * sizeof(float));
+  if (has_scales(dtype)) return pack_scaled(dtype, values, extent, columns, words);
   for (std::size_t i = 0; i < extent; ++i) {
-    put(words, i, storage == FieldStorage::kBFloat16 ? to_bfloat16(values[i]) : to_float16(values[i]));
+    put(words, i, dtype == FieldDtype::kBFloat16 ? to_bfloat16(values[i]) : to_float16(values[i]));
   }
 }
 

@@ -11,20 +11,20 @@
 
 namespace titans::core {
 
-enum class FieldStorage : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
+enum class FieldDtype : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
 
-std::optional<FieldStorage> field_storage_named(std::string_view name);
-std::string_view field_storage_name(FieldStorage storage);
+std::optional<FieldDtype> field_dtype_named(std::string_view name);
+std::string_view field_dtype_name(FieldDtype dtype);
 // All of them, for messages.
-std::string field_storage_names();
+std::string field_dtype_names();
 
 // Words of 32 bits of a field of that shape: a matrix, a vector or a number.
-std::size_t field_words(FieldStorage storage, const Shape& shape);
+std::size_t field_words(FieldDtype dtype, const Shape& shape);
 
 // The values of a field of `extent` elements, in rows of `columns`.
-void unpack_field(FieldStorage storage, const float* words, std::size_t extent, std::size_t columns, float* values);
+void unpack_field(FieldDtype dtype, const float* words, std::size_t extent, std::size_t columns, float* values);
 
 // The words of such a field, each value to the nearest. All of them are written, what fills up the last with zeros.
-void pack_field(FieldStorage storage, const float* values, std::size_t extent, std::size_t columns, float* words);
+void pack_field(FieldDtype dtype, const float* values, std::size_t extent, std::size_t columns, float* words);
 
 }  // namespace titans::core

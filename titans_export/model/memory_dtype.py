@@ -1,4 +1,4 @@
-"""A memory's weights in fewer bits, as docs/operator.md has it under "Storage": packing to the nearest and unpacking.
+"""Low-precision memories (docs/operator.md, "Memory dtype"): packing to the nearest and unpacking.
 
 In NumPy, on rows as they come out of a state file or a runtime. Rounding with noise or with kept errors is the
 kernels' alone.
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ..errors import TitansError
 
-STORAGES = ("float32", "bfloat16", "float16", "int8", "fp8")
-ROUNDINGS = ("nearest", "stochastic", "feedback")
+MEMORY_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+ROUNDINGS = ("nearest", "stochastic", "error_feedback")
 ROW_ALIGNMENT = 16  # words: a head's row starts on a 64-byte line
 
 BLOCK = 32  # elements along a row that share a scale
@@ -24,16 +24,16 @@ _LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
 _SMALLEST_BLOCK = np.float32(2.0**-100)
 _NAN_SCALE = 0x7FC0
 
-# Fields that a storage concerns: W0, gamma, their gradient point and their surprise.
+# Fields that a memory_dtype concerns: W0, gamma, their gradient point and their surprise.
 _WEIGHTS = re.compile(r"([WGS]\d+|gamma|[GS]_gamma)")
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
 
 
-def _check(storage: str) -> None:
-    if storage not in STORAGES:
-        raise TitansError("storage", f"one of {', '.join(STORAGES)}", storage, "choose one of them")
+def _check(memory_dtype: str) -> None:
+    if memory_dtype not in MEMORY_DTYPES:
+        raise TitansError("memory_dtype", f"one of {', '.join(MEMORY_DTYPES)}", memory_dtype, "choose one of them")
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -41,14 +41,14 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     return (1, *shape)[-2:] if shape else (1, 1)  # type: ignore[return-value]
 
 
-def words(shape: Sequence[int], storage: str) -> int:
+def words(shape: Sequence[int], memory_dtype: str) -> int:
     """32-bit words of a field that holds a matrix, or a vector, of that shape."""
-    _check(storage)
+    _check(memory_dtype)
     rows, columns = _matrix(shape)
     count = rows * columns
-    if storage == "float32":
+    if memory_dtype == "float32":
         return count
-    if storage not in _LARGEST:
+    if memory_dtype not in _LARGEST:
         return -(-count // 2)
     return -(-count // 4) + -(-rows * -(-columns // BLOCK) // 2)
 
@@ -113,28 +113,28 @@ def _scales(blocks: Floats, largest: np.float32) -> NDArray[np.uint16]:
     return scales
 
 
-def pack(values: Floats, storage: str) -> Words:
+def pack(values: Floats, memory_dtype: str) -> Words:
     """(..., rows, columns) to the words of a field, (..., n), each value to the nearest."""
-    _check(storage)
+    _check(memory_dtype)
     values = np.ascontiguousarray(values, np.float32)
     lead, (rows, columns) = values.shape[:-2], values.shape[-2:]
     flat = values.reshape(*lead, -1)
-    if storage == "float32":
+    if memory_dtype == "float32":
         same: Words = flat.view(np.uint32).copy()
         return same
-    if storage == "bfloat16":
+    if memory_dtype == "bfloat16":
         return _to_words(_bfloat16(flat))
-    if storage == "float16":
+    if memory_dtype == "float16":
         with np.errstate(over="ignore"):
             return _to_words(flat.astype(np.float16))
     blocks = _blocks(values)
-    scales = _scales(blocks, _LARGEST[storage])
+    scales = _scales(blocks, _LARGEST[memory_dtype])
     factors = _from_bfloat16(scales)
     usable = np.isfinite(factors) & (factors > 0)
     reciprocals = np.float32(1) / np.where(usable, factors, np.float32(1))
     scaled = np.where(usable[..., None], blocks, np.float32(0)) * reciprocals[..., None]
-    magnitudes = np.minimum(np.abs(scaled), _LARGEST[storage])
-    if storage == "int8":
+    magnitudes = np.minimum(np.abs(scaled), _LARGEST[memory_dtype])
+    if memory_dtype == "int8":
         codes = np.copysign(np.rint(magnitudes), scaled).astype(np.int8).view(np.uint8)
     else:
         codes = _e4m3(magnitudes) | np.where(np.signbit(scaled), np.uint8(0x80), np.uint8(0))
@@ -142,78 +142,82 @@ def pack(values: Floats, storage: str) -> Words:
     return np.concatenate([_to_words(codes), _to_words(scales.reshape(*lead, -1))], -1)
 
 
-def unpack(packed: Words, shape: Sequence[int], storage: str) -> Floats:
+def unpack(packed: Words, shape: Sequence[int], memory_dtype: str) -> Floats:
     """The words of a field, (..., n), to values (..., *shape)."""
-    _check(storage)
+    _check(memory_dtype)
     rows, columns = _matrix(shape)
     lead, count = packed.shape[:-1], rows * columns
-    if storage == "float32":
+    if memory_dtype == "float32":
         values: NDArray[Any] = _from_words(packed, np.float32, count)
-    elif storage == "bfloat16":
+    elif memory_dtype == "bfloat16":
         values = _from_bfloat16(_from_words(packed, np.uint16, count))
-    elif storage == "float16":
+    elif memory_dtype == "float16":
         values = _from_words(packed, np.float16, count)
     else:
         split, blocks = -(-count // 4), -(-columns // BLOCK)
         codes = _from_words(packed[..., :split], np.uint8, count)
         scales = _from_bfloat16(_from_words(packed[..., split:], np.uint16, rows * blocks))
-        elements = codes.view(np.int8).astype(np.float32) if storage == "int8" else _from_e4m3(codes)
+        elements = codes.view(np.int8).astype(np.float32) if memory_dtype == "int8" else _from_e4m3(codes)
         each = np.repeat(scales.reshape(*lead, rows, blocks), BLOCK, -1)[..., :columns]
         values = elements.reshape(*lead, rows, columns) * each
     return values.astype(np.float32).reshape(*lead, *shape)
 
 
 def is_stored(name: str) -> bool:
-    """Whether a storage concerns the field of that name in a float32 row."""
+    """Whether a memory_dtype concerns the field of that name in a float32 row."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def stored_shapes(
-    shapes: Sequence[tuple[str, tuple[int, ...]]], storage: str, rounding: str
+    shapes: Sequence[tuple[str, tuple[int, ...]]], memory_dtype: str, rounding: str
 ) -> list[tuple[str, tuple[int, ...], str]]:
-    """Names, shapes and storages of a row's fields in order, from the names and shapes of the row in float32."""
-    _check(storage)
+    """Names, shapes and memory_dtypes of a row's fields in order, from the names and shapes of the row in float32."""
+    _check(memory_dtype)
     if rounding not in ROUNDINGS:
-        raise TitansError("storage", f"rounding to be one of {', '.join(ROUNDINGS)}", rounding, "choose one of them")
-    if storage == "float32" and rounding != "nearest":
-        raise TitansError("storage", 'rounding "nearest" with storage "float32"', rounding, "choose another storage")
-    weights = [(name, shape, storage) for name, shape in shapes if is_stored(name)]
+        raise TitansError(
+            "memory_dtype", f"rounding to be one of {', '.join(ROUNDINGS)}", rounding, "choose one of them"
+        )
+    if memory_dtype == "float32" and rounding != "nearest":
+        raise TitansError(
+            "memory_dtype", 'rounding "nearest" with memory_dtype "float32"', rounding, "choose another memory_dtype"
+        )
+    weights = [(name, shape, memory_dtype) for name, shape in shapes if is_stored(name)]
     rest = [(name, shape, "float32") for name, shape in shapes if not is_stored(name)]
-    if rounding == "feedback":
+    if rounding == "error_feedback":
         for letter in "WS":
             for name, shape, _ in weights.copy():
                 if name[0] == letter or (letter == "W" and name == "gamma"):
-                    weights.append((f"EW_{name}" if name == "gamma" else f"E{name}", shape, storage))
+                    weights.append((f"EW_{name}" if name == "gamma" else f"E{name}", shape, memory_dtype))
     if rounding == "stochastic":
-        rest.append(("folds", (), "float32"))
+        rest.append(("chunk_updates", (), "float32"))
     return weights + rest
 
 
 def stored_layout(
-    layout: Sequence[Mapping[str, Any]], storage: str, rounding: str = "nearest"
+    layout: Sequence[Mapping[str, Any]], memory_dtype: str, rounding: str = "nearest"
 ) -> tuple[list[dict[str, Any]], int]:
-    """A manifest's layout of a row in `storage`, from that of the row in float32, and its words."""
+    """A manifest's layout of a row in `memory_dtype`, from that of the row in float32, and its words."""
     fields: list[dict[str, Any]] = []
     offset = 0
     for name, shape, kept in stored_shapes(
-        [(entry["name"], tuple(entry["shape"])) for entry in layout], storage, rounding
+        [(entry["name"], tuple(entry["shape"])) for entry in layout], memory_dtype, rounding
     ):
         entry = {"name": name, "offset": offset, "shape": list(shape)}
         if kept != "float32":
-            entry["storage"] = kept
+            entry["dtype"] = kept
         fields.append(entry)
         offset += words(shape, kept)
     return fields, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def unpack_row(row: Floats, layout: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Packed rows (..., R) to their fields by a manifest's layout, each (..., *shape). `folds` keeps its bits."""
+    """Packed rows (..., R) to their fields by a manifest's layout, each (..., *shape); `chunk_updates` keeps bits."""
     raw = np.ascontiguousarray(row, np.float32).view(np.uint32)
     fields = {}
     for entry in layout:
-        shape, storage = tuple(entry["shape"]), entry.get("storage", "float32")
+        shape, memory_dtype = tuple(entry["shape"]), entry.get("dtype", "float32")
         begin = entry["offset"]
-        fields[entry["name"]] = unpack(raw[..., begin : begin + words(shape, storage)], shape, storage)
+        fields[entry["name"]] = unpack(raw[..., begin : begin + words(shape, memory_dtype)], shape, memory_dtype)
     return fields
 
 
@@ -228,16 +232,16 @@ def pack_row(fields: Mapping[str, Floats], layout: Sequence[Mapping[str, Any]], 
     raw = np.zeros((*lead, size), np.uint32)
     lost: dict[str, Floats] = {}
     for entry in layout:
-        name, shape, storage = entry["name"], shapes[entry["name"]], entry.get("storage", "float32")
+        name, shape, memory_dtype = entry["name"], shapes[entry["name"]], entry.get("dtype", "float32")
         value = fields.get(name, lost.get(name))
         if value is None:
             continue
         matrix = np.asarray(value, np.float32).reshape(*lead, *_matrix(shape))
-        packed = pack(matrix, storage)
+        packed = pack(matrix, memory_dtype)
         begin = entry["offset"]
         raw[..., begin : begin + packed.shape[-1]] = packed
-        if storage != "float32":
+        if memory_dtype != "float32":
             lost["EW_gamma" if name == "gamma" else f"E{name}"] = matrix.reshape(*lead, *shape) - unpack(
-                packed, shape, storage
+                packed, shape, memory_dtype
             )
     return raw.view(np.float32)

@@ -1,4 +1,4 @@
-// W and S as a packed row holds them: read, rounded and written as docs/operator.md says under Storage.
+// W and S as a packed row holds them: read, rounded and written as docs/operator.md says under MemoryDtype.
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
@@ -14,7 +14,7 @@ __device__ inline bool is_finite(float x) { return x - x == 0.0F; }
 __device__ inline bool is_nan(float x) { return x != x; }
 __device__ inline float infinity() { return __builtin_inff(); }
 
-// ---- reading: all storages by the same few instructions, as branches would keep loads apart ----
+// ---- reading: all memory_dtypes by the same few instructions, as branches would keep loads apart ----
 
 // What element bits stand for, without a scale. Bits above those of the element count nothing.
 __device__ inline float decode(const Decoder& d, std::uint32_t bits) {
@@ -105,7 +105,7 @@ __device__ inline float store_block(const Model& m, float* row, const Field& fie
   }
   const std::uint32_t drawn = stochastic ? noise(keys, static_cast<std::uint32_t>(index)) : 0U;
   std::uint32_t element = round_element(m.encoder, z, stochastic, drawn);
-  if (bits_of(x) >> 31 != 0) element = m.storage == Storage::kInt8 ? 0U - element : element | m.decoder.sign;
+  if (bits_of(x) >> 31 != 0) element = m.memory_dtype == MemoryDtype::kInt8 ? 0U - element : element | m.decoder.sign;
   if (inside) {
     float* elements = row + field.elements;
     if (m.decoder.element_bits == 16) {

@@ -45,7 +45,7 @@ inline Stored plain_matrix(const float* data, std::size_t rows, std::size_t colu
 // The field of a weight tensor at `offset` words of a row.
 inline Stored stored_tensor(const Configuration& c, float* row, std::int64_t offset, int tensor) {
   float* begin = row + offset;
-  float* scales = begin + element_words(c.storage, c.rows(tensor), c.columns(tensor));
+  float* scales = begin + element_words(c.memory_dtype, c.rows(tensor), c.columns(tensor));
   return {begin, reinterpret_cast<std::uint16_t*>(scales), static_cast<std::size_t>(c.rows(tensor)),
           static_cast<std::size_t>(c.columns(tensor))};
 }
@@ -104,7 +104,7 @@ HWY_INLINE hn::Vec<From> load_elements(From d, const hn::TFromD<From>* from, std
 
 // ---- elements without a scale ----
 
-// What a storage is: its element's type, elements as float32, and float32 rounded to elements.
+// What a memory_dtype is: its element's type, elements as float32, and float32 rounded to elements.
 struct Float32 {
   using Element = float;
   static constexpr bool kScaled = false;
@@ -229,10 +229,10 @@ HWY_INLINE float from_bfloat16(std::uint16_t bits) {
 }
 
 // Elements of a matrix, for loops that read it.
-template <class Storage>
+template <class MemoryDtype>
 struct View {
   explicit View(const Stored& stored)
-      : elements(static_cast<const typename Storage::Element*>(stored.elements)),
+      : elements(static_cast<const typename MemoryDtype::Element*>(stored.elements)),
         scales(stored.scales),
         rows(stored.rows),
         columns(stored.columns),
@@ -240,28 +240,28 @@ struct View {
 
   HWY_INLINE Vector load(std::size_t row, std::size_t column, std::size_t count) const {
     const Vector v = unscaled(row, column, count);
-    if constexpr (Storage::kScaled) return hn::Mul(v, scale(row, column / kBlock));
+    if constexpr (MemoryDtype::kScaled) return hn::Mul(v, scale(row, column / kBlock));
     return v;
   }
   // Elements as they are, and what those of a block are multiplied by.
   HWY_INLINE Vector unscaled(std::size_t row, std::size_t column, std::size_t count) const {
-    return Storage::load(elements + row * columns + column, count);
+    return MemoryDtype::load(elements + row * columns + column, count);
   }
   HWY_INLINE Vector scale(std::size_t row, std::size_t block) const {
-    return hn::Set(Floats(), Storage::kUnit * from_bfloat16(scales[row * blocks + block]));
+    return hn::Set(Floats(), MemoryDtype::kUnit * from_bfloat16(scales[row * blocks + block]));
   }
 
-  const typename Storage::Element* HWY_RESTRICT elements;
+  const typename MemoryDtype::Element* HWY_RESTRICT elements;
   const std::uint16_t* HWY_RESTRICT scales;
   std::size_t rows, columns, blocks;
 };
 
-template <class Storage>
+template <class MemoryDtype>
 void unpack_matrix(const Stored& from, float* to) {
-  const View<Storage> view(from);
-  if constexpr (!Storage::kScaled) {
-    each_vector(from.rows * from.columns,
-                [&](std::size_t i, std::size_t n) HWY_ATTR { store(Storage::load(view.elements + i, n), to + i, n); });
+  const View<MemoryDtype> view(from);
+  if constexpr (!MemoryDtype::kScaled) {
+    each_vector(from.rows * from.columns, [&](std::size_t i, std::size_t n)
+                                              HWY_ATTR { store(MemoryDtype::load(view.elements + i, n), to + i, n); });
     return;
   }
   for (std::size_t row = 0; row < from.rows; ++row, to += from.columns) {
@@ -294,26 +294,26 @@ HWY_INLINE Scale block_scale(const float* values, std::size_t count, float large
 }
 
 // Rounds a matrix of float32 into the row. `kept`, which may be `from`, receives what is stored.
-template <class Storage>
+template <class MemoryDtype>
 void pack_matrix(const float* from, const Stored& to, const Noise& noise, float* kept) {
-  auto* elements = static_cast<typename Storage::Element*>(to.elements);
-  if constexpr (!Storage::kScaled) {
+  auto* elements = static_cast<typename MemoryDtype::Element*>(to.elements);
+  if constexpr (!MemoryDtype::kScaled) {
     each_vector(to.rows * to.columns, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      store(Storage::pack(load(from + i, n), noise, i, elements + i, n), kept + i, n);
+      store(MemoryDtype::pack(load(from + i, n), noise, i, elements + i, n), kept + i, n);
     });
   } else {
     std::uint16_t* scales = to.scales;
     for (std::size_t row = 0; row < to.rows; ++row) {
       for (std::size_t column = 0; column < to.columns; column += kBlock) {
         const std::size_t begin = row * to.columns + column, count = HWY_MIN(kBlock, to.columns - column);
-        const Scale scale = block_scale(from + begin, count, Storage::kLargest);
+        const Scale scale = block_scale(from + begin, count, MemoryDtype::kLargest);
         *scales++ = scale.bits;
         const bool usable = scale.reciprocal != 0.0F;
         const Vector value = hn::Set(Floats(), scale.value), reciprocal = hn::Set(Floats(), scale.reciprocal);
         each_vector(count, [&](std::size_t i, std::size_t n) HWY_ATTR {
           const std::size_t at = begin + i;
           const Vector scaled = usable ? hn::Mul(load(from + at, n), reciprocal) : hn::Zero(Floats());
-          store(hn::Mul(Storage::pack(scaled, noise, at, elements + at, n), value), kept + at, n);
+          store(hn::Mul(MemoryDtype::pack(scaled, noise, at, elements + at, n), value), kept + at, n);
         });
       }
     }

@@ -1,6 +1,6 @@
 """What a memory in fewer bits costs in time: a decoded token on the bare CPU kernel, one thread.
 
-    python -m benchmarks.stored_memory -o benchmarks/results/cpu-stored-memory-DATE.json
+    python -m benchmarks.low_precision_memory -o benchmarks/results/cpu-stored-memory-DATE.json
 
 Storages, roundings and instruction sets take turns. "within" is the median of tokens that complete no chunk, "mean"
 that of whole chunks, their end included, a token.
@@ -26,21 +26,21 @@ from benchmarks.contenders.kernel import PROGRAM
 from titans_export.bench.machine import others_busy
 from titans_export.bench.turns import take_turns
 from titans_export.model.memory import MemorySpec
+from titans_export.model.memory_dtype import pack_row, unpack_row
 from titans_export.model.node import attributes
 from titans_export.model.operator import Layout, initial_rows
-from titans_export.model.storage import pack_row, unpack_row
 
 SPEC = MemorySpec((64, 256, 64), activation="silu", chunk_size=64)
 HEADS = 8
 KINDS = [("float32", "nearest")] + [
-    (storage, rounding)
-    for storage in ("bfloat16", "float16", "int8", "fp8")
-    for rounding in ("nearest", "stochastic", "feedback")
+    (memory_dtype, rounding)
+    for memory_dtype in ("bfloat16", "float16", "int8", "fp8")
+    for rounding in ("nearest", "stochastic", "error_feedback")
 ]
 CHUNKS_PER_TURN = 4
 
 
-def write_case(path: Path, storage: str, rounding: str) -> int:
+def write_case(path: Path, memory_dtype: str, rounding: str) -> int:
     """A chunk of calls of one token each, for a memory that has learned. Returns the bytes of its state."""
     draw = torch.Generator().manual_seed(0)
     size = SPEC.widths[0]
@@ -53,7 +53,7 @@ def write_case(path: Path, storage: str, rounding: str) -> int:
     fields = unpack_row(rows.numpy(), plain.to_json())
     for i, shape in enumerate(SPEC.shapes):
         fields[f"S{i}"] = (0.01 * normal(1, HEADS, *shape)).numpy()
-    stored = plain.stored(storage, rounding)
+    stored = plain.stored(memory_dtype, rounding)
     state = torch.from_numpy(pack_row(fields, stored.to_json(), stored.size))
     tensors = {"state": state}
     for token in range(SPEC.chunk_size):
@@ -64,8 +64,8 @@ def write_case(path: Path, storage: str, rounding: str) -> int:
             tensors[f"{token}.{name}"] = torch.full((1, HEADS, 1), value)
         tensors[f"{token}.fill"] = torch.tensor([token])
     node = attributes(SPEC, "update", aligned=False)
-    if storage != "float32":
-        node |= {"storage": storage, "rounding": rounding} | ({"seed": 1} if rounding == "stochastic" else {})
+    if memory_dtype != "float32":
+        node |= {"memory_dtype": memory_dtype, "rounding": rounding} | ({"seed": 1} if rounding == "stochastic" else {})
     save_file(tensors, path, {"calls": str(SPEC.chunk_size), "attributes": json.dumps(node)})
     return state.nbytes
 
@@ -89,20 +89,20 @@ def main(rounds: int, output: Path) -> None:
         cases = {kind: Path(folder, f"{'-'.join(kind)}.safetensors") for kind in KINDS}
         bytes_of = {kind: write_case(path, *kind) for kind, path in cases.items()}
         work = {
-            f"{target} {storage} {rounding}": partial(run, path, Path(folder, "out.bin"), target)
+            f"{target} {memory_dtype} {rounding}": partial(run, path, Path(folder, "out.bin"), target)
             for target in targets
-            for (storage, rounding), path in cases.items()
+            for (memory_dtype, rounding), path in cases.items()
         }
         with tqdm(total=rounds * len(work)) as bar:
             turns = take_turns(work, rounds, progress=bar.update)
     lines: list[dict[str, Any]] = []
     for name, of_name in turns.items():
-        target, storage, rounding = name.split()
+        target, memory_dtype, rounding = name.split()
         chunks = [chunk for turn in of_name for chunk in turn]
         within = median(time for chunk in chunks for time in chunk[:-1]) / 1e3
         mean = median(sum(chunk) / len(chunk) for chunk in chunks) / 1e3
-        kind = {"target": target, "storage": storage, "rounding": rounding}
-        lines.append({**kind, "state_bytes": bytes_of[storage, rounding], "within_us": within, "mean_us": mean})
+        kind = {"target": target, "memory_dtype": memory_dtype, "rounding": rounding}
+        lines.append({**kind, "state_bytes": bytes_of[memory_dtype, rounding], "within_us": within, "mean_us": mean})
         click.echo(f"{name:28} within {within:6.1f} us, mean {mean:6.1f} us")
     settings = {"widths": SPEC.widths, "heads": HEADS, "chunk_size": SPEC.chunk_size, "threads": 1, "rounds": rounds}
     report.write(output, {**report.provenance(), "others_busy": busy, **settings, "lines": lines})

@@ -1,4 +1,4 @@
-"""Graphs that start at phases of a period, against the same model in numpy."""
+"""Graphs that start at offsets of a period, against the same model in numpy."""
 
 from __future__ import annotations
 
@@ -62,25 +62,25 @@ def test_a_fork_and_a_failure_at_every_phase(session: rt.Session, expected: Any,
 
 
 def test_the_info_tells_phases(session: rt.Session, bundle: Path) -> None:
-    phases = {graph["name"]: graph["phases"] for graph in session.info["graphs"]}
-    assert phases == {"prefill": [0], "middle": [1], "decode": [0, 1, 2], "halve": [3]}
-    assert all(graph["phases"] == [0] for graph in rt.Session(bundle).info["graphs"])
+    offsets = {graph["name"]: graph["offsets"] for graph in session.info["graphs"]}
+    assert offsets == {"prefill": [0], "middle": [1], "decode": [0, 1, 2], "halve": [3]}
+    assert all(graph["offsets"] == [0] for graph in rt.Session(bundle).info["graphs"])
 
 
 @pytest.mark.parametrize(
     ("graph", "change", "words"),
     [
         ("halve", None, ["tokens = 1", "3 modulo 4"]),
-        ("halve", {"phases": [2, 3]}, ["equal tokens", "decode", "halve"]),
-        ("halve", {"align": 8}, ["tokens = 1", "7 modulo 8"]),
-        ("halve", {"align": 2, "phases": [1]}, ["equal tokens"]),
-        ("decode", {"phases": [2, 1, 0]}, ["phases[1]"]),
-        ("decode", {"phases": [0, 1, 1, 2]}, ["phases[2]"]),
-        ("decode", {"phases": [0, 1, 2, 4]}, ["phases[3]"]),
-        ("decode", {"phases": [-1, 0, 1, 2]}, ["phases[0]"]),
-        ("decode", {"phases": []}, ["phases", "at least one"]),
-        ("decode", {"phases": 3}, ["phases"]),
-        ("halve", {"align": 1 << 21}, ["tokens = 1", "repeat within"]),
+        ("halve", {"offsets": [2, 3]}, ["equal tokens", "decode", "halve"]),
+        ("halve", {"stride": 8}, ["tokens = 1", "7 modulo 8"]),
+        ("halve", {"stride": 2, "offsets": [1]}, ["equal tokens"]),
+        ("decode", {"offsets": [2, 1, 0]}, ["offsets[1]"]),
+        ("decode", {"offsets": [0, 1, 1, 2]}, ["offsets[2]"]),
+        ("decode", {"offsets": [0, 1, 2, 4]}, ["offsets[3]"]),
+        ("decode", {"offsets": [-1, 0, 1, 2]}, ["offsets[0]"]),
+        ("decode", {"offsets": []}, ["offsets", "at least one"]),
+        ("decode", {"offsets": 3}, ["offsets"]),
+        ("halve", {"stride": 1 << 21}, ["tokens = 1", "repeat within"]),
     ],
     ids=str,
 )

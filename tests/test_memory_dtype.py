@@ -1,5 +1,5 @@
 """W and S in fewer bits, on the CPU's kernel for every instruction set: where float32 is exact by the very rule of
-docs/operator.md (storage_oracle.py), elsewhere against the equations with autograd in float64 and the rule in between.
+docs/operator.md (memory_dtype_oracle.py), elsewhere against autograd in float64 with that rule in between.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from cases import Case, random_cuts, worst
 from chunk_oracle import ChunkCase, make_node, option, split, weight_shapes
 from kernel_runner import Target, cpu_targets, run_node
-from oracles import network as token_network
-from storage_oracle import (
+from memory_dtype_oracle import (
     BLOCK,
     LARGEST,
+    MEMORY_DTYPES,
     ROUNDINGS,
-    STORAGES,
     Elements,
     Kept,
     decode,
@@ -31,11 +30,12 @@ from storage_oracle import (
     round_field,
     uniforms,
 )
+from oracles import network as token_network
 from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.errors import TitansError
-from titans_export.model import storage as packing
+from titans_export.model import memory_dtype as packing
 from titans_export.model.chunk_fold import ChunkMemorySpec, chunk_layout
 from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
@@ -45,8 +45,8 @@ targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 # A hypothesis that is true is rejected once in this many tests.
 SURE = 1e9
-WAYS = [(storage, rounding) for storage in STORAGES for rounding in ROUNDINGS]
-ways = pytest.mark.parametrize(("storage", "rounding"), WAYS)
+WAYS = [(memory_dtype, rounding) for memory_dtype in MEMORY_DTYPES for rounding in ROUNDINGS]
+ways = pytest.mark.parametrize(("memory_dtype", "rounding"), WAYS)
 
 
 def token_node(widths: tuple[int, ...], chunk_size: int, **changes: Any) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def token_node(widths: tuple[int, ...], chunk_size: int, **changes: Any) -> dict
     return node | {"residual": 0, "layer_norm": 0} | changes
 
 
-def stored_node(node: dict[str, Any], storage: str, rounding: str, seed: int = 0) -> dict[str, Any]:
-    more: dict[str, Any] = {"storage": storage, "rounding": rounding}
+def stored_node(node: dict[str, Any], memory_dtype: str, rounding: str, seed: int = 0) -> dict[str, Any]:
+    more: dict[str, Any] = {"memory_dtype": memory_dtype, "rounding": rounding}
     return node | more | ({"seed": seed} if rounding == "stochastic" else {})
 
 
@@ -67,7 +67,7 @@ def row_fields(node: dict[str, Any]) -> list[tuple[str, tuple[int, ...], bool]]:
         letters.append("G")
     if option(node, "momentum_order"):
         letters.append("S")
-    if node["rounding"] == "feedback":
+    if node["rounding"] == "error_feedback":
         letters += [f"E{letter}" for letter in letters if letter != "G"]
     fields = [(f"{letter}{i}", shape, True) for letter in letters for i, shape in enumerate(shapes)]
     chunk = node["chunk_size"]
@@ -77,10 +77,10 @@ def row_fields(node: dict[str, Any]) -> list[tuple[str, tuple[int, ...], bool]]:
         rest += [("k", (rows, node["widths"][0])), ("v", (rows, node["widths"][0])), ("theta", (rows,))]
     else:
         for i, (width_in, width_out) in enumerate(shapes):
-            rest += [(f"left{i}", (chunk, width_in)), (f"right{i}", (chunk, width_out))]
+            rest += [(f"layer_input{i}", (chunk, width_in)), (f"output_grad{i}", (chunk, width_out))]
         rest += [("e", (chunk,)), ("a", (chunk,)), ("m", (1,)), ("f", (1,)), ("beta", (1,))]
     if node["rounding"] == "stochastic":
-        rest.append(("folds", (1,)))
+        rest.append(("chunk_updates", (1,)))
     return fields + [(name, shape, False) for name, shape in rest]
 
 
@@ -92,9 +92,9 @@ def pack(node: dict[str, Any], heads: list[Kept]) -> Tensor:
         for name, shape, stored in row_fields(node):
             if stored:
                 found = kept.fields["W" + name[1:] if name[0] == "G" else name]
-                parts.append(encode(found, kept.storage))
+                parts.append(encode(found, kept.memory_dtype))
             else:
-                value = float(name in ("m", "beta")) if name != "folds" else 0.0
+                value = float(name in ("m", "beta")) if name != "chunk_updates" else 0.0
                 parts.append(np.full(math.prod(shape), value, np.float32).view(np.uint32))
         row = np.concatenate(parts)
         rows.append(np.pad(row, (0, -len(row) % 16)))
@@ -105,7 +105,7 @@ def unpack(node: dict[str, Any], row: Tensor) -> dict[str, np.ndarray[Any, Any]]
     """Words of each field of one row (R,)."""
     words, found, at = row.contiguous().numpy().view(np.uint32), {}, 0
     for name, shape, stored in row_fields(node):
-        size = field_words(shape, node["storage"]) if stored else math.prod(shape)
+        size = field_words(shape, node["memory_dtype"]) if stored else math.prod(shape)
         found[name] = words[at : at + size]
         at += size
     assert len(words) == -(-at // 16) * 16
@@ -120,7 +120,7 @@ class Dyadic:
     """
 
     node: dict[str, Any]
-    folds: int = 5
+    chunk_updates: int = 5
     heads: int = 2
     gates: tuple[tuple[float, float], ...] = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.25), (1.0, 0.0), (1.0, 1.0))
     memories: list[Kept] = field(default_factory=list)  # after the last fold
@@ -131,7 +131,7 @@ class Dyadic:
         draw = np.random.default_rng(0)
         chunk_gates = node.get("gates") == "chunk"
         for head in range(self.heads):
-            kept = Kept(node["storage"], node["rounding"], node.get("seed", 0), head)
+            kept = Kept(node["memory_dtype"], node["rounding"], node.get("seed", 0), head)
             values = []
             for _ in range(2):
                 tensors = []
@@ -147,7 +147,7 @@ class Dyadic:
             self.memories.append(kept)
         self.rows = pack(node, self.memories)
         self.before = [self._values(kept) for kept in self.memories]
-        for keep, eta in self.gates[: self.folds]:
+        for keep, eta in self.gates[: self.chunk_updates]:
             for kept in self.memories:
                 w, s = self._values(kept)
                 w, s = kept.begin(w, s)
@@ -167,9 +167,9 @@ class Dyadic:
     def calls(self, cuts: list[int]) -> list[dict[str, Tensor]]:
         """Two tokens a chunk, of which the first changes nothing but takes S in once; with gates of a chunk nothing."""
         draw = torch.Generator().manual_seed(1)
-        length, d = 2 * self.folds, self.node["widths"][0]
+        length, d = 2 * self.chunk_updates, self.node["widths"][0]
         forget, momentum = torch.zeros(length), torch.ones(length)
-        for i, (keep, eta) in enumerate(self.gates[: self.folds]):
+        for i, (keep, eta) in enumerate(self.gates[: self.chunk_updates]):
             forget[2 * i + 1], momentum[2 * i + 1] = 1 - keep, eta
         calls, at = [], 0
         for cut in cuts:
@@ -190,14 +190,14 @@ class Dyadic:
             found = unpack(self.node, state[0, h])
             for name, shape, stored in row_fields(self.node):
                 if stored and name[0] != "G":
-                    expected = encode(kept.fields[name], kept.storage)
-                    values = decode(found[name], shape, kept.storage)
-                    assert np.array_equal(values, decode(expected, shape, kept.storage)), (h, name)
-                    if kept.storage in LARGEST:
+                    expected = encode(kept.fields[name], kept.memory_dtype)
+                    values = decode(found[name], shape, kept.memory_dtype)
+                    assert np.array_equal(values, decode(expected, shape, kept.memory_dtype)), (h, name)
+                    if kept.memory_dtype in LARGEST:
                         scales = slice(math.ceil(math.prod(shape) / 4), None)
                         assert np.array_equal(found[name][scales], expected[scales]), (h, name)
             if self.node["rounding"] == "stochastic":
-                assert found["folds"][0] == self.folds == kept.folds
+                assert found["chunk_updates"][0] == self.chunk_updates == kept.chunk_updates
 
 
 BLOCK_OF_ZEROS = 32
@@ -217,12 +217,12 @@ SHAPES = {
 
 @targets
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("storage", STORAGES)
-def test_every_bit_is_that_of_the_rule(target: Target, name: str, storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
+def test_every_bit_is_that_of_the_rule(target: Target, name: str, memory_dtype: str, tmp_path: Path) -> None:
     """Whatever the instruction set and however the stream is cut; and answers are those of the stored values."""
     node, roundings = SHAPES[name]
     for rounding in roundings:
-        case = Dyadic(stored_node(node, storage, rounding, seed=12345))
+        case = Dyadic(stored_node(node, memory_dtype, rounding, seed=12345))
         for cuts in ([1] * 10, [10], [3, 1, 6]):
             result = run_node(target, tmp_path, case.node, case.rows, case.calls(cuts))
             case.expect(result.state)
@@ -230,9 +230,9 @@ def test_every_bit_is_that_of_the_rule(target: Target, name: str, storage: str, 
             _expect_answers(target, tmp_path, case, result.state)
 
 
-def any_elements(draw: np.random.Generator, width: int, storage: str) -> tuple[Elements, Elements]:
+def any_elements(draw: np.random.Generator, width: int, memory_dtype: str) -> tuple[Elements, Elements]:
     """Of a square matrix, each finite code as likely as the others, and another whose codes are near those or not."""
-    shape, most = (width, width), len(magnitudes(storage)) - 2
+    shape, most = (width, width), len(magnitudes(memory_dtype)) - 2
     codes = draw.integers(0, most + 1, shape)
     others = np.where(
         draw.random(shape) < 0.5, draw.integers(0, most + 1, shape), codes + draw.integers(-40, 41, shape)
@@ -241,7 +241,7 @@ def any_elements(draw: np.random.Generator, width: int, storage: str) -> tuple[E
     powers = draw.integers(-90, 90, (width, blocks))
     for own in (codes, others.clip(0, most)):
         scales = None
-        if storage in LARGEST:
+        if memory_dtype in LARGEST:
             scales = draw.integers(128, 256, (width, blocks)) * 2.0 ** (powers + draw.integers(-3, 4, (width, blocks)))
             scales[draw.random(scales.shape) < 0.1] = 0
         found.append(Elements(own, draw.random(shape) < 0.5, scales))
@@ -249,16 +249,16 @@ def any_elements(draw: np.random.Generator, width: int, storage: str) -> tuple[E
 
 
 @targets
-@pytest.mark.parametrize("storage", STORAGES)
-def test_any_bits_are_folded_by_the_rule(target: Target, storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
+def test_any_bits_are_folded_by_the_rule(target: Target, memory_dtype: str, tmp_path: Path) -> None:
     """W + S of every kind of number, subnormal and largest ones and sums beyond them, at widths of no round number."""
     draw = np.random.default_rng(5)
     for width in (1, 31, 33):
         for rounding in ("nearest", "stochastic"):
-            node, heads = stored_node(token_node((width, width), 1), storage, rounding, seed=9), []
+            node, heads = stored_node(token_node((width, width), 1), memory_dtype, rounding, seed=9), []
             for head in range(2):
-                kept = Kept(storage, rounding, 9, head, shapes=[torch.Size((width, width))])
-                kept.fields["W0"], kept.fields["S0"] = any_elements(draw, width, storage)
+                kept = Kept(memory_dtype, rounding, 9, head, shapes=[torch.Size((width, width))])
+                kept.fields["W0"], kept.fields["S0"] = any_elements(draw, width, memory_dtype)
                 heads.append(kept)
             rows = pack(node, heads)
             for kept in heads:
@@ -271,10 +271,10 @@ def test_any_bits_are_folded_by_the_rule(target: Target, storage: str, tmp_path:
             for h, kept in enumerate(heads):
                 fields = unpack(node, state[0, h])
                 for name in ("W0", "S0"):
-                    expected = decode(encode(kept.fields[name], storage), (width, width), storage)
-                    found = decode(fields[name], (width, width), storage)
+                    expected = decode(encode(kept.fields[name], memory_dtype), (width, width), memory_dtype)
+                    found = decode(fields[name], (width, width), memory_dtype)
                     assert np.array_equal(found, expected, equal_nan=True), (width, rounding, name)
-                    values = packing.unpack(fields[name], (width, width), storage)
+                    values = packing.unpack(fields[name], (width, width), memory_dtype)
                     assert np.array_equal(values, found.astype(np.float32), equal_nan=True)
 
 
@@ -326,40 +326,40 @@ def _expect_close(
     node: dict[str, Any], state: Tensor, y: Tensor, memories: list[tuple[Kept, Tensor]], first: int
 ) -> None:
     """y of the first chunk to float32's tolerance; later, up to the few elements that lie on an edge, one step."""
-    storage = node["storage"]
+    memory_dtype = node["memory_dtype"]
     for h, (kept, expected) in enumerate(memories):
         found = unpack(node, state[0, h])
         assert worst((y[0, h, :first].double(), expected[:first])) < TOLERANCE
-        assert worst((y[0, h].double(), expected)) < STEP[storage]
+        assert worst((y[0, h].double(), expected)) < STEP[memory_dtype]
         for name, shape, stored in row_fields(node):
             if not stored or name[0] not in "WS":
                 continue
-            values, exact = decode(found[name], shape, storage), kept.values(name).numpy().reshape(shape)
-            assert np.abs(values - exact).max() <= 1.5 * STEP[storage] * np.abs(exact).max(), name
+            values, exact = decode(found[name], shape, memory_dtype), kept.values(name).numpy().reshape(shape)
+            assert np.abs(values - exact).max() <= 1.5 * STEP[memory_dtype] * np.abs(exact).max(), name
             # Values that float32 has off by d go another way in a share d / step of the cases, by one step: by d on
             # average, whatever the steps.
             off = np.abs(values - exact).mean() / np.abs(exact).max()
-            assert off < kept.folds * TOLERANCE, name
-        if "folds" in found:
-            assert found["folds"][0] == kept.folds > 0
+            assert off < kept.chunk_updates * TOLERANCE, name
+        if "chunk_updates" in found:
+            assert found["chunk_updates"][0] == kept.chunk_updates > 0
 
 
 @targets
 @ways
 def test_a_stream_with_gates_of_a_token_is_the_recurrence(
-    target: Target, storage: str, rounding: str, tmp_path: Path
+    target: Target, memory_dtype: str, rounding: str, tmp_path: Path
 ) -> None:
     spec = MemorySpec((40, 70, 40), "gelu", residual=True, layer_norm=True, chunk_size=8)
     node = token_node(spec.widths, 8, activation="gelu", residual=1, layer_norm=1)
-    node = stored_node(node, storage, rounding, seed=7)
+    node = stored_node(node, memory_dtype, rounding, seed=7)
     case = Case(spec, length=28, streams=1, heads=2)
     case.step_size *= 0.1
     memories, kepts = [], []
     for h in range(case.heads):
         weights = [x[0, h] for x in case.weights]
-        fresh = Kept(storage, rounding, 7, h)
+        fresh = Kept(memory_dtype, rounding, 7, h)
         fresh.fresh(weights, [torch.zeros_like(x) for x in weights])
-        kept = Kept(storage, rounding, 7, h)
+        kept = Kept(memory_dtype, rounding, 7, h)
         y, _, _ = token_stream(spec, case, h, kept, weights)
         memories.append((kept, y))
         kepts.append(fresh)
@@ -381,15 +381,15 @@ def test_a_stream_with_gates_of_a_token_is_the_recurrence(
 @targets
 @ways
 def test_a_stream_with_gates_of_a_chunk_is_its_equations(
-    target: Target, storage: str, rounding: str, tmp_path: Path
+    target: Target, memory_dtype: str, rounding: str, tmp_path: Path
 ) -> None:
     """With the gradient point, gamma, `before` and the previous layer's weights."""
     plain = make_node((40, 70, 40), 4, batch_size=8, residual=1, layer_norm=1, norm_weight="fast")
     case = ChunkCase(plain, 19, previous=True, streams=1)
-    node = stored_node(plain, storage, rounding, seed=7)
+    node = stored_node(plain, memory_dtype, rounding, seed=7)
     memories, kepts, befores = [], [], []
     for h in range(case.heads):
-        fresh, kept = Kept(storage, rounding, 7, h), Kept(storage, rounding, 7, h)
+        fresh, kept = Kept(memory_dtype, rounding, 7, h), Kept(memory_dtype, rounding, 7, h)
         weights = split(plain, case.weights[0, h])
         fresh.fresh(weights, [torch.zeros_like(x) for x in weights])
         stream = case.stream(0, h, kept=kept)
@@ -405,7 +405,7 @@ def test_a_stream_with_gates_of_a_chunk_is_its_equations(
             for j in range(done // 4, (done + cut) // 4):
                 for h, expected in enumerate(befores):
                     found = before[0, h, j - done // 4].double()
-                    assert worst((found, expected[j])) < STEP[storage]
+                    assert worst((found, expected[j])) < STEP[memory_dtype]
             done += cut
     # The gradient point is W of the last position that batch_size divides, in W's own bits.
     state = run_node(target, tmp_path, node, rows, case.calls([16])).state
@@ -415,12 +415,12 @@ def test_a_stream_with_gates_of_a_chunk_is_its_equations(
 
 
 @targets
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
-def test_noise_knows_no_slots_no_batch_and_no_threads(target: Target, storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_dtype", ["bfloat16", "int8"])
+def test_noise_knows_no_slots_no_batch_and_no_threads(target: Target, memory_dtype: str, tmp_path: Path) -> None:
     spec = MemorySpec((33, 40, 33), chunk_size=8)
-    node = stored_node(token_node(spec.widths, 8), storage, "stochastic", seed=3)
+    node = stored_node(token_node(spec.widths, 8), memory_dtype, "stochastic", seed=3)
     case = Case(spec, length=40, streams=3, heads=2)
-    layout = Layout.of(spec, storage, "stochastic")
+    layout = Layout.of(spec, memory_dtype, "stochastic")
     fields = {f"W{i}": w.float().numpy() for i, w in enumerate(case.weights)}
     rows = torch.from_numpy(packing.pack_row(fields, layout.to_json(), layout.size))
     inputs = dict(zip("qkv", (case.q, case.k, case.v), strict=True))
@@ -450,13 +450,13 @@ def test_noise_knows_no_slots_no_batch_and_no_threads(target: Target, storage: s
 @targets
 @pytest.mark.parametrize("gates", ["token", "chunk"])
 @pytest.mark.parametrize(
-    ("storage", "rounding"), [("int8", "stochastic"), ("fp8", "feedback"), ("bfloat16", "nearest")]
+    ("memory_dtype", "rounding"), [("int8", "stochastic"), ("fp8", "error_feedback"), ("bfloat16", "nearest")]
 )
 def test_a_rejected_or_frozen_chunk_leaves_every_bit(
-    target: Target, gates: str, storage: str, rounding: str, tmp_path: Path
+    target: Target, gates: str, memory_dtype: str, rounding: str, tmp_path: Path
 ) -> None:
     plain = token_node((33, 40, 33), 2) if gates == "token" else make_node((33, 40, 33), 2, batch_size=4)
-    case = Dyadic(stored_node(plain, storage, rounding), folds=2)
+    case = Dyadic(stored_node(plain, memory_dtype, rounding), chunk_updates=2)
     calls = case.calls([2, 2])
     for call in calls:
         call["step_size"] += 0.1
@@ -478,34 +478,36 @@ def test_a_rejected_or_frozen_chunk_leaves_every_bit(
         for h in range(case.heads):
             after, before = unpack(case.node, result.state[0, h]), unpack(case.node, case.rows[0, h])
             for name, _, stored in row_fields(case.node):
-                if stored or name == "folds":
+                if stored or name == "chunk_updates":
                     assert np.array_equal(after[name], before[name]), name
 
 
 @targets
-@pytest.mark.parametrize("storage", STORAGES)
-def test_what_is_no_number_is_seen(target: Target, storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
+def test_what_is_no_number_is_seen(target: Target, memory_dtype: str, tmp_path: Path) -> None:
     """Without a guard a poisoned key poisons the memory, and no element hides it."""
-    case = Dyadic(stored_node(token_node((33, 33), 2), storage, "nearest"), folds=1)
+    case = Dyadic(stored_node(token_node((33, 33), 2), memory_dtype, "nearest"), chunk_updates=1)
     [call] = case.calls([2])
     call["step_size"] += 0.1
     call["k"][:] = math.nan
     state = run_node(target, tmp_path, case.node, case.rows, [call]).state
     for h in range(case.heads):
         found = unpack(case.node, state[0, h])
-        assert np.isnan(decode(found["W0"], (33, 33), storage)).all()
-        assert np.isnan(packing.unpack(found["W0"], (33, 33), storage)).all()
+        assert np.isnan(decode(found["W0"], (33, 33), memory_dtype)).all()
+        assert np.isnan(packing.unpack(found["W0"], (33, 33), memory_dtype)).all()
 
 
 # ---- what the roundings are for ----
 
 
-def _decay(target: Target, folder: Path, storage: str, rounding: str, chunks: int, alpha: float) -> tuple[Any, ...]:
+def _decay(
+    target: Target, folder: Path, memory_dtype: str, rounding: str, chunks: int, alpha: float
+) -> tuple[Any, ...]:
     """A linear memory of ones that only forgets: values of W after so many chunks, of 4 heads."""
-    node = stored_node(token_node((64, 64), 1), storage, rounding)
+    node = stored_node(token_node((64, 64), 1), memory_dtype, rounding)
     memories = []
     for head in range(4):
-        kept = Kept(storage, rounding, 0, head)
+        kept = Kept(memory_dtype, rounding, 0, head)
         kept.fresh([torch.ones(64, 64)], [torch.zeros(64, 64)])
         memories.append(kept)
     call = {name: torch.zeros(1, 4, chunks, 64) for name in "qkv"}
@@ -514,7 +516,7 @@ def _decay(target: Target, folder: Path, storage: str, rounding: str, chunks: in
     state = run_node(target, folder, node, pack(node, memories), [call]).state
     found = [unpack(node, state[0, h]) for h in range(4)]
     w, error = (
-        [torch.from_numpy(decode(f[name], (64, 64), storage)) for f in found] if name in found[0] else None
+        [torch.from_numpy(decode(f[name], (64, 64), memory_dtype)) for f in found] if name in found[0] else None
         for name in ("W0", "EW0")
     )
     return w, error
@@ -531,31 +533,31 @@ def test_a_slow_decay_is_lost_to_the_nearest_and_kept_by_noise_and_by_errors(tar
     values = torch.stack(noisy).flatten()
     bound = math.sqrt(2 * math.log(2 * SURE) * chunks / len(values)) * 2**-8 / exact
     assert abs(float(values.mean()) - exact) < bound < 0.01
-    kept, errors = _decay(target, tmp_path, "bfloat16", "feedback", chunks, alpha)
+    kept, errors = _decay(target, tmp_path, "bfloat16", "error_feedback", chunks, alpha)
     for w, error in zip(kept, errors, strict=True):
         # Each fold loses what an error of at most 2^-9 loses in bfloat16, 2^-9 of it; and float32's own.
         assert float((w + error - exact).abs().max()) < chunks * (2**-18 + 2**-24)
         assert float((w - exact).abs().max()) < 2**-8
-    for rounding, limit in (("stochastic", bound * 2), ("feedback", chunks * 2**-15)):
+    for rounding, limit in (("stochastic", bound * 2), ("error_feedback", chunks * 2**-15)):
         w, error = _decay(target, tmp_path, "int8", rounding, chunks, alpha)
         total = torch.stack(w) if error is None else torch.stack(w) + torch.stack(error)
         assert abs(float(total.mean()) - exact) < limit, rounding
 
 
 @targets
-@pytest.mark.parametrize("storage", STORAGES)
-def test_noise_has_no_bias_and_no_memory(target: Target, storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
+def test_noise_has_no_bias_and_no_memory(target: Target, memory_dtype: str, tmp_path: Path) -> None:
     """One fold of many equal values between two neighbours: how many go up is binomial."""
     share = 0.3
-    step = {"bfloat16": 2**-7, "float16": 2**-10, "int8": 1 / 64, "fp8": 2**-3}[storage]
+    step = {"bfloat16": 2**-7, "float16": 2**-10, "int8": 1 / 64, "fp8": 2**-3}[memory_dtype]
     low = 1 + 3 * step
     w, s = torch.full((64, 64), low), torch.full((64, 64), share * step)
-    if storage in LARGEST:  # the block's largest fixes the scale, and S has the same
-        w[:, ::32] = s[:, ::32] = 127 / 64 if storage == "int8" else 448 / 256
-    heads, node = 16, stored_node(token_node((64, 64), 1), storage, "stochastic", seed=99)
+    if memory_dtype in LARGEST:  # the block's largest fixes the scale, and S has the same
+        w[:, ::32] = s[:, ::32] = 127 / 64 if memory_dtype == "int8" else 448 / 256
+    heads, node = 16, stored_node(token_node((64, 64), 1), memory_dtype, "stochastic", seed=99)
     memories = []
     for head in range(heads):
-        kept = Kept(storage, "nearest", 99, head)
+        kept = Kept(memory_dtype, "nearest", 99, head)
         kept.fresh([w], [s])
         memories.append(kept)
     stored_w, stored_s = memories[0].values("W0").float(), memories[0].values("S0").float()
@@ -566,11 +568,11 @@ def test_noise_has_no_bias_and_no_memory(target: Target, storage: str, tmp_path:
     x = (stored_w + stored_s).numpy()
     up = []
     for h in range(heads):
-        found = decode(unpack(node, state[0, h])["W0"], (64, 64), storage)
-        quiet = round_field(x, storage, np.ones(x.size)).values(storage)  # u above every share: always down
+        found = decode(unpack(node, state[0, h])["W0"], (64, 64), memory_dtype)
+        quiet = round_field(x, memory_dtype, np.ones(x.size)).values(memory_dtype)  # u above every share: always down
         up.append((found != quiet).ravel())
-    table = round_field(x, storage, np.ones(x.size)).values(storage)
-    above = round_field(x, storage, np.full(x.size, -1.0)).values(storage)  # always up
+    table = round_field(x, memory_dtype, np.ones(x.size)).values(memory_dtype)
+    above = round_field(x, memory_dtype, np.full(x.size, -1.0)).values(memory_dtype)  # always up
     shares = ((x - table) / np.where(above > table, above - table, 1)).ravel()
     used = (shares > 0.01) & (shares < 0.99)
     assert used.mean() > 0.9
@@ -596,9 +598,9 @@ def test_noise_is_uniform_over_fields_and_folds() -> None:
 # ---- packing in Python ----
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
 @pytest.mark.parametrize("shape", [(33, 33), (40, 70), (1, 1), (5, 31), (7,), (64, 256)])
-def test_packing_is_the_rule(storage: str, shape: tuple[int, ...]) -> None:
+def test_packing_is_the_rule(memory_dtype: str, shape: tuple[int, ...]) -> None:
     draw = np.random.default_rng(1)
     x = (draw.standard_normal(shape) * np.exp(3 * draw.standard_normal(shape))).astype(np.float32)
     flat = x.reshape(-1, shape[-1])
@@ -608,51 +610,53 @@ def test_packing_is_the_rule(storage: str, shape: tuple[int, ...]) -> None:
         flat[2] *= 1e-36
         flat[3, 0] = math.inf
         # A scale that is rounded up may take the largest float32 beyond itself.
-        flat[4] = np.finfo(np.float32).max * np.float32(0.5 if storage in LARGEST else 1) * np.sign(flat[4])
+        flat[4] = np.finfo(np.float32).max * np.float32(0.5 if memory_dtype in LARGEST else 1) * np.sign(flat[4])
     with np.errstate(over="ignore"):
-        words = packing.pack(flat, storage)
+        words = packing.pack(flat, memory_dtype)
     assert words.dtype == np.uint32
-    assert len(words) == packing.words(shape, storage) == field_words(shape, storage)
-    if storage in LARGEST:
-        assert np.array_equal(words, encode(round_field(flat, storage), storage))
-    found = packing.unpack(words, shape, storage)
-    assert np.array_equal(found, decode(words, shape, storage), equal_nan=True)
-    if storage not in LARGEST:
-        assert np.array_equal(found.reshape(flat.shape), round_field(flat, storage).values(storage))
+    assert len(words) == packing.words(shape, memory_dtype) == field_words(shape, memory_dtype)
+    if memory_dtype in LARGEST:
+        assert np.array_equal(words, encode(round_field(flat, memory_dtype), memory_dtype))
+    found = packing.unpack(words, shape, memory_dtype)
+    assert np.array_equal(found, decode(words, shape, memory_dtype), equal_nan=True)
+    if memory_dtype not in LARGEST:
+        assert np.array_equal(found.reshape(flat.shape), round_field(flat, memory_dtype).values(memory_dtype))
 
 
 @ways
-def test_layouts_are_those_of_the_kernel(storage: str, rounding: str, tmp_path: Path) -> None:
+def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_path: Path) -> None:
     """Names in the order of docs/operator.md, and every offset where the oracle's rows have the field."""
-    token = stored_node(token_node((5, 40, 5), 3), storage, rounding)
+    token = stored_node(token_node((5, 40, 5), 3), memory_dtype, rounding)
     chunk = stored_node(
         make_node((5, 40, 5), 2, batch_size=4, activation="gelu", residual=1, layer_norm=1, norm_weight="fast"),
-        storage,
+        memory_dtype,
         rounding,
     )
     spec = ChunkMemorySpec(NetworkSpec("mlp", 5, 2, 40), 2, 4, 0.2)
     layouts = [
-        (token, Layout.of(MemorySpec((5, 40, 5), chunk_size=3), storage, rounding)),
-        (chunk, chunk_layout(spec).stored(storage, rounding)),
+        (token, Layout.of(MemorySpec((5, 40, 5), chunk_size=3), memory_dtype, rounding)),
+        (chunk, chunk_layout(spec).stored(memory_dtype, rounding)),
     ]
     for node, layout in layouts:
         names, offset = [], 0
         for (_, shape, stored), found in zip(row_fields(node), layout.fields, strict=True):
             assert found.offset == offset
-            assert found.storage == (storage if stored else "float32")
-            offset += field_words(shape, storage) if stored else math.prod(shape)
+            assert found.memory_dtype == (memory_dtype if stored else "float32")
+            offset += field_words(shape, memory_dtype) if stored else math.prod(shape)
             names.append(found.name)
         assert layout.size == -(-offset // 16) * 16
         expected = [name for name, _, _ in row_fields(node)]
         gammas = {"W2": "gamma", "G2": "G_gamma", "S2": "S_gamma", "EW2": "EW_gamma", "ES2": "ES_gamma"}
         assert names == [gammas.get(name, name) for name in expected]
-        plain = layout.from_shapes([(f.name, f.shape) for f in layout.fields if f.name[0] != "E" and f.name != "folds"])
-        assert packing.stored_layout(plain.to_json(), storage, rounding) == (layout.to_json(), layout.size)
+        plain = layout.from_shapes(
+            [(f.name, f.shape) for f in layout.fields if f.name[0] != "E" and f.name != "chunk_updates"]
+        )
+        assert packing.stored_layout(plain.to_json(), memory_dtype, rounding) == (layout.to_json(), layout.size)
 
 
 def test_a_row_packs_and_unpacks_with_its_errors() -> None:
     spec = MemorySpec((40, 70, 40), chunk_size=3)
-    layout = Layout.of(spec, "int8", "feedback")
+    layout = Layout.of(spec, "int8", "error_feedback")
     draw = np.random.default_rng(0)
     fields = {f.name: draw.standard_normal((2, 3, *f.shape)).astype(np.float32) for f in layout.fields}
     fields = {name: value for name, value in fields.items() if name[0] != "E"}
@@ -665,20 +669,32 @@ def test_a_row_packs_and_unpacks_with_its_errors() -> None:
         assert np.abs(found[name] + found[f"E{name}"] - value).max() < np.abs(value).max() / 250**2
 
 
-@pytest.mark.parametrize(("storage", "rounding"), [("int4", "nearest"), ("int8", "up"), ("float32", "stochastic")])
-def test_unknown_storages_are_refused(storage: str, rounding: str) -> None:
-    with pytest.raises(TitansError, match=r"\[storage\] expected .* but got .*; choose"):
-        Layout.of(MemorySpec((4, 4)), storage, rounding)
+@pytest.mark.parametrize(("memory_dtype", "rounding"), [("int4", "nearest"), ("int8", "up"), ("float32", "stochastic")])
+def test_unknown_storages_are_refused(memory_dtype: str, rounding: str) -> None:
+    with pytest.raises(TitansError, match=r"\[memory_dtype\] expected .* but got .*; choose"):
+        Layout.of(MemorySpec((4, 4)), memory_dtype, rounding)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"storage": "int4"}, 'storage to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"'),
-        ({"storage": "int8", "rounding": "up"}, 'rounding to be "nearest" or "stochastic" or "feedback" but got "up"'),
-        ({"rounding": "feedback"}, 'rounding to be "nearest" with storage "float32" but got "feedback"'),
-        ({"storage": "int8", "seed": 3}, 'seed to be left out with rounding "nearest" but got 3'),
-        ({"storage": "int8", "rounding": "stochastic", "seed": 2**32}, "seed in [0, 4294967295] but got 4294967296"),
+        (
+            {"memory_dtype": "int4"},
+            'memory_dtype to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"',
+        ),
+        (
+            {"memory_dtype": "int8", "rounding": "up"},
+            'rounding to be "nearest" or "stochastic" or "error_feedback" but got "up"',
+        ),
+        (
+            {"rounding": "error_feedback"},
+            'rounding to be "nearest" with memory_dtype "float32" but got "error_feedback"',
+        ),
+        ({"memory_dtype": "int8", "seed": 3}, 'seed to be left out with rounding "nearest" but got 3'),
+        (
+            {"memory_dtype": "int8", "rounding": "stochastic", "seed": 2**32},
+            "seed in [0, 4294967295] but got 4294967296",
+        ),
     ],
 )
 def test_nodes_that_make_no_sense_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
