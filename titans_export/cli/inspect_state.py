@@ -75,7 +75,7 @@ def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts
         + ("learning" if state.learning else "frozen"),
         f"made by {facts.get('producer')} at {facts.get('created')}, {facts.get('backend')} on {facts.get('device')}",
         f"{size(state.bytes)}, {sealed}hash ok, weights {str(model.get('weights_sha256'))[:12]}, "
-        f"memories in {memory_dtype.get('memory_dtype')}{rounding}",
+        f"memories in {memory_dtype.get('dtype')}{rounding}",
     ]
     roles: dict[str, list[int]] = {}
     for entry in state.entries:
