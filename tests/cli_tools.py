@@ -20,7 +20,7 @@ from titans_export.checkpoints import titans
 from titans_export.cli import main
 from titans_export.model import ModelConfig, Titans
 
-FAILURE = re.compile(r"titans-export: \[[^\]]+\] expected .+ but got .+; .+")
+FAILURE = re.compile(r"titans-export: \[[^\]]+\] (.+[^.]\. Fix: .+[^.] \(TITANS-E\d{4}\)|expected .+ but got .+; .+)")
 TEXT = ("The quick brown fox jumps over the lazy dog, again and again. " * 15).encode()
 
 
@@ -39,10 +39,10 @@ class Result:
         return value
 
     def check_failure(self, code: int, *words: str) -> None:
-        """One line that says what was expected, what was got and what to do; the exit code; no traceback."""
+        """One line with the problem, the fix and the code; the exit code; no traceback."""
         assert self.code == code, self.err
         assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if " expected " in line]
+        lines = [line for line in self.err.splitlines() if line.startswith("titans-export: [")]
         assert len(lines) == 1, self.err
         assert lines[0] == self.err.splitlines()[-1]
         assert FAILURE.fullmatch(lines[0]), lines[0]

@@ -1,24 +1,50 @@
-"""Errors a user can act on: `[where] expected X but got Y; do Z`, and the exit code each kind stands for."""
+"""Errors a user can act on, each with a stable code of docs/errors.md and an exit code."""
 
 from __future__ import annotations
 
+import re
+
+_CODE = re.compile(r"E\d{4}")
+
+
+def error_line(code: str, where: str, problem: str, fix: str) -> str:
+    """`[where] problem. Fix: fix (code)` on one line. White space of any kind becomes one space."""
+    return " ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split())
+
 
 class TitansError(Exception):
-    """Something a user can mend. `exit_code` is what the command line ends with."""
+    """An error that the user can fix.
+
+    `code` is the full code, with `TITANS-`; `where` names the part or the input; `exit_code` is that of the command line.
+    """
 
     exit_code = 1
 
-    def __init__(self, where: str, expected: str, got: str, remedy: str) -> None:
-        one_line = " ".join(f"[{where}] expected {expected} but got {got}; {remedy}".split())
-        super().__init__(one_line)
+    def __init__(self, code: str, where: str, problem: str, fix: str) -> None:
+        """`code` is a letter and four digits. `problem` and `fix` have no period at the end; `fix` is imperative."""
+        if _CODE.fullmatch(code):
+            self.code, self.where = f"TITANS-{code}", where
+            super().__init__(error_line(code, where, problem, fix))
+            return
+        # The form before there were codes: where, expected, got, remedy.
+        self.code, self.where = "", code
+        super().__init__(" ".join(f"[{code}] expected {where} but got {problem}; {fix}".split()))
 
 
-class CheckpointError(TitansError):
-    """A checkpoint that is missing, damaged or not what its configuration says."""
+class CheckpointError(TitansError, ValueError):
+    """A damaged checkpoint, or one that contradicts its configuration."""
 
 
-class BundleError(TitansError):
-    """A bundle that is missing or damaged."""
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """A checkpoint that does not exist, or that lacks a file."""
+
+
+class BundleError(TitansError, ValueError):
+    """A damaged bundle, or a path that is not a bundle."""
+
+
+class MissingBundleError(BundleError, FileNotFoundError):
+    """A bundle that does not exist."""
 
 
 class NewerBundleError(BundleError):
@@ -37,7 +63,7 @@ class OutputError(TitansError):
     """Output that cannot be written."""
 
 
-class UsageError(TitansError):
+class UsageError(TitansError, ValueError):
     """Options that contradict each other or their input."""
 
     exit_code = 2

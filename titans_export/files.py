@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, TitansError
 
 ASIDE = ".tmp"  # how the name of what is being written ends
 
@@ -96,6 +96,8 @@ def replacing_file(target: Path) -> Iterator[Path]:
                     _sync(target.parent)
             finally:
                 aside.unlink(missing_ok=True)
+    except TitansError:  # some are also FileNotFoundError
+        raise
     except OSError as error:
         raise _explain(target, error) from error
 
@@ -141,6 +143,8 @@ def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Pat
                     _sync(target.parent)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+    except TitansError:  # some are also FileNotFoundError
+        raise
     except OSError as error:
         raise _explain(target, error) from error
 
