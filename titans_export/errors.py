@@ -15,7 +15,7 @@ def error_line(code: str, where: str, problem: str, fix: str) -> str:
 class TitansError(Exception):
     """An error that the user can fix.
 
-    `code` is the full code, with `TITANS-`; `where` names the part or the input; `exit_code` is that of the command line.
+    `code` is the full code, with `TITANS-`. `where` names the part or the input. `exit_code` is the command line's.
     """
 
     exit_code = 1
