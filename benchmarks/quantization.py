@@ -41,7 +41,7 @@ from titans_export.engines.plan import Request
 from titans_export.errors import TitansError
 
 if TYPE_CHECKING:
-    from titans_export.calibration.recipe import Recipe
+    from titans_calibration.recipe import Recipe
     from titans_export.drift.metrics import Drift, Tokens
     from titans_runtime import Session
 
@@ -161,8 +161,8 @@ def _export(model: Model, settings: Settings) -> Bundle:
 
 def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Result:
     """What quantising to a recipe did; its bundle lies in the work folder, made where there is none."""
-    from titans_export.calibration.quantize import quantize_bundle
-    from titans_export.calibration.recipe import load_recipe
+    from titans_calibration.quantize import quantize_bundle
+    from titans_calibration.recipe import load_recipe
 
     path, kept = (settings.work / f"{model.name}.{name}.{suffix}" for suffix in ("titans", "quantize.json"))
     recipe: Recipe = load_recipe(name)
@@ -390,7 +390,7 @@ def main(
 
 def cpu_recipes() -> list[str]:
     """The built-in recipes that a CPU computes: not those whose products are in fp8."""
-    from titans_export.calibration.recipe import load_recipe, recipe_names
+    from titans_calibration.recipe import load_recipe, recipe_names
 
     return [name for name in recipe_names() if load_recipe(name).weights.format != "fp8"]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from quantised_tools import observe_noise
 
+from titans_calibration.graphs import Quantised, quantise_graphs
+from titans_calibration.recipe import Recipe
+from titans_calibration.writing import load_graphs, write_quantised
 from titans_export.bundle import read_bundle
-from titans_export.calibration.graphs import Quantised, quantise_graphs
-from titans_export.calibration.recipe import Recipe
-from titans_export.calibration.writing import load_graphs, write_quantised
 from titans_export.checkpoints.titans import save
 from titans_export.exporting import export_checkpoint
 from titans_export.model import MemoryConfig, ModelConfig, Titans

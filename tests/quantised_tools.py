@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from titans_export.calibration.observe import Observations, Observed
-from titans_export.calibration.products import product_weights
-from titans_export.calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
+from titans_calibration.observe import Observations, Observed
+from titans_calibration.products import product_weights
+from titans_calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 
 RECIPES = {
     "int8": Recipe("int8", weights=WeightsRecipe("int8"), activations=ActivationsRecipe("int8"), smooth=0.5,

@@ -18,11 +18,11 @@ from calibration_tools import CALL, TOKENS
 from cli_tools import environment, reseal
 from safetensors.numpy import load_file
 
+from titans_calibration.collect import Collected, collect, find_groups
+from titans_calibration.data import Data, read_data
+from titans_calibration.instrument import load_models
+from titans_calibration.quantize import work_file
 from titans_export.bundle import read_bundle
-from titans_export.calibration.collect import Collected, collect, find_groups
-from titans_export.calibration.data import Data, read_data
-from titans_export.calibration.instrument import load_models
-from titans_export.calibration.quantize import work_file
 from titans_export.engines import onnxruntime as engine
 from titans_export.errors import BundleError, MachineError
 from titans_export.model import Titans
@@ -174,9 +174,9 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from titans_export.calibration import collect
-from titans_export.calibration.quantize import quantize_bundle
-from titans_export.calibration.recipe import load_recipe
+from titans_calibration import collect
+from titans_calibration.quantize import quantize_bundle
+from titans_calibration.recipe import load_recipe
 
 collect.SAVE_SECONDS = 0.0
 bundle, output, text, calls = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from titans_export.bundle import Bundle
-from titans_export.calibration.data import (
+from titans_calibration.data import (
     LEAST_PERIODS,
     LEAST_TOKENS,
     Data,
@@ -20,6 +19,7 @@ from titans_export.calibration.data import (
     period_of,
     read_data,
 )
+from titans_export.bundle import Bundle
 from titans_export.errors import BundleError
 
 GRAPHS = [

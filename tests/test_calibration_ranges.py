@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from titans_export.calibration.observe import BINS, WINDOW, NotFiniteError, Observed, activation_limit
-from titans_export.calibration.ranges import entropy_limit
+from titans_calibration.observe import BINS, WINDOW, NotFiniteError, Observed, activation_limit
+from titans_calibration.ranges import entropy_limit
 
 Floats = npt.NDArray[np.float32]
 LEVELS = 127

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from titans_export.calibration.recipe import (
+from titans_calibration.recipe import (
     ActivationsRecipe,
     MemoryRecipe,
     MixedRecipe,

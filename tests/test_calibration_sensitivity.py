@@ -10,12 +10,11 @@ import pytest
 import torch
 from calibration_tools import CALL
 
-from titans_export.bundle import read_bundle
-from titans_export.calibration.data import Data, DataError, read_data
-from titans_export.calibration.graphs import quantise_graphs
-from titans_export.calibration.observe import Observed
-from titans_export.calibration.recipe import MixedRecipe, Recipe, RecipeError, WeightsRecipe
-from titans_export.calibration.sensitivity import (
+from titans_calibration.data import Data, DataError, read_data
+from titans_calibration.graphs import quantise_graphs
+from titans_calibration.observe import Observed
+from titans_calibration.recipe import MixedRecipe, Recipe, RecipeError, WeightsRecipe
+from titans_calibration.sensitivity import (
     Mixture,
     _key,
     _Measured,
@@ -23,7 +22,8 @@ from titans_export.calibration.sensitivity import (
     mean_bits,
     split_held_back,
 )
-from titans_export.calibration.writing import load_graphs, write_quantised
+from titans_calibration.writing import load_graphs, write_quantised
+from titans_export.bundle import read_bundle
 
 pytest_plugins = ["calibration_fixtures"]
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)

@@ -13,9 +13,9 @@ from calibration_tools import TOKENS
 from cli_tools import invoke, reseal
 from safetensors.numpy import load_file
 
+from titans_calibration.quantize import plan_quantize, work_file
+from titans_calibration.recipe import load_recipe, recipe_names
 from titans_export.bundle import read_bundle
-from titans_export.calibration.quantize import plan_quantize, work_file
-from titans_export.calibration.recipe import load_recipe, recipe_names
 from titans_export.safetensors_file import write_safetensors
 
 pytest_plugins = ["calibration_fixtures"]

@@ -138,7 +138,7 @@ def test_fp8_is_refused_below_compute_capability_89(quantised_bundle: Make, targ
 
 def test_a_memory_in_few_bits_needs_the_plugin(small_bundle: Path, tmp_path: Path) -> None:
     """Said from the nodes alone, so that no kernel is needed here."""
-    from titans_export.calibration.memories import store_memories
+    from titans_calibration.memories import store_memories
 
     bundle = read_bundle(small_bundle)
     models = {name: graphs.load_graph(path) for name, path in bundle.graph_paths().items()}

@@ -20,17 +20,17 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from quantised_tools import RECIPES, observe_noise
 
+from titans_calibration.awq import awq_scales
+from titans_calibration.gptq import gptq
+from titans_calibration.graphs import Quantised, quantise_graphs
+from titans_calibration.memories import store_memories
+from titans_calibration.observe import Observed
+from titans_calibration.products import QuantiseError
+from titans_calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
+from titans_calibration.smooth import smoothing
+from titans_calibration.weights import CLIPPED, LARGEST, from_fp8, pack_int4, quantise, to_fp8, unpack_int4
+from titans_calibration.writing import load_graphs, tolerance_of, write_quantised
 from titans_export.bundle import read_bundle
-from titans_export.calibration.awq import awq_scales
-from titans_export.calibration.gptq import gptq
-from titans_export.calibration.graphs import Quantised, quantise_graphs
-from titans_export.calibration.memories import store_memories
-from titans_export.calibration.observe import Observed
-from titans_export.calibration.products import QuantiseError
-from titans_export.calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
-from titans_export.calibration.smooth import smoothing
-from titans_export.calibration.weights import CLIPPED, LARGEST, from_fp8, pack_int4, quantise, to_fp8, unpack_int4
-from titans_export.calibration.writing import load_graphs, tolerance_of, write_quantised
 from titans_export.errors import BundleError
 from titans_export.graph_check import check_graphs
 

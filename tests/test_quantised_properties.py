@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from titans_export.calibration.gptq import gptq
-from titans_export.calibration.graphs import quantise_graphs
-from titans_export.calibration.observe import Observed
-from titans_export.calibration.recipe import ActivationsRecipe, Recipe, RecipeError, WeightsRecipe, check_recipe
-from titans_export.calibration.weights import QuantisedMatrix, quantise, round_to, scales_of, stored
+from titans_calibration.gptq import gptq
+from titans_calibration.graphs import quantise_graphs
+from titans_calibration.observe import Observed
+from titans_calibration.recipe import ActivationsRecipe, Recipe, RecipeError, WeightsRecipe, check_recipe
+from titans_calibration.weights import QuantisedMatrix, quantise, round_to, scales_of, stored
 
 WIDTHS = (48, 64, 96)
 TABLE = 128

@@ -149,7 +149,10 @@ def test_the_export_is_pure_python(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
-    folders = {ROOT / "titans_export": "titans_export", ROOT / "calibration": "titans_export/calibration"}
+    folders = {
+        ROOT / "titans_export": "titans_export",
+        ROOT / "calibration" / "titans_calibration": "titans_calibration",
+    }
     for folder, package in folders.items():
         there = {
             f"{package}/{path.relative_to(folder)}"
@@ -157,3 +160,12 @@ def test_the_export_is_pure_python(tmp_path: Path) -> None:
             if path.is_file() and path.suffix in {".py", ".toml", ".typed"}
         }
         assert there <= names
+        assert f"{folder.name}/py.typed" in names
+
+
+def test_a_checkout_without_symbolic_links_is_whole() -> None:
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+    assert (ROOT / "runtime" / "python" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()

@@ -25,8 +25,8 @@ from test_stream import TOLERANCE
 from variants import CONFIGS
 
 import titans_runtime as rt
+from titans_calibration.recipe import load_recipe, with_memory
 from titans_export.bundle import read_bundle
-from titans_export.calibration.recipe import load_recipe, with_memory
 from titans_export.model.memory_dtype import unpack_row
 
 pytest_plugins = ["export_fixtures", "quantised_fixtures"]

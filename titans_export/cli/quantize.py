@@ -16,8 +16,8 @@ from .progress import progress_bar
 from .table import number, size, table
 
 if TYPE_CHECKING:
-    from ..calibration.quantize import QuantizePlan, QuantizeReport
-    from ..calibration.recipe import Recipe
+    from titans_calibration.quantize import QuantizePlan, QuantizeReport
+    from titans_calibration.recipe import Recipe
 
 
 @click.command(
@@ -69,7 +69,7 @@ def quantize(
         if not value:
             raise UsageError("quantize", "BUNDLE, -o and --recipe", f"not {what}", "give it, or see --list-recipes")
     assert bundle is not None and recipe is not None
-    from ..calibration.quantize import plan_quantize, quantize_bundle
+    from titans_calibration.quantize import plan_quantize, quantize_bundle
 
     chosen = _recipe(recipe, memory, keep)
     if data and not chosen.needs_data:
@@ -100,7 +100,7 @@ def quantize(
 
 
 def _recipe(name: str, memory: str | None, keep: tuple[str, ...]) -> Recipe:
-    from ..calibration.recipe import load_recipe, with_memory
+    from titans_calibration.recipe import load_recipe, with_memory
 
     recipe = load_recipe(name)
     if memory is not None:
@@ -109,7 +109,7 @@ def _recipe(name: str, memory: str | None, keep: tuple[str, ...]) -> Recipe:
 
 
 def _list(as_json: bool) -> None:
-    from ..calibration.recipe import load_recipe, recipe_names
+    from titans_calibration.recipe import load_recipe, recipe_names
 
     recipes = [load_recipe(name) for name in recipe_names()]
     if as_json:
@@ -130,7 +130,7 @@ def _show_plan(plan: QuantizePlan, as_json: bool) -> None:
     rounding = "" if memory["dtype"] == "float32" else f", rounding {memory['rounding']}"
     lines = [
         f"{plan.bundle}: {plan.products} products, {plan.elements:,} weights, in {recipe['weights']['format']}",
-        f"embedding {recipe['embedding']}, memory {memory['memory_dtype']}{rounding}",
+        f"embedding {recipe['embedding']}, memory {memory['dtype']}{rounding}",
     ]
     if plan.data:
         lines.append(f"data: {plan.data['tokens']} tokens in {plan.data['streams']} streams ({plan.data['xxh3_128']})")
@@ -139,7 +139,7 @@ def _show_plan(plan: QuantizePlan, as_json: bool) -> None:
 
 
 def _show(report: QuantizeReport) -> None:
-    from ..calibration.quantize import format_counts
+    from titans_calibration.quantize import format_counts
 
     click.echo(
         f"{report.bundle}: products {format_counts(report.products)}, {report.seconds} s\n"

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from ..engines.graphs import is_memory, names_read, subgraphs
-from ..model.memory_dtype import pack_row, stored_layout, unpack_row
-from ..model.node import DOMAIN, OPERATOR
-from .products import QuantiseError
+from titans_calibration.products import QuantiseError
+from titans_export.engines.graphs import is_memory, names_read, subgraphs
+from titans_export.model.memory_dtype import pack_row, stored_layout, unpack_row
+from titans_export.model.node import DOMAIN, OPERATOR
 
 if TYPE_CHECKING:
-    from .recipe import MemoryRecipe
+    from titans_calibration.recipe import MemoryRecipe
 
 _STATE, _STATE_OUT = 0, 1  # a node's rows, in and out
 

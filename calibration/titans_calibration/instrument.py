@@ -12,12 +12,12 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..bundle import Bundle
-from ..engines.graphs import attribute
-from ..errors import MachineError
-from ..model.node import DOMAIN, OPERATOR
-from ..schedule import next_graph
-from .products import is_product
+from titans_calibration.products import is_product
+from titans_export.bundle import Bundle
+from titans_export.engines.graphs import attribute
+from titans_export.errors import MachineError
+from titans_export.model.node import DOMAIN, OPERATOR
+from titans_export.schedule import next_graph
 
 Arrays = dict[str, NDArray[Any]]
 _CPU = ["CPUExecutionProvider"]
@@ -60,7 +60,7 @@ def open_graph(
 
     Memories run in our kernel where its library is and `kernel` asks for it, else as their function bodies.
     """
-    from ..engines.onnxruntime import kernel_library
+    from titans_export.engines.onnxruntime import kernel_library
 
     named = {value.name for value in (*model.graph.output, *model.graph.input)}
     library: Path | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ranges import entropy_limit, mse_limit, percentile_limit
+from titans_calibration.ranges import entropy_limit, mse_limit, percentile_limit
 
 BINS = 8192
 WINDOW = 1024  # positions over which `windows` gives one range

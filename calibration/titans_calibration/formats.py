@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ..engines.graphs import names_read, subgraphs
-from ..engines.precision import to_bfloat16
-from .awq import awq_scales
-from .gptq import gptq
-from .products import FLOAT32, Product, QuantiseError, is_lookup
-from .smooth import smoothing
-from .weights import LARGEST, QuantisedMatrix, quantise, scales_of
+from titans_calibration.awq import awq_scales
+from titans_calibration.gptq import gptq
+from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
+from titans_calibration.smooth import smoothing
+from titans_calibration.weights import LARGEST, QuantisedMatrix, quantise, scales_of
+from titans_export.engines.graphs import names_read, subgraphs
+from titans_export.engines.precision import to_bfloat16
 
 if TYPE_CHECKING:
-    from .observe import Observations, Observed
-    from .recipe import Recipe
+    from titans_calibration.observe import Observations, Observed
+    from titans_calibration.recipe import Recipe
 
 SMALLEST = 4096  # elements: a smaller matrix costs more nodes than it saves bytes
 CASTS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -98,7 +98,7 @@ def scale_inputs(group: Sequence[Product], recipe: Recipe, observations: Observa
     activations = recipe.activations if recipe.activations and recipe.activations.format == format else None
     if observations is None or not (activations or recipe.weights.method == "awq"):
         return
-    from .observe import activation_limit
+    from titans_calibration.observe import activation_limit
 
     seen = _observed(group, observations)
     factors = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .weights import QuantisedMatrix, round_to, scales_of, stored
+from titans_calibration.weights import QuantisedMatrix, round_to, scales_of, stored
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 BLOCK = 128  # channels whose corrections reach the rest at once

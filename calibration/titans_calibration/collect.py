@@ -16,12 +16,12 @@ import xxhash
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from ..bundle import Bundle
-from ..errors import BundleError
-from ..files import replacing_file
-from .data import Data
-from .instrument import Arrays, Runner, load_models, product_inputs
-from .observe import WINDOW, NotFiniteError, Observations, Observed
+from titans_calibration.data import Data
+from titans_calibration.instrument import Arrays, Runner, load_models, product_inputs
+from titans_calibration.observe import WINDOW, NotFiniteError, Observations, Observed
+from titans_export.bundle import Bundle
+from titans_export.errors import BundleError
+from titans_export.files import replacing_file
 
 SAVE_SECONDS = 10.0
 _VERSION = 1  # of the work file

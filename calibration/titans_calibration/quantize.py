@@ -16,19 +16,19 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from ..bundle import MANIFEST, Bundle, read_bundle
-from ..engines.targets import FP8_FROM, Target, find_target
-from ..errors import MachineError, UsageError
-from ..files import check_output
-from .collect import Collected, collect
-from .data import Data, check_enough, read_data
-from .graphs import quantise_graphs
-from .instrument import load_models
-from .memories import store_memories
-from .products import product_weights
-from .recipe import Recipe
-from .sensitivity import choose_mixture, split_held_back
-from .writing import load_graphs, write_quantised
+from titans_calibration.collect import Collected, collect
+from titans_calibration.data import Data, check_enough, read_data
+from titans_calibration.graphs import quantise_graphs
+from titans_calibration.instrument import load_models
+from titans_calibration.memories import store_memories
+from titans_calibration.products import product_weights
+from titans_calibration.recipe import Recipe
+from titans_calibration.sensitivity import choose_mixture, split_held_back
+from titans_calibration.writing import load_graphs, write_quantised
+from titans_export.bundle import MANIFEST, Bundle, read_bundle
+from titans_export.engines.targets import FP8_FROM, Target, find_target
+from titans_export.errors import MachineError, UsageError
+from titans_export.files import check_output
 
 TOKENS = 1 << 15
 

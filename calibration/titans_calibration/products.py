@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..engines.graphs import attribute, names_read, subgraphs
-from ..errors import TitansError
-from .weights import QuantisedMatrix
+from titans_calibration.weights import QuantisedMatrix
+from titans_export.engines.graphs import attribute, names_read, subgraphs
+from titans_export.errors import TitansError
 
 FLOAT32 = "float32"
 

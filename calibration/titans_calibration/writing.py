@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from .. import __version__
-from ..bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_entry
-from ..engines.graphs import load_graph
-from ..errors import BundleError, MismatchError
-from ..files import replacing_folder
-from ..onnx.weights import share_weights
-from ..safetensors_file import write_safetensors
-from .graphs import Quantised
-from .memories import store_memories, store_rows
+from titans_calibration.graphs import Quantised
+from titans_calibration.memories import store_memories, store_rows
+from titans_export import __version__
+from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_entry
+from titans_export.engines.graphs import load_graph
+from titans_export.errors import BundleError, MismatchError
+from titans_export.files import replacing_folder
+from titans_export.onnx.weights import share_weights
+from titans_export.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from titans_calibration.recipe import Recipe
 
 _KEPT = ("golden", "tokenizer")
 

@@ -15,16 +15,16 @@ import onnx
 import xxhash
 from numpy.typing import NDArray
 
-from .. import __version__
-from ..bundle import Bundle
-from ..files import replacing_file
-from ..schedule import next_graph
-from .data import Data, DataError
-from .graphs import Quantised, quantise_graphs
-from .instrument import Runner, load_models
-from .observe import Observations
-from .products import product_weights
-from .recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
+from titans_calibration.data import Data, DataError
+from titans_calibration.graphs import Quantised, quantise_graphs
+from titans_calibration.instrument import Runner, load_models
+from titans_calibration.observe import Observations
+from titans_calibration.products import product_weights
+from titans_calibration.recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
+from titans_export import __version__
+from titans_export.bundle import Bundle
+from titans_export.files import replacing_file
+from titans_export.schedule import next_graph
 
 _OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
 _FLOAT32 = "float32"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .weights import quantise
+from titans_calibration.weights import quantise
 
 ALPHAS = tuple(step / 20 for step in range(21))
 _FLOOR = 1e-4  # of a channel that is nearly always zero, relative to the largest

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from onnx import ModelProto, checker
 
-from .formats import choose_format, find_tables, quantise_weight, scale_inputs, shared_inputs
-from .products import FLOAT32, QuantiseError, find_products
-from .rewriting import Rewriting
-from .weights import LARGEST
+from titans_calibration.formats import choose_format, find_tables, quantise_weight, scale_inputs, shared_inputs
+from titans_calibration.products import FLOAT32, QuantiseError, find_products
+from titans_calibration.rewriting import Rewriting
+from titans_calibration.weights import LARGEST
 
 if TYPE_CHECKING:
-    from .observe import Observations
-    from .recipe import Recipe
+    from titans_calibration.observe import Observations
+    from titans_calibration.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..bundle import Bundle
-from ..errors import TitansError
-from ..tokenizer import open_tokenizer
+from titans_export.bundle import Bundle
+from titans_export.errors import TitansError
+from titans_export.tokenizer import open_tokenizer
 
 LEAST_TOKENS = 1024  # a 99.9th percentile of fewer rows is one row
 LEAST_PERIODS = 4  # whole segments and chunks in one stream, so that memories are seen after they have learned

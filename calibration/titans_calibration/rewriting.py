@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ..engines.graphs import names_read, subgraphs
-from ..engines.quantised import BLOCKS
-from .formats import CASTS, Table, cast_weight
-from .products import FLOAT32, Product, QuantiseError, is_lookup
-from .weights import LARGEST, pack_int4
+from titans_calibration.formats import CASTS, Table, cast_weight
+from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
+from titans_calibration.weights import LARGEST, pack_int4
+from titans_export.engines.graphs import names_read, subgraphs
+from titans_export.engines.quantised import BLOCKS
 
 OPSET = 21  # the first with int4 and with scales in blocks
 _ELEMENTS = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "fp8": TensorProto.FLOAT8E4M3FN}

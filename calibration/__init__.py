@@ -1,1 +1,0 @@
-"""Quantised bundles: recipes, what a model does over data, and graphs and memories in fewer bits."""

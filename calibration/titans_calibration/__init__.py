@@ -1,0 +1,1 @@
+"""Quantised bundles: recipes, ranges observed over data, and rewritten graphs and memories."""
