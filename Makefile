@@ -128,9 +128,9 @@ test-cpp: setup $(TEST_BUNDLE) $(MODEL_BUNDLE)
 	  build/sanitize/tests/cpp/titans_onnxruntime_tests --gtest_brief=1
 
 # A small model that the C++ tests can run on ONNX Runtime.
-$(TEST_BUNDLE): tests/runtime/synthetic.py | setup
+$(TEST_BUNDLE): tests/support/synthetic.py | setup
 	@rm -rf $@ && mkdir -p $(dir $@)
-	@PYTHONPATH=tests/runtime $(VENV)/bin/python -c "import pathlib, synthetic as s; \
+	@PYTHONPATH=tests/support $(VENV)/bin/python -c "import pathlib, synthetic as s; \
 	  s.write_bundle(pathlib.Path('$@'), s.Weights.random())"
 
 # Programs around the bare kernels: the CPU's from the objects of the runtime's own build, for aarch64 where there is a
@@ -200,7 +200,7 @@ test-python: setup kernels
 wheels: setup
 	@tools/wheels export native $(if $(shell command -v aarch64-linux-gnu-g++),aarch64)
 
-# tests/test_abi.py fails where titans.h breaks programs that were compiled with what is described.
+# tests/project/test_abi.py fails where titans.h breaks programs that were compiled with what is described.
 abi:
 	@tools/abi write
 

@@ -5,7 +5,7 @@
 Two measurements over the same tokens, line by line along the stream:
 
 - the whole model in PyTorch, once as it is and once with W and S rounded to bfloat16 after each chunk (what the kernel
-  does with bfloat16 memories, see tests/test_kernel.py): bits per byte, and how far logits are apart;
+  does with bfloat16 memories, see tests/plugins/test_kernel.py): bits per byte, and how far logits are apart;
 - each memory layer by itself: the operands that the unrounded model gave it go through the CPU kernel in either dtype
   and through the reference in float64: relative error of retrievals y (root mean square) and of W.
 

@@ -26,7 +26,7 @@ PLUGIN_HOST = BUILD / "bin" / "tensorrt_plugin_host"
 TARGETS = ("neural_memory_run_cuda",)
 PLUGIN_TARGETS = ("titans_tensorrt_plugin", "tensorrt_plugin_host")
 ALIASES = ("declared", "undeclared", "two-buffers")
-TESTS = ("tests/test_kernel.py", "tests/test_cuda_kernel.py")
+TESTS = ("tests/plugins/test_kernel.py", "tests/plugins/test_cuda_kernel.py")
 # Of these tests what runs on the GPU; the rest is for machines without one.
 ON_GPU = "cuda-gpu"
 TOOLS = ("memcheck", "racecheck")

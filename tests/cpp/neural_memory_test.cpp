@@ -1,5 +1,5 @@
 // The operator's one check, and what a kernel promises beyond its numbers: no allocation, no thread's trace in the
-// results. (Numbers against outside oracles: tests/test_kernel.py.)
+// results. (Numbers against outside oracles: tests/plugins/test_kernel.py.)
 #include <atomic>
 #include <cmath>
 #include <cstdlib>

@@ -28,7 +28,7 @@ from torch import Tensor
 from titans_export.model.memory import MemorySpec
 from titans_export.model.node import attributes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NATIVE = [str(ROOT / "build" / "runtime" / "bin" / "neural_memory_run")]
 EMULATED = [*EMULATOR, str(BUILD_AARCH64 / "bin" / "neural_memory_run")]
 

@@ -26,7 +26,7 @@ from cli_tools import environment
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
 pytest_plugins = ["cli_fixtures"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _run(*command: object, **env: str) -> str:

@@ -2,7 +2,7 @@
 
 Run by test_export_killed.py, or alone for many kills:
 
-    python tests/export_killing.py --kills 500
+    python tests/export/export_killing.py --kills 500
 
 Children are forks of a process that has imported everything, so that a kill falls into an export and seldom into its
 start. Two checkpoints take turns: what lies under the bundle's name must always be one of the two, whole.

@@ -21,7 +21,7 @@ from titans_export.errors import BundleError
 from titans_export.onnx.graphs import export_graph
 
 STEPS, WIDTH = 5, 8
-CHECKPOINT = Path(__file__).parent.parent / "examples" / "checkpoints" / "titans-pytorch-bytes"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "titans-pytorch-bytes"
 Floats = NDArray[np.float32]
 
 

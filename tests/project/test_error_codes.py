@@ -11,7 +11,7 @@ import pytest
 from titans_export.errors import BundleError, MissingBundleError, MissingCheckpointError, TitansError, UsageError
 from titans_export.files import replacing_file, replacing_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "errors.md"
 # A code as a literal of its own, or in the text of an error.
 CODE = re.compile(r'(?:"|TITANS-)(E\d{4})\b')

@@ -324,3 +324,21 @@ def set_forgetting(module: nn.Module, share: float) -> None:
         for name, parameter in module.named_parameters():
             if name.endswith("to_decay_factor.0.bias"):
                 parameter.add_(math.log(share / (1 - share)))
+
+
+# ---- a bare memory ----
+
+
+def memory(**options: object) -> torch.nn.Module:
+    """A small one, what starts at zero randomised."""
+    import titans_pytorch
+
+    torch.manual_seed(0)
+    module = titans_pytorch.NeuralMemory(
+        16, chunk_size=4, dim_head=8, heads=2, model=titans_pytorch.MemoryMLP(8, depth=2), **options
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.2)
+    return module

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "cuda-aarch64"
 RUNNER = BUILD / "bin" / "neural_memory_run_cuda"
 # Ubuntu 22.04's, so JetPack 6's.

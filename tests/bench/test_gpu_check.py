@@ -24,7 +24,7 @@ pytest_plugins = ["gpu_fixtures"]
 needs_kernel = pytest.mark.skipif(
     not fake_gpu.CPU_PROGRAM.is_file(), reason="no program around the CPU kernel: make kernels"
 )
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ONE_LINE = re.compile(r"\[\w+\] expected .+ but got .+; .+")
 
 # ---- the machine ----

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU_PROGRAM = ROOT / "build" / "runtime" / "bin" / "neural_memory_run"
 SMI = "NVIDIA H100 80GB HBM3, 9.0, 580.82.07, 81559, 700.00, 1980, 2619, Disabled"
 # Notes what it is asked for, and "builds" a program that runs this file.

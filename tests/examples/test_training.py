@@ -18,7 +18,7 @@ import torch
 from titans_export.checkpoints import titans
 from titans_export.model import MemoryConfig, Titans
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "examples" / "train"
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
 sys.path.append(str(TRAIN))

@@ -11,7 +11,7 @@ import pytest
 
 import titans_export
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     path
     for folder, pattern in ((".", "*.md"), ("docs", "**/*.md"), ("examples", "**/*.md"), ("runtime", "**/*.md"))

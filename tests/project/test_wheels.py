@@ -27,7 +27,7 @@ from titans_export.checkpoints.titans import load
 
 pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # That of Ubuntu 22.04, so of JetPack 6.
 NEWEST_GLIBC = 35
 # Of an installed runtime with numpy, and without ONNX Runtime.

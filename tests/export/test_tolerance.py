@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_titans_pytorch_vectors import memory
+from library_models import memory
 
 from titans_export import exporting
 from titans_export.bundle import read_bundle
@@ -16,6 +16,8 @@ from titans_export.checkpoints.titans_pytorch import from_live
 from titans_export.errors import MismatchError
 from titans_export.exporting import TOLERANCE, export_loaded, tolerance_of
 from titans_export.model import StreamModel
+
+pytest.importorskip("titans_pytorch")
 
 
 @pytest.fixture(scope="module")

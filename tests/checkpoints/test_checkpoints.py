@@ -16,7 +16,7 @@ from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
-CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
+CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 STABILITY = CHECKPOINTS.parent.parent / "benchmarks" / "results"
 
 

@@ -30,7 +30,7 @@ from titans_export.exporting import FLOAT32_SHARE
 pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: make setup")
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "titans_pytorch"
 CHECKPOINT = ROOT / "examples" / "checkpoints" / "titans-pytorch-bytes"
 FORMAT = ("--format", "titans-pytorch", "--config", CHECKPOINT / "model.json")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from library_models import memory
 
 from titans_export.bundle import read_bundle
 from titans_export.checkpoints.titans_pytorch import from_live
@@ -17,21 +18,8 @@ from titans_export.engines.plan import Request
 from titans_export.engines.precision import lower_precision
 from titans_export.exporting import export_loaded, export_module
 
-titans_pytorch = pytest.importorskip("titans_pytorch")
+pytest.importorskip("titans_pytorch")
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
-
-
-def memory(**options: object) -> torch.nn.Module:
-    """A small one, what starts at zero randomised."""
-    torch.manual_seed(0)
-    module = titans_pytorch.NeuralMemory(
-        16, chunk_size=4, dim_head=8, heads=2, model=titans_pytorch.MemoryMLP(8, depth=2), **options
-    )
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.2)
-    return module
 
 
 @pytest.fixture(scope="module")

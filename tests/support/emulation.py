@@ -7,7 +7,7 @@ import platform
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "aarch64"
 FETCHED = ROOT / ".deps" / "aarch64"
 # That of tools/fetch_aarch64 before the system's, which may be too old to run ONNX Runtime.

@@ -32,7 +32,7 @@ from titans_export.exporting import export_checkpoint
 from titans_export.model.node import attributes
 from titans_export.model.operator import initial_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tensorrt"
 PROGRAM = BUILD / "bin" / "tensorrt_plugin_host_cpu"
 TARGETS = ["titans_plugin_tests", "titans_plugin_double", "tensorrt_plugin_host_cpu"]
