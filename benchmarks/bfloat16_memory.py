@@ -37,8 +37,8 @@ from titans_export.checkpoints import titans
 from titans_export.model import memory_layer
 from titans_export.model.layers import StreamState
 from titans_export.model.memory import MemorySpec
+from titans_export.model.neural_memory import memory_layout, neural_memory_update
 from titans_export.model.node import attributes
-from titans_export.model.operator import Layout, neural_memory_update
 
 OPERANDS = ("q", "k", "v", "step_size", "momentum", "forget_gate")
 CHUNKS_PER_CALL = 16
@@ -86,7 +86,7 @@ def pack_rows(spec: MemorySpec, rows: Tensor, memory_dtype: str) -> Tensor:
     count = 2 * spec.weights
     words = rows[..., :count].to(torch.bfloat16).contiguous().view(torch.float32)
     packed = torch.cat([words, rows[..., count:]], -1)
-    used = Layout.of(spec).fields[-1].offset + 1 - count + count // 2
+    used = memory_layout(spec).fields[-1].offset + 1 - count + count // 2
     return packed[..., : -(-used // 16) * 16].contiguous()
 
 

@@ -17,8 +17,9 @@ from benchmarks import costs
 from benchmarks.case import Case
 from benchmarks.reference import TOLERANCE
 from titans_export.model.memory_dtype import pack_row
+from titans_export.model.neural_memory import STATS, initial_rows, memory_layout
 from titans_export.model.node import attributes, memory_dtype_attributes
-from titans_export.model.operator import STATS, Layout, initial_rows
+from titans_export.model.packed_row import Layout
 
 MLP, LINEAR = (64, 256, 64), (64, 64)
 CHUNK = 64
@@ -64,7 +65,7 @@ class Row:
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.case.spec, self.memory_dtype, self.rounding)
+        return memory_layout(self.case.spec, self.memory_dtype, self.rounding)
 
     @property
     def flop_per_pass(self) -> float:
@@ -156,7 +157,7 @@ def read_answer(row: Row, path: Path) -> dict[str, Any]:
         at += size + int(np.prod(lead)) * len(STATS)
     found = {"y": np.concatenate(y, 2)}
     if row.memory_dtype == "float32":
-        fields = Layout.of(case.spec).unpack(torch.from_numpy(values[at:].reshape(_initial(row).shape)))
+        fields = memory_layout(case.spec).unpack(torch.from_numpy(values[at:].reshape(_initial(row).shape)))
         found |= {name: field.numpy() for name, field in fields.items() if name[0] in "WS"}
     return found
 
@@ -167,5 +168,5 @@ def _initial(row: Row) -> torch.Tensor:
     packed = initial_rows(spec, [torch.from_numpy(value) for value in row.case.data.weights])
     if row.memory_dtype == "float32":
         return packed.contiguous()
-    fields = {name: value.numpy() for name, value in Layout.of(spec).unpack(packed.float()).items()}
+    fields = {name: value.numpy() for name, value in memory_layout(spec).unpack(packed.float()).items()}
     return torch.from_numpy(pack_row(fields, layout.to_json(), layout.size))

@@ -27,8 +27,8 @@ from titans_export.bench.machine import others_busy
 from titans_export.bench.turns import take_turns
 from titans_export.model.memory import MemorySpec
 from titans_export.model.memory_dtype import pack_row, unpack_row
+from titans_export.model.neural_memory import initial_rows, memory_layout
 from titans_export.model.node import attributes
-from titans_export.model.operator import Layout, initial_rows
 
 SPEC = MemorySpec((64, 256, 64), activation="silu", chunk_size=64)
 HEADS = 8
@@ -48,7 +48,7 @@ def write_case(path: Path, memory_dtype: str, rounding: str) -> int:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
 
-    plain = Layout.of(SPEC)
+    plain = memory_layout(SPEC)
     rows = initial_rows(SPEC, [normal(1, HEADS, *shape) * shape[0] ** -0.5 for shape in SPEC.shapes])
     fields = unpack_row(rows.numpy(), plain.to_json())
     for i, shape in enumerate(SPEC.shapes):

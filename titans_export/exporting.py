@@ -72,7 +72,7 @@ class Golden(NamedTuple):
 
 def _state_table(model: StreamModel) -> list[dict[str, Any]]:
     table = []
-    facts = model.state_facts()
+    facts = model.state_info()
     for name, initial in model.initial_state(1).items():
         entry: dict[str, Any] = {
             "name": name,

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from benchmarks.contenders import Contender, unavailable
 from benchmarks.reference import Answer
 from titans_export.bench.statistics import Turn
+from titans_export.model.neural_memory import STATS, initial_rows, memory_layout
 from titans_export.model.node import attributes
-from titans_export.model.operator import STATS, Layout, initial_rows
 
 # Built as the installed library is, from the same objects.
 PROGRAM = Path(__file__).parents[2] / "build" / "runtime" / "bin" / "neural_memory_run"
@@ -32,7 +32,7 @@ class Kernel(Contender):
             raise unavailable("kernel", "the program neural_memory_run", "none", "run make bench, which builds it")
         if case.kind == "mac":
             raise unavailable("kernel", "a program that alternates modes", "one mode a run", "see the other rows")
-        self._layout = Layout.of(case.spec)
+        self._layout = memory_layout(case.spec)
         rows = initial_rows(case.spec, [torch.from_numpy(value) for value in case.data.weights]).numpy()
         self._rows = np.ascontiguousarray(rows)
         self._folder = tempfile.TemporaryDirectory(prefix="titans-bench-")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.contenders import Contender
 from benchmarks.onnx_node import Call, Layer, open_model, value
 from benchmarks.reference import Answer
-from titans_export.model.operator import Layout, initial_rows
+from titans_export.model.neural_memory import initial_rows, memory_layout
 
 # Bodies unroll their chunks: so many are tried in a call of prefill, and the fastest is kept.
 CHUNKS_PER_CALL = (1, 4)
@@ -35,7 +35,7 @@ class OnnxRuntime(Contender):
 
     def prepare(self) -> dict[str, Any]:
         case = self.case
-        self._layout = Layout.of(case.spec)
+        self._layout = memory_layout(case.spec)
         rows = initial_rows(case.spec, [torch.from_numpy(layer) for layer in case.data.weights]).numpy()
         self._initial = np.ascontiguousarray(rows)
         count = 1 if self.in_place else 2

@@ -56,7 +56,7 @@ class TorchEager(Contender):
         if self.case.kind != "decode":
             return w_and_s
         chunk = self._empty_chunk()
-        rows = (*chunk.left, *chunk.right, chunk.e, chunk.a)
+        rows = (*chunk.layer_input, *chunk.output_grad, chunk.e, chunk.a)
         return w_and_s + sum(value.numel() * value.element_size() for value in rows)
 
     def _fresh(self) -> State:
@@ -96,7 +96,7 @@ class TorchEager(Contender):
             chunk = chunk.append(self._at[place], surprise(spec, self._state.w, k, v), *gate)
             y = chunk.read(spec, self._state, q)
             if place == self.case.chunk - 1:
-                self._state, chunk = chunk.fold(self._state), self._empty_chunk()
+                self._state, chunk = chunk.update(self._state), self._empty_chunk()
             taken.append(time.perf_counter_ns() - began)
             self._outputs["y"].append(y)
         return taken

@@ -37,7 +37,7 @@ from titans_export.model import Step, Titans
 from titans_export.model.layers import StreamState, split_heads, unit
 from titans_export.model.memory import Gates, coefficients
 from titans_export.model.memory_layer import MemoryLayer
-from titans_export.model.operator import Layout
+from titans_export.model.neural_memory import memory_layout
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from recall_task import make_episodes
@@ -116,7 +116,7 @@ class Watch:
 
     def after_block(self, state: StreamState) -> None:
         for name, layer in self.layers.items():
-            fields = Layout.of(layer.spec).unpack(state[name])
+            fields = memory_layout(layer.spec).unpack(state[name])
             for what, letter in (("w_norm", "W"), ("s_norm", "S")):
                 squares = [fields[f"{letter}{i}"].square().sum((-1, -2)) for i in range(layer.spec.depth)]
                 self.note(what, name, float(torch.stack(squares).sum(0).sqrt().max()))

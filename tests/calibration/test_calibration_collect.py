@@ -82,7 +82,7 @@ def test_products_see_what_they_see_in_pytorch(
 
 def test_memories_are_seen_after_each_call(model: Titans, collected: Collected, data: Data) -> None:
     double = copy.deepcopy(model).double()
-    facts = double.state_facts()
+    facts = double.state_info()
     right: dict[str, list[float]] = {}
     with torch.no_grad():
         for stream in data.streams:

@@ -258,12 +258,12 @@ def test_the_state_is_the_same_however_it_was_reached(name: str, tmp_path: Path)
     for t in range(3 * size):
         graph = model.graphs(1)[-1]
         _, state = model.call(tokens[:, t : t + 1], state, Call(graph, torch.tensor([t])))
-    assert list(state) == list(whole) == list(model.state_facts()) == list(model.initial_state(1))
+    assert list(state) == list(whole) == list(model.state_info()) == list(model.initial_state(1))
     for key, value in whole.items():
         assert value.shape == model.initial_state(1)[key].shape
         torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-10)
     oracle.stream(tokens[0])
-    fields = model.state_facts()["layers.1.memory"].layout
+    fields = model.state_info()["layers.1.memory"].layout
     row = whole["layers.1.memory"][0]
     for j, (w, s) in enumerate(zip(oracle.w[1], oracle.s[1], strict=True)):
         for field_name, matrix in ((f"W{j}", w), (f"S{j}", s)):

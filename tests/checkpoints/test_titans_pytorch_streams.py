@@ -37,7 +37,7 @@ from tolerances import TOLERANCES  # noqa: E402
 
 from titans_export.checkpoints.titans_pytorch import from_live  # noqa: E402
 from titans_export.exporting import export_loaded  # noqa: E402
-from titans_export.model.stream import Call, StateFacts, next_graph  # noqa: E402
+from titans_export.model.stream import Call, StateInfo, next_graph  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -299,13 +299,13 @@ def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Expor
     assert np.abs(got - right[SAVED:]).max() < TOLERANCE
 
 
-def rows_before(facts: StateFacts, position: int) -> int:
+def rows_before(facts: StateInfo, position: int) -> int:
     """Rows of the stream before a token."""
     rows = facts.rows or {"segment": 1, "longterm": 0}
     return position + rows["longterm"] * (position // rows["segment"])
 
 
-def check_promises(facts: StateFacts, old: Tensor, new: Tensor, first: int, end: int) -> None:
+def check_promises(facts: StateInfo, old: Tensor, new: Tensor, first: int, end: int) -> None:
     """That a call of rows [first, end) changes no more of a state tensor than the manifest says."""
     if facts.written is not None:
         axis, period = facts.written["axis"], facts.written["period"]
@@ -326,7 +326,7 @@ def test_a_call_changes_no_more_of_the_state_than_the_manifest_says(name: str) -
     """What a failed call is undone from."""
     case = CASES[name]
     model, inputs = from_live(case.make()).model, torch.as_tensor(case.inputs()).long()
-    facts, state, position = model.state_facts(), model.initial_state(1), 0
+    facts, state, position = model.state_info(), model.initial_state(1), 0
     kinds = {(bool(entry.written), bool(entry.chunk)) for entry in facts.values()}
     assert kinds == {(True, False), (False, True), (False, False)}
     graphs = model.graphs(case.chunks_per_call)

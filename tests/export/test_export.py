@@ -70,7 +70,7 @@ def test_frozen_streams_equal_pytorch(checkpoints: dict[str, Path], bundles: dic
 
 
 def test_memory_is_w_of_pytorch(checkpoints: dict[str, Path], bundles: dict[str, Path]) -> None:
-    from titans_export.model.operator import Layout
+    from titans_export.model.neural_memory import memory_layout
 
     tokens = np.random.default_rng(7).integers(0, 61, 64).astype(np.int32)
     for variant, path in bundles.items():
@@ -80,7 +80,7 @@ def test_memory_is_w_of_pytorch(checkpoints: dict[str, Path], bundles: dict[str,
             stream = session.stream()
             stream.feed(tokens, logits="none")
             memory = stream.memory()
-        fields = Layout.of(model.config.memory.spec).unpack(state["layers.0.memory"])
+        fields = memory_layout(model.config.memory.spec).unpack(state["layers.0.memory"])
         for name in ("W0", "S0"):
             got, expected = memory[f"layers.0.memory.{name}"], fields[name].numpy()
             assert got.shape == expected.shape

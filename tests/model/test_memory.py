@@ -28,7 +28,7 @@ def test_inner_gradient_equals_autograd(spec: MemorySpec) -> None:
             loss = (network(spec, leaves, case.k[b, h], scale) - case.v[b, h]).square().sum()
             expected = torch.autograd.grad(loss, leaves)
             got = surprise(spec, [w[b, h] for w in case.weights], case.k[b, h], case.v[b, h], scale)
-            outer = [x.T @ d for x, d in zip(got.left, got.right, strict=True)]
+            outer = [x.T @ d for x, d in zip(got.layer_input, got.output_grad, strict=True)]
             assert worst(*zip(outer, expected, strict=True)) < TOLERANCE_FLOAT64
             assert torch.allclose(got.loss[0], loss.detach(), rtol=1e-12, atol=0)
 

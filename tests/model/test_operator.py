@@ -11,11 +11,11 @@ from oracles import network, titans_stream
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.operator import (
-    ROW_ALIGNMENT,
+from titans_export.model.memory_dtype import ROW_ALIGNMENT
+from titans_export.model.neural_memory import (
     STATS,
-    Layout,
     initial_rows,
+    memory_layout,
     neural_memory_read,
     neural_memory_update,
 )
@@ -49,7 +49,7 @@ def _feed(case: Case, cuts: list[int], learn: Tensor | None = None) -> tuple[Ten
 
 def test_layout_covers_the_row_without_gaps() -> None:
     for spec in KINDS.values():
-        layout, end = Layout.of(spec), 0
+        layout, end = memory_layout(spec), 0
         for field in layout.fields:
             assert field.offset == end
             end += math.prod(field.shape)
@@ -82,7 +82,7 @@ def test_any_cut_equals_the_recurrence(spec: MemorySpec, edges: bool) -> None:
 def test_state_after_whole_chunks_is_w_and_s_of_the_recurrence(spec: MemorySpec) -> None:
     case = Case(spec, length=3 * spec.chunk_size)
     for cuts in ([case.length], [1] * case.length):
-        fields = Layout.of(spec).unpack(_feed(case, cuts)[1])
+        fields = memory_layout(spec).unpack(_feed(case, cuts)[1])
         for b in range(case.streams):
             for h in range(case.heads):
                 scale = None if case.norm_scale is None else case.norm_scale[h]
@@ -119,8 +119,8 @@ def test_freezing_midway_holds_the_memory_and_resuming_goes_on() -> None:
     frozen = neural_memory_update(
         spec, rows, *(x[..., :8, :] for x in (case.q, case.k, case.v)), *(g[..., :8] for g in case.gates), learn=off
     )
-    same = Layout.of(spec).unpack(frozen.state)
-    before = Layout.of(spec).unpack(rows)
+    same = memory_layout(spec).unpack(frozen.state)
+    before = memory_layout(spec).unpack(rows)
     assert torch.equal(same["W0"], before["W0"])
     assert torch.equal(same["S1"], before["S1"])
     assert len(w) == 2
@@ -133,7 +133,7 @@ def test_streams_of_one_call_may_stand_anywhere_in_their_chunks() -> None:
     spec = KINDS["mlp2-gelu"]
     case = Case(spec, length=30, streams=3)
     slots, pool_size = torch.tensor([4, 0, 2]), 6
-    pool = torch.randn(pool_size, case.heads, Layout.of(spec).size, dtype=torch.float64)
+    pool = torch.randn(pool_size, case.heads, memory_layout(spec).size, dtype=torch.float64)
     untouched = pool.clone()
     pool[slots] = initial_rows(spec, case.weights)
     done, counts = [0, 0, 0], [[5, 1, 0], [3, 4, 2], [0, 4, 1], [4, 0, 4], [4, 4, 4], [2, 3, 4]]

@@ -23,8 +23,9 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
+from titans_export.model.neural_memory import initial_rows, memory_layout
 from titans_export.model.node import attributes, memory_dtype_attributes
-from titans_export.model.operator import Layout, initial_rows
+from titans_export.model.packed_row import Layout
 
 REPORT = CUDA.parents[1] / "titans_cuda_kernels.ptxas.txt"
 targets = pytest.mark.parametrize("target", cuda_targets())
@@ -106,7 +107,7 @@ STORED = [(memory_dtype, rounding) for memory_dtype in MEMORY_DTYPES for roundin
 
 def _stored_rows(spec: MemorySpec, heads: int, memory_dtype: str, rounding: str) -> tuple[Tensor, list[Kept]]:
     """Rows of random W and S with an empty chunk, (1, heads, R), and the same by the oracle."""
-    layout, draw = Layout.of(spec, memory_dtype, rounding), torch.Generator().manual_seed(3)
+    layout, draw = memory_layout(spec, memory_dtype, rounding), torch.Generator().manual_seed(3)
     rows, kept = torch.zeros(1, heads, layout.size), []
     for head in range(heads):
         w, s = ([torch.randn(shape, generator=draw).double() for shape in spec.shapes] for _ in range(2))
@@ -151,7 +152,7 @@ def test_what_a_fold_stores_is_to_the_bit_what_the_contract_says(
     case.forget_gate.fill_(0.5)
     seed = 5 if rounding == "stochastic" else 0
     node = {**attributes(spec, "update", False), **memory_dtype_attributes(memory_dtype, rounding, seed)}
-    expected, layout = rows.clone(), Layout.of(spec, memory_dtype, rounding)
+    expected, layout = rows.clone(), memory_layout(spec, memory_dtype, rounding)
     for head, each in enumerate(kept):
         for _ in range(tokens // spec.chunk_size):
             w, s = ([each.values(f"{letter}{i}") for i in range(spec.depth)] for letter in "WS")
@@ -232,7 +233,7 @@ def test_a_stream_with_bad_values_is_left_alone_and_others_go_on(
 ) -> None:
     spec = KINDS["mlp2-silu"]
     case = Case(spec, length=size, streams=3)
-    pool = torch.randn(4, case.heads, Layout.of(spec).size, dtype=torch.float64)
+    pool = torch.randn(4, case.heads, memory_layout(spec).size, dtype=torch.float64)
     slots = torch.tensor([3, 1, 2])
     pool[slots] = initial_rows(spec, case.weights)
     [call] = _calls(case, [size])

@@ -15,7 +15,7 @@ from oracles import network, titans_stream
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.operator import STATS, Layout, initial_rows, neural_memory_update
+from titans_export.model.neural_memory import STATS, initial_rows, memory_layout, neural_memory_update
 
 GATES = ("step_size", "momentum", "forget_gate")
 
@@ -97,7 +97,7 @@ def test_whole_chunks_leave_w_and_s_of_the_recurrence(target: Target, name: str,
         run_kernel(target, tmp_path, spec, rows, [whole], aligned=True),
         run_kernel(target, tmp_path, spec, rows, _calls(case, [1] * case.length)),
     ):
-        fields = Layout.of(spec).unpack(result.state.double())
+        fields = memory_layout(spec).unpack(result.state.double())
         norms = []
         for b in range(case.streams):
             for h in range(case.heads):
@@ -121,7 +121,7 @@ def test_read_mode_answers_from_the_chunk_start(target: Target, name: str, tmp_p
     spec, length = case.spec, case.length
     rows = initial_rows(spec, case.weights)
     state = run_kernel(target, tmp_path, spec, rows, _calls(case, [length])).state
-    fields = Layout.of(spec).unpack(state.double())
+    fields = memory_layout(spec).unpack(state.double())
     pool = torch.cat([torch.full_like(state, math.nan), state])
     scale = {} if case.norm_scale is None else {"norm_scale": case.norm_scale}
     for size in (1, 2, length):  # a single token goes another way than several
@@ -142,7 +142,7 @@ def test_streams_of_one_call_may_stand_anywhere_in_their_chunks(target: Target, 
     spec = KINDS["mlp2-gelu"]
     case = Case(spec, length=30, streams=3)
     slots = torch.tensor([4, 0, 2])
-    pool = torch.randn(6, case.heads, Layout.of(spec).size, dtype=torch.float64)
+    pool = torch.randn(6, case.heads, memory_layout(spec).size, dtype=torch.float64)
     before = pool.float()
     pool[slots] = initial_rows(spec, case.weights)
     done, counts = [0, 0, 0], [[5, 1, 0], [3, 4, 2], [0, 4, 1], [4, 0, 4], [4, 4, 4], [2, 3, 4]]
@@ -197,8 +197,8 @@ def test_a_frozen_chunk_leaves_every_bit(target: Target, tmp_path: Path) -> None
         calls = _calls(case, cuts)
         for call in calls:
             call["learn"] = torch.tensor([False, False])
-        after = Layout.of(spec).unpack(run_kernel(target, tmp_path, spec, rows, calls).state)
-        before = Layout.of(spec).unpack(rows)
+        after = memory_layout(spec).unpack(run_kernel(target, tmp_path, spec, rows, calls).state)
+        before = memory_layout(spec).unpack(rows)
         assert all(torch.equal(after[name], before[name]) for name in ("W0", "W1", "S0", "S1"))
 
 
@@ -224,7 +224,7 @@ def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
     committed, rejected = (total[..., STATS.index(name)] for name in ("committed", "rejected"))
     assert committed.tolist() == [[3, 3, 3], [2, 2, 2], [2, 3, 3]]
     assert (committed + rejected == 3).all()
-    fields = Layout.of(spec).unpack(result.state) if memory_dtype == "float32" else _unpacked(spec, result.state)
+    fields = memory_layout(spec).unpack(result.state) if memory_dtype == "float32" else _unpacked(spec, result.state)
     assert all(torch.isfinite(fields[name]).all() for name in ("W0", "W1", "S0", "S1"))
     norms = torch.stack(result.stats)[..., STATS.index("update_norm")]
     assert torch.isfinite(norms[:, 0]).all()
@@ -267,9 +267,9 @@ def _packed(spec: MemorySpec, case: Case, memory_dtype: str) -> Tensor:
     rows = initial_rows(spec, case.weights).float()
     if memory_dtype == "float32":
         return rows
-    fields = Layout.of(spec).unpack(rows)
+    fields = memory_layout(spec).unpack(rows)
     parts = []
-    for field in Layout.of(spec).fields:
+    for field in memory_layout(spec).fields:
         flat = fields[field.name].reshape(*rows.shape[:-1], -1)
         if field.name[0] in "WS":
             flat = torch.nn.functional.pad(flat, (0, flat.shape[-1] % 2)).to(torch.bfloat16).contiguous()
@@ -298,7 +298,7 @@ def test_bfloat16_storage_rounds_at_the_end_of_each_chunk_and_nowhere_else(
     """The oracle: the reference chunk by chunk in float64, W and S rounded to bfloat16 in between by PyTorch."""
     spec, _ = SHAPES[name]
     case = Case(spec, length=3 * spec.chunk_size, streams=1)
-    fields = Layout.of(spec).unpack(initial_rows(spec, case.weights))
+    fields = memory_layout(spec).unpack(initial_rows(spec, case.weights))
     expected = []
     for chunk in range(4):
         for field in fields:
@@ -308,9 +308,9 @@ def test_bfloat16_storage_rounds_at_the_end_of_each_chunk_and_nowhere_else(
             break
         part = slice(chunk * spec.chunk_size, (chunk + 1) * spec.chunk_size)
         inputs = [x[..., part, :] for x in (case.q, case.k, case.v)] + [gate[..., part] for gate in case.gates]
-        update = neural_memory_update(spec, Layout.of(spec).pack(fields), *inputs, norm_scale=case.norm_scale)
+        update = neural_memory_update(spec, memory_layout(spec).pack(fields), *inputs, norm_scale=case.norm_scale)
         expected.append(update.y)
-        fields = Layout.of(spec).unpack(update.state)
+        fields = memory_layout(spec).unpack(update.state)
     packed = _packed(spec, case, "bfloat16")
     for cuts in ([case.length], [1] * case.length, random_cuts(case.length, seed=2)):
         result = run_kernel(target, tmp_path, spec, packed, _calls(case, cuts), memory_dtype="bfloat16")
@@ -365,7 +365,7 @@ def test_a_memory_that_decays_has_no_subnormal_numbers(target: Target, tmp_path:
     sizes = torch.tensor([1e-20, 1e-30]).repeat(9)[:17]
     weights = [torch.randn(w.shape).sign() * sizes for w in case.weights]
     result = run_kernel(target, tmp_path, spec, initial_rows(spec, weights), [call])
-    fields = Layout.of(spec).unpack(result.state)
+    fields = memory_layout(spec).unpack(result.state)
     got = fields["W0"]
     exact = weights[0].double() * 0.5**case.length
     assert bool(((exact.abs() < least) & (exact != 0)).any() and (exact.abs() > least).any())

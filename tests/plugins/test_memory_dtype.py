@@ -36,10 +36,10 @@ from torch import Tensor
 
 from titans_export.errors import TitansError
 from titans_export.model import memory_dtype as packing
-from titans_export.model.chunk_fold import ChunkMemorySpec, chunk_layout
+from titans_export.model.chunk_update import ChunkMemorySpec, chunk_layout
 from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
-from titans_export.model.operator import Layout
+from titans_export.model.neural_memory import memory_layout
 
 targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
@@ -420,7 +420,7 @@ def test_noise_knows_no_slots_no_batch_and_no_threads(target: Target, memory_dty
     spec = MemorySpec((33, 40, 33), chunk_size=8)
     node = stored_node(token_node(spec.widths, 8), memory_dtype, "stochastic", seed=3)
     case = Case(spec, length=40, streams=3, heads=2)
-    layout = Layout.of(spec, memory_dtype, "stochastic")
+    layout = memory_layout(spec, memory_dtype, "stochastic")
     fields = {f"W{i}": w.float().numpy() for i, w in enumerate(case.weights)}
     rows = torch.from_numpy(packing.pack_row(fields, layout.to_json(), layout.size))
     inputs = dict(zip("qkv", (case.q, case.k, case.v), strict=True))
@@ -634,7 +634,7 @@ def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_p
     )
     spec = ChunkMemorySpec(NetworkSpec("mlp", 5, 2, 40), 2, 4, 0.2)
     layouts = [
-        (token, Layout.of(MemorySpec((5, 40, 5), chunk_size=3), memory_dtype, rounding)),
+        (token, memory_layout(MemorySpec((5, 40, 5), chunk_size=3), memory_dtype, rounding)),
         (chunk, chunk_layout(spec).stored(memory_dtype, rounding)),
     ]
     for node, layout in layouts:
@@ -656,7 +656,7 @@ def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_p
 
 def test_a_row_packs_and_unpacks_with_its_errors() -> None:
     spec = MemorySpec((40, 70, 40), chunk_size=3)
-    layout = Layout.of(spec, "int8", "error_feedback")
+    layout = memory_layout(spec, "int8", "error_feedback")
     draw = np.random.default_rng(0)
     fields = {f.name: draw.standard_normal((2, 3, *f.shape)).astype(np.float32) for f in layout.fields}
     fields = {name: value for name, value in fields.items() if name[0] != "E"}
@@ -672,7 +672,7 @@ def test_a_row_packs_and_unpacks_with_its_errors() -> None:
 @pytest.mark.parametrize(("memory_dtype", "rounding"), [("int4", "nearest"), ("int8", "up"), ("float32", "stochastic")])
 def test_unknown_storages_are_refused(memory_dtype: str, rounding: str) -> None:
     with pytest.raises(TitansError, match=r"\[memory_dtype\] expected .* but got .*; choose"):
-        Layout.of(MemorySpec((4, 4)), memory_dtype, rounding)
+        memory_layout(MemorySpec((4, 4)), memory_dtype, rounding)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from oracles import network, titans_stream
 from tolerances import TOLERANCES
 
 from titans_export.model.memory import MemorySpec
+from titans_export.model.neural_memory import initial_rows, memory_layout, neural_memory_update
 from titans_export.model.node import attributes
-from titans_export.model.operator import Layout, initial_rows, neural_memory_update
 
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 
@@ -31,7 +31,7 @@ def test_a_node_computes_the_recurrence(spec: MemorySpec, aligned: bool) -> None
     case = make_case(spec, 16 if aligned else 19)
     feeds = make_feeds(case, aligned)
     y, state, stats = make_session(make_model(feeds, attributes(spec, "update", aligned))).run(None, feeds)
-    fields = Layout.of(spec).unpack(torch.from_numpy(state).double())
+    fields = memory_layout(spec).unpack(torch.from_numpy(state).double())
     for b in range(case.streams):
         for h in range(case.heads):
             scale = None if case.norm_scale is None else case.norm_scale[h]
@@ -59,7 +59,7 @@ def test_absent_and_optional_inputs_reach_the_kernel_in_their_places() -> None:
     """learn, valid, slots and update_limit, with holes between them, against the reference in float64."""
     spec = KINDS["mlp2-silu"]
     case = Case(spec, length=8, streams=2)
-    pool = torch.randn(4, case.heads, Layout.of(spec).size, dtype=torch.float64)
+    pool = torch.randn(4, case.heads, memory_layout(spec).size, dtype=torch.float64)
     slots = torch.tensor([3, 1])
     pool[slots] = initial_rows(spec, case.weights)
     options: dict[str, torch.Tensor] = {

@@ -29,8 +29,8 @@ from tolerances import TOLERANCES
 
 from titans_export.engines.graphs import attribute, is_memory, load_graph, with_plugin
 from titans_export.exporting import export_checkpoint
+from titans_export.model.neural_memory import initial_rows
 from titans_export.model.node import attributes
-from titans_export.model.operator import initial_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tensorrt"

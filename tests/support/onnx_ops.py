@@ -13,8 +13,8 @@ from cases import Case
 from onnx import TensorProto, helper
 
 from titans_export.model.memory import MemorySpec
+from titans_export.model.neural_memory import initial_rows
 from titans_export.model.node import DOMAIN, INPUTS, OPERATOR, OUTPUTS
-from titans_export.model.operator import initial_rows
 from titans_runtime._library import _library_path
 
 Arrays = dict[str, npt.NDArray[Any]]

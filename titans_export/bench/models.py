@@ -278,10 +278,10 @@ def _decide_branches_on_the_host() -> None:
     The operator asks a tensor, where torch.compile has to break its graph. So it is compiled as two whole graphs, which
     makes it faster than it would be by itself: it is what the runtime is measured against.
     """
-    from ..model import operator
+    from ..model import exported
 
     def branch(condition: Tensor, yes: Any, no: Any, *args: Tensor, token: int = 0) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = yes(*args) if _Host.fills[token] else no(*args)
         return result
 
-    operator.branch = branch
+    exported.branch = branch

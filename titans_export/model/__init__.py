@@ -6,7 +6,7 @@ from .config import MemoryConfig, ModelConfig, parse_config, read_config
 from .layers import Step
 from .memory import MemorySpec
 from .model import Titans
-from .stream import Call, Graph, Signal, StreamModel
+from .stream import Call, Graph, StreamModel, TensorSpec
 
 __all__ = [
     "Call",
@@ -14,9 +14,9 @@ __all__ = [
     "MemoryConfig",
     "MemorySpec",
     "ModelConfig",
-    "Signal",
     "Step",
     "StreamModel",
+    "TensorSpec",
     "Titans",
     "parse_config",
     "read_config",

@@ -102,10 +102,10 @@ def read(spec: MemorySpec, weights: Sequence[Tensor], q: Tensor, norm_scale: Ten
 
 
 class Surprise(NamedTuple):
-    """The momentary surprise of every token in factors: g of layer i is left[i]^T right[i], one product a token."""
+    """The momentary surprise of every token in factors: g of layer i is layer_input[i]^T output_grad[i]."""
 
-    left: list[Tensor]  # (..., T, in): the layer's input at W0
-    right: list[Tensor]  # (..., T, out): the loss's gradient at the layer's output
+    layer_input: list[Tensor]  # (..., T, in): the layer's input at W0
+    output_grad: list[Tensor]  # (..., T, out): the loss's gradient at the layer's output
     loss: Tensor  # (..., T)
 
 
@@ -189,7 +189,7 @@ def recurrence(
 
         s = [
             at(eta) * s_i - at(theta) * (left.transpose(-1, -2) @ right)
-            for s_i, left, right in zip(s, g.left, g.right, strict=True)
+            for s_i, left, right in zip(s, g.layer_input, g.output_grad, strict=True)
         ]
         w = [at(keep) * w_i + at(on) * s_i for w_i, s_i in zip(w, s, strict=True)]
         out.append(read(spec, w, q[..., t : t + 1, :], norm_scale))
@@ -251,7 +251,7 @@ def chunk_update(
     last_a, last_e = c.a[..., -1, :, None], c.e[..., -1, :, None]
     last_beta, last_f, last_m = (x[..., -1, None, None] for x in (c.beta, c.f, c.m))
     h, w_next, s_next = q, [], []
-    for i, (w, s, left, right) in enumerate(zip(state.w, state.s, g.left, g.right, strict=True)):
+    for i, (w, s, left, right) in enumerate(zip(state.w, state.s, g.layer_input, g.output_grad, strict=True)):
         z = beta * (h @ w) + f * (h @ s) - (c.a * (h @ left.transpose(-1, -2))) @ right
         h = _act(spec, z) if i < spec.depth - 1 else z
         left_t = left.transpose(-1, -2)
@@ -286,12 +286,12 @@ def chunked(
 class CachedChunk:
     """The open chunk of cached decoding: the surprises so far in factors, and their coefficients at the last token.
 
-    left, right: per layer (..., C, in) and (..., C, out); rows beyond the last token are zero or unused.
+    layer_input, output_grad: per layer (..., C, in) and (..., C, out); rows beyond the last token are zero or unused.
     e, a: (..., C), the rows e[t, :] and a[t, :] of `Coefficients`; m, f, beta: (...).
     """
 
-    left: list[Tensor]
-    right: list[Tensor]
+    layer_input: list[Tensor]
+    output_grad: list[Tensor]
     e: Tensor
     a: Tensor
     m: Tensor
@@ -301,8 +301,8 @@ class CachedChunk:
     def append(self, at: Tensor, g: Surprise, theta: Tensor, eta: Tensor, keep: Tensor, on: Tensor) -> CachedChunk:
         """The chunk with one more token. at: (..., C) bool, true at its row; gates: (...), as of `Gates.masked`."""
         row = at.unsqueeze(-1)
-        left = [torch.where(row, new, old) for new, old in zip(g.left, self.left, strict=True)]
-        right = [torch.where(row, new, old) for new, old in zip(g.right, self.right, strict=True)]
+        left = [torch.where(row, new, old) for new, old in zip(g.layer_input, self.layer_input, strict=True)]
+        right = [torch.where(row, new, old) for new, old in zip(g.output_grad, self.output_grad, strict=True)]
         e = torch.where(at, theta.unsqueeze(-1), eta.unsqueeze(-1) * self.e)
         a = keep.unsqueeze(-1) * self.a + on.unsqueeze(-1) * e
         m = eta * self.m
@@ -313,17 +313,17 @@ class CachedChunk:
         beta, f, a = self.beta[..., None, None], self.f[..., None, None], self.a.unsqueeze(-2)
         h = q
         for i, (w, s) in enumerate(zip(state.w, state.s, strict=True)):
-            z = beta * (h @ w) + f * (h @ s) - (a * (h @ self.left[i].transpose(-1, -2))) @ self.right[i]
+            z = beta * (h @ w) + f * (h @ s) - (a * (h @ self.layer_input[i].transpose(-1, -2))) @ self.output_grad[i]
             h = _act(spec, z) if i < spec.depth - 1 else z
         return _finish(spec, h, q, norm_scale)
 
-    def fold(self, state: State) -> State:
+    def update(self, state: State) -> State:
         """W and S after the cached tokens: what a full chunk leaves for the next one."""
         beta, f, m = (x[..., None, None] for x in (self.beta, self.f, self.m))
-        left_t = [x.transpose(-1, -2) for x in self.left]
+        left_t = [x.transpose(-1, -2) for x in self.layer_input]
         w = [
             beta * w + f * s - x @ (self.a.unsqueeze(-1) * d)
-            for w, s, x, d in zip(state.w, state.s, left_t, self.right, strict=True)
+            for w, s, x, d in zip(state.w, state.s, left_t, self.output_grad, strict=True)
         ]
-        s = [m * s - x @ (self.e.unsqueeze(-1) * d) for s, x, d in zip(state.s, left_t, self.right, strict=True)]
+        s = [m * s - x @ (self.e.unsqueeze(-1) * d) for s, x, d in zip(state.s, left_t, self.output_grad, strict=True)]
         return State(w, s)

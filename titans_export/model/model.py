@@ -15,8 +15,8 @@ from .lmm import LMMBlock
 from .mac import MACBlock
 from .mag import MAGBlock
 from .mal import MALBlock
-from .operator import Layout
-from .stream import Call, Graph, Signal, StateFacts, StreamModel
+from .neural_memory import memory_layout
+from .stream import Call, Graph, StateInfo, StreamModel, TensorSpec
 
 ROLES = {"memory": "memory", "conv": "conv", "context_conv": "conv", "keys": "cache", "values": "cache"}
 BLOCKS = {"lmm": LMMBlock, "mac": MACBlock, "mag": MAGBlock, "mal": MALBlock}
@@ -32,8 +32,8 @@ class Titans(StreamModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.name, self.variant = config, config.name, config.variant
-        self.input = Signal("tokens", "tokens", config.vocab_size)
-        self.output = Signal("logits", "logits", config.vocab_size)
+        self.input = TensorSpec("tokens", "tokens", config.vocab_size)
+        self.output = TensorSpec("logits", "logits", config.vocab_size)
         self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.dim) * 0.02)
         block = BLOCKS[config.variant]
         self.layers = nn.ModuleList(block(config, config.has_memory(i)) for i in range(config.layers))
@@ -53,15 +53,15 @@ class Titans(StreamModel):
             graphs.insert(0, Graph("prefill", chunks_per_call * chunk, chunk))
         return graphs
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        layout, facts = Layout.of(self.config.memory.spec).fields, {}
+    def state_info(self) -> dict[str, StateInfo]:
+        layout, facts = memory_layout(self.config.memory.spec).fields, {}
         for name in self.initial_state(1):
             role = ROLES[name.rsplit(".", 1)[-1]]
             written = None
             if role == "cache" and self.config.variant == "mac":
                 first, segment = self.config.persistent, self.config.window
                 written = {"axis": 2, "first": [first, first + segment], "period": segment}
-            facts[name] = StateFacts(role, layout if role == "memory" else (), written)
+            facts[name] = StateInfo(role, layout if role == "memory" else (), written)
         return facts
 
     def initial_state(self, batch: int) -> StreamState:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk_fold import ChunkMemorySpec
-from .chunk_memory import ChunkInputs, ChunkUpdate, update_chunk_memory
+from .chunk_neural_memory import ChunkInputs, ChunkUpdate, update_chunk_memory
+from .chunk_update import ChunkMemorySpec
 from .layers import Step
 from .memory import MemorySpec
-from .operator import neural_memory_read, neural_memory_update
+from .neural_memory import neural_memory_read, neural_memory_update
 
 DOMAIN, OPERATOR, VERSION = "ai.titans", "NeuralMemory", 1
 INPUTS = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import StreamState
-from .operator import Field
+from .packed_row import Field
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Signal:
+class TensorSpec:
     """What goes in, or comes out, per token: token ids below `size`, logits or float vectors of width `size`."""
 
     kind: Literal["tokens", "logits", "vectors"]
@@ -36,7 +36,7 @@ class Signal:
 
 
 @dataclass(frozen=True)
-class StateFacts:
+class StateInfo:
     """What the manifest says of a state tensor beside its shape.
 
     role: "memory" (holds W and S), "conv" or "cache". layout: the fields of a packed memory row. As docs/bundle.md has
@@ -73,8 +73,8 @@ class StreamModel(nn.Module, ABC):
 
     name: str
     variant: str
-    input: Signal
-    output: Signal
+    input: TensorSpec
+    output: TensorSpec
 
     @abstractmethod
     def config_json(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class StreamModel(nn.Module, ABC):
         """State of `batch` fresh streams by name, batch first."""
 
     @abstractmethod
-    def state_facts(self) -> dict[str, StateFacts]:
+    def state_info(self) -> dict[str, StateInfo]:
         """By the names of `initial_state`."""
 
     @abstractmethod

@@ -15,12 +15,12 @@ from onnx import helper
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.chunk_fold import ChunkMemorySpec
-from ..model.chunk_memory import ChunkInputs, update_chunk_memory
+from ..model.chunk_neural_memory import ChunkInputs, update_chunk_memory
+from ..model.chunk_update import ChunkMemorySpec
 from ..model.fast_networks import NetworkSpec
 from ..model.memory import MemorySpec
+from ..model.neural_memory import neural_memory_read, neural_memory_update
 from ..model.node import CHUNK_OUTPUTS, DOMAIN, INPUTS, OPERATOR, OUTPUTS, attributes, chunk_attributes
-from ..model.operator import neural_memory_read, neural_memory_update
 from .tracing import OPSET, trace
 
 INTEGER_INPUTS = ("fill", "valid", "slots")

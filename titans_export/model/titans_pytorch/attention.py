@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Linear, StreamState, join_heads, row_index, write_rows
-from ..stream import StateFacts
+from ..stream import StateInfo
 from .memory import per_head, rms_norm
 from .options import TransformerOptions
 from .positions import Angle, PairRotary
@@ -116,9 +116,9 @@ class StreamAttention(nn.Module):
         keys, values = (torch.cat([rows.expand(batch, -1, -1, -1), empty], 2) for rows in self.persistent)
         return {"keys": keys, "values": values}
 
-    def state_facts(self) -> dict[str, StateFacts]:
+    def state_info(self) -> dict[str, StateInfo]:
         written = {"axis": 2, "first": [self.rule.persistent], "period": self.rule.ring}
-        return dict.fromkeys(("keys", "values"), StateFacts("cache", written=written))
+        return dict.fromkeys(("keys", "values"), StateInfo("cache", written=written))
 
     def _heads(self, x: Tensor, count: int) -> Tensor:
         batch, length, _ = x.shape

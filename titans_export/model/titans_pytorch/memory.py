@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunk_fold import ChunkMemorySpec, chunk_layout, initial_chunk_rows
-from ..chunk_memory import ChunkInputs, ChunkUpdate
+from ..chunk_neural_memory import ChunkInputs, ChunkUpdate
+from ..chunk_update import ChunkMemorySpec, chunk_layout, initial_chunk_rows
 from ..fast_networks import NetworkSpec
 from ..layers import Linear, StreamState, flat, join_heads
 from ..node import chunk_memory_update
-from ..stream import StateFacts
+from ..stream import StateInfo
 from .options import MemoryOptions
 
 NEWTON_SCHULZ_STEPS = 5
@@ -132,12 +132,12 @@ class NeuralMemoryLayer(nn.Module):
     def _pools(self) -> list[str]:
         return ["pool", "pool_logits"] if self.options.attn_pool_chunks else ["pool"]
 
-    def state_facts(self) -> dict[str, StateFacts]:
+    def state_info(self) -> dict[str, StateInfo]:
         # Only a node is known to leave everything else as it is.
         chunk = self.spec.chunk_size if self.spec.fused else None
-        facts = {"memory": StateFacts("memory", chunk_layout(self.spec).fields, chunk=chunk)}
+        facts = {"memory": StateInfo("memory", chunk_layout(self.spec).fields, chunk=chunk)}
         if self.spec.chunk_size > 1:
-            facts |= {name: StateFacts("conv") for name in self._pools()}
+            facts |= {name: StateInfo("conv") for name in self._pools()}
         return facts
 
     def _heads(self, x: Tensor, length: int, per_token: int) -> Tensor:

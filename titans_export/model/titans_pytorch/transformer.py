@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunk_fold import ChunkMemorySpec, chunk_weights
-from ..chunk_memory import ChunkUpdate
+from ..chunk_neural_memory import ChunkUpdate
+from ..chunk_update import ChunkMemorySpec, chunk_weights
 from ..hyper_connection import hyper_connection
 from ..layers import Linear, StreamState, flat
-from ..stream import Call, Graph, Signal, StateFacts, StreamModel
+from ..stream import Call, Graph, StateInfo, StreamModel, TensorSpec
 from .attention import StreamAttention, Window, WindowRule
 from .memory import NeuralMemoryLayer, rms_norm
 from .options import TransformerOptions
@@ -111,9 +111,9 @@ class Layer(nn.Module):
         memory = {} if self.memory is None else self.memory.initial_state(batch)
         return {**memory, **self.attention.initial_state(batch)}
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        memory = {} if self.memory is None else self.memory.state_facts()
-        return {**memory, **self.attention.state_facts()}
+    def state_info(self) -> dict[str, StateInfo]:
+        memory = {} if self.memory is None else self.memory.state_info()
+        return {**memory, **self.attention.state_info()}
 
 
 class _Shared:
@@ -138,8 +138,8 @@ class MemoryAsContext(StreamModel):
         super().__init__()
         self.options, self.name, self.decoded_from = options, name, decoded_from
         dim, streams = options.dim, options.num_residual_streams
-        self.input = Signal("tokens", "tokens", options.num_tokens)
-        self.output = Signal("logits", "logits", options.num_tokens)
+        self.input = TensorSpec("tokens", "tokens", options.num_tokens)
+        self.output = TensorSpec("logits", "logits", options.num_tokens)
         self.row_segment = options.segment_len + options.num_longterm_mem_tokens
         self.decoded_row = None if decoded_from is None else self._rows_of(decoded_from)
         self.embedding = nn.Parameter(torch.zeros(options.num_tokens, dim))
@@ -222,10 +222,10 @@ class MemoryAsContext(StreamModel):
             state |= {f"layers.{i}.{name}": value for name, value in own.items()}
         return state
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        facts: dict[str, StateFacts] = {}
+    def state_info(self) -> dict[str, StateInfo]:
+        facts: dict[str, StateInfo] = {}
         for i, layer in enumerate(self.layers):
-            own: dict[str, StateFacts] = layer.state_facts()  # type: ignore[operator]
+            own: dict[str, StateInfo] = layer.state_info()  # type: ignore[operator]
             facts |= {f"layers.{i}.{name}": value for name, value in own.items()}
         if not self.options.num_longterm_mem_tokens:
             return facts

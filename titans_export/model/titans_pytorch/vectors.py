@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers import StreamState
-from ..stream import Call, Graph, Signal, StateFacts, StreamModel
+from ..stream import Call, Graph, StateInfo, StreamModel, TensorSpec
 from .memory import NeuralMemoryLayer
 from .options import MemoryOptions
 
@@ -24,8 +24,8 @@ class VectorMemory(StreamModel):
         super().__init__()
         self.options, self.name = options, name
         self.views = 3 if options.qkv_receives_diff_views else 1
-        self.input = Signal("vectors", "x", options.dim * self.views)
-        self.output = Signal("vectors", "y", options.dim)
+        self.input = TensorSpec("vectors", "x", options.dim * self.views)
+        self.output = TensorSpec("vectors", "y", options.dim)
         self.layer = NeuralMemoryLayer(options)
 
     def config_json(self) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class VectorMemory(StreamModel):
     def initial_state(self, batch: int) -> StreamState:
         return {PREFIX + name: value for name, value in self.layer.initial_state(batch).items()}
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        return {PREFIX + name: facts for name, facts in self.layer.state_facts().items()}
+    def state_info(self) -> dict[str, StateInfo]:
+        return {PREFIX + name: facts for name, facts in self.layer.state_info().items()}
 
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
         return ((position + 1) % self.options.chunk_size == 0,)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..attention import ROTARY_BASE, Attention
 from ..layers import StreamState
-from ..stream import StateFacts
+from ..stream import StateInfo
 
 Angle = tuple[Tensor, Tensor]
 
@@ -68,8 +68,8 @@ class SegmentWindowAttention(Attention):
         empty = self.out.weight.new_zeros(batch, self.heads, self.ring, self.head_dim)
         return {"keys": empty, "values": empty.clone()}
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        facts = StateFacts("cache", written={"axis": 2, "first": [0], "period": self.ring})
+    def state_info(self) -> dict[str, StateInfo]:
+        facts = StateInfo("cache", written={"axis": 2, "first": [0], "period": self.ring})
         return dict.fromkeys(self.initial_state(1), facts)
 
     def _rotate(self, position: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import operator
+from .. import exported
 from ..layers import CausalConv, Linear, StreamState
-from ..operator import Layout
-from ..stream import StateFacts
+from ..packed_row import Layout
+from ..stream import StateInfo
 from .options import ModelOptions
 
 UNIT_FLOOR = 1e-12
@@ -103,13 +103,13 @@ class SegmentMemory(nn.Module):
                 state["conv"] = self.conv.initial_state(batch)
         return state
 
-    def state_facts(self) -> dict[str, StateFacts]:
+    def state_info(self) -> dict[str, StateInfo]:
         written = {"axis": 1, "first": [0], "period": self.options.segment}
         facts = {
-            "memory": StateFacts("memory", self.layout.fields),
-            "sum": StateFacts("conv"),
-            "pairs": StateFacts("cache", written=written),
-            "conv": StateFacts("conv"),
+            "memory": StateInfo("memory", self.layout.fields),
+            "sum": StateInfo("conv"),
+            "pairs": StateInfo("cache", written=written),
+            "conv": StateInfo("conv"),
         }
         return {name: facts[name] for name in self.initial_state(1)}
 
@@ -187,7 +187,7 @@ class SegmentMemory(nn.Module):
         y = read(self.options.activation, self._unpack(state["memory"])[0], q)
 
         # Parameters that a branch needs are its operands: tracing does not lift what it captures.
-        def fold(
+        def update(
             rows: Tensor, pairs: Tensor, mean: Tensor, ends: Tensor, weight: Tensor, bias: Tensor
         ) -> tuple[Tensor]:
             updated = self._pack(*self._update(*self._unpack(rows), pairs, mean @ weight + bias))
@@ -198,7 +198,7 @@ class SegmentMemory(nn.Module):
 
         assert self.gates.bias is not None
         operands = (state["memory"], pairs, total / size, ends, self.gates.weight, self.gates.bias)
-        (rows,) = operator.branch(ends.any(), fold, leave, *operands)
+        (rows,) = exported.branch(ends.any(), update, leave, *operands)
         following = {"memory": rows, "sum": total, "pairs": pairs}
         if past is not None and past.shape[1]:
             following["conv"] = past

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import FeedForward, Linear, RMSNorm, StreamState
-from ..stream import Call, Graph, Signal, StateFacts, StreamModel
+from ..stream import Call, Graph, StateInfo, StreamModel, TensorSpec
 from .attention import SegmentWindowAttention
 from .memory import SegmentMemory
 from .options import ModelOptions
@@ -42,9 +42,9 @@ class Block(nn.Module):
         cache = self.attention.initial_state(batch) if self.attention is not None else {}
         return {**self.memory.initial_state(batch), **cache}
 
-    def state_facts(self) -> dict[str, StateFacts]:
-        cache = self.attention.state_facts() if self.attention is not None else {}
-        return {**self.memory.state_facts(), **cache}
+    def state_info(self) -> dict[str, StateInfo]:
+        cache = self.attention.state_info() if self.attention is not None else {}
+        return {**self.memory.state_info(), **cache}
 
     def forward(
         self, x: Tensor, state: StreamState, place: Tensor | None, learn: Tensor | None
@@ -76,8 +76,8 @@ class SegmentModel(StreamModel):
     def __init__(self, options: ModelOptions, name: str = "titans") -> None:
         super().__init__()
         self.options, self.name, self.variant = options, name, options.variant
-        self.input = Signal("tokens", "tokens", options.vocab_size)
-        self.output = Signal("logits", "logits", options.vocab_size)
+        self.input = TensorSpec("tokens", "tokens", options.vocab_size)
+        self.output = TensorSpec("logits", "logits", options.vocab_size)
         self.embedding = nn.Parameter(torch.zeros(options.vocab_size, options.dim))
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.norm = RMSNorm(options.dim)
@@ -111,9 +111,9 @@ class SegmentModel(StreamModel):
             for name, value in block.initial_state(batch).items()
         }
 
-    def state_facts(self) -> dict[str, StateFacts]:
+    def state_info(self) -> dict[str, StateInfo]:
         return {
-            prefix + name: facts for prefix, block in self._of_blocks() for name, facts in block.state_facts().items()
+            prefix + name: facts for prefix, block in self._of_blocks() for name, facts in block.state_info().items()
         }
 
     def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:

@@ -1,7 +1,7 @@
 """`ai.titans::NeuralMemory` with one gate a chunk (`gates` = "chunk"), as titans-pytorch trains it, in PyTorch.
 
 The reference of the operator in docs/operator.md, and what is traced where no kernel covers a memory: calls of many
-tokens, whose complete chunks `chunk_fold.fold` makes into updates. Token t is answered by the weights of the last
+tokens, whose complete chunks `chunk_update` turns into updates. Token t is answered by the weights of the last
 complete chunk, its own included: y_t = M_W(q_t).
 
 Shapes: packed rows (B, H, R); q (B, H, T, D); k, v (B, H, T u, D); step sizes (B, H, T u); other gates (B, H, T, ...).
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import operator
-from .chunk_fold import (
+from . import exported
+from .chunk_update import (
     ChunkMemorySpec,
     Gates,
     State,
     chunk_layout,
+    chunk_update,
     flat_weights,
-    fold,
     pick,
     state_fields,
     unpack_state,
@@ -156,13 +156,13 @@ def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             one.get("previous_gate"),
             x.transition,
         )
-        new, losses = fold(spec, old, one["k"], one["v"], one["theta"], gates, one.get("moved"))
+        new, losses = chunk_update(spec, old, one["k"], one["v"], one["theta"], gates, one.get("moved"))
         new, numbers = _committed(spec, old, new, losses, x, one.get("done"))
         q = one["q"]
         y = torch.cat([forward(spec.network, old.w, q[:, :, :-1]), forward(spec.network, new.w, q[:, :, -1:])], 2)
         return _flatten(new), [y, numbers, flat_weights(old.w, 2)]
 
-    carry, outs = _scan(step, _flatten(state), given)
+    carry, outs = exported.scan(step, _flatten(state), given)
     y, numbers, before = outs
     state = _unflatten(spec, carry)
     fields = {name: begin[name] for name in ("k", "v", "theta")} | state_fields(spec, state)
@@ -192,32 +192,6 @@ def _unflatten(spec: ChunkMemorySpec, tensors: list[Tensor]) -> State:
     return State(groups[0], point, groups[1:])
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _scan(step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:  # type: ignore[no-untyped-def]
-    """step(carry, x_i, i) over the leading dimension: a loop, and a `Scan` where it is exported, so that the graph does
-    not grow with the number of chunks.
-    """
-    count = xs[0].shape[0]
-    if torch.compiler.is_exporting() and count > 1:
-        from torch._higher_order_ops.scan import scan
-
-        def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            # It refuses outputs that are views of its inputs, and carries that change their strides.
-            new, out = step(c, x, 0)
-            return [_copy(t) for t in new], [_copy(t) for t in out]
-
-        result: tuple[list[Tensor], list[Tensor]] = scan(cloned, [_copy(t) for t in carry], xs)
-        return result
-    outs = []
-    for i in range(count):
-        carry, out = step(carry, [x[i] for x in xs], i)
-        outs.append(out)
-    return carry, [torch.stack(column) for column in zip(*outs, strict=True)]
-
-
 def _place(old: Tensor, new: Tensor, place: Tensor, counts: Tensor | None) -> Tensor:
     """old: (B, H, rows, size) with the rows of new, (B, H, u, size), from `place`, (B,), on. counts: (B,) bool."""
     index = torch.arange(old.shape[2], device=old.device)
@@ -229,7 +203,7 @@ def _place(old: Tensor, new: Tensor, place: Tensor, counts: Tensor | None) -> Te
 
 
 def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
-    """Token by token, streams anywhere in their chunks; a chunk that fills up is folded under an `If`.
+    """Token by token, streams anywhere in their chunks; the chunk update of a full chunk is under an `If`.
 
     fill counts tokens since the gradient point last moved (or since the chunk's start where it does not, or with every
     chunk).
@@ -295,7 +269,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             fields, values = layout.unpack(rows), iter(rest)
             gates = Gates(*(next(values) if kind else None for kind in kinds))  # type: ignore[arg-type]
             old = unpack_state(spec, fields)
-            new, losses = fold(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
+            new, losses = chunk_update(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
             new, numbers = _committed(spec, old, new, losses, x, learns)
             # Traced within a loop, where sizes are variables, both branches have to say that theirs are the same.
             packed = layout.pack(fields | state_fields(spec, new))
@@ -304,7 +278,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
         def leave(rows: Tensor, learns: Tensor, moved: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(*rows.shape[:2], 4, dtype=rows.dtype, device=rows.device)
 
-        rows, numbers = operator.branch(
+        rows, numbers = exported.branch(
             full.any(),
             complete,
             leave,
@@ -324,7 +298,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
         return [rows, torch.remainder(after, spec.period), completed, before], [y, numbers]
 
     first = flat_weights(unpack_state(spec, layout.unpack(x.rows)).w, 2).unsqueeze(2)
-    carry, (y, numbers) = _scan(
+    carry, (y, numbers) = exported.scan(
         step, [x.rows, x.fill, torch.zeros_like(x.fill), first.expand(-1, -1, slots, -1)], given
     )
     return ChunkUpdate(y.movedim(0, 2).reshape(x.q.shape), carry[0], _total(numbers), carry[3])
@@ -342,8 +316,3 @@ def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) ->
         u = spec.keys_per_token
         x = replace(x, q=clean(x.q, 1), k=clean(x.k, u), v=clean(x.v, u))
     return update_chunks(spec, x) if aligned else update_open(spec, x)
-
-
-def read_chunk_memory(spec: ChunkMemorySpec, rows: Tensor, q: Tensor) -> Tensor:
-    """The operator in mode "read": y = M_W(q). rows: (B, H, R); q: (B, H, T, D)."""
-    return forward(spec.network, unpack_state(spec, chunk_layout(spec).unpack(rows)).w, q)

@@ -1,4 +1,4 @@
-"""One chunk of a memory with one gate a chunk: its structure, its packed row, and the fold of docs/operator.md.
+"""One chunk of a memory with one gate a chunk: its structure, its packed row, and the chunk update of docs/operator.md.
 
 Of C tokens, when the last one has come, with the gates of that last token:
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .fast_networks import NetworkSpec, Weights, pull
-from .operator import Layout
+from .packed_row import Layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NORM_FLOOR = 1e-7
@@ -97,7 +97,7 @@ def _surprise_letters(spec: ChunkMemorySpec) -> list[str]:
 
 
 class State(NamedTuple):
-    """What a fold changes: W, the gradient point where it is another than W, and S by order."""
+    """What a chunk update changes: W, the gradient point where it is another than W, and S by order."""
 
     w: Weights
     point: Weights | None
@@ -183,7 +183,7 @@ def _clamp(g: Tensor, limit: float) -> Tensor:
     return g * ((torch.tanh(norm / half) * half + half) / safe)
 
 
-def fold(
+def chunk_update(
     spec: ChunkMemorySpec, state: State, k: Tensor, v: Tensor, theta: Tensor, gates: Gates, moved: Tensor | None
 ) -> tuple[State, Tensor]:
     """The state after a complete chunk, and its losses (B, H, rows stored).

@@ -6,99 +6,29 @@ kernel is measured against this.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import exported
 from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
-from .memory_dtype import ROW_ALIGNMENT, stored_shapes, words
+from .packed_row import Layout
 
 STATS = ("surprise", "update_norm", "committed", "rejected")
 
 
-class Field(NamedTuple):
-    """A field of a packed row: words [offset, offset + words), one for each element unless `memory_dtype` differs."""
-
-    name: str
-    offset: int
-    shape: tuple[int, ...]
-    memory_dtype: str = "float32"
-
-    @property
-    def words(self) -> int:
-        return words(self.shape, self.memory_dtype)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a manifest lists it."""
-        entry = {"name": self.name, "offset": self.offset, "shape": list(self.shape)}
-        return entry if self.memory_dtype == "float32" else {**entry, "dtype": self.memory_dtype}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding.
-
-    memory_dtype, rounding: the operator's attributes. Only float32 rows can be packed and unpacked here; for
-    all of them there is memory_dtype.py.
-    """
-
-    fields: tuple[Field, ...]
-    size: int
-    memory_dtype: str = "float32"
-    rounding: str = "nearest"
-
-    @staticmethod
-    def of(spec: MemorySpec, memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
-        c = spec.chunk_size
-        shapes: list[tuple[str, tuple[int, ...]]] = []
-        shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
-        shapes += [(f"S{i}", s) for i, s in enumerate(spec.shapes)]
-        for i, (width_in, width_out) in enumerate(spec.shapes):
-            shapes += [(f"layer_input{i}", (c, width_in)), (f"output_grad{i}", (c, width_out))]
-        shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
-        return Layout.from_shapes(shapes, memory_dtype, rounding)
-
-    @staticmethod
-    def from_shapes(
-        shapes: list[tuple[str, tuple[int, ...]]], memory_dtype: str = "float32", rounding: str = "nearest"
-    ) -> Layout:
-        """The fields one after the other, and what the rounding adds to them."""
-        fields, offset = [], 0
-        for name, shape, kept in stored_shapes(shapes, memory_dtype, rounding):
-            fields.append(Field(name, offset, shape, kept))
-            offset += fields[-1].words
-        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT, memory_dtype, rounding)
-
-    def stored(self, memory_dtype: str, rounding: str = "nearest") -> Layout:
-        """That of the same row in another memory_dtype, from one of memory_dtype "float32"."""
-        return Layout.from_shapes([(f.name, f.shape) for f in self.fields], memory_dtype, rounding)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """As a manifest lists it."""
-        return [f.to_json() for f in self.fields]
-
-    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """(..., R) to the fields by name, each (..., *shape)."""
-        assert self.memory_dtype == "float32", "memory_dtype.unpack_row has the others"
-        lead = rows.shape[:-1]
-        sizes = [math.prod(f.shape) for f in self.fields]
-        parts = rows.split([*sizes, self.size - sum(sizes)], -1)
-        return {f.name: part.reshape(*lead, *f.shape) for f, part in zip(self.fields, parts, strict=False)}
-
-    def pack(self, fields: dict[str, Tensor]) -> Tensor:
-        """The fields, each (..., *shape), to (..., R)."""
-        assert self.memory_dtype == "float32", "memory_dtype.pack_row has the others"
-        first = self.fields[0]
-        lead = fields[first.name].shape[: fields[first.name].dim() - len(first.shape)]
-        parts = [fields[f.name].reshape(*lead, -1) for f in self.fields]
-        padding = self.size - sum(math.prod(f.shape) for f in self.fields)
-        if padding:
-            parts.append(torch.zeros(*lead, padding, dtype=parts[0].dtype, device=parts[0].device))
-        return torch.cat(parts, -1)
+def memory_layout(spec: MemorySpec, memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
+    """The packed row: W | S | rows of the open chunk | their coefficients | padding."""
+    c = spec.chunk_size
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
+    shapes += [(f"S{i}", s) for i, s in enumerate(spec.shapes)]
+    for i, (width_in, width_out) in enumerate(spec.shapes):
+        shapes += [(f"layer_input{i}", (c, width_in)), (f"output_grad{i}", (c, width_out))]
+    shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
+    return Layout.from_shapes(shapes, memory_dtype, rounding)
 
 
 def initial_rows(spec: MemorySpec, weights: list[Tensor]) -> Tensor:
@@ -110,7 +40,7 @@ def initial_rows(spec: MemorySpec, weights: list[Tensor]) -> Tensor:
 
 def _pack_aligned(spec: MemorySpec, state: State, lead: torch.Size) -> Tensor:
     """Packed rows at a chunk's start: no cached rows, m = 1, f = 0, beta = 1."""
-    layout = Layout.of(spec)
+    layout = memory_layout(spec)
     like = state.w[0]
     fields = {
         f.name: like.new_full((1,), float(f.name in ("m", "beta"))).expand(*lead, *f.shape) for f in layout.fields
@@ -139,10 +69,10 @@ def _pack_open(spec: MemorySpec, state: State, chunk: CachedChunk) -> Tensor:
         fields |= {
             f"W{i}": state.w[i],
             f"S{i}": state.s[i],
-            f"layer_input{i}": chunk.left[i],
-            f"output_grad{i}": chunk.right[i],
+            f"layer_input{i}": chunk.layer_input[i],
+            f"output_grad{i}": chunk.output_grad[i],
         }
-    return Layout.of(spec).pack(fields)
+    return memory_layout(spec).pack(fields)
 
 
 def read_memory(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
@@ -150,7 +80,7 @@ def read_memory(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor |
 
     state: (B, H, R) packed rows; q: (B, H, T, D); norm_scale: (H, D) with layer_norm. Returns (B, H, T, D).
     """
-    return read(spec, _weights(spec, Layout.of(spec).unpack(state)).w, q, norm_scale)
+    return read(spec, _weights(spec, memory_layout(spec).unpack(state)).w, q, norm_scale)
 
 
 class Update(NamedTuple):
@@ -213,7 +143,7 @@ def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     that chunk's end as if it were complete, which no stream may continue from.
     """
     lead = x.state.shape[:-1]
-    state = _weights(spec, Layout.of(spec).unpack(x.state))
+    state = _weights(spec, memory_layout(spec).unpack(x.state))
     size = spec.chunk_size
     out: list[Tensor] = []
     loss: list[Tensor] = []
@@ -239,31 +169,12 @@ def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     return Update(torch.cat(out, -2), _pack_aligned(spec, state, lead), torch.stack(stats, -1))
 
 
-def branch(
-    condition: Tensor,
-    yes: Callable[..., tuple[Tensor, ...]],
-    no: Callable[..., tuple[Tensor, ...]],
-    *args: Tensor,
-    token: int = 0,
-) -> tuple[Tensor, ...]:
-    """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise. token: which of the call's tokens
-    asks, for whoever knows the answer without the condition.
-    """
-    if torch.compiler.is_exporting():
-        from torch._higher_order_ops.cond import cond_op
-
-        # The operator itself: torch.cond has dynamo look at every line first, which doubles the time of tracing.
-        result: tuple[Tensor, ...] = cond_op(condition, yes, no, args)
-        return result
-    return yes(*args) if bool(condition) else no(*args)
-
-
 def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
-    """mode "update", schedule "any": one token after the other in the cached form, chunks folded as they fill.
+    """mode "update", schedule "any": token by token in the cached form, with an update at each chunk's end.
 
     fill: (B,) int64, tokens already in each stream's open chunk, in [0, chunk). Streams may differ.
     """
-    fields = Layout.of(spec).unpack(x.state)
+    fields = memory_layout(spec).unpack(x.state)
     state, chunk = _weights(spec, fields), _open_chunk(spec, fields)
     theta, eta, keep, on = x.gates.masked()
     size = spec.chunk_size
@@ -278,13 +189,13 @@ def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
         after = fill + 1 if x.valid is None else fill + x.valid[..., t].to(fill.dtype)
         full = after == size
 
-        def fold(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-            fields = Layout.of(spec).unpack(rows)
+        def update(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+            fields = memory_layout(spec).unpack(rows)
             old = _weights(spec, fields)
-            new, norm, good = _guard(_open_chunk(spec, fields).fold(old), old, x.update_limit)
+            new, norm, good = _guard(_open_chunk(spec, fields).update(old), old, x.update_limit)
             this = full.to(norm.dtype).unsqueeze(-1)
-            folded = _pack_aligned(spec, new, norm.shape)
-            rows = torch.where(full[:, None, None], folded, rows)
+            updated = _pack_aligned(spec, new, norm.shape)
+            rows = torch.where(full[:, None, None], updated, rows)
             # where, not a product: a stream whose chunk is not full must not see another's NaN, nor its own.
             norm = torch.where(full.unsqueeze(-1), norm, torch.zeros_like(norm))
             return rows, torch.stack([norm, this * good, this * (1 - good)], -1)
@@ -292,11 +203,11 @@ def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
         def leave(rows: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
             return rows.clone(), torch.zeros(*rows.shape[:-1], 3, dtype=rows.dtype, device=rows.device)
 
-        rows, numbers = branch(full.any(), fold, leave, rows, full, token=t)
+        rows, numbers = exported.branch(full.any(), update, leave, rows, full, token=t)
         stats.append(torch.cat([surprised.unsqueeze(-1), numbers], -1))
         fill = torch.where(full, torch.zeros_like(fill), after)
         if t + 1 < x.q.shape[-2]:
-            fields = Layout.of(spec).unpack(rows)
+            fields = memory_layout(spec).unpack(rows)
             state, chunk = _weights(spec, fields), _open_chunk(spec, fields)
     if len(stats) == 1:
         return Update(out[0], rows, stats[0])

@@ -1,0 +1,57 @@
+"""What becomes one construct of an exported graph: an operator's node, an `If`, a `Scan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[[list[Tensor], list[Tensor], int], tuple[list[Tensor], list[Tensor]]]
+
+
+def branch(
+    condition: Tensor,
+    yes: Callable[..., tuple[Tensor, ...]],
+    no: Callable[..., tuple[Tensor, ...]],
+    *args: Tensor,
+    token: int = 0,
+) -> tuple[Tensor, ...]:
+    """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise.
+
+    token: the place in the call of the token that the condition is about; for callers that replace this function.
+    """
+    if torch.compiler.is_exporting():
+        from torch._higher_order_ops.cond import cond_op
+
+        # torch.cond would run dynamo over every line first, which doubles the time of tracing.
+        result: tuple[Tensor, ...] = cond_op(condition, yes, no, args)
+        return result
+    return yes(*args) if bool(condition) else no(*args)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def scan(step: Step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """step(carry, x_i, i) over the leading dimension: a loop, or one `Scan` when exported.
+
+    Returns the last carry and the stacked outputs. A `Scan` keeps the graph's size independent of the number of chunks.
+    """
+    count = xs[0].shape[0]
+    if torch.compiler.is_exporting() and count > 1:
+        from torch._higher_order_ops.scan import scan as scan_op
+
+        def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            # scan_op refuses outputs that are views of inputs, and carries whose strides change.
+            new, out = step(c, x, 0)
+            return [_copy(t) for t in new], [_copy(t) for t in out]
+
+        result: tuple[list[Tensor], list[Tensor]] = scan_op(cloned, [_copy(t) for t in carry], xs)
+        return result
+    outs = []
+    for i in range(count):
+        carry, out = step(carry, [x[i] for x in xs], i)
+        outs.append(out)
+    return carry, [torch.stack(column) for column in zip(*outs, strict=True)]
