@@ -69,7 +69,7 @@ def test(timeout_s: float) -> dict[str, Any]:
     environment = dict(os.environ, TITANS_CUDA_RUNNER=str(PROGRAM))
     with tempfile.TemporaryDirectory(prefix="titans-gpu-") as folder:
         outcomes = Path(folder, "outcomes.xml")
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", ON_GPU, "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", ON_GPU, "-m", "", "-p", "no:cacheprovider"]
         command += [f"--junitxml={outcomes}"]
         if importlib.util.find_spec("xdist") is not None:  # most of a test's time is the oracle's, on the CPU
             command += ["-n", str(min(8, os.cpu_count() or 1))]

@@ -41,6 +41,8 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0)
   list(APPEND titans_architectures 110)
 endif()
 set(TITANS_CUDA_ARCHITECTURES "${titans_architectures}" CACHE STRING "Compute capabilities times 10 to compile for")
+set(TITANS_CUDA_EXCEPT "" CACHE STRING "Compute capabilities of this list to leave out")
+list(REMOVE_ITEM TITANS_CUDA_ARCHITECTURES "" ${TITANS_CUDA_EXCEPT})
 option(TITANS_CUDA_PTX "Add PTX for GPUs that are newer than all of these" ON)
 
 # The compiler's report of registers, shared memory and spills is kept in TARGET.ptxas.txt.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_bundles
 from tolerances import TOLERANCES
 
 from titans_export.checkpoints import load_checkpoint
-from titans_export.exporting import export_checkpoint
 from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
@@ -39,13 +39,11 @@ def test_two_million_tokens_were_steady(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_mac_bytes_reproduces_pytorch_over_ten_thousand_bytes(tmp_path: Path) -> None:
+def test_mac_bytes_reproduces_pytorch_over_ten_thousand_bytes() -> None:
     """Real text through the trained model, whose logits are larger than those of the random models elsewhere."""
-    bundle = tmp_path / "mac.titans"
-    export_checkpoint(CHECKPOINTS / "mac-bytes", bundle, chunks_per_call=1, positions=100)
     text = Path(pydoc_data.topics.__file__).read_bytes()[:10_000]
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
-    with rt.Session(bundle, threads=1) as session:
+    with rt.Session(shared_bundles.mac_bytes(), threads=1) as session:
         report = verify_stream(
             session,
             tokens,

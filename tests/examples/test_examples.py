@@ -21,6 +21,7 @@ from typing import IO
 
 import numpy as np
 import pytest
+import shared_bundles
 from cli_tools import environment
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
@@ -185,16 +186,9 @@ def test_what_was_taken_back_was_never_said(shared_bundle: Path, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def language_model() -> Path:
     """mac-bytes, which has read a novel; what is odd to a random model tells nothing."""
-    kept = ROOT / "build" / "test" / "mac-bytes.titans"
-    if (kept / "manifest.json").is_file():
-        return kept
-    from titans_export.exporting import export_checkpoint
-
-    path = tmp_path_factory.mktemp("bundles") / "mac-bytes.titans"
-    export_checkpoint(ROOT / "examples" / "checkpoints" / "mac-bytes", path, chunks_per_call=1, positions=64)
-    return path
+    return shared_bundles.mac_bytes()
 
 
 ODD = "disk sdb: I/O error, sector 0x7f3a9c, aborting journal"

@@ -23,6 +23,7 @@ import torch
 from cli_tools import invoke
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from shared_bundles import made_once
 
 from titans_export.checkpoints.titans_pytorch import read
 from titans_export.exporting import FLOAT32_SHARE
@@ -56,12 +57,15 @@ def script(name: str, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("example") / "bytes.titans"
-    result = invoke("export", CHECKPOINT / "model.safetensors", *FORMAT, "-o", output, "--chunks-per-call", 1, "--json")
-    assert result.code == 0, result.err
-    assert result.json()["library_error"] < 1e-4
-    return output
+def bundle() -> Path:
+    def export(path: Path) -> None:
+        result = invoke(
+            "export", CHECKPOINT / "model.safetensors", *FORMAT, "-o", path, "--chunks-per-call", 1, "--json"
+        )
+        assert result.code == 0, result.err
+        assert result.json()["library_error"] < 1e-4
+
+    return made_once("bytes", export)
 
 
 @pytest.fixture(scope="module")

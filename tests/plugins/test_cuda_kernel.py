@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import KINDS, Case, random_cuts, worst
-from kernel_runner import CUDA, CUDA_EMULATED, EMULATED_GPUS, Target, cuda_targets, run_kernel, run_node
+from kernel_runner import CUDA, CUDA_BUILDS, CUDA_EMULATED, EMULATED_GPUS, Target, cuda_targets, run_kernel, run_node
 from memory_dtype_oracle import MEMORY_DTYPES, ROUNDINGS, Kept, encode
 from oracles import titans_stream
 from test_kernel import GATES, SHAPES, _calls
@@ -27,7 +27,7 @@ from titans_export.model.neural_memory import initial_rows, memory_layout
 from titans_export.model.node import attributes, memory_dtype_attributes
 from titans_export.model.packed_row import Layout
 
-REPORT = CUDA.parents[1] / "titans_cuda_kernels.ptxas.txt"
+long = pytest.mark.long
 targets = pytest.mark.parametrize("target", cuda_targets())
 emulated = pytest.mark.skipif(not CUDA_EMULATED.exists(), reason=f"no {CUDA_EMULATED}: make kernels")
 
@@ -295,7 +295,7 @@ def test_gpus_that_are_too_old_or_rows_too_large_are_refused(tmp_path: Path) -> 
     assert "expected a packed row of at most" in attempt("90:132:232448", 12_000)
 
 
-@pytest.mark.skipif(not CUDA.exists(), reason=f"no {CUDA}: make cuda")
+@pytest.mark.skipif(not CUDA.exists(), reason=f"no {CUDA}: make kernels, with nvcc installed")
 def test_a_machine_without_a_gpu_is_told_so() -> None:
     done = subprocess.run([str(CUDA), "--device"], capture_output=True, text=True)
     if done.returncode == 0:
@@ -307,9 +307,12 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
 KERNELS = {"update_blocks": 255, "update_token": 128, "update_token_in_place": 255, "read_rows": 255}
 
 
-@pytest.mark.skipif(not REPORT.exists(), reason=f"no {REPORT}: make cuda")
-def test_no_kernel_spills_on_any_gpu() -> None:
-    report = REPORT.read_text()
+@pytest.mark.parametrize("name", [pytest.param("cuda", marks=long), "cuda-two", pytest.param("cuda-rest", marks=long)])
+def test_no_kernel_spills_on_any_gpu(name: str) -> None:
+    build = CUDA_BUILDS[name]
+    if not (build / "titans_cuda_kernels.ptxas.txt").exists():
+        pytest.skip(f"no {build.relative_to(build.parents[1])}: tools/build {name}, with nvcc installed")
+    report = (build / "titans_cuda_kernels.ptxas.txt").read_text()
     entries = re.findall(
         r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -326,9 +329,12 @@ def test_no_kernel_spills_on_any_gpu() -> None:
         assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel}<{values}> spills on {architecture}"
         assert int(registers) <= KERNELS[kernel], f"{kernel}<{values}> on {architecture}"
         found.setdefault(architecture, set()).add((kernel, values))
-    listed = re.search(r"TITANS_CUDA_ARCHITECTURES:\w+=(\S+)", (CUDA.parents[1] / "CMakeCache.txt").read_text())
-    assert listed
-    assert found.keys() == {f"sm_{each}" for each in listed.group(1).split(";")}
+    cache = (build / "CMakeCache.txt").read_text()
+    listed, left_out = (
+        re.search(rf"^TITANS_CUDA_{what}:\w+=(\S*)$", cache, re.MULTILINE) for what in ("ARCHITECTURES", "EXCEPT")
+    )
+    assert listed and left_out
+    assert found.keys() == {f"sm_{each}" for each in {*listed[1].split(";")} - {*left_out[1].split(";")}}
     # Three types of values; updates for what fits into shared memory, and for what does not.
     assert all(len(kernels) == 3 * 5 for kernels in found.values())
 

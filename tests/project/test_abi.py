@@ -72,7 +72,7 @@ def test_changes_fail(old: str, new: str, told: str, tmp_path: Path) -> None:
     done = check(changed(old, new, tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     assert told in done.stderr
-    assert re.search(r"^\[abi\] expected .+ but got .+; do .+$", done.stderr, re.MULTILINE)
+    assert re.search(r"^\[abi\] .+\. Fix: .+ \(TITANS-E1106\)$", done.stderr, re.MULTILINE)
 
 
 def test_the_library_exports_the_functions_of_the_header_alone() -> None:

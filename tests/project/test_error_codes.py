@@ -22,6 +22,7 @@ SOURCES = {
         for path in (ROOT / folder).rglob("*.py")
         if "build" not in path.parts
     ],
+    "scripts": [path for path in (ROOT / "tools").iterdir() if path.is_file()],
     "c++": [
         path
         for folder in ("runtime/src", "runtime/include", "plugins")

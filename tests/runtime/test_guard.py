@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import shared_bundles
 import xxhash
 from onnx import numpy_helper
 from synthetic import Reference, Weights, write_bundle
@@ -174,14 +175,8 @@ def test_refuses_what_is_no_guard(vector_session: rt.Session, arguments: Any) ->
 @pytest.fixture(scope="module")
 def eager_model(tmp_path_factory: pytest.TempPathFactory) -> rt.Session:
     """mac-bytes with a step limit of 2.5, which is no contraction: prose is fine, a byte that repeats is not."""
-    kept = ROOT / "build" / "test" / "mac-bytes.titans"
     folder = tmp_path_factory.mktemp("bundles") / "eager.titans"
-    if (kept / "manifest.json").is_file():
-        shutil.copytree(kept, folder)
-    else:
-        from titans_export.exporting import export_checkpoint
-
-        export_checkpoint(ROOT / "examples" / "checkpoints" / "mac-bytes", folder, chunks_per_call=1, positions=64)
+    shutil.copytree(shared_bundles.mac_bytes(), folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     for graph in manifest["graphs"]:
         model = onnx.load(folder / graph["file"], load_external_data=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from calibration_tools import TEXT
 from cli_tools import invoke
+from shared_bundles import copy_of
 
 from titans_export.checkpoints import titans
 from titans_export.model import MemoryConfig, ModelConfig, Titans
@@ -31,10 +32,12 @@ def float32_bundle(model: Titans, tmp_path_factory: pytest.TempPathFactory) -> P
     pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("calibration")
     titans.save(model, folder / "checkpoint")
-    path = folder / "float32.titans"
-    result = invoke("export", folder / "checkpoint", "-o", path, "--chunks-per-call", 1, "--positions", 64)
-    assert result.code == 0, result.err
-    return path
+
+    def export(path: Path) -> None:
+        result = invoke("export", folder / "checkpoint", "-o", path, "--chunks-per-call", 1, "--positions", 64)
+        assert result.code == 0, result.err
+
+    return copy_of("float32", export, folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_tools import TEXT, invoke, save_model
+from shared_bundles import copy_of
 
 from titans_export.model import MemoryConfig
 
@@ -37,13 +38,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The MAC model exported. Not to be changed: `bundle` is a copy for that."""
     pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
-    path = tmp_path_factory.mktemp("bundles") / "mac.titans"
-    result = invoke("export", checkpoint, "-o", path, "--chunks-per-call", 1, "--positions", 64, "--json")
-    assert result.code == 0, result.err
-    report = result.json()
-    assert report["bundle"] == str(path)
-    assert report["max_abs_error"] <= report["tolerance"]
-    return path
+
+    def export(path: Path) -> None:
+        result = invoke("export", checkpoint, "-o", path, "--chunks-per-call", 1, "--positions", 64, "--json")
+        assert result.code == 0, result.err
+        report = result.json()
+        assert report["bundle"] == str(path)
+        assert report["max_abs_error"] <= report["tolerance"]
+
+    return copy_of("mac", export, tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture

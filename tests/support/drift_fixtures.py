@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import reseal, save_model
+from shared_bundles import copy_of
 
 from titans_export.checkpoints import titans
 from titans_export.exporting import export_checkpoint
@@ -51,9 +53,9 @@ def drift_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def drift_bundle(drift_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
-    path = tmp_path_factory.mktemp("bundles") / "mac.titans"
-    export_checkpoint(drift_checkpoint, path, chunks_per_call=2, positions=32)
-    return path
+    export = partial(export_checkpoint, drift_checkpoint, chunks_per_call=2, positions=32)
+    copy = copy_of("drift", export, tmp_path_factory.mktemp("bundles"))
+    return copy.rename(copy.with_name("mac.titans"))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from shared_bundles import copy_of
 from variants import CONFIGS
 
 from titans_export.checkpoints.titans import save
@@ -36,6 +38,8 @@ def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
     folder, made = tmp_path_factory.mktemp("bundles"), {}
     for name, checkpoint in checkpoints.items():
-        made[name] = folder / f"{name}.titans"
-        export_checkpoint(checkpoint, made[name], chunks_per_call=3, positions=100)
+        copy = copy_of(
+            f"variant-{name}", partial(export_checkpoint, checkpoint, chunks_per_call=3, positions=100), folder
+        )
+        made[name] = copy.rename(folder / f"{name}.titans")
     return made

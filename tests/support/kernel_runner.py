@@ -36,7 +36,12 @@ EMULATED = [*EMULATOR, str(BUILD_AARCH64 / "bin" / "neural_memory_run")]
 TARGETS = {"avx512": [NATIVE], "avx2": [NATIVE], "neon": [NATIVE, EMULATED], "plain": [NATIVE, EMULATED]}
 
 # tools/gpu_check names one that it has built for this GPU alone.
-CUDA = Path(os.environ.get("TITANS_CUDA_RUNNER", ROOT / "build" / "cuda" / "bin" / "neural_memory_run_cuda"))
+# Each is a build for other GPUs: all, those of `make test`, and those that only `make test-all` adds.
+CUDA_BUILDS = {name: ROOT / "build" / name for name in ("cuda", "cuda-two", "cuda-rest")}
+_CUDA_RUNNERS = [build / "bin" / "neural_memory_run_cuda" for build in CUDA_BUILDS.values()]
+CUDA = Path(
+    os.environ.get("TITANS_CUDA_RUNNER", next((path for path in _CUDA_RUNNERS if path.exists()), _CUDA_RUNNERS[0]))
+)
 CUDA_EMULATED = ROOT / "build" / "emulation" / "bin" / "neural_memory_run_cuda_emulated"
 # Compute capability, multiprocessors and bytes of shared memory of a block; and which thread runs first. Between them
 # they meet every placement: clusters, counters in global memory, W and S in the workspace.

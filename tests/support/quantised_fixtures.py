@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from quantised_tools import observe_noise
+from shared_bundles import copy_of
 
 from titans_calibration.graphs import Quantised, quantise_graphs
 from titans_calibration.recipe import Recipe
@@ -31,8 +33,8 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name.endswith("gates.bias"):
                 p[2 * memory.heads :] += 3  # forget a little: a memory that keeps everything is chaotic
     save(model, folder / "checkpoint")
-    export_checkpoint(folder / "checkpoint", folder / "small.titans", chunks_per_call=2, positions=40)
-    return folder / "small.titans"
+    export = partial(export_checkpoint, folder / "checkpoint", chunks_per_call=2, positions=40)
+    return copy_of("small", export, folder)
 
 
 Quantise = Callable[[Recipe], Quantised]
