@@ -72,31 +72,25 @@ def _files(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _graph(path: Path) -> dict[str, Any]:
     """What ONNX says about a graph: opset, operators in the graph itself, memory nodes, functions."""
-    import onnx
+    from .onnx.files import load_structure
+    from .onnx.nodes import is_memory
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = load_structure(path)
     operators = Counter(node.op_type for node in model.graph.node)
     return {
         "opset": next((entry.version for entry in model.opset_import if entry.domain == ""), None),
         "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
-        "neural_memory": [_memory_node(node) for node in model.graph.node if _is_memory(node)],
+        "neural_memory": [_memory_node(node) for node in model.graph.node if is_memory(node)],
         "functions": [f"{function.name}:{function.overload}" for function in model.functions],
     }
 
 
-def _is_memory(node: Any) -> bool:
-    return bool(node.domain == OPERATOR_DOMAIN and node.op_type == "NeuralMemory")
-
-
 def _memory_node(node: Any) -> dict[str, Any]:
-    from onnx import helper
+    from .onnx.nodes import attributes
 
-    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    readable = {name: _readable(value) for name, value in values.items()}
+    readable = {name: _readable(value) for name, value in attributes(node).items()}
     return {"name": node.name, "overload": node.overload, "attributes": readable}
 
 
 def _readable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
     return value if isinstance(value, (int, float, str)) else list(value)

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from titans_calibration.awq import awq_scales
 from titans_calibration.gptq import gptq
 from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
 from titans_calibration.smooth import smoothing
 from titans_calibration.weights import LARGEST, QuantisedMatrix, quantise, scales_of
-from titans_export.engines.graphs import names_read, subgraphs
-from titans_export.engines.precision import to_bfloat16
+from titans_export.onnx.initializers import float_tensor, initializers_of, make_tensor
+from titans_export.onnx.nodes import names_read, subgraphs
 
 if TYPE_CHECKING:
     from titans_calibration.observe import Observations, Observed
     from titans_calibration.recipe import Recipe
 
 SMALLEST = 4096  # elements: a smaller matrix costs more nodes than it saves bytes
-CASTS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+CASTS = ("float16", "bfloat16")
 _EXACT = (-1.0, 0.0, 1.0)
 
 
@@ -153,7 +153,7 @@ def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, products: Mapp
     tables: dict[str, NDArray[np.float32]] = {}
     refused = set(products)
     for model in models.values():
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        tensors = initializers_of(model.graph)
         gathered = {node.input[0] for node in model.graph.node if is_lookup(node)} & set(tensors)
         elsewhere = {value.name for value in model.graph.output}
         for node in model.graph.node:
@@ -176,9 +176,8 @@ def _table(name: str, matrix: NDArray[np.float32], format: str) -> Table:
     if format == "float16":
         return Table(format, cast_weight(f"{name}.float16", matrix, format), None)
     quantised = quantise(matrix, format, None, "minmax")
-    values = helper.make_tensor(
-        f"{name}.int8", TensorProto.INT8, matrix.shape, np.ascontiguousarray(quantised.values).tobytes(), raw=True
-    )
+    data = np.ascontiguousarray(quantised.values).tobytes()
+    values = make_tensor(f"{name}.int8", "int8", matrix.shape, data)
     return Table(format, values, quantised.scales[0])
 
 
@@ -191,7 +190,4 @@ def cast_weight(name: str, matrix: NDArray[np.float32], format: str) -> TensorPr
                 "quantize", f"weights within 65504, which float16 holds, in {name.rpartition('.')[0]}", f"{largest:g}",
                 "take bfloat16, or keep it float32",
             )  # fmt: skip
-        raw = matrix.astype(np.float16).tobytes()
-    else:
-        raw = to_bfloat16(matrix).tobytes()
-    return helper.make_tensor(name, CASTS[format], matrix.shape, raw, raw=True)
+    return float_tensor(name, format, matrix)

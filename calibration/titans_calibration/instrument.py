@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from titans_calibration.products import is_product
 from titans_export.bundle import Bundle
-from titans_export.engines.graphs import attribute
 from titans_export.errors import MachineError
-from titans_export.model.node import DOMAIN, OPERATOR
+from titans_export.onnx.files import load_graph, load_structure
+from titans_export.onnx.nodes import attribute, copy_model, is_memory, is_memory_function, replace_functions
 from titans_export.schedule import next_graph
 
 Arrays = dict[str, NDArray[Any]]
@@ -42,13 +42,10 @@ def product_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
 
 def without_memory_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with memory nodes that ask for a kernel."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    kept = [f for f in result.functions if (f.domain, f.name) != (DOMAIN, OPERATOR)]
-    del result.functions[:]
-    result.functions.extend(kept)
+    result = copy_model(model)
+    replace_functions(result, [f for f in result.functions if not is_memory_function(f)])
     for node in result.graph.node:
-        if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
+        if is_memory(node):
             node.overload = ""
     return result
 
@@ -67,7 +64,7 @@ def open_graph(
     if kernel:
         with suppress(MachineError, ImportError):
             library = kernel_library()
-    result = without_memory_functions(model) if library else onnx.ModelProto.FromString(model.SerializeToString())
+    result = without_memory_functions(model) if library else copy_model(model)
     result.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(shown) if name not in named)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -124,4 +121,5 @@ class Runner:
 
 def load_models(bundle: Bundle, weights: bool) -> dict[str, onnx.ModelProto]:
     """The bundle's graphs by name; without `weights` those point into the bundle's file."""
-    return {name: onnx.load(str(path), load_external_data=weights) for name, path in bundle.graph_paths().items()}
+    load = load_graph if weights else load_structure
+    return {name: load(path) for name, path in bundle.graph_paths().items()}

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from titans_calibration.products import QuantiseError
-from titans_export.engines.graphs import is_memory, names_read, subgraphs
 from titans_export.model.memory_dtype import pack_row, stored_layout, unpack_row
-from titans_export.model.node import DOMAIN, OPERATOR
+from titans_export.onnx.nodes import is_memory, is_memory_function, names_read, replace_functions, subgraphs
 
 if TYPE_CHECKING:
     from titans_calibration.recipe import MemoryRecipe
@@ -90,10 +89,7 @@ def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, st
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.name in rows:
             value.type.tensor_type.shape.dim[-1].dim_value = rows[value.name]
-    functions = [function for function in model.functions if (function.domain, function.name) != (DOMAIN, OPERATOR)]
-    copies = [type(function).FromString(function.SerializeToString()) for function in functions]
-    del model.functions[:]
-    model.functions.extend(copies)
+    replace_functions(model, [function for function in model.functions if not is_memory_function(function)])
 
 
 def _mark(node: NodeProto, memory: MemoryRecipe, seed: int) -> None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from titans_calibration.weights import QuantisedMatrix
-from titans_export.engines.graphs import attribute, names_read, subgraphs
 from titans_export.errors import TitansError
+from titans_export.onnx.initializers import initializers_of
+from titans_export.onnx.nodes import ONNX_DOMAINS, attribute, names_read, subgraphs
 
 FLOAT32 = "float32"
 
@@ -65,7 +66,7 @@ def find_products(models: Mapping[str, ModelProto]) -> dict[str, Product]:
     """
     products: dict[str, Product] = {}
     for graph, model in models.items():
-        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        weights = initializers_of(model.graph)
         for index, node in enumerate(model.graph.node):
             if not is_product(node) or node.input[1] not in weights:
                 continue
@@ -100,12 +101,12 @@ def find_products(models: Mapping[str, ModelProto]) -> dict[str, Product]:
 
 def is_product(node: NodeProto) -> bool:
     """Whether the node multiplies by its second input."""
-    return node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2
+    return node.domain in ONNX_DOMAINS and node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2
 
 
 def is_lookup(node: NodeProto) -> bool:
     """Whether the node takes whole rows of its first input."""
-    return node.domain in ("", "ai.onnx") and node.op_type == "Gather" and attribute(node, "axis", 0) == 0
+    return node.domain in ONNX_DOMAINS and node.op_type == "Gather" and attribute(node, "axis", 0) == 0
 
 
 def _is_plain(node: NodeProto) -> bool:

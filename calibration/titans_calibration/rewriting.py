@@ -13,11 +13,19 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from titans_calibration.formats import CASTS, Table, cast_weight
 from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
 from titans_calibration.weights import LARGEST, pack_int4
-from titans_export.engines.graphs import names_read, subgraphs
 from titans_export.engines.quantised import BLOCKS
+from titans_export.onnx.initializers import initializers_of, make_tensor, replace_initializers
+from titans_export.onnx.nodes import (
+    ONNX_DOMAINS,
+    copy_model,
+    makers_of,
+    names_read,
+    readers_of,
+    replace_nodes,
+    subgraphs,
+)
 
 OPSET = 21  # the first with int4 and with scales in blocks
-_ELEMENTS = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
 def block_of(rows: int) -> int | None:
@@ -37,14 +45,10 @@ class Rewriting:
     folded: dict[str, bool] = field(default_factory=dict)
 
     def run(self) -> None:
-        self.model = ModelProto()
-        self.model.CopyFrom(self.source)
+        self.model = copy_model(self.source)
         graph = self.model.graph
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
-        self.readers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
-            for name in set(node.input):
-                self.readers.setdefault(name, []).append(node)
+        self.weights = initializers_of(graph)
+        self.readers = readers_of(graph)
         self.ranks = {
             value.name: len(value.type.tensor_type.shape.dim)
             for value in (*graph.input, *graph.value_info)
@@ -52,7 +56,7 @@ class Rewriting:
         }
         self.elsewhere = {value.name for value in graph.output}  # read by what is no node of the graph itself
         self.elsewhere.update(name for node in graph.node for inner in subgraphs(node) for name in names_read(inner))
-        self.makers = {name: node for node in graph.node for name in node.output}
+        self.makers = makers_of(graph)
         self.names = {node.name for node in graph.node}
         self.taken = set(self.weights) | set(self.makers) | {value.name for value in graph.input}
         self.added: dict[str, TensorProto] = {}
@@ -185,7 +189,7 @@ class Rewriting:
     def _zero(self, format: str) -> str:
         key = (format, "zero")
         if key not in self.made:
-            tensor = helper.make_tensor(f"zero.{format}", _ELEMENTS[format], [], b"\0", raw=True)
+            tensor = make_tensor(f"zero.{format}", format, [], b"\0")
             self.made[key] = self._add(tensor)
         return self.made[key]
 
@@ -206,7 +210,7 @@ class Rewriting:
         data = np.ascontiguousarray(values)
         raw = pack_int4(data.astype(np.int8)) if product.format == "int4" else data.tobytes()
         stem = f"{product.name}.{product.format}"
-        weight = self._add(helper.make_tensor(stem, _ELEMENTS[product.format], shape, raw, raw=True))
+        weight = self._add(make_tensor(stem, product.format, shape, raw))
         scale = np.ascontiguousarray(scales if block else scales.reshape(-1))
         inputs = [weight, self._add(numpy_helper.from_array(scale, f"{stem}.scale"))]
         if product.input_scale is not None:
@@ -219,7 +223,7 @@ class Rewriting:
         key = (product.format, "zeros", str(len(scale)))
         if key not in self.made:
             name = f"zeros.{product.format}.{len(scale)}"
-            tensor = helper.make_tensor(name, _ELEMENTS[product.format], scale.shape, bytes(len(scale)), raw=True)
+            tensor = make_tensor(name, product.format, scale.shape, bytes(len(scale)))
             self.made[key] = self._add(tensor)
         return self.made[key]
 
@@ -260,13 +264,10 @@ class Rewriting:
 
     def _replace(self, graph: GraphProto) -> None:
         """The new nodes, and only the initialisers that are still read."""
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
+        replace_nodes(graph, self.nodes)
         used = names_read(graph)
-        kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
-        del graph.initializer[:]
-        graph.initializer.extend([*kept, *self.added.values()])
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        replace_initializers(graph, [*kept, *self.added.values()])
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -283,5 +284,5 @@ def _raise_opset(model: ModelProto) -> None:
     """The graph and its functions in opset 21: from 20 to 21 operators in use here gained types and changed nothing."""
     for entries in (model.opset_import, *(function.opset_import for function in model.functions)):
         for entry in entries:
-            if entry.domain in ("", "ai.onnx"):
+            if entry.domain in ONNX_DOMAINS:
                 entry.version = max(entry.version, OPSET)

@@ -24,6 +24,7 @@ from titans_calibration.recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeE
 from titans_export import __version__
 from titans_export.bundle import Bundle
 from titans_export.files import replacing_file
+from titans_export.onnx.initializers import tensor_bytes
 from titans_export.schedule import next_graph
 
 _OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
@@ -290,7 +291,9 @@ def _graphs_for(bundle: Bundle, data: Data) -> list[str]:
 
 def initializer_bytes(models: Any) -> int:
     """What the graphs' initialisers take, those of one name once."""
-    return sum({t.name: _tensor_bytes(t) for model in models for t in model.graph.initializer}.values())
+    return sum(
+        {t.name: tensor_bytes(t.dims, t.data_type) for model in models for t in model.graph.initializer}.values()
+    )
 
 
 def mean_bits(outputs: Sequence[NDArray[Any]], streams: Sequence[NDArray[Any]]) -> float:
@@ -340,9 +343,3 @@ def _group_names(names: Sequence[str], by: str) -> dict[str, list[str]]:
         layer = re.match(r"(?:.*\.)?layers\.\d+(?=\.)", name)
         groups.setdefault(layer[0] if by == "layer" and layer else name, []).append(name)
     return groups
-
-
-def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    if tensor.raw_data:
-        return len(tensor.raw_data)
-    return int(onnx.numpy_helper.to_array(tensor).nbytes)

@@ -18,9 +18,10 @@ from titans_calibration.graphs import Quantised
 from titans_calibration.memories import store_memories, store_rows
 from titans_export import __version__
 from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_entry
-from titans_export.engines.graphs import load_graph
 from titans_export.errors import BundleError, MismatchError
 from titans_export.files import replacing_folder
+from titans_export.onnx.files import load_graph
+from titans_export.onnx.nodes import copy_model
 from titans_export.onnx.weights import share_weights
 from titans_export.safetensors_file import write_safetensors
 
@@ -67,7 +68,7 @@ def write_quantised(
     memory's memory_dtype; then nothing is written.
     """
     with replacing_folder(output, overwrite, MANIFEST) as folder:
-        models = {name: _copy(model) for name, model in quantised.models.items()}
+        models = {name: copy_model(model) for name, model in quantised.models.items()}
         before = bundle.manifest["state"]
         state = [dict(entry) for entry in before]
         rows = bundle.initial_state()
@@ -159,12 +160,6 @@ def _finite(outputs: NDArray[np.float32], position: int) -> NDArray[np.float32]:
             "quantize", "finite outputs", f"others, first at position {bad}", "take a recipe with more bits"
         )
     return outputs
-
-
-def _copy(model: ModelProto) -> ModelProto:
-    result = ModelProto()
-    result.CopyFrom(model)
-    return result
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

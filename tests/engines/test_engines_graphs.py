@@ -13,9 +13,12 @@ from tolerances import TOLERANCES
 
 from titans_export.bundle import read_bundle
 from titans_export.engines import graphs
-from titans_export.engines.precision import PrecisionError, lower_precision, to_bfloat16
+from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.errors import BundleError
 from titans_export.model import node as reference
+from titans_export.onnx.files import load_graph, write_graph
+from titans_export.onnx.initializers import to_bfloat16
+from titans_export.onnx.nodes import attribute, is_memory
 
 pytest_plugins = ["export_fixtures"]
 VARIANTS = ("mac", "mag", "mal", "lmm")
@@ -33,15 +36,15 @@ def test_the_operator_is_the_model_s() -> None:
 def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
     bundle = read_bundle(bundles[variant])
     for name, path in bundle.graph_paths().items():
-        model = graphs.load_graph(path)
+        model = load_graph(path)
         state = [entry["input"] for entry in bundle.manifest["state"] if entry["role"] == "memory"]
         rewritten = graphs.with_plugin(model, graphs.DECLARED, state)
         assert not rewritten.functions
-        before = [node for node in model.graph.node if graphs.is_memory(node)]
-        after = [node for node in rewritten.graph.node if graphs.is_memory(node)]
+        before = [node for node in model.graph.node if is_memory(node)]
+        after = [node for node in rewritten.graph.node if is_memory(node)]
         assert len(before) == len(after) > 0
         for old, new in zip(before, after, strict=True):
-            said = graphs.attribute(new, "inputs").split(",")
+            said = attribute(new, "inputs").split(",")
             given = {operand: old.input[reference.INPUTS.index(operand)] for operand in said}
             for operand, name_given in zip(said, new.input, strict=True):
                 if operand != "learn":
@@ -50,23 +53,23 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
                 # TensorRT gives plugins no bool.
                 [cast] = [node for node in rewritten.graph.node if name_given in node.output]
                 assert (cast.op_type, list(cast.input)) == ("Cast", [given[operand]])
-                assert graphs.attribute(cast, "to") == onnx.TensorProto.INT64
+                assert attribute(cast, "to") == onnx.TensorProto.INT64
             assert all(new.input)
             assert not new.overload
-            update = graphs.attribute(old, "mode") == "update"
+            update = attribute(old, "mode") == "update"
             # Nothing in a model reads the statistics.
-            assert graphs.attribute(new, "outputs") == ("y,state_out" if update else "y")
-            assert graphs.attribute(new, "alias") == (graphs.DECLARED if update else graphs.TWO_BUFFERS)
+            assert attribute(new, "outputs") == ("y,state_out" if update else "y")
+            assert attribute(new, "alias") == (graphs.DECLARED if update else graphs.TWO_BUFFERS)
             assert ("fill" in said) == (update and name == "decode")
-            for attribute in old.attribute:
-                assert graphs.attribute(new, attribute.name) == graphs.attribute(old, attribute.name)
+            for entry in old.attribute:
+                assert attribute(new, entry.name) == attribute(old, entry.name)
         onnx.checker.check_model(rewritten)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_memory_of_every_variant_may_be_in_place(bundles: dict[str, Path], variant: str) -> None:
     bundle = read_bundle(bundles[variant])
-    models = [graphs.load_graph(path) for path in bundle.graph_paths().values()]
+    models = [load_graph(path) for path in bundle.graph_paths().values()]
     memories = [entry["name"] for entry in bundle.manifest["state"] if entry["role"] == "memory"]
     assert graphs.in_place(models, bundle.manifest["state"]) == memories
 
@@ -129,7 +132,7 @@ def test_a_foreign_operator_is_named(operator: tuple[str, str]) -> None:
 def test_only_products_are_lowered(bundles: dict[str, Path], variant: str, precision: str) -> None:
     low = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
     for path in read_bundle(bundles[variant]).graph_paths().values():
-        model = graphs.load_graph(path)
+        model = load_graph(path)
         lowered = lower_precision(model, precision, memory=False)
         assert [v.SerializeToString() for v in lowered.graph.input] == [
             v.SerializeToString() for v in model.graph.input
@@ -153,10 +156,10 @@ def test_only_products_are_lowered(bundles: dict[str, Path], variant: str, preci
 
 
 def test_the_plugin_takes_the_low_type(bundles: dict[str, Path]) -> None:
-    model = lower_precision(graphs.load_graph(read_bundle(bundles["mac"]).graph_paths()["decode"]), "bf16", memory=True)
-    casts = {node.output[0]: graphs.attribute(node, "to") for node in model.graph.node if node.op_type == "Cast"}
-    up = {node.input[0]: graphs.attribute(node, "to") for node in model.graph.node if node.op_type == "Cast"}
-    memories = [node for node in model.graph.node if graphs.is_memory(node)]
+    model = lower_precision(load_graph(read_bundle(bundles["mac"]).graph_paths()["decode"]), "bf16", memory=True)
+    casts = {node.output[0]: attribute(node, "to") for node in model.graph.node if node.op_type == "Cast"}
+    up = {node.input[0]: attribute(node, "to") for node in model.graph.node if node.op_type == "Cast"}
+    memories = [node for node in model.graph.node if is_memory(node)]
     assert memories
     for node in memories:
         given = dict(zip(graphs.INPUTS, node.input, strict=False))
@@ -200,7 +203,7 @@ def test_memories_without_a_gpu_kernel_are_written_out() -> None:
     assert [function.overload for function in kept.functions] == ["token"]
     plugin = graphs.with_plugin(model, graphs.DECLARED, ["m"])
     [node] = [node for node in plugin.graph.node if node.domain]
-    assert graphs.attribute(node, "gates") == "token"
+    assert attribute(node, "gates") == "token"
     assert not plugin.functions
     states = [{"name": name, "input": name, "output": f"{name}.next"} for name in ("m", "n")]
     assert graphs.in_place([model], states) == ["m"]
@@ -213,7 +216,7 @@ def test_memories_without_a_gpu_kernel_are_written_out() -> None:
 def test_what_is_written_out_stays_float32(precision: str) -> None:
     lowered = lower_precision(_two_memories(), precision, memory=True)
     casts = [node.output[0] for node in lowered.graph.node if node.op_type == "Cast"]
-    [token, chunk] = [node for node in lowered.graph.node if graphs.is_memory(node)]
+    [token, chunk] = [node for node in lowered.graph.node if is_memory(node)]
     assert token.input[1] in casts
     assert chunk.input[1] == "y" and not chunk.output[0].endswith(precision)
 
@@ -244,7 +247,7 @@ def test_how_far_low_products_move_logits(bundles: dict[str, Path], variant: str
     bundle = read_bundle(bundles[variant])
     sessions = {}
     for name, path in bundle.graph_paths().items():
-        lowered = lower_precision(graphs.load_graph(path), precision, memory=False)
+        lowered = lower_precision(load_graph(path), precision, memory=False)
         sessions[name] = session(_emulated(lowered) if precision == "bf16" else lowered)
     logits, state = stream_logits(bundle, sessions, STREAM)
     golden = bundle.golden()[1][:STREAM]
@@ -286,6 +289,6 @@ def test_a_weight_that_others_read_stays(tmp_path: Path) -> None:
     given = np.array([[1, 2], [3, 4]], np.float32)
     (got,) = session(lowered).run(None, {"a": given})
     np.testing.assert_array_equal(got, given + np.eye(2))
-    path = graphs.write_graph(lowered, tmp_path / "g.onnx")
+    path = write_graph(lowered, tmp_path / "g.onnx")
     (again,) = session(path).run(None, {"a": given})
     np.testing.assert_array_equal(again, got)

@@ -14,10 +14,10 @@ from tolerances import TOLERANCES
 
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.engines.build import build_engine
-from titans_export.engines.graphs import is_memory
 from titans_export.engines.onnxruntime import kernel_library
 from titans_export.engines.plan import Request
 from titans_export.errors import MachineError
+from titans_export.onnx.nodes import is_memory
 
 pytest_plugins = ["export_fixtures"]
 VARIANTS = ("mac", "mag", "mal", "lmm")

@@ -13,6 +13,7 @@ from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request
 from titans_export.engines.precision import lower_precision
 from titans_export.engines.vendor import Settings, build_plan
+from titans_export.onnx.files import load_graph, write_graph
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
 pytest_plugins = ["export_fixtures"]
@@ -20,8 +21,8 @@ VARIANTS, PRECISIONS = ("mac", "mag", "mal", "lmm"), ("fp32", "fp16", "bf16")
 
 
 def prepare(path: Path, precision: str, folder: Path) -> Path:
-    model = graphs.inline(lower_precision(graphs.load_graph(path), precision, memory=False))
-    return graphs.write_graph(model, folder / path.name)
+    model = graphs.inline(lower_precision(load_graph(path), precision, memory=False))
+    return write_graph(model, folder / path.name)
 
 
 @pytest.mark.slow

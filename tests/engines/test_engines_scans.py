@@ -18,6 +18,7 @@ from titans_export.engines.messages import BuildError
 from titans_export.engines.scans import unroll_scans
 from titans_export.engines.vendor import Settings, build_plan
 from titans_export.errors import BundleError
+from titans_export.onnx.files import write_graph
 from titans_export.onnx.graphs import export_graph
 
 STEPS, WIDTH = 5, 8
@@ -118,8 +119,8 @@ def test_a_memory_is_built_so_and_not_otherwise(tmp_path: Path) -> None:
     model = load_checkpoint(CHECKPOINT / "model.safetensors", "titans-pytorch", options).model
     graph = next(graph for graph in model.graphs(1) if graph.name == "segment_end")
     inlined = graphs.inline(export_graph(model, graph))
-    path = graphs.write_graph(unroll_scans(inlined), tmp_path / "unrolled.onnx")
+    path = write_graph(unroll_scans(inlined), tmp_path / "unrolled.onnx")
     assert build_plan(trt, path, settings).plan
     # What the rewriting is for: were this to build, it could go.
     with pytest.raises(BuildError, match="No nesting relationship"):
-        build_plan(trt, graphs.write_graph(inlined, tmp_path / "looped.onnx"), settings)
+        build_plan(trt, write_graph(inlined, tmp_path / "looped.onnx"), settings)

@@ -18,12 +18,13 @@ from safetensors import safe_open
 
 from titans_export.bundle import read_bundle
 from titans_export.cli import main
-from titans_export.engines import graphs
 from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request, make_plan
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.engines.quantised import for_compiler, weights_alone
 from titans_export.errors import MachineError, UsageError
+from titans_export.onnx.files import load_graph, write_graph
+from titans_export.onnx.nodes import attribute, is_memory
 
 pytest_plugins = ["quantised_fixtures"]
 Make = Callable[[Any], Path]
@@ -58,7 +59,7 @@ def test_int4_blocks_that_rtx_takes(quantised_bundle: Make) -> None:
         ]
         model = model_of(nodes, [value("x", (1, 1, 256))], [value("y", (1, 1, 96))], (values, scale))
         model.opset_import[0].version = 21
-        path = graphs.write_graph(for_compiler(model), folder / f"block{block}.onnx")
+        path = write_graph(for_compiler(model), folder / f"block{block}.onnx")
         assert build_plan(trt, path, Settings(capabilities=(89,))).layers["dequantize"] == 1
 
 
@@ -103,7 +104,7 @@ def float32_outputs(bundle: Any) -> np.ndarray:
 
 def test_int8_weights_alone_are_the_same_weights(quantised_bundle: Make) -> None:
     """Blocks have the scales of their channels, and products read what came before the rounding."""
-    graph = graphs.load_graph(read_bundle(quantised_bundle(RECIPES["int8"])).graph_paths()["decode"])
+    graph = load_graph(read_bundle(quantised_bundle(RECIPES["int8"])).graph_paths()["decode"])
     after = weights_alone(graph)
     onnx.checker.check_model(after)
     before_weights, after_weights = dequantised(graph), dequantised(after)
@@ -141,7 +142,7 @@ def test_a_memory_in_few_bits_needs_the_plugin(small_bundle: Path, tmp_path: Pat
     from titans_calibration.memories import store_memories
 
     bundle = read_bundle(small_bundle)
-    models = {name: graphs.load_graph(path) for name, path in bundle.graph_paths().items()}
+    models = {name: load_graph(path) for name, path in bundle.graph_paths().items()}
     state = store_memories(models, bundle.manifest["state"], with_memory("int8", "int8").memory)
     for name, path in bundle.graph_paths().items():
         (tmp_path / path.name).write_bytes(models[name].SerializeToString())
@@ -151,7 +152,7 @@ def test_a_memory_in_few_bits_needs_the_plugin(small_bundle: Path, tmp_path: Pat
     plan = make_plan(changed, Request(target="orin-agx"))
     assert plan.plugin
     prepared = plan.prepare(plan.graphs[0])
-    memory_dtypes = {graphs.attribute(node, "memory_dtype") for node in prepared.graph.node if graphs.is_memory(node)}
+    memory_dtypes = {attribute(node, "memory_dtype") for node in prepared.graph.node if is_memory(node)}
     assert memory_dtypes == {"int8"} and not prepared.functions
 
 
@@ -166,8 +167,8 @@ def test_the_precision_is_that_of_the_weights(quantised_bundle: Make) -> None:
 
 def test_weights_in_float16_are_not_rounded_again(quantised_bundle: Make) -> None:
     path = read_bundle(quantised_bundle(RECIPES["float16"])).graph_paths()["decode"]
-    before = {t.name: t.raw_data for t in graphs.load_graph(path).graph.initializer}
-    graph = lower_precision(graphs.load_graph(path), "fp16", memory=False).graph
+    before = {t.name: t.raw_data for t in load_graph(path).graph.initializer}
+    graph = lower_precision(load_graph(path), "fp16", memory=False).graph
     half = {t.name: t.raw_data for t in graph.initializer if t.data_type == TensorProto.FLOAT16}
     makers = {node.output[0]: node for node in graph.node}
     direct = [n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1].endswith(".weight.float16")]
@@ -179,7 +180,7 @@ def test_weights_in_float16_are_not_rounded_again(quantised_bundle: Make) -> Non
 def test_scales_take_the_precision_of_products(quantised_bundle: Make) -> None:
     """Between what dequantises and the product there is nothing, or compilers see no quantised product."""
     path = read_bundle(quantised_bundle(RECIPES["int8"])).graph_paths()["decode"]
-    graph = lower_precision(graphs.load_graph(path), "fp16", memory=False).graph
+    graph = lower_precision(load_graph(path), "fp16", memory=False).graph
     types = {t.name: t.data_type for t in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     found = 0
@@ -215,8 +216,8 @@ def test_compilers_get_the_same_numbers(quantised_bundle: Make) -> None:
     for recipe in ("int8", "int8-weight-only", "int4"):
         bundle = read_bundle(quantised_bundle(RECIPES[recipe]))
         path = bundle.graph_paths()["decode"]
-        before, after = graphs.load_graph(path), for_compiler(graphs.load_graph(path))
-        blocks = [n for n in after.graph.node if n.op_type == "DequantizeLinear" and graphs.attribute(n, "block_size")]
+        before, after = load_graph(path), for_compiler(load_graph(path))
+        blocks = [n for n in after.graph.node if n.op_type == "DequantizeLinear" and attribute(n, "block_size")]
         assert bool(blocks) == (recipe == "int4")
         np.testing.assert_allclose(feed_of(bundle, after), feed_of(bundle, before), atol=1e-5)
 

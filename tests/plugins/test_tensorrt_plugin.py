@@ -27,10 +27,12 @@ from tensorrt_headers import header_roots, header_version
 from test_kernel import _calls
 from tolerances import TOLERANCES
 
-from titans_export.engines.graphs import attribute, is_memory, load_graph, with_plugin
+from titans_export.engines.graphs import with_plugin
 from titans_export.exporting import export_checkpoint
 from titans_export.model.neural_memory import initial_rows
 from titans_export.model.node import attributes
+from titans_export.onnx.files import load_graph
+from titans_export.onnx.nodes import attribute, is_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "tensorrt"

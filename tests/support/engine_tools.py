@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from titans_export.bundle import Bundle
 from titans_export.engines import graphs
+from titans_export.onnx.nodes import attribute, is_memory
 
 
 def value(name: str, shape: tuple[Any, ...], element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
@@ -178,10 +179,10 @@ class TensorRTDouble:
         assert not model.functions, "a function would win over the plugin"
         nodes, used = [], []
         for node in model.graph.node:
-            if not graphs.is_memory(node):
+            if not is_memory(node):
                 nodes.append(node)
                 continue
-            said = {a.name: graphs.attribute(node, a.name) for a in node.attribute}
+            said = {a.name: attribute(node, a.name) for a in node.attribute}
             self.seen.nodes.append({**said, "overload": node.overload, "present": list(node.input)})
             assert (said["plugin_namespace"], said["plugin_version"]) == ("ai.titans", "1")
             assert said["inputs"].count(",") + 1 == len(node.input) and all(node.input)
@@ -219,7 +220,7 @@ def _casts(model: onnx.ModelProto, given: dict[str, str], node: onnx.NodeProto) 
     """Around a node whose q is of a low type: q, k and v up to float32 and y down again."""
     producers = {name: maker for maker in model.graph.node for name in maker.output}
     maker = producers.get(given["q"])
-    to = graphs.attribute(maker, "to") if maker is not None and maker.op_type == "Cast" else TensorProto.FLOAT
+    to = attribute(maker, "to") if maker is not None and maker.op_type == "Cast" else TensorProto.FLOAT
     if to == TensorProto.FLOAT:
         return [], []
     up = []

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from ..bundle import MANIFEST, Bundle, engine_files, file_entry, read_bundle, with_engine
 from ..errors import BundleError, MachineError
 from ..files import check_output, replacing_file, replacing_folder
+from ..onnx.files import load_graph, load_structure, write_graph
 from ..onnx.weights import share_weights
 from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine, this_machine
@@ -130,7 +129,7 @@ def _tensorrt(
     else:
         settings.capabilities = [plan.target.sm or 0]
         settings.open_here = machine.find(plan.target.sm or 0) is not None
-    source = graphs.write_graph(plan.prepare(graph), work / "graph.onnx")
+    source = write_graph(plan.prepare(graph), work / "graph.onnx")
     built = build_plan(vendor, source, settings, step)
     file.write_bytes(built.plan)
     if request.timing_cache is not None and built.timing_cache is not None:
@@ -146,7 +145,7 @@ def _onnxruntime(
 
     source = plan.source(graph)
     if plan.target.gpu:
-        lowered = lower_precision(graphs.load_graph(source), plan.precision, memory=False)
+        lowered = lower_precision(load_graph(source), plan.precision, memory=False)
         model = ort.point_back(graphs.with_kernels(lowered), source)
     else:
         model = ort.optimise(source, work, weights_format(plan.bundle.quantization))
@@ -159,9 +158,7 @@ def _onnxruntime(
 
 def _share_weights(plan: Plan, engine: dict[str, Any], work: Path) -> None:
     """Moves what the graphs hold of weights into one file of the engine's, and tells the runtime what to hand over."""
-    models = {
-        entry["graph"]: onnx.load(str(work / entry["file"]), load_external_data=False) for entry in engine["graphs"]
-    }
+    models = {entry["graph"]: load_structure(work / entry["file"]) for entry in engine["graphs"]}
     path = work / f"{plan.name}.safetensors"
     names = share_weights(models, path, named=None)
     for entry in engine["graphs"]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto
 
+from ..onnx.initializers import tensor_bytes
 from .targets import Target
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -17,8 +17,6 @@ LIBRARIES, SYSTEM = 512 * MIB, GIB
 # without a GPU, on graphs of 4 MiB, 256 MiB and 1 GiB of weights.
 PROCESS, COPIES = 256 * MIB, 2
 _LARGEST_WORKSPACE = 4 * GIB
-_BYTES: dict[int, int] = {TensorProto.DOUBLE: 8, TensorProto.INT64: 8, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
-_ONE_BYTE = (TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def estimate(target: Target, models: Iterable[ModelProto], state: int, workspace
     """For the graphs in the precision they will have. `here`: the target itself builds."""
     weights, activations = [], []
     for model in models:
-        weights.append(sum(_size(tensor.dims, tensor.data_type) for tensor in model.graph.initializer))
+        weights.append(sum(tensor_bytes(tensor.dims, tensor.data_type) for tensor in model.graph.initializer))
         activations.append(live_bytes(model.graph))
     largest = max(weights, default=0)
     device = largest + state + max(activations, default=0) + workspace + LIBRARIES
@@ -57,7 +55,7 @@ def estimate(target: Target, models: Iterable[ModelProto], state: int, workspace
 def live_bytes(graph: GraphProto) -> int:
     """The most bytes of values that are alive at one moment, in the order of the nodes. Unknown shapes count as 0."""
     sizes = {
-        value.name: _size(
+        value.name: tensor_bytes(
             [max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim], value.type.tensor_type.elem_type
         )
         for value in (*graph.value_info, *graph.output)
@@ -73,9 +71,3 @@ def live_bytes(graph: GraphProto) -> int:
         most = max(most, alive)
         alive -= ending.pop(i, 0)
     return most
-
-
-def _size(shape: Iterable[int], element: int) -> int:
-    if element == TensorProto.INT4:
-        return -(-math.prod(shape) // 2)
-    return math.prod(shape) * (1 if element in _ONE_BYTE else _BYTES.get(element, 4))

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper, inliner
-from onnx.external_data_helper import load_external_data_for_model
 
 from ..errors import BundleError
+from ..onnx.nodes import (
+    DOMAIN,
+    ONNX_DOMAINS,
+    OPERATOR,
+    all_nodes,
+    ancestors,
+    attribute,
+    copy_model,
+    inner_nodes,
+    is_memory,
+    is_memory_function,
+    makers_of,
+)
 
-DOMAIN, OPERATOR = "ai.titans", "NeuralMemory"
 PLUGIN = {"name": OPERATOR, "namespace": DOMAIN, "version": "1"}
 INPUTS = (
     "state", "q", "k", "v", "step_size", "momentum", "forget_gate", "fill", "learn", "valid", "slots", "update_limit",
@@ -22,36 +31,6 @@ INPUTS = (
 OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}  # of nodes that a GPU's kernels cover
 DECLARED, UNDECLARED, TWO_BUFFERS = "declared", "undeclared", "two-buffers"
 ALIASES = (DECLARED, UNDECLARED, TWO_BUFFERS)
-_SHAPE_ONLY = {"Shape", "Size"}  # what takes no values from its input, so proves no order
-_EXTERNAL_BYTES = 1024  # smaller initialisers stay inside a graph's file
-
-
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph with its weights, its functions as they are."""
-    model = onnx.load(str(path), load_external_data=False)
-    load_external_data_for_model(model, str(path.parent))
-    return model
-
-
-def write_graph(model: onnx.ModelProto, path: Path) -> Path:
-    """Writes the graph, its large weights into a file beside it, so that no size is too large for protobuf."""
-    data = path.with_suffix(".data")
-    data.unlink(missing_ok=True)
-    onnx.save_model(
-        copy.deepcopy(model),  # which turns its weights into references
-        str(path),
-        save_as_external_data=True,
-        location=data.name,
-        size_threshold=_EXTERNAL_BYTES,
-    )
-    if data.exists():
-        data.chmod(path.stat().st_mode & 0o777)  # onnx makes it private
-    return path
-
-
-def is_memory(node: onnx.NodeProto) -> bool:
-    """Whether the node is a memory's."""
-    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
 
 
 def has_kernel(node: onnx.NodeProto) -> bool:
@@ -59,40 +38,13 @@ def has_kernel(node: onnx.NodeProto) -> bool:
     return is_memory(node) and attribute(node, "gates") in (None, "token")
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute's value, text as str; `default` where there is none."""
-    for entry in node.attribute:
-        if entry.name == name:
-            value = helper.get_attribute_value(entry)
-            return value.decode() if isinstance(value, bytes) else value
-    return default
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs inside a node: a loop's body, the branches of an If."""
-    for entry in node.attribute:
-        if entry.HasField("g"):
-            yield entry.g
-        yield from entry.graphs
-
-
-def names_read(graph: onnx.GraphProto) -> set[str]:
-    """Every name that is read in the graph or in those inside it, outputs included."""
-    found = {value.name for value in graph.output}
-    for node in graph.node:
-        found.update(node.input)
-        for inner in subgraphs(node):
-            found |= names_read(inner)
-    return found
-
-
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph in ONNX's own operators alone. Raises BundleError where one is left that is not."""
     inlined = inliner.inline_local_functions(model)
-    kept = [entry for entry in inlined.opset_import if entry.domain in ("", "ai.onnx")]
+    kept = [entry for entry in inlined.opset_import if entry.domain in ONNX_DOMAINS]
     for node in all_nodes(inlined.graph):
         # A foreign node would be taken for a plugin, and TensorRT-RTX ends the process when it meets one.
-        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        if node.domain not in ONNX_DOMAINS or not onnx.defs.has(node.op_type):
             raise BundleError(
                 "build",
                 "operators of ONNX alone once functions are inlined",
@@ -102,13 +54,6 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     del inlined.opset_import[:]
     inlined.opset_import.extend(kept)
     return inlined
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The graph's nodes, those of branches and bodies after the node that has them."""
-    for node in graph.node:
-        yield node
-        yield from _inner(node)
 
 
 def in_place(models: Iterable[onnx.ModelProto], state: Sequence[dict[str, Any]]) -> list[str]:
@@ -127,12 +72,12 @@ def _may_share(graph: onnx.GraphProto, entry: dict[str, Any]) -> bool:
     chain = _chain(graph, entry["output"])
     if not chain or chain[0].input[0] != entry["input"]:
         return False
-    captured = {name for node in graph.node for inner in _inner(node) for name in inner.input}
+    captured = {name for node in graph.node for inner in inner_nodes(node) for name in inner.input}
     given = {value.name for value in graph.output}
     for update in chain:
         rows = update.input[0]
         others = [node for node in graph.node if rows in node.input and node.output[0] != update.output[0]]
-        before = _ancestors(graph, update)
+        before = ancestors(graph, update)
         if rows in captured or rows in given or list(update.input).count(rows) != 1:
             return False
         if not all(has_kernel(node) and node.output[0] in before for node in others):
@@ -142,7 +87,7 @@ def _may_share(graph: onnx.GraphProto, entry: dict[str, Any]) -> bool:
 
 def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     """The memory updates that make a value one from the other's rows, in their order."""
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = makers_of(graph)
     found: list[onnx.NodeProto] = []
     while (node := makers.get(output)) is not None and has_kernel(node) and attribute(node, "mode") == "update":
         if node.output[1] != output:
@@ -152,35 +97,16 @@ def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     return found
 
 
-def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    for graph in subgraphs(node):
-        yield from all_nodes(graph)
-
-
-def _ancestors(graph: onnx.GraphProto, node: onnx.NodeProto) -> set[str]:
-    """The first outputs of the nodes whose values the node needs."""
-    makers = {name: maker for maker in graph.node for name in maker.output}
-    found: set[str] = set()
-    waiting = [makers[name] for name in node.input if name in makers]
-    while waiting:
-        maker = waiting.pop()
-        if maker.output[0] not in found and maker.op_type not in _SHAPE_ONLY:
-            found.add(maker.output[0])
-            waiting += [makers[name] for name in maker.input if name in makers]
-    return found
-
-
 def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose memory nodes with a kernel for GPUs stay nodes, with their functions. All other functions become
     operators of ONNX.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     covered = {node.overload for node in all_nodes(model.graph) if has_kernel(node)}
     kept: list[onnx.FunctionProto] = []
     others: list[onnx.FunctionProto] = []
     for function in model.functions:
-        memory = (function.domain, function.name) == (DOMAIN, OPERATOR) and function.overload in covered
+        memory = is_memory_function(function) and function.overload in covered
         (kept if memory else others).append(function)
     if others:
         # The inliner leaves what it finds no function for.

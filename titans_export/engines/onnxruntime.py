@@ -14,7 +14,9 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from ..errors import MachineError
-from .graphs import DOMAIN, load_graph, write_graph
+from ..onnx.files import load_graph, load_structure, write_graph
+from ..onnx.initializers import initializers_of
+from ..onnx.nodes import DOMAIN, copy_model
 from .quantised import weights_alone
 
 # Formats of weights that no CPU multiplies: a session makes float32 of them when it opens, an engine's file does not.
@@ -45,7 +47,7 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     model = onnx.load(str(optimised))
-    original = onnx.load(str(source), load_external_data=False)
+    original = load_structure(source)
     model.functions.extend(original.functions)
     kept = [entry for entry in model.opset_import if entry.domain in _DOMAINS]
     del model.opset_import[:]
@@ -74,10 +76,9 @@ def kernel_library() -> Path:
 
 def point_back(model: ModelProto, source: Path) -> ModelProto:
     """Weights that are the bundle's own become references into its file again."""
-    references = {t.name: t for t in onnx.load(str(source), load_external_data=False).graph.initializer}
-    values = {t.name: t for t in onnx.load(str(source)).graph.initializer}
-    result = ModelProto()
-    result.CopyFrom(model)
+    references = initializers_of(load_structure(source).graph)
+    values = initializers_of(load_graph(source).graph)
+    result = copy_model(model)
     for tensor in result.graph.initializer:
         reference = references.get(tensor.name)
         if reference is not None and uses_external_data(reference) and _equal(tensor, values[tensor.name]):

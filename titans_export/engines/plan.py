@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from ..bundle import Bundle, engines
 from ..errors import MachineError, UsageError
+from ..onnx.files import load_graph
 from ..schedule import missing
 from . import estimate as memory
 from . import graphs, tensorrt, tensorrt_rtx
@@ -79,7 +80,7 @@ class Plan:
 
     def prepare(self, graph: dict[str, Any]) -> ModelProto:
         """The graph as the compiler's parser takes it."""
-        model = graphs.load_graph(self.source(graph))
+        model = load_graph(self.source(graph))
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
             model = for_compiler(model)
         lowered = lower_precision(model, self.precision, memory=self.compiler == TENSORRT)
@@ -103,7 +104,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
         raise UsageError("build", "a name of letters, digits, '.', '_' and '-'", repr(name), "give another --name")
     chosen = _choose_graphs(bundle, request.graphs)
     state = bundle.manifest["state"]
-    models = [graphs.load_graph(bundle.path / graph["file"]) for graph in chosen]
+    models = [load_graph(bundle.path / graph["file"]) for graph in chosen]
     check_target(bundle.quantization, models, target, compiler)
     if compiler in (RTX, TENSORRT) and bundle.quantization is not None:
         models = [for_compiler(model) for model in models]

@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import TitansError
-from .graphs import DOMAIN, OPERATOR, has_kernel
+from ..onnx.initializers import ELEMENT_TYPES, drop_unread, float_tensor, initializers_of
+from ..onnx.nodes import copy_model, copy_node, is_memory, makers_of, node_reads, replace_nodes
+from .graphs import has_kernel
 from .targets import BF16, FP16, FP32
 
-ELEMENT = {FP32: TensorProto.FLOAT, FP16: TensorProto.FLOAT16, BF16: TensorProto.BFLOAT16}
+_FORMATS = {FP32: "float32", FP16: "float16", BF16: "bfloat16"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
 _QUERY, _VALUE = 1, 3  # q, k and v among a memory's inputs
 _SCALE_ERROR = 0.01  # bfloat16 holds any number to 0.4 %
@@ -32,8 +33,7 @@ def lower_precision(model: ModelProto, precision: str, memory: bool) -> ModelPro
 
     The model has its weights inside. Raises PrecisionError where one does not fit.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     if precision != FP32:
         _Pass(result.graph, precision).run(memory)
     return result
@@ -41,12 +41,12 @@ def lower_precision(model: ModelProto, precision: str, memory: bool) -> ModelPro
 
 class _Pass:
     def __init__(self, graph: GraphProto, precision: str) -> None:
-        self.graph, self.precision, self.element = graph, precision, ELEMENT[precision]
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.graph, self.precision, self.element = graph, precision, ELEMENT_TYPES[_FORMATS[precision]]
+        self.weights = initializers_of(graph)
         self.types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
         self.types.update({name: tensor.data_type for name, tensor in self.weights.items()})
-        self.makers = {name: node for node in graph.node for name in node.output}
-        self.has_nodes = any(node.domain == DOMAIN and node.op_type == OPERATOR for node in graph.node)
+        self.makers = makers_of(graph)
+        self.has_nodes = any(map(is_memory, graph.node))
         self.low: dict[str, str] = {}  # float32 value to its low twin
         self.nodes: list[NodeProto] = []
 
@@ -60,10 +60,8 @@ class _Pass:
             else:
                 self.nodes.append(node)
         unused = self._unused()
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes if node.output[0] not in unused]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
-        self._drop_unused()
+        replace_nodes(self.graph, [node for node in self.nodes if node.output[0] not in unused])
+        drop_unread(self.graph)
 
     def _outside(self, node: NodeProto) -> bool:
         """Whether the product is outside of the memory: where that is no node, only those with weights surely are."""
@@ -117,8 +115,7 @@ class _Pass:
             self._check_scale(scale, lowered)
             self.weights[name] = lowered
             self.graph.initializer.append(lowered)
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = copy_node(node)
         copy.input[1], copy.output[0], copy.name = name, target, f"dequantise:{target}"
         self.nodes.append(copy)
 
@@ -136,7 +133,7 @@ class _Pass:
 
     def _unused(self) -> set[str]:
         """What weights of few bits became that no node reads any more."""
-        used = {name for node in self.nodes for name in _names(node)} | {v.name for v in self.graph.output}
+        used = {name for node in self.nodes for name in node_reads(node)} | {v.name for v in self.graph.output}
         decoders = ("Cast", "DequantizeLinear")
         return {node.output[0] for node in self.nodes if node.op_type in decoders and node.output[0] not in used}
 
@@ -150,21 +147,7 @@ class _Pass:
                 f"{largest:g} in {tensor.name}",
                 f"take --precision {BF16 if self.precision == FP16 and np.isfinite(largest) else FP32}",
             )
-        raw = value.astype(np.float16) if self.precision == FP16 else to_bfloat16(value.astype(np.float32))
-        return helper.make_tensor(name, self.element, value.shape, raw.tobytes(), raw=True)
-
-    def _drop_unused(self) -> None:
-        used = {name for node in self.graph.node for name in _names(node)} | {v.name for v in self.graph.output}
-        kept = [TensorProto.FromString(t.SerializeToString()) for t in self.graph.initializer if t.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
-
-
-def to_bfloat16(value: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of finite numbers as bfloat16, to the nearest, ties to even."""
-    bits = np.ascontiguousarray(value).view(np.uint32)
-    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rounded
+        return float_tensor(name, _FORMATS[self.precision], value)
 
 
 def _cast(source: str, target: str, element: int) -> NodeProto:
@@ -173,13 +156,3 @@ def _cast(source: str, target: str, element: int) -> NodeProto:
 
 def _values(graph: GraphProto) -> list[Any]:
     return [*graph.input, *graph.value_info, *graph.output]
-
-
-def _names(node: NodeProto) -> set[str]:
-    """What a node reads, its branches included."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            names |= {name for inner in attribute.g.node for name in _names(inner)}
-            names |= {value.name for value in attribute.g.output}
-    return names

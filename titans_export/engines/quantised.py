@@ -9,7 +9,9 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import MachineError, UsageError
-from .graphs import all_nodes, attribute, has_kernel, is_memory, names_read
+from ..onnx.initializers import drop_unread, initializers_of
+from ..onnx.nodes import all_nodes, attribute, copy_model, is_memory, makers_of, readers_of, replace_nodes
+from .graphs import has_kernel
 from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
 
 STORED = {"float16": FP16, "bfloat16": BF16}  # formats of weights that are a precision of engines
@@ -70,14 +72,10 @@ def for_compiler(model: ModelProto) -> ModelProto:
     They want a quantised table dequantised before rows are gathered from it, and TensorRT-RTX 1.7 builds no int8 in
     blocks: it gets such weights as float32, so that the numbers are the bundle's all the same.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     graph = result.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    weights = initializers_of(graph)
+    readers = readers_of(graph)
     dropped: set[str] = set()
     for node in graph.node:
         if node.op_type == "Gather" and node.input[0] in weights:
@@ -85,11 +83,8 @@ def for_compiler(model: ModelProto) -> ModelProto:
         elif _unfit(node, weights):
             _replace_by_float32(node, graph, weights)
             dropped.add(node.output[0])
-    kept = [n for n in graph.node if not (n.op_type == "DequantizeLinear" and n.output[0] in dropped)]
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
-    del graph.node[:]
-    graph.node.extend(copies)
-    _drop_unused(graph)
+    replace_nodes(graph, [n for n in graph.node if not (n.op_type == "DequantizeLinear" and n.output[0] in dropped)])
+    drop_unread(graph)
     return result
 
 
@@ -99,11 +94,10 @@ def weights_alone(model: ModelProto) -> ModelProto:
     Such a kernel rounds its input for itself, in blocks and as it comes, which is both closer and faster than one scale
     for all of it: a single token costs reading the weights, and the fewer nodes around them the better.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     graph = result.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
+    weights = initializers_of(graph)
+    makers = makers_of(graph)
     changed: dict[str, str] = {}  # what dequantised a weight, now in blocks
     added: list[NodeProto] = []
     for node in graph.node:
@@ -119,11 +113,9 @@ def weights_alone(model: ModelProto) -> ModelProto:
             added.append(made)
         if name in changed:
             node.input[0], node.input[1] = source.input[0], changed[name]
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in (*added, *graph.node)]
-    del graph.node[:]
-    graph.node.extend(copies)
-    _drop_unread(graph)
-    _drop_unused(graph)
+    replace_nodes(graph, (*added, *graph.node))
+    _drop_unread_rounding(graph)
+    drop_unread(graph)
     return result
 
 
@@ -147,19 +139,18 @@ def _in_blocks(node: NodeProto, weights: Mapping[str, TensorProto], graph: Graph
     return helper.make_node("DequantizeLinear", inputs, [name], name=name, axis=0, block_size=block)
 
 
-def _drop_unread(graph: GraphProto) -> None:
-    """Without the roundings and dequantised weights that nothing reads any more."""
+def _drop_unread_rounding(graph: GraphProto) -> None:
+    """Removes QuantizeLinear and DequantizeLinear nodes without readers."""
     while True:
         read = {value.name for value in graph.output} | {name for node in all_nodes(graph) for name in node.input}
         kept = [
-            NodeProto.FromString(node.SerializeToString())
+            node
             for node in graph.node
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.output[0] in read
         ]
         if len(kept) == len(graph.node):
             return
-        del graph.node[:]
-        graph.node.extend(kept)
+        replace_nodes(graph, kept)
 
 
 def _unfit(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
@@ -191,10 +182,3 @@ def _dequantise_first(gather: NodeProto, readers: list[NodeProto], weights: Mapp
     second = helper.make_node("Gather", [first.output[0], indices], [output], name=gather.name, axis=0)
     gather.CopyFrom(first)
     dequantise.CopyFrom(second)
-
-
-def _drop_unused(graph: GraphProto) -> None:
-    used = names_read(graph)
-    kept = [TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

@@ -10,13 +10,12 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from ..errors import BundleError
-from .graphs import subgraphs
+from ..onnx.nodes import attributes, copy_model, copy_node, replace_nodes, subgraphs
 
 
 def unroll_scans(model: ModelProto) -> ModelProto:
     """A copy whose main graph has no Scan with branches. Raises BundleError where a Scan's length is not known."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy_model(model)
     if not any(_has_branches(node) for node in result.graph.node):
         return result
     # Types and shapes alone: the weights stay where they are.
@@ -33,9 +32,8 @@ def unroll_scans(model: ModelProto) -> ModelProto:
             nodes.extend(unrolled.run())
             result.graph.initializer.extend(unrolled.initializers)
         else:
-            nodes.append(NodeProto.FromString(node.SerializeToString()))
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
+            nodes.append(copy_node(node))
+    replace_nodes(result.graph, nodes)
     return result
 
 
@@ -46,13 +44,13 @@ def _has_branches(node: NodeProto) -> bool:
 class _Unrolling:
     def __init__(self, node: NodeProto, name: str, lengths: dict[str, list[int]]) -> None:
         self.node, self.name = node, name
-        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        self.body: GraphProto = attributes["body"]
-        scanned = attributes["num_scan_inputs"]
+        given = attributes(node)
+        self.body: GraphProto = given["body"]
+        scanned = given["num_scan_inputs"]
         self.states = len(node.input) - scanned
-        self.input_axes = attributes.get("scan_input_axes", [0] * scanned)
-        self.output_axes = attributes.get("scan_output_axes", [0] * (len(node.output) - self.states))
-        directions = (*attributes.get("scan_input_directions", []), *attributes.get("scan_output_directions", []))
+        self.input_axes = given.get("scan_input_axes", [0] * scanned)
+        self.output_axes = given.get("scan_output_axes", [0] * (len(node.output) - self.states))
+        directions = (*given.get("scan_input_directions", []), *given.get("scan_output_directions", []))
         shape = lengths.get(node.input[self.states], [])
         axis = self.input_axes[0]
         self.length = shape[axis] if -len(shape) <= axis < len(shape) else 0
@@ -111,7 +109,7 @@ def _renamed(graph: GraphProto, names: dict[str, str], prefix: str) -> list[Node
     """Copies of the graph's nodes by new names; `names` gets those of what they make."""
     nodes = []
     for node in graph.node:
-        copy = NodeProto.FromString(node.SerializeToString())
+        copy = copy_node(node)
         copy.name = prefix + (copy.name or next(name for name in copy.output if name))
         copy.input[:] = [names.get(name, name) for name in copy.input]
         for name in copy.output:
@@ -130,9 +128,7 @@ def _rename_graph(graph: GraphProto, outer: dict[str, str], prefix: str) -> None
     for entry in (*graph.input, *graph.initializer):
         names[entry.name] = prefix + entry.name
         entry.name = names[entry.name]
-    nodes = _renamed(graph, names, prefix)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_nodes(graph, _renamed(graph, names, prefix))
     for value in graph.output:
         value.name = names.get(value.name, value.name)
     del graph.value_info[:]

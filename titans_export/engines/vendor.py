@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import TensorProto
 
 from ..errors import MachineError, UsageError
+from ..onnx.files import load_structure
 from .messages import BuildError, Progress, explain, interruptible, make_log, make_monitor
 
 _DTYPES = {
@@ -95,7 +95,7 @@ def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
     if not parsed or parser.num_errors:
         raise BuildError("parser", "a graph it can read", explain(parser, log), "report this with the bundle")
     log.check("parser")
-    graph = onnx.load(str(path), load_external_data=False).graph
+    graph = load_structure(path).graph
     for what, values, count, get in (
         ("input", graph.input, network.num_inputs, network.get_input),
         ("output", graph.output, network.num_outputs, network.get_output),

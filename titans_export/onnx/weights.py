@@ -10,6 +10,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from ..safetensors_file import Array, Raw, write_safetensors
+from .initializers import replace_initializers
+from .nodes import subgraphs
 
 SHARED_BYTES = 1024  # smaller initialisers stay inside their graph
 PARAMETER_PREFIX = "model."
@@ -67,11 +69,10 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     """Reads of the old names become reads of the new, also where a branch or a loop's body captures them."""
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-        for entry in node.attribute:
-            for inner in (entry.g, *entry.graphs) if entry.HasField("g") else entry.graphs:
-                own = {value.name for value in (*inner.input, *inner.initializer)}
-                own |= {name for made in inner.node for name in made.output}
-                _rename(inner, {old: new for old, new in renamed.items() if old not in own})
+        for inner in subgraphs(node):
+            own = {value.name for value in (*inner.input, *inner.initializer)}
+            own |= {name for made in inner.node for name in made.output}
+            _rename(inner, {old: new for old, new in renamed.items() if old not in own})
 
 
 def _drop_twins(graph: onnx.GraphProto) -> None:
@@ -79,9 +80,7 @@ def _drop_twins(graph: onnx.GraphProto) -> None:
     unique = {tensor.name: tensor for tensor in graph.initializer}
     kept = [unique[name] for name in dict.fromkeys(t.name for t in graph.initializer)]
     if len(kept) < len(graph.initializer):
-        copies = [TensorProto.FromString(t.SerializeToString()) for t in kept]
-        del graph.initializer[:]
-        graph.initializer.extend(copies)
+        replace_initializers(graph, kept)
 
 
 def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:

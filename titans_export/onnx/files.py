@@ -1,0 +1,40 @@
+"""Graph files and the weights beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from .nodes import copy_model
+
+_EXTERNAL_BYTES = 1024  # smaller initialisers stay inside a graph's file
+
+
+def load_structure(path: Path) -> onnx.ModelProto:
+    """The graph whose large weights are references into files beside `path`."""
+    return onnx.load(str(path), load_external_data=False)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph with its weights, its functions not inlined."""
+    model = load_structure(path)
+    load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def write_graph(model: onnx.ModelProto, path: Path) -> Path:
+    """Writes the graph to `path` and its large weights beside it, so that protobuf's 2 GiB are no limit."""
+    data = path.with_suffix(".data")
+    data.unlink(missing_ok=True)
+    onnx.save_model(
+        copy_model(model),  # saving turns its weights into references
+        str(path),
+        save_as_external_data=True,
+        location=data.name,
+        size_threshold=_EXTERNAL_BYTES,
+    )
+    if data.exists():
+        data.chmod(path.stat().st_mode & 0o777)  # onnx makes it private
+    return path
