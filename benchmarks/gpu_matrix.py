@@ -1,7 +1,7 @@
-"""The table of docs/support-matrix.md: what was run where, from the result files, and what was only compiled.
+"""Generate the table of docs/support-matrix.md from the result files and benchmarks/support.json.
 
 python -m benchmarks.gpu_matrix            writes it between the page's markers
-python -m benchmarks.gpu_matrix --check    exit code 1 where the page does not hold it
+python -m benchmarks.gpu_matrix --check    exit code 1 if the page differs
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARKERS = "<!-- matrix -->", "<!-- end of matrix -->"
 COLUMNS = ("kernel", "plugin", "engine", "runtime")
 HEADER = ("target", "sm", "kernel", "TensorRT plugin", "engine build", "runtime")
 COMPILED_ONLY, NOT_TRIED, NOTHING = "compiled only", "not tried", "-"
-# How drivers name the devices of a target, where that is not the target's own name in capitals.
+# Device names in drivers, unless it is the target's name in capitals.
 NAMES = {
     "orin-nano": r"Orin Nano", "orin-agx": r"AGX Orin", "thor": r"Thor", "dgx-spark": r"GB10",
     "rtx-30": r"RTX 30\d\d", "rtx-40": r"RTX 40\d\d", "rtx-50": r"RTX 50\d\d",
@@ -38,11 +38,11 @@ def read_results(folder: Path = RESULTS) -> list[Result]:
 
 
 def target_of(device: dict[str, Any]) -> Target | None:
-    """The target that a GPU is an instance of, by compute capability and name; by its board where that is known."""
-    said = f"{device.get('board') or ''} {device['name']}"
+    """The target of a GPU, by compute capability and by the name of its board or device."""
+    name = f"{device.get('board') or ''} {device['name']}"
     for target in TARGETS.values():
         pattern = NAMES.get(target.name, rf"\b{target.name}\b")
-        if target.sm == device["sm"] and re.search(pattern, said, re.IGNORECASE):
+        if target.sm == device["sm"] and re.search(pattern, name, re.IGNORECASE):
             return target
     return None
 
@@ -84,7 +84,7 @@ def cell(target: Target, column: str, ran: Runs, compiled: dict[str, Any]) -> st
 
 
 def render(results: Sequence[Result], compiled: dict[str, Any]) -> str:
-    """The table, and what "compiled only" means in each column."""
+    """The table, and the meaning of "compiled only" in each column."""
     ran = runs(results)
     rows = [HEADER, ["---"] * len(HEADER)]
     for target in TARGETS.values():
@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--check" in options:
         if filled != text:
             print(
-                f"[gpu_matrix] expected {DOCUMENT.name} to be in step but got other rows; do run this", file=sys.stderr
+                f"[gpu_matrix] {DOCUMENT.name} differs from the result files. Fix: run python -m benchmarks.gpu_matrix",
+                file=sys.stderr,
             )
         return int(filled != text)
     with replacing_file(DOCUMENT) as aside:

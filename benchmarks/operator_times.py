@@ -20,11 +20,11 @@ from titans_export.bundle import Bundle
 from titans_export.model.stream import Graph, next_graph
 
 GROUPS = {
-    "matrix products": ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "Einsum"),
+    "matmuls": ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "Einsum"),
     "memory kernel": ("NeuralMemory",),
     "hyper-connections": ("HyperConnection",),
 }
-REST = "the rest"
+REST = "other"
 WARM_UP, REPEATS = 3, 20
 MOST_OPERATORS = 12  # that are named
 

@@ -36,7 +36,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.9 + 1.05 * len(rows)), sharey=True)
     _bars(left, ratios, colours, lambda value: f"{value:.2f}", 1)
-    left.set_title(f"{names[0]}: times as fast as ...")
+    left.set_title(f"speed-up of {names[0]} over ...")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log")
     left.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -49,7 +49,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     left.set_xlim(right=left.get_xlim()[1] * 1.6)
-    labels = {name: name if name in same else f"{name} (other mathematics)" for name in names}
+    labels = {name: name if name in same else f"{name} (different update)" for name in names}
     handles = [matplotlib.patches.Patch(color=colours[name], label=labels[name]) for name in names]
     figure.legend(handles=handles, loc="lower center", ncols=len(names), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
@@ -58,7 +58,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _share(row: dict[str, Any], name: str) -> float | None:
-    """The contender's share of the row's limit; None where it has none, or where its mathematics is another."""
+    """The share of the row's limit; None without a speed, or for a different update."""
     found = (e for e in row["contenders"] if e["name"] == name and "speed" in e and e["same_mathematics"])
     return next((entry["share_of_limit"] for entry in found), None)
 

@@ -1,12 +1,13 @@
-"""The tables of docs/benchmarks.md and docs/quantization.md, made from the newest result files: none is typed by hand.
+"""Generate the tables of docs/benchmarks.md and docs/quantization.md from the newest result files.
 
 python -m benchmarks.table            writes them between the pages' markers
-python -m benchmarks.table --check    exit code 1 where a page does not hold them
+python -m benchmarks.table --check    exit code 1 if a page differs
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,19 +20,19 @@ from benchmarks.report import RESULTS, ROOT
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 QUANTIZATION = ROOT / "docs" / "quantization.md"
 MARKERS = "<!-- results: {} -->", "<!-- end of results -->"
-PICTURE = "![How many times as fast, and how near to the machine's limits](benchmarks.svg)"
+PICTURE = "![Speed-up over each baseline, and share of the machine's limits](benchmarks.svg)"
 SPEED = ("tokens/s", "rounds", "p50 us", "p90 us", "p99 us")
 Result = dict[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def layer_ratios(result: Result) -> str:
-    """How many times as fast as each other contender the first is, and its share of the limit, row by row."""
+    """The speed-up of the first implementation over each baseline, and its share of the limit, for each row."""
     others = list(dict.fromkeys(other for row in result["rows"] for other in row["ratios"]))
     lines = []
     for row in result["rows"]:
@@ -40,30 +41,30 @@ def layer_ratios(result: Result) -> str:
             continue
         share = f"{first['share_of_limit']:.0%} of {row['bound_by']}"
         lines.append([row["name"], *(_ratio(row["ratios"].get(other)) for other in others), share])
-    return markdown(["row", *(f"{_first(result)} / {other}" for other in others), "its share of the limit"], lines)
+    return markdown(["row", *(f"{_first(result)} / {other}" for other in others), "share of the limit"], lines)
 
 
 def layer_speeds(result: Result) -> str:
-    """Every contender of every row."""
-    header = ["row", "contender", *SPEED, "of limit", "error", "state", "RSS growth"]
+    """Every implementation of every row."""
+    header = ["row", "implementation", *SPEED, "of limit", "error", "state", "RSS growth"]
     lines = []
     for row in result["rows"]:
         for entry in row["contenders"]:
             label = [row["name"], entry["name"]]
             if "speed" in entry:
-                checked = _error(max(entry["errors"].values())) if entry["errors"] else "other mathematics"
+                checked = _error(max(entry["errors"].values())) if entry["errors"] else "different update"
                 share = f"{entry['share_of_limit']:.0%}" if entry["same_mathematics"] else "-"
                 memory = (_size(entry["state_bytes"]), _size(entry["rss_growth_bytes"]))
                 lines.append([*label, *_speed(entry["speed"]), share, checked, *memory])
             elif entry["passed"] is False:
-                lines.append([*label, "**wrong**", *["-"] * 5, _error(_largest(entry["errors"])), "-", "-"])
+                lines.append([*label, "**incorrect**", *["-"] * 5, _error(_largest(entry["errors"])), "-", "-"])
     return markdown(header, lines)
 
 
 def layer_absent(result: Result) -> str:
-    """Who could not take part, and why."""
+    """The implementations that could not run, with the reason."""
     found = [
-        f"- {row['name']}, {entry['name']}: {entry['unavailable']}"
+        f"- {row['name']}, {entry['name']}: {_reason(entry['unavailable'])}"
         for row in result["rows"]
         for entry in row["contenders"]
         if entry["unavailable"]
@@ -72,7 +73,7 @@ def layer_absent(result: Result) -> str:
 
 
 def layer_forms(result: Result) -> str:
-    """The form of torch.compile that was kept in each row, with the speed of each that was tried."""
+    """The forms of torch.compile that were tried in each row, with their speeds; one is kept."""
     lines = []
     for row in result["rows"]:
         notes: dict[str, Any] = next(
@@ -89,7 +90,7 @@ def limits(result: Result) -> str:
     products = ", ".join(f"{name} {rate:,.0f}" for name, rate in limit["sgemm_gflops_by_library"].items())
     lines = [["large sgemm, GFLOP/s", f"{limit['sgemm_gflops']:,.0f}", products]]
     lines += [
-        [f"product {shape}, GFLOP/s", f"{rate:,.0f}", f"{rate / limit['sgemm_gflops']:.0%} of the large one"]
+        [f"matmul {shape}, GFLOP/s", f"{rate:,.0f}", f"{rate / limit['sgemm_gflops']:.0%} of the large one"]
         for shape, rate in limit["batched_gflops"].items()
     ]
     lines += [
@@ -100,7 +101,7 @@ def limits(result: Result) -> str:
 
 
 def model_ratios(results: list[Result]) -> str:
-    """How many times as fast as each other contender the first is, for each model and kind."""
+    """The speed-up of our kernel over each baseline, for each model and kind."""
     others = list(dict.fromkeys(other for r in results for ratios in r["ratios"].values() for other in ratios))
     lines = [
         [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
@@ -111,8 +112,8 @@ def model_ratios(results: list[Result]) -> str:
 
 
 def model_speeds(results: list[Result]) -> str:
-    """Every contender, for each model and kind."""
-    header = ["model", "", "contender", *SPEED, "error", "state", "peak RSS"]
+    """Every implementation, for each model and kind."""
+    header = ["model", "", "implementation", *SPEED, "error", "state", "peak RSS"]
     lines = [
         [
             result["name"],
@@ -132,7 +133,7 @@ def model_speeds(results: list[Result]) -> str:
 
 
 def library_ratios(result: Result) -> str:
-    """How many times as fast as each other contender of a titans-pytorch model the runtime is."""
+    """The speed-up of the runtime over each baseline, for a titans-pytorch model."""
     others = list(dict.fromkeys(other for ratios in result["ratios"].values() for other in ratios))
     lines = [
         [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
@@ -142,8 +143,8 @@ def library_ratios(result: Result) -> str:
 
 
 def library_speeds(result: Result) -> str:
-    """Every contender of a titans-pytorch model, and what the shares of the limits are shares of."""
-    header = ["", "contender", *SPEED, "of limit", "error", "state", "peak RSS"]
+    """Every implementation of a titans-pytorch model."""
+    header = ["", "implementation", *SPEED, "of limit", "error", "state", "peak RSS"]
     lines = [
         [
             kind,
@@ -162,7 +163,7 @@ def library_speeds(result: Result) -> str:
 
 
 def library_notes(result: Result) -> str:
-    """Limits, what each contender said about itself, and who could not take part."""
+    """Limits, notes of each implementation, and those that could not run."""
     limit, size = result["limits"], result["weight_bytes_per_token"]
     bandwidth = limit["bandwidth_gb_s"][str(size)]["read"]
     lines = [
@@ -174,13 +175,13 @@ def library_notes(result: Result) -> str:
         lines[0] += f", a token of prefill takes {result['flop_per_token'] / 1e6:,.0f} MFLOP"
     for entry in result["contenders"]:
         notes = [f"{name.replace('_', ' ')} {_note(value)}" for name, value in entry["notes"].items()]
-        said = entry["unavailable"] or "; ".join(notes)
-        lines += [f"- {entry['name']}: {said}"] if said else []
+        text = _reason(entry["unavailable"]) if entry["unavailable"] else "; ".join(notes)
+        lines += [f"- {entry['name']}: {text}"] if text else []
     return "\n".join(lines)
 
 
 def library_profile(result: Result) -> str:
-    """Where the runtime's time goes in a titans-pytorch model, by group and then by operator."""
+    """The runtime's time in a titans-pytorch model, by group and then by operator."""
     kinds = result["profile"]
     lines = [
         [kind, f"{found['tokens']:,}", f"{found['nodes']:,.0f}", *_of(found, list(found["groups_us"].values()))]
@@ -207,7 +208,7 @@ def _note(value: Any) -> str:
 
 
 def long_stream(results: list[Result]) -> str:
-    """The long streams, a line each."""
+    """The long streams, one line each."""
     memory = ("resident at 10,000", "at the end", "grown by")
     header = ["model", "fed", "tokens", *memory, "speed, last / first", "tokens/s", "bits/byte"]
     lines = [
@@ -228,7 +229,7 @@ def long_stream(results: list[Result]) -> str:
 
 
 def quantization(result: Result) -> str:
-    """A table for each model: what a recipe costs and gives beside float32, then who could not take part."""
+    """One table per model: the cost and gain of each recipe against float32, then the recipes that could not run."""
     return "\n\n".join(text for model in result["models"] for text in _quantized_model(model) if text)
 
 
@@ -240,9 +241,9 @@ def _quantized_model(model: Result) -> Iterable[str]:
     yield f"**{model['name']}**: {read}. {where(model)}"
     recalls = [entry["distance"] for entry in base.get("recall", {}).get("distances", [])][-1:]
     pairs = base.get("recall", {}).get("task") == "pairs"
-    drift = ["bits a token", "larger by", "worst window", "KL", "same likeliest", "distance of W", "of S"]
+    drift = ["bits per token", "increase", "worst window", "KL", "top-1 agreement", "distance of W", "of S"]
     header = ["recipe", "weights", "state", "prefill", "decode"]
-    # Most tokens of the recall task are drawn at random: bits say nothing there.
+    # Most tokens of the recall task are random, so bits are meaningless.
     first = 3 if pairs else 0
     header += [*(drift[first:] if model["tokens"] else []), *(f"recall over {distance:,}" for distance in recalls)]
     lines = []
@@ -256,18 +257,20 @@ def _quantized_model(model: Result) -> Iterable[str]:
             line.append(f"{found[distance]:.1%}" if pairs else f"{found[distance]:.2f} bits")
         lines.append(line)
     yield markdown(header, lines)
-    yield "\n".join(f"- {e['name']}: {e['unavailable']}" for e in model["recipes"] if e["unavailable"] is not None)
+    yield "\n".join(
+        f"- {e['name']}: {_reason(e['unavailable'])}" for e in model["recipes"] if e["unavailable"] is not None
+    )
 
 
 def _times(speed: dict[str, float] | None, base: dict[str, float] | None) -> str:
-    """Tokens a second, and how many times as fast as float32."""
+    """Tokens per second, and the speed-up over float32."""
     if speed is None or base is None:
         return "-"
     return f"{speed['tokens_per_second']:,.0f} ({speed['tokens_per_second'] / base['tokens_per_second']:.2f})"
 
 
 def _drift(entry: Result) -> list[str]:
-    """The columns of a stream's drift; of float32 itself only the bits."""
+    """The columns of a stream's drift; float32 itself has only the bits."""
     if "bits_difference" not in entry:
         return [f"{entry['bits_per_token']:.4f}", *["-"] * 6]
     parts = [f"{entry[key]:+.2%}" if entry[key] is not None else "-" for key in ("bits_difference", "worst_window")]
@@ -277,7 +280,7 @@ def _drift(entry: Result) -> list[str]:
 
 
 def where(result: Result) -> str:
-    """What was measured on and with."""
+    """Machine and versions of a result."""
     machine, packages = result["machine"], result["packages"]
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
     changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
@@ -285,14 +288,14 @@ def where(result: Result) -> str:
     return (
         f"{result['date']}, commit {(result['commit'] or 'unknown')[:10]}{changes}, {result['threads']} threads on "
         f"{machine['cores']} cores of {machine['processor']} ({machine['architecture']}, "
-        f"{', '.join(machine['flags'])}; caches of a core: {caches}), {_size(machine['memory_bytes'])} of memory, "
+        f"{', '.join(machine['flags'])}; caches per core: {caches}), {_size(machine['memory_bytes'])} of memory, "
         f"{machine['system']}, Python {machine['python']}; {versions}. "
-        f"Others kept {result['others_busy']:.0%} of the machine busy."
+        f"Other programs used {result['others_busy']:.0%} of the machine."
     )
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
-    """What belongs between the markers, by the name in the opening one; a block without results says so."""
+    """The text between the markers, by the name in the opening marker."""
     layers, models, streams, library = (
         newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch")
     )
@@ -326,7 +329,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def quantization_blocks(folder: Path = RESULTS) -> dict[str, str]:
-    """The same for docs/quantization.md."""
+    """The text between the markers of docs/quantization.md."""
     found = newest(folder, "quantization")
     return {"quantization": quantization(found[0]) if found else "Not measured yet."}
 
@@ -344,19 +347,19 @@ def newest(folder: Path, benchmark: str) -> list[Result]:
 
 
 def fill(text: str, contents: dict[str, str], page: Path = DOCUMENT) -> str:
-    """The page with every block in its place. Raises ValueError naming a block that the page has no place for."""
+    """The page with every block inserted. Raises ValueError for a block without markers in the page."""
     for name, block in contents.items():
         first, last = MARKERS[0].format(name), MARKERS[1]
         before, found, rest = text.partition(first)
         _, ended, after = rest.partition(last)
         if not found or not ended:
-            raise ValueError(f"expected {first} and {last} in {page.name} but got neither or one; write both")
+            raise ValueError(f"{page.name} lacks the markers {first} and {last}")
         text = f"{before}{first}\n\n{block}\n\n{last}{after}"
     return text
 
 
 def _first(result: Result) -> str:
-    """Whom the others are compared with."""
+    """The implementation that the baselines are compared with."""
     names = (entry["name"] for row in result["rows"] for entry in row["contenders"] if "speed" in entry)
     return next(names, "-")
 
@@ -369,6 +372,12 @@ def _speed(speed: dict[str, float]) -> list[str]:
     ]
 
 
+def _reason(message: str) -> str:
+    """An error as a reason. Older result files have the form "[where] expected X but got Y; fix"."""
+    old = re.fullmatch(r"\[[^]]*\] expected (?P<needed>.+?) but got (?P<found>.+?); .*", message)
+    return f"needs {old['needed']}, found {old['found']}" if old else message
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -378,7 +387,7 @@ def _error(value: float | None) -> str:
 
 
 def _largest(values: dict[str, float | None]) -> float | None:
-    """None where one is not finite."""
+    """None if one is not finite."""
     known = [value for value in values.values() if value is not None]
     return max(known) if len(known) == len(values) else None
 
@@ -392,13 +401,13 @@ def _size(count: int | None) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--check", is_flag=True, help="Only look.")
+@click.option("--check", is_flag=True, help="Only compare.")
 def main(check: bool) -> None:
     for page, contents in ((DOCUMENT, blocks()), (QUANTIZATION, quantization_blocks())):
         text = page.read_text(encoding="utf-8")
         filled = fill(text, contents, page)
         if check and filled != text:
-            sys.exit(f"expected the results in {page.name} but got others; run python -m benchmarks.table")
+            sys.exit(f"[{page.name}] the tables differ from the result files. Fix: run python -m benchmarks.table")
         page.write_text(filled, encoding="utf-8")
 
 

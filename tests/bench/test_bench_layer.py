@@ -192,7 +192,7 @@ class TestProgram:
             assert wrong["errors"]["y"] > TOLERANCE
             assert "speed" not in wrong
             assert row["ratios"] == {}
-        assert "**wrong**" in result.output
+        assert "**incorrect**" in result.output
         # The same file fills a page.
         page = "".join(f"{table.MARKERS[0].format(name)}\nold\n{table.MARKERS[1]}\n" for name in table.blocks(tmp_path))
         filled = table.fill(page, table.blocks(tmp_path))

@@ -128,9 +128,9 @@ class TestOperatorTimes:
         report = summary(found, 2)
         assert (report["us"], report["nodes"]) == (12.5, 2.0)
         assert report["groups_us"] == {
-            "matrix products": 6.0, "memory kernel": 5.5, "hyper-connections": 0.0, REST: 1.0
+            "matmuls": 6.0, "memory kernel": 5.5, "hyper-connections": 0.0, REST: 1.0
         }  # fmt: skip
-        assert report["operators"][0] == {"operator": "MatMul", "group": "matrix products", "us": 6.0, "nodes": 1.0}
+        assert report["operators"][0] == {"operator": "MatMul", "group": "matmuls", "us": 6.0, "nodes": 1.0}
         assert group_of("HyperConnection") == "hyper-connections"
 
     def test_of_a_bundle(self, shared_bundle: Path) -> None:
@@ -141,7 +141,7 @@ class TestOperatorTimes:
         for kind in found.values():
             assert kind["us"] == pytest.approx(sum(kind["groups_us"].values())) and kind["us"] > 0
             assert kind["groups_us"]["memory kernel"] > 0
-            assert kind["groups_us"]["matrix products"] > 0
+            assert kind["groups_us"]["matmuls"] > 0
             assert set(kind["groups_us"]) == {*GROUPS, REST}
 
 
@@ -177,6 +177,6 @@ def test_fills_the_page(tmp_path: Path) -> None:
         "reads 4.0 KiB of weights, which this machine reads at 44.0 GB/s",
         "a token of prefill takes 40 MFLOP",
         "| prefill | 128 | 4 | 100 | 60 (60%) | 40 (40%) | 0 (0%) | 0 (0%) |",
-        "| decode | MatMul | matrix products | 3.0 | 60.0 | 60% |",
+        "| decode | MatMul | matmuls | 3.0 | 60.0 | 60% |",
     ):
         assert text in block, text

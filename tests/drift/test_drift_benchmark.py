@@ -78,7 +78,7 @@ def test_a_recipe_that_does_not_work_here_is_told(
     base, int8 = model["recipes"]
     assert "expected a kernel" in int8["unavailable"] and "bits_per_token" not in int8
     assert base["bits_per_token"] > 0
-    assert "- int8-weight-only: [session] expected a kernel" in table.quantization_blocks(tmp_path)["quantization"]
+    assert "- int8-weight-only: needs a kernel, found none" in table.quantization_blocks(tmp_path)["quantization"]
 
 
 def test_without_results(tmp_path: Path) -> None:
