@@ -184,9 +184,9 @@ def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Re
             keys = ("max_abs_error", "tolerance", "weights_bytes", "float32_weights_bytes", "tokens", "seconds")
             values = {key: value for key, value in dataclasses.asdict(report).items() if key in keys}
             counts: dict[str, int] = {}
-            for format in report.products.values():
+            for format in report.matmuls.values():
                 counts[format] = counts.get(format, 0) + 1
-            kept.write_text(json.dumps(rounded(values | {"products": counts})), encoding="utf-8")
+            kept.write_text(json.dumps(rounded(values | {"matmuls": counts})), encoding="utf-8")
         made = json.loads(kept.read_text(encoding="utf-8"))
         _open(path, settings).close()
     except Exception as error:  # a recipe that does not work here is told and does not stop the others

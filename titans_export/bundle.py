@@ -89,10 +89,10 @@ class Bundle:
         if found is None:
             return None
         if not isinstance(found, dict) or not all(
-            isinstance(found.get(key), dict) for key in ("recipe", "products", "memory")
+            isinstance(found.get(key), dict) for key in ("recipe", "matmuls", "memory")
         ):
             raise BundleError(
-                "bundle", "quantization with its recipe, products and memory", repr(found)[:80], _QUANTISE_AGAIN
+                "bundle", "quantization with its recipe, matmuls and memory", repr(found)[:80], _QUANTISE_AGAIN
             )
         return found
 

@@ -45,7 +45,7 @@ def _quantization(bundle: Bundle) -> dict[str, Any] | None:
     entry = bundle.quantization
     if entry is None:
         return None
-    return {**entry, "formats": dict(Counter(entry["products"].values()).most_common())}
+    return {**entry, "formats": dict(Counter(entry["matmuls"].values()).most_common())}
 
 
 def _engine_targets(manifest: dict[str, Any]) -> list[dict[str, str]]:

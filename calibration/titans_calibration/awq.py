@@ -1,7 +1,7 @@
 """AWQ: channels whose inputs are large get finer weights, by a factor that the input is divided by.
 
-A product x W becomes (x / s) Q(s W) with s of channel k = mean|x_k|^alpha, alpha searched for the least error of the
-products' outputs.
+A matmul x W becomes (x / s) Q(s W) with s of channel k = mean|x_k|^alpha, alpha searched for the least error of the
+matmuls' outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a bundle does over data: every product's input and every memory's range, call by call, resumable."""
+"""What a bundle does over data: every matmul's input and every memory's range, call by call, resumable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from titans_calibration.data import Data
-from titans_calibration.instrument import Arrays, Runner, load_models, product_inputs
+from titans_calibration.instrument import Arrays, Runner, load_models, matmul_inputs
 from titans_calibration.observe import WINDOW, NotFiniteError, Observations, Observed
 from titans_export.bundle import Bundle
 from titans_export.errors import BundleError
@@ -32,7 +32,7 @@ Range = tuple[float, float]
 
 @dataclass
 class Collected:
-    """observations: by product. memory: by state tensor and field, low and high by first position of a window."""
+    """observations: by matmul. memory: by state tensor and field, low and high by first position of a window."""
 
     observations: Observations
     memory: dict[str, dict[int, Range]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Collected:
 
 
 class _Group(NamedTuple):
-    """Products that meet the same values in every graph, so that they are observed once."""
+    """Matmuls that meet the same values in every graph, so that they are observed once."""
 
     weights: list[str]
     channels: int
@@ -85,8 +85,8 @@ def collect(
 
 
 def find_groups(models: Mapping[str, onnx.ModelProto]) -> list[_Group]:
-    """The products of all graphs, those that always meet the same values together."""
-    inputs = {graph: product_inputs(model) for graph, model in models.items()}
+    """The matmuls of all graphs, those that always meet the same values together."""
+    inputs = {graph: matmul_inputs(model) for graph, model in models.items()}
     names = sorted({name for found in inputs.values() for name in found})
     groups: dict[str, _Group] = {}
     for name in names:
@@ -104,9 +104,9 @@ class _Run:
     def __init__(self, bundle: Bundle, data: Data, groups: list[_Group], gram: bool) -> None:
         self._bundle, self._data, self._groups, self._gram = bundle, data, groups, gram
         self._models = load_models(bundle, weights=False)
-        # Of each graph the products' inputs in the order of its nodes.
+        # Of each graph the matmuls' inputs in the order of its nodes.
         self._shown = {
-            graph: {value: name for name, (_, values) in product_inputs(model).items() for value in values}
+            graph: {value: name for name, (_, values) in matmul_inputs(model).items() for value in values}
             for graph, model in self._models.items()
         }
         self._runner = self._open(kernel=True)
@@ -148,7 +148,7 @@ class _Run:
         return count
 
     def _check(self, graph: str, values: Arrays) -> None:
-        """Raises BundleError for the first of the products' inputs and the output that is not finite."""
+        """Raises BundleError for the first of the matmuls' inputs and the output that is not finite."""
         for value, weight in {**self._shown[graph], self._runner.output: None}.items():
             if value in values and not np.isfinite(values[value]).all():
                 name = f"the input of {weight}" if weight else f"the output {value}"

@@ -1,4 +1,4 @@
-"""Which format each product and embedding gets, and its numbers: scales, factors of inputs, rounded weights."""
+"""Which format each matmul and embedding gets, and its numbers: scales, factors of inputs, rounded weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from titans_calibration.awq import awq_scales
 from titans_calibration.gptq import gptq
-from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
+from titans_calibration.matmuls import FLOAT32, Matmul, QuantiseError, is_lookup
 from titans_calibration.smooth import smoothing
 from titans_calibration.weights import LARGEST, QuantisedMatrix, quantise, scales_of
 from titans_export.onnx.initializers import float_tensor, initializers_of, make_tensor
@@ -28,30 +28,30 @@ CASTS = ("float16", "bfloat16")
 _EXACT = (-1.0, 0.0, 1.0)
 
 
-def choose_format(product: Product, recipe: Recipe, observations: Observations | None, format: str | None) -> None:
-    """The product's format, or why it stays float32."""
+def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | None, format: str | None) -> None:
+    """The matmul's format, or why it stays float32."""
     wanted = format or recipe.weights.format
-    rows, columns = product.matrix.shape
+    rows, columns = matmul.matrix.shape
     group = recipe.weights.group if wanted in LARGEST else None
-    if product.why:
+    if matmul.why:
         return
     if format == FLOAT32 or recipe.weights.format == FLOAT32:
-        product.why = "so chosen"
-    elif any(fnmatch.fnmatchcase(product.name, pattern) for pattern in recipe.keep):
-        product.why = "the recipe keeps it"
+        matmul.why = "so chosen"
+    elif any(fnmatch.fnmatchcase(matmul.name, pattern) for pattern in recipe.keep):
+        matmul.why = "the recipe keeps it"
     elif rows * columns < SMALLEST:
-        product.why = f"{rows}x{columns}: fewer than {SMALLEST} elements"
-    elif np.isin(product.matrix, _EXACT).all():
-        product.why = "only 0, 1 and -1: a permutation, exact as it is"
+        matmul.why = f"{rows}x{columns}: fewer than {SMALLEST} elements"
+    elif np.isin(matmul.matrix, _EXACT).all():
+        matmul.why = "only 0, 1 and -1: a permutation, exact as it is"
     elif group is not None and rows % group:
-        product.why = f"its {rows} input channels are no multiple of the group {group}"
-    elif _by_data(recipe, wanted) and (observations is None or product.name not in observations):
+        matmul.why = f"its {rows} input channels are no multiple of the group {group}"
+    elif _by_data(recipe, wanted) and (observations is None or matmul.name not in observations):
         if observations is None:
             raise QuantiseError("quantize", f"observations, as the recipe {recipe.name} asks", "none", "give data")
-        product.why = "the data never reached it"
+        matmul.why = "the data never reached it"
     else:
-        _check_finite(product.name, product.matrix)
-        product.format, product.group = wanted, group
+        _check_finite(matmul.name, matmul.matrix)
+        matmul.format, matmul.group = wanted, group
 
 
 def _check_finite(name: str, matrix: NDArray[np.float32]) -> None:
@@ -64,8 +64,8 @@ def _by_data(recipe: Recipe, format: str) -> bool:
     return activations or recipe.smooth is not None or recipe.weights.method in ("awq", "gptq")
 
 
-def shared_inputs(products: Iterable[Product]) -> list[list[Product]]:
-    """Products to quantise, those that share an input in some graph together, in the order of their names."""
+def shared_inputs(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
+    """Matmuls to quantise, those that share an input in some graph together, in the order of their names."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -73,26 +73,26 @@ def shared_inputs(products: Iterable[Product]) -> list[list[Product]]:
             name = leader[name]
         return name
 
-    chosen = {product.name: product for product in products if product.format in LARGEST}
+    chosen = {matmul.name: matmul for matmul in matmuls if matmul.format in LARGEST}
     first: dict[tuple[str, str, str], str] = {}
-    for name, product in chosen.items():
-        for use in product.uses:
+    for name, matmul in chosen.items():
+        for use in matmul.uses:
             # Of formats that differ, inputs are rounded differently.
-            leader[find(name)] = find(first.setdefault((use.graph, use.input, product.format), name))
-    groups: dict[str, list[Product]] = {}
+            leader[find(name)] = find(first.setdefault((use.graph, use.input, matmul.format), name))
+    groups: dict[str, list[Matmul]] = {}
     for name in sorted(chosen):
         groups.setdefault(find(name), []).append(chosen[name])
     return list(groups.values())
 
 
-def _observed(group: Sequence[Product], observations: Observations) -> Observed:
+def _observed(group: Sequence[Matmul], observations: Observations) -> Observed:
     merged = observations[group[0].name]
-    for product in group[1:]:
-        merged = merged.merged(observations[product.name])
+    for matmul in group[1:]:
+        merged = merged.merged(observations[matmul.name])
     return merged
 
 
-def scale_inputs(group: Sequence[Product], recipe: Recipe, observations: Observations | None) -> None:
+def scale_inputs(group: Sequence[Matmul], recipe: Recipe, observations: Observations | None) -> None:
     """Factors of the common input's channels, and its scale."""
     format = group[0].format
     activations = recipe.activations if recipe.activations and recipe.activations.format == format else None
@@ -103,9 +103,9 @@ def scale_inputs(group: Sequence[Product], recipe: Recipe, observations: Observa
     seen = _observed(group, observations)
     factors = None
     if activations and recipe.smooth is not None:
-        factors = smoothing(seen.channels, [product.matrix for product in group], recipe.smooth)
+        factors = smoothing(seen.channels, [matmul.matrix for matmul in group], recipe.smooth)
     elif recipe.weights.method == "awq":
-        matrices = [product.matrix for product in group]
+        matrices = [matmul.matrix for matmul in group]
         factors = awq_scales(seen.mean_abs, matrices, format, group[0].group, seen.gram)
     limit = 0.0
     if activations:
@@ -115,26 +115,26 @@ def scale_inputs(group: Sequence[Product], recipe: Recipe, observations: Observa
             before = float(np.max(seen.channels, initial=0.0))
             after = float(np.max(seen.channels / factors, initial=0.0))
             limit = after * (limit / before if before else 1.0)
-    for product in group:
-        product.leader, product.factors = group[0].name, factors
+    for matmul in group:
+        matmul.leader, matmul.factors = group[0].name, factors
         if activations:
-            product.input_scale = np.float32(scales_of(np.float64(limit), format))
+            matmul.input_scale = np.float32(scales_of(np.float64(limit), format))
 
 
-def quantise_weight(product: Product, recipe: Recipe, observations: Observations | None) -> QuantisedMatrix:
+def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations | None) -> QuantisedMatrix:
     """The weight by the recipe's method, its channels first multiplied by what the input is divided by."""
-    matrix, method = product.matrix, recipe.weights.method
-    if product.factors is not None:
-        matrix = matrix * product.factors[:, None]
+    matrix, method = matmul.matrix, recipe.weights.method
+    if matmul.factors is not None:
+        matrix = matrix * matmul.factors[:, None]
     if method == "gptq":
         assert observations is not None
-        gram = observations[product.name].gram
+        gram = observations[matmul.name].gram
         if gram is None:
-            raise QuantiseError("quantize", f"sums of x^T x of {product.name}", "none", "observe with the gram")
-        if product.factors is not None:
-            gram = gram / np.outer(product.factors, product.factors).astype(np.float64)
-        return gptq(matrix, gram, product.format, product.group)
-    return quantise(matrix, product.format, product.group, "mse" if method == "mse" else "minmax")
+            raise QuantiseError("quantize", f"sums of x^T x of {matmul.name}", "none", "observe with the gram")
+        if matmul.factors is not None:
+            gram = gram / np.outer(matmul.factors, matmul.factors).astype(np.float64)
+        return gptq(matrix, gram, matmul.format, matmul.group)
+    return quantise(matrix, matmul.format, matmul.group, "mse" if method == "mse" else "minmax")
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ class Table:
     scales: NDArray[np.float32] | None
 
 
-def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, products: Mapping[str, Product]) -> dict[str, Table]:
+def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, matmuls: Mapping[str, Matmul]) -> dict[str, Table]:
     """Tables that rows are gathered from and nothing else, in the recipe's format."""
     if recipe.embedding == FLOAT32:
         return {}
     tables: dict[str, NDArray[np.float32]] = {}
-    refused = set(products)
+    refused = set(matmuls)
     for model in models.values():
         tensors = initializers_of(model.graph)
         gathered = {node.input[0] for node in model.graph.node if is_lookup(node)} & set(tensors)

@@ -1,6 +1,6 @@
 """GPTQ: weights are rounded one input channel after the other, and those still to come make up for each rounding.
 
-Of the products' inputs it takes H = x^T x. With U the upper Cholesky factor of H's inverse, rounding channel k by e
+Of the matmuls' inputs it takes H = x^T x. With U the upper Cholesky factor of H's inverse, rounding channel k by e
 changes channel j > k by -e U_kj / U_kk, which is what minimises the output's squared error.
 """
 

@@ -1,7 +1,7 @@
 """A bundle's graphs rewritten with explicit quantisation, in ONNX's own operators.
 
-What is rewritten are products with a weight: MatMul and Gemm whose second input is an initialiser. The same weight gets
-the same numbers and scales in every graph, and products of one input share its scale. docs/bundle.md has the forms.
+What is rewritten are matmuls with a weight: MatMul and Gemm whose second input is an initialiser. The same weight gets
+the same numbers and scales in every graph, and matmuls of one input share its scale. docs/bundle.md has the forms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from onnx import ModelProto, checker
 
 from titans_calibration.formats import choose_format, find_tables, quantise_weight, scale_inputs, shared_inputs
-from titans_calibration.products import FLOAT32, QuantiseError, find_products
+from titans_calibration.matmuls import FLOAT32, QuantiseError, find_matmuls
 from titans_calibration.rewriting import Rewriting
 from titans_calibration.weights import LARGEST
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 class GraphReport:
     """What the rewriting did.
 
-    products: format of each product's weight, float32 for those that stay. kept: why those stay. scaled: of each weight
+    matmuls: format of each matmul's weight, float32 for those that stay. kept: why those stay. scaled: of each weight
     whose input is divided by factors, whether every graph has them in the norm before it ("folded") or in a node.
     """
 
-    products: dict[str, str]
+    matmuls: dict[str, str]
     kept: dict[str, str]
     scaled: dict[str, str]
     embeddings: dict[str, str]
@@ -54,30 +54,30 @@ def quantise_graphs(
 
     Raises QuantiseError.
     """
-    products = find_products(models)
-    for product in products.values():
-        choose_format(product, recipe, observations, (formats or {}).get(product.name))
-    if unknown := sorted(set(formats or {}) - set(products)):
-        raise QuantiseError("quantize", "weights of products", unknown[0], "take names that the report lists")
-    groups = shared_inputs(products.values())
+    matmuls = find_matmuls(models)
+    for matmul in matmuls.values():
+        choose_format(matmul, recipe, observations, (formats or {}).get(matmul.name))
+    if unknown := sorted(set(formats or {}) - set(matmuls)):
+        raise QuantiseError("quantize", "weights of matmuls", unknown[0], "take names that the report lists")
+    groups = shared_inputs(matmuls.values())
     for group in groups:
         scale_inputs(group, recipe, observations)
-    for product in products.values():
-        if product.format in LARGEST:
-            product.quantised = quantise_weight(product, recipe, observations)
-    embeddings = find_tables(models, recipe, products)
+    for matmul in matmuls.values():
+        if matmul.format in LARGEST:
+            matmul.quantised = quantise_weight(matmul, recipe, observations)
+    embeddings = find_tables(models, recipe, matmuls)
     rewritten: dict[str, ModelProto] = {}
     folded: dict[str, bool] = {}
     for name, model in models.items():
-        rewriting = Rewriting(name, model, products, embeddings)
+        rewriting = Rewriting(name, model, matmuls, embeddings)
         rewriting.run()
         for weight, fold in rewriting.folded.items():
             folded[weight] = folded.get(weight, True) and fold
         checker.check_model(rewriting.model)
         rewritten[name] = rewriting.model
     report = GraphReport(
-        products={name: products[name].format for name in sorted(products)},
-        kept={name: product.why for name, product in sorted(products.items()) if product.format == FLOAT32},
+        matmuls={name: matmuls[name].format for name in sorted(matmuls)},
+        kept={name: matmul.why for name, matmul in sorted(matmuls.items()) if matmul.format == FLOAT32},
         scaled={name: "folded" if fold else "node" for name, fold in sorted(folded.items())},
         embeddings={name: table.format for name, table in sorted(embeddings.items())},
     )

@@ -1,4 +1,4 @@
-"""Graphs that also give what products take: which products there are, and sessions that show their inputs."""
+"""Graphs that also give what matmuls take: which matmuls there are, and sessions that show their inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from titans_calibration.products import is_product
+from titans_calibration.matmuls import is_matmul
 from titans_export.bundle import Bundle
 from titans_export.errors import MachineError
 from titans_export.onnx.files import load_graph, load_structure
@@ -24,12 +24,12 @@ _CPU = ["CPUExecutionProvider"]
 _EXTERNAL = "session.model_external_initializers_file_folder_path"
 
 
-def product_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
+def matmul_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
     """Of each weight that a MatMul or Gemm of the graph takes second: input channels, and the values that meet it."""
     shapes = {t.name: list(t.dims) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     found: dict[str, tuple[int, list[str]]] = {}
     for node in model.graph.node:
-        if not is_product(node) or len(shapes.get(node.input[1], ())) != 2:
+        if not is_matmul(node) or len(shapes.get(node.input[1], ())) != 2:
             continue
         if node.input[0] in shapes or attribute(node, "transA", 0):
             continue

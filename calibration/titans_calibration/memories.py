@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from titans_calibration.products import QuantiseError
+from titans_calibration.matmuls import QuantiseError
 from titans_export.model.memory_dtype import pack_row, stored_layout, unpack_row
 from titans_export.onnx.nodes import is_memory, is_memory_function, names_read, replace_functions, subgraphs
 

@@ -1,8 +1,7 @@
-"""What a product's input did over data: ranges, channels, a histogram, sums of products."""
+"""What a matmul's input did over data: ranges, channels, a histogram, the Gram matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Observed:
-    """One product's input, K channels wide, over all rows that were added.
+    """One matmul's input, K channels wide, over all rows that were added.
 
     count: rows. low, high: over all values. channels: of each channel, the largest absolute value. sum_abs: of each
     channel. gram: sum of x^T x over the rows, float64, or None where nobody asked. counts, limit: histogram of absolute
@@ -98,7 +97,7 @@ class Observed:
     def merged(self, other: Observed) -> Observed:
         """Both together, as if one had seen all."""
         if self.channels.shape != other.channels.shape or (self.gram is None) != (other.gram is None):
-            raise ValueError("observations of different products")
+            raise ValueError("observations of different matmuls")
         limit = max(self.limit, other.limit)
         ranges = dict(self.window_ranges)
         for window, (low, high) in other.window_ranges.items():
@@ -126,22 +125,13 @@ class Observed:
             return
         flat = magnitudes.reshape(-1)
         for start in range(0, flat.size, _ROWS):
-            # The factor is a power of two, so the product is exact and bins do not depend on rounding.
+            # The factor is a power of two, so scaling is exact and bins do not depend on rounding.
             bins = (flat[start : start + _ROWS].astype(np.float64) * (BINS / limit)).astype(np.int64)
             self.counts += np.bincount(np.minimum(bins, BINS - 1, out=bins), minlength=BINS)
 
 
-# By the name of a product's weight initialiser, which is the same in every graph.
+# By the name of a matmul's weight initialiser, which is the same in every graph.
 Observations = dict[str, Observed]
-
-
-def merge(one: Mapping[str, Observed], other: Mapping[str, Observed]) -> Observations:
-    """Both together."""
-    names = [*one, *(name for name in other if name not in one)]
-    return {
-        name: one[name].merged(other[name]) if name in one and name in other else (one.get(name) or other[name])
-        for name in names
-    }
 
 
 def activation_limit(observed: Observed, method: str, percentile: float, levels: int) -> float:

@@ -20,8 +20,8 @@ from titans_calibration.collect import Collected, collect
 from titans_calibration.data import Data, check_enough, read_data
 from titans_calibration.graphs import quantise_graphs
 from titans_calibration.instrument import load_models
+from titans_calibration.matmuls import matmul_weights
 from titans_calibration.memories import store_memories
-from titans_calibration.products import product_weights
 from titans_calibration.recipe import Recipe
 from titans_calibration.sensitivity import choose_mixture, split_held_back
 from titans_calibration.writing import load_graphs, write_quantised
@@ -40,8 +40,8 @@ Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class QuantizeReport:
     """What was done. `activations` and `memory`: the ranges observed, by window of positions, empty without data.
 
-    products: format of each product's weight. kept: why those in float32 are. max_abs_error: of the outputs from the
-    float32 model's golden ones. mixed: what was measured of each product, None for a recipe without a budget.
+    matmuls: format of each matmul's weight. kept: why those in float32 are. max_abs_error: of the outputs from the
+    float32 model's golden ones. mixed: what was measured of each matmul, None for a recipe without a budget.
     """
 
     bundle: str
@@ -56,7 +56,7 @@ class QuantizeReport:
     float32_state_bytes: int
     max_abs_error: float
     tolerance: float
-    products: dict[str, str]
+    matmuls: dict[str, str]
     kept: dict[str, str]
     embeddings: dict[str, str]
     activations: dict[str, list[list[float]]]
@@ -67,12 +67,12 @@ class QuantizeReport:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What would be done. products: how many weights, elements: in all of them."""
+    """What would be done. matmuls: how many weights, elements: in all of them."""
 
     bundle: str
     recipe: dict[str, Any]
     data: dict[str, Any] | None
-    products: int
+    matmuls: int
     elements: int
     kept: dict[str, str]
     target: str | None
@@ -158,7 +158,7 @@ def quantize_bundle(
         float32_state_bytes=_state_bytes(source),
         max_abs_error=written.max_abs_error,
         tolerance=written.tolerance,
-        products=quantised.report.products,
+        matmuls=quantised.report.matmuls,
         kept=quantised.report.kept,
         embeddings=quantised.report.embeddings,
         activations={name: [list(w) for w in seen.windows] for name, seen in collected.observations.items()},
@@ -192,13 +192,13 @@ def plan_quantize(
     plain = dataclasses.replace(plain, weights=dataclasses.replace(recipe.weights, method="minmax"))
     models = load_graphs(source)
     report = quantise_graphs(models, dataclasses.replace(plain, memory=type(recipe.memory)()), None).report
-    sizes = product_weights(models)
+    sizes = matmul_weights(models)
     return QuantizePlan(
         bundle=str(bundle),
         recipe=recipe.as_dict(),
         data=streams.entry() if streams is not None else None,
-        products=len(report.products) - len(report.kept),
-        elements=sum(math.prod(sizes[name]) for name in report.products if name in sizes and name not in report.kept),
+        matmuls=len(report.matmuls) - len(report.kept),
+        elements=sum(math.prod(sizes[name]) for name in report.matmuls if name in sizes and name not in report.kept),
         kept=report.kept,
         target=target,
     )
@@ -242,9 +242,9 @@ def _idle_patterns(bundle: Bundle, recipe: Recipe) -> list[str]:
     return [pattern for pattern in recipe.keep if not fnmatch.filter(names, pattern)]
 
 
-def format_counts(products: dict[str, str]) -> str:
+def format_counts(matmuls: dict[str, str]) -> str:
     """`38 int8, 4 float32`."""
-    return ", ".join(f"{count} {format}" for format, count in Counter(products.values()).most_common())
+    return ", ".join(f"{count} {format}" for format, count in Counter(matmuls.values()).most_common())
 
 
 def _state_bytes(bundle: Bundle) -> int:

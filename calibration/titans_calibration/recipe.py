@@ -1,4 +1,4 @@
-"""A recipe: which numbers a bundle's products, embedding and memories are held in, and how they are found.
+"""A recipe: which numbers a bundle's matmuls, embedding and memories are held in, and how they are found.
 
 Recipes are data, in TOML: the built-in ones in `recipes/NAME.toml`, others in files of their own. docs/quantization.md
 says what each key means.
@@ -31,7 +31,7 @@ ROUNDINGS = ("nearest", "stochastic", "error_feedback")
 GROUPS = (16, 32, 64, 128, 256)
 FOLDER = Path(__file__).resolve().parent / "recipes"
 _SCALED = ("int8", "int4", "fp8")  # weight formats with a scale, which a method has to find
-_FROM_DATA = ("awq", "gptq")  # methods that look at the products' inputs
+_FROM_DATA = ("awq", "gptq")  # methods that look at the matmuls' inputs
 
 
 class RecipeError(TitansError):
@@ -40,7 +40,7 @@ class RecipeError(TitansError):
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """The products' weights. `group`: one scale for so many elements along the input dimension, None: one a channel."""
+    """The matmuls' weights. `group`: one scale for so many elements along the input dimension, None: one a channel."""
 
     format: str = "float32"
     group: int | None = None
@@ -49,7 +49,7 @@ class WeightsRecipe:
 
 @dataclass(frozen=True)
 class ActivationsRecipe:
-    """The products' other inputs, one scale a tensor, from the ranges they took over the data."""
+    """The matmuls' other inputs, one scale a tensor, from the ranges they took over the data."""
 
     format: str = "int8"
     method: str = "minmax"
@@ -67,7 +67,7 @@ class MemoryRecipe:
 
 @dataclass(frozen=True)
 class MixedRecipe:
-    """Products that matter most stay in `fallback`, as many as the budget takes.
+    """Matmuls that matter most stay in `fallback`, as many as the budget takes.
 
     One of the two limits is there: bits over the held-back data at most so many percent above float32's, or all
     weights within so many bytes. `held_back` is the part of the data's end that nothing else is found from.
@@ -75,7 +75,7 @@ class MixedRecipe:
 
     max_bits_increase: float | None = None
     max_weights_bytes: int | None = None
-    by: str = "product"
+    by: str = "matmul"
     fallback: str = "float32"
     held_back: float = 0.2
 
@@ -254,7 +254,7 @@ def _mixed(table: _Table | None) -> MixedRecipe | None:
     return MixedRecipe(
         max_bits_increase=increase,
         max_weights_bytes=bytes_,
-        by=table.choice("by", ("product", "layer"), default.by),
+        by=table.choice("by", ("matmul", "layer"), default.by),
         fallback=table.choice("fallback", ("float32", "float16", "bfloat16", "int8"), default.fallback),
         held_back=default.held_back if held_back is None else held_back,
     )

@@ -1,4 +1,4 @@
-"""One graph with explicit quantisation: QuantizeLinear, DequantizeLinear and Cast around its products and lookups."""
+"""One graph with explicit quantisation: QuantizeLinear, DequantizeLinear and Cast around its matmuls and lookups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from titans_calibration.formats import CASTS, Table, cast_weight
-from titans_calibration.products import FLOAT32, Product, QuantiseError, is_lookup
+from titans_calibration.matmuls import FLOAT32, Matmul, QuantiseError, is_lookup
 from titans_calibration.weights import LARGEST, pack_int4
 from titans_export.engines.quantised import BLOCKS
 from titans_export.onnx.initializers import initializers_of, make_tensor, replace_initializers
@@ -39,7 +39,7 @@ class Rewriting:
 
     name: str
     source: ModelProto
-    products: Mapping[str, Product]
+    matmuls: Mapping[str, Matmul]
     embeddings: Mapping[str, Table]
     model: ModelProto = field(init=False)
     folded: dict[str, bool] = field(default_factory=dict)
@@ -62,13 +62,13 @@ class Rewriting:
         self.added: dict[str, TensorProto] = {}
         self.nodes: list[NodeProto] = []
         self.made: dict[tuple[str, ...], str] = {}  # what has been computed for a value already
-        uses = {use.index: product for product in self.products.values() for use in product.uses
-                if use.graph == self.name and product.format != FLOAT32}  # fmt: skip
+        uses = {use.index: matmul for matmul in self.matmuls.values() for use in matmul.uses
+                if use.graph == self.name and matmul.format != FLOAT32}  # fmt: skip
         self._fold(graph, uses)
         biased: dict[str, NodeProto] = {}
         for index, node in enumerate(graph.node):
             if index in uses:
-                self._product(node, uses[index])
+                self._matmul(node, uses[index])
                 if uses[index].format in LARGEST and node.op_type == "MatMul":
                     biased[node.output[0]] = node
             elif node.op_type == "Add" and node.domain == "" and set(node.input) & set(biased):
@@ -80,68 +80,68 @@ class Rewriting:
         self._replace(graph)
         _raise_opset(self.model)
 
-    def _fold(self, graph: GraphProto, uses: Mapping[int, Product]) -> None:
-        """Factors into the initialiser of the Mul that makes the input, where all its readers are these products."""
-        scaled: dict[str, Product] = {}
-        for index, product in uses.items():
-            if product.factors is not None:
-                scaled.setdefault(graph.node[index].input[0], product)
+    def _fold(self, graph: GraphProto, uses: Mapping[int, Matmul]) -> None:
+        """Factors into the initialiser of the Mul that makes the input, where all its readers are these matmuls."""
+        scaled: dict[str, Matmul] = {}
+        for index, matmul in uses.items():
+            if matmul.factors is not None:
+                scaled.setdefault(graph.node[index].input[0], matmul)
         self.in_norm: set[str] = set()
-        for value, product in scaled.items():
-            assert product.factors is not None
+        for value, matmul in scaled.items():
+            assert matmul.factors is not None
             maker = self.makers.get(value)
             readers = self.readers[value]
             ours = [uses.get(i) for i, node in enumerate(graph.node) if value in node.input and node.input[0] == value]
             alone = len(ours) == len(readers) and all(
-                other is not None and other.leader == product.leader for other in ours
+                other is not None and other.leader == matmul.leader for other in ours
             )
             fold = False
             if maker is not None and maker.op_type == "Mul" and alone and value not in self.elsewhere:
-                fold = self._fold_into(maker, product)
+                fold = self._fold_into(maker, matmul)
             if fold:
                 self.in_norm.add(value)
             for other in uses.values():
-                if other.leader == product.leader:
+                if other.leader == matmul.leader:
                     self.folded[other.name] = self.folded.get(other.name, True) and fold
 
-    def _fold_into(self, node: NodeProto, product: Product) -> bool:
-        assert product.factors is not None
+    def _fold_into(self, node: NodeProto, matmul: Matmul) -> bool:
+        assert matmul.factors is not None
         for place, name in enumerate(node.input):
             tensor = self.weights.get(name)
             if tensor is None or tensor.data_type != TensorProto.FLOAT or not tensor.dims:
                 continue
-            if tensor.dims[-1] != len(product.factors) or int(np.prod(tensor.dims)) != len(product.factors):
+            if tensor.dims[-1] != len(matmul.factors) or int(np.prod(tensor.dims)) != len(matmul.factors):
                 continue
             value = numpy_helper.to_array(tensor)
-            key = (name, "norm", product.leader)
+            key = (name, "norm", matmul.leader)
             if key not in self.made:
-                scaled = (value.astype(np.float64) / product.factors).astype(np.float32)
-                self.made[key] = self._add(numpy_helper.from_array(scaled, f"divided.{product.leader}.{name}"))
+                scaled = (value.astype(np.float64) / matmul.factors).astype(np.float32)
+                self.made[key] = self._add(numpy_helper.from_array(scaled, f"divided.{matmul.leader}.{name}"))
             node.input[place] = self.made[key]
             return True
         return False
 
-    def _product(self, node: NodeProto, product: Product) -> None:
-        if product.format in CASTS:
-            node.input[1] = self._cast(product)
+    def _matmul(self, node: NodeProto, matmul: Matmul) -> None:
+        if matmul.format in CASTS:
+            node.input[1] = self._cast(matmul)
             self.nodes.append(node)
             return
         value = node.input[0]
-        if product.factors is not None and value not in self.in_norm:
-            value = self._divided(value, product)
-        if product.input_scale is not None:
-            value = self._rounded(value, product)
+        if matmul.factors is not None and value not in self.in_norm:
+            value = self._divided(value, matmul)
+        if matmul.input_scale is not None:
+            value = self._rounded(value, matmul)
         node.input[0] = value
-        node.input[1] = self._dequantised(product)
+        node.input[1] = self._dequantised(matmul)
         self.nodes.append(node)
 
-    def _bias(self, node: NodeProto, products: Mapping[str, NodeProto]) -> None:
-        """A bias after a product gets three dimensions: with fewer ONNX Runtime makes a Gemm of both before it looks
-        for quantised products, and then dequantises the whole weight in every call.
+    def _bias(self, node: NodeProto, matmuls: Mapping[str, NodeProto]) -> None:
+        """A bias after a matmul gets three dimensions: with fewer ONNX Runtime makes a Gemm of both before it looks
+        for quantised matmuls, and then dequantises the whole weight in every call.
         """
-        place = 0 if node.input[0] in products else 1
-        product, bias = node.input[place], self.weights.get(node.input[1 - place])
-        rank = self.ranks.get(product)
+        place = 0 if node.input[0] in matmuls else 1
+        matmul, bias = node.input[place], self.weights.get(node.input[1 - place])
+        rank = self.ranks.get(matmul)
         if bias is None or rank is None or rank < 2 or len(bias.dims) != 1:
             self.nodes.append(node)
             return
@@ -158,32 +158,32 @@ class Rewriting:
             output, node.output[0] = node.output[0], _free(f"{node.output[0]}.row", self.taken)
             self._append("Squeeze", [node.output[0], self.made["zeroth", "axis"]], output)
 
-    def _cast(self, product: Product) -> str:
-        key = (product.name, "cast")
+    def _cast(self, matmul: Matmul) -> str:
+        key = (matmul.name, "cast")
         if key not in self.made:
-            name = f"{product.name}.{product.format}"
-            matrix = product.matrix.T if product.transposed else product.matrix
-            self._add(cast_weight(name, np.ascontiguousarray(matrix), product.format))
-            self.made[key] = self._node("Cast", [name], f"{product.name}.cast", to=TensorProto.FLOAT)
+            name = f"{matmul.name}.{matmul.format}"
+            matrix = matmul.matrix.T if matmul.transposed else matmul.matrix
+            self._add(cast_weight(name, np.ascontiguousarray(matrix), matmul.format))
+            self.made[key] = self._node("Cast", [name], f"{matmul.name}.cast", to=TensorProto.FLOAT)
         return self.made[key]
 
-    def _divided(self, value: str, product: Product) -> str:
-        assert product.factors is not None
-        key = (value, "divided", product.leader)
+    def _divided(self, value: str, matmul: Matmul) -> str:
+        assert matmul.factors is not None
+        key = (value, "divided", matmul.leader)
         if key not in self.made:
-            inverse = (1.0 / product.factors.astype(np.float64)).astype(np.float32)
-            factor = self._add(numpy_helper.from_array(inverse, f"{product.leader}.input_factors"))
+            inverse = (1.0 / matmul.factors.astype(np.float64)).astype(np.float32)
+            factor = self._add(numpy_helper.from_array(inverse, f"{matmul.leader}.input_factors"))
             self.made[key] = self._node("Mul", [value, factor], f"{value}.divided")
         return self.made[key]
 
-    def _rounded(self, value: str, product: Product) -> str:
-        """Rounded for each product on its own, though products of an input round alike: where several share a rounding,
+    def _rounded(self, value: str, matmul: Matmul) -> str:
+        """Rounded for each matmul on its own, though matmuls of an input round alike: where several share a rounding,
         ONNX Runtime's rewrites for x86 leave them as they are, and dequantise whole weights in every call.
         """
-        assert product.input_scale is not None
-        scale = numpy_helper.from_array(np.array(product.input_scale), f"{product.leader}.input_scale")
-        inputs = [self._add(scale), self._zero(product.format)]
-        rounded = self._node("QuantizeLinear", [value, *inputs], f"{value}.{product.format}")
+        assert matmul.input_scale is not None
+        scale = numpy_helper.from_array(np.array(matmul.input_scale), f"{matmul.leader}.input_scale")
+        inputs = [self._add(scale), self._zero(matmul.format)]
+        rounded = self._node("QuantizeLinear", [value, *inputs], f"{value}.{matmul.format}")
         return self._node("DequantizeLinear", [rounded, *inputs], f"{value}.dequantised")
 
     def _zero(self, format: str) -> str:
@@ -193,37 +193,37 @@ class Rewriting:
             self.made[key] = self._add(tensor)
         return self.made[key]
 
-    def _dequantised(self, product: Product) -> str:
-        key = (product.name, "weight")
+    def _dequantised(self, matmul: Matmul) -> str:
+        key = (matmul.name, "weight")
         if key in self.made:
             return self.made[key]
-        quantised = product.quantised
+        quantised = matmul.quantised
         assert quantised is not None
-        values, scales, block = quantised.values, quantised.scales, product.group
-        if block is None and product.input_scale is None and product.format != "fp8":
+        values, scales, block = quantised.values, quantised.scales, matmul.group
+        if block is None and matmul.input_scale is None and matmul.format != "fp8":
             block = block_of(len(values))
             scales = np.repeat(scales, len(values) // block, axis=0) if block else scales
         axis = 0 if block else 1
-        if product.transposed:
+        if matmul.transposed:
             values, scales, axis = values.T, scales.T, 1 - axis
         shape = values.shape
         data = np.ascontiguousarray(values)
-        raw = pack_int4(data.astype(np.int8)) if product.format == "int4" else data.tobytes()
-        stem = f"{product.name}.{product.format}"
-        weight = self._add(make_tensor(stem, product.format, shape, raw))
+        raw = pack_int4(data.astype(np.int8)) if matmul.format == "int4" else data.tobytes()
+        stem = f"{matmul.name}.{matmul.format}"
+        weight = self._add(make_tensor(stem, matmul.format, shape, raw))
         scale = np.ascontiguousarray(scales if block else scales.reshape(-1))
         inputs = [weight, self._add(numpy_helper.from_array(scale, f"{stem}.scale"))]
-        if product.input_scale is not None:
-            inputs.append(self._weight_zeros(product, scale))
+        if matmul.input_scale is not None:
+            inputs.append(self._weight_zeros(matmul, scale))
         attributes = {"axis": axis, "block_size": block} if block else {"axis": axis}
-        self.made[key] = self._node("DequantizeLinear", inputs, f"{product.name}.dequantised", **attributes)
+        self.made[key] = self._node("DequantizeLinear", inputs, f"{matmul.name}.dequantised", **attributes)
         return self.made[key]
 
-    def _weight_zeros(self, product: Product, scale: NDArray[np.float32]) -> str:
-        key = (product.format, "zeros", str(len(scale)))
+    def _weight_zeros(self, matmul: Matmul, scale: NDArray[np.float32]) -> str:
+        key = (matmul.format, "zeros", str(len(scale)))
         if key not in self.made:
-            name = f"zeros.{product.format}.{len(scale)}"
-            tensor = make_tensor(name, product.format, scale.shape, bytes(len(scale)))
+            name = f"zeros.{matmul.format}.{len(scale)}"
+            tensor = make_tensor(name, matmul.format, scale.shape, bytes(len(scale)))
             self.made[key] = self._add(tensor)
         return self.made[key]
 

@@ -1,4 +1,4 @@
-"""Which products matter: each quantised by itself over held-back data, and what of them stays within a budget."""
+"""Which matmuls matter: each quantised by itself over held-back data, and what of them stays within a budget."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from titans_calibration.data import Data, DataError
 from titans_calibration.graphs import Quantised, quantise_graphs
 from titans_calibration.instrument import Runner, load_models
+from titans_calibration.matmuls import matmul_weights
 from titans_calibration.observe import Observations
-from titans_calibration.products import product_weights
 from titans_calibration.recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
 from titans_export import __version__
 from titans_export.bundle import Bundle
@@ -33,7 +33,7 @@ _FLOAT32 = "float32"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Products that are decided on together, alone in the recipe's format.
+    """Matmuls that are decided on together, alone in the recipe's format.
 
     divergence: KL divergence of their distribution from float32's, in bits a token; of vectors the mean squared
     difference over the mean square. bits_increase: in percent, None of vectors. saved_bytes: by the format's elements,
@@ -41,7 +41,7 @@ class Sensitivity:
     """
 
     name: str
-    products: tuple[str, ...]
+    matmuls: tuple[str, ...]
     divergence: float
     bits_increase: float | None
     saved_bytes: int
@@ -97,9 +97,9 @@ def choose_mixture(
     progress: Callable[[str], None] = lambda text: None,
     work: Path | None = None,
 ) -> Mixture:
-    """Decides which products stay in the recipe's fallback so that its budget holds. Deterministic.
+    """Decides which matmuls stay in the recipe's fallback so that its budget holds. Deterministic.
 
-    Products are ranked by divergence for each byte that they save. For a budget of bits the fewest of the ranking stay
+    Matmuls are ranked by divergence for each byte that they save. For a budget of bits the fewest of the ranking stay
     that hold it, found by halving; for one of bytes as many as fit. With `work` each measurement is saved there, and a
     later call with the same bundle, recipe, observations and data takes it from there. Raises RecipeError where none
     hold it.
@@ -183,7 +183,7 @@ class _Search:
         self._bits = None if bundle.takes_vectors else mean_bits(self._right, data.streams)
         full = self._quantise(self._all, {})
         self._bytes = initializer_bytes(full.models.values())
-        self._chosen = [name for name, format in full.report.products.items() if format != _FLOAT32]
+        self._chosen = [name for name, format in full.report.matmuls.items() if format != _FLOAT32]
 
     def rank(self, progress: Callable[[str], None]) -> list[Sensitivity]:
         """All groups, those first that cost most for each byte that they save."""
@@ -191,15 +191,15 @@ class _Search:
         plain = initializer_bytes(self._all.values())
         groups = _group_names(self._chosen, self._mixed.by)
         found = []
-        for number, (name, products) in enumerate(groups.items(), start=1):
+        for number, (name, matmuls) in enumerate(groups.items(), start=1):
 
-            def measure(name: str = name, products: list[str] = products, number: int = number) -> _Measurement:
+            def measure(name: str = name, matmuls: list[str] = matmuls, number: int = number) -> _Measurement:
                 progress(f"quantising {name} alone, {number} of {len(groups)}")
-                formats = {other: _FLOAT32 for other in self._chosen if other not in products}
+                formats = {other: _FLOAT32 for other in self._chosen if other not in matmuls}
                 return self._measure(quantise_graphs(self._models, alone, self._observations, formats).models)
 
             divergence, increase = self._measured.of(f"{name} alone", measure)
-            found.append(Sensitivity(name, tuple(products), divergence, increase, self._saved(plain, products)))
+            found.append(Sensitivity(name, tuple(matmuls), divergence, increase, self._saved(plain, matmuls)))
         return sorted(found, key=lambda s: (-s.divergence / max(s.saved_bytes, 1), s.name))
 
     def fewest(self, ranked: Sequence[Sensitivity], limit: float, progress: Callable[[str], None]) -> int:
@@ -218,7 +218,7 @@ class _Search:
         if not check(high):
             raise RecipeError(
                 "recipe", f"a mixture whose bits grow at most {limit:g} %",
-                f"more even with all products in {self._mixed.fallback}",
+                f"more even with all matmuls in {self._mixed.fallback}",
                 "raise mixed.max_bits_increase, or take another fallback or embedding",
             )  # fmt: skip
         while high - low > 1:
@@ -230,7 +230,7 @@ class _Search:
         """How many of the first may stay so that the weights take at most `limit` bytes."""
         if self._bytes > limit:
             raise RecipeError(
-                "recipe", f"weights of at most {limit} bytes", f"{self._bytes} with all products quantised",
+                "recipe", f"weights of at most {limit} bytes", f"{self._bytes} with all matmuls quantised",
                 "raise mixed.max_weights_bytes, or take a smaller format",
             )  # fmt: skip
         low, high = 0, len(ranked)
@@ -253,7 +253,7 @@ class _Search:
         return Mixture(formats, kept, tuple(ranked), bits, self._bits, weights, self._data.tokens)
 
     def _formats(self, ranked: Sequence[Sensitivity], count: int) -> dict[str, str]:
-        return {name: self._mixed.fallback for s in ranked[:count] for name in s.products}
+        return {name: self._mixed.fallback for s in ranked[:count] for name in s.matmuls}
 
     def _mixed_models(self, ranked: Sequence[Sensitivity], count: int) -> dict[str, onnx.ModelProto]:
         return self._quantise(self._models, self._formats(ranked, count)).models
@@ -261,10 +261,10 @@ class _Search:
     def _quantise(self, models: Mapping[str, onnx.ModelProto], formats: Mapping[str, str]) -> Quantised:
         return quantise_graphs(models, self._recipe, self._observations, formats)
 
-    def _saved(self, plain: int, products: Sequence[str]) -> int:
-        sizes = product_weights(self._all)
+    def _saved(self, plain: int, matmuls: Sequence[str]) -> int:
+        sizes = matmul_weights(self._all)
         bits = {"int8": 8, "fp8": 8, "int4": 4}[self._recipe.weights.format]
-        return min(plain, sum(rows * columns * (32 - bits) // 8 for rows, columns in map(sizes.__getitem__, products)))
+        return min(plain, sum(rows * columns * (32 - bits) // 8 for rows, columns in map(sizes.__getitem__, matmuls)))
 
     def _measure(self, models: Mapping[str, onnx.ModelProto]) -> _Measurement:
         """Divergence from float32, and by how many percent bits grow."""
@@ -337,7 +337,7 @@ def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) 
 
 
 def _group_names(names: Sequence[str], by: str) -> dict[str, list[str]]:
-    """Names of products by what is decided on together."""
+    """Names of matmuls by what is decided on together."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r"(?:.*\.)?layers\.\d+(?=\.)", name)

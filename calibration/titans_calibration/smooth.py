@@ -1,6 +1,6 @@
-"""SmoothQuant: outlier channels of a product's input moved into its weights, where each channel can have its own scale.
+"""SmoothQuant: outlier channels of a matmul's input moved into its weights, where each channel can have its own scale.
 
-A product x W becomes (x / s) (s W). Of channel k, s is max|x_k|^alpha / max|W_k|^(1 - alpha), over all products of one
+A matmul x W becomes (x / s) (s W). Of channel k, s is max|x_k|^alpha / max|W_k|^(1 - alpha), over all matmuls of one
 input together, as that input has one s.
 """
 

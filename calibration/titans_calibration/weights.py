@@ -1,6 +1,6 @@
 """Matrices in numbers of few bits: formats, scales, and how scales are found.
 
-A matrix is (K, N), K the channels that a product sums over. Scales are symmetric: a number is its integer times the
+A matrix is (K, N), K the channels that a matmul sums over. Scales are symmetric: a number is its integer times the
 scale, and zero is zero.
 """
 
@@ -34,7 +34,7 @@ class QuantisedMatrix:
     group: int | None
 
     def dequantised(self) -> Matrix:
-        """What a product computes with."""
+        """What a matmul computes with."""
         numbers = from_fp8(self.values) if self.format == "fp8" else self.values.astype(np.float32)
         rows = self.group or len(self.values)
         result: Matrix = numbers * np.repeat(self.scales, rows, axis=0)

@@ -89,7 +89,7 @@ def write_quantised(
             "recipe": recipe.as_dict(),
             "data": dict(data) if data is not None else None,
             "seed": seed,
-            "products": quantised.report.products,
+            "matmuls": quantised.report.matmuls,
             "memory": {
                 "dtype": recipe.memory.dtype,
                 "rounding": recipe.memory.rounding,

@@ -47,7 +47,7 @@ def collected(float32_bundle: Path, data: Data) -> Collected:
 
 @pytest.fixture(scope="module")
 def inputs(model: Titans, data: Data) -> dict[str, npt.NDArray[np.float64]]:
-    """Every input of every product of PyTorch in float64 over the same streams, (rows, K)."""
+    """Every input of every matmul of PyTorch in float64 over the same streams, (rows, K)."""
     double = copy.deepcopy(model).double()
     fresh = double.initial_state(1)  # before the hooks: what it multiplies is in the bundle's state, not its graphs
     seen: dict[str, list[torch.Tensor]] = {}
@@ -62,7 +62,7 @@ def inputs(model: Titans, data: Data) -> dict[str, npt.NDArray[np.float64]]:
     return {f"model.{name}.weight": torch.cat(rows).detach().numpy() for name, rows in seen.items()}
 
 
-def test_products_see_what_they_see_in_pytorch(
+def test_matmuls_see_what_they_see_in_pytorch(
     collected: Collected, inputs: dict[str, npt.NDArray[np.float64]], data: Data
 ) -> None:
     shared = set(collected.observations) & set(inputs)
@@ -114,7 +114,7 @@ def test_function_bodies_show_what_the_kernel_shows(
         np.testing.assert_allclose(other.observations[name].mean_abs, seen.mean_abs, rtol=1e-3, atol=1e-6)
 
 
-def test_products_of_one_input_are_observed_once(float32_bundle: Path) -> None:
+def test_matmuls_of_one_input_are_observed_once(float32_bundle: Path) -> None:
     groups = find_groups(load_models(read_bundle(float32_bundle), weights=False))
     together = [set(group.weights) for group in groups if len(group.weights) > 1]
     assert any({"model.layers.0.attention.key.weight", "model.layers.0.attention.value.weight"} <= g for g in together)

@@ -64,12 +64,12 @@ def test_bits_are_those_of_pytorch() -> None:
 def test_the_measured_divergence_is_that_of_the_runtime(
     float32_bundle: Path, split: tuple[Data, Data], tmp_path: Path
 ) -> None:
-    """The bundle with one product quantised, run by the runtime, in torch's float64 KL divergence."""
+    """The bundle with one matmul quantised, run by the runtime, in torch's float64 KL divergence."""
     mixture = _choose(float32_bundle, split[1], max_weights_bytes=10**9)
     bundle = read_bundle(float32_bundle)
     stream = split[1].streams[0]
     for found in (mixture.sensitivities[0], mixture.sensitivities[-1]):
-        others = {name: "float32" for s in mixture.sensitivities for name in s.products if s is not found}
+        others = {name: "float32" for s in mixture.sensitivities for name in s.matmuls if s is not found}
         quantised = quantise_graphs(load_graphs(bundle), INT4, None, others)
         write_quantised(bundle, tmp_path / "one.titans", quantised, INT4, overwrite=True)
         logs = []
@@ -98,17 +98,17 @@ def test_a_budget_of_bits_is_held_with_the_fewest(float32_bundle: Path, split: t
     assert mixture.bits is not None
     assert (mixture.bits / everything.float32_bits - 1) * 100 <= limit
     assert mixture == _choose(float32_bundle, split[1], max_bits_increase=limit)
-    assert set(mixture.formats) == {n for s in mixture.sensitivities[: len(mixture.kept)] for n in s.products}
+    assert set(mixture.formats) == {n for s in mixture.sensitivities[: len(mixture.kept)] for n in s.matmuls}
 
 
-def test_products_of_a_layer_can_be_decided_together(float32_bundle: Path, split: tuple[Data, Data]) -> None:
+def test_matmuls_of_a_layer_can_be_decided_together(float32_bundle: Path, split: tuple[Data, Data]) -> None:
     mixture = _choose(float32_bundle, split[1], max_weights_bytes=10**9, by="layer")
     assert {s.name for s in mixture.sensitivities} == {"model.layers.0", "model.head.weight"}
-    assert max(len(s.products) for s in mixture.sensitivities) > 4
+    assert max(len(s.matmuls) for s in mixture.sensitivities) > 4
 
 
 def test_a_budget_that_nothing_holds_is_told(float32_bundle: Path, split: tuple[Data, Data]) -> None:
-    with pytest.raises(RecipeError, match="even with all products in float32"):
+    with pytest.raises(RecipeError, match="even with all matmuls in float32"):
         _choose(float32_bundle, split[1], max_bits_increase=-1000.0)
     with pytest.raises(RecipeError, match="max_weights_bytes"):
         _choose(float32_bundle, split[1], max_weights_bytes=1000)

@@ -23,9 +23,9 @@ from quantised_tools import RECIPES, observe_noise
 from titans_calibration.awq import awq_scales
 from titans_calibration.gptq import gptq
 from titans_calibration.graphs import Quantised, quantise_graphs
+from titans_calibration.matmuls import QuantiseError
 from titans_calibration.memories import store_memories
 from titans_calibration.observe import Observed
-from titans_calibration.products import QuantiseError
 from titans_calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 from titans_calibration.smooth import smoothing
 from titans_calibration.weights import CLIPPED, LARGEST, from_fp8, pack_int4, quantise, to_fp8, unpack_int4
@@ -121,7 +121,7 @@ def outliers(rows: int = 4096, channels: int = 64) -> Floats:
     return values.astype(np.float32)
 
 
-def test_smoothing_lowers_the_error_of_rounded_products() -> None:
+def test_smoothing_lowers_the_error_of_rounded_matmuls() -> None:
     inputs, weights = outliers(), matrix(64, 48)
 
     def output(factors: Floats) -> Floats:
@@ -141,7 +141,7 @@ def test_smoothing_lowers_the_error_of_rounded_products() -> None:
 
 
 @pytest.mark.parametrize("with_gram", [False, True])
-def test_awq_lowers_the_error_of_products(with_gram: bool) -> None:
+def test_awq_lowers_the_error_of_matmuls(with_gram: bool) -> None:
     inputs, weights = outliers(), matrix(64, 48)
     gram = inputs.T.astype(np.float64) @ inputs if with_gram else None
     factors = awq_scales(np.abs(inputs).mean(0), [weights], "int4", 32, gram)
@@ -156,7 +156,7 @@ def test_awq_lowers_the_error_of_products(with_gram: bool) -> None:
 
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("channels", [64, 192])  # one block of corrections, and more than one
-def test_gptq_lowers_the_error_of_products(group: int | None, channels: int) -> None:
+def test_gptq_lowers_the_error_of_matmuls(group: int | None, channels: int) -> None:
     inputs, weights = outliers(channels=channels), matrix(channels, 48)
     gram = inputs.T.astype(np.float64) @ inputs
     right = inputs.astype(np.float64) @ weights
@@ -187,8 +187,8 @@ def test_gptq_of_two_channels_by_hand() -> None:
 # ---- graphs ----
 
 
-def two_products() -> tuple[onnx.ModelProto, dict[str, Floats]]:
-    """x -> norm's Mul -> two products, one with a bias; and one of the input itself."""
+def two_matmuls() -> tuple[onnx.ModelProto, dict[str, Floats]]:
+    """x -> norm's Mul -> two matmuls, one with a bias; and one of the input itself."""
     weights = {
         "model.norm": matrix(1, 64, 2)[0] + 2,
         "model.a": matrix(64, 80, 3),
@@ -232,9 +232,9 @@ def fake_fp8(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
-@pytest.mark.parametrize(("format", "product"), [("int8", fake_int8), ("fp8", fake_fp8)])
-def test_products_are_those_of_pytorch(format: str, product: Callable[..., torch.Tensor], smooth: float | None) -> None:
-    model, weights = two_products()
+@pytest.mark.parametrize(("format", "matmul"), [("int8", fake_int8), ("fp8", fake_fp8)])
+def test_matmuls_are_those_of_pytorch(format: str, matmul: Callable[..., torch.Tensor], smooth: float | None) -> None:
+    model, weights = two_matmuls()
     x = outliers(3, 64)[None]
     recipe = Recipe("r", weights=WeightsRecipe(format), activations=ActivationsRecipe(format), smooth=smooth)
     found = quantise_graphs({"g": model}, recipe, observed(x, weights))
@@ -246,9 +246,9 @@ def test_products_are_those_of_pytorch(format: str, product: Callable[..., torch
         s_n = (n.abs().amax((0, 1)) / a_b).sqrt()
         s_c = (c.abs().amax((0, 1)) / t["model.c"].abs().amax(1)).sqrt()
     right = [
-        product(n / s_n, t["model.a"] * s_n[:, None]),
-        product(n / s_n, t["model.b"] * s_n[:, None]) + t["model.b.bias"],
-        product(c / s_c, t["model.c"] * s_c[:, None]),
+        matmul(n / s_n, t["model.a"] * s_n[:, None]),
+        matmul(n / s_n, t["model.b"] * s_n[:, None]) + t["model.b.bias"],
+        matmul(c / s_c, t["model.c"] * s_c[:, None]),
     ]
     for outputs in (ReferenceEvaluator(found.models["g"]).run(None, {"x": x}), run(found.models["g"], x)):
         for output, expected in zip(outputs, right, strict=True):
@@ -262,7 +262,7 @@ def test_products_are_those_of_pytorch(format: str, product: Callable[..., torch
 
 @pytest.mark.parametrize("recipe", ["int8-weight-only", "int8-channel", "int4"])
 def test_weights_alone(recipe: str) -> None:
-    model, weights = two_products()
+    model, weights = two_matmuls()
     x = outliers(3, 64)[None]
     chosen = dataclasses.replace(RECIPES[recipe], embedding="float32")
     found = quantise_graphs({"g": model}, chosen, observed(x, weights))
@@ -273,7 +273,7 @@ def test_weights_alone(recipe: str) -> None:
         if method == "awq":
             others = [weights["model.c"]] if name == "c" else [weights["model.a"], weights["model.b"]]
             values_of = values.reshape(-1, 64).astype(np.float64)
-            gram = values_of.T @ values_of * (1 if name == "c" else 2)  # of both products together
+            gram = values_of.T @ values_of * (1 if name == "c" else 2)  # of both matmuls together
             s = awq_scales(np.abs(values_of).mean(0), others, "int4", 32, gram)
         dequantised = quantise(w * s[:, None], chosen.weights.format, chosen.weights.group,
                                "minmax" if method == "awq" else method).dequantised()  # fmt: skip
@@ -303,22 +303,22 @@ def operators(path: Path, tmp_path: Path, disabled: list[str]) -> Counter[str]:
     [("int8", "MatMulIntegerToFloat"), ("int8-weight-only", "MatMulNBits"), ("int8-channel", "MatMulNBits"),
      ("int4", "MatMulNBits")],
 )  # fmt: skip
-def test_onnx_runtime_finds_every_quantised_product(
+def test_onnx_runtime_finds_every_quantised_matmul(
     quantised_bundle: Callable[[Recipe], Path], recipe: str, operator: str, tmp_path: Path
 ) -> None:
-    """A product that it does not find has its weight dequantised in every call, many times slower."""
+    """A matmul that it does not find has its weight dequantised in every call, many times slower."""
     bundle = read_bundle(quantised_bundle(RECIPES[recipe]))
-    products = {name for name, format in bundle.manifest["quantization"]["products"].items() if format != "float32"}
+    matmuls = {name for name, format in bundle.manifest["quantization"]["matmuls"].items() if format != "float32"}
     for path in bundle.graph_paths().values():
         nodes = onnx.load(path, load_external_data=False).graph.node
         sources = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
         uses = sum(
-            any(sources.get(node.input[1], "").startswith(name + ".") for name in products)
+            any(sources.get(node.input[1], "").startswith(name + ".") for name in matmuls)
             for node in nodes
             if node.op_type == "MatMul"
         )
         found = operators(path, tmp_path, ["CommonSubexpressionElimination"] if recipe == "int8" else [])
-        assert uses >= len(products) and found[operator] == uses
+        assert uses >= len(matmuls) and found[operator] == uses
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8-channel", "int4", "fp8", "float16"])
@@ -343,7 +343,7 @@ def test_the_same_numbers_in_every_graph_and_every_time(quantise: Callable[[Reci
     for graph in graphs[1:]:
         for name in set(graph) & set(graphs[0]):
             assert graph[name] == graphs[0][name], name
-    chosen = {name for name, format in first.report.products.items() if format != "float32"}
+    chosen = {name for name, format in first.report.matmuls.items() if format != "float32"}
     assert chosen and all(not {name for name in graph if name in chosen} for graph in graphs), "float32 is still there"
     assert all(any(name.startswith(f"{weight}.") for name in graphs[0]) for weight in chosen)
 
@@ -357,24 +357,24 @@ def test_what_stays_float32_is_said(quantise: Callable[[Recipe], Quantised]) -> 
 
 
 def test_a_permutation_stays_exact() -> None:
-    model, weights = two_products()
+    model, weights = two_matmuls()
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.eye(64, 80, dtype=np.float32), "model.a"))
     report = quantise_graphs({"g": model}, RECIPES["int8-channel"], None).report
-    assert "permutation" in report.kept["model.a"] and report.products["model.b"] == "int8"
+    assert "permutation" in report.kept["model.a"] and report.matmuls["model.b"] == "int8"
     assert weights
 
 
 def test_formats_for_weights_one_by_one() -> None:
-    model, _ = two_products()
+    model, _ = two_matmuls()
     formats = {"model.a": "float32", "model.b": "float16"}
     report = quantise_graphs({"g": model}, RECIPES["int8-channel"], None, formats).report
-    assert report.products == {"model.a": "float32", "model.b": "float16", "model.c": "int8"}
-    with pytest.raises(QuantiseError, match=r"weights of products but got model\.d"):
+    assert report.matmuls == {"model.a": "float32", "model.b": "float16", "model.c": "int8"}
+    with pytest.raises(QuantiseError, match=r"weights of matmuls but got model\.d"):
         quantise_graphs({"g": model}, RECIPES["int8-channel"], None, {"model.d": "int8"})
 
 
 def test_what_cannot_be_quantised_is_refused() -> None:
-    model, weights = two_products()
+    model, weights = two_matmuls()
     with pytest.raises(QuantiseError, match="observations"):
         quantise_graphs({"g": model}, RECIPES["int8"], None)
     other = onnx.ModelProto.FromString(model.SerializeToString())
@@ -388,15 +388,15 @@ def test_what_cannot_be_quantised_is_refused() -> None:
 
 
 def test_weights_that_something_else_reads_stay() -> None:
-    model, _ = two_products()
+    model, _ = two_matmuls()
     model.graph.node.append(helper.make_node("ReduceSum", ["model.a"], ["sum"], keepdims=0))
     model.graph.output.append(value("sum", ()))
     report = quantise_graphs({"g": model}, RECIPES["int8-channel"], None).report
-    assert report.kept == {"model.a": "it is not only the second factor of products"}
+    assert report.kept == {"model.a": "it is not only the second factor of matmuls"}
 
 
 def test_a_norm_that_a_branch_reads_keeps_its_values() -> None:
-    model, weights = two_products()
+    model, weights = two_matmuls()
     branches = [
         helper.make_graph([helper.make_node(operator, ["n"], [name])], name, [], [value(name, (1, 3, 64))])
         for operator, name in (("Identity", "t"), ("Neg", "e"))
@@ -410,9 +410,9 @@ def test_a_norm_that_a_branch_reads_keeps_its_values() -> None:
     assert found.report.scaled["model.a"] == "node"
 
 
-def test_products_of_one_format_share_their_input_beside_another() -> None:
-    model, weights = two_products()
-    model.graph.node[4].input[0] = "n"  # three products of one input
+def test_matmuls_of_one_format_share_their_input_beside_another() -> None:
+    model, weights = two_matmuls()
+    model.graph.node[4].input[0] = "n"  # three matmuls of one input
     x = outliers(3, 64)[None]
     seen = observed(x, weights)
     seen["model.c"] = seen["model.a"]
@@ -450,7 +450,7 @@ def test_files_and_manifest(
     before, after = read_bundle(small_bundle), read_bundle(quantised_bundle(recipe))
     entry = after.manifest["quantization"]
     assert entry["recipe"] == json.loads(json.dumps(recipe.as_dict()))
-    assert entry["products"]["model.head.weight"] == "int8"
+    assert entry["matmuls"]["model.head.weight"] == "int8"
     assert entry["weights_bytes"] == after.manifest["files"]["weights.safetensors"]["bytes"]
     assert entry["weights_bytes"] < 0.45 * entry["float32_weights_bytes"]
     assert 0 < entry["max_abs_error"] <= after.tolerance / 2

@@ -24,16 +24,16 @@ from titans_calibration.weights import QuantisedMatrix, quantise, round_to, scal
 
 WIDTHS = (48, 64, 96)
 TABLE = 128
-# Of an output's norm, after up to four products in a row. Wrong scales, axes or factors are off by the norm itself.
+# Of an output's norm, after up to four matmuls in a row. Wrong scales, axes or factors are off by the norm itself.
 FAR = {"float16": 0.01, "bfloat16": 0.03, "int8": 0.1, "fp8": 0.2, "int4": 0.45}
 
 
 @dataclass
 class Drawn:
-    """A graph of norms, products, biases, branches and a lookup, the same nodes for any number of tokens."""
+    """A graph of norms, matmuls, biases, branches and a lookup, the same nodes for any number of tokens."""
 
     draw: np.random.Generator
-    flat: bool = False  # without a batch, where products may be Gemm
+    flat: bool = False  # without a batch, where matmuls may be Gemm
     weights: dict[str, NDArray[Any]] = field(default_factory=dict)
     nodes: list[NodeProto] = field(default_factory=list)
     widths: dict[str, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Drawn:
             self._grow()
         self.outputs = sorted({node.output[0] for node in self.nodes if node.op_type != "Gather"})
         if not any(node.op_type in ("MatMul", "Gemm") for node in self.nodes):
-            self.outputs.append(self._product(next(iter(self.widths))))
+            self.outputs.append(self._matmul(next(iter(self.widths))))
 
     def _name(self) -> str:
         return f"v{len(self.nodes)}"
@@ -65,7 +65,7 @@ class Drawn:
         self.weights[name] = (self.draw.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
         return name
 
-    def _product(self, source: str) -> str:
+    def _matmul(self, source: str) -> str:
         rows = self.widths[source]
         used = [n for n in self.nodes if n.op_type == "MatMul" and self.weights[n.input[1]].shape[0] == rows]
         if used and self.draw.random() < 0.3:  # a weight that was used before
@@ -82,7 +82,7 @@ class Drawn:
         width = self.widths[source]
         kind = self.draw.random()
         if kind < 0.5:
-            self._product(source)
+            self._matmul(source)
         elif kind < 0.75:
             gain = self._weight("norm", width)
             self.weights[gain] = np.abs(self.weights[gain]) * np.sqrt(np.float32(width)) + np.float32(0.5)
@@ -115,7 +115,7 @@ class Drawn:
         return found if self.flat else found[None]
 
     def observed(self) -> dict[str, Observed]:
-        """What products see, in float64."""
+        """What matmuls see, in float64."""
         model = self.model(200, everything=True)
         names = [v.name for v in model.graph.output]
         values = dict(zip(names, ReferenceEvaluator(model).run(None, {"ids": self.ids(200, 1)}), strict=True))
@@ -175,7 +175,7 @@ def test_graphs_stay_near_what_they_were(seed: int) -> None:
                 assert off < FAR[recipe.weights.format], (recipe, what, name)
     one, seven = ({t.name: t.SerializeToString() for t in model.graph.initializer} for model in found.models.values())
     assert one == seven
-    quantised = [name for name, format in found.report.products.items() if format != "float32"]
+    quantised = [name for name, format in found.report.matmuls.items() if format != "float32"]
     assert not set(quantised) & set(one), "float32 is still there"
 
 

@@ -44,8 +44,8 @@ def test_a_bundle_in_int8(float32_bundle: Path, long_text: Path, output: Path) -
     assert report["bundle"] == str(output)
     assert report["recipe"] == load_recipe("int8").as_dict() | {"keep": []}
     assert (report["tokens"], report["seed"], report["data"]["streams"]) == (TOKENS, 3, 1)
-    assert report["products"][HEAD] == "int8"
-    assert set(report["kept"]) == {name for name, format in report["products"].items() if format == "float32"}
+    assert report["matmuls"][HEAD] == "int8"
+    assert set(report["kept"]) == {name for name, format in report["matmuls"].items() if format == "float32"}
     assert report["weights_bytes"] < 0.4 * report["float32_weights_bytes"]
     assert report["state_bytes"] == report["float32_state_bytes"]
     assert report["activations"][HEAD][0][0] == 0
@@ -71,8 +71,8 @@ def test_options_reach_the_recipe(float32_bundle: Path, output: Path) -> None:
     done = invoke("quantize", float32_bundle, "-o", output, *options, "--json")
     assert "no weight is named nothing" in done.err and "model.head" not in done.err
     report = done.json()
-    assert report["products"][HEAD] == "float32"
-    assert set(report["products"].values()) == {"float32", "float16"}
+    assert report["matmuls"][HEAD] == "float32"
+    assert set(report["matmuls"].values()) == {"float32", "float16"}
     assert (report["tokens"], report["data"]) == (0, None)
     invoke("quantize", float32_bundle, "-o", output, *options).check_failure(1, "--overwrite")
     done = invoke("quantize", float32_bundle, "-o", output, "--recipe", "bf16", "--overwrite")
@@ -96,7 +96,7 @@ def test_a_mixture_within_a_budget_of_bytes(float32_bundle: Path, long_text: Pat
         mixed = report["mixed"]
         assert mixed["weights_bytes"] <= budget
         sizes[budget] = mixed["weights_bytes"]
-        kept = {name for s in mixed["sensitivities"] if s["name"] in mixed["kept"] for name in s["products"]}
+        kept = {name for s in mixed["sensitivities"] if s["name"] in mixed["kept"] for name in s["matmuls"]}
         assert kept == {name for name, why in report["kept"].items() if why == "so chosen"}
         costs = [s["divergence"] / s["saved_bytes"] for s in mixed["sensitivities"]]
         assert costs == sorted(costs, reverse=True)
@@ -112,19 +112,19 @@ def test_a_dry_run_writes_nothing(float32_bundle: Path, long_text: Path, output:
     result = invoke("quantize", *_options(float32_bundle, long_text, output), "--dry-run", "--json")
     assert result.code == 0, result.err
     plan = result.json()
-    assert plan["products"] > 5
-    assert plan["elements"] > plan["products"] * 4096
+    assert plan["matmuls"] > 5
+    assert plan["elements"] > plan["matmuls"] * 4096
     assert plan["data"]["tokens"] == TOKENS
     assert list(output.parent.iterdir()) == []
     shown = invoke("quantize", *_options(float32_bundle, long_text, output), "--dry-run")
-    assert "products" in shown.out and "int8" in shown.out
+    assert "matmuls" in shown.out and "int8" in shown.out
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_can_be_planned(name: str, float32_bundle: Path, long_text: Path) -> None:
     plan = plan_quantize(float32_bundle, None, load_recipe(name), [long_text], tokens=1600)
     assert plan.recipe["name"] == name
-    assert (plan.products > 0) == (load_recipe(name).weights.format != "float32")
+    assert (plan.matmuls > 0) == (load_recipe(name).weights.format != "float32")
 
 
 def test_recipes_are_listed() -> None:
@@ -242,4 +242,4 @@ def test_the_plan_is_what_is_done(float32_bundle: Path, long_text: Path, output:
     options = _options(float32_bundle, long_text, output)
     report = invoke("quantize", *options, "--keep", "model.layers.0.ff.*", "--json").json()
     assert plan.kept == report["kept"]
-    assert plan.products == len(report["products"]) - len(report["kept"])
+    assert plan.matmuls == len(report["matmuls"]) - len(report["kept"])

@@ -1,4 +1,4 @@
-"""A model whose products are large enough to be quantised, exported once, and text for it."""
+"""A model whose matmuls are large enough to be quantised, exported once, and text for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small bundle whose products are large enough to be quantised, and quantised forms of it, each made once."""
+"""A small bundle whose matmuls are large enough to be quantised, and quantised forms of it, each made once."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from titans_calibration.matmuls import matmul_weights
 from titans_calibration.observe import Observations, Observed
-from titans_calibration.products import product_weights
 from titans_calibration.recipe import ActivationsRecipe, MemoryRecipe, Recipe, WeightsRecipe
 
 RECIPES = {
@@ -31,7 +31,7 @@ def observe_noise(models: dict[str, Any], gram: bool = False, seed: int = 0) -> 
     """Inputs of unit variance, of which some channels are ten times as large."""
     rng = np.random.default_rng(seed)
     found = {}
-    for name, (rows, _) in product_weights(models).items():
+    for name, (rows, _) in matmul_weights(models).items():
         values = rng.standard_normal((64, rows)).astype(np.float32)
         values[:, ::16] *= 10
         found[name] = Observed.empty(rows, gram)

@@ -89,8 +89,8 @@ def _quantization(entry: dict[str, Any] | None) -> str:
     recipe, data, memory = entry["recipe"], entry.get("data"), entry["memory"]
     about = f" ({recipe['description']})" if recipe.get("description") else ""
     counts = ", ".join(f"{count} in {format}" for format, count in entry["formats"].items())
-    lines = [f"quantised by the recipe {recipe.get('name', '?')}{about}", f"products: {counts or 'none'}"]
-    if kept := [name for name, format in entry["products"].items() if format == "float32"]:
+    lines = [f"quantised by the recipe {recipe.get('name', '?')}{about}", f"matmuls: {counts or 'none'}"]
+    if kept := [name for name, format in entry["matmuls"].items() if format == "float32"]:
         lines.append(f"kept in float32: {', '.join(kept)}")
     if {"weights_bytes", "float32_weights_bytes"} <= set(entry):
         lines.append(f"weights: {size(entry['weights_bytes'])}, in float32 {size(entry['float32_weights_bytes'])}")

@@ -1,4 +1,4 @@
-"""`titans-export quantize`: a bundle's products and memories in fewer bits."""
+"""`titans-export quantize`: a bundle with low-precision matmuls, embedding and memory."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _show_plan(plan: QuantizePlan, as_json: bool) -> None:
     recipe, memory = plan.recipe, plan.recipe["memory"]
     rounding = "" if memory["dtype"] == "float32" else f", rounding {memory['rounding']}"
     lines = [
-        f"{plan.bundle}: {plan.products} products, {plan.elements:,} weights, in {recipe['weights']['format']}",
+        f"{plan.bundle}: {plan.matmuls} matmuls, {plan.elements:,} weights, in {recipe['weights']['format']}",
         f"embedding {recipe['embedding']}, memory {memory['dtype']}{rounding}",
     ]
     if plan.data:
@@ -142,7 +142,7 @@ def _show(report: QuantizeReport) -> None:
     from titans_calibration.quantize import format_counts
 
     click.echo(
-        f"{report.bundle}: products {format_counts(report.products)}, {report.seconds} s\n"
+        f"{report.bundle}: matmuls {format_counts(report.matmuls)}, {report.seconds} s\n"
         f"weights {size(report.weights_bytes)} (float32 {size(report.float32_weights_bytes)}), "
         f"state {size(report.state_bytes)} (float32 {size(report.float32_state_bytes)})\n"
         f"largest difference to the float32 model over the golden stream: {number(report.max_abs_error)}"

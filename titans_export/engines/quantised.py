@@ -42,7 +42,7 @@ def check_target(
     quantization: Mapping[str, Any] | None, models: Iterable[ModelProto], target: Target, compiler: str
 ) -> None:
     """Refuses what the target or the compiler cannot run. Raises MachineError."""
-    formats = set((quantization or {}).get("products", {}).values())
+    formats = set((quantization or {}).get("matmuls", {}).values())
     if target.sm is not None and "fp8" in formats and target.sm < FP8_FROM:
         able = ", ".join(name for name, other in TARGETS.items() if other.sm is not None and other.sm >= FP8_FROM)
         raise MachineError(

@@ -1,6 +1,6 @@
-"""Products with a weight in a bundle's graphs: MatMul and Gemm whose second input is an initialiser.
+"""Matmuls with a weight in a bundle's graphs: MatMul and Gemm whose second input is an initialiser.
 
-A weight is one product however many nodes and graphs multiply by it, so that it gets the same numbers everywhere.
+A weight is one matmul however many nodes and graphs multiply by it, so that it gets the same numbers everywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class QuantiseError(TitansError):
 
 @dataclass(frozen=True)
 class Use:
-    """A product in a graph."""
+    """A matmul in a graph."""
 
     graph: str
     index: int  # of the node
@@ -35,7 +35,7 @@ class Use:
 
 
 @dataclass
-class Product:
+class Matmul:
     """A weight (K, N) and everything that multiplies it."""
 
     name: str
@@ -44,7 +44,7 @@ class Product:
     format: str = FLOAT32
     group: int | None = None
     why: str = ""  # it stays float32
-    leader: str = ""  # the first of the products that share its input
+    leader: str = ""  # the first of the matmuls that share its input
     factors: NDArray[np.float32] | None = None  # the input is divided by these
     input_scale: np.float32 | None = None
     quantised: QuantisedMatrix | None = None
@@ -54,52 +54,52 @@ class Product:
         return self.uses[0].transposed
 
 
-def product_weights(models: Mapping[str, ModelProto]) -> dict[str, tuple[int, int]]:
-    """The weights of all products by name, each with K and N. What has another use as well is left out."""
-    return {name: (len(p.matrix), p.matrix.shape[1]) for name, p in find_products(models).items() if not p.why}
+def matmul_weights(models: Mapping[str, ModelProto]) -> dict[str, tuple[int, int]]:
+    """The weights of all matmuls by name, each with K and N. What has another use as well is left out."""
+    return {name: (len(p.matrix), p.matrix.shape[1]) for name, p in find_matmuls(models).items() if not p.why}
 
 
-def find_products(models: Mapping[str, ModelProto]) -> dict[str, Product]:
-    """All products by the names of their weights, with those that stay float32 for how they are used.
+def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
+    """All matmuls by the names of their weights, with those that stay float32 for how they are used.
 
     Raises QuantiseError where graphs differ in a weight.
     """
-    products: dict[str, Product] = {}
+    matmuls: dict[str, Matmul] = {}
     for graph, model in models.items():
         weights = initializers_of(model.graph)
         for index, node in enumerate(model.graph.node):
-            if not is_product(node) or node.input[1] not in weights:
+            if not is_matmul(node) or node.input[1] not in weights:
                 continue
             tensor = weights[node.input[1]]
             if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
                 continue
             transposed = bool(attribute(node, "transB", 0))
-            if tensor.name not in products:
+            if tensor.name not in matmuls:
                 matrix = numpy_helper.to_array(tensor)
-                products[tensor.name] = Product(tensor.name, matrix.T if transposed else matrix, [])
-            product = products[tensor.name]
-            product.uses.append(Use(graph, index, node.input[0], transposed))
-            if product.transposed != transposed or node.input[0] in weights:
-                product.why = "it is not only the second factor of products"
+                matmuls[tensor.name] = Matmul(tensor.name, matrix.T if transposed else matrix, [])
+            matmul = matmuls[tensor.name]
+            matmul.uses.append(Use(graph, index, node.input[0], transposed))
+            if matmul.transposed != transposed or node.input[0] in weights:
+                matmul.why = "it is not only the second factor of matmuls"
             elif node.op_type == "Gemm" and not _is_plain(node):
-                product.why = "a Gemm that also scales or transposes its input"
+                matmul.why = "a Gemm that also scales or transposes its input"
     for model in models.values():
         others = other_uses(model.graph)
         for tensor in model.graph.initializer:
-            known = products.get(tensor.name)
+            known = matmuls.get(tensor.name)
             if known is None:
                 continue
             if tensor.name in others:
-                known.why = "it is not only the second factor of products"
+                known.why = "it is not only the second factor of matmuls"
             matrix = numpy_helper.to_array(tensor)
             if not np.array_equal(matrix.T if known.transposed else matrix, known.matrix, equal_nan=True):
                 raise QuantiseError(
                     "quantize", f"one {tensor.name} in all graphs", "two of different content", "export again"
                 )
-    return products
+    return matmuls
 
 
-def is_product(node: NodeProto) -> bool:
+def is_matmul(node: NodeProto) -> bool:
     """Whether the node multiplies by its second input."""
     return node.domain in ONNX_DOMAINS and node.op_type in ("MatMul", "Gemm") and len(node.input) >= 2
 
@@ -114,10 +114,10 @@ def _is_plain(node: NodeProto) -> bool:
 
 
 def other_uses(graph: GraphProto) -> set[str]:
-    """What is read by anything but products as their weight, branches and outputs included."""
+    """What is read by anything but matmuls as their weight, branches and outputs included."""
     found = {value.name for value in graph.output}
     for node in graph.node:
-        found.update(name for i, name in enumerate(node.input) if not (i == 1 and is_product(node)))
+        found.update(name for i, name in enumerate(node.input) if not (i == 1 and is_matmul(node)))
         for inner in subgraphs(node):
             found |= names_read(inner)
     return found
