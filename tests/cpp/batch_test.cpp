@@ -1,5 +1,5 @@
 // Many streams in one call: each is what it would be alone, whatever happens to the others.
-#include "batch.h"
+#include "stream/batch.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,5 +1,5 @@
 // Which engine of a bundle is chosen, on devices that nobody here has.
-#include "engine_choice.h"
+#include "session/engine_choice.h"
 
 #include <algorithm>
 

@@ -1,5 +1,5 @@
 // The engine of fake_engine.h as a backend's library, for tests that go through the C interface.
-#include "backend.h"
+#include "backends/backend.h"
 #include "fake_engine.h"
 
 namespace {

@@ -10,9 +10,9 @@
 
 #include <gtest/gtest.h>
 
-#include "backend.h"
-#include "error.h"
-#include "wipe.h"
+#include "backends/backend.h"
+#include "base/error.h"
+#include "base/wipe.h"
 
 namespace titans::test {
 

@@ -12,9 +12,9 @@
 #include <optional>
 #include <vector>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "fake_buffer.h"
-#include "session.h"
+#include "session/session.h"
 
 namespace titans::test {
 

@@ -1,4 +1,4 @@
-#include "field_dtype.h"
+#include "bundle/field_dtype.h"
 
 #include <cmath>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include <gtest/gtest.h>
 
-#include "manifest.h"
+#include "bundle/manifest.h"
 #include "test_bundle.h"
 
 namespace titans::test {

@@ -1,6 +1,6 @@
 // Guards, progress and cancellation, on an engine whose memory is a packed row. What a guarded stream must be is told
 // by one that is frozen by hand where the guard should step in.
-#include "guard.h"
+#include "stream/guard.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,10 +10,10 @@
 
 #include <gtest/gtest.h>
 
+#include "base/log.h"
 #include "fake_engine.h"
-#include "log.h"
 #include "packed_engine.h"
-#include "stream.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

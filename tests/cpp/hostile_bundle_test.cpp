@@ -10,7 +10,7 @@
 
 #include <gtest/gtest.h>
 
-#include "bundle.h"
+#include "bundle/bundle.h"
 #include "test_bundle.h"
 
 namespace titans::test {

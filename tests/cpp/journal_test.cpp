@@ -1,4 +1,4 @@
-#include "journal.h"
+#include "state/journal.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +8,7 @@
 
 #include "fake_buffer.h"
 #include "packed_engine.h"
-#include "stream.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

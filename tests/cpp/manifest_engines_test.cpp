@@ -1,8 +1,8 @@
 // The manifest's engines: what is read, and what is refused.
 #include <gtest/gtest.h>
 
-#include "engine_choice.h"
 #include "engine_json.h"
+#include "session/engine_choice.h"
 #include "test_bundle.h"
 
 namespace titans::test {

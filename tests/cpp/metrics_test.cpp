@@ -1,4 +1,4 @@
-#include "metrics.h"
+#include "session/metrics.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@
 #include <gtest/gtest.h>
 
 #include "fake_engine.h"
-#include "stream.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

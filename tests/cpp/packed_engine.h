@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "fake_buffer.h"
-#include "session.h"
+#include "session/session.h"
 
 namespace titans::test {
 

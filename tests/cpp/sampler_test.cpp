@@ -1,4 +1,4 @@
-#include "sampler.h"
+#include "stream/sampler.h"
 
 #include <cmath>
 #include <limits>

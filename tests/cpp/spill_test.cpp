@@ -14,13 +14,13 @@
 
 #include <gtest/gtest.h>
 
-#include "batch.h"
+#include "base/log.h"
 #include "fake_engine.h"
-#include "generator.h"
-#include "log.h"
 #include "packed_engine.h"
-#include "state_crypto.h"
-#include "stream.h"
+#include "state/state_crypto.h"
+#include "stream/batch.h"
+#include "stream/generator.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

@@ -1,5 +1,5 @@
 // State files from inside: what is written, all that is refused, and states in another dtype.
-#include "state_file.h"
+#include "state/state_file.h"
 
 #include <fcntl.h>
 #include <sys/file.h>
@@ -14,8 +14,8 @@
 
 #include "fake_engine.h"
 #include "packed_engine.h"
-#include "state_convert.h"
-#include "stream.h"
+#include "state/state_convert.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

@@ -1,4 +1,4 @@
-#include "stream.h"
+#include "stream/stream.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,9 +8,9 @@
 
 #include <gtest/gtest.h>
 
+#include "bundle/schedule.h"
 #include "fake_engine.h"
-#include "generator.h"
-#include "schedule.h"
+#include "stream/generator.h"
 #include "test_bundle.h"
 
 namespace titans::test {

@@ -14,7 +14,7 @@
 #include <gtest/gtest.h>
 
 #include "fake_engine.h"
-#include "stream.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace titans::test {

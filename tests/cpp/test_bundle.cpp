@@ -6,7 +6,7 @@
 #include <fstream>
 #include <sstream>
 
-#include "mapped_file.h"
+#include "base/mapped_file.h"
 
 namespace titans::test {
 

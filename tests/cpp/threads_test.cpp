@@ -15,12 +15,12 @@
 
 #include <gtest/gtest.h>
 
-#include "batch.h"
+#include "base/thread_pool.h"
 #include "fake_engine.h"
-#include "state_file.h"
-#include "stream.h"
+#include "state/state_file.h"
+#include "stream/batch.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
-#include "thread_pool.h"
 
 namespace titans::test {
 namespace {

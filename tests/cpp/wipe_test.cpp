@@ -13,9 +13,9 @@
 #include <gtest/gtest.h>
 
 #include "fake_engine.h"
-#include "sampler.h"
-#include "state_file.h"
-#include "stream.h"
+#include "state/state_file.h"
+#include "stream/sampler.h"
+#include "stream/stream.h"
 #include "test_bundle.h"
 
 namespace {

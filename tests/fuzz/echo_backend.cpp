@@ -1,5 +1,5 @@
 // The engine of echo_engine.h as a backend's library, for the target that goes through the C interface.
-#include "backend.h"
+#include "backends/backend.h"
 #include "echo_engine.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "error.h"
+#include "base/error.h"
 #include "fuzz.h"
 
 namespace titans::fuzz {

@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "backend.h"
+#include "backends/backend.h"
 
 namespace titans::fuzz {
 

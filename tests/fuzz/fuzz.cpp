@@ -7,7 +7,7 @@
 #include <fstream>
 #include <stdexcept>
 
-#include "xxh3.h"
+#include "base/xxh3.h"
 
 namespace titans::fuzz {
 namespace {

@@ -4,10 +4,10 @@
 #include <set>
 
 #include "echo_engine.h"
-#include "engine_choice.h"
 #include "fuzz.h"
-#include "session.h"
-#include "stream.h"
+#include "session/engine_choice.h"
+#include "session/session.h"
+#include "stream/stream.h"
 
 namespace titans::fuzz {
 namespace {

@@ -1,5 +1,5 @@
 // A safetensors file.
-#include "safetensors.h"
+#include "base/safetensors.h"
 
 #include "fuzz.h"
 

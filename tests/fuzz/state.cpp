@@ -4,9 +4,9 @@
 
 #include "echo_engine.h"
 #include "fuzz.h"
-#include "session.h"
-#include "state_file.h"
-#include "stream.h"
+#include "session/session.h"
+#include "state/state_file.h"
+#include "stream/stream.h"
 
 namespace titans::fuzz {
 namespace {

@@ -22,6 +22,21 @@ TEXTS = {".md", ".py", ".toml", ".txt", ".yaml", ".json", ".cmake", ".in", ".c",
 BACKENDS = Path("runtime", "src", "backends")
 CHECKPOINT_BYTES = 8 * 1024 * 1024
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+# The rooms of runtime/src, and the rooms that each may include beside itself. Rooms further down include rooms further
+# up, so that there is no circle; a backend includes no other backend.
+ROOMS: dict[str, set[str]] = {
+    "base": set(),
+    "bundle": {"base"},
+    "backends": {"base", "bundle"},  # backend.h, which the core and the backends share, and its loader
+    "cuda": {"base", "bundle", "backends"},
+    "state": {"base", "bundle", "backends"},
+    "session": {"base", "bundle", "backends", "cuda", "state"},
+    "stream": {"base", "bundle", "backends", "state", "session"},
+    "api": {"base", "bundle", "state", "session", "stream"},
+    "backends/onnxruntime": {"base", "bundle", "backends", "cuda"},
+    "backends/tensorrt": {"base", "bundle", "backends", "cuda"},
+}
+EXCEPTIONS = {("runtime/src/state/state_file.h", "session/session.h")}
 # The headers of each framework, by the one folder of runtime/src/backends that may include them.
 FRAMEWORKS = {
     "onnxruntime": re.compile(r"onnxruntime"),
@@ -151,12 +166,35 @@ def test_only_backends_include_their_frameworks() -> None:
     assert not [(path, name) for path, name, owner in found if Path(path).parent != BACKENDS / owner]
 
 
-def test_the_core_includes_no_backend() -> None:
-    assert not [
-        (path, name)
-        for path, name in _includes("runtime")
-        if name.startswith("backends/") and BACKENDS not in Path(path).parents
-    ]
+def _room(path: str) -> str:
+    """The room of a path below runtime/src: "base", "backends/tensorrt"."""
+    return Path(path).parent.as_posix()
+
+
+def test_rooms_have_an_order() -> None:
+    rooms = list(ROOMS)
+    assert all(rooms.index(used) < rooms.index(room) for room, allowed in ROOMS.items() for used in allowed)
+
+
+def test_rooms_include_only_the_rooms_that_they_may() -> None:
+    source = ROOT / "runtime" / "src"
+    ours = {path.relative_to(source).as_posix() for path in source.rglob("*.h")}
+    found = [(path, name) for path, name in _includes("runtime/src") if not name.startswith(("titans/", "plugins/"))]
+    wrong, excepted = [], set()
+    for path, name in found:
+        room = _room(str(Path(path).relative_to("runtime/src")))
+        assert room in ROOMS, f"{path} is in no room of the table"
+        if name not in ours or _room(name) in {room, *ROOMS[room]}:
+            continue
+        (excepted.add if (path, name) in EXCEPTIONS else wrong.append)((path, name))
+    assert {_room(name) for _, name in found if name in ours} >= set(ROOMS) - {"api"}
+    assert not wrong
+    assert excepted == EXCEPTIONS, "an exception that nothing needs"
+
+
+def test_includes_of_the_runtime_name_their_room() -> None:
+    headers = {path.name for path in (ROOT / "runtime" / "src").rglob("*.h")}
+    assert not [(path, name) for path, name in _includes("runtime") if name in headers]
 
 
 def test_kernels_include_no_framework() -> None:

@@ -7,7 +7,7 @@
 #include <memory>
 #include <mutex>
 
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <optional>
 
-#include "error.h"
-#include "wipe.h"
+#include "base/error.h"
+#include "base/wipe.h"
 
 namespace titans::core::cuda {
 namespace {

@@ -9,7 +9,7 @@
 #include <memory>
 #include <string>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "cuda/driver.h"
 
 namespace titans::core::cuda {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "backends/onnxruntime/placement.h"
+#include "base/error.h"
 #include "cuda/objects.h"
-#include "error.h"
 
 namespace titans::core {
 namespace {

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "backends/onnxruntime/external_data.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/graph_session.h"
@@ -15,8 +15,8 @@
 #include "backends/onnxruntime/memory_nodes.h"
 #include "backends/onnxruntime/placement.h"
 #include "backends/onnxruntime/workspace.h"
-#include "error.h"
-#include "mapped_file.h"
+#include "base/error.h"
+#include "base/mapped_file.h"
 
 namespace titans::core {
 namespace {

@@ -1,7 +1,7 @@
 #include "backends/onnxruntime/graph_nodes.h"
 
 #include "backends/onnxruntime/wire_format.h"
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {

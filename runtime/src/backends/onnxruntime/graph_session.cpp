@@ -6,8 +6,8 @@
 #include <optional>
 
 #include "backends/onnxruntime/host_tensor.h"
-#include "error.h"
-#include "mapped_file.h"
+#include "base/error.h"
+#include "base/mapped_file.h"
 
 namespace titans::core {
 namespace {

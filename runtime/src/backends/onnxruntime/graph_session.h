@@ -8,7 +8,7 @@
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
 #include "backends/onnxruntime/placement.h"
-#include "bundle.h"
+#include "bundle/bundle.h"
 
 namespace titans::core {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "wipe.h"
+#include "base/wipe.h"
 
 namespace titans::core {
 namespace {

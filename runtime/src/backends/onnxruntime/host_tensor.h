@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "backends/onnxruntime/library.h"
-#include "tensor.h"
+#include "base/tensor.h"
 
 namespace titans::core {
 

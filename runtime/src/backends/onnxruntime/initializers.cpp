@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "backends/onnxruntime/wire_format.h"
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {

@@ -8,9 +8,9 @@
 #include <system_error>
 
 #include "backends/onnxruntime/memory_nodes.h"
-#include "error.h"
+#include "base/error.h"
+#include "base/shared_library.h"
 #include "plugins/onnxruntime/session_entry.h"
-#include "shared_library.h"
 
 namespace titans::core {
 namespace {

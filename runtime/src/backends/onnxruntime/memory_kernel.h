@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/library.h"
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <unordered_set>
 
-#include "error.h"
+#include "base/error.h"
 #include "plugins/kernels/neural_memory.h"
 
 namespace titans::core {

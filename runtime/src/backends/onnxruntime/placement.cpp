@@ -1,6 +1,6 @@
 #include "backends/onnxruntime/placement.h"
 
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "backends/onnxruntime/host_tensor.h"
 #include "backends/onnxruntime/library.h"
 

@@ -1,6 +1,6 @@
 #include "backends/onnxruntime/wire_format.h"
 
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "cuda/objects.h"
 
 namespace titans::core {

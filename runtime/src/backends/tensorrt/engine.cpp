@@ -5,13 +5,13 @@
 #include <utility>
 #include <vector>
 
-#include "backend.h"
+#include "backends/backend.h"
 #include "backends/tensorrt/device_state.h"
 #include "backends/tensorrt/graph_engine.h"
 #include "backends/tensorrt/library.h"
 #include "backends/tensorrt/plugin_library.h"
 #include "backends/tensorrt/workspace.h"
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "backends/tensorrt/vendor.h"
-#include "bundle.h"
+#include "bundle/bundle.h"
 
 namespace titans::core {
 

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <vector>
 
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {

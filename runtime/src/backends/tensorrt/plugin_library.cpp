@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "backends/tensorrt/vendor.h"
-#include "error.h"
-#include "shared_library.h"
+#include "base/error.h"
+#include "base/shared_library.h"
 
 namespace titans::core {
 namespace {

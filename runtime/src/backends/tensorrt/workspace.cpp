@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "backends/tensorrt/logger.h"
-#include "error.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {

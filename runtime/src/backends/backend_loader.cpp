@@ -1,0 +1,74 @@
+#include "backends/backend_loader.h"
+
+#include <dlfcn.h>
+
+#include <array>
+#include <string_view>
+
+#include "base/error.h"
+#include "base/shared_library.h"
+
+namespace titans::core {
+namespace {
+
+struct Backend {
+  std::string_view name;
+  std::string_view devices;  // whose plain graphs it runs unless the caller insists on another, empty: none
+};
+
+constexpr std::array<Backend, 3> kBackends{{{"onnxruntime", "cpu cuda"}, {"tensorrt", ""}, {"tensorrt_rtx", ""}}};
+
+// Found when the library is loaded: the loader's name for it may be relative to a folder that the program leaves, or a
+// link whose folder has no backends.
+const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&default_backend));
+
+}  // namespace
+
+std::string default_backend(const std::string& device_kind) {
+  for (const Backend& backend : kBackends) {
+    if (backend.devices.find(device_kind) != std::string_view::npos) return std::string(backend.name);
+  }
+  throw Error(TITANS_UNSUPPORTED, "session", "a device of kind cpu or cuda", device_kind,
+              "open the session on one of these");
+}
+
+void check_backend(const std::string& name) {
+  std::string known;
+  for (const Backend& backend : kBackends) {
+    if (backend.name == name) return;
+    known += text(known.empty() ? "" : ", ", backend.name);
+  }
+  throw Error(TITANS_UNSUPPORTED, "session", text("a backend out of: ", known), name,
+              "name one of these, or none to have it chosen by the device");
+}
+
+const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir) {
+  const std::filesystem::path folder = plugin_dir.empty() ? kThisLibrary.parent_path() : plugin_dir;
+  const std::filesystem::path path = folder / ("libtitans_backend_" + module + ".so");
+  void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    throw Error(TITANS_UNSUPPORTED, "session", text("the backend library ", path.string()), ::dlerror(),
+                "install the runtime with this backend, or give its folder as plugin_dir");
+  }
+  const auto entry = reinterpret_cast<BackendEntryFunction>(::dlsym(library, kBackendEntrySymbol));
+  if (entry == nullptr || entry()->abi != kBackendAbi) {
+    throw Error(TITANS_UNSUPPORTED, "session", text(path.string(), " with backend interface ", kBackendAbi),
+                entry == nullptr ? std::string("no interface") : text(entry()->abi),
+                "install runtime and backend of the same version");
+  }
+  return *entry();
+}
+
+LibraryFacts find_library(const std::string& module, const std::filesystem::path& plugin_dir,
+                          const std::string& library) {
+  try {
+    const BackendEntry& backend = load_backend(module, plugin_dir);
+    return backend.find_library == nullptr ? LibraryFacts{} : backend.find_library(library);
+  } catch (const Error& error) {
+    LibraryFacts facts;
+    facts.why_not = error.got();
+    return facts;
+  }
+}
+
+}  // namespace titans::core

@@ -1,0 +1,183 @@
+#include "base/durable_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "base/error.h"
+#include "base/file_descriptor.h"
+
+namespace titans::core {
+namespace {
+
+constexpr int kAttempts = 100;
+// write and read take no more at once on Linux.
+constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;
+
+std::string name_of(const std::filesystem::path& path) { return path.filename().string(); }
+
+std::string reason(int error) { return std::generic_category().message(error); }
+
+// Calls again what a signal has interrupted.
+template <typename Call>
+auto uninterrupted(Call&& call) {
+  auto result = call();
+  while (result < 0 && errno == EINTR) result = call();
+  return result;
+}
+
+std::string_view advice_for(int error) {
+  switch (error) {
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+      return "make room and save again; the file that was there before is whole";
+    case ENOENT:
+    case ENOTDIR:
+      return "make the folder first";
+    default:
+      return "check the folder and its permissions; the file that was there before is whole";
+  }
+}
+
+// Waits for whoever is writing this file. Where the file system has no locks nobody is waited for.
+void lock(int descriptor) {
+  (void)uninterrupted([&] { return ::flock(descriptor, LOCK_EX); });
+}
+
+// Whether the descriptor's file still has a name: whoever found it unlocked has taken it for a killed writer's.
+bool has_name(int descriptor) {
+  struct stat status{};
+  return ::fstat(descriptor, &status) == 0 && status.st_nlink > 0;
+}
+
+// Removes the file that `aside` names once its writer is done or dead, unless that has renamed it meanwhile.
+void remove_abandoned(const std::filesystem::path& aside) {
+  const int descriptor = ::open(aside.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+  struct stat held{};
+  struct stat named{};
+  bool same = true;
+  if (descriptor >= 0) {
+    lock(descriptor);
+    same = ::fstat(descriptor, &held) == 0 && ::lstat(aside.c_str(), &named) == 0 && held.st_ino == named.st_ino &&
+           held.st_dev == named.st_dev;
+  } else if (errno == ENOENT) {
+    return;
+  }
+  if (same) ::unlink(aside.c_str());
+  if (descriptor >= 0) ::close(descriptor);
+}
+
+}  // namespace
+
+FileAside::FileAside(std::filesystem::path path, Durability durability)
+    : path_(std::move(path)), aside_(path_), durability_(durability) {
+  if (path_.filename().empty()) {
+    throw Error(TITANS_INVALID_ARGUMENT, "state", "the path of a file", path_.string(),
+                "give one, such as NAME.tstate");
+  }
+  aside_ += ".tmp";
+  open_locked();
+}
+
+FileAside::~FileAside() {
+  if (descriptor_ < 0) return;
+  ::unlink(aside_.c_str());
+  ::close(descriptor_);
+}
+
+void FileAside::open_locked() {
+  int error = EEXIST;
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    const int descriptor = uninterrupted([&] {
+      return ::open(aside_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, S_IRUSR | S_IWUSR);
+    });
+    error = errno;
+    if (descriptor >= 0) {
+      lock(descriptor);
+      if (has_name(descriptor)) {
+        descriptor_ = descriptor;
+        return;
+      }
+      ::close(descriptor);
+    } else if (error == EEXIST) {
+      remove_abandoned(aside_);
+    } else {
+      break;
+    }
+  }
+  fail(text("a file that can be made, ", name_of(aside_)), error);
+}
+
+void FileAside::append(const void* data, std::size_t bytes) {
+  const auto* at = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t written = uninterrupted([&] { return ::write(descriptor_, at, std::min(bytes, kMostAtOnce)); });
+    if (written <= 0) fail("room for the state", written == 0 ? ENOSPC : errno);
+    at += written;
+    bytes -= static_cast<std::size_t>(written);
+  }
+}
+
+void FileAside::commit() {
+  const bool sync = durability_ == Durability::kPower;
+  if (sync && uninterrupted([&] { return ::fsync(descriptor_); }) != 0) fail("a file that reaches the disk", errno);
+  if (::rename(aside_.c_str(), path_.c_str()) != 0) fail(text("a file that can be named ", name_of(path_)), errno);
+  // Closed after it has its name, so that the lock lasts as long as the name NAME.tmp.
+  const int closed = ::close(std::exchange(descriptor_, -1));
+  if (closed != 0 && errno != EINTR) fail_in_place("a file that can be closed", errno);
+  if (!sync) return;
+  const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  // A folder that may be written but not read cannot be synchronised, nor on some file systems any.
+  if (descriptor < 0) return;
+  const int synced = uninterrupted([&] { return ::fsync(descriptor); });
+  const int error = errno;
+  ::close(descriptor);
+  if (synced != 0 && error != EINVAL && error != ENOTSUP) fail_in_place("a folder that reaches the disk", error);
+}
+
+void FileAside::fail_in_place(std::string_view expected, int error) const {
+  throw Error(TITANS_FAILED, name_of(path_), expected, reason(error),
+              "save again: the new file is in its place, but a loss of power may undo that");
+}
+
+void FileAside::fail(std::string_view expected, int error) const {
+  throw Error(TITANS_FAILED, name_of(path_), expected, reason(error), advice_for(error));
+}
+
+Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
+  const auto fail = [&](std::string_view got) {
+    throw Error(TITANS_FAILED, name_of(path), text("a readable file at ", path.string()), got, "check the path");
+  };
+  // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (file.get() < 0) fail(reason(errno));
+  struct stat status{};
+  if (::fstat(file.get(), &status) != 0) fail(reason(errno));
+  if (!S_ISREG(status.st_mode)) fail("something that is not a regular file");
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  if (size > most) {
+    throw Error(TITANS_FAILED, name_of(path), text("a state file of at most ", most, " bytes"), text(size),
+                "check that it is a state, and of this model");
+  }
+  Bytes content(static_cast<std::size_t>(size));
+  std::size_t done = 0;
+  while (done < content.size()) {
+    const ssize_t got = uninterrupted(
+        [&] { return ::read(file.get(), content.data() + done, std::min(content.size() - done, kMostAtOnce)); });
+    if (got < 0) fail(reason(errno));
+    if (got == 0) break;  // it has been cut meanwhile, and what is missing will be missed
+    done += static_cast<std::size_t>(got);
+  }
+  content.resize(done);
+  return content;
+}
+
+}  // namespace titans::core

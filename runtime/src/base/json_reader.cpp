@@ -1,0 +1,148 @@
+#include "base/json_reader.h"
+
+#include <unordered_set>
+
+#include "base/error.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kAdvice = "export the bundle again";
+constexpr std::size_t kLongestQuote = 60;
+// What reads and writes JSON goes down its levels by recursion, so a file must not choose how deep.
+constexpr std::size_t kDeepest = 64;
+
+// Bytes that are no valid UTF-8 must not stop an error text from being made.
+std::string quote(const nlohmann::json& value) {
+  std::string out = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  if (out.size() > kLongestQuote) out = out.substr(0, kLongestQuote) + "...";
+  return out;
+}
+
+// What a document is refused for before it takes memory. (The library's own callbacks while it parses take time that
+// grows with the square of an object's members.)
+class Check : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit Check(std::string_view document) : document_(document) {}
+
+  bool null() override { return true; }
+  bool boolean(bool /*value*/) override { return true; }
+  bool number_integer(number_integer_t /*value*/) override { return true; }
+  bool number_unsigned(number_unsigned_t /*value*/) override { return true; }
+  bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
+  bool string(string_t& /*value*/) override { return true; }
+  bool binary(binary_t& /*value*/) override { return true; }
+  bool start_object(std::size_t /*elements*/) override { return go_down(); }
+  bool start_array(std::size_t /*elements*/) override { return go_down(); }
+  bool end_object() override { return go_up(); }
+  bool end_array() override { return go_up(); }
+  bool key(string_t& value) override {
+    // Which of the two counts, readers do not agree on.
+    if (keys_.back().insert(value).second) return true;
+    throw Error(TITANS_FAILED, document_, "each key once in an object", text(quote(value), " twice"), kAdvice);
+  }
+  bool parse_error(std::size_t /*at*/, const std::string& /*token*/, const nlohmann::json::exception&) override {
+    return false;
+  }
+
+ private:
+  bool go_down() {
+    if (keys_.size() < kDeepest)
+      keys_.emplace_back();
+    else
+      throw Error(TITANS_FAILED, document_, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
+    return true;
+  }
+  bool go_up() {
+    keys_.pop_back();
+    return true;
+  }
+
+  std::string_view document_;
+  std::vector<std::unordered_set<std::string>> keys_;  // of the objects and arrays that are open
+};
+
+}  // namespace
+
+nlohmann::json JsonReader::parse(std::string_view source, std::string_view document) {
+  Check check(document);
+  nlohmann::json value(nlohmann::json::value_t::discarded);
+  if (nlohmann::json::sax_parse(source, &check))
+    value = nlohmann::json::parse(source, nullptr, /*allow_exceptions=*/false);
+  if (!value.is_object()) {
+    throw Error(TITANS_FAILED, document, "a JSON object",
+                value.is_discarded() ? "something that is not JSON" : quote(value), kAdvice);
+  }
+  return value;
+}
+
+JsonReader JsonReader::at(const std::string& key) const {
+  std::optional<JsonReader> field = find(key);
+  if (!field)
+    throw Error(TITANS_FAILED, document_, text("a field ", path_.empty() ? key : path_ + "." + key), "none", kAdvice);
+  return *field;
+}
+
+std::optional<JsonReader> JsonReader::find(const std::string& key) const {
+  if (!value_->is_object()) fail("an object");
+  const auto field = value_->find(key);
+  if (field == value_->end()) return std::nullopt;
+  return JsonReader(*field, document_, path_.empty() ? key : path_ + "." + key);
+}
+
+std::vector<JsonReader> JsonReader::items() const {
+  if (!value_->is_array()) fail("an array");
+  std::vector<JsonReader> readers;
+  for (const nlohmann::json& item : *value_) {
+    readers.emplace_back(item, document_, text(path_, "[", readers.size(), "]"));
+  }
+  return readers;
+}
+
+std::vector<std::pair<std::string, JsonReader>> JsonReader::members() const {
+  if (!value_->is_object()) fail("an object");
+  std::vector<std::pair<std::string, JsonReader>> readers;
+  for (const auto& [key, member] : value_->items()) {
+    readers.emplace_back(key, JsonReader(member, document_, path_.empty() ? key : path_ + "." + key));
+  }
+  return readers;
+}
+
+std::string JsonReader::string() const {
+  if (!value_->is_string()) fail("a string");
+  std::string out = value_->get<std::string>();
+  // A NUL would cut the name short for every C interface behind us.
+  if (out.find('\0') != std::string::npos) fail("a string without NUL");
+  return out;
+}
+
+std::string JsonReader::file_name() const {
+  std::string name = string();
+  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos) {
+    fail("a plain file name");
+  }
+  return name;
+}
+
+std::int64_t JsonReader::integer(std::int64_t least, std::int64_t most) const {
+  constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+  const bool fits =
+      value_->is_number_integer() && !(value_->is_number_unsigned() && value_->get<std::uint64_t>() > kMost);
+  if (!fits || value_->get<std::int64_t>() < least || value_->get<std::int64_t>() > most) {
+    fail(text("an integer from ", least, " to ", most));
+  }
+  return value_->get<std::int64_t>();
+}
+
+Shape JsonReader::shape(std::int64_t least_extent) const {
+  Shape out;
+  for (const JsonReader& extent : items()) out.push_back(extent.integer(least_extent));
+  return out;
+}
+
+void JsonReader::fail(std::string_view expectation) const {
+  throw Error(TITANS_FAILED, document_, text(path_.empty() ? "the document" : path_, " to be ", expectation),
+              quote(*value_), kAdvice);
+}
+
+}  // namespace titans::core

@@ -1,0 +1,47 @@
+// Reads typed fields of a JSON document and says where in the document a wrong one is.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "base/tensor.h"
+
+namespace titans::core {
+
+class JsonReader {
+ public:
+  // `document` names the file in error texts and must outlive the reader, as must `value`.
+  JsonReader(const nlohmann::json& value, std::string_view document, std::string path = {})
+      : value_(&value), document_(document), path_(std::move(path)) {}
+
+  // Parses a text; an Error if it is not a JSON object, nested deeper than 64 levels, or an object has a key twice.
+  static nlohmann::json parse(std::string_view source, std::string_view document);
+
+  JsonReader at(const std::string& key) const;
+  std::optional<JsonReader> find(const std::string& key) const;
+  std::vector<JsonReader> items() const;                            // of an array
+  std::vector<std::pair<std::string, JsonReader>> members() const;  // of an object
+
+  std::string string() const;
+  std::string file_name() const;  // a plain name: it cannot lead out of the bundle
+  std::int64_t integer(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max()) const;
+  Shape shape(std::int64_t least_extent) const;
+  const nlohmann::json& raw() const { return *value_; }
+
+  // "expected `path` to be `expectation` but got `value`".
+  [[noreturn]] void fail(std::string_view expectation) const;
+
+ private:
+  const nlohmann::json* value_;
+  std::string_view document_;
+  std::string path_;
+};
+
+}  // namespace titans::core

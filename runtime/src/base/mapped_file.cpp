@@ -1,0 +1,46 @@
+#include "base/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+
+#include "base/error.h"
+#include "base/file_descriptor.h"
+#include "base/xxh3.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kAdvice = "copy or export the bundle again";
+
+[[noreturn]] void fail(const std::filesystem::path& path, std::string_view got) {
+  throw Error(TITANS_FAILED, "bundle", text("a readable file at ", path.string()), got, kAdvice);
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::filesystem::path& path) {
+  // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
+  if (file.get() < 0) fail(path, errno == ELOOP ? "a symbolic link" : std::generic_category().message(errno));
+  struct stat status{};
+  if (::fstat(file.get(), &status) != 0) fail(path, std::generic_category().message(errno));
+  if (!S_ISREG(status.st_mode)) fail(path, "something that is not a regular file");
+  if (status.st_size == 0) return;  // mmap refuses an empty range
+  size_ = static_cast<std::size_t>(status.st_size);
+  void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (address == MAP_FAILED) fail(path, std::generic_category().message(errno));
+  data_ = static_cast<const std::byte*>(address);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+std::string MappedFile::hash() const { return hex_digits(XXH3_128bits(data_, size_)); }
+
+}  // namespace titans::core

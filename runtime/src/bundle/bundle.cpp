@@ -1,0 +1,113 @@
+#include "bundle/bundle.h"
+
+#include <algorithm>
+#include <system_error>
+
+#include "base/error.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kAdvice = "copy or export the bundle again";
+
+Manifest read_manifest(const std::filesystem::path& folder) {
+  std::error_code ignored;  // a folder that cannot be looked at is none
+  if (!std::filesystem::is_directory(folder, ignored)) {
+    throw Error(TITANS_FAILED, "bundle", text("a folder at ", folder.string()), "none",
+                "give the path of a bundle, NAME.titans");
+  }
+  return Manifest::parse(MappedFile(folder / "manifest.json").text());
+}
+
+void check_file(const Manifest& manifest, const std::string& name, const MappedFile& file) {
+  const auto record = manifest.files.find(name);
+  if (record == manifest.files.end()) {
+    throw Error(TITANS_FAILED, "manifest.json", text("a field files.", name), "none", kAdvice);
+  }
+  const FileRecord& listed = record->second;
+  if (file.size() != listed.bytes) {
+    throw Error(TITANS_FAILED, name, text(listed.bytes, " bytes"), text(file.size()), kAdvice);
+  }
+  const std::string hash = file.hash();
+  if (hash != listed.hash) throw Error(TITANS_FAILED, name, text("hash ", listed.hash), hash, kAdvice);
+}
+
+std::vector<EngineGraph> plain_graphs(const Manifest& manifest) {
+  std::vector<EngineGraph> graphs;
+  for (const Graph& graph : manifest.graphs) graphs.push_back({graphs.size(), graph.file, graph.weights});
+  return graphs;
+}
+
+}  // namespace
+
+Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
+    : folder_(folder),
+      manifest_(read_manifest(folder)),
+      engine_(choose ? choose(manifest_) : nullptr),
+      graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs),
+      schedule_(listed_graphs(manifest_, graphs_)) {
+  // Backends read graph files themselves; what is checked here is that they are what was exported.
+  for (const EngineGraph& graph : graphs_) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
+  if (!manifest_.tokenizer_file.empty()) {
+    check_file(manifest_, manifest_.tokenizer_file, MappedFile(folder_ / manifest_.tokenizer_file));
+  }
+  if (needs_weights()) {
+    weights_ = read_safetensors(open_checked(manifest_.weights_file), manifest_.weights_file);
+    read_engine_weights();
+    check_weights();
+  }
+  initial_state_ = read_safetensors(open_checked(manifest_.initial_state_file), manifest_.initial_state_file);
+  check_initial_state();
+}
+
+bool Bundle::needs_weights() const {
+  // A graph file of ONNX points into them, also where the manifest lists none to hand over.
+  if (engine_ == nullptr || engine_->compiler == "onnxruntime") return true;
+  return std::any_of(graphs_.begin(), graphs_.end(), [](const EngineGraph& graph) { return !graph.weights.empty(); });
+}
+
+void Bundle::read_engine_weights() {
+  if (engine_ == nullptr || engine_->weights_file.empty()) return;
+  const std::string& name = engine_->weights_file;
+  for (auto& [tensor, view] : read_safetensors(open_checked(name), name)) {
+    if (!weights_.emplace(tensor, view).second) {
+      throw Error(TITANS_FAILED, name, text("a name for ", tensor, " that no weight of the bundle has"),
+                  text("one of ", manifest_.weights_file), "build the engine again");
+    }
+  }
+}
+
+const MappedFile& Bundle::open_checked(const std::string& name) {
+  const MappedFile& file = mapped_.emplace_back(folder_ / name);
+  check_file(manifest_, name, file);
+  return file;
+}
+
+void Bundle::check_weights() const {
+  for (const EngineGraph& graph : graphs_) {
+    for (const std::string& name : graph.weights) {
+      if (weights_.count(name) == 0) {
+        throw Error(TITANS_FAILED, manifest_.weights_file,
+                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name),
+                    "none, or one of a type that this runtime does not know", kAdvice);
+      }
+    }
+  }
+}
+
+void Bundle::check_initial_state() const {
+  for (const StateTensor& state : manifest_.state) {
+    const auto expected = text(state.name, " as ", dtype_info(state.dtype).name, " ", shape_text(state.shape));
+    const auto found = initial_state_.find(state.name);
+    if (found == initial_state_.end()) {
+      throw Error(TITANS_FAILED, manifest_.initial_state_file, expected, "no such tensor", kAdvice);
+    }
+    const TensorView& tensor = found->second;
+    if (tensor.dtype != state.dtype || tensor.shape != state.shape) {
+      throw Error(TITANS_FAILED, manifest_.initial_state_file, expected,
+                  text(dtype_info(tensor.dtype).name, " ", shape_text(tensor.shape)), kAdvice);
+    }
+  }
+}
+
+}  // namespace titans::core

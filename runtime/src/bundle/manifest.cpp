@@ -1,0 +1,244 @@
+#include "bundle/manifest.h"
+
+#include <algorithm>
+#include <limits>
+#include <set>
+#include <utility>
+
+#include "base/error.h"
+#include "base/json_reader.h"
+#include "bundle/manifest_engines.h"
+#include "bundle/schedule.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::string_view kWhere = "manifest.json";
+// Parsed, JSON takes many times its size. A model of a hundred layers has a tenth of this.
+constexpr std::size_t kLongest = std::size_t{16} << 20;
+constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
+
+void require(const JsonReader& field, std::string_view value) {
+  if (field.string() != value) field.fail(text('"', value, '"'));
+}
+
+std::optional<WrittenRows> read_written(const JsonReader& state, const Shape& shape) {
+  const std::optional<JsonReader> entry = state.find("written");
+  if (!entry) return std::nullopt;
+  WrittenRows written{};
+  written.axis = static_cast<std::size_t>(entry->at("axis").integer(0, static_cast<std::int64_t>(shape.size()) - 1));
+  const std::int64_t rows = shape[written.axis];
+  const std::int64_t period = entry->at("period").integer(1, rows);
+  written.period = static_cast<std::uint64_t>(period);
+  std::int64_t least = 0;
+  for (const JsonReader& first : entry->at("first").items()) {
+    written.first.push_back(static_cast<std::size_t>(first.integer(least, rows - period)));
+    least = static_cast<std::int64_t>(written.first.back()) + period;
+  }
+  return written;
+}
+
+StreamRows read_rows(const JsonReader& state) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::optional<JsonReader> entry = state.find("rows");
+  if (!entry) return {};
+  return {static_cast<std::uint64_t>(entry->at("segment").integer(1, kMost)),
+          static_cast<std::uint64_t>(entry->at("longterm").integer(0, kMost))};
+}
+
+StateTensor read_state(const JsonReader& entry) {
+  StateTensor state;
+  state.name = entry.at("name").string();
+  state.input = entry.at("input").string();
+  state.output = entry.at("output").string();
+  const JsonReader dtype = entry.at("dtype");
+  const std::optional<DType> known = dtype_named(dtype.string(), &DTypeInfo::name);
+  if (!known) dtype.fail("an element type such as float32");
+  state.dtype = *known;
+  const JsonReader shape = entry.at("shape");
+  state.shape = shape.shape(1);
+  const std::optional<std::size_t> bytes = tensor_bytes(state.shape, state.dtype);
+  if (state.shape.empty() || state.shape[0] != 1 || !bytes) shape.fail("a shape [1, ...] for one stream");
+  state.bytes = *bytes;
+  state.role = entry.at("role").string();
+  state.layout = read_layout(entry, state.shape);
+  state.written = read_written(entry, state.shape);
+  if (const std::optional<JsonReader> chunk = entry.find("chunk")) {
+    state.chunk = static_cast<std::uint64_t>(chunk->integer(1, std::numeric_limits<std::int32_t>::max()));
+    if (state.role != "memory") chunk->fail("only where role is memory");
+  }
+  state.rows = read_rows(entry);
+  if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
+  return state;
+}
+
+Graph read_graph(const JsonReader& entry) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  Graph graph{entry.at("name").string(),
+              entry.at("file").file_name(),
+              entry.at("tokens").integer(1, kMost),
+              entry.at("stride").integer(1, kMost),
+              {}};
+  for (const JsonReader& weight : entry.at("weights").items()) graph.weights.push_back(weight.string());
+  const std::optional<JsonReader> offsets = entry.find("offsets");
+  if (!offsets) return graph;
+  graph.offsets.clear();
+  for (const JsonReader& offset : offsets->items()) {
+    const std::int64_t value = offset.integer(0);
+    const bool ascends = graph.offsets.empty() || value > graph.offsets.back();
+    if (!ascends || value >= graph.stride)
+      offset.fail(text("above the offset before it and below stride, ", graph.stride));
+    graph.offsets.push_back(value);
+  }
+  if (graph.offsets.empty()) offsets->fail("at least one of the positions modulo stride");
+  return graph;
+}
+
+// The file of a tokenizer that is one.
+std::string read_tokenizer_file(const JsonReader& tokenizer) {
+  if (!tokenizer.raw().is_object()) return {};
+  const std::optional<JsonReader> kind = tokenizer.find("kind");
+  return kind && kind->raw() == "file" ? tokenizer.at("file").file_name() : std::string();
+}
+
+// The scheduler takes the first that fits, so the one with most tokens comes first.
+void sort_graphs(const JsonReader& field, std::vector<Graph>& graphs) {
+  std::stable_sort(graphs.begin(), graphs.end(), [](const Graph& a, const Graph& b) { return a.tokens > b.tokens; });
+  const std::string missing = missing_of_schedule(graphs);
+  if (!missing.empty()) field.fail(missing);
+}
+
+void read_input(const JsonReader& input, Manifest& manifest) {
+  const JsonReader kind = input.at("kind");
+  const std::string name = kind.string();
+  if (name == input_kind_name(InputKind::kVectors)) {
+    manifest.input_kind = InputKind::kVectors;
+  } else if (name != input_kind_name(InputKind::kTokens)) {
+    kind.fail("\"tokens\" or \"vectors\"");
+  }
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  require(input.at("dtype"), dtype_info(manifest.input_dtype()).name);
+  manifest.input = input.at("name").string();
+  manifest.input_size = input.at(tokens ? "vocab_size" : "size").integer(1, kLargestSize);
+}
+
+void read_output(const JsonReader& output, Manifest& manifest) {
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  require(output.at("kind"), tokens ? "logits" : "vectors");
+  require(output.at("dtype"), "float32");
+  manifest.output = output.at("name").string();
+  const JsonReader size = output.at("size");
+  manifest.output_size =
+      tokens ? size.integer(manifest.input_size, manifest.input_size) : size.integer(1, kLargestSize);
+}
+
+// Every name that a graph binds must mean one thing.
+void check_names(const JsonReader& document, const Manifest& manifest) {
+  std::set<std::string> inputs{manifest.input, manifest.position_input, manifest.learn_input};
+  std::set<std::string> outputs{manifest.output};
+  std::set<std::string> names;
+  std::set<std::string> memories;
+  const auto fail = [&](const std::string& name) {
+    document.at("state").fail(text("tensors and fields of which none shares a name with ", name));
+  };
+  if (inputs.size() != 3) document.at("controls").fail("names unlike each other and unlike the input's");
+  for (const StateTensor& state : manifest.state) {
+    if (!names.insert(state.name).second || !inputs.insert(state.input).second ||
+        !outputs.insert(state.output).second) {
+      fail(state.name);
+    }
+    if (state.layout.empty() && !memories.insert(state.name).second) fail(state.name);
+    for (const MemoryField& field : state.layout) {
+      const std::string full = field_name(state, field);
+      if (!memories.insert(full).second) fail(full);
+    }
+  }
+  for (const std::string& output : outputs) {
+    if (inputs.count(output) != 0) {
+      document.at("state").fail(text("tensors whose outputs are no inputs, unlike ", output));
+    }
+  }
+}
+
+// What a bundle says whose memories are in fewer bits.
+std::string read_memory(const JsonReader& document) {
+  const std::optional<JsonReader> quantization = document.find("quantization");
+  const bool listed = quantization && quantization->raw().is_object();
+  const std::optional<JsonReader> memory = listed ? quantization->find("memory") : std::nullopt;
+  return memory ? memory->raw().dump() : R"({"dtype":"float32","rounding":"nearest","seed":0})";
+}
+
+}  // namespace
+
+std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
+  std::vector<MemoryField> layout;
+  const std::optional<JsonReader> fields = state.find("layout");
+  if (!fields || shape.empty()) return layout;
+  for (const JsonReader& field : fields->items()) {
+    MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
+    if (const std::optional<JsonReader> dtype = field.find("dtype")) {
+      const std::optional<FieldDtype> known = field_dtype_named(dtype->string());
+      if (!known) dtype->fail("a dtype that this runtime knows: " + field_dtype_names());
+      memory.dtype = *known;
+    }
+    const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
+    const auto row = static_cast<std::size_t>(shape.back());
+    const std::size_t words = bytes ? field_words(memory.dtype, memory.shape) : row + 1;
+    if (words > row) field.fail(text("a field of at most ", row, " elements"));
+    memory.offset = static_cast<std::size_t>(field.at("offset").integer(0, static_cast<std::int64_t>(row - words)));
+    layout.push_back(std::move(memory));
+  }
+  return layout;
+}
+
+Manifest Manifest::parse(std::string_view source) {
+  if (source.size() > kLongest) {
+    throw Error(TITANS_FAILED, kWhere, text("at most ", kLongest, " bytes"), text(source.size()),
+                "export the bundle again");
+  }
+  const nlohmann::json json = JsonReader::parse(source, kWhere);
+  const JsonReader document(json, kWhere);
+  require(document.at("format"), "titans-bundle");
+  // Before anything else is read: what a newer version means is not known here.
+  const std::int64_t version = document.at("schema_version").integer(1);
+  if (version > kSchemaVersion) {
+    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version up to ", kSchemaVersion), text(version),
+                "install a newer titans runtime, or export the bundle with an older titans-export");
+  }
+  if (version < kSchemaVersion) {
+    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version ", kSchemaVersion), text(version),
+                "make the bundle anew: titans-export export CHECKPOINT -o NAME.titans");
+  }
+
+  Manifest manifest{};
+  manifest.model = document.at("model").raw().dump();
+  manifest.memory = read_memory(document);
+  const std::optional<JsonReader> tokenizer = document.find("tokenizer");
+  manifest.tokenizer = tokenizer ? tokenizer->raw().dump() : "null";
+  if (tokenizer) manifest.tokenizer_file = read_tokenizer_file(*tokenizer);
+
+  read_input(document.at("input"), manifest);
+  read_output(document.at("output"), manifest);
+
+  const JsonReader controls = document.at("controls");
+  manifest.position_input = controls.at("position").string();
+  manifest.learn_input = controls.at("learn").string();
+
+  for (const JsonReader& entry : document.at("state").items()) manifest.state.push_back(read_state(entry));
+  const JsonReader graphs = document.at("graphs");
+  for (const JsonReader& entry : graphs.items()) manifest.graphs.push_back(read_graph(entry));
+  sort_graphs(graphs, manifest.graphs);
+  check_names(document, manifest);
+
+  const std::optional<JsonReader> engines = document.find("engines");
+  if (engines) manifest.engines = read_engines(*engines, manifest);
+
+  manifest.weights_file = document.at("weights").at("file").file_name();
+  manifest.initial_state_file = document.at("initial_state").at("file").file_name();
+  for (const auto& [name, record] : document.at("files").members()) {
+    manifest.files[name] = {static_cast<std::uint64_t>(record.at("bytes").integer(0)), record.at("xxh3_128").string()};
+  }
+  return manifest;
+}
+
+}  // namespace titans::core

@@ -1,0 +1,161 @@
+// What manifest.json says (docs/bundle.md), checked.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/tensor.h"
+#include "bundle/field_dtype.h"
+
+namespace titans::core {
+
+inline constexpr std::int64_t kSchemaVersion = 2;
+
+// One field of a packed memory row.
+struct MemoryField {
+  std::string name;
+  std::size_t offset;  // in words of 32 bits, within the last dimension
+  Shape shape;
+  FieldDtype dtype = FieldDtype::kFloat32;
+};
+
+// The rows of a stream: one for each token, and `longterm` more after every `segment` tokens, which a token takes with
+// its own.
+struct StreamRows {
+  std::uint64_t segment = 1;
+  std::uint64_t longterm = 0;
+
+  // The rows before the token at `position`.
+  std::uint64_t before(std::uint64_t position) const { return position + longterm * (position / segment); }
+};
+
+// What a row of the stream writes of a cache: the rows first[i] + row % period along `axis`, and nothing else.
+struct WrittenRows {
+  std::size_t axis;
+  std::vector<std::size_t> first;
+  std::uint64_t period;
+};
+
+struct StateTensor {
+  std::string name;
+  std::string input;   // graph input that takes it
+  std::string output;  // graph output that gives its successor
+  DType dtype;
+  Shape shape;
+  std::size_t bytes;
+  std::string role;
+  std::vector<MemoryField> layout;
+  std::optional<WrittenRows> written = std::nullopt;
+  // A memory's, where between multiples of so many rows nothing changes but what the open chunk keeps of its rows.
+  std::optional<std::uint64_t> chunk = std::nullopt;
+  StreamRows rows = {};  // that `written` and `chunk` count
+};
+
+// What people call a field: "layers.0.memory.W0".
+inline std::string field_name(const StateTensor& state, const MemoryField& field) {
+  return state.name + "." + field.name;
+}
+
+struct Graph {
+  std::string name;
+  std::string file;
+  std::int64_t tokens;
+  std::int64_t stride;
+  std::vector<std::string> weights;         // initialisers that the runtime hands over
+  std::vector<std::int64_t> offsets = {0};  // it may start where position % stride is one of these; ascending
+};
+
+// What a stream consumes: token ids, or vectors of floats. A vector counts as one token.
+enum class InputKind : std::uint8_t { kTokens, kVectors };
+
+inline std::string_view input_kind_name(InputKind kind) { return kind == InputKind::kTokens ? "tokens" : "vectors"; }
+
+// One graph of an engine, in a file of its own.
+struct EngineGraph {
+  std::size_t graph;  // index into the manifest's graphs
+  std::string file;
+  std::vector<std::string> weights;  // initialisers that the runtime hands over, of those that the file does not hold
+};
+
+// The library that an engine calls for the memory, under these names.
+struct EnginePlugin {
+  std::string name;
+  std::string name_space;
+  std::string version;
+};
+
+// The bundle's graphs, compiled for a kind of device.
+struct EngineRecord {
+  std::string name;
+  std::string target;            // as `titans-export build --target` takes it
+  std::string compiler;          // that is, the backend: "tensorrt", "tensorrt_rtx", "onnxruntime"
+  std::string compiler_version;  // "10.3.0"
+  std::string precision;
+  std::string device;  // "cpu" or "cuda"
+  std::vector<int> sm;
+  std::string platform;  // "linux-aarch64"
+  std::string cuda;      // that it was made with, empty on a cpu
+  int driver;            // the least cuDriverGetVersion, 0: any
+  std::string memory;    // "plugin", "standard-operators", "either"
+  std::optional<EnginePlugin> plugin;
+  std::string alias;                 // "declared", "undeclared", "two-buffers", empty without a plugin
+  std::vector<bool> state_in_place;  // for each of the manifest's state, whether one buffer serves
+  std::string weights_file;          // a file with weights of its own that are handed over, empty: none
+  std::vector<EngineGraph> graphs;   // most tokens first; at any position one of a single token may start
+};
+
+struct FileRecord {
+  std::uint64_t bytes;
+  std::string hash;
+};
+
+class JsonReader;
+
+// The layout of a state tensor of that shape, as the manifest's `state` or a state file lists it; empty without one.
+std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape);
+
+struct Manifest {
+  std::string model;           // JSON text, for people
+  std::string memory;          // JSON text, for people: dtype, rounding and seed of memories in fewer bits
+  std::string tokenizer;       // JSON text, for people
+  std::string tokenizer_file;  // empty: none
+  std::string position_input;
+  std::string learn_input;
+  InputKind input_kind = InputKind::kTokens;
+  std::string input;         // graph input that takes the tokens or vectors
+  std::int64_t input_size;   // floats of a vector; of tokens the vocabulary
+  std::string output;        // graph output that gives logits or vectors
+  std::int64_t output_size;  // floats of one row of it
+  std::vector<StateTensor> state;
+  std::vector<Graph> graphs;  // most tokens first; at any position one of a single token may start
+  std::vector<EngineRecord> engines;
+  std::string weights_file;
+  std::string initial_state_file;
+  std::map<std::string, FileRecord> files;
+
+  DType input_dtype() const { return input_kind == InputKind::kTokens ? DType::kInt64 : DType::kFloat32; }
+  // Of one token or vector in the graph's input.
+  std::size_t input_row_bytes() const {
+    const std::size_t elements = input_kind == InputKind::kTokens ? 1 : static_cast<std::size_t>(input_size);
+    return elements * dtype_info(input_dtype()).bytes;
+  }
+  Shape input_shape(const Graph& graph) const {
+    return input_kind == InputKind::kTokens ? Shape{1, graph.tokens} : Shape{1, graph.tokens, input_size};
+  }
+  Shape output_shape(const Graph& graph) const { return {1, graph.tokens, output_size}; }
+
+  static Manifest parse(std::string_view source);
+};
+
+// The graphs that an engine, or a bundle without one, has there to run.
+inline std::vector<Graph> listed_graphs(const Manifest& manifest, const std::vector<EngineGraph>& listed) {
+  std::vector<Graph> graphs;
+  for (const EngineGraph& graph : listed) graphs.push_back(manifest.graphs[graph.graph]);
+  return graphs;
+}
+
+}  // namespace titans::core

@@ -1,0 +1,40 @@
+#include "session/device.h"
+
+#include "base/error.h"
+
+#ifdef TITANS_WITH_CUDA
+#include "cuda/objects.h"
+#endif
+
+namespace titans::core {
+namespace {
+
+#if defined(__x86_64__)
+constexpr const char* kPlatform = "linux-x86_64";
+#elif defined(__aarch64__)
+constexpr const char* kPlatform = "linux-aarch64";
+#else
+constexpr const char* kPlatform = "linux-other";
+#endif
+
+DeviceFacts find_cuda_device([[maybe_unused]] const std::string& device) {
+#ifdef TITANS_WITH_CUDA
+  const cuda::DeviceInfo info = cuda::find_device(cuda::Driver::require(), device);
+  return {"cuda", info.name, kPlatform, info.sm, info.driver_version, {}};
+#else
+  throw Error(TITANS_UNSUPPORTED, "session", "a runtime that was built with CUDA's headers", "one without",
+              "build it where cuda.h is, or with -DTITANS_CUDA_INCLUDE=FOLDER, or open the session on cpu");
+#endif
+}
+
+}  // namespace
+
+DeviceFacts find_device_facts(const std::string& device) {
+  if (device == "cpu") return {"cpu", {}, kPlatform, 0, 0, {}};
+  constexpr std::string_view kCuda = "cuda";
+  if (device.compare(0, kCuda.size(), kCuda) == 0) return find_cuda_device(device);
+  throw Error(TITANS_UNSUPPORTED, "session", "a device out of: cpu, cuda, cuda:N", device,
+              "open the session on one of these");
+}
+
+}  // namespace titans::core

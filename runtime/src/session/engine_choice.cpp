@@ -1,0 +1,294 @@
+#include "session/engine_choice.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "base/error.h"
+#include "base/versions.h"
+#include "bundle/manifest_engines.h"
+
+namespace titans::core {
+namespace {
+
+// Compilers, the fastest first: full TensorRT runs our plugin, TensorRT-RTX its own kernels.
+constexpr std::array<std::string_view, 3> kCompilers{"tensorrt", "tensorrt_rtx", "onnxruntime"};
+
+std::size_t rank(const EngineRecord& engine) {
+  return static_cast<std::size_t>(std::find(kCompilers.begin(), kCompilers.end(), engine.compiler) -
+                                  kCompilers.begin());
+}
+
+// Why an engine does not fit.
+struct Mismatch {
+  int depth;  // how many other things fit: among several engines the deepest is the nearest
+  std::string expected;
+  std::string got;
+  std::string advice;
+};
+
+class Judge {
+ public:
+  Judge(const DeviceFacts& facts, const EngineWish& wish) : facts_(facts), wish_(wish) {}
+
+  // Nothing where the engine fits.
+  std::optional<Mismatch> look_at(const EngineRecord& engine) const {
+    using Check = std::optional<Mismatch> (Judge::*)(const EngineRecord&) const;
+    constexpr std::array<Check, 9> kChecks{&Judge::device, &Judge::wishes,         &Judge::platform,
+                                           &Judge::sm,     &Judge::library,        &Judge::version,
+                                           &Judge::plugin, &Judge::plugin_version, &Judge::driver};
+    for (std::size_t depth = 0; depth < kChecks.size(); ++depth) {
+      std::optional<Mismatch> mismatch = (this->*kChecks[depth])(engine);
+      if (!mismatch) continue;
+      mismatch->depth = static_cast<int>(depth);
+      return mismatch;
+    }
+    return std::nullopt;
+  }
+
+  // Whether all fits that can be told without a backend.
+  bool fits_device(const EngineRecord& engine) const {
+    return !device(engine) && !wishes(engine) && !platform(engine) && !sm(engine);
+  }
+
+  // The command that makes an engine for this device.
+  std::string build_for_this_device() const {
+    const std::string_view target = target_name();
+    return target.empty() ? text("run titans-export build ", wish_.bundle, " with a target of sm ", facts_.sm,
+                                 ", see titans-export build --list-targets")
+                          : text("run titans-export build ", wish_.bundle, " --target ", target);
+  }
+
+ private:
+  std::string build_again(const EngineRecord& engine) const {
+    return text("run titans-export build ", wish_.bundle, " --target ", engine.target);
+  }
+
+  // Devices that `titans-export build --target` has a name for, where the capability alone does not tell.
+  std::string_view target_name() const {
+    struct Target {
+      int sm;
+      std::string_view word;  // in the device's name
+      std::string_view target;
+    };
+    constexpr std::array<Target, 13> kTargets{{{80, "A100", "a100"},
+                                               {86, "", "rtx-30"},
+                                               {87, "Nano", "orin-nano"},
+                                               {87, "", "orin-agx"},
+                                               {89, "L40S", "l40s"},
+                                               {89, "L4", "l4"},
+                                               {89, "", "rtx-40"},
+                                               {90, "H200", "h200"},
+                                               {90, "", "h100"},
+                                               {100, "", "b200"},
+                                               {110, "", "thor"},
+                                               {120, "", "rtx-50"},
+                                               {121, "", "dgx-spark"}}};
+    for (const Target& target : kTargets) {
+      if (target.sm == facts_.sm && facts_.name.find(target.word) != std::string::npos) return target.target;
+    }
+    return facts_.kind == "cpu" ? "cpu" : "";
+  }
+
+  std::string made_for(const EngineRecord& engine, std::string_view what) const {
+    return text("a device for the engine ", engine.name, ", which is made for ", what);
+  }
+
+  std::optional<Mismatch> device(const EngineRecord& engine) const {
+    if (engine.device == facts_.kind) return std::nullopt;
+    return Mismatch{0, made_for(engine, engine.device), facts_.kind,
+                    text("open the session on ", engine.device, ", or ", build_for_this_device())};
+  }
+
+  std::optional<Mismatch> wishes(const EngineRecord& engine) const {
+    if (!wish_.backend.empty() && wish_.backend != engine.compiler) {
+      return Mismatch{0, text("the backend ", engine.compiler, " for the engine ", engine.name), wish_.backend,
+                      "leave the backend to be chosen, or name that one"};
+    }
+    const bool ours = wish_.memory_kernel == "require" && engine.memory == "standard-operators";
+    const bool theirs = wish_.memory_kernel == "off" && engine.memory == "plugin";
+    if (!ours && !theirs) return std::nullopt;
+    return Mismatch{0,
+                    text("memory_kernel auto for the engine ", engine.name, ", whose memory is computed by ",
+                         ours ? "standard operators" : "our plugin"),
+                    wish_.memory_kernel, "leave memory_kernel at auto, or open another engine"};
+  }
+
+  std::optional<Mismatch> platform(const EngineRecord& engine) const {
+    if (engine.platform == facts_.platform) return std::nullopt;
+    return Mismatch{0, made_for(engine, engine.platform), facts_.platform,
+                    text(build_for_this_device(), " on this machine")};
+  }
+
+  std::optional<Mismatch> sm(const EngineRecord& engine) const {
+    if (engine.device != "cuda") return std::nullopt;
+    if (std::find(engine.sm.begin(), engine.sm.end(), facts_.sm) != engine.sm.end()) return std::nullopt;
+    std::string made;
+    for (const int one : engine.sm) made += text(made.empty() ? "sm " : ", ", one);
+    return Mismatch{0, made_for(engine, made), text("sm ", facts_.sm, " (", facts_.name, ")"), build_for_this_device()};
+  }
+
+  const LibraryFacts* library_of(const EngineRecord& engine) const {
+    const auto found = facts_.libraries.find(module_of(engine));
+    return found == facts_.libraries.end() ? nullptr : &found->second;
+  }
+
+  std::optional<Mismatch> library(const EngineRecord& engine) const {
+    const LibraryFacts* library = library_of(engine);
+    const std::string expected =
+        text("the library of ", engine.compiler, " ", engine.compiler_version, " for the engine ", engine.name);
+    const std::string advice = text("install ", engine.compiler, " ", engine.compiler_version, ", or ",
+                                    build_again(engine), " with the version that is installed");
+    if (library == nullptr) return Mismatch{0, expected, text("no backend ", engine.compiler), advice};
+    if (library->why_not.empty()) return std::nullopt;
+    return Mismatch{0, expected, library->why_not, advice};
+  }
+
+  std::optional<Mismatch> version(const EngineRecord& engine) const {
+    const std::string& installed = library_of(engine)->version;
+    if (installed.empty()) return std::nullopt;
+    const std::optional<Version> wanted = Version::parse(engine.compiler_version);
+    const std::optional<Version> got = Version::parse(installed);
+    // ONNX Runtime reads what older releases of it wrote; TensorRT promises that of none.
+    const bool fits = wanted && got && wanted->major == got->major &&
+                      (engine.compiler == "onnxruntime" ? got->minor >= wanted->minor : got->minor == wanted->minor);
+    if (fits) return std::nullopt;
+    return Mismatch{
+        0,
+        text(engine.compiler, " ", wanted ? wanted->text() : engine.compiler_version, " for the engine ", engine.name),
+        installed,
+        text(build_again(engine), " with ", engine.compiler, " ", installed, ", or install ", engine.compiler_version)};
+  }
+
+  std::optional<Mismatch> plugin(const EngineRecord& engine) const {
+    const LibraryFacts& library = *library_of(engine);
+    if (!engine.plugin || library.plugin_why_not.empty()) return std::nullopt;
+    return Mismatch{0, text("the plugin ", engine.plugin->name, " for the engine ", engine.name),
+                    library.plugin_why_not,
+                    "build the runtime with -DTENSORRT_ROOT=FOLDER, and put the plugin beside its backend"};
+  }
+
+  std::optional<Mismatch> plugin_version(const EngineRecord& engine) const {
+    const LibraryFacts& library = *library_of(engine);
+    if (!engine.plugin || library.plugin_version.empty()) return std::nullopt;
+    if (library.plugin_version == engine.plugin->version) return std::nullopt;
+    return Mismatch{0,
+                    text("version ", engine.plugin->version, " of the plugin ", engine.plugin->name, " for the engine ",
+                         engine.name),
+                    library.plugin_version, text(build_again(engine), " with the plugin that is installed")};
+  }
+
+  std::optional<Mismatch> driver(const EngineRecord& engine) const {
+    if (facts_.driver >= engine.driver) return std::nullopt;
+    const auto cuda_text = [](int version) { return text(version / 1000, ".", version % 1000 / 10); };
+    return Mismatch{0, text("a driver of CUDA ", cuda_text(engine.driver), " or newer for the engine ", engine.name),
+                    text("one of CUDA ", cuda_text(facts_.driver)),
+                    text("update the NVIDIA driver, or ", build_again(engine), " with an older CUDA")};
+  }
+
+  const DeviceFacts& facts_;
+  const EngineWish& wish_;
+};
+
+[[noreturn]] void refuse(const Mismatch& mismatch) {
+  throw Error(TITANS_UNSUPPORTED, "session", mismatch.expected, mismatch.got, mismatch.advice);
+}
+
+std::string names_of(const Manifest& manifest) {
+  std::string names;
+  for (const EngineRecord& engine : manifest.engines) names += text(names.empty() ? "" : ", ", engine.name);
+  return names.empty() ? "none, the bundle has no engines" : names;
+}
+
+std::string describe(const EngineRecord& engine, const DeviceFacts& facts) {
+  return text(engine.compiler, " ", engine.compiler_version, ", ", engine.precision, ", made for ",
+              engine.device == "cuda" ? text("sm ", facts.sm) : engine.platform);
+}
+
+EngineChoice insist(const Manifest& manifest, const Judge& judge, const DeviceFacts& facts, const EngineWish& wish) {
+  for (const EngineRecord& engine : manifest.engines) {
+    if (engine.name != wish.engine) continue;
+    const std::optional<Mismatch> mismatch = judge.look_at(engine);
+    if (mismatch) refuse(*mismatch);
+    return {&engine, engine.compiler, module_of(engine), text("asked for by name; ", describe(engine, facts)), {}};
+  }
+  throw Error(TITANS_INVALID_ARGUMENT, "session", text("an engine out of: ", names_of(manifest)), wish.engine,
+              "name one of these, or none for the plain graphs");
+}
+
+EngineChoice plain(const EngineWish& wish, const std::string& backend, std::string reason) {
+  const std::string& chosen = wish.backend.empty() ? backend : wish.backend;
+  return {nullptr, chosen, chosen, std::move(reason), {}};
+}
+
+}  // namespace
+
+std::string module_of(const EngineRecord& engine) {
+  if (engine.compiler != "tensorrt") return engine.compiler;
+  return text(engine.compiler, "_", engine.compiler_version.substr(0, engine.compiler_version.find('.')));
+}
+
+std::vector<std::string> modules_to_look_at(const Manifest& manifest, const DeviceFacts& facts,
+                                            const EngineWish& wish) {
+  const Judge judge(facts, wish);
+  std::vector<std::string> modules;
+  for (const EngineRecord& engine : manifest.engines) {
+    const bool meant = wish.engine.empty() || wish.engine == engine.name;
+    const std::string module = module_of(engine);
+    const bool known = std::find(modules.begin(), modules.end(), module) != modules.end();
+    // No library is opened by a name that only the bundle knows.
+    const bool ours = rank(engine) < kCompilers.size();
+    if (meant && ours && !known && judge.fits_device(engine)) modules.push_back(module);
+  }
+  return modules;
+}
+
+EngineChoice choose_engine(const Manifest& manifest, const DeviceFacts& facts, const EngineWish& wish,
+                           const std::string& plain_backend) {
+  const Judge judge(facts, wish);
+  if (wish.engine == kNoEngine) return plain(wish, plain_backend, "the plain graphs were asked for");
+  if (!wish.engine.empty()) return insist(manifest, judge, facts, wish);
+
+  const EngineRecord* best = nullptr;
+  std::vector<std::pair<std::string, std::string>> others;
+  std::optional<Mismatch> nearest;
+  std::vector<const EngineRecord*> fitting;
+  for (const EngineRecord& engine : manifest.engines) {
+    std::optional<Mismatch> mismatch = judge.look_at(engine);
+    if (!mismatch) {
+      fitting.push_back(&engine);
+      if (best == nullptr || rank(engine) < rank(*best)) best = &engine;
+      continue;
+    }
+    others.emplace_back(engine.name, text("expected ", mismatch->expected, " but got ", mismatch->got));
+    if (!nearest || mismatch->depth > nearest->depth) nearest = std::move(mismatch);
+  }
+  if (best != nullptr) {
+    for (const EngineRecord* engine : fitting) {
+      if (engine != best) others.emplace_back(engine->name, text("fits, but ", best->name, " comes first"));
+    }
+    EngineChoice choice{best, best->compiler, module_of(*best), describe(*best, facts), std::move(others)};
+    if (fitting.size() > 1) choice.reason += text("; the first of ", fitting.size(), " engines that fit");
+    return choice;
+  }
+  // Whoever names ONNX Runtime means the plain graphs where no engine is its.
+  const bool plain_wished = wish.backend == plain_backend;
+  const bool any_for_kind = std::any_of(manifest.engines.begin(), manifest.engines.end(),
+                                        [&](const EngineRecord& engine) { return engine.device == facts.kind; });
+  if (!plain_wished && !wish.backend.empty()) {
+    if (nearest && nearest->depth > 1) refuse(*nearest);
+    throw Error(TITANS_UNSUPPORTED, "session", text("an engine made by ", wish.backend, " in the bundle"),
+                names_of(manifest), judge.build_for_this_device());
+  }
+  if (facts.kind != "cpu" && any_for_kind && !plain_wished) {
+    nearest->advice += ", or open with the engine none, for the plain graphs";
+    refuse(*nearest);
+  }
+  EngineChoice choice =
+      plain(wish, plain_backend, manifest.engines.empty() ? "the bundle has no engines" : "no engine fits the device");
+  choice.others = std::move(others);
+  return choice;
+}
+
+}  // namespace titans::core

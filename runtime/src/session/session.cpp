@@ -1,0 +1,249 @@
+#include "session/session.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <thread>
+#include <utility>
+
+#include <nlohmann/json.hpp>
+
+#include "backends/backend_loader.h"
+#include "base/error.h"
+#include "base/log.h"
+#include "state/journal.h"
+
+namespace titans::core {
+namespace {
+
+KernelChoice read_kernel_choice(const std::string& name) {
+  if (name == "auto") return KernelChoice::kAuto;
+  if (name == "require") return KernelChoice::kRequire;
+  if (name == "off") return KernelChoice::kOff;
+  throw Error(TITANS_INVALID_ARGUMENT, "session", "memory_kernel out of: auto, require, off", name,
+              "choose one of these");
+}
+
+// Where the vendor's library for a backend lies: the path that `lines` has for it, unless the environment names one,
+// which the backend reads itself. TITANS_TENSORRT serves tensorrt_10 and tensorrt_11.
+std::string hinted_library(const std::string& lines, const std::string& module, const std::string& backend) {
+  std::string variable = "TITANS_" + backend;
+  std::transform(variable.begin(), variable.end(), variable.begin(),
+                 [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); });
+  const char* named = std::getenv(variable.c_str());
+  if (named != nullptr && *named != '\0') return {};
+  std::size_t at = 0;
+  while (at < lines.size()) {
+    const std::size_t end = std::min(lines.find('\n', at), lines.size());
+    const std::string line = lines.substr(at, end - at);
+    if (line.compare(0, module.size() + 1, module + "=") == 0) return line.substr(module.size() + 1);
+    at = end + 1;
+  }
+  return {};
+}
+
+std::string library_for(const SessionOptions& options, const std::string& module) {
+  if (!options.backend_library.empty()) return options.backend_library;
+  // "tensorrt_10" is of the backend tensorrt.
+  const std::size_t digits = module.find_last_not_of("0123456789");
+  const bool numbered = digits + 1 < module.size() && module[digits] == '_';
+  return hinted_library(options.libraries, module, numbered ? module.substr(0, digits) : module);
+}
+
+std::vector<MemoryView> list_memories(const Manifest& manifest) {
+  std::vector<MemoryView> memories;
+  for (std::size_t index = 0; index < manifest.state.size(); ++index) {
+    const StateTensor& state = manifest.state[index];
+    if (state.role != "memory") continue;
+    const std::size_t elements = state.bytes / sizeof(float);
+    const auto row = static_cast<std::size_t>(state.shape.back());
+    if (state.layout.empty()) {
+      memories.push_back({state.name, state.shape, elements, index, 0, row, row, FieldDtype::kFloat32});
+    }
+    for (const MemoryField& field : state.layout) {
+      Shape shape(state.shape.begin(), state.shape.end() - 1);
+      shape.insert(shape.end(), field.shape.begin(), field.shape.end());
+      std::size_t extent = 1;
+      for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
+      const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
+      memories.push_back({field_name(state, field), shape, elements / row * extent, index, field.offset, extent,
+                          columns, field.dtype});
+    }
+  }
+  return memories;
+}
+
+// What a stream allocates: of a state in place one buffer and its backup, else three.
+std::uint64_t stream_bytes(const Manifest& manifest, const Engine& engine) {
+  std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
+  for (std::size_t index = 0; index < manifest.state.size(); ++index) {
+    bytes += manifest.state[index].bytes * (engine.in_place(index) ? 2U : 3U);
+  }
+  return bytes;
+}
+
+std::string describe(const Bundle& bundle, const Engine& engine, const SessionOptions& options,
+                     const DeviceFacts& facts, const EngineChoice& choice) {
+  using nlohmann::json;
+  const Manifest& manifest = bundle.manifest();
+  json graphs = json::array();
+  for (const EngineGraph& one : bundle.graphs()) {
+    const Graph& graph = manifest.graphs[one.graph];
+    graphs.push_back(
+        {{"name", graph.name}, {"tokens", graph.tokens}, {"stride", graph.stride}, {"offsets", graph.offsets}});
+  }
+  json others = json::array();
+  for (const auto& [name, reason] : choice.others) others.push_back({{"name", name}, {"reason", reason}});
+  json state = json::array();
+  for (std::size_t index = 0; index < manifest.state.size(); ++index) {
+    const StateTensor& tensor = manifest.state[index];
+    state.push_back({{"name", tensor.name},
+                     {"role", tensor.role},
+                     {"dtype", dtype_info(tensor.dtype).name},
+                     {"shape", tensor.shape},
+                     {"in_place", engine.in_place(index)}});
+  }
+  const bool tokens = manifest.input_kind == InputKind::kTokens;
+  const json input{{"kind", input_kind_name(manifest.input_kind)},
+                   {"name", manifest.input},
+                   {"dtype", dtype_info(manifest.input_dtype()).name},
+                   {"size", manifest.input_size}};
+  const json output{{"kind", tokens ? "logits" : "vectors"},
+                    {"name", manifest.output},
+                    {"dtype", "float32"},
+                    {"size", manifest.output_size}};
+  const json info{{"bundle", bundle.folder().string()},
+                  {"model", json::parse(manifest.model)},
+                  {"device", options.device},
+                  {"device_name", facts.name.empty() ? json() : json(facts.name)},
+                  {"engine", choice.engine == nullptr ? json() : json(choice.engine->name)},
+                  {"engine_reason", choice.reason},
+                  {"engines_not_chosen", others},
+                  {"details", engine.details()},
+                  {"backend", options.backend},
+                  {"backend_version", engine.version()},
+                  {"memory_kernel", engine.memory_kernel()},
+                  {"vocab_size", tokens ? json(manifest.input_size) : json()},
+                  {"input", input},
+                  {"output", output},
+                  {"graphs", graphs},
+                  {"state", state},
+                  {"tokenizer", json::parse(manifest.tokenizer)}};
+  // A path need not be UTF-8; a description of it must be.
+  return info.dump(-1, ' ', false, json::error_handler_t::replace);
+}
+
+}  // namespace
+
+std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const SessionOptions& options) {
+  SessionOptions chosen = options;
+  if (chosen.threads < 0) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", "threads >= 0", text(chosen.threads), "give 0 for the default");
+  }
+  if (chosen.batch_threads < 0) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", "batch_threads >= 0", text(chosen.batch_threads),
+                "give 0 for as many as there are processors");
+  }
+  if (chosen.memory_budget > 0 && chosen.spill_dir.empty()) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", "a spill_dir with memory_budget", "none",
+                "name a folder for the streams beyond it");
+  }
+  const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
+  if (!chosen.backend.empty()) check_backend(chosen.backend);
+  DeviceFacts facts = find_device_facts(chosen.device);
+  EngineChoice choice;
+  auto bundle = std::make_unique<const Bundle>(path, [&](const Manifest& manifest) {
+    const EngineWish wish{path.string(), chosen.device, chosen.engine, chosen.backend, chosen.memory_kernel};
+    for (const std::string& module : modules_to_look_at(manifest, facts, wish)) {
+      facts.libraries[module] = find_library(module, chosen.plugin_dir, library_for(chosen, module));
+    }
+    choice = choose_engine(manifest, facts, wish, default_backend(facts.kind));
+    return choice.engine;
+  });
+  chosen.backend = choice.backend;
+  const BackendEntry& backend = load_backend(choice.module, chosen.plugin_dir);
+  auto engine =
+      backend.open(*bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel});
+  auto session = std::make_shared<Session>(std::move(bundle), std::move(engine), chosen, facts, choice);
+  if (log_wanted(TITANS_LOG_INFO)) {
+    log(TITANS_LOG_INFO, "session",
+        text("opened ", path.string(), " on ", chosen.device, " with ", chosen.backend, ' ',
+             session->engine().version(), ", memory by ", session->engine().memory_kernel(), "; ", choice.reason));
+  }
+  return session;
+}
+
+Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
+                 const DeviceFacts& facts, const EngineChoice& choice)
+    : bundle_(std::move(bundle)),
+      engine_(std::move(engine)),
+      memories_(list_memories(bundle_->manifest())),
+      info_(describe(*bundle_, *engine_, options, facts, choice)),
+      batch_thread_count_(options.batch_threads) {
+  for (const StateTensor& state : manifest().state) {
+    if (state.role != "memory") continue;
+    const std::uint64_t chunk = rows_of_chunk(state);
+    const auto same = std::find_if(folded_.begin(), folded_.end(), [&](const FoldedRows& one) {
+      return one.chunk == chunk && one.rows.segment == state.rows.segment && one.rows.longterm == state.rows.longterm;
+    });
+    if (same != folded_.end()) {
+      ++same->memories;
+    } else {
+      folded_.push_back({chunk, state.rows, 1});
+    }
+  }
+  if (options.memory_budget == 0) return;
+  const std::uint64_t least = stream_bytes(manifest(), *engine_);
+  if (options.memory_budget < least) {
+    throw Error(TITANS_INVALID_ARGUMENT, "session", text("a memory_budget of at least one stream, ", least, " bytes"),
+                text(options.memory_budget), "give more, or 0 for no limit");
+  }
+  residency_ = std::make_unique<Residency>(*this, metrics_, options.memory_budget, options.spill_dir);
+}
+
+std::string Session::metrics_text() const {
+  std::filesystem::path folder = bundle_->folder();
+  if (!folder.has_filename()) folder = folder.parent_path();  // it ended with a slash
+  return metrics_.text(folder.filename().string());
+}
+
+std::uint64_t Session::chunk_updates(std::uint64_t position, std::uint64_t tokens) const {
+  std::uint64_t chunk_updates = 0;
+  for (const FoldedRows& one : folded_) {
+    chunk_updates +=
+        one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
+  }
+  return chunk_updates;
+}
+
+ThreadPool& Session::batch_threads() {
+  const std::lock_guard lock(mutex_);
+  if (batch_threads_ == nullptr) {
+    const auto wanted = static_cast<unsigned>(batch_thread_count_);
+    batch_threads_ =
+        std::make_unique<ThreadPool>(std::max(1U, wanted > 0 ? wanted : std::thread::hardware_concurrency()));
+  }
+  return *batch_threads_;
+}
+
+Session::WorkspaceLease::WorkspaceLease(Session& session) : session_(session) {
+  {
+    const std::lock_guard lock(session.mutex_);
+    if (!session.idle_.empty()) {
+      workspace_ = std::move(session.idle_.back());
+      session.idle_.pop_back();
+      return;
+    }
+  }
+  workspace_ = session.engine_->make_workspace();
+  // So that giving it back needs no memory and cannot fail.
+  const std::lock_guard lock(session.mutex_);
+  session.idle_.reserve(++session.workspaces_);
+}
+
+Session::WorkspaceLease::~WorkspaceLease() {
+  const std::lock_guard lock(session_.mutex_);
+  session_.idle_.push_back(std::move(workspace_));
+}
+
+}  // namespace titans::core

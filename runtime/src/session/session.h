@@ -1,0 +1,109 @@
+// A bundle opened on a device, shared by all its streams.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backends/backend.h"
+#include "base/thread_pool.h"
+#include "session/engine_choice.h"
+#include "session/metrics.h"
+#include "session/residency.h"
+
+namespace titans::core {
+
+struct SessionOptions {
+  std::string device = "cpu";
+  std::string backend;               // empty: by device
+  std::string backend_library;       // empty: search
+  std::filesystem::path plugin_dir;  // empty: beside this library
+  int threads = 0;
+  std::string memory_kernel = "auto";
+  std::string engine;     // of the bundle, to insist on; "none": the plain graphs; empty: by device
+  std::string libraries;  // MODULE=PATH lines: where vendors' libraries lie that nothing else says where to find
+  int batch_threads = 0;  // that streams of one batch run on; 0: as many as there are processors
+  std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
+  std::filesystem::path spill_dir;  // where streams beyond the budget go
+};
+
+// A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
+struct MemoryView {
+  std::string name;
+  Shape shape;
+  std::size_t elements;
+  std::size_t state;    // index of the state tensor that holds it
+  std::size_t offset;   // of the field within the tensor's last dimension
+  std::size_t extent;   // elements of the field within one row
+  std::size_t columns;  // of a matrix, or of a vector as one row
+  FieldDtype dtype;
+};
+
+class Session {
+ public:
+  static std::shared_ptr<Session> open(const std::filesystem::path& path, const SessionOptions& options);
+  // `facts` and `choice` are what the session's info tells.
+  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
+          const DeviceFacts& facts = {}, const EngineChoice& choice = {});
+
+  const Manifest& manifest() const { return bundle_->manifest(); }
+  const Bundle& bundle() const { return *bundle_; }
+  Engine& engine() const { return *engine_; }
+  const std::string& info() const { return info_; }
+  const std::vector<MemoryView>& memories() const { return memories_; }
+  Metrics& metrics() { return metrics_; }
+  // Prometheus' text, with the name of the bundle's folder.
+  std::string metrics_text() const;
+  // Chunks that `tokens` from `position` on complete, of each memory.
+  std::uint64_t chunk_updates(std::uint64_t position, std::uint64_t tokens) const;
+  // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
+  std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
+    return bundle_->graphs()[bundle_->schedule().next_graph(position, remaining)].graph;
+  }
+  // Floats of a vector that goes in, or the vocabulary; floats of a row that comes out.
+  std::size_t input_size() const { return static_cast<std::size_t>(manifest().input_size); }
+  std::size_t output_size() const { return static_cast<std::size_t>(manifest().output_size); }
+
+  // NULL where no budget limits what is in memory.
+  Residency* residency() const { return residency_.get(); }
+  // The threads of batches, made with the first of these.
+  ThreadPool& batch_threads();
+
+  // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
+  // idle streams hold none.
+  class WorkspaceLease {
+   public:
+    explicit WorkspaceLease(Session& session);
+    ~WorkspaceLease();
+    WorkspaceLease(const WorkspaceLease&) = delete;
+    WorkspaceLease& operator=(const WorkspaceLease&) = delete;
+    Workspace& get() const { return *workspace_; }
+
+   private:
+    Session& session_;
+    std::unique_ptr<Workspace> workspace_;
+  };
+
+ private:
+  std::unique_ptr<const Bundle> bundle_;
+  std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
+  std::vector<MemoryView> memories_;
+  std::string info_;
+  struct FoldedRows {
+    std::uint64_t chunk;
+    StreamRows rows;
+    std::uint64_t memories;  // that are folded so
+  };
+  std::vector<FoldedRows> folded_;
+  Metrics metrics_;
+  const int batch_thread_count_;
+  std::unique_ptr<Residency> residency_;
+  std::mutex mutex_;  // guards what follows
+  std::vector<std::unique_ptr<Workspace>> idle_;
+  std::size_t workspaces_ = 0;  // idle or not
+  std::unique_ptr<ThreadPool> batch_threads_;
+};
+
+}  // namespace titans::core

@@ -1,0 +1,43 @@
+// What one stream is, in host memory and apart from any session.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/wipe.h"
+
+namespace titans::core {
+
+struct StreamState {
+  std::uint64_t position = 0;
+  bool learning = true;
+  Floats last_output;          // as many as a row of the output has; meaningless at position 0
+  std::vector<Bytes> tensors;  // one for each of the manifest's state
+
+  std::uint64_t bytes() const {
+    std::uint64_t sum = last_output.size() * sizeof(float);
+    for (const Bytes& tensor : tensors) sum += tensor.size();
+    return sum;
+  }
+};
+
+// The same where it lies, for writing it out without a copy. What it points to outlives it.
+struct StateView {
+  StateView() = default;
+  StateView(const StreamState& state)  // NOLINT: a state is a view of itself
+      : position(state.position),
+        learning(state.learning),
+        last_output(state.last_output.data()),
+        outputs(state.last_output.size()) {
+    for (const Bytes& tensor : state.tensors) tensors.push_back(tensor.data());
+  }
+
+  std::uint64_t position = 0;
+  bool learning = true;
+  const float* last_output = nullptr;
+  std::size_t outputs = 0;
+  std::vector<const std::byte*> tensors;  // one for each of the manifest's state, of its size
+};
+
+}  // namespace titans::core

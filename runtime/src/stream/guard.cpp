@@ -1,0 +1,309 @@
+#include "stream/guard.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "base/error.h"
+
+namespace titans::core {
+namespace {
+
+bool is_numbered(std::string_view name, std::string_view letters) {
+  return name.size() > letters.size() && name.substr(0, letters.size()) == letters &&
+         name.find_first_not_of("0123456789", letters.size()) == std::string_view::npos;
+}
+
+bool is_weight(std::string_view name) { return is_numbered(name, "W") || name == "gamma"; }
+bool is_surprise(std::string_view name) { return is_numbered(name, "S") || name == "S_gamma"; }
+
+// Sums of squares in double, which floats cannot overflow: such a sum is finite exactly where all of them are.
+constexpr std::size_t kLanes = 8;
+using Lanes = std::array<double, kLanes>;
+
+double total(const Lanes& lanes) {
+  double sum = 0;
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+double squares(const float* values, std::size_t count) {
+  Lanes lanes{};
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const double value = values[i + lane];
+      lanes[lane] += value * value;
+    }
+  }
+  for (; i < count; ++i) lanes[0] += static_cast<double>(values[i]) * values[i];
+  return total(lanes);
+}
+
+double squares_of_change(const float* before, const float* after, std::size_t count) {
+  Lanes lanes{};
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const double change = static_cast<double>(after[i + lane]) - before[i + lane];
+      lanes[lane] += change * change;
+    }
+  }
+  for (; i < count; ++i) {
+    const double change = static_cast<double>(after[i]) - before[i];
+    lanes[0] += change * change;
+  }
+  return total(lanes);
+}
+
+// Keeps NaN, which no comparison does.
+float larger(float a, float b) { return std::isnan(a) || a > b ? a : b; }
+
+}  // namespace
+
+void check_guard(const titans_guard& guard) {
+  if (guard.policy < TITANS_GUARD_OFF || guard.policy > TITANS_GUARD_SKIP) {
+    throw Error(TITANS_INVALID_ARGUMENT, "guard", "a policy as a titans_guard_policy", text(guard.policy),
+                "pass a value of that enumeration");
+  }
+  for (const float limit : {guard.max_update_norm, guard.max_surprise}) {
+    if (limit > 0) continue;
+    throw Error(TITANS_INVALID_ARGUMENT, "guard", "limits above 0", text(limit),
+                "give infinity for none, and begin with titans_guard_init");
+  }
+}
+
+Guard::Guard(const Session& session, const titans_guard& limits)
+    : session_(session), limits_(limits), backups_(session.manifest().state.size()) {
+  const std::vector<StateTensor>& states = session.manifest().state;
+  for (std::size_t index = 0; index < states.size(); ++index) {
+    const StateTensor& state = states[index];
+    if (state.role != "memory" || state.shape.empty() || state.shape.back() == 0) continue;
+    Memory memory{};
+    memory.state = index;
+    memory.name = &state.name;
+    memory.open = find_open_chunk(state);
+    memory.chunk = rows_of_chunk(state);
+    memory.known = memory.open || state.chunk;
+    memory.rows = state.rows;
+    memory.row = static_cast<std::size_t>(state.shape.back());
+    memory.heads = state.bytes / sizeof(float) / memory.row;
+    for (const MemoryField& field : state.layout) {
+      if (!is_weight(field.name) && !is_surprise(field.name)) continue;
+      std::size_t extent = 1;
+      for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
+      const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
+      memory.fields.push_back({field.offset, extent, columns, field.dtype, is_surprise(field.name)});
+    }
+    // Of a memory in a form that is not ours, all numbers are weights.
+    if (memory.fields.empty()) memory.fields.push_back({0, memory.row, memory.row, FieldDtype::kFloat32, false});
+    memories_.push_back(std::move(memory));
+  }
+  report_.layer = report_.head = -1;
+}
+
+void Guard::watch(std::size_t state, Buffer& live, Buffer& backup) {
+  backups_[state] = &backup;
+  journal_.watch(session_.manifest().state[state], live, backup);
+}
+
+void Guard::set_checkpoint(std::uint64_t position, std::size_t set) {
+  position_ = position;
+  set_ = set;
+  tokens_.clear();
+  vectors_.clear();
+  journal_.begin();
+  droppable_ = std::any_of(memories_.begin(), memories_.end(), [&](const Memory& memory) {
+    return memory.open && memory.rows.before(position) % memory.chunk != 0;
+  });
+}
+
+std::uint64_t Guard::completed(const Memory& memory, std::uint64_t position, std::uint64_t tokens) const {
+  return memory.rows.before(position + tokens) / memory.chunk - memory.rows.before(position) / memory.chunk;
+}
+
+bool Guard::looks_closely(std::uint64_t position) const {
+  return std::isfinite(limits_.max_update_norm) || std::isfinite(limits_.max_surprise) || position < closely_until_;
+}
+
+std::size_t Guard::reach(std::uint64_t position, std::size_t remaining) const {
+  if (!looks_closely(position)) return remaining;
+  std::size_t reach = remaining;
+  for (const Memory& memory : memories_) {
+    const std::uint64_t rows = memory.rows.before(position);
+    const std::uint64_t end = (rows / memory.chunk + 1) * memory.chunk;
+    // A token has at least one row, so this is enough; where it has more, fewer tokens may be.
+    std::uint64_t tokens = end - rows;
+    while (tokens > 1 && memory.rows.before(position + tokens - 1) >= end) --tokens;
+    reach = std::min<std::uint64_t>(reach, tokens);
+  }
+  return reach;
+}
+
+bool Guard::saw_several(std::uint64_t position, std::uint64_t tokens) const {
+  return tokens > 1 && std::any_of(memories_.begin(), memories_.end(),
+                                   [&](const Memory& memory) { return completed(memory, position, tokens) > 1; });
+}
+
+const float* Guard::rows_of(const Buffer& buffer, const Memory& memory, Floats& copy) {
+  if (const std::byte* host = buffer.host()) return reinterpret_cast<const float*>(host);
+  copy.resize(memory.row * memory.heads);
+  buffer.download(reinterpret_cast<std::byte*>(copy.data()));
+  return copy.data();
+}
+
+const float* Guard::values_of(const Field& field, const float* row, Floats& values) const {
+  if (field.dtype == FieldDtype::kFloat32) return row + field.offset;
+  values.resize(std::max(values.size(), field.extent));
+  unpack_field(field.dtype, row + field.offset, field.extent, field.columns, values.data());
+  return values.data();
+}
+
+void Guard::look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after,
+                         Finding& finding) {
+  double weights = 0, change = 0, now = 0, surprise = 0, surprise_change = 0;
+  for (const Field& field : memory.fields) {
+    const float* values = values_of(field, after + head * memory.row, after_values_);
+    const float* old = values_of(field, before + head * memory.row, before_values_);
+    if (field.surprise) {
+      surprise += squares(values, field.extent);
+      surprise_change += squares_of_change(old, values, field.extent);
+      continue;
+    }
+    weights += squares(old, field.extent);
+    change += squares_of_change(old, values, field.extent);
+    now += squares(values, field.extent);
+  }
+  const auto update_norm = static_cast<float>(std::sqrt(change / (weights > 0 ? weights : 1.0)));
+  const auto surprise_norm = static_cast<float>(std::sqrt(surprise));
+  const bool changed = change != 0 || surprise_change != 0;
+  finding.changed = finding.changed || changed;
+  finding.update_norm = larger(update_norm, finding.update_norm);
+  finding.surprise = larger(surprise_norm, finding.surprise);
+  std::int32_t reason = TITANS_GUARD_GOOD;
+  if (!std::isfinite(now) || !std::isfinite(surprise)) {
+    reason = TITANS_GUARD_NOT_FINITE;
+  } else if (changed && !(update_norm <= limits_.max_update_norm)) {
+    reason = TITANS_GUARD_UPDATE_NORM;
+  } else if (changed && !(surprise_norm <= limits_.max_surprise)) {
+    reason = TITANS_GUARD_SURPRISE;
+  }
+  if (reason == TITANS_GUARD_GOOD || finding.reason != TITANS_GUARD_GOOD) return;
+  finding.reason = reason;
+  finding.head = static_cast<std::int32_t>(head);
+  finding.name = memory.name;
+}
+
+// Tokens may be ruled out by a logit of -infinity; anything else is a number.
+bool Guard::output_is_good(const float* output) const {
+  const bool logits = session_.manifest().input_kind == InputKind::kTokens;
+  float most = -std::numeric_limits<float>::infinity(), sum = 0;
+  for (std::size_t i = 0; i < session_.output_size(); ++i) {
+    most = std::max(most, output[i]);
+    sum += output[i] * 0.0F;  // NaN where it is not finite
+  }
+  if (!std::isnan(sum)) return true;
+  if (!logits || !std::isfinite(most)) return false;
+  return std::none_of(output, output + session_.output_size(), [](float value) { return std::isnan(value); });
+}
+
+Finding Guard::look(const BufferSet& before, const BufferSet& after, std::uint64_t position, std::uint64_t tokens,
+                    const float* output) {
+  Finding finding;
+  for (std::size_t layer = 0; layer < memories_.size(); ++layer) {
+    const Memory& memory = memories_[layer];
+    const std::uint64_t chunks = completed(memory, position, tokens);
+    if (chunks == 0) continue;
+    const Buffer& then = backups_[memory.state] == nullptr ? *before[memory.state] : *backups_[memory.state];
+    const float* old_rows = rows_of(then, memory, before_copy_);
+    const float* new_rows = rows_of(*after[memory.state], memory, after_copy_);
+    const bool good = finding.reason == TITANS_GUARD_GOOD;
+    for (std::size_t head = 0; head < memory.heads; ++head) {
+      look_at_head(memory, head, old_rows, new_rows, finding);
+    }
+    if (good && finding.reason != TITANS_GUARD_GOOD) finding.layer = static_cast<std::int32_t>(layer);
+    report_.chunks += chunks;
+  }
+  if (finding.reason == TITANS_GUARD_GOOD && !output_is_good(output)) finding.reason = TITANS_GUARD_OUTPUT;
+  if (finding.reason == TITANS_GUARD_GOOD && !saw_several(position, tokens)) {
+    report_.peak_update_norm = std::max(report_.peak_update_norm, finding.update_norm);
+    report_.peak_surprise = std::max(report_.peak_surprise, finding.surprise);
+  }
+  return finding;
+}
+
+bool Guard::moves_on(const Finding& finding, std::uint64_t position, std::uint64_t tokens) const {
+  if (position + tokens - position_ >= kMostRemembered) return true;
+  return std::any_of(memories_.begin(), memories_.end(), [&](const Memory& memory) {
+    return memory.known ? completed(memory, position, tokens) > 0 : finding.changed;
+  });
+}
+
+void Guard::count(const Finding& finding, std::uint64_t position) {
+  ++report_.rollbacks;
+  report_.position = position;
+  report_.reason = finding.reason;
+  report_.layer = finding.layer;
+  report_.head = finding.head;
+  report_.update_norm = finding.update_norm;
+  report_.surprise = finding.surprise;
+}
+
+std::string Guard::describe(const Finding& finding) const {
+  switch (finding.reason) {
+    case TITANS_GUARD_UPDATE_NORM:
+      return text("an update norm of at most ", limits_.max_update_norm);
+    case TITANS_GUARD_SURPRISE:
+      return text("a surprise of at most ", limits_.max_surprise);
+    case TITANS_GUARD_CALL:
+      return "a call of a graph that works";
+    case TITANS_GUARD_OUTPUT:
+      return session_.manifest().input_kind == InputKind::kTokens ? "logits with a finite maximum" : "finite outputs";
+    default:
+      return "a memory of finite numbers";
+  }
+}
+
+std::string Guard::describe_found(const Finding& finding) const {
+  if (finding.reason == TITANS_GUARD_CALL) return finding.failure;
+  if (finding.reason == TITANS_GUARD_OUTPUT) return "others";
+  const std::string where = text(" in ", *finding.name, ", head ", finding.head);
+  if (finding.reason == TITANS_GUARD_NOT_FINITE) return "others" + where;
+  return text(finding.reason == TITANS_GUARD_SURPRISE ? finding.surprise : finding.update_norm, where);
+}
+
+void Guard::drop_open_chunk(const BufferSet& state, std::size_t set) {
+  for (const Memory& memory : memories_) {
+    if (!memory.open || memory.rows.before(position_) % memory.chunk == 0) continue;
+    std::vector<float> rows(memory.row * memory.heads);
+    Buffer& buffer = *state[memory.state];
+    buffer.download(reinterpret_cast<std::byte*>(rows.data()));
+    for (std::size_t head = 0; head < memory.heads; ++head) {
+      // e and a, then m, f and beta: as at a chunk's start.
+      float* coefficients = rows.data() + head * memory.row + memory.open->coefficients;
+      std::fill_n(coefficients, 2 * memory.open->rows, 0.0F);
+      coefficients += 2 * memory.open->rows;
+      coefficients[0] = coefficients[2] = 1;
+      coefficients[1] = 0;
+    }
+    buffer.upload(reinterpret_cast<const std::byte*>(rows.data()));
+  }
+  journal_.begin();
+  set_ = set;
+  droppable_ = false;
+}
+
+void Guard::remember(std::uint64_t position, const std::int32_t* tokens, const float* vectors, std::size_t count) {
+  // Of what was consumed before the checkpoint nothing is needed.
+  const std::size_t skipped = position_ > position ? static_cast<std::size_t>(position_ - position) : 0;
+  if (tokens != nullptr) tokens_.insert(tokens_.end(), tokens + skipped, tokens + count);
+  if (vectors != nullptr) {
+    const std::size_t size = session_.input_size();
+    vectors_.insert(vectors_.end(), vectors + skipped * size, vectors + count * size);
+  }
+}
+
+}  // namespace titans::core

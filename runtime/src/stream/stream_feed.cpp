@@ -1,0 +1,278 @@
+// What a stream consumes: tokens and vectors, in the schedule's calls of graphs, under its guard.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "stream/logits.h"
+#include "stream/stream.h"
+
+namespace titans::core {
+namespace {
+
+constexpr std::uint64_t kAlways = std::numeric_limits<std::uint64_t>::max();
+
+float log_probability(const float* logits, std::size_t vocab, std::int32_t token) {
+  const float most = finite_maximum(logits, vocab, "score");
+  double sum = 0.0;  // of at least exp(0), so its logarithm is finite
+  for (std::size_t i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(logits[i]) - static_cast<double>(most));
+  return static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum));
+}
+
+}  // namespace
+
+void require_input(const Manifest& manifest, InputKind kind) {
+  if (manifest.input_kind == kind) return;
+  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a bundle that takes ", input_kind_name(kind)),
+              text("one that takes ", input_kind_name(manifest.input_kind)),
+              kind == InputKind::kTokens ? "feed it vectors: it has neither tokens nor logits" : "feed it tokens");
+}
+
+void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
+  const std::int64_t vocab = session_->manifest().input_size;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab) {
+      throw Error(TITANS_INVALID_ARGUMENT, "stream", text("token ", i, " in [0, ", vocab, ")"), text(tokens[i]),
+                  "encode the text with the model's own tokenizer");
+    }
+  }
+}
+
+void Stream::check_vectors(const float* vectors, std::size_t count) const {
+  const std::size_t size = session_->input_size();
+  if (count > std::numeric_limits<std::size_t>::max() / sizeof(float) / size) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a count whose vectors fit into memory", text(count),
+                "feed in blocks");
+  }
+  const float* end = vectors + count * size;
+  const float* wrong = std::find_if(vectors, end, [](float value) { return !std::isfinite(value); });
+  if (wrong == end) return;
+  const auto at = static_cast<std::size_t>(wrong - vectors);
+  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("vector ", at / size, " of finite numbers"),
+              text(*wrong, " as its element ", at % size), "feed numbers that are neither NaN nor infinite");
+}
+
+Call Stream::next_call(const Sequence& sequence, const Passage& passage, std::uint64_t end) const {
+  const bool again = passage.position < position_;
+  auto remaining = static_cast<std::size_t>((again ? position_ : end) - passage.position);
+  if (guard_ && guard_->on()) remaining = guard_->reach(passage.position, remaining);
+  const std::size_t graph = session_->next_graph(passage.position, remaining);
+  const std::size_t done = again ? 0 : static_cast<std::size_t>(passage.position - position_);
+  const std::int32_t* tokens = nullptr;
+  const float* vectors = nullptr;
+  if (sequence.tokens != nullptr) tokens = again ? guard_->tokens_at(passage.position) : sequence.tokens + done;
+  if (sequence.vectors != nullptr) {
+    vectors = again ? guard_->vectors_at(passage.position) : sequence.vectors + done * session_->input_size();
+  }
+  const bool learn = learning_ && passage.position >= passage.frozen_until;
+  return {graph,  tokens, vectors, static_cast<std::int64_t>(passage.position), learn, sets_[passage.set].data(),
+          nullptr};
+}
+
+void Stream::report_progress(std::uint64_t done, std::uint64_t total) const {
+  if (progress_.function == nullptr || progress_.function(progress_.user, done, total) == 0) return;
+  throw Error(TITANS_CANCELLED, "stream", text(total, " tokens to be consumed"),
+              text("a progress function that ended the call after ", done), "feed them again");
+}
+
+Finding Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& workspace) {
+  try {
+    session_->engine().run(call, workspace);
+  } catch (const Error& error) {
+    if (!call.learn || error.status() != TITANS_FAILED || guard_->limits().policy == TITANS_GUARD_RAISE) throw;
+    // Kernels refuse gates that are not finite, which a memory that overflows makes of the next layer's.
+    Finding finding;
+    finding.reason = TITANS_GUARD_CALL;
+    finding.failure = error.what();
+    return finding;
+  }
+  BufferSet after(call.next_state, call.next_state + sets_[0].size());
+  return guard_->look(sets_[guard_->set()], after, static_cast<std::uint64_t>(call.position), tokens,
+                      workspace.output(tokens - 1, 1));
+}
+
+void Stream::roll_back(const Finding& finding, Passage& passage, std::uint64_t tokens) {
+  const std::int32_t policy = guard_->limits().policy;
+  const std::uint64_t end = passage.position + tokens;
+  bool drop = false;
+  if (policy != TITANS_GUARD_RAISE && guard_->can_look_closer(passage.position, tokens)) {
+    guard_->look_closer(end);
+  } else {
+    const bool frozen = passage.position < passage.frozen_until;
+    drop = frozen && guard_->can_drop_open_chunk();
+    if (!frozen) {
+      guard_->count(finding, end);
+      session_->metrics().rollbacks.add();
+    }
+    if (policy == TITANS_GUARD_RAISE || (frozen && !drop)) {
+      throw Error(TITANS_FAILED, "guard", guard_->describe(finding) + (frozen ? ", with the memory frozen too," : ""),
+                  text(guard_->describe_found(finding), ", up to position ", end),
+                  frozen ? "reset the stream or go back to a state of it that was good"
+                         : "check what the stream is fed, or set the policy to skip or freeze");
+    }
+    if (!frozen && log_wanted(TITANS_LOG_WARNING)) {
+      log(TITANS_LOG_WARNING, "guard",
+          text("expected ", guard_->describe(finding), " but got ", guard_->describe_found(finding),
+               ", up to position ", end, "; the memory stays as it was at position ", guard_->position()));
+    }
+    passage.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(passage.frozen_until, end);
+  }
+  if (guard_->position() < position_ && !passage.all_saved) {
+    // What lies before this feed will be overwritten, too.
+    journal_.restore();
+    journal_.save_all();
+    passage.all_saved = true;
+  }
+  guard_->restore();
+  passage.position = guard_->position();
+  passage.set = guard_->set();
+  if (!drop) return;
+  const std::size_t set = free_set(current_, passage.set);
+  for (std::size_t state = 0; state < sets_[set].size(); ++state) {
+    if (guard_backups_[state] == nullptr) sets_[set][state]->copy_from(*sets_[passage.set][state]);
+  }
+  guard_->drop_open_chunk(sets_[set], set);
+  passage.set = set;
+  passage.checkpoint_moved = true;
+}
+
+template <typename Sink>
+void Stream::advance(const Sequence& sequence, Sink&& sink) {
+  const std::size_t count = sequence.count;
+  if (count == 0) return;
+  // Graphs take a position as an int64, and a state file may tell any.
+  constexpr auto kLast = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+  if (count > kLast - position_) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("at most ", kLast - position_, " tokens more"), text(count),
+                "go on with a stream that has consumed fewer");
+  }
+  const std::vector<Graph>& graphs = session_->manifest().graphs;
+  const std::uint64_t end = position_ + count;
+  const bool guarded = guard_ && guard_->on();
+  Passage passage{position_, current_};
+  MeasuredCall measured(session_->metrics());
+  cancelled_.store(false, std::memory_order_relaxed);
+  try {
+    transact([&] {
+      const Session::WorkspaceLease lease(*session_);
+      Workspace& workspace = lease.get();
+      std::size_t rows = 0;
+      while (passage.position < end) {
+        const bool again = passage.position < position_;
+        const std::size_t done = again ? 0 : static_cast<std::size_t>(passage.position - position_);
+        if (cancelled_.load(std::memory_order_relaxed)) {
+          throw Error(TITANS_CANCELLED, "stream", text(count, " tokens to be consumed"), text("cancelled after ", done),
+                      "feed them again");
+        }
+        Call call = next_call(sequence, passage, end);
+        const std::size_t next = free_set(current_, passage.set);
+        call.next_state = sets_[next].data();
+        rows = static_cast<std::size_t>(graphs[call.graph].tokens);
+        if (!passage.all_saved) journal_.save_for(passage.position, rows);
+        if (guarded) guard_->save_for(passage.position, rows);
+        bool checkpoint = false;
+        if (!guarded) {
+          session_->engine().run(call, workspace);
+        } else {
+          const Finding finding = run_guarded(call, rows, workspace);
+          if (finding.reason != TITANS_GUARD_GOOD) {
+            roll_back(finding, passage, rows);
+            continue;
+          }
+          checkpoint = guard_->moves_on(finding, passage.position, rows);
+        }
+        if (!again) sink(done, rows, workspace);
+        passage.position += rows;
+        passage.set = next;
+        if (checkpoint) {
+          guard_->set_checkpoint(passage.position, passage.set);
+          passage.checkpoint_moved = true;
+        }
+        if (!again) report_progress(done + rows, count);
+      }
+      const float* last = workspace.output(rows - 1, 1);
+      if (guarded) guard_->remember(position_, sequence.tokens, sequence.vectors, count);
+      std::copy_n(last, last_output_.size(), last_output_.begin());
+    });
+  } catch (const Error& error) {
+    if (passage.checkpoint_moved) rebase_guard();
+    if (error.status() == TITANS_CANCELLED) {
+      measured.cancelled();
+      log(TITANS_LOG_DEBUG, "stream", error.what());
+    } else {
+      log(TITANS_LOG_ERROR, "stream", error.what());
+    }
+    throw;
+  } catch (...) {
+    if (passage.checkpoint_moved) rebase_guard();
+    throw;
+  }
+  if (passage.frozen_until == kAlways) learning_ = false;
+  current_ = passage.set;
+  measured.succeeded(count, session_->chunk_updates(position_, count));
+  position_ = end;
+}
+
+void Stream::check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const {
+  const std::size_t size = session_->output_size();
+  const char* what = session_->manifest().input_kind == InputKind::kTokens ? "logits" : "outputs";
+  if (which == TITANS_OUTPUT_LAST && count == 0 && position_ == 0) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream",
+                text("at least one token consumed before its last ", what, " are asked for"), "a fresh stream",
+                "feed a token first");
+  }
+  if (which == TITANS_OUTPUT_ALL && count > std::numeric_limits<std::size_t>::max() / size) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a count whose ", what, " fit into memory"), text(count),
+                "feed in blocks");
+  }
+  const std::size_t needed = which == TITANS_OUTPUT_ALL ? count * size : which == TITANS_OUTPUT_LAST ? size : 0;
+  if (capacity < needed || (needed > 0 && output == nullptr)) {
+    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " ", what),
+                output == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
+  }
+}
+
+void Stream::feed(const Sequence& sequence, titans_output which, float* output) {
+  const std::size_t size = session_->output_size();
+  advance(sequence, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+    if (which != TITANS_OUTPUT_ALL) return;
+    std::copy_n(workspace.output(0, rows), rows * size, output + first * size);
+  });
+  if (which == TITANS_OUTPUT_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
+}
+
+void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits,
+                  std::size_t capacity) {
+  require_input(session_->manifest(), InputKind::kTokens);
+  check_room(count, which, logits, capacity);
+  check_tokens(tokens, count);
+  feed({tokens, nullptr, count}, which, logits);
+}
+
+void Stream::feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs,
+                          std::size_t capacity) {
+  require_input(session_->manifest(), InputKind::kVectors);
+  check_room(count, which, outputs, capacity);
+  check_vectors(vectors, count);
+  feed({nullptr, vectors, count}, which, outputs);
+}
+
+void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprobs) {
+  require_input(session_->manifest(), InputKind::kTokens);
+  check_tokens(tokens, count);
+  if (count == 0) return;
+  const std::size_t vocab = session_->output_size();
+  const float first_logprob =
+      position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_output_.data(), vocab, tokens[0]);
+  advance({tokens, nullptr, count}, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
+    const std::size_t scored = std::min(rows, count - first - 1);  // the row after the last token scores none of these
+    const float* logits = workspace.output(0, scored);
+    for (std::size_t row = 0; row < scored; ++row) {
+      const std::size_t next = first + row + 1;
+      logprobs[next] = log_probability(logits + row * vocab, vocab, tokens[next]);
+    }
+  });
+  logprobs[0] = first_logprob;
+}
+}  // namespace titans::core
