@@ -1,11 +1,35 @@
-"""What tools/test adds to the end of pytest's report."""
+"""Which cases `make test` runs, and what tools/test adds to the end of pytest's report."""
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks long all but every n-th case of a test with sample(n). Skipped cases do not count.
+
+    The first case differs from test to test, so that a parameter they share is met in all its values.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if (
+            item.get_closest_marker("sample")
+            and not item.get_closest_marker("skip")
+            and not item.get_closest_marker("long")
+        ):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, found in cases.items():
+        n = found[0].get_closest_marker("sample").args[0]
+        first = zlib.crc32(name.encode()) % min(n, len(found))
+        for index, item in enumerate(found):
+            if index % n != first:
+                item.add_marker("long")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -135,7 +135,7 @@ class TestContenders:
             assert all(calls in (None, len(one)) and all(taken > 0 for taken in one) for one in turn)
         assert contender.state_bytes() > 0
 
-    @pytest.mark.slow
+    @pytest.mark.long
     @cases
     def test_torch_compile_is_right(self, case: Case) -> None:
         contender = make("torch_compile", case)
@@ -177,7 +177,7 @@ class TestProgram:
         chosen = ("--row", "linear-decode", "--row", "mlp-prefill", "--rounds", 2, "--threads", 1)
         result = _run(*SMALL, *chosen, *contenders, "-o", output)
         assert result.exit_code == 2, "a name without dots has to be known"
-        contenders = ("--contender", "torch-eager", "--contender", "tests.bench_doubles")
+        contenders = ("--contender", "torch-eager", "--contender", "tests.support.bench_doubles")
         result = _run(*SMALL, *chosen, *contenders, "-o", output)
         assert result.exit_code == 3, result.output
         report = json.loads(output.read_text())

@@ -38,7 +38,7 @@ def test_two_million_tokens_were_steady(name: str) -> None:
     assert record["verdict"]["steady"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mac_bytes_reproduces_pytorch_over_ten_thousand_bytes() -> None:
     """Real text through the trained model, whose logits are larger than those of the random models elsewhere."""
     text = Path(pydoc_data.topics.__file__).read_bytes()[:10_000]

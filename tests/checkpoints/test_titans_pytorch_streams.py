@@ -69,7 +69,7 @@ class Case:
     fused: bool
     memories: int
     chunks_per_call: int
-    slow: bool
+    several: bool  # tokens in a chunk
 
 
 class Exported(NamedTuple):
@@ -223,9 +223,25 @@ CASES: dict[str, Case] = {
 MEMORIES = [name for name in CASES if name.startswith("memory ") and name[7].isdigit()]
 
 
+def every_value() -> set[str]:
+    """Few memories that have every value of every option between them: the one with most missing values comes next."""
+    values = {name: set(case.options.items()) for name, case in zip(MEMORIES, MEMORY_SETS, strict=True)}
+    missing, chosen = set().union(*values.values()), set()
+    while missing:
+        name = max(MEMORIES, key=lambda each: len(values[each] & missing))
+        chosen.add(name)
+        missing -= values[name]
+    return chosen
+
+
+# What `make test` runs: every value of every option once, and the paths of both kinds of attention.
+QUICK = {*every_value(), "segmented, chunks of a prime, one stream", "no longterm rows, gates of attention"}
+
+
 def first(fused: bool) -> str:
     """The first bare memory with chunks of several tokens that a kernel covers, or that none does."""
-    return next(name for name in MEMORIES if CASES[name].fused == fused and CASES[name].slow)
+    suitable = [name for name in MEMORIES if CASES[name].fused == fused and CASES[name].several]
+    return next((name for name in suitable if name in QUICK), suitable[0])
 
 
 @pytest.fixture(scope="session")
@@ -269,9 +285,7 @@ def test_every_pair_of_options_occurs() -> None:
     assert possible_pairs() == set().union(*map(pairs_of, sets))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in QUICK)) for name in CASES])
 def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Exported], tmp_path: Path) -> None:
     bundle, inputs, right, float32_error = exported(name)
     assert np.isfinite(right).all()
@@ -365,7 +379,7 @@ def check_kernel(name: str, exported: Callable[[str], Exported]) -> None:
         assert np.abs(got - right).max() < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_mac_runs_on_the_kernel(exported: Callable[[str], Exported]) -> None:
     check_kernel("train_mac", exported)
 

@@ -26,6 +26,7 @@ def prepare(path: Path, precision: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_for_every_capability(

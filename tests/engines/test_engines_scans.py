@@ -110,7 +110,7 @@ def test_what_cannot_be_unrolled_is_refused() -> None:
         unroll_scans(model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_memory_is_built_so_and_not_otherwise(tmp_path: Path) -> None:
     """The end of a segment, where several rows go through a memory of titans-pytorch."""
     trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")

@@ -38,7 +38,7 @@ FORMAT = ("--format", "titans-pytorch", "--config", CHECKPOINT / "model.json")
 TEXT = Path(pydoc_data.topics.__file__)
 BYTES, TOGETHER, STRETCH = 4096, 1024, 256
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 class Logits(NamedTuple):

@@ -145,7 +145,7 @@ def test_chunks_per_call_sets_the_unroll(
     assert graphs == {"chunk": (8, 8), "decode": (1, 1)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_same_input_same_bytes(checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path) -> None:
     """Another process, folder, hash seed and number of threads: every file of the bundle is the same."""
     output = tmp_path / "elsewhere" / "mac.titans"

@@ -29,6 +29,9 @@ from titans_export.onnx.files import write_graph
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
 from titans_export.onnx.tracing import trace
 
+# All cases run in `make test-all`.
+pytestmark = pytest.mark.sample(4)
+
 library = pytest.importorskip("hyper_connections.mHCv2", reason="titans-pytorch is not installed: make setup")
 
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]

@@ -17,6 +17,9 @@ from torch import Tensor
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import STATS, initial_rows, memory_layout, neural_memory_update
 
+# All cases run in `make test-all`.
+pytestmark = pytest.mark.sample(4)
+
 GATES = ("step_size", "momentum", "forget_gate")
 
 # The memory kinds of the other tests, and sizes that meet every edge of tiles and vectors.

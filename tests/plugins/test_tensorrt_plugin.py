@@ -43,7 +43,7 @@ ONE_ARCHITECTURE = ["-DTITANS_CUDA=ON", "-DTITANS_CUDA_ARCHITECTURES=80", "-DTIT
 EXPORTS = {"getCreators", "setLoggerFinder"}
 
 pytest_plugins = ["export_fixtures"]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

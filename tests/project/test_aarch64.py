@@ -22,7 +22,7 @@ from titans_export.checkpoints.titans import load
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
 pytest_plugins = ["cli_fixtures"]
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 needs_onnxruntime = pytest.mark.skipif(
     onnxruntime() is None, reason="no ONNX Runtime for aarch64: tools/fetch_aarch64 says why"
 )
@@ -43,7 +43,7 @@ def run(program: str, *arguments: object, **environment: str) -> str:
 @pytest.mark.parametrize(
     "program",
     [
-        pytest.param("titans_tests", marks=[pytest.mark.slow, needs_libcrypto]),
+        pytest.param("titans_tests", marks=needs_libcrypto),
         "titans_kernel_tests",
         "titans_cuda_plan_tests",
     ],

@@ -88,7 +88,7 @@ def check_logits(logits: npt.NDArray[Any], checkpoint: Path, tokens: npt.NDArray
     assert np.abs(logits - expected[0, -1].detach().numpy()).max() < TOLERANCES["cpu", "float32"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_runtime_in_a_bare_environment(checkpoint: Path, shared_bundle: Path, tmp_path: Path) -> None:
     wheel = make(tmp_path / "dist", "native")
     check_runtime_wheel(wheel, os.uname().machine, tmp_path / "unpacked")

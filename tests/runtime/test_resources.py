@@ -52,7 +52,7 @@ def test_the_package_needs_numpy_alone() -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # compiles the runtime
 def test_an_install_brings_neither_torch_nor_onnx(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)

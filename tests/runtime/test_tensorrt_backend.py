@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "runtime" / "python"
 TARGETS = ["titans", "titans_backend_tensorrt", "titans_tensorrt_tests", "titans_cuda_tests"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

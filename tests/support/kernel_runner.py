@@ -93,6 +93,8 @@ def cpu_targets() -> list[pytest.param]:
                     continue
                 listed = f"!this processor has no {name}"
             marks = [pytest.mark.skip(reason=listed[1:])] if listed.startswith("!") else []
+            if emulated:  # what it runs is built for `make test-rest`
+                marks.append(pytest.mark.long)
             label = f"{name}-emulated" if emulated else name
             target = Target(name, tuple(command), ("--target", name))
             params.append(pytest.param(target, id=label, marks=marks))
