@@ -1,83 +1,77 @@
-"""Which graph of a bundle runs next. docs/bundle.md, Schedule, is the contract."""
+"""The schedule of a bundle: which graph runs next. docs/bundle.md, Schedule, is the contract."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Protocol, TypeVar
 
-from .errors import BundleError
-
-LONGEST_PERIOD = 1 << 20  # of the graphs of a single token together
-
-Graph = dict[str, Any]  # as the manifest has it
+LONGEST_PERIOD = 1 << 20  # positions after which the decode graphs together repeat
 
 
-def offsets(graph: Graph) -> list[int]:
-    """The values of `position % stride` where the graph may start, ascending."""
-    found: list[int] = graph.get("offsets", [0])
-    return found
+class Scheduled(Protocol):
+    """A graph that consumes `tokens` tokens and may start where position % stride is one of `offsets`, ascending."""
+
+    @property
+    def name(self) -> str:
+        """The graph's name."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a call."""
+
+    @property
+    def stride(self) -> int:
+        """The period of the positions where the graph may start."""
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Those positions modulo the stride."""
 
 
-def may_start(graph: Graph, position: int) -> bool:
+G = TypeVar("G", bound=Scheduled)
+
+
+def may_start(graph: Scheduled, position: int) -> bool:
     """Whether the graph may run at that position."""
-    return position % graph["stride"] in offsets(graph)
+    return position % graph.stride in graph.offsets
 
 
-def next_graph(graphs: Sequence[Graph], position: int, remaining: int) -> Graph:
-    """The graph with most tokens that may run there and takes no more than so many, of graphs that are a schedule."""
-    fitting = [graph for graph in graphs if graph["tokens"] <= remaining and may_start(graph, position)]
-    return max(fitting, key=lambda graph: int(graph["tokens"]))
+def next_graph(graphs: Sequence[G], position: int, remaining: int) -> G:
+    """The graph with most tokens that may start at `position` and consumes at most `remaining` >= 1 tokens."""
+    fitting = [graph for graph in graphs if graph.tokens <= remaining and may_start(graph, position)]
+    return max(fitting, key=lambda graph: graph.tokens)
 
 
-def missing(graphs: Sequence[Graph]) -> str | None:
-    """What well-formed graphs need to be a schedule and do not have, as an error's expectation."""
+def calls(graphs: Sequence[G], position: int, count: int) -> Iterator[tuple[int, G]]:
+    """The calls that consume `count` tokens from `position` on: the position before each and its graph."""
+    end = position + count
+    while position < end:
+        graph = next_graph(graphs, position, end - position)
+        yield position, graph
+        position += graph.tokens
+
+
+def missing(graphs: Sequence[Scheduled]) -> str | None:
+    """The problem that keeps graphs from being a schedule, None for a schedule."""
     for one, other in combinations(graphs, 2):
-        if one["tokens"] == other["tokens"] and _meet(one, other):
-            names = f"{one['name']} and {other['name']}"
-            return f"a schedule where no two graphs of equal tokens start at the same position, as {names} do"
-    singles = [graph for graph in graphs if graph["tokens"] == 1]
+        if one.tokens == other.tokens and _meet(one, other):
+            return f"{one.name} and {other.name} have equal tokens and start at the same positions"
+    decoding = [graph for graph in graphs if graph.tokens == 1]
     period = 1
-    for graph in singles:
-        period = math.lcm(period, graph["stride"])
+    for graph in decoding:
+        period = math.lcm(period, graph.stride)
         if period > LONGEST_PERIOD:
-            return f"a schedule whose graphs with tokens = 1 repeat within {LONGEST_PERIOD} positions"
-    served = {at for graph in singles for offset in offsets(graph) for at in range(offset, period, graph["stride"])}
+            return f"graphs with tokens = 1 do not repeat within {LONGEST_PERIOD} positions"
+    served = {at for graph in decoding for offset in graph.offsets for at in range(offset, period, graph.stride)}
     lacking = next((at for at in range(period) if at not in served), None)
     if lacking is not None:
-        return f"a schedule where a graph with tokens = 1 starts at every position, also at {lacking} modulo {period}"
+        return f"no graph with tokens = 1 starts at position {lacking} modulo {period}"
     return None
 
 
-def check_schedule(graphs: Any, remedy: str) -> None:
-    """Raises BundleError where the manifest's graphs are not well formed or are no schedule."""
-    if not isinstance(graphs, list) or not all(isinstance(graph, dict) for graph in graphs):
-        raise BundleError("bundle", "graphs of the manifest to be a list of objects", repr(graphs)[:80], remedy)
-    for graph in graphs:
-        name = graph.get("name")
-        for key in ("tokens", "stride"):
-            if not _is_integer(graph.get(key)) or graph[key] < 1:
-                raise BundleError("bundle", f"{key} of the graph {name} from 1 on", repr(graph.get(key)), remedy)
-        found = offsets(graph)
-        if (
-            not isinstance(found, list)
-            or not found
-            or not all(_is_integer(offset) and 0 <= offset < graph["stride"] for offset in found)
-            or found != sorted(set(found))
-        ):
-            expected = f"offsets of the graph {name}, ascending, each from 0 on and below stride"
-            raise BundleError("bundle", expected, repr(found)[:80], remedy)
-    if lacks := missing(graphs):
-        names = ", ".join(str(graph.get("name")) for graph in graphs)
-        raise BundleError("bundle", lacks, names or "none", remedy)
-
-
-def _meet(one: Graph, other: Graph) -> bool:
-    """Whether both may start at the same position: where offsets agree modulo what the strides have in common."""
-    common = math.gcd(one["stride"], other["stride"])
-    return not {offset % common for offset in offsets(one)}.isdisjoint(offset % common for offset in offsets(other))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _meet(one: Scheduled, other: Scheduled) -> bool:
+    """Whether both may start at one position: offsets agree modulo the strides' greatest common divisor."""
+    common = math.gcd(one.stride, other.stride)
+    return not {offset % common for offset in one.offsets}.isdisjoint(offset % common for offset in other.offsets)
