@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titans_export.bundle import Bundle, engines, read_bundle
+from titans_export.bundle import Bundle, read_bundle
 from titans_export.errors import MachineError, MismatchError, TitansError
+from titans_export.manifest import NO_ENGINE, EngineEntry
 from titans_export.verify import Golden, verify_stream
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ def open_session(bundle: Path, backend: str, engine: str | None = None, device: 
         raise kind(WHERE, f"{bundle.name} to open on {device} with {backend}", str(error), "see there") from error
 
 
-def find_engine(bundle: Bundle, backend: str, name: str | None) -> dict[str, Any] | None:
+def find_engine(bundle: Bundle, backend: str, name: str | None) -> EngineEntry | None:
     """The engine that is to run, None for the plain graphs, which only ONNX Runtime opens."""
-    found = [e for e in engines(bundle.manifest) if e["compiler"] == backend and name in (None, e["name"])]
+    found = [e for e in bundle.manifest.engines if e.compiler == backend and name in (None, e.name)]
     if found:
         return found[0]
     if backend == "onnxruntime" and name is None:
         return None
-    got = ", ".join(f"{e['name']} ({e['compiler']})" for e in engines(bundle.manifest)) or "none"
+    got = ", ".join(f"{e.name} ({e.compiler})" for e in bundle.manifest.engines) or "none"
     remedy = "run titans-export build with a target of this machine"
     raise MachineError(WHERE, f"an engine of {name or backend} in {bundle.path.name}", got, remedy)
 
@@ -57,11 +58,11 @@ def run_bundle(bundle: Path, backend: str, tokens: int, engine: str | None = Non
     """Golden logits in three ways to cut the stream, a stream of so many tokens beside the CPU's, and times."""
     opened = read_bundle(bundle)
     record = find_engine(opened, backend, engine)
-    with open_session(bundle, backend, record["name"] if record else "none", device) as session:
+    with open_session(bundle, backend, record.name if record else NO_ENGINE, device) as session:
         found: dict[str, Any] = {
-            "engine": record["name"] if record else None,
-            "precision": record["precision"] if record else "fp32",
-            "alias": record["alias"] if record else None,
+            "engine": record.name if record else None,
+            "precision": record.precision if record else "fp32",
+            "alias": record.alias if record else None,
             "backend_version": session.info["backend_version"],
             "memory_kernel": session.info["memory_kernel"],
             "in_place": [state["name"] for state in session.info["state"] if state["in_place"]],

@@ -17,7 +17,9 @@ import numpy as np
 
 from titans_export.bench.worker import Worker
 from titans_export.bundle import Bundle
-from titans_export.model.stream import Graph, next_graph
+from titans_export.manifest import read_manifest
+from titans_export.running import BundleRunner, open_session
+from titans_export.schedule import calls
 
 GROUPS = {
     "matmuls": ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "Einsum"),
@@ -61,14 +63,13 @@ class Profiler:
     """In a worker: a bundle's graphs in ONNX Runtime."""
 
     def __init__(self, bundle: Path, threads: int) -> None:
-        self._bundle, self._threads = bundle, threads
-        self._manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        self._bundle, self._threads = Bundle(bundle, read_manifest(bundle)), threads
 
-    def times(self, calls: list[tuple[str, int]]) -> dict[str, tuple[float, int]]:
-        """Of the calls, graph and position each, one after the other: their mean over some repeats."""
+    def times(self, made: list[tuple[str, int]]) -> dict[str, tuple[float, int]]:
+        """The mean over some repeats of the calls, graph and position each, one after the other."""
         total: dict[str, tuple[float, int]] = {}
-        for name in dict.fromkeys(name for name, _ in calls):
-            positions = [position for graph, position in calls if graph == name]
+        for name in dict.fromkeys(name for name, _ in made):
+            positions = [position for graph, position in made if graph == name]
             for operator, (time, count) in self._graph(name, positions).items():
                 before = total.get(operator, (0.0, 0))
                 total[operator] = before[0] + time, before[1] + count
@@ -76,34 +77,23 @@ class Profiler:
 
     def _graph(self, name: str, positions: list[int]) -> dict[str, tuple[float, int]]:
         import onnxruntime as ort
-        from safetensors.numpy import load_file
 
-        entry = next(graph for graph in self._manifest["graphs"] if graph["name"] == name)
-        # As runtime/src/backends/onnxruntime/graph_session.cpp sets them.
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        options.register_custom_ops_library(str(custom_operators()))
-        path = str(self._bundle / entry["file"])
-        state = load_file(self._bundle / self._manifest["initial_state"]["file"])
-        inputs = {
-            self._manifest["input"]["name"]: np.zeros((1, entry["tokens"]), np.int64),
-            self._manifest["controls"]["learn"]: np.ones(1, bool),
-            **{tensor["input"]: state[tensor["name"]] for tensor in self._manifest["state"]},
-        }
-        controls = self._manifest["controls"]["position"]
+        graph = self._bundle.manifest.graph(name)
+        state = self._bundle.initial_state()
+        inputs = np.zeros(graph.tokens, np.int64)
         with tempfile.TemporaryDirectory() as folder:
+            # As runtime/src/backends/onnxruntime/graph_session.cpp sets them.
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = self._threads
+            options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, "profile"))
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            known = {value.name for value in session.get_inputs()}
-            given = {key: value for key, value in inputs.items() if key in known}
+            session = open_session(self._bundle.path / graph.file, kernel=custom_operators(), options=options)
+            runner = BundleRunner(self._bundle, lambda graph: session)
             for _ in range(WARM_UP + REPEATS):
                 for position in positions:
-                    where = {controls: np.array([position])} if controls in known else {}
-                    session.run(None, {**given, **where})
+                    runner.run(graph, inputs, position, state)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return _without_warm_up(events, len(positions))
 
@@ -118,30 +108,22 @@ def _without_warm_up(events: list[dict[str, Any]], calls: int) -> dict[str, tupl
 
 def schedule(bundle: Bundle, position: int, count: int) -> list[tuple[str, int]]:
     """The calls, graph and position, that a feed of `count` tokens makes."""
-    graphs = [
-        Graph(g["name"], g["tokens"], g["stride"], tuple(g.get("offsets", (0,)))) for g in bundle.manifest["graphs"]
-    ]
-    calls, end = [], position + count
-    while position < end:
-        graph = next_graph(graphs, position, end - position)
-        calls.append((graph.name, position))
-        position += graph.tokens
-    return calls
+    return [(graph.name, at) for at, graph in calls(bundle.manifest.graphs, position, count)]
 
 
 def profile(bundle: Bundle, threads: int, prompt_tokens: int) -> dict[str, Any]:
     """Of prefill, one call of the largest graph; of decode, each token of a period of the schedule on its own, after a
     prompt of so many tokens: microseconds a call, by group and by operator.
     """
-    largest = max(graph["tokens"] for graph in bundle.manifest["graphs"])
-    period = max(graph["stride"] for graph in bundle.manifest["graphs"])
+    largest = max(graph.tokens for graph in bundle.manifest.graphs)
+    period = max(graph.stride for graph in bundle.manifest.graphs)
     start = prompt_tokens // period * period
     tokens = [call for at in range(start, start + period) for call in schedule(bundle, at, 1)]
     plans = {"prefill": (schedule(bundle, 0, largest), 1), "decode": (tokens, period)}
     found = {}
     with Worker("benchmarks.operator_times:Profiler", bundle.path, threads, threads=threads) as worker:
-        for kind, (calls, share) in plans.items():
-            found[kind] = {"tokens": largest if kind == "prefill" else 1, **summary(worker.call("times", calls), share)}
+        for kind, (made, share) in plans.items():
+            found[kind] = {"tokens": largest if kind == "prefill" else 1, **summary(worker.call("times", made), share)}
     return found
 
 

@@ -12,7 +12,6 @@ machine then disturb less, though through the caches they still do.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.numpy import load_file
 import titans_runtime
 from benchmarks.report import provenance, write
 from titans_export.bench.machine import others_busy
+from titans_export.manifest import read_manifest
 from titans_runtime._library import FloatPointer, lib
 
 KERNEL = Path(titans_runtime.__file__).with_name("libtitans_onnxruntime_ops.so")
@@ -36,28 +36,27 @@ class Engine:
     """The graph of one token on ONNX Runtime alone. Two bindings in turn, for what swaps."""
 
     def __init__(self, bundle: Path, in_place: dict[str, bool]) -> None:
-        manifest = json.loads((bundle / "manifest.json").read_text())
-        (graph,) = (one for one in manifest["graphs"] if one["tokens"] == 1)
+        manifest = read_manifest(bundle)
+        (graph,) = (one for one in manifest.graphs if one.tokens == 1)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.use_deterministic_compute = True
         options.register_custom_ops_library(str(KERNEL))
-        weights = load_file(bundle / manifest["weights"]["file"])
-        self._kept: list[Any] = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in graph["weights"]]
-        for name, value in zip(graph["weights"], self._kept, strict=True):
+        weights = load_file(bundle / manifest.weights.file)
+        self._kept: list[Any] = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in graph.weights]
+        for name, value in zip(graph.weights, self._kept, strict=True):
             options.add_initializer(name, value)
-        session = onnxruntime.InferenceSession(str(bundle / graph["file"]), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(bundle / graph.file), options, providers=["CPUExecutionProvider"])
         self._run = session._sess.run_with_iobinding
         self._token = np.zeros((1, 1), np.int64)
         self._position = np.zeros(1, np.int64)
-        self.logits = np.zeros((1, 1, manifest["output"]["size"]), np.float32)
-        controls = manifest["controls"]
+        self.logits = np.zeros((1, 1, manifest.output.size), np.float32)
         inputs = {
-            manifest["input"]["name"]: self._token,
-            controls["position"]: self._position,
-            controls["learn"]: np.ones(1, np.bool_),
+            manifest.input.name: self._token,
+            manifest.controls.position: self._position,
+            manifest.controls.learn: np.ones(1, np.bool_),
         }
-        initial = load_file(bundle / manifest["initial_state"]["file"])
+        initial = load_file(bundle / manifest.initial_state.file)
         sets = [{name: aligned(value) for name, value in initial.items()} for _ in range(2)]
         for name, single in in_place.items():
             if single:
@@ -65,9 +64,9 @@ class Engine:
         self._bindings = []
         for now, then in (sets, sets[::-1]):
             binding = session.io_binding()
-            given = {**inputs, **{state["input"]: now[state["name"]] for state in manifest["state"]}}
-            made = {manifest["output"]["name"]: self.logits}
-            made.update({state["output"]: then[state["name"]] for state in manifest["state"]})
+            given = {**inputs, **{state.input: now[state.name] for state in manifest.state}}
+            made = {manifest.output.name: self.logits}
+            made.update({state.output: then[state.name] for state in manifest.state})
             for bind, arrays in ((binding.bind_input, given), (binding.bind_output, made)):
                 for name, array in arrays.items():
                     bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -136,7 +136,7 @@ def measure(model: Model, recipes: Sequence[str], settings: Settings, again: str
         for name, values in part.pop("recipes").items():
             entries[name] |= values
         parts.append(part)
-    result: Result = {"name": model.name, "parameters": bundle.manifest["model"].get("parameters")}
+    result: Result = {"name": model.name, "parameters": bundle.manifest.model.parameters}
     if not model.tokens:
         result |= {"text": None, "tokens": 0, "stream_length": None, "window": settings.window, "seed": settings.seed}
     for part in parts:  # of what both have, such as the commit, that of the times
@@ -198,7 +198,7 @@ def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Re
 
 def _calibration(model: Model, bundle: Bundle, settings: Settings) -> Path:
     """The data that a model is calibrated on: the text, or what the recall task's model reads."""
-    if bundle.manifest["tokenizer"]["kind"] != "none":
+    if bundle.manifest.tokenizer.kind != "none":
         return settings.calibration
     path = settings.work / f"{model.name}.calibration.npz"
     np.savez(path, episodes=recall.episodes(settings.calibration_tokens, EPISODE_FILLER, CALIBRATION_SEED))
@@ -208,7 +208,7 @@ def _calibration(model: Model, bundle: Bundle, settings: Settings) -> Path:
 def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
     """The tokens that all of a model's bundles read. Raises ClickException where there are too few."""
     count = min(settings.tokens or model.tokens, model.tokens)
-    if bundle.manifest["tokenizer"]["kind"] == "none":
+    if bundle.manifest.tokenizer.kind == "none":
         return recall.episodes(count, EPISODE_FILLER, STREAM_SEED)
     from titans_export.drift.measure import read_text
 
@@ -221,7 +221,7 @@ def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
 
 
 def _text_of(bundle: Bundle, settings: Settings) -> str:
-    if bundle.manifest["tokenizer"]["kind"] == "none":
+    if bundle.manifest.tokenizer.kind == "none":
         return "episodes of the recall task"
     return settings.text.name
 
@@ -304,7 +304,7 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
         build_engine(path, Request("cpu"), output=built[name], overwrite=True)
         with _open(path, settings) as session, session.stream() as stream:
             entries[name] = {
-                "weights_bytes": manifest["files"][manifest["weights"]["file"]]["bytes"],
+                "weights_bytes": manifest.files[manifest.weights.file].bytes,
                 "state_bytes": stream.state_bytes,
             }
     plan = Plan.of(bundle, settings.prefill_tokens, settings.decode_tokens, settings.rounds, settings.threads)
@@ -322,7 +322,7 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
                 entries[name]["untimed"] = str(error)
         for kind, count in zip(KINDS, (plan.prefill_tokens, plan.decode_tokens), strict=True):
             _say(f"{model.name}: {kind}, {plan.rounds} rounds of {len(workers)} bundles")
-            tokens = np.random.default_rng(0).integers(0, bundle.manifest["input"]["vocab_size"], count, np.int32)
+            tokens = np.random.default_rng(0).integers(0, bundle.manifest.input.width, count, np.int32)
             turns = take_turns(
                 {name: partial(worker.call, kind, tokens, 1) for name, worker in workers.items()}, plan.rounds
             )

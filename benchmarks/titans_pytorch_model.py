@@ -347,7 +347,7 @@ def check(bundle: Bundle, worker: Worker, result: Result) -> None:
 
 
 def _measure(bundle: Bundle, results: dict[str, Result], workers: dict[str, Worker], plan: Plan) -> None:
-    vocabulary = bundle.manifest["input"]["vocab_size"]
+    vocabulary = bundle.manifest.input.width
     count = plan.prompt_tokens + plan.decode_tokens
     tokens: Tokens = np.random.default_rng(0).integers(0, vocabulary, count, np.int32)
     for worker in workers.values():
@@ -374,10 +374,10 @@ def weight_bytes(bundle: Bundle) -> int:
     """What a decoded token reads of the weights: all that its graph has, of an embedding one row."""
     from safetensors import safe_open
 
-    graph = next(g for g in bundle.manifest["graphs"] if g["name"] == "decode")
+    graph = bundle.manifest.graph("decode")
     total = 0
-    with safe_open(bundle.path / bundle.manifest["weights"]["file"], "np") as file:
-        for name in graph["weights"]:
+    with safe_open(bundle.path / bundle.manifest.weights.file, "np") as file:
+        for name in graph.weights:
             value = file.get_tensor(name)
             total += value.nbytes // (len(value) if "embedding" in name and value.ndim == 2 else 1)
     return total
@@ -417,7 +417,7 @@ def run(subject: Subject, bundle: Bundle, taking_part: list[Contender], plan: Pl
     return {
         "benchmark": FORMAT,
         "name": subject.name,
-        "parameters": bundle.manifest["model"]["parameters"],
+        "parameters": bundle.manifest.model.parameters,
         "passed": all(result.passed for result in results if result.unavailable is None),
         "tolerance": bundle.tolerance,
         "checked_tokens": CHECKED,

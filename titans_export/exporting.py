@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
@@ -17,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from . import __version__
-from .bundle import FORMAT, GOLDEN, MANIFEST, SCHEMA_VERSION, STATE, TOKENIZER, WEIGHTS, file_entry
+from . import manifest as records
+from .bundle import GOLDEN, MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
 from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .model import Graph, StreamModel
-from .model.stream import next_graph
 from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
 from .onnx.weights import share_weights
 from .safetensors_file import write_safetensors
+from .schedule import calls, may_start
 
 TOLERANCE = 1e-4  # absolute, on outputs
 # Where PyTorch's own float32 is farther from float64 than this share of the tolerance, a bundle may be so many times as
@@ -36,8 +36,6 @@ MOST_OF_RANGE = 0.01
 GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it: finer differences between machines round away
 ORACLE_POSITIONS = 640  # at most so many go through the library that trained the checkpoint
 GOLDEN_FLOATS = 1 << 19  # at most so many golden logits
-# By the kind of input: the manifest's words for golden inputs and outputs.
-GOLDEN_NAMES = {"tokens": ("tokens", "logits"), "vectors": ("vectors", "outputs")}
 
 
 @dataclass(frozen=True)
@@ -70,35 +68,39 @@ class Golden(NamedTuple):
     tolerance: float
 
 
-def _state_table(model: StreamModel) -> list[dict[str, Any]]:
-    table = []
+def _state_tensors(model: StreamModel) -> list[records.StateTensor]:
+    found = []
     facts = model.state_info()
     for name, initial in model.initial_state(1).items():
-        entry: dict[str, Any] = {
-            "name": name,
-            "input": name,
-            "output": name + NEXT,
-            "dtype": "float32",
-            "shape": list(initial.shape),
-            "role": facts[name].role,
-        }
-        if facts[name].layout:
-            entry["layout"] = [field.to_json() for field in facts[name].layout]
-        for key in ("written", "chunk", "rows"):
-            if (value := getattr(facts[name], key)) is not None:
-                entry[key] = value
-        table.append(entry)
-    return table
+        given = facts[name]
+        entry = records.StateTensor(
+            name=name,
+            input=name,
+            output=name + NEXT,
+            dtype="float32",
+            shape=tuple(initial.shape),
+            role=given.role,
+            layout=tuple(records.LayoutField.from_json(field.to_json()) for field in given.layout),
+            written=records.WrittenRows.from_json(given.written) if given.written is not None else None,
+            chunk=given.chunk,
+            rows=records.StreamRows.from_json(given.rows) if given.rows is not None else None,
+        )
+        found.append(entry)
+    return found
 
 
-def _graph_table(graphs: list[Graph], shared: dict[str, list[str]]) -> list[dict[str, Any]]:
-    table = []
-    for graph in graphs:
-        entry = {"name": graph.name, "file": f"{graph.name}.onnx", "tokens": graph.tokens, "stride": graph.stride}
-        if graph.offsets != (0,):
-            entry["offsets"] = list(graph.offsets)
-        table.append(entry | {"weights": shared[graph.name]})
-    return table
+def _graph_entries(graphs: list[Graph], shared: dict[str, list[str]]) -> list[records.GraphEntry]:
+    return [
+        records.GraphEntry(
+            name=graph.name,
+            file=f"{graph.name}.onnx",
+            tokens=graph.tokens,
+            stride=graph.stride,
+            offsets=graph.offsets,
+            weights=tuple(shared[graph.name]),
+        )
+        for graph in graphs
+    ]
 
 
 def _sample_numbers(count: int) -> list[int]:
@@ -140,55 +142,46 @@ def _write(
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
     write_safetensors(folder / STATE, state)
     grid = (np.round(golden.outputs / GOLDEN_GRID) * GOLDEN_GRID).astype(np.float32)
-    given, got = GOLDEN_NAMES[model.input.kind]
     as_type = np.int32 if model.input.kind == "tokens" else np.float32
     write_safetensors(
         folder / GOLDEN, {model.input.name: golden.inputs[0].numpy().astype(as_type), model.output.name: grid}
     )
     if checkpoint.tokenizer:
         shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
-    source = {"format": checkpoint.format, "weights_sha256": checkpoint.weights_sha256}
-    manifest = {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "producer": f"titans-export {__version__}",
-        "model": {
-            "name": model.name,
-            "variant": model.variant,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "config": model.config_json(),
-            "source": source,
-        },
-        "input": _input_entry(model),
-        "output": {
-            "kind": model.output.kind,
-            "name": model.output.name,
-            "dtype": "float32",
-            "size": model.output.size,
-        },
-        "controls": {"position": POSITION, "learn": LEARN},
-        "tokenizer": _tokenizer(checkpoint),
-        "state": _state_table(model),
-        "graphs": _graph_table(graphs, shared),
-        "golden": {"file": GOLDEN, given: model.input.name, got: model.output.name, "tolerance": golden.tolerance},
-        "weights": {"file": WEIGHTS},
-        "initial_state": {"file": STATE},
-        "files": {path.name: file_entry(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    given, got = model.input, model.output
+    if given.kind == "tokens":
+        consumed = records.Input(kind="tokens", name=given.name, dtype="int64", vocab_size=given.size)
+        known = records.Golden(file=GOLDEN, tokens=given.name, logits=got.name, tolerance=golden.tolerance)
+    else:
+        consumed = records.Input(kind="vectors", name=given.name, dtype="float32", size=given.size)
+        known = records.Golden(file=GOLDEN, vectors=given.name, outputs=got.name, tolerance=golden.tolerance)
+    records.Manifest(
+        producer=f"titans-export {__version__}",
+        model=records.Model(
+            name=model.name,
+            variant=model.variant,
+            parameters=sum(p.numel() for p in model.parameters()),
+            config=model.config_json(),
+            source=records.Source(format=checkpoint.format, weights_sha256=checkpoint.weights_sha256),
+        ),
+        input=consumed,
+        output=records.Output(kind=got.kind, name=got.name, dtype="float32", size=got.size),
+        controls=records.Controls(position=POSITION, learn=LEARN),
+        tokenizer=_tokenizer(checkpoint),
+        state=tuple(_state_tensors(model)),
+        graphs=tuple(_graph_entries(graphs, shared)),
+        golden=known,
+        weights=records.FileReference(file=WEIGHTS),
+        initial_state=records.FileReference(file=STATE),
+        files={path.name: file_record(path) for path in sorted(folder.iterdir())},
+    ).write(folder)
 
 
-def _input_entry(model: StreamModel) -> dict[str, Any]:
-    if model.input.kind == "tokens":
-        return {"kind": "tokens", "name": model.input.name, "dtype": "int64", "vocab_size": model.input.size}
-    return {"kind": "vectors", "name": model.input.name, "dtype": "float32", "size": model.input.size}
-
-
-def _tokenizer(checkpoint: Checkpoint) -> dict[str, str]:
+def _tokenizer(checkpoint: Checkpoint) -> records.Tokenizer:
     if checkpoint.tokenizer:
-        return {"kind": "file", "file": TOKENIZER}
+        return records.Tokenizer(kind="file", file=TOKENIZER)
     signal = checkpoint.model.input
-    return {"kind": "bytes"} if signal.kind == "tokens" and signal.size == 256 else {"kind": "none"}
+    return records.Tokenizer(kind="bytes" if signal.kind == "tokens" and signal.size == 256 else "none")
 
 
 def _cuts(graphs: list[Graph], positions: int) -> list[int]:
@@ -199,25 +192,16 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
         # To where it may start, then through it alone.
         while graph.name in unseen:
             start = sum(cuts)
-            ahead = next(n for n in range(graph.stride) if graph.starts_at(start + n))
+            ahead = next(n for n in range(graph.stride) if may_start(graph, start + n))
             for length in (ahead, graph.tokens):
                 at = sum(cuts)
                 cuts += [length] * (length > 0)
-                unseen -= {g.name for g in _runs(graphs, at, length)}
+                unseen -= {run.name for _, run in calls(graphs, at, length)}
     length = 1
     while sum(cuts) < positions:
         cuts.append(min(length, positions - sum(cuts)))
         length = length * 3 % 1021
     return cuts
-
-
-def _runs(graphs: list[Graph], position: int, count: int) -> list[Graph]:
-    """The graphs that a feed of `count` tokens runs."""
-    out, end = [], position + count
-    while position < end:
-        out.append(next_graph(graphs, position, end - position))
-        position += out[-1].tokens
-    return out
 
 
 def _run(folder: Path, inputs: NDArray[Any], cuts: list[int]) -> tuple[NDArray[np.float32], int]:

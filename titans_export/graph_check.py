@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import helper, inliner
@@ -26,10 +24,12 @@ from polygraphy.logger import G_LOGGER
 
 from .bundle import Bundle
 from .errors import UsageError
-from .schedule import may_start, next_graph, offsets
+from .manifest import GraphEntry
+from .running import Arrays, BundleRunner, open_session
+from .schedule import may_start
 
-Arrays = dict[str, npt.NDArray[Any]]
-_PROVIDERS = ["CPUExecutionProvider"]
+# Matmuls with block-quantised weights as the graph has them; by default their inputs are rounded to int8.
+_EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def load_inlined(path: Path) -> onnx.ModelProto:
 
 def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
     """Compares every output of every graph. `tolerance` is absolute. Raises UsageError for memories in few bits."""
-    memory_dtype = (bundle.quantization or {}).get("memory", {}).get("dtype", "float32")
-    if memory_dtype != "float32":
+    if (memory_dtype := bundle.manifest.memory.dtype) != "float32":
         raise UsageError(
             "verify", "memories in float32, which ONNX's reference can compute",
             f"{bundle.path} with memories in {memory_dtype}",
@@ -102,8 +101,8 @@ def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
     simple = getattr(comparator, "SimpleCompareFunc", None) or comparator.CompareFunc.simple  # its older name
     compare = simple(check_error_stat="max", atol=tolerance, rtol=0.0)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        for graph in bundle.manifest["graphs"]:
-            path = bundle.path / graph["file"]
+        for graph in bundle.manifest.graphs:
+            path = bundle.path / graph.file
             runners = [OnnxrtRunner(lambda path=path: _session(path), name="onnxruntime"), ReferenceRunner(path)]
             results = comparator.Comparator.run(runners, data_loader=samples.of(graph))
             compared = comparator.Comparator.compare_accuracy(results, compare_func=compare)
@@ -111,54 +110,38 @@ def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
             [(_, iterations)] = pairs.items()
             for output in iterations[0]:
                 worst = max(float(np.nan_to_num(iteration[output].max_absdiff, nan=np.inf)) for iteration in iterations)
-                checks.append(OutputCheck(graph["name"], output, worst, tolerance))
+                checks.append(OutputCheck(graph.name, output, worst, tolerance))
     return checks
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    # Products with weights in blocks as the graph has them; by default their inputs are rounded to int8.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=_PROVIDERS)
+    return open_session(path, config=_EXACT)
 
 
 class _Samples:
     """Inputs for a graph from the golden stream."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._manifest = bundle.manifest
-        self._graphs: list[dict[str, Any]] = self._manifest["graphs"]
-        self._sessions = {graph["name"]: _session(bundle.path / graph["file"]) for graph in self._graphs}
-        self._given = bundle.golden()[0].astype(np.float32 if bundle.takes_vectors else np.int64)
+        self._runner = BundleRunner(bundle, lambda graph: _session(bundle.path / graph.file))
+        self._inputs = bundle.golden()[0]
         self._states: dict[int, Arrays] = {0: bundle.initial_state()}
 
-    def of(self, graph: dict[str, Any]) -> list[Arrays]:
-        """From the first place where the graph can run, and from the last ones: for one token, the last two."""
-        last = max(0, len(self._given) - graph["tokens"])
-        places = [place for place in range(last + 1) if may_start(graph, place)] or offsets(graph)[:1]
-        chosen = {places[0], *places[-2 if graph["tokens"] == 1 else -1 :]}
-        return [self._inputs(graph, place, self._state(place)) for place in sorted(chosen)]
+    def of(self, graph: GraphEntry) -> list[Arrays]:
+        """Feeds from the first and the last position where the graph may start; the last two for a decode graph."""
+        last = max(0, len(self._inputs) - graph.tokens)
+        places = [place for place in range(last + 1) if may_start(graph, place)] or list(graph.offsets[:1])
+        chosen = {places[0], *places[-2 if graph.tokens == 1 else -1 :]}
+        return [self._feeds(graph, place) for place in sorted(chosen)]
 
-    def _inputs(self, graph: dict[str, Any], position: int, state: Arrays) -> Arrays:
-        given = np.resize(self._given[position:], (graph["tokens"], *self._given.shape[1:]))
-        return {
-            self._manifest["input"]["name"]: given[None],
-            self._manifest["controls"]["position"]: np.array([position], np.int64),
-            self._manifest["controls"]["learn"]: np.array([True]),
-            **{entry["input"]: state[entry["name"]] for entry in self._manifest["state"]},
-        }
+    def _feeds(self, graph: GraphEntry, position: int) -> Arrays:
+        inputs = np.resize(self._inputs[position:], (graph.tokens, *self._inputs.shape[1:]))
+        return self._runner.feeds(graph, inputs, position, self._state(position))
 
     def _state(self, position: int) -> Arrays:
-        """The state there, from the nearest known one on by the schedule of docs/bundle.md."""
+        """The state at that position, carried on from the nearest known one."""
         at = max(known for known in self._states if known <= position)
         state = self._states[at]
-        while at < position:
-            graph = next_graph(self._graphs, at, position - at)
-            session = self._sessions[graph["name"]]
-            names = [value.name for value in session.get_outputs()]
-            outputs = dict(zip(names, session.run(names, self._inputs(graph, at, state)), strict=True))
-            state = {entry["name"]: outputs[entry["output"]] for entry in self._manifest["state"]}
-            at += graph["tokens"]
+        for call in self._runner.stream(self._inputs[at:position], state, at):
+            state = call.state
         self._states[position] = state
         return state

@@ -1,77 +1,77 @@
-"""What is in a bundle, without running it."""
+"""The contents of a bundle, without running it."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle, engines
-from .schedule import offsets
+from .bundle import MANIFEST, Bundle
+from .dtypes import tensor_bytes
+from .manifest import Manifest, StateTensor, plain
 
 OPERATOR_DOMAIN = "ai.titans"
-_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
-    """The facts, as `inspect --json` prints them. `bundle` has been read, so its files are whole."""
+    """The contents as `inspect --json` prints them."""
     manifest = bundle.manifest
-    state = [_state(entry) for entry in manifest["state"]]
+    state = [_state(entry) for entry in manifest.state]
     return {
         "bundle": str(bundle.path),
-        "schema_version": manifest["schema_version"],
-        "producer": manifest["producer"],
-        "model": manifest["model"],
-        "input": manifest["input"],
-        "output": manifest["output"],
-        "vocab_size": manifest["input"].get("vocab_size"),
-        "tokenizer": manifest["tokenizer"],
+        "schema_version": manifest.schema_version,
+        "producer": manifest.producer,
+        "model": manifest.model.to_json(),
+        "input": manifest.input.to_json(),
+        "output": manifest.output.to_json(),
+        "vocab_size": manifest.input.vocab_size,
+        "tokenizer": manifest.tokenizer.to_json(),
         "quantization": _quantization(bundle),
         "graphs": [
-            {**entry, "offsets": offsets(entry), **_graph(bundle.path / entry["file"])} for entry in manifest["graphs"]
+            {**graph.to_json(), "offsets": list(graph.offsets), **_graph(bundle.path / graph.file)}
+            for graph in manifest.graphs
         ],
         "state": state,
         "state_bytes": sum(entry["bytes"] for entry in state),
         "files": _files(bundle),
         "hashes": "ok",
-        "engines": engines(manifest),
+        "engines": plain(manifest.engines),
         "targets": [{"backend": "onnxruntime", "device": "cpu"}, *_engine_targets(manifest)],
     }
 
 
 def _quantization(bundle: Bundle) -> dict[str, Any] | None:
-    """The manifest's entry, with how many products each format has; None of a bundle in float32."""
+    """The manifest's entry with the number of matmuls in each format; None for a float32 bundle."""
     entry = bundle.quantization
     if entry is None:
         return None
-    return {**entry, "formats": dict(Counter(entry["matmuls"].values()).most_common())}
+    return {**entry.to_json(), "formats": dict(Counter(entry.matmuls.values()).most_common())}
 
 
-def _engine_targets(manifest: dict[str, Any]) -> list[dict[str, str]]:
-    """Where the engines run, each once."""
+def _engine_targets(manifest: Manifest) -> list[dict[str, str]]:
+    """The devices that engines run on, each once."""
     found = []
-    for engine in engines(manifest):
-        device = " ".join([engine["device"], *(f"sm_{sm}" for sm in engine["sm"])])
-        target = {"backend": engine["compiler"], "device": device}
+    for engine in manifest.engines:
+        device = " ".join([engine.device, *(f"sm_{sm}" for sm in engine.sm)])
+        target = {"backend": engine.compiler, "device": device}
         if target not in found and device != "cpu":
             found.append(target)
     return found
 
 
-def _state(entry: dict[str, Any]) -> dict[str, Any]:
-    size = math.prod(entry["shape"]) * _BYTES.get(entry["dtype"], 4)
-    return {**{key: entry[key] for key in ("name", "role", "dtype", "shape")}, "bytes": size}
+def _state(entry: StateTensor) -> dict[str, Any]:
+    size = tensor_bytes(entry.shape, entry.dtype)
+    return {"name": entry.name, "role": entry.role, "dtype": entry.dtype, "shape": list(entry.shape), "bytes": size}
 
 
 def _files(bundle: Bundle) -> list[dict[str, Any]]:
-    sizes = {name: record["bytes"] for name, record in bundle.manifest["files"].items()}
-    sizes["manifest.json"] = (bundle.path / "manifest.json").stat().st_size
+    sizes = {name: record.bytes for name, record in bundle.manifest.files.items()}
+    sizes[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
     return [{"name": name, "bytes": count} for name, count in sorted(sizes.items(), key=lambda item: -item[1])]
 
 
 def _graph(path: Path) -> dict[str, Any]:
-    """What ONNX says about a graph: opset, operators in the graph itself, memory nodes, functions."""
+    """A graph's opset, operators outside of functions, memory nodes and functions."""
     from .onnx.files import load_structure
     from .onnx.nodes import is_memory
 

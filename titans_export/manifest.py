@@ -6,7 +6,6 @@ The annotation of a field holds the reader that checks the key's value; a defaul
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -162,16 +161,19 @@ class Entry:
         return {**found, **self.extra}
 
 
-@functools.cache
+_schemas: dict[type[Entry], dict[str, tuple[Read, bool, bool]]] = {}
+
+
 def _schema(cls: type[Entry]) -> dict[str, tuple[Read, bool, bool]]:
     """By key: its reader, whether it is required, whether it is always written."""
-    hints = get_type_hints(cls, include_extras=True)
-    found = {}
-    for one in fields(cls):
-        if one.name != "extra":
-            read, *more = hints[one.name].__metadata__
-            found[one.name] = read, one.default is MISSING, _ALWAYS in more
-    return found
+    if cls not in _schemas:
+        hints = get_type_hints(cls, include_extras=True)
+        found = _schemas[cls] = {}
+        for one in fields(cls):
+            if one.name != "extra":
+                read, *more = hints[one.name].__metadata__
+                found[one.name] = read, one.default is MISSING, _ALWAYS in more
+    return _schemas[cls]
 
 
 def plain(value: Any) -> Any:
@@ -229,6 +231,11 @@ class Model(Entry):
     def weights_sha256(self) -> str | None:
         """The hash of the checkpoint's weights."""
         return self.source.weights_sha256 if self.source else None
+
+    @property
+    def checkpoint_format(self) -> str:
+        """The format of the checkpoint."""
+        return (self.source.format if self.source else None) or "titans"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,9 +369,7 @@ def check_layout(layout: Iterable[LayoutField], shape: tuple[int, ...], path: st
     """Raises BundleError for a field that is longer than a row of a tensor of that shape."""
     for index, one in enumerate(layout):
         if one.offset + one.words > shape[-1]:
-            raise fail(
-                f"{path}.layout[{index}]: {one.words} words from {one.offset} exceed a row of {shape[-1]}"
-            )
+            raise fail(f"{path}.layout[{index}]: {one.words} words from {one.offset} exceed a row of {shape[-1]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,9 +392,7 @@ class GraphEntry(Entry):
             raise wrong(f"{path}.offsets", "at least one offset", [])
         for index, (before, offset) in enumerate(zip((-1, *self.offsets), self.offsets, strict=False)):
             if not before < offset < self.stride:
-                raise wrong(
-                    f"{path}.offsets[{index}]", f"ascending offsets below the stride of {self.stride}", offset
-                )
+                raise wrong(f"{path}.offsets[{index}]", f"ascending offsets below the stride of {self.stride}", offset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,12 +430,12 @@ class MemoryFormat(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization(Entry):
-    """What `titans-export quantize` did. products: the format of each matmul's weight."""
+    """What `titans-export quantize` did. matmuls: the format of each matmul's weight."""
 
     recipe: Annotated[Mapping[str, Any], object_of]
     data: Annotated[CalibrationData | None, nullable(CalibrationData.from_json), _ALWAYS] = None
     seed: Annotated[int | None, nullable(integer(0)), _ALWAYS] = None
-    products: Annotated[Mapping[str, str], mapping(string)]
+    matmuls: Annotated[Mapping[str, str], mapping(string)]
     memory: Annotated[MemoryFormat, MemoryFormat.from_json]
     weights_bytes: Annotated[int | None, integer(0)] = None
     float32_weights_bytes: Annotated[int | None, integer(0)] = None
@@ -493,7 +496,9 @@ class EngineEntry(Entry):
         if (self.plugin is not None) != (self.memory == "plugin"):
             raise wrong(f"{path}.memory", '"plugin" if and only if the engine has a plugin', self.memory)
         if self.state_in_place and (self.plugin is None or self.alias in (None, "two-buffers")):
-            raise wrong(f"{path}.state_in_place", "[] without a plugin that updates in place", plain(self.state_in_place))
+            raise wrong(
+                f"{path}.state_in_place", "[] without a plugin that updates in place", plain(self.state_in_place)
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,9 +71,7 @@ class BundleRunner:
             **{entry.input: state[entry.name] for entry in self.manifest.state},
         }
 
-    def run(
-        self, graph: GraphEntry, inputs: NDArray[Any], position: int, state: Arrays, learn: bool = True
-    ) -> Call:
+    def run(self, graph: GraphEntry, inputs: NDArray[Any], position: int, state: Arrays, learn: bool = True) -> Call:
         """Runs one call from `state`, which stays as it is."""
         session, known, names = self._session(graph)
         feeds = self.feeds(graph, inputs, position, state, learn)

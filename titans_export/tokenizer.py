@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from . import manifest as records
 from .errors import BundleError, MachineError, TitansError
 
 Tokens = npt.NDArray[np.int32]
@@ -109,13 +110,18 @@ class FileTokenizer:
         return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
 
 
-def open_tokenizer(description: dict[str, Any] | None, bundle: Path) -> Tokenizer:
-    """The tokenizer that a manifest's `tokenizer` describes. Raises BundleError, MachineError."""
-    kind = (description or {"kind": "bytes"}).get("kind")
+def open_tokenizer(description: records.Tokenizer | Mapping[str, Any] | None, bundle: Path) -> Tokenizer:
+    """The tokenizer of a manifest's `tokenizer`, typed or as a session's `info` has it; bytes for None.
+
+    Raises BundleError, MachineError.
+    """
+    if not isinstance(description, records.Tokenizer):
+        description = records.Tokenizer.from_json(description or {"kind": "bytes"}, "tokenizer")
+    kind = description.kind
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "file" and description:
-        return FileTokenizer(bundle / str(description.get("file", "tokenizer.json")))
+    if kind == "file":
+        return FileTokenizer(bundle / str(description.file))
     if kind == "none":
         raise BundleError(
             "tokenizer", f"a tokenizer in {bundle}", "none", "export with a tokenizer.json in the checkpoint"

@@ -110,7 +110,7 @@ class _Run:
             for graph, model in self._models.items()
         }
         self._runner = self._open(kernel=True)
-        self._states = [entry for entry in bundle.manifest["state"] if entry["role"] == "memory" and "layout" in entry]
+        self._states = [entry for entry in bundle.manifest.state if entry.role == "memory" and entry.layout]
         self.observed = [Observed.empty(group.channels, gram) for group in groups]
         self.memory: dict[str, dict[int, Range]] = {}
         self.stream = self.position = self.done = 0
@@ -124,23 +124,23 @@ class _Run:
         """One call; how many tokens it took."""
         tokens = self._data.streams[self.stream]
         graph = self._runner.next(self.position, len(tokens) - self.position)
-        count: int = graph["tokens"]
+        count: int = graph.tokens
         given = tokens[self.position : self.position + count]
         try:
             values, state = self._runner.run(graph, given, self.position, self.state)
         except Exception as error:  # ONNX Runtime raises nothing narrower; the kernel refuses what is not finite
             values, state = self._open(kernel=False).run(graph, given, self.position, self.state)
-            self._check(graph["name"], values)
-            raise BundleError("collect", f"the graph {graph['name']} to run", str(error), self._REMEDY) from error
+            self._check(graph.name, values)
+            raise BundleError("collect", f"the graph {graph.name} to run", str(error), self._REMEDY) from error
         self.state = state
         for group, observed in zip(self._groups, self.observed, strict=True):
-            for name in group.values.get(graph["name"], ()):
+            for name in group.values.get(graph.name, ()):
                 try:
                     observed.add(values[name], self.position)
                 except NotFiniteError:
-                    self._check(graph["name"], values)
+                    self._check(graph.name, values)
         self._observe_memory()
-        self._check(graph["name"], {self._runner.output: values[self._runner.output]})
+        self._check(graph.name, {self._runner.output: values[self._runner.output]})
         self.position += count
         self.done += count
         if self.position == len(tokens):
@@ -158,13 +158,13 @@ class _Run:
     def _observe_memory(self) -> None:
         window = self.position // WINDOW * WINDOW
         for entry in self._states:
-            row = self.state[entry["name"]]
-            for part in entry["layout"]:
-                if not part["name"].startswith(_MEMORY_FIELDS):
+            row = self.state[entry.name]
+            for part in entry.layout:
+                if not part.name.startswith(_MEMORY_FIELDS):
                     continue
-                values = row[..., part["offset"] : part["offset"] + int(np.prod(part["shape"]))]
+                values = row[..., part.offset : part.offset + int(np.prod(part.shape))]
                 low, high = float(values.min()), float(values.max())
-                name = f"{entry['name']}.{part['name']}"
+                name = f"{entry.name}.{part.name}"
                 if not np.isfinite(low) or not np.isfinite(high):
                     raise self._not_finite(name, low if not np.isfinite(low) else high)
                 ranges = self.memory.setdefault(name, {})
@@ -182,7 +182,7 @@ class _Run:
 
     # What the work file belongs to.
     def _key(self) -> str:
-        parts = [_VERSION, json.dumps(self._bundle.manifest, sort_keys=True), self._data.xxh3_128, self._gram]
+        parts = [_VERSION, json.dumps(self._bundle.manifest.raw, sort_keys=True), self._data.xxh3_128, self._gram]
         return xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
     def save(self, path: Path) -> None:

@@ -90,8 +90,8 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
 
 def period_of(bundle: Bundle) -> int:
     """After so many positions every chunk and segment of the bundle has ended once, and every graph has run."""
-    graphs: list[dict[str, int]] = bundle.manifest["graphs"]
-    return max(math.lcm(*(graph["stride"] for graph in graphs)), *(graph["tokens"] for graph in graphs))
+    graphs = bundle.manifest.graphs
+    return max(math.lcm(*(graph.stride for graph in graphs)), *(graph.tokens for graph in graphs))
 
 
 def check_enough(bundle: Bundle, data: Data) -> None:
@@ -125,7 +125,7 @@ def _read(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
 def _text(bundle: Bundle, file: Path) -> Stream:
     if bundle.takes_vectors:
         raise DataError("data", "an .npz with vectors, which this bundle takes", f"the text {file}", "give an .npz")
-    tokenizer = open_tokenizer(bundle.manifest["tokenizer"], bundle.path)
+    tokenizer = open_tokenizer(bundle.manifest.tokenizer, bundle.path)
     with file.open("rb") as opened:
         blocks = [block for block, _ in tokenizer.read(opened)]
     return _tokens(bundle, np.concatenate(blocks) if blocks else np.zeros(0, np.int32), str(file))
@@ -171,7 +171,7 @@ def _tokens(bundle: Bundle, value: NDArray[Any], where: str) -> Stream:
     if value.dtype.kind not in "iu" or value.ndim != 1:
         got = f"{value.dtype} of shape {list(value.shape)}"
         raise DataError("data", f"a 1-D array of integers, token ids, in {where}", got, "give one array a stream")
-    size = bundle.manifest["input"]["vocab_size"]
+    size = bundle.manifest.input.width
     outside = np.flatnonzero((value < 0) | (value >= size))
     if outside.size:
         first = int(outside[0])
@@ -183,7 +183,7 @@ def _tokens(bundle: Bundle, value: NDArray[Any], where: str) -> Stream:
 
 
 def _vectors(bundle: Bundle, value: NDArray[Any], where: str) -> Stream:
-    size = bundle.manifest["input"]["size"]
+    size = bundle.manifest.input.width
     if value.dtype.kind != "f" or value.ndim != 2 or value.shape[1] != size:
         got = f"{value.dtype} of shape {list(value.shape)}"
         raise DataError("data", f"floats of shape [T, {size}] in {where}", got, "give one array a stream")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from titans_calibration.matmuls import is_matmul
 from titans_export.bundle import Bundle
 from titans_export.errors import MachineError
+from titans_export.manifest import GraphEntry
 from titans_export.onnx.files import load_graph, load_structure
 from titans_export.onnx.nodes import attribute, copy_model, is_memory, is_memory_function, replace_functions
 from titans_export.schedule import next_graph
@@ -86,34 +87,33 @@ class Runner:
         kernel: bool = True,
     ) -> None:
         manifest = bundle.manifest
-        self.graphs: list[dict[str, Any]] = manifest["graphs"]
-        self.output: str = manifest["output"]["name"]
-        self._input, self._controls = manifest["input"]["name"], manifest["controls"]
-        self._states: list[dict[str, Any]] = manifest["state"]
+        self.graphs, self.output = manifest.graphs, manifest.output.name
+        self._input, self._controls = manifest.input.name, manifest.controls
+        self._states = manifest.state
         self._folder, self._models, self._shown, self._kernel = bundle.path, models, shown or {}, kernel
         self._sessions: dict[str, tuple[onnxruntime.InferenceSession, list[str]]] = {}
 
-    def next(self, position: int, remaining: int) -> dict[str, Any]:
+    def next(self, position: int, remaining: int) -> GraphEntry:
         """The graph that runs next."""
         return next_graph(self.graphs, position, remaining)
 
-    def run(self, graph: dict[str, Any], given: NDArray[Any], position: int, state: Arrays) -> tuple[Arrays, Arrays]:
+    def run(self, graph: GraphEntry, given: NDArray[Any], position: int, state: Arrays) -> tuple[Arrays, Arrays]:
         """All values of one call by name, inputs of the graph included, and the state after it."""
-        session, names = self._open(graph["name"])
+        session, names = self._open(graph.name)
         feeds = {
             self._input: given[None],
-            self._controls["position"]: np.array([position], np.int64),
-            self._controls["learn"]: np.array([True]),
-            **{entry["input"]: state[entry["name"]] for entry in self._states},
+            self._controls.position: np.array([position], np.int64),
+            self._controls.learn: np.array([True]),
+            **{entry.input: state[entry.name] for entry in self._states},
         }
         values = dict(zip(names, session.run(names, feeds), strict=True))
-        return {**feeds, **values}, {entry["name"]: values[entry["output"]] for entry in self._states}
+        return {**feeds, **values}, {entry.name: values[entry.output] for entry in self._states}
 
     def _open(self, name: str) -> tuple[onnxruntime.InferenceSession, list[str]]:
         if name not in self._sessions:
             model, shown = self._models[name], self._shown.get(name, [])
             session = open_graph(model, self._folder, shown, self._kernel)
-            wanted = dict.fromkeys([self.output, *(entry["output"] for entry in self._states), *shown])
+            wanted = dict.fromkeys([self.output, *(entry.output for entry in self._states), *shown])
             given = {value.name for value in model.graph.input}  # at hand, and no outputs
             self._sessions[name] = (session, [value for value in wanted if value not in given])
         return self._sessions[name]

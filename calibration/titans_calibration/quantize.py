@@ -218,7 +218,7 @@ def _prepare(
     if target is not None:
         check_target(recipe, target)
     source = read_bundle(bundle)
-    if "quantization" in source.manifest:
+    if source.quantization is not None:
         got = f"{bundle}, which is quantised already"
         raise UsageError("quantize", "a bundle in float32", got, "give the bundle that it was made from")
     if output is not None:
@@ -226,7 +226,7 @@ def _prepare(
             raise UsageError("quantize", "another name for the new bundle", str(output), "give another -o")
         check_output(output, overwrite, MANIFEST)
     if recipe.memory.dtype != "float32":
-        store_memories(load_models(source, weights=False), source.manifest["state"], recipe.memory)
+        store_memories(load_models(source, weights=False), source.manifest.raw["state"], recipe.memory)
     if not recipe.needs_data:
         return source, None
     if not files:
@@ -248,4 +248,4 @@ def format_counts(matmuls: dict[str, str]) -> str:
 
 
 def _state_bytes(bundle: Bundle) -> int:
-    return sum(4 * math.prod(entry["shape"]) for entry in bundle.manifest["state"])
+    return sum(4 * math.prod(entry.shape) for entry in bundle.manifest.state)

@@ -65,8 +65,8 @@ def split_held_back(bundle: Bundle, data: Data, share: float) -> tuple[Data, Dat
 
     Raises DataError where no stream's end has a whole call.
     """
-    call = max(graph["tokens"] for graph in bundle.manifest["graphs"])
-    size = bundle.manifest["output"]["size"]
+    call = max(graph.tokens for graph in bundle.manifest.graphs)
+    size = bundle.manifest.output.size
     room = max(1, _OUTPUT_BYTES // (4 * size * call))  # calls
     first, ends, names = [], [], []
     for stream, source in zip(data.streams, data.sources, strict=True):
@@ -152,7 +152,7 @@ class _Measured:
 
 def _key(bundle: Bundle, recipe: Recipe, observations: Observations | None, data: Data) -> str:
     """Of everything that a measurement depends on."""
-    facts = [__version__, json.dumps(bundle.manifest, sort_keys=True), recipe.as_dict(), data.xxh3_128]
+    facts = [__version__, json.dumps(bundle.manifest.raw, sort_keys=True), recipe.as_dict(), data.xxh3_128]
     digest = xxhash.xxh3_128(repr(facts).encode())
     for name, seen in sorted((observations or {}).items()):
         digest.update(repr((name, seen.count, seen.low, seen.high, seen.limit)).encode())
@@ -279,13 +279,13 @@ class _Search:
 
 def _graphs_for(bundle: Bundle, data: Data) -> list[str]:
     """The graphs that the streams run."""
-    graphs, found = bundle.manifest["graphs"], set()
+    graphs, found = bundle.manifest.graphs, set()
     for length in map(len, data.streams):
         position = 0
         while position < length:
             graph = next_graph(graphs, position, length - position)
-            found.add(graph["name"])
-            position += graph["tokens"]
+            found.add(graph.name)
+            position += graph.tokens
     return sorted(found)
 
 
@@ -328,10 +328,10 @@ def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) 
         state, position, rows = bundle.initial_state(), 0, []
         while position < len(stream):
             graph = runner.next(position, len(stream) - position)
-            given = stream[position : position + graph["tokens"]]
+            given = stream[position : position + graph.tokens]
             values, state = runner.run(graph, given, position, state)
             rows.append(values[runner.output][0])
-            position += graph["tokens"]
+            position += graph.tokens
         found.append(np.concatenate(rows))
     return found
 

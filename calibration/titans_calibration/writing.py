@@ -17,7 +17,7 @@ from onnx import ModelProto
 from titans_calibration.graphs import Quantised
 from titans_calibration.memories import store_memories, store_rows
 from titans_export import __version__
-from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_entry
+from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_record
 from titans_export.errors import BundleError, MismatchError
 from titans_export.files import replacing_folder
 from titans_export.onnx.files import load_graph
@@ -69,22 +69,23 @@ def write_quantised(
     """
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         models = {name: copy_model(model) for name, model in quantised.models.items()}
-        before = bundle.manifest["state"]
+        raw = bundle.manifest.raw
+        before = raw["state"]
         state = [dict(entry) for entry in before]
         rows = bundle.initial_state()
         if recipe.memory.dtype != "float32":
             state = store_memories(models, before, recipe.memory)
             rows = store_rows(rows, before, state)
         shared = share_weights(models, folder / WEIGHTS)
-        graphs = [{**entry, "weights": shared[entry["name"]]} for entry in bundle.manifest["graphs"]]
+        graphs = [{**entry, "weights": shared[entry["name"]]} for entry in raw["graphs"]]
         for entry in graphs:
             content = models[entry["name"]].SerializeToString(deterministic=True)
             (folder / entry["file"]).write_bytes(content)
         write_safetensors(folder / STATE, rows)
         for key in _KEPT:
-            if name := bundle.manifest[key].get("file"):
+            if name := raw[key].get("file"):
                 shutil.copyfile(bundle.path / name, folder / name)
-        weights = bundle.manifest["weights"]["file"]
+        weights = bundle.manifest.weights.file
         quantization: dict[str, Any] = {
             "recipe": recipe.as_dict(),
             "data": dict(data) if data is not None else None,
@@ -100,21 +101,21 @@ def write_quantised(
             "max_abs_error": 0.0,
         }
         manifest = {
-            **{key: value for key, value in bundle.manifest.items() if key != "engines"},
+            **{key: value for key, value in raw.items() if key != "engines"},
             "producer": f"titans-export {__version__}",
             "state": state,
             "graphs": graphs,
             "weights": {"file": WEIGHTS},
             "initial_state": {"file": STATE},
             "quantization": quantization,
-            "files": {path.name: file_entry(path) for path in sorted(folder.iterdir())},
+            "files": {path.name: file_record(path).to_json() for path in sorted(folder.iterdir())},
         }
         _write_manifest(folder, manifest)
         progress("comparing the quantised bundle with the float32 model")
         error = golden_error(bundle, folder)
         tolerance = tolerance_of(error, bundle.tolerance)
         quantization["max_abs_error"] = error
-        manifest["golden"] = {**bundle.manifest["golden"], "tolerance": tolerance}
+        manifest["golden"] = {**raw["golden"], "tolerance": tolerance}
         _write_manifest(folder, manifest)
         return Written(quantization["weights_bytes"], quantization["float32_weights_bytes"], error, tolerance)
 

@@ -84,7 +84,7 @@ class TestLibrary:
 class TestStretches:
     def test_of_the_runtime(self, shared_bundle: Path, tokens: Any) -> None:
         bundle = read_bundle(shared_bundle)
-        tokens = tokens % bundle.manifest["input"]["vocab_size"]
+        tokens = tokens % bundle.manifest.input.width
         try:
             subject = bench.RuntimeStretches(shared_bundle, 1)
         except Exception as error:
@@ -92,7 +92,7 @@ class TestStretches:
         self._check(subject, tokens)
 
     def test_of_pytorch(self, shared_bundle: Path, checkpoint: Path, tokens: Any) -> None:
-        tokens = tokens % read_bundle(shared_bundle).manifest["input"]["vocab_size"]
+        tokens = tokens % read_bundle(shared_bundle).manifest.input.width
         subject = bench.PyTorchStretches(checkpoint, "titans", 1, False)
         self._check(subject, tokens)
         assert subject.flop_per_token(16) > 0
@@ -135,7 +135,7 @@ class TestOperatorTimes:
 
     def test_of_a_bundle(self, shared_bundle: Path) -> None:
         bundle = read_bundle(shared_bundle)
-        assert sum(g["tokens"] for n, _ in schedule(bundle, 3, 29) for g in bundle.manifest["graphs"] if g["name"] == n)
+        assert sum(g.tokens for n, _ in schedule(bundle, 3, 29) for g in bundle.manifest.graphs if g.name == n)
         found = profile(bundle, 1, 24)
         assert set(found) == {"prefill", "decode"}
         for kind in found.values():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from manifests import bundle_of
 
 from titans_calibration.data import (
     LEAST_PERIODS,
@@ -22,22 +23,10 @@ from titans_calibration.data import (
 from titans_export.bundle import Bundle
 from titans_export.errors import BundleError
 
-GRAPHS = [
-    {"name": "prefill", "tokens": 128, "stride": 32},
-    {"name": "segment", "tokens": 48, "stride": 48},
-    {"name": "decode", "tokens": 1, "stride": 1},
-]
-BYTES = Bundle(
-    Path("none"),
-    {"input": {"kind": "tokens", "vocab_size": 256}, "tokenizer": {"kind": "bytes"}, "graphs": GRAPHS},
-)
-IDS = Bundle(
-    Path("none"),
-    {"input": {"kind": "tokens", "vocab_size": 100}, "tokenizer": {"kind": "none"}, "graphs": GRAPHS},
-)
-VECTORS = Bundle(
-    Path("none"), {"input": {"kind": "vectors", "size": 3}, "tokenizer": {"kind": "none"}, "graphs": GRAPHS}
-)
+GRAPHS = (("prefill", 128, 32), ("segment", 48, 48), ("decode", 1, 1))
+BYTES = bundle_of(size=256, graphs=GRAPHS)
+IDS = bundle_of(size=100, graphs=GRAPHS, tokenizer={"kind": "none"})
+VECTORS = bundle_of(vectors=True, size=3, graphs=GRAPHS)
 
 
 def _write(folder: Path, name: str, content: Any) -> Path:

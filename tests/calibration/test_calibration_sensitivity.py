@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_tools import CALL
+from manifests import bundle_of
 
 from titans_calibration.data import Data, DataError, read_data
 from titans_calibration.graphs import quantise_graphs
@@ -46,7 +47,7 @@ def test_ends_are_held_back_in_whole_calls(split: tuple[Data, Data]) -> None:
     assert (first.tokens, ends.tokens) == (1283 - 256, 256)
     assert ends.tokens % CALL == 0
     with pytest.raises(DataError, match=f"at least {CALL * 5} tokens"):
-        bundle = type("B", (), {"manifest": {"graphs": [{"tokens": CALL}], "output": {"size": 256}}})()
+        bundle = bundle_of(graphs=[("prefill", CALL, CALL), ("decode", 1, 1)])
         split_held_back(bundle, Data((np.zeros(39, np.int64),), ("a",), 0), 0.2)
 
 

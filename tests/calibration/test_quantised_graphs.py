@@ -308,7 +308,7 @@ def test_onnx_runtime_finds_every_quantised_matmul(
 ) -> None:
     """A matmul that it does not find has its weight dequantised in every call, many times slower."""
     bundle = read_bundle(quantised_bundle(RECIPES[recipe]))
-    matmuls = {name for name, format in bundle.manifest["quantization"]["matmuls"].items() if format != "float32"}
+    matmuls = {name for name, format in bundle.quantization.matmuls.items() if format != "float32"}
     for path in bundle.graph_paths().values():
         nodes = onnx.load(path, load_external_data=False).graph.node
         sources = {node.output[0]: node.input[0] for node in nodes if node.op_type == "DequantizeLinear"}
@@ -448,19 +448,19 @@ def test_files_and_manifest(
 ) -> None:
     recipe = RECIPES["int8"]
     before, after = read_bundle(small_bundle), read_bundle(quantised_bundle(recipe))
-    entry = after.manifest["quantization"]
-    assert entry["recipe"] == json.loads(json.dumps(recipe.as_dict()))
-    assert entry["matmuls"]["model.head.weight"] == "int8"
-    assert entry["weights_bytes"] == after.manifest["files"]["weights.safetensors"]["bytes"]
-    assert entry["weights_bytes"] < 0.45 * entry["float32_weights_bytes"]
-    assert 0 < entry["max_abs_error"] <= after.tolerance / 2
+    entry = after.quantization
+    assert entry is not None and entry.recipe == json.loads(json.dumps(recipe.as_dict()))
+    assert entry.matmuls["model.head.weight"] == "int8"
+    assert entry.weights_bytes == after.manifest.files["weights.safetensors"].bytes
+    assert entry.weights_bytes < 0.45 * (entry.float32_weights_bytes or 0)
+    assert 0 < (entry.max_abs_error or 0) <= after.tolerance / 2
     for index in range(2):  # golden data are the float32 model's
         np.testing.assert_array_equal(before.golden()[index], after.golden()[index])
     data = {"xxh3_128": "0" * 32, "tokens": 5, "streams": 1}
     for name in ("one", "two"):
         write_quantised(before, tmp_path / name, quantise(recipe), recipe, data=data, seed=7)
     assert (tmp_path / "one" / "manifest.json").read_bytes() == (tmp_path / "two" / "manifest.json").read_bytes()
-    assert read_bundle(tmp_path / "one").manifest["quantization"]["data"] == data
+    assert read_bundle(tmp_path / "one").manifest.raw["quantization"]["data"] == data
     with pytest.raises(BundleError, match="which is quantised"):
         load_graphs(after)
 

@@ -14,8 +14,8 @@ from library_models import double, make_transformer, parallel_forward
 from titans_export.checkpoints.titans_pytorch import from_live
 from titans_export.exporting import _cuts, _runs
 from titans_export.model import StreamModel
-from titans_export.model.stream import next_graph
 from titans_export.model.titans_pytorch import transformer
+from titans_export.schedule import next_graph
 
 LENGTH = 130
 # Segments that are too long for one call of at most 24 rows, and chunks that do or do not divide them.

@@ -37,7 +37,8 @@ from tolerances import TOLERANCES  # noqa: E402
 
 from titans_export.checkpoints.titans_pytorch import from_live  # noqa: E402
 from titans_export.exporting import export_loaded  # noqa: E402
-from titans_export.model.stream import Call, StateInfo, next_graph  # noqa: E402
+from titans_export.model.stream import Call, StateInfo  # noqa: E402
+from titans_export.schedule import next_graph  # noqa: E402
 
 pytestmark = pytest.mark.timeout(900)
 

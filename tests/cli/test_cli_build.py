@@ -203,7 +203,7 @@ def test_several_engines_in_one_bundle(bundle: Path, rtx: None) -> None:
         assert result.code == 0, result.err
         assert result.json()["engine"]["target"] == args[0]
     (bundle / "note.txt").write_text("mine")
-    names = [engine["name"] for engine in read_bundle(bundle).manifest["engines"]]
+    names = [engine.name for engine in read_bundle(bundle).manifest.engines]
     assert names == ["rtx-40-fp16", "rtx-30-fp32", "cpu-fp32"]
     others = {name: raw for name, raw in contents(bundle).items() if not name.startswith("rtx-40")}
     invoke("build", bundle, "--target", "rtx-40", "--precision", "fp16").check_failure(2, "--overwrite")
@@ -216,7 +216,7 @@ def test_several_engines_in_one_bundle(bundle: Path, rtx: None) -> None:
     }.items()
     assert not (bundle / "rtx-40-fp16.chunk.engine").exists()
     assert before.items() - {("manifest.json", before["manifest.json"])} <= after.items()
-    engines = read_bundle(bundle).manifest["engines"]
+    engines = read_bundle(bundle).manifest.raw["engines"]
     assert sorted(engine["name"] for engine in engines) == sorted(names)
     facts = invoke("inspect", bundle, "--json").json()
     assert facts["engines"] == engines
@@ -238,8 +238,8 @@ def test_a_bundle_that_changes_meanwhile(bundle: Path, monkeypatch: pytest.Monke
         other = onnx.load(str(bundle / "decode.onnx"), load_external_data=False)
         other.doc_string += "another"
         (bundle / "decode.onnx").write_bytes(other.SerializeToString())
-        manifest["files"]["decode.onnx"] = building.file_entry(bundle / "decode.onnx")
-        done = original(*args) if args[1]["name"] == "chunk" else {}
+        manifest["files"]["decode.onnx"] = building.file_record(bundle / "decode.onnx").to_json()
+        done = original(*args) if args[1].name == "chunk" else {}
         args[5].touch()
         (bundle / "manifest.json").write_text(json.dumps(manifest))
         return done
@@ -299,9 +299,9 @@ def test_a_kill_while_building(bundle: Path, rtx: None) -> None:
 @pytest.mark.parametrize(
     ("engines", "words"),
     [
-        ({}, "list of objects"),
-        ([1], "list of objects"),
-        ([{"name": "a"}], "key 'target'"),
+        ({}, "engines: expected an array"),
+        ([1], "engines[0]: expected an object"),
+        ([{"name": "a"}], "engines[0].target is missing"),
     ],
 )
 def test_damaged_engines(bundle: Path, engines: Any, words: str) -> None:
@@ -315,7 +315,7 @@ def test_engines_whose_files_are_not_listed(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     for change, words in (
         (lambda engine: engine["graphs"][0].update(file="other.onnx"), "other.onnx"),
-        (lambda engine: engine.update(graphs=[{}]), "graph and file"),
+        (lambda engine: engine.update(graphs=[{}]), "engines[0].graphs[0].graph is missing"),
     ):
         damaged = json.loads(json.dumps(manifest))
         change(damaged["engines"][0])
@@ -323,7 +323,7 @@ def test_engines_whose_files_are_not_listed(bundle: Path) -> None:
         invoke("inspect", bundle).check_failure(1, words)
     damaged = {**manifest, "engines": manifest["engines"] * 2}
     (bundle / "manifest.json").write_text(json.dumps(damaged))
-    invoke("inspect", bundle).check_failure(1, "different names")
+    invoke("inspect", bundle).check_failure(1, "engines: two are named")
 
 
 def test_into_another_bundle(bundle: Path, tmp_path: Path) -> None:

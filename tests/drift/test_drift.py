@@ -15,11 +15,10 @@ from tolerances import TOLERANCES
 from titans_export.bundle import read_bundle
 from titans_export.checkpoints import titans
 from titans_export.drift import Drift, compare, streams
-from titans_export.drift.layers import _Runner, activations, measure_layers
+from titans_export.drift.layers import _Probed, activations, measure_layers
 from titans_export.drift.memory import distances
 from titans_export.drift.metrics import Meter, Right, uniform
 from titans_export.errors import BundleError, UsageError
-from titans_export.schedule import next_graph
 
 pytest_plugins = ["drift_fixtures"]
 TOKENS = np.random.default_rng(5).integers(0, 256, 300, np.int32)
@@ -252,18 +251,15 @@ class TestLayers:
         layer = model.layers[0]
         layer.register_forward_hook(lambda _m, _i, out: seen["layers.0"].append(out[0].numpy()))
         layer.memory.norm.register_forward_pre_hook(lambda _m, given: seen["layers.0.memory"].append(given[0].numpy()))
-        tokens, position = TOKENS[:101], 0
+        tokens = TOKENS[:101]
         with torch.no_grad():
             model.feed(torch.from_numpy(tokens.astype(np.int64))[None], model.initial_state(1), 0)
         found: dict[str, dict[str, list[NDArray[Any]]]] = {}
         for name, path in (("base", drift_bundle), ("rounded", rounded)):
-            runner, graphs, position = _Runner(read_bundle(path)), read_bundle(path).manifest["graphs"], 0
-            while position < len(tokens):
-                graph = next_graph(graphs, position, len(tokens) - position)
-                block = tokens[position : position + graph["tokens"]]
-                for key, value in runner.run(block, position, graph).items():
+            probed = _Probed(read_bundle(path))
+            for call in probed.runner.stream(tokens):
+                for key, value in probed.activations(call).items():
                     found.setdefault(key, {}).setdefault(name, []).append(value)
-                position += graph["tokens"]
         measured = measure_layers(drift_bundle, {"x": rounded}, tokens)["x"]
         errors, last = ({e.layer: getattr(e, f"relative_error{end}") for e in measured} for end in ("", "_last"))
         assert set(errors) == set(found) == set(seen)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from engine_tools import bare_types, model_of, session, stream_logits, value
+from manifests import state_tensor
 from onnx import TensorProto, helper, numpy_helper
 from tolerances import TOLERANCES
 
@@ -23,7 +24,7 @@ from titans_export.onnx.nodes import attribute, is_memory
 pytest_plugins = ["export_fixtures"]
 VARIANTS = ("mac", "mag", "mal", "lmm")
 STREAM = 60  # tokens: two calls of prefill, one of chunk and four of decode
-STATE = [{"name": "m", "input": "m", "output": "m.next"}]
+STATE = [state_tensor("m")]
 
 
 def test_the_operator_is_the_model_s() -> None:
@@ -37,7 +38,7 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
     bundle = read_bundle(bundles[variant])
     for name, path in bundle.graph_paths().items():
         model = load_graph(path)
-        state = [entry["input"] for entry in bundle.manifest["state"] if entry["role"] == "memory"]
+        state = [entry.input for entry in bundle.manifest.state if entry.role == "memory"]
         rewritten = graphs.with_plugin(model, graphs.DECLARED, state)
         assert not rewritten.functions
         before = [node for node in model.graph.node if is_memory(node)]
@@ -70,8 +71,8 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
 def test_the_memory_of_every_variant_may_be_in_place(bundles: dict[str, Path], variant: str) -> None:
     bundle = read_bundle(bundles[variant])
     models = [load_graph(path) for path in bundle.graph_paths().values()]
-    memories = [entry["name"] for entry in bundle.manifest["state"] if entry["role"] == "memory"]
-    assert graphs.in_place(models, bundle.manifest["state"]) == memories
+    memories = [entry.name for entry in bundle.manifest.state if entry.role == "memory"]
+    assert graphs.in_place(models, bundle.manifest.state) == memories
 
 
 def _memory(inputs: list[str], outputs: list[str], mode: str) -> onnx.NodeProto:
@@ -205,7 +206,7 @@ def test_memories_without_a_gpu_kernel_are_written_out() -> None:
     [node] = [node for node in plugin.graph.node if node.domain]
     assert attribute(node, "gates") == "token"
     assert not plugin.functions
-    states = [{"name": name, "input": name, "output": f"{name}.next"} for name in ("m", "n")]
+    states = [state_tensor(name) for name in ("m", "n")]
     assert graphs.in_place([model], states) == ["m"]
     given = {name: np.array([[1, 2]], np.float32) for name in ("m", "n", "q")}
     for one, other in zip(session(model).run(None, given), session(kept).run(None, given), strict=True):

@@ -33,8 +33,8 @@ def kernel() -> Path:
 
 
 def logits(bundle: Bundle, kernel: Path | None) -> np.ndarray:
-    (engine,) = bundle.manifest["engines"]
-    sessions = {entry["graph"]: session(bundle.path / entry["file"], kernel) for entry in engine["graphs"]}
+    (engine,) = bundle.manifest.engines
+    sessions = {own.graph: session(bundle.path / own.file, kernel) for own in engine.graphs}
     return stream_logits(bundle, sessions, STREAM)[0]
 
 
@@ -47,8 +47,8 @@ def test_for_the_cpu(bundles: dict[str, Path], kernel: Path, variant: str, tmp_p
     for library in (kernel, None):
         assert np.abs(logits(bundle, library) - golden).max() <= TOLERANCES["cpu", "float32"]
     assert (report.engine["memory"], report.engine["device"], report.engine["sm"]) == ("either", "cpu", [])
-    for entry, graph in zip(report.engine["graphs"], bundle.manifest["graphs"], strict=True):
-        before = onnx.load(str(output / graph["file"]), load_external_data=False)
+    for entry, graph in zip(report.engine["graphs"], bundle.manifest.graphs, strict=True):
+        before = onnx.load(str(output / graph.file), load_external_data=False)
         after = onnx.load(str(output / entry["file"]), load_external_data=False)
         assert len(after.graph.node) < len(before.graph.node), "nothing was optimised"
         assert sum(map(is_memory, after.graph.node)) == sum(map(is_memory, before.graph.node))
@@ -56,7 +56,7 @@ def test_for_the_cpu(bundles: dict[str, Path], kernel: Path, variant: str, tmp_p
         assert inside < 0.25 * (output / "weights.safetensors").stat().st_size
         shared = {t.name for t in after.graph.initializer if uses_external_data(t)}
         assert shared == set(entry["weights"])
-        assert len(shared & set(graph["weights"])) > 0.5 * len(graph["weights"])
+        assert len(shared & set(graph.weights)) > 0.5 * len(graph.weights)
         # What a CPU's instruction set decides is left to the session.
         assert not {node.domain for node in after.graph.node} - {"", "ai.titans", "com.microsoft"}
 

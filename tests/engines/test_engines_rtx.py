@@ -66,12 +66,12 @@ def test_into_a_bundle(bundles: dict[str, Path], target: str, tmp_path: Path) ->
         bundles["lmm"], Request(target, "fp16", compiler="tensorrt_rtx", graphs=("decode",)), output=copy
     )
     bundle = read_bundle(copy)
-    (engine,) = bundle.manifest["engines"]
+    (engine,) = bundle.manifest.raw["engines"]
     assert engine == report.engine
     assert engine["sm"] == [{"rtx-30": 86, "rtx-50": 120, "a100": 80}[target]]
     assert (engine["memory"], engine["plugin"], engine["alias"]) == ("standard-operators", None, None)
     assert (engine["device"], engine["state_in_place"]) == ("cuda", [])
     assert engine["driver"] == 1000 * int(engine["cuda"].split(".")[0]) >= 12000
     file = copy / engine["graphs"][0]["file"]
-    assert file.stat().st_size == bundle.manifest["files"][file.name]["bytes"] == report.graphs[0]["bytes"]
-    assert "engines" not in read_bundle(bundles["lmm"]).manifest
+    assert file.stat().st_size == bundle.manifest.files[file.name].bytes == report.graphs[0]["bytes"]
+    assert not read_bundle(bundles["lmm"]).manifest.engines

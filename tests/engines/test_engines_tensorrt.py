@@ -56,8 +56,8 @@ def test_from_plugin_nodes_to_an_engine(
     double = TensorRTDouble(trt, bundles[variant])
     report, output = build(bundles[variant], double, library, precision=precision)
     bundle = read_bundle(output)
-    (engine,) = bundle.manifest["engines"]
-    memories = [entry["name"] for entry in bundle.manifest["state"] if entry["role"] == "memory"]
+    (engine,) = bundle.manifest.raw["engines"]
+    memories = [entry.name for entry in bundle.manifest.state if entry.role == "memory"]
     assert engine == report.engine == {
         "name": f"orin-agx-{precision}", "target": "orin-agx", "compiler": "tensorrt", "compiler_version": "10.3.0",
         "precision": precision, "device": "cuda", "sm": [87], "platform": "linux-aarch64", "cuda": "12.6",

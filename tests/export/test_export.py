@@ -91,13 +91,13 @@ def test_one_update_node_per_memory_layer_and_a_body_for_each(bundles: dict[str,
     for variant, path in bundles.items():
         config = CONFIGS[variant]
         layers = sum(config.has_memory(i) for i in range(config.layers))
-        for graph in read_bundle(path).manifest["graphs"]:
-            model = onnx.load(path / graph["file"])
-            onnx.checker.check_model(path / graph["file"], full_check=False)
+        for graph in read_bundle(path).manifest.graphs:
+            model = onnx.load(path / graph.file)
+            onnx.checker.check_model(path / graph.file, full_check=False)
             nodes = [n for n in model.graph.node if n.domain == DOMAIN]
             modes = [next(a.s for a in n.attribute if a.name == "mode") for n in nodes]
             # MAC's attention stands between the chunks of a layer, so there it is one node a chunk.
-            calls = max(1, graph["tokens"] // config.memory.chunk) if variant == "mac" else 1
+            calls = max(1, graph.tokens // config.memory.chunk) if variant == "mac" else 1
             assert modes.count(b"update") == layers * calls
             assert modes.count(b"read") == (layers * calls if variant == "mac" else 0)
             assert {n.overload for n in nodes} == {f.overload for f in model.functions}
@@ -110,10 +110,10 @@ def test_weights_are_stored_once(bundles: dict[str, Path], checkpoints: dict[str
         for name, value in load(checkpoints[variant]).model.state_dict().items():
             if f"model.{name}" in shared:
                 assert np.array_equal(shared[f"model.{name}"], value.numpy())
-        for graph in read_bundle(path).manifest["graphs"]:
-            model = onnx.load(path / graph["file"], load_external_data=False)
+        for graph in read_bundle(path).manifest.graphs:
+            model = onnx.load(path / graph.file, load_external_data=False)
             external = {t.name for t in model.graph.initializer if t.external_data}
-            assert external == set(graph["weights"]) <= set(shared)
+            assert external == set(graph.weights) <= set(shared)
             inline = sum(len(t.raw_data) for t in model.graph.initializer if not t.external_data)
             assert inline < 16_384
 
@@ -127,9 +127,9 @@ def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> Non
     tokens, logits = bundle.golden()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for graph in bundle.manifest["graphs"]:
-        session = onnxruntime.InferenceSession(path / graph["file"], options, providers=["CPUExecutionProvider"])
-        count = graph["tokens"]
+    for graph in bundle.manifest.graphs:
+        session = onnxruntime.InferenceSession(path / graph.file, options, providers=["CPUExecutionProvider"])
+        count = graph.tokens
         inputs = {"tokens": tokens[None, :count].astype(np.int64), "position": np.zeros(1, np.int64)}
         got = session.run(["logits"], {**inputs, "learn": np.ones(1, bool), **bundle.initial_state()})[0]
         assert np.abs(got[0] - logits[:count]).max() < TOLERANCE
@@ -138,10 +138,10 @@ def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> Non
 def test_chunks_per_call_sets_the_unroll(
     checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    graphs = {g["name"]: (g["tokens"], g["stride"]) for g in read_bundle(bundles["lmm"]).manifest["graphs"]}
+    graphs = {g.name: (g.tokens, g.stride) for g in read_bundle(bundles["lmm"]).manifest.graphs}
     assert graphs == {"prefill": (24, 8), "chunk": (8, 8), "decode": (1, 1)}
     export_checkpoint(checkpoints["lmm"], tmp_path / "one.titans", chunks_per_call=1, positions=20)
-    graphs = {g["name"]: (g["tokens"], g["stride"]) for g in read_bundle(tmp_path / "one.titans").manifest["graphs"]}
+    graphs = {g.name: (g.tokens, g.stride) for g in read_bundle(tmp_path / "one.titans").manifest.graphs}
     assert graphs == {"chunk": (8, 8), "decode": (1, 1)}
 
 

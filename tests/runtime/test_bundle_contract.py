@@ -20,6 +20,7 @@ from titans_export.bundle import read_bundle
 from titans_export.cli import main
 from titans_export.engines.plan import Request, make_plan
 from titans_export.errors import BundleError, UsageError
+from titans_export.manifest import GraphEntry
 from titans_export.schedule import missing, next_graph
 
 SIZE, OUTPUTS = 12, 5
@@ -98,8 +99,8 @@ def test_graphs_against_onnx(vectors: Path, bundle: Path) -> None:
 
 def test_the_schedule(vectors: Path) -> None:
     """The graph that follows from the words of docs/bundle.md, as the runtime has it too (tests/cpp)."""
-    graphs = read_bundle(vectors).manifest["graphs"]
-    names = [next_graph(graphs, at, left)["name"] for at, left in ((0, 8), (0, 7), (1, 9), (1, 1), (3, 9), (7, 1))]
+    graphs = read_bundle(vectors).manifest.graphs
+    names = [next_graph(graphs, at, left).name for at, left in ((0, 8), (0, 7), (1, 9), (1, 1), (3, 9), (7, 1))]
     assert names == ["prefill", "decode", "middle", "decode", "halve", "halve"]
 
 
@@ -109,9 +110,9 @@ def test_the_schedule(vectors: Path) -> None:
         ([(1, 1, [0])], None),
         ([(1, 2, [0]), (1, 4, [1]), (1, 4, [3])], None),
         ([(8, 4, [0]), (8, 4, [1]), (1, 1, [0])], None),
-        ([], "tokens = 1"),
-        ([(4, 1, [0])], "tokens = 1"),
-        ([(1, 2, [0]), (1, 4, [1])], "also at 3 modulo 4"),
+        ([], "no graph with tokens = 1"),
+        ([(4, 1, [0])], "no graph with tokens = 1"),
+        ([(1, 2, [0]), (1, 4, [1])], "position 3 modulo 4"),
         ([(1, 4, [0, 1]), (1, 6, [3])], "equal tokens"),
         ([(8, 4, [0]), (8, 6, [2]), (1, 1, [0])], "equal tokens"),
         ([(1, 1 << 21, [0])], "repeat within"),
@@ -119,7 +120,10 @@ def test_the_schedule(vectors: Path) -> None:
     ids=str,
 )
 def test_what_graphs_lack(graphs: list[tuple[int, int, list[int]]], words: str | None) -> None:
-    entries = [{"name": str(i), "tokens": t, "stride": a, "offsets": p} for i, (t, a, p) in enumerate(graphs)]
+    entries = [
+        GraphEntry(name=str(i), file="g.onnx", tokens=t, stride=a, offsets=tuple(p), weights=())
+        for i, (t, a, p) in enumerate(graphs)
+    ]
     found = missing(entries)
     assert found is None if words is None else found is not None and words in found
 
@@ -154,7 +158,7 @@ def test_what_both_readers_refuse(copy: Path, change: Any) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     change(manifest)
     write_manifest(copy, manifest)
-    with pytest.raises(BundleError, match=r"\[bundle\] expected .+ but got .+; export"):
+    with pytest.raises(BundleError, match=r"^\[manifest.json\] .+\. Fix: export .+ \(TITANS-E0205\)$"):
         read_bundle(copy)
     with pytest.raises(rt.Error, match=r"\[manifest.json\] expected"):
         rt.Session(copy)
@@ -183,4 +187,4 @@ def test_an_engine_needs_graphs_for_every_phase(vectors: Path) -> None:
         with pytest.raises(UsageError, match=wanted):
             make_plan(bundle, Request("cpu", graphs=graphs))
     plan = make_plan(bundle, Request("cpu", graphs=("decode", "halve")))
-    assert [graph["name"] for graph in plan.graphs] == ["decode", "halve"]
+    assert [graph.name for graph in plan.graphs] == ["decode", "halve"]

@@ -47,9 +47,9 @@ def test_every_format_runs_and_no_cut_changes_it(quantised_bundle: Make, recipe:
 @pytest.mark.parametrize(("dtype", "rounding"), [("int8", "stochastic"), ("bfloat16", "error_feedback")])
 def test_memories_in_few_bits(quantised_bundle: Make, dtype: str, rounding: str) -> None:
     bundle = read_bundle(quantised_bundle(with_memory("float16", dtype, rounding)))
-    [entry] = [entry for entry in bundle.manifest["state"] if entry["role"] == "memory"]
-    assert {field.get("dtype") for field in entry["layout"] if field["name"] in ("W0", "S0")} == {dtype}
-    assert bundle.initial_state()[entry["name"]].shape == tuple(entry["shape"])
+    [entry] = [entry for entry in bundle.manifest.state if entry.role == "memory"]
+    assert {field.dtype for field in entry.layout if field.name in ("W0", "S0")} == {dtype}
+    assert bundle.initial_state()[entry.name].shape == entry.shape
     with titans_runtime.Session(bundle.path) as session:
         whole = feed(session, [])
         for cuts in ([1] * 20, [3, 16, 1, 40]):

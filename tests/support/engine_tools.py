@@ -41,21 +41,21 @@ def stream_logits(
 ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
     """Logits of the golden tokens by the schedule of docs/bundle.md, and the state after them."""
     tokens, state, at, rows = bundle.golden()[0], bundle.initial_state(), 0, []
-    by_length = sorted(bundle.manifest["graphs"], key=lambda graph: -graph["tokens"])
+    by_length = sorted(bundle.manifest.graphs, key=lambda graph: -graph.tokens)
     while at < count:
-        fits = (g for g in by_length if g["name"] in sessions and g["tokens"] <= count - at)
-        graph = next(g for g in fits if at % g["stride"] in g.get("offsets", [0]))
-        names = [output.name for output in sessions[graph["name"]].get_outputs()]
+        fits = (g for g in by_length if g.name in sessions and g.tokens <= count - at)
+        graph = next(g for g in fits if at % g.stride in g.offsets)
+        names = [output.name for output in sessions[graph.name].get_outputs()]
         feed = {
-            "tokens": tokens[at : at + graph["tokens"]].astype(np.int64)[None],
+            "tokens": tokens[at : at + graph.tokens].astype(np.int64)[None],
             "position": np.array([at], np.int64),
             "learn": np.array([True]),
-            **{entry["input"]: state[entry["name"]] for entry in bundle.manifest["state"]},
+            **{entry.input: state[entry.name] for entry in bundle.manifest.state},
         }
-        given = dict(zip(names, sessions[graph["name"]].run(names, feed), strict=True))
+        given = dict(zip(names, sessions[graph.name].run(names, feed), strict=True))
         rows.append(given["logits"][0])
-        state = {entry["name"]: given[entry["output"]] for entry in bundle.manifest["state"]}
-        at += graph["tokens"]
+        state = {entry.name: given[entry.output] for entry in bundle.manifest.state}
+        at += graph.tokens
     return np.concatenate(rows), state
 
 

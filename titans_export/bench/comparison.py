@@ -68,7 +68,7 @@ class Plan:
     @staticmethod
     def of(bundle: Bundle, prefill_tokens: int, decode_tokens: int, rounds: int, threads: int) -> Plan:
         """The plan with its tokens rounded up to whole calls and chunks, so that every pass does the same."""
-        call = max(graph["tokens"] for graph in bundle.manifest["graphs"])
+        call = max(graph.tokens for graph in bundle.manifest.graphs)
         chunk = _chunk(bundle)
         return Plan(_round_up(prefill_tokens, call), _round_up(decode_tokens, chunk), rounds, threads)
 
@@ -151,7 +151,7 @@ def _check(bundle: Bundle, worker: Worker, result: Result) -> None:
 def _measure(
     bundle: Bundle, results: dict[str, Result], workers: dict[str, Worker], plan: Plan, say: Callable[[str], None]
 ) -> None:
-    vocabulary = bundle.manifest["input"]["vocab_size"]
+    vocabulary = bundle.manifest.input.width
     for worker in workers.values():
         worker.call("start")
     for kind, count in zip(KINDS, (plan.prefill_tokens, plan.decode_tokens), strict=True):
@@ -175,9 +175,8 @@ def _passes(worker: Worker, kind: str, tokens: Tokens) -> int:
 
 
 def _chunk(bundle: Bundle) -> int:
-    """Tokens of a chunk: what the graphs stride to."""
-    chunk: int = max(graph["stride"] for graph in bundle.manifest["graphs"])
-    return chunk
+    """Tokens of a chunk: the largest stride."""
+    return max(graph.stride for graph in bundle.manifest.graphs)
 
 
 def _round_up(count: int, step: int) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schedule import calls, may_start
 from .statistics import Turn
 from .worker import explain, forget_peak, memory_bytes
 
@@ -182,7 +183,7 @@ class PyTorch(Measured):
         tokens = np.zeros(graph.tokens, np.int32)
         runs = 0
         while runs < (1 if graph.tokens > 1 else chunk):
-            if graph.starts_at(self._position):
+            if may_start(graph, self._position):
                 self._advance(tokens, [graph])
                 runs += 1
             else:
@@ -200,13 +201,7 @@ class PyTorch(Measured):
         self._position = 0
 
     def feed(self, tokens: Tokens) -> Logits:
-        from ..model.stream import next_graph
-
-        plan, position = [], self._position
-        while position < self._position + len(tokens):
-            plan.append(next_graph(self._graphs, position, self._position + len(tokens) - position))
-            position += plan[-1].tokens
-        return self._advance(tokens, plan)
+        return self._advance(tokens, [graph for _, graph in calls(self._graphs, self._position, len(tokens))])
 
     def step(self, token: int) -> Logits:
         row: Logits = self.feed(np.array([token], np.int32))[0]

@@ -76,7 +76,7 @@ def bench(
     # Opened here first: what the runtime cannot open is a failure of the command, with the runtime's own words.
     open_session(bundle, device, backend, threads, memory_kernel).close()
     plan = Plan.of(opened, tokens, decode_tokens, rounds, threads or cores())
-    format = opened.manifest["model"]["source"].get("format", "titans")
+    format = opened.manifest.model.checkpoint_format
     taking_part = contenders(bundle, device, backend, plan.threads, memory_kernel, against, format, config)
     busy = others_busy()
     if busy > QUIET:

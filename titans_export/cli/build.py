@@ -153,7 +153,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         memory = check_memory(plan)
     except MachineError as error:
         memory = str(error)
-    files = {graph["name"]: plan.file(graph["name"]) for graph in plan.graphs}
+    files = {graph.name: plan.file(graph.name) for graph in plan.graphs}
     if as_json:
         emit({
             "engine": plan.name, "target": plan.target.name, "sm": plan.target.sm, "compiler": plan.compiler,

@@ -291,9 +291,9 @@ def _pytorch(
     from ..checkpoints import LoadOptions, load_checkpoint
     from ..verify import PyTorch
 
-    model_entry = bundle.manifest["model"]
-    options = LoadOptions(config, model_entry.get("config", {}).get("bug_compatible_after"))
-    checkpoint = load_checkpoint(source, model_entry["source"].get("format", "titans"), options)
+    described = bundle.manifest.model
+    options = LoadOptions(config, (described.config or {}).get("bug_compatible_after"))
+    checkpoint = load_checkpoint(source, described.checkpoint_format, options)
     signal = checkpoint.model.input
     if (signal.kind, signal.size) != (session.input_kind, session.input_size):
         wanted, got = (
@@ -306,7 +306,7 @@ def _pytorch(
             got,
             "give the checkpoint that the bundle was exported from",
         )
-    if bundle.manifest["model"]["source"].get("weights_sha256") not in (None, checkpoint.weights_sha256):
+    if described.weights_sha256 not in (None, checkpoint.weights_sha256):
         note(f"{bundle.path} was exported from other weights than {source}")
     rng = np.random.default_rng(seed)
     if signal.kind == "vectors":
@@ -328,7 +328,7 @@ def _read_tokens(text: Path, bundle: Bundle, count: int) -> Tokens:
 
     blocks, have = [], 0
     with text.open("rb") as file:
-        for block, _ in open_tokenizer(bundle.manifest["tokenizer"], bundle.path).read(file):
+        for block, _ in open_tokenizer(bundle.manifest.tokenizer, bundle.path).read(file):
             blocks.append(block)
             have += len(block)
             if have >= count:

@@ -8,7 +8,7 @@ product, the last one with a weight of `model.layers.i`, and what each memory re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from ..bundle import Bundle, read_bundle
+from ..engines.onnxruntime import kernel_library
 from ..errors import MachineError
-from ..schedule import next_graph
+from ..manifest import GraphEntry
+from ..running import BundleRunner, Call, memory_kernel, open_session
 
 if TYPE_CHECKING:
     from .streams import Inputs
@@ -32,7 +34,8 @@ _PRODUCTS = frozenset(("MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "QLinea
 _JOINS = {"Add": 0, "HyperConnection": 1}
 # Not tables that layers share, such as those of rotary embeddings.
 _LAYER = re.compile(r"model\.layers\.(\d+)\..*weight")
-_FARTHEST_JOIN = 16  # nodes from a layer's last product
+_FARTHEST_JOIN = 16  # nodes from a layer's last matmul
+_WITHOUT_LAYERS = "leave the layers out with --layers 0"
 
 
 @dataclass(frozen=True)
@@ -45,86 +48,63 @@ class LayerError:
     relative_error_last: float  # of the last tenth of the positions
 
 
-class _Runner:
-    """One stream of a bundle's plain graphs, with the activations of each layer."""
+class _Probed:
+    """A bundle's graphs with the activations of each layer among their outputs."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._state: Arrays = dict(bundle.initial_state())
-        self._sessions: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-
-    def run(self, block: Inputs, position: int, graph: dict[str, Any]) -> Arrays:
-        """Streams the block through the graph; the activations by layer, (T, ...) each."""
-        session, probes = self._open(graph)
-        manifest = self._bundle.manifest
-        kind = np.float32 if self._bundle.takes_vectors else np.int64
-        feeds: Arrays = {
-            manifest["input"]["name"]: block.astype(kind)[None],
-            manifest["controls"]["position"]: np.array([position], np.int64),
-            manifest["controls"]["learn"]: np.ones(1, np.bool_),
+        self._probes: dict[str, dict[str, list[str]]] = {}  # by graph: layers to the values that hold their activations
+        self._models: dict[str, ModelProto] = {}
+        for graph in bundle.manifest.graphs:
+            self._models[graph.name] = onnx.load(str(bundle.path / graph.file), load_external_data=False)
+            self._probes[graph.name] = activations(self._models[graph.name])
+        shown = {
+            graph: [value for names in probes.values() for value in names] for graph, probes in self._probes.items()
         }
-        feeds |= {entry["input"]: self._state[entry["name"]] for entry in manifest["state"]}
-        known = {value.name for value in session.get_inputs()}
-        following = [entry["output"] for entry in manifest["state"]]
-        values = [name for names in probes.values() for name in names]
-        found = session.run([*following, *values], {k: v for k, v in feeds.items() if k in known})
-        self._state = {entry["name"]: value for entry, value in zip(manifest["state"], found, strict=False)}
-        by_value = dict(zip(values, found[len(following) :], strict=True))
-        # Tokens are the last dimension but one, in retrievals too: (B, heads, T, size).
-        return {layer: np.concatenate([by_value[name] for name in names], -2) for layer, names in probes.items()}
+        self.runner = BundleRunner(bundle, self._open, shown)
+        self._shown = shown
 
-    def _open(self, graph: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
-        if graph["name"] not in self._sessions:
-            model = onnx.load(str(self._bundle.path / graph["file"]))
-            probes = activations(model)
-            given = {value.name for value in model.graph.output}
-            model.graph.output.extend(
-                helper.make_empty_tensor_value_info(name)
-                for name in {name for names in probes.values() for name in names} - given
-            )
-            self._sessions[graph["name"]] = (_session(model), probes)
-        return self._sessions[graph["name"]]
+    def activations(self, call: Call) -> Arrays:
+        """By layer, (T, ...) each. Tokens are the last dimension but one: retrievals are (B, heads, T, size)."""
+        probes = self._probes[call.graph.name]
+        return {layer: np.concatenate([call.values[name] for name in names], -2) for layer, names in probes.items()}
 
-
-def _session(model: ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    from ..engines.onnxruntime import kernel_library
-
-    try:
-        options.register_custom_ops_library(str(kernel_library()))
-    except MachineError:
-        # Without our kernel the graphs' own functions compute the memory, where they have any.
-        if not model.functions:
-            raise
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises nothing narrower
-        got = " ".join(str(error).split())[:200]
-        raise MachineError(
-            "drift", "ONNX Runtime to open the graphs", got, "leave the layers out with --layers 0"
-        ) from None
+    def _open(self, graph: GraphEntry) -> onnxruntime.InferenceSession:
+        model = self._models[graph.name]
+        given = {value.name for value in model.graph.output}
+        model.graph.output.extend(
+            helper.make_empty_tensor_value_info(name)
+            for name in dict.fromkeys(self._shown[graph.name])
+            if name not in given
+        )
+        kernel = memory_kernel()
+        if kernel is None and not model.functions:
+            kernel = kernel_library()  # raises: the memory has no function body either
+        try:
+            return open_session(model, kernel=kernel, folder=self.runner.bundle.path)
+        except Exception as error:  # ONNX Runtime raises nothing narrower
+            problem = f"ONNX Runtime cannot open the graphs: {' '.join(str(error).split())[:200]}"
+            raise MachineError("E0250", "drift", problem, _WITHOUT_LAYERS) from None
 
 
 def measure_layers(base: Path, others: Mapping[str, Path], inputs: Inputs) -> dict[str, list[LayerError]]:
     """Of each other bundle the layers' errors, over all of the inputs, fed to one stream each in the same cuts."""
-    opened = {name: read_bundle(path) for name, path in others.items()}
-    right, runners = read_bundle(base), {name: _Runner(bundle) for name, bundle in opened.items()}
-    reference = _Runner(right)
+    reference, probed = _Probed(read_bundle(base)), {name: _Probed(read_bundle(path)) for name, path in others.items()}
+    states = {name: one.runner.bundle.initial_state() for name, one in probed.items()}
     sums: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in others}
     late_from = len(inputs) - max(1, len(inputs) // 10)
-    for position, graph in _calls(right, len(inputs)):
-        block = inputs[position : position + graph["tokens"]]
-        wanted = reference.run(block, position, graph)
-        for name, runner in runners.items():
-            same = next_graph(opened[name].manifest["graphs"], position, graph["tokens"])
-            if same["tokens"] != graph["tokens"]:
-                remedy = "leave the layers out with --layers 0"
-                raise MachineError("drift", f"a graph of {graph['tokens']} tokens in {name}", "none", remedy)
-            got = runner.run(block, position, same)
+    for call in reference.runner.stream(inputs):
+        wanted, tokens = reference.activations(call), call.graph.tokens
+        block = inputs[call.position : call.position + tokens]
+        for name, one in probed.items():
+            same = one.runner.next(call.position, tokens)
+            if same.tokens != tokens:
+                raise MachineError("E0250", "drift", f"{name} has no graph of {tokens} tokens", _WITHOUT_LAYERS)
+            answer = one.runner.run(same, block, call.position, states[name])
+            states[name] = answer.state
+            got = one.activations(answer)
             for layer in wanted.keys() & got.keys():
                 rows = wanted[layer].shape[-2]  # may be more or fewer than tokens
-                late = slice(min(rows, -(-max(0, late_from - position) * rows // graph["tokens"])), None)
+                late = slice(min(rows, -(-max(0, late_from - call.position) * rows // tokens)), None)
                 total = sums[name].setdefault(layer, np.zeros((2, 2)))
                 for row, part in zip(total, (slice(None), late), strict=True):
                     row += _squares(got[layer][..., part, :], wanted[layer][..., part, :])
@@ -182,14 +162,6 @@ def _join(graph: Any, constant: set[str], number: int) -> str:
             return str(node.output[_JOINS[node.op_type]])
         value = node.output[0]
     return str(product.output[0])
-
-
-def _calls(bundle: Bundle, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    position = 0
-    while position < count:
-        graph = next_graph(bundle.manifest["graphs"], position, count - position)
-        yield position, graph
-        position += graph["tokens"]
 
 
 def _squares(got: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:

@@ -149,7 +149,7 @@ def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
     blocks: list[Tokens] = []
     have = covered = 0
     with text.open("rb") as file:
-        for block, size in open_tokenizer(bundle.manifest["tokenizer"], bundle.path).read(file):
+        for block, size in open_tokenizer(bundle.manifest.tokenizer, bundle.path).read(file):
             blocks.append(block)
             have, covered = have + len(block), covered + size
             if most is not None and have >= most:
@@ -161,12 +161,11 @@ def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
 
 def _check_tokenizers(one: Bundle, other: Bundle) -> None:
     """Raises BundleError where the two read text with different tokenizers."""
-    found = [bundle.manifest["tokenizer"] for bundle in (one, other)]
-    files = [
-        bundle.manifest["files"][entry["file"]]["xxh3_128"] if entry.get("kind") == "file" else None
-        for bundle, entry in zip((one, other), found, strict=True)
+    hashes = [
+        bundle.manifest.files[file].xxh3_128 if (file := bundle.manifest.tokenizer.file) else None
+        for bundle in (one, other)
     ]
-    if files[0] != files[1]:
+    if hashes[0] != hashes[1]:
         raise BundleError(
             "drift",
             f"the tokenizer of {one.path.name} to be that of {other.path.name}",

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import MANIFEST, Bundle, file_entry
+from ..bundle import MANIFEST, Bundle, file_record
 from .metrics import Drift, MemoryDistance, Window
 from .recall import Recall
 
@@ -137,18 +137,17 @@ class Report:
 def provenance(side: Side) -> Json:
     """Where the numbers come from: the bundle, by the hash of its manifest, which holds those of all files."""
     manifest, info = side.bundle.manifest, side.session.info
-    files = manifest["files"]
-    recipe = manifest.get("quantization", {}).get("recipe", {})
+    weights, quantization = manifest.files[manifest.weights.file], manifest.quantization
     return {
         "name": side.bundle.path.name,
-        "model": manifest["model"].get("name"),
-        "manifest_xxh3_128": file_entry(side.bundle.path / MANIFEST)["xxh3_128"],
-        "weights_xxh3_128": files[manifest["weights"]["file"]]["xxh3_128"],
-        "weights_bytes": files[manifest["weights"]["file"]]["bytes"],
-        "checkpoint_sha256": manifest["model"].get("source", {}).get("weights_sha256"),
-        "producer": manifest["producer"],
-        "recipe": recipe.get("name") if isinstance(recipe, dict) else recipe,
-        "memory": manifest.get("quantization", {}).get("memory"),
+        "model": manifest.model.name,
+        "manifest_xxh3_128": file_record(side.bundle.path / MANIFEST).xxh3_128,
+        "weights_xxh3_128": weights.xxh3_128,
+        "weights_bytes": weights.bytes,
+        "checkpoint_sha256": manifest.model.weights_sha256,
+        "producer": manifest.producer,
+        "recipe": quantization.recipe.get("name") if quantization else None,
+        "memory": quantization.memory.to_json() if quantization else None,
         "device": info["device"],
         "backend": f"{info['backend']} {info.get('backend_version') or ''}".strip(),
         "engine": info.get("engine"),

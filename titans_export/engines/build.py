@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle, engine_files, file_entry, read_bundle, with_engine
+from ..bundle import MANIFEST, Bundle, file_record, read_bundle
 from ..errors import BundleError, MachineError
 from ..files import check_output, replacing_file, replacing_folder
+from ..manifest import EngineEntry, EngineGraph, FileReference, GraphEntry, Plugin
 from ..onnx.files import load_graph, load_structure, write_graph
 from ..onnx.weights import share_weights
 from . import graphs, tensorrt, tensorrt_rtx
@@ -32,7 +32,7 @@ class Report:
     """What a build did."""
 
     bundle: str
-    engine: dict[str, Any]  # the manifest's entry
+    engine: dict[str, Any]  # the manifest's entry as JSON has it
     graphs: list[dict[str, Any]]  # graph, file, bytes, layers, engine_layers, warnings, seconds
     estimate: dict[str, int]
     workspace: int
@@ -67,28 +67,27 @@ def build_engine(
     check_machine(plan, machine)
     vendor = vendor or _find(plan)
     target = (output or path).resolve()
-    reports, entries = [], []
+    reports: list[dict[str, Any]] = []
     # Beside the bundle, so that what is built is moved, not copied.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.build.", dir=target.parent) as name:
         work = Path(name)
         for number, graph in enumerate(plan.graphs, start=1):
-            progress(f"building {plan.name} of {graph['name']}, graph {number} of {len(plan.graphs)}")
+            progress(f"building {plan.name} of {graph.name}, graph {number} of {len(plan.graphs)}")
             started = time.monotonic()
-            file = work / plan.file(graph["name"])
+            file = work / plan.file(graph.name)
             known = _COMPILERS[plan.compiler](plan, graph, vendor, machine, work, file, step)
             seconds = round(time.monotonic() - started, 2)
-            reports.append({"graph": graph["name"], "file": file.name, "bytes": file.stat().st_size, **known})
+            reports.append({"graph": graph.name, "file": file.name, "bytes": file.stat().st_size, **known})
             reports[-1]["seconds"] = seconds
-            entries.append({"graph": graph["name"], "file": file.name})
-        engine = _entry(plan, vendor, machine, entries)
+        engine = _entry(plan, vendor, machine)
         if plan.compiler == ORT and not plan.target.gpu:
-            _share_weights(plan, engine, work)
-            for report, entry in zip(reports, entries, strict=True):
-                report["bytes"] = (work / entry["file"]).stat().st_size
+            engine = _share_weights(plan, engine, work)
+            for report in reports:
+                report["bytes"] = (work / report["file"]).stat().st_size
         _write(bundle, target, engine, work, overwrite)
     return Report(
         bundle=str(output or path),
-        engine=engine,
+        engine=engine.to_json(),
         graphs=reports,
         estimate=asdict(plan.estimate),
         workspace=plan.workspace if plan.target.gpu else 0,
@@ -111,7 +110,7 @@ def _find(plan: Plan) -> Any:
 
 
 def _tensorrt(
-    plan: Plan, graph: dict[str, Any], vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
+    plan: Plan, graph: GraphEntry, vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
 ) -> dict[str, Any]:
     """Compiles a graph to `file`; returns what the report says of it."""
     request, cache = plan.request, None
@@ -139,7 +138,7 @@ def _tensorrt(
 
 
 def _onnxruntime(
-    plan: Plan, graph: dict[str, Any], vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
+    plan: Plan, graph: GraphEntry, vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
 ) -> dict[str, Any]:
     from . import onnxruntime as ort
 
@@ -156,16 +155,17 @@ def _onnxruntime(
     return {"layers": layers, "engine_layers": None, "warnings": []}
 
 
-def _share_weights(plan: Plan, engine: dict[str, Any], work: Path) -> None:
-    """Moves what the graphs hold of weights into one file of the engine's, and tells the runtime what to hand over."""
-    models = {entry["graph"]: load_structure(work / entry["file"]) for entry in engine["graphs"]}
+def _share_weights(plan: Plan, engine: EngineEntry, work: Path) -> EngineEntry:
+    """Moves the graphs' weights into one file of the engine, and lists the weights that the runtime hands over."""
+    models = {own.graph: load_structure(work / own.file) for own in engine.graphs}
     path = work / f"{plan.name}.safetensors"
     names = share_weights(models, path, named=None)
-    for entry in engine["graphs"]:
-        (work / entry["file"]).write_bytes(models[entry["graph"]].SerializeToString(deterministic=True))
-        entry["weights"] = names[entry["graph"]]
-    if set().union(*names.values()) - {name for graph in plan.bundle.manifest["graphs"] for name in graph["weights"]}:
-        engine["weights"] = {"file": path.name}
+    for own in engine.graphs:
+        (work / own.file).write_bytes(models[own.graph].SerializeToString(deterministic=True))
+    graphs = tuple(replace(own, weights=tuple(names[own.graph])) for own in engine.graphs)
+    shared = {name for graph in plan.bundle.manifest.graphs for name in graph.weights}
+    new = set().union(*names.values()) - shared
+    return replace(engine, graphs=graphs, weights=FileReference(file=path.name) if new else None)
 
 
 _COMPILERS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -175,8 +175,8 @@ _COMPILERS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's entry, as docs/bundle.md defines it."""
+def _entry(plan: Plan, vendor: Any, machine: Machine) -> EngineEntry:
+    """The engine's entry of the manifest."""
     target, cuda, driver = plan.target, None, None
     if plan.compiler == TENSORRT:
         driver = machine.driver  # the one it was built with; older ones were not tried
@@ -184,53 +184,52 @@ def _entry(plan: Plan, vendor: Any, machine: Machine, entries: list[dict[str, An
         driver = tensorrt_rtx.cuda_major() * 1000
     if driver is not None:
         cuda = f"{driver // 1000}.{driver % 1000 // 10}"
-    return {
-        "name": plan.name,
-        "target": target.name,
-        "compiler": plan.compiler,
-        "compiler_version": vendor.__version__,
-        "precision": plan.precision,
-        "device": "cuda" if target.gpu else "cpu",
-        "sm": [target.sm] if target.gpu else [],
-        "platform": target.platform if target.gpu else machine.platform,
-        "cuda": cuda,
-        "driver": driver,
-        "memory": _memory(plan),
-        "plugin": graphs.PLUGIN if plan.plugin else None,
-        "alias": plan.alias,
-        "state_in_place": plan.in_place,
-        "graphs": entries,
-    }
+    return EngineEntry(
+        name=plan.name,
+        target=target.name,
+        compiler=plan.compiler,
+        compiler_version=vendor.__version__,
+        precision=plan.precision,
+        device="cuda" if target.gpu else "cpu",
+        sm=(target.sm,) if target.sm is not None else (),
+        platform=target.platform if target.gpu else machine.platform,
+        cuda=cuda,
+        driver=driver,
+        memory=_memory(plan),
+        plugin=Plugin.from_json(graphs.PLUGIN) if plan.plugin else None,
+        alias=plan.alias,
+        state_in_place=tuple(plan.in_place),
+        graphs=tuple(EngineGraph(graph=graph.name, file=plan.file(graph.name)) for graph in plan.graphs),
+    )
 
 
 def _memory(plan: Plan) -> str:
-    """What computes it."""
+    """The kind of code that computes the memory, as the manifest names it."""
     if plan.compiler == ORT:
-        stored = (plan.bundle.quantization or {}).get("memory", {}).get("dtype", "float32")
-        return "either" if stored == "float32" else "kernel"
+        return "either" if plan.bundle.manifest.memory.dtype == "float32" else "kernel"
     return "plugin" if plan.plugin else "standard-operators"
 
 
-def _write(before: Bundle, target: Path, engine: dict[str, Any], work: Path, overwrite: bool) -> None:
+def _write(before: Bundle, target: Path, engine: EngineEntry, work: Path, overwrite: bool) -> None:
     """The bundle with the engine, aside, then under its name. What others did to it meanwhile stays."""
     bundle = read_bundle(before.path)
     same = target == before.path.resolve()
     changed = [
-        graph["file"]
-        for graph in before.manifest["graphs"]
-        if bundle.manifest["files"].get(graph["file"]) != before.manifest["files"][graph["file"]]
+        graph.file
+        for graph in before.manifest.graphs
+        if bundle.manifest.files.get(graph.file) != before.manifest.files[graph.file]
     ]
     if changed:
         raise BundleError("build", f"{changed[0]} as it was when the build began", "another", "build the engine again")
-    files = {name: file_entry(work / name) for name in engine_files(engine)}
-    manifest, dropped = with_engine(bundle.manifest, engine, files)
+    files = {name: file_record(work / name) for name in engine.files}
+    manifest, dropped = bundle.manifest.with_engine(engine, files)
     with replacing_folder(target, overwrite=same or overwrite, marker=MANIFEST) as aside:
         for path in bundle.path.iterdir():
             if path.name not in dropped and path.name != MANIFEST:
                 _take(path, aside / path.name)
         for name in files:
             os.replace(work / name, aside / name)
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest.write(aside)
 
 
 def _take(path: Path, to: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper, inliner
 
 from ..errors import BundleError
+from ..manifest import StateTensor
 from ..onnx.nodes import (
     DOMAIN,
     ONNX_DOMAINS,
@@ -56,21 +56,21 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     return inlined
 
 
-def in_place(models: Iterable[onnx.ModelProto], state: Sequence[dict[str, Any]]) -> list[str]:
+def in_place(models: Iterable[onnx.ModelProto], state: Sequence[StateTensor]) -> list[str]:
     """The state tensors that one buffer may serve as input and output of the memory's plugin, in every graph."""
-    names = [entry["name"] for entry in state]
+    names = [entry.name for entry in state]
     for model in models:
-        names = [entry["name"] for entry in state if entry["name"] in names and _may_share(model.graph, entry)]
+        names = [entry.name for entry in state if entry.name in names and _may_share(model.graph, entry)]
     return names
 
 
-def _may_share(graph: onnx.GraphProto, entry: dict[str, Any]) -> bool:
+def _may_share(graph: onnx.GraphProto, entry: StateTensor) -> bool:
     """Whether memory nodes alone lead from the old state to the new, and everyone else reads before it is overwritten.
 
     Others read before where they are memory nodes themselves and the update needs what they give.
     """
-    chain = _chain(graph, entry["output"])
-    if not chain or chain[0].input[0] != entry["input"]:
+    chain = _chain(graph, entry.output)
+    if not chain or chain[0].input[0] != entry.input:
         return False
     captured = {name for node in graph.node for inner in inner_nodes(node) for name in inner.input}
     given = {value.name for value in graph.output}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from onnx import ModelProto
 
-from ..bundle import Bundle, engines
+from ..bundle import Bundle
+from ..dtypes import tensor_bytes
 from ..errors import MachineError, UsageError
+from ..manifest import NO_ENGINE, GraphEntry, StateTensor
 from ..onnx.files import load_graph
 from ..schedule import missing
 from . import estimate as memory
@@ -57,7 +57,7 @@ class Plan:
     target: Target
     compiler: str
     name: str
-    graphs: list[dict[str, Any]]  # the manifest's entries
+    graphs: list[GraphEntry]
     plugin: bool  # whether nodes are left to the memory's plugin
     alias: str | None
     in_place: list[str]
@@ -74,11 +74,11 @@ class Plan:
         """The engine's file of a graph."""
         return f"{self.name}.{graph}.{_SUFFIXES[self.compiler]}"
 
-    def source(self, graph: dict[str, Any]) -> Path:
+    def source(self, graph: GraphEntry) -> Path:
         """The graph's own file."""
-        return self.bundle.path / str(graph["file"])
+        return self.bundle.path / graph.file
 
-    def prepare(self, graph: dict[str, Any]) -> ModelProto:
+    def prepare(self, graph: GraphEntry) -> ModelProto:
         """The graph as the compiler's parser takes it."""
         model = load_graph(self.source(graph))
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
@@ -87,7 +87,7 @@ class Plan:
         if self.compiler == RTX:
             return unroll_scans(graphs.inline(lowered))
         if self.compiler == TENSORRT:
-            inputs = [entry["input"] for entry in self.bundle.manifest["state"] if entry["name"] in self.in_place]
+            inputs = [entry.input for entry in self.bundle.manifest.state if entry.name in self.in_place]
             return unroll_scans(graphs.with_plugin(lowered, self.alias or graphs.TWO_BUFFERS, inputs))
         return lowered
 
@@ -100,11 +100,11 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     request = replace(request, precision=precision)
     _check_options(request, target, compiler)
     name = request.name or _default_name(target, precision, compiler)
-    if not _NAME.fullmatch(name) or name == "none":
+    if not _NAME.fullmatch(name) or name == NO_ENGINE:
         raise UsageError("build", "a name of letters, digits, '.', '_' and '-'", repr(name), "give another --name")
     chosen = _choose_graphs(bundle, request.graphs)
-    state = bundle.manifest["state"]
-    models = [load_graph(bundle.path / graph["file"]) for graph in chosen]
+    state = bundle.manifest.state
+    models = [load_graph(bundle.path / graph.file) for graph in chosen]
     check_target(bundle.quantization, models, target, compiler)
     if compiler in (RTX, TENSORRT) and bundle.quantization is not None:
         models = [for_compiler(model) for model in models]
@@ -182,14 +182,14 @@ def _default_name(target: Target, precision: str, compiler: str) -> str:
     return f"{target.name}-{precision}{other}"
 
 
-def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[dict[str, Any]]:
-    known: list[dict[str, Any]] = bundle.manifest["graphs"]
-    names = [graph["name"] for graph in known]
+def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[GraphEntry]:
+    known = bundle.manifest.graphs
+    names = [graph.name for graph in known]
     if unknown := [name for name in wanted if name not in names]:
         raise UsageError("build", f"--graph of {', '.join(names)}", unknown[0], "give one of these")
-    chosen = [graph for graph in known if not wanted or graph["name"] in wanted]
-    if missing(chosen):  # the bundle's own graphs lack nothing
-        singles = [graph["name"] for graph in known if graph["tokens"] == 1 and graph not in chosen]
+    chosen = [graph for graph in known if not wanted or graph.name in wanted]
+    if missing(chosen):  # all of the bundle's graphs together are a schedule
+        singles = [graph.name for graph in known if graph.tokens == 1 and graph not in chosen]
         remedy = "add " + " ".join(f"--graph {name}" for name in singles)
         raise UsageError("build", "graphs that take one token at every position", ", ".join(wanted), remedy)
     return chosen
@@ -197,18 +197,19 @@ def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[dict[str, Any]
 
 def check_name(plan: Plan, overwrite: bool) -> None:
     """Refuses to write over what is not to be written over. Raises UsageError."""
-    own = {entry["file"] for e in engines(plan.bundle.manifest) if e["name"] == plan.name for entry in e["graphs"]}
+    engines = plan.bundle.manifest.engines
+    own = {graph.file for engine in engines if engine.name == plan.name for graph in engine.graphs}
     if own and not overwrite:
         remedy = "give --overwrite to build it again, or another --name"
         raise UsageError("build", f"no engine {plan.name} in {plan.bundle.path}", "one", remedy)
     taken = {path.name for path in plan.bundle.path.iterdir()} - own
     for graph in plan.graphs:
-        if (file := plan.file(graph["name"])) in taken:
+        if (file := plan.file(graph.name)) in taken:
             raise UsageError("build", f"no file {file} in {plan.bundle.path}", "one", "give another --name")
 
 
-def _state_bytes(state: Sequence[dict[str, Any]], in_place: Sequence[str]) -> int:
-    return sum(4 * math.prod(entry["shape"]) * (1 if entry["name"] in in_place else 2) for entry in state)
+def _state_bytes(state: Sequence[StateTensor], in_place: Sequence[str]) -> int:
+    return sum(tensor_bytes(entry.shape, entry.dtype) * (1 if entry.name in in_place else 2) for entry in state)
 
 
 def _gib(count: int) -> str:

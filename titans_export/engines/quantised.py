@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import MachineError, UsageError
+from ..manifest import Quantization
 from ..onnx.initializers import drop_unread, initializers_of
 from ..onnx.nodes import all_nodes, attribute, copy_model, is_memory, makers_of, readers_of, replace_nodes
 from .graphs import has_kernel
@@ -19,13 +19,13 @@ BLOCKS = (128, 64, 32, 16)  # what one scale a channel is written in where activ
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 
 
-def weights_format(quantization: Mapping[str, Any] | None) -> str:
-    """The format of the bundle's weights, "float32" where none is said."""
-    recipe = (quantization or {}).get("recipe", {})
+def weights_format(quantization: Quantization | None) -> str:
+    """The format of the weights that the recipe quantises, "float32" without a recipe."""
+    recipe = quantization.recipe if quantization else {}
     return str(recipe.get("weights", {}).get("format", "float32"))
 
 
-def choose_precision(quantization: Mapping[str, Any] | None, target: Target, wanted: str | None) -> str:
+def choose_precision(quantization: Quantization | None, target: Target, wanted: str | None) -> str:
     """The precision that was asked for, else the one that weights are stored in, else fp32. Raises UsageError."""
     stored = STORED.get(weights_format(quantization))
     if wanted is None:
@@ -39,10 +39,10 @@ def choose_precision(quantization: Mapping[str, Any] | None, target: Target, wan
 
 
 def check_target(
-    quantization: Mapping[str, Any] | None, models: Iterable[ModelProto], target: Target, compiler: str
+    quantization: Quantization | None, models: Iterable[ModelProto], target: Target, compiler: str
 ) -> None:
     """Refuses what the target or the compiler cannot run. Raises MachineError."""
-    formats = set((quantization or {}).get("matmuls", {}).values())
+    formats = set(quantization.matmuls.values()) if quantization else set()
     if target.sm is not None and "fp8" in formats and target.sm < FP8_FROM:
         able = ", ".join(name for name, other in TARGETS.items() if other.sm is not None and other.sm >= FP8_FROM)
         raise MachineError(

@@ -20,7 +20,7 @@ def lines(plan: Plan) -> list[str]:
     """One line for each graph, for the folder that holds the prepared graphs. Raises UsageError."""
     if plan.compiler != TENSORRT:
         raise UsageError("build", "--emit-trtexec with the compiler tensorrt", plan.compiler, "build it here instead")
-    return [shlex.join(_arguments(plan, graph["name"])) for graph in plan.graphs]
+    return [shlex.join(_arguments(plan, graph.name)) for graph in plan.graphs]
 
 
 def _arguments(plan: Plan, graph: str) -> list[str]:
@@ -59,7 +59,7 @@ def write_folder(plan: Plan, folder: Path, overwrite: bool) -> list[Path]:
     text = "\n".join(lines(plan))
     with replacing_folder(folder, overwrite, SCRIPT) as aside:
         for graph in plan.graphs:
-            write_graph(plan.prepare(graph), aside / source_name(plan, graph["name"]))
+            write_graph(plan.prepare(graph), aside / source_name(plan, graph.name))
         script = aside / SCRIPT
         script.write_text(f'#!/bin/sh\nset -e\ncd "$(dirname "$0")"\n{text}\n', encoding="utf-8")
         script.chmod(0o755)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..schedule import calls
 from .layers import StreamState
 from .packed_row import Field
 
@@ -21,9 +22,6 @@ class Graph:
     tokens: int
     stride: int = 1
     offsets: tuple[int, ...] = (0,)
-
-    def starts_at(self, position: int) -> bool:
-        return position % self.stride in self.offsets
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,6 @@ class Call:
     graph: Graph
     position: Tensor
     learn: Tensor | None = field(default=None)
-
-
-def next_graph(graphs: list[Graph], position: int, remaining: int) -> Graph:
-    """The graph with most tokens that may start at `position` and does not overrun `remaining` >= 1 tokens."""
-    return max((g for g in graphs if g.tokens <= remaining and g.starts_at(position)), key=lambda g: g.tokens)
 
 
 class StreamModel(nn.Module, ABC):
@@ -108,14 +101,13 @@ class StreamModel(nn.Module, ABC):
     def feed(self, inputs: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:
         """Streams on by any number of tokens T >= 0, by the schedule. Returns (B, T, size) and the state there."""
         batch, length = inputs.shape[:2]
-        graphs, done, out = self.graphs(1), 0, []
+        out = []
         learning = torch.full((batch,), learn, device=inputs.device)
-        while done < length:
-            graph = next_graph(graphs, position + done, length - done)
-            where = torch.full((batch,), position + done, device=inputs.device)
-            y, state = self.call(inputs[:, done : done + graph.tokens], state, Call(graph, where, learning))
+        for at, graph in calls(self.graphs(1), position, length):
+            where = torch.full((batch,), at, device=inputs.device)
+            part = inputs[:, at - position : at - position + graph.tokens]
+            y, state = self.call(part, state, Call(graph, where, learning))
             out.append(y)
-            done += graph.tokens
         if not out:
             like = next(self.parameters())
             return like.new_zeros(batch, 0, self.output.size), state

@@ -109,20 +109,21 @@ def find_not_finite(state: SavedState) -> list[NotFinite]:
 def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     """The memories' fields of a fresh stream of the bundle. Raises BundleError, and StateError for another model's."""
     from ..bundle import read_bundle
+    from ..manifest import plain
     from ..model.memory_dtype import unpack_row
 
     opened = read_bundle(bundle)
-    ours, theirs = state.model.get("weights_sha256"), opened.manifest["model"].get("source", {}).get("weights_sha256")
+    ours, theirs = state.model.get("weights_sha256"), opened.manifest.model.weights_sha256
     if ours != theirs:
         got = f"{state.path} of {state.model.get('name')}, weights {_short(ours)}"
         wanted = f"a state of the model in {bundle}, weights {_short(theirs)}"
         raise StateError("state", wanted, got, "give the bundle that the stream ran on")
     rows = opened.initial_state()
     return {
-        f"{entry['name']}.{name}": values
-        for entry in opened.manifest["state"]
-        if entry["role"] == "memory"
-        for name, values in unpack_row(rows[entry["name"]], entry["layout"]).items()
+        f"{entry.name}.{name}": values
+        for entry in opened.manifest.state
+        if entry.role == "memory"
+        for name, values in unpack_row(rows[entry.name], plain(entry.layout)).items()
     }
 
 
