@@ -10,8 +10,6 @@ from .bundle import MANIFEST, Bundle
 from .dtypes import tensor_bytes
 from .manifest import Manifest, StateTensor, plain
 
-OPERATOR_DOMAIN = "ai.titans"
-
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """The contents as `inspect --json` prints them."""
