@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.contenders.kernel import PROGRAM
+from benchmarks.baselines.kernel import PROGRAM
 from benchmarks.text import standard_library
 from titans_export.checkpoints import titans
 from titans_export.model import memory_layer

@@ -42,7 +42,7 @@ class Tokens:
 class Case:
     """A memory of `heads` heads for `streams` streams, float32, and the calls of one pass over `tokens` tokens.
 
-    kind: "prefill", all tokens in one call, or as few as the contender can; "mac", as MAC's attention between reading
+    kind: "prefill", all tokens in one call, or as few as the baseline can; "mac", as MAC's attention between reading
     and updating forces it: a read of a chunk and then an update by that chunk, chunk after chunk; "decode", a token a
     call.
     """

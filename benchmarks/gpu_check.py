@@ -82,7 +82,7 @@ def _time(report: Report, machine: dict[str, Any], arguments: Arguments) -> None
         found.append({**gpu_time.time_row(row, gpu_parts.PROGRAM, limits, until), "limits": limits})
         report.save("time", PARTIAL, **content, rows=found)
     missing = [row.name for row in wanted if row.name not in {measured["name"] for measured in found}]
-    wrong = [f"{m['name']}: {c['name']}" for m in found for c in m["contenders"] if c["passed"] is False]
+    wrong = [f"{m['name']}: {c['name']}" for m in found for c in m["baselines"] if c["passed"] is False]
     report.save("time", PARTIAL if missing else DONE, **content, rows=found, not_yet_measured=missing, wrong=wrong)
     ours = [name for name in wrong if ": kernel" in name]
     if ours:

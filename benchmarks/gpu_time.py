@@ -73,7 +73,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def entry(row: Row, name: str, right: Any, answer: Any, tolerance: float, nanoseconds: Callable[[], list[int]]) -> Any:
-    """A contender of a row: its errors, and its speed unless they are too large."""
+    """A baseline of a row: its errors, and its speed unless they are too large."""
     wrong = errors(answer, {key: value for key, value in right.items() if key in answer})
     found: dict[str, Any] = {"name": name, "errors": wrong, "tolerance": tolerance}
     found["passed"] = max(wrong.values()) <= tolerance
@@ -164,7 +164,7 @@ def _time_form(row: Row, kind: type[Form], way: Way, products: str, name: str, r
 
 
 def time_row(row: Row, program: Path, limits: dict[str, float], until: float) -> dict[str, Any]:
-    """A row with all its contenders, and how it stands against what the project aims at."""
+    """A row with all its baselines, and how it stands against what the project aims at."""
     right = recurrence(small(row).case)
     ours = time_kernel(row, program, right)
     theirs = time_torch(row, right, until)
@@ -174,7 +174,7 @@ def time_row(row: Row, program: Path, limits: dict[str, float], until: float) ->
         "values": row.values,
         "memory_dtype": row.memory_dtype,
         "rounding": row.rounding,
-        "contenders": ours + theirs,
+        "baselines": ours + theirs,
         **verdict(row, ours, theirs, limits),
     }
 
@@ -213,9 +213,9 @@ def verdict(
     }
 
 
-def _fastest(contenders: list[dict[str, Any]]) -> dict[str, Any] | None:
-    right = [contender for contender in contenders if contender["passed"]]
-    return min(right, key=lambda contender: float(contender["us_per_pass"]), default=None)
+def _fastest(baselines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    right = [baseline for baseline in baselines if baseline["passed"]]
+    return min(right, key=lambda baseline: float(baseline["us_per_pass"]), default=None)
 
 
 def _run(command: list[Any]) -> dict[str, Any]:

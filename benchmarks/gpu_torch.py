@@ -1,7 +1,7 @@
 """The same mathematics in PyTorch on a device: eager and through torch.compile, as one CUDA graph and without.
 
 Chunks as matrix products and cached decoding are those of `titans_export.model.memory` and of the CPU benchmark's
-contenders. What a form computes is held to the recurrence before it is timed.
+baselines. What a form computes is held to the recurrence before it is timed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One memory layer, side by side: how fast each contender computes the operator, and how near that is to the machine.
+"""One memory layer, side by side: how fast each baseline computes the operator, and how near that is to the machine.
 
-    python -m benchmarks.layer                                      all rows and contenders
-    python -m benchmarks.layer --row mlp-decode --contender kernel --contender torch-compile --rounds 5
+    python -m benchmarks.layer                                      all rows and baselines
+    python -m benchmarks.layer --row mlp-decode --baseline kernel --baseline torch-compile --rounds 5
 
-Every contender's answer is compared with a float64 recurrence first. One that is wrong is reported without a speed, and
+Every baseline's answer is compared with a float64 recurrence first. One that is wrong is reported without a speed, and
 the exit code is 3.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 import click
 
 from benchmarks import limits, report, table
+from benchmarks.baselines import BASELINES, display
 from benchmarks.case import Case, rows
-from benchmarks.contenders import CONTENDERS, display
 from benchmarks.reference import TOLERANCE, errors, recurrence
+from titans_export.bench.interleaved import interleave
 from titans_export.bench.machine import QUIET, cores, others_busy
 from titans_export.bench.statistics import Speed, summarise
-from titans_export.bench.turns import take_turns
 from titans_export.bench.worker import Worker, WorkerError
 
 WRONG = 3
@@ -37,7 +37,7 @@ BOUND_BY = {"prefill": "sgemm", "mac": "sgemm", "decode": "read bandwidth"}
 
 
 def measure_row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
-    """Checks the contenders of one row, and measures those that are not wrong."""
+    """Checks the baselines of one row, and measures those that are not wrong."""
     right = recurrence(case)
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def measure_row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
                 if entry["passed"] is not False:
                     workers[display(name)] = worker
             found.append(entry)
-        _say(f"{case.name}: {rounds} rounds of {len(workers)} contenders")
+        _say(f"{case.name}: {rounds} rounds of {len(workers)} baselines")
         speeds = _measure(case, workers, rounds)
         for entry in found:
             if (name := entry["name"]) in speeds:
@@ -65,13 +65,13 @@ def measure_row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
         "flop_per_token": case.flop_per_token,
         "decode_bytes_per_token": case.decode_bytes_per_token,
         "decode_working_set": case.decode_working_set,
-        "contenders": found,
+        "baselines": found,
     }
 
 
 def _prepare(case: Case, name: str, right: Any, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
     began = time.monotonic()
-    worker = stack.enter_context(Worker("benchmarks.contenders:make", name, case, threads=case.threads))
+    worker = stack.enter_context(Worker("benchmarks.baselines:make", name, case, threads=case.threads))
     what, same_mathematics = worker.call("about")
     notes = worker.call("prepare")
     entry: dict[str, Any] = {
@@ -94,10 +94,10 @@ def _measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, S
     passes = {}
     for name, worker in workers.items():
         worker.call("start")
-        seconds = sum(worker.call("turn", 1)[0]) / 1e9
+        seconds = sum(worker.call("run_passes", 1)[0]) / 1e9
         passes[name] = min(MOST_PASSES, max(1, round(TURN_S / seconds)))
-    turns = take_turns({name: partial(w.call, "turn", passes[name]) for name, w in workers.items()}, rounds)
-    return {name: summarise(own, case.streams * case.tokens) for name, own in turns.items()}
+    timed = interleave({name: partial(w.call, "run_passes", passes[name]) for name, w in workers.items()}, rounds)
+    return {name: summarise(own, case.streams * case.tokens) for name, own in timed.items()}
 
 
 def share(case: Case, tokens_per_second: float, limit: dict[str, Any]) -> float:
@@ -122,8 +122,8 @@ def _say(text: str) -> None:
 
 @click.command(help=__doc__)
 @click.option("--row", "chosen_rows", multiple=True, help="Measure this row only; may be given again.")
-@click.option("--contender", "chosen", multiple=True, help="Only this one, or a module; may be given again.")
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns of each contender.")
+@click.option("--baseline", "chosen", multiple=True, help="Only this one, or a module; may be given again.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns of each baseline.")
 @click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--hidden", type=click.IntRange(1), default=256, show_default=True, help="Hidden width of the MLP.")
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
@@ -131,7 +131,7 @@ def _say(text: str) -> None:
 @click.option("--chunk", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of a pass of prefill.")
 @click.option("--decode-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a pass of decode.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every contender.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")
 def main(
     chosen_rows: tuple[str, ...],
@@ -153,10 +153,10 @@ def main(
     cases = rows(head_dim, hidden, streams, heads, chunk, tokens, decode_tokens, threads)
     available = [case.name for case in cases]
     cases = [case for case in cases if case.name in chosen_rows or not chosen_rows]
-    known = {display(name): name for name in CONTENDERS}
-    names = [known.get(name, name) for name in chosen] or list(CONTENDERS)
-    if unknown := [name for name in names if name not in CONTENDERS and "." not in name]:
-        raise click.UsageError(f"no contender {unknown[0]}; there are {', '.join(known)}")
+    known = {display(name): name for name in BASELINES}
+    names = [known.get(name, name) for name in chosen] or list(BASELINES)
+    if unknown := [name for name in names if name not in BASELINES and "." not in name]:
+        raise click.UsageError(f"no baseline {unknown[0]}; there are {', '.join(known)}")
     if not cases:
         raise click.UsageError(f"no such row; there are {', '.join(available)}")
     _say("measuring the machine's limits")
@@ -169,17 +169,17 @@ def main(
                 _say(f"others keep {busy[-1]:.0%} of this machine busy: expect little of these numbers")
             measured.append(measure_row(case, names, rounds))
     except WorkerError as error:
-        raise click.ClickException(f"a contender that passed failed while it was measured: {error}") from error
+        raise click.ClickException(f"a baseline that passed failed while it was measured: {error}") from error
     _say("measuring the machine's limits again")
     limit = limits.best(before, limits.measure(cases, threads))
     for row, case in zip(measured, cases, strict=True):
-        for entry in row["contenders"]:
+        for entry in row["baselines"]:
             if "speed" in entry:
                 entry["share_of_limit"] = share(case, entry["speed"]["tokens_per_second"], limit)
     result = {
         "benchmark": "layer",
         "ratios": {row["name"]: row["ratios"] for row in measured},
-        "passed": all(entry["passed"] is not False for row in measured for entry in row["contenders"]),
+        "passed": all(entry["passed"] is not False for row in measured for entry in row["baselines"]),
         "tolerance": TOLERANCE,
         "threads": threads,
         "others_busy": max(busy),

@@ -91,7 +91,9 @@ def product_shapes(cases: Iterable[Case]) -> list[tuple[int, int, int, int]]:
 def bandwidth(threads: int, sizes: Iterable[int]) -> dict[str, dict[str, float]]:
     """1e9 bytes a second that are read, and copied (reads and writes both counted), by working set in bytes."""
     if not BANDWIDTH.is_file():
-        raise MachineError("limits", f"the program {BANDWIDTH.name}", "none", "run make bench, which builds it")
+        raise MachineError(
+            "E0908", "limits", f"the program {BANDWIDTH.name} is missing", "run make bench, which builds it"
+        )
     command = [str(BANDWIDTH), str(threads), *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     values: dict[str, dict[str, float]] = json.loads(done.stdout)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.low_precision_memory -o benchmarks/results/cpu-stored-memory-DATE.json
 
-Storages, roundings and instruction sets take turns. "within" is the median of tokens that complete no chunk, "mean"
-that of whole chunks, their end included, a token.
+Memory dtypes, roundings and instruction sets are interleaved. "within" is the median of
+tokens that complete no chunk, "mean" the median per token of whole chunks, their end included.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.contenders.kernel import PROGRAM
+from benchmarks.baselines.kernel import PROGRAM
+from titans_export.bench.interleaved import interleave
 from titans_export.bench.machine import others_busy
-from titans_export.bench.turns import take_turns
 from titans_export.model.memory import MemorySpec
 from titans_export.model.memory_dtype import pack_row, unpack_row
 from titans_export.model.neural_memory import initial_rows, memory_layout
@@ -94,11 +94,11 @@ def main(rounds: int, output: Path) -> None:
             for (memory_dtype, rounding), path in cases.items()
         }
         with tqdm(total=rounds * len(work)) as bar:
-            turns = take_turns(work, rounds, progress=bar.update)
+            timed = interleave(work, rounds, progress=bar.update)
     lines: list[dict[str, Any]] = []
-    for name, of_name in turns.items():
+    for name, of_name in timed.items():
         target, memory_dtype, rounding = name.split()
-        chunks = [chunk for turn in of_name for chunk in turn]
+        chunks = [chunk for passes in of_name for chunk in passes]
         within = median(time for chunk in chunks for time in chunk[:-1]) / 1e3
         mean = median(sum(chunk) / len(chunk) for chunk in chunks) / 1e3
         kind = {"target": target, "memory_dtype": memory_dtype, "rounding": rounding}

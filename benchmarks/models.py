@@ -40,7 +40,7 @@ def run(*arguments: object, **options: object) -> str:
 @click.command(help=__doc__)
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="May be given again.  [default: all]")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every contender.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
 @click.option("--output-folder", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, show_default=False)
 def main(models: tuple[str, ...], rounds: int, threads: int, output_folder: Path) -> None:
     for model in models or MODELS:

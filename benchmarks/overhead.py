@@ -132,25 +132,25 @@ def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
     in_place = {state["name"]: state["in_place"] for state in session.info["state"]}
     guarded = session.stream()
     guarded.guard("skip", max_surprise=1e30)
-    contenders: dict[str, Any] = {
+    baselines: dict[str, Any] = {
         "engine": Engine(bundle, in_place),
         "runtime": CInterface(session.stream(), session.output_size),
         "guarded": CInterface(guarded, session.output_size),
         "python": Package(session.stream()),
     }
     random = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in baselines}
+    names = list(baselines)
     for round_ in range(rounds + 1):
         tokens = random.integers(0, session.vocab_size, turn).tolist()
         for at in range(len(names)):
             name = names[(at + round_) % len(names)]
-            us = time_turn(contenders[name].step, tokens)
+            us = time_turn(baselines[name].step, tokens)
             if round_ > 0:  # the first warms everything up
                 times[name].append(us)
-    judge = contenders["engine"].logits.ravel()
-    for name, contender in contenders.items():
-        if not np.array_equal(contender.logits, judge) and name != "engine":
+    judge = baselines["engine"].logits.ravel()
+    for name, baseline in baselines.items():
+        if not np.array_equal(baseline.logits, judge) and name != "engine":
             raise SystemExit(f"[overhead] expected the engine's logits of {name} but got others; do find out why")
     assert guarded.guard_report.rollbacks == 0
     floor = np.array(times["engine"])
@@ -173,7 +173,7 @@ def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
             "turn": turn,
             "others_busy": others_busy(),
         }
-        write(output, {"benchmark": "overhead", **facts, "contenders": found, **source})
+        write(output, {"benchmark": "overhead", **facts, "baselines": found, **source})
 
 
 if __name__ == "__main__":

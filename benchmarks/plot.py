@@ -28,7 +28,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in result["rows"] if row["ratios"]]
-    names = list(dict.fromkeys(entry["name"] for row in rows for entry in row["contenders"] if "speed" in entry))
+    names = list(dict.fromkeys(entry["name"] for row in rows for entry in row["baselines"] if "speed" in entry))
     colours = dict(zip(names, COLOURS, strict=False))
     ratios = {name: [row["ratios"].get(name) for row in rows] for name in names[1:]}
     same = [name for name in names if any(_share(row, name) for row in rows)]
@@ -59,7 +59,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _share(row: dict[str, Any], name: str) -> float | None:
     """The share of the row's limit; None without a speed, or for a different update."""
-    found = (e for e in row["contenders"] if e["name"] == name and "speed" in e and e["same_mathematics"])
+    found = (e for e in row["baselines"] if e["name"] == name and "speed" in e and e["same_mathematics"])
     return next((entry["share_of_limit"] for entry in found), None)
 
 

@@ -29,9 +29,9 @@ import numpy as np
 from benchmarks.report import RESULTS, ROOT, provenance, rounded, write
 from titans_export.bench import KINDS
 from titans_export.bench.comparison import Plan
+from titans_export.bench.interleaved import interleave
 from titans_export.bench.machine import QUIET, cores, others_busy
 from titans_export.bench.statistics import summarise
-from titans_export.bench.turns import take_turns
 from titans_export.bench.worker import Worker, WorkerError, explain
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.drift import Comparison, compare, recall
@@ -260,7 +260,7 @@ def _compare(model: Model, bundle: Bundle, taking_part: dict[str, Path], setting
         measured = recall.measure_recall(base, others, task, model.longest_recall, tokens, seed=settings.seed)
         for name, rows in measured.items():
             values = [{"distance": row.distance, "value": row.value} for row in rows]
-            bases = [{"distance": row.distance, "value": row.base} for row in rows]
+            bases = [{"distance": row.distance, "value": row.reference} for row in rows]
             entries[FLOAT32]["recall"] = {"task": task, "distances": bases}
             if name in sessions:
                 entries[name]["recall"] = {"task": task, "distances": values}
@@ -269,8 +269,8 @@ def _compare(model: Model, bundle: Bundle, taking_part: dict[str, Path], setting
 
 def _of_float32(found: Comparison) -> Result:
     drift = next(iter(found.drifts.values()))
-    windows = [{"end": window.end, "bits": window.base_bits} for window in drift.windows]
-    return {"bits_per_token": drift.base_bits, "windows": windows}
+    windows = [{"end": window.end, "bits": window.reference_bits} for window in drift.windows]
+    return {"bits_per_token": drift.reference_bits, "windows": windows}
 
 
 def _of_drift(drift: Drift) -> Result:
@@ -280,7 +280,7 @@ def _of_drift(drift: Drift) -> Result:
         "worst_window": max((window.bits_difference or 0 for window in drift.windows), default=None),
         "kl_mean": drift.kl_mean,
         "kl_max": drift.kl_max,
-        "agreement": drift.agreement,
+        "top1_agreement": drift.top1_agreement,
         "mean_abs_error": drift.mean_abs_error,
         "max_abs_error": drift.max_abs_error,
         "memory": worst(drift.memory, MEMORY_WINDOWS),
@@ -292,7 +292,7 @@ def _of_drift(drift: Drift) -> Result:
 
 
 def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: Settings) -> Result:
-    """Bytes, and speeds of all bundles, which take turns."""
+    """Bytes, and speeds of all bundles, interleaved."""
     busy = others_busy()
     if busy > QUIET:
         _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
@@ -323,10 +323,10 @@ def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: 
         for kind, count in zip(KINDS, (plan.prefill_tokens, plan.decode_tokens), strict=True):
             _say(f"{model.name}: {kind}, {plan.rounds} rounds of {len(workers)} bundles")
             tokens = np.random.default_rng(0).integers(0, bundle.manifest.input.width, count, np.int32)
-            turns = take_turns(
+            rounds = interleave(
                 {name: partial(worker.call, kind, tokens, 1) for name, worker in workers.items()}, plan.rounds
             )
-            for name, own in turns.items():
+            for name, own in rounds.items():
                 entries[name][kind] = dataclasses.asdict(summarise(own, count))
     return {
         "threads": settings.threads,

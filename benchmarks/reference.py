@@ -1,6 +1,6 @@
 """The answer that is right: equations 12 to 15 token by token in NumPy, float64, with nothing of the project's.
 
-What a contender gives is compared with it before anything is timed.
+What a baseline gives is compared with it before anything is timed.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def layer_ratios(result: Result) -> str:
     others = list(dict.fromkeys(other for row in result["rows"] for other in row["ratios"]))
     lines = []
     for row in result["rows"]:
-        first = next((entry for entry in row["contenders"] if "speed" in entry), None)
+        first = next((entry for entry in row["baselines"] if "speed" in entry), None)
         if first is None:
             continue
         share = f"{first['share_of_limit']:.0%} of {row['bound_by']}"
@@ -49,7 +49,7 @@ def layer_speeds(result: Result) -> str:
     header = ["row", "implementation", *SPEED, "of limit", "error", "state", "RSS growth"]
     lines = []
     for row in result["rows"]:
-        for entry in row["contenders"]:
+        for entry in row["baselines"]:
             label = [row["name"], entry["name"]]
             if "speed" in entry:
                 checked = _error(max(entry["errors"].values())) if entry["errors"] else "different update"
@@ -66,7 +66,7 @@ def layer_absent(result: Result) -> str:
     found = [
         f"- {row['name']}, {entry['name']}: {_reason(entry['unavailable'])}"
         for row in result["rows"]
-        for entry in row["contenders"]
+        for entry in row["baselines"]
         if entry["unavailable"]
     ]
     return "\n".join(found)
@@ -77,7 +77,7 @@ def layer_forms(result: Result) -> str:
     lines = []
     for row in result["rows"]:
         notes: dict[str, Any] = next(
-            (entry.get("notes", {}) for entry in row["contenders"] if entry["name"] == "torch-compile"), {}
+            (entry.get("notes", {}) for entry in row["baselines"] if entry["name"] == "torch-compile"), {}
         )
         for form, rate in notes.get("tokens_per_second_tried", {}).items():
             lines.append([row["name"], form, f"{rate:,.0f}", "kept" if form == notes["form"] else ""])
@@ -126,7 +126,7 @@ def model_speeds(results: list[Result]) -> str:
         ]
         for result in results
         for kind in result["ratios"]
-        for entry in result["contenders"]
+        for entry in result["baselines"]
         if entry[kind]
     ]
     return markdown(header, lines)
@@ -156,7 +156,7 @@ def library_speeds(result: Result) -> str:
             _size(entry["peak_rss_bytes"]),
         ]
         for kind in result["ratios"]
-        for entry in result["contenders"]
+        for entry in result["baselines"]
         if entry[kind]
     ]
     return markdown(header, lines)
@@ -173,7 +173,7 @@ def library_notes(result: Result) -> str:
     ]
     if result["flop_per_token"]:
         lines[0] += f", a token of prefill takes {result['flop_per_token'] / 1e6:,.0f} MFLOP"
-    for entry in result["contenders"]:
+    for entry in result["baselines"]:
         notes = [f"{name.replace('_', ' ')} {_note(value)}" for name, value in entry["notes"].items()]
         text = _reason(entry["unavailable"]) if entry["unavailable"] else "; ".join(notes)
         lines += [f"- {entry['name']}: {text}"] if text else []
@@ -276,7 +276,7 @@ def _drift(entry: Result) -> list[str]:
     parts = [f"{entry[key]:+.2%}" if entry[key] is not None else "-" for key in ("bits_difference", "worst_window")]
     memory = [_error(entry["memory"][key]) for key in ("weights", "surprise")]
     bits = "-" if entry["bits_per_token"] is None else f"{entry['bits_per_token']:.4f}"
-    return [bits, *parts, _error(entry["kl_mean"]), f"{entry['agreement']:.2%}", *memory]
+    return [bits, *parts, _error(entry["kl_mean"]), f"{entry['top1_agreement']:.2%}", *memory]
 
 
 def where(result: Result) -> str:
@@ -360,7 +360,7 @@ def fill(text: str, contents: dict[str, str], page: Path = DOCUMENT) -> str:
 
 def _first(result: Result) -> str:
     """The implementation that the baselines are compared with."""
-    names = (entry["name"] for row in result["rows"] for entry in row["contenders"] if "speed" in entry)
+    names = (entry["name"] for row in result["rows"] for entry in row["baselines"] if "speed" in entry)
     return next(names, "-")
 
 

@@ -4,10 +4,10 @@
     python -m benchmarks.titans_pytorch_model --export --rounds 5     exports the bundle anew first
     python -m benchmarks.titans_pytorch_model --profile               only where the runtime's time goes
 
-The model is that of the library's script train_mac.py with random weights, exported to build/bench. Contenders: the
+The model is that of the library's script train_mac.py with random weights, exported to build/bench. Baselines: the
 runtime; the same mathematics in PyTorch, through torch.compile and eager; the library. First all logits of a stream are
 compared with the golden ones: of the library those of its parallel forward; how far its cached decoding is from it is
-only reported, since that deviates. The exit code is 3 where a contender is wrong.
+only reported, since that deviates. The exit code is 3 where a baseline is wrong.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks import limits, table
 from benchmarks.operator_times import profile
 from benchmarks.report import RESULTS, ROOT, provenance, write
 from titans_export.bench import KINDS
-from titans_export.bench.comparison import Contender, Result, ratios
+from titans_export.bench.comparison import Baseline, Result, ratios
+from titans_export.bench.interleaved import interleave
 from titans_export.bench.machine import QUIET, cores, others_busy
 from titans_export.bench.models import Logits, Measured, PyTorch, Runtime, Tokens
-from titans_export.bench.statistics import Turn, summarise
-from titans_export.bench.turns import take_turns
+from titans_export.bench.statistics import Passes, summarise
 from titans_export.bench.worker import Worker, WorkerError
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.verify import Distance
@@ -62,7 +62,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens of prefill and of the prompt, tokens decoded after it, rounds, and threads of every contender."""
+    """Tokens of prefill and of the prompt, tokens decoded after it, rounds, and threads of every baseline."""
 
     prompt_tokens: int
     decode_tokens: int
@@ -91,7 +91,7 @@ class Stretches(Measured):
         self.feed(prompt)
         self.keep()
 
-    def prefill(self, tokens: Tokens, passes: int) -> Turn:
+    def prefill(self, tokens: Tokens, passes: int) -> Passes:
         taken = []
         for _ in range(1 + passes):
             self.reset()
@@ -100,8 +100,8 @@ class Stretches(Measured):
             taken.append([time.perf_counter_ns() - began])
         return taken[1:]
 
-    def decode(self, tokens: Tokens, passes: int) -> Turn:
-        turn: list[list[int]] = []
+    def decode(self, tokens: Tokens, passes: int) -> Passes:
+        timed: list[list[int]] = []
         for count in (min(WARM_UP, len(tokens)), *[len(tokens)] * passes):
             self.go_back()
             taken = []
@@ -109,8 +109,8 @@ class Stretches(Measured):
                 began = time.perf_counter_ns()
                 self.step(int(token))
                 taken.append(time.perf_counter_ns() - began)
-            turn.append(taken)
-        return turn[1:]
+            timed.append(taken)
+        return timed[1:]
 
 
 class RuntimeStretches(Runtime, Stretches):
@@ -216,7 +216,7 @@ class Library(Stretches):
         return np.stack([self.step(int(token)) for token in tokens[prompt:]])
 
     def state_bytes(self) -> int:
-        from benchmarks.contenders.titans_pytorch import _bytes
+        from benchmarks.baselines.titans_pytorch import _bytes
 
         return _bytes(self._kept_cache[1:])
 
@@ -282,23 +282,23 @@ def provide(subject: Subject, anew: bool) -> Bundle:
     return read_bundle(subject.bundle)
 
 
-def contenders(subject: Subject, plan: Plan) -> list[Contender]:
+def baselines(subject: Subject, plan: Plan) -> list[Baseline]:
     """Who takes part, the one that the others are compared with first."""
     pytorch = [subject.weights, FORMAT, plan.threads]
     longest = max(CHECKED, plan.prompt_tokens + plan.decode_tokens)
     compiled = "the same mathematics in PyTorch through torch.compile"
     return [
-        Contender(
+        Baseline(
             "runtime", "the runtime with its kernels", f"{_HERE}:RuntimeStretches", (subject.bundle, plan.threads)
         ),
-        Contender("pytorch-compile", compiled, f"{_HERE}:PyTorchStretches", (*pytorch, True, subject.config)),
-        Contender(
+        Baseline("pytorch-compile", compiled, f"{_HERE}:PyTorchStretches", (*pytorch, True, subject.config)),
+        Baseline(
             "pytorch-eager",
             "the same mathematics in PyTorch",
             f"{_HERE}:PyTorchStretches",
             (*pytorch, False, subject.config),
         ),
-        Contender(
+        Baseline(
             "titans-pytorch",
             "the library's parallel forward, and its cached decoding",
             f"{_HERE}:Library",
@@ -307,35 +307,35 @@ def contenders(subject: Subject, plan: Plan) -> list[Contender]:
     ]
 
 
-def measure(bundle: Bundle, taking_part: list[Contender], plan: Plan) -> tuple[list[Result], float | None]:
+def measure(bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> tuple[list[Result], float | None]:
     """Checks everybody and, where all of those that can take part pass, measures them. Also the operations a token."""
-    results, flop = [Result(contender) for contender in taking_part], None
+    results, flop = [Result(baseline) for baseline in taking_part], None
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for result in results:
-            contender = result.contender
-            _say(f"preparing and checking {contender.name}: {contender.what}")
+            baseline = result.baseline
+            _say(f"preparing and checking {baseline.name}: {baseline.what}")
             began = time.monotonic()
             try:
-                worker = stack.enter_context(Worker(contender.target, *contender.args, threads=plan.threads))
+                worker = stack.enter_context(Worker(baseline.target, *baseline.args, threads=plan.threads))
                 result.notes = worker.call("prepare")
                 result.setup_s = round(time.monotonic() - began, 2)
                 check(bundle, worker, result)
-                if contender.name == "pytorch-eager":
+                if baseline.name == "pytorch-eager":
                     flop = worker.call("flop_per_token", plan.prompt_tokens)
             except WorkerError as error:
                 result.unavailable = str(error)
             else:
-                workers[contender.name] = worker
-        if all(result.passed for result in results if result.contender.name in workers):
-            _measure(bundle, {r.contender.name: r for r in results}, workers, plan)
+                workers[baseline.name] = worker
+        if all(result.passed for result in results if result.baseline.name in workers):
+            _measure(bundle, {r.baseline.name: r for r in results}, workers, plan)
     return results, flop
 
 
 def check(bundle: Bundle, worker: Worker, result: Result) -> None:
     """Compares with the golden logits: fed whole, and all but the library token by token too."""
     tokens, golden = (rows[:CHECKED] for rows in bundle.golden())
-    is_library = result.contender.target.endswith(":Library")
+    is_library = result.baseline.target.endswith(":Library")
     distance = Distance()
     for one_by_one in (False,) if is_library else (False, True):
         distance.add(worker.call("all_logits", tokens, one_by_one), golden, 0, bundle.tolerance)
@@ -353,12 +353,12 @@ def _measure(bundle: Bundle, results: dict[str, Result], workers: dict[str, Work
     for worker in workers.values():
         worker.call("begin", tokens[: plan.prompt_tokens])
     for kind, part in zip(KINDS, (tokens[: plan.prompt_tokens], tokens[plan.prompt_tokens :]), strict=True):
-        _say(f"measuring {kind}, {plan.rounds} rounds of {len(workers)} contenders, {len(part)} tokens a pass")
+        _say(f"measuring {kind}, {plan.rounds} rounds of {len(workers)} baselines, {len(part)} tokens a pass")
         passes = {name: _passes(worker, kind, part) for name, worker in workers.items()}
-        turns = take_turns(
+        rounds = interleave(
             {name: partial(worker.call, kind, part, passes[name]) for name, worker in workers.items()}, plan.rounds
         )
-        for name, own in turns.items():
+        for name, own in rounds.items():
             results[name].speeds[kind] = summarise(own, len(part))
     for name, worker in workers.items():
         memory = worker.call("memory")
@@ -398,7 +398,7 @@ def machine_limits(threads: int, read_bytes: int) -> dict[str, Any]:
     return found
 
 
-def run(subject: Subject, bundle: Bundle, taking_part: list[Contender], plan: Plan) -> dict[str, Any]:
+def run(subject: Subject, bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> dict[str, Any]:
     """All of the result."""
     read_bytes = weight_bytes(bundle)
     _say("measuring the machine's limits")
@@ -428,7 +428,7 @@ def run(subject: Subject, bundle: Bundle, taking_part: list[Contender], plan: Pl
         "flop_per_token": flop,
         "weight_bytes_per_token": read_bytes,
         "limits": limit,
-        "contenders": entries,
+        "baselines": entries,
         "profile": profile(bundle, plan.threads, plan.prompt_tokens),
         **provenance(),
     }
@@ -436,9 +436,9 @@ def run(subject: Subject, bundle: Bundle, taking_part: list[Contender], plan: Pl
 
 def _entry(result: Result) -> dict[str, Any]:
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    contender, speeds = fields.pop("contender"), fields.pop("speeds")
+    baseline, speeds = fields.pop("baseline"), fields.pop("speeds")
     by_kind = {kind: dataclasses.asdict(speeds[kind]) if kind in speeds else None for kind in KINDS}
-    return {"name": contender.name, "what": contender.what, **fields, **by_kind}
+    return {"name": baseline.name, "what": baseline.what, **fields, **by_kind}
 
 
 def _say(text: str) -> None:
@@ -451,11 +451,11 @@ def subject_in(folder: Path) -> Subject:
 
 
 @click.command(help=__doc__)
-@click.option("--contender", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this; may be given again.")
+@click.option("--baseline", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this; may be given again.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of prefill and prompt.")
 @click.option("--decode-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every contender.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
 @click.option("--export", "anew", is_flag=True, help="Export the bundle anew; takes minutes.")
 @click.option("--profile", "profile_only", is_flag=True, help="Only say where the runtime's time goes.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "build" / "bench")
@@ -476,7 +476,7 @@ def main(
     if profile_only:
         click.echo(table.library_profile({"profile": profile(bundle, plan.threads, prompt)}))
         return
-    taking_part = [c for c in contenders(subject, plan) if c.name in chosen or not chosen]
+    taking_part = [c for c in baselines(subject, plan) if c.name in chosen or not chosen]
     result = run(subject, bundle, taking_part, plan)
     write(output_folder / f"cpu-{subject.name}-{result['date']}.json", result)
     parts: tuple[Callable[[dict[str, Any]], str], ...] = (table.library_ratios, table.library_speeds)

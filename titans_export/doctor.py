@@ -1,4 +1,4 @@
-"""What this machine has of what exporting and running need, found without loading anything heavy."""
+"""Looks for the dependencies of exporting and running, without loading anything heavy."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ EXPORT, RUN = "export", "run on the CPU"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for. version None: missing. required_for: commands that do not work without it."""
+    """A dependency. `version` is None if it is missing; `required_for` lists the purposes that need it."""
 
     name: str
     version: str | None
     needed_for: str
-    remedy: str
+    fix: str
     detail: str = ""
     required_for: tuple[str, ...] = ()
 
     @property
     def found(self) -> bool:
-        """Whether it is there."""
+        """Whether it was found."""
         return self.version is not None
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order in which it is worth reading."""
+    """All dependencies, the most important first."""
     both = (EXPORT, RUN)
     export = (EXPORT,)
     return [
@@ -54,7 +54,7 @@ def examine() -> list[Finding]:
         _package("onnxscript", "exporting", export),
         _package("onnxruntime", "verify --polygraphy; brings libonnxruntime"),
         _package("polygraphy", "verify --polygraphy"),
-        _package("tokenizers", "models whose tokens are not bytes"),
+        _package("tokenizers", "models with a tokenizer.json"),
         _tool("c++", "building the runtime", "install a C++17 compiler such as g++", "-dumpfullversion"),
         _tool("cmake", "building the runtime", "pip install cmake"),
         _driver(),
@@ -74,7 +74,7 @@ def examine() -> list[Finding]:
         _library(
             "tensorrt-rtx",
             ("tensorrt_rtx",),
-            "engines for RTX GPUs, which it builds without one",
+            "building engines for RTX GPUs",
             "pip install 'titans-export[rtx]'",
         ),
         _cuda_provider(),
@@ -82,7 +82,7 @@ def examine() -> list[Finding]:
 
 
 def works(findings: list[Finding], purpose: str) -> bool:
-    """Whether all that `purpose` requires was found."""
+    """Whether every dependency of `purpose` was found."""
     return all(finding.found for finding in findings if purpose in finding.required_for)
 
 
@@ -94,46 +94,46 @@ def _package(name: str, needed_for: str, required_for: tuple[str, ...] = ()) -> 
 
 
 def _runtime() -> list[Finding]:
-    """The library behind titans_runtime, which says its version itself, and what belongs beside it for the CPU."""
+    """The runtime library, its ONNX Runtime backend and the memory kernel."""
     name, needed_for, required_for = "titans_runtime", "run, verify, export", (EXPORT, RUN)
-    backend, remedy = "onnxruntime backend", "install titans-runtime again, with ONNX Runtime's headers in .deps"
+    backend, fix = "onnxruntime backend", "install titans-runtime again, with ONNX Runtime's headers in .deps"
     try:
         import titans_runtime
         from titans_runtime._library import _library_path
     except ImportError as error:
         missing = Finding(name, None, needed_for, "pip install titans-runtime", str(error), required_for)
-        return [missing, Finding(backend, None, needed_for, remedy, required_for=required_for), _kernel(None, None)]
+        return [missing, Finding(backend, None, needed_for, fix, required_for=required_for), _kernel(None, None)]
     library, version = Path(_library_path()), titans_runtime.__version__
     path = library.parent / "libtitans_backend_onnxruntime.so"
     return [
         Finding(name, version, needed_for, "", str(library), required_for),
-        Finding(backend, version if path.is_file() else None, needed_for, remedy, str(path), required_for),
+        Finding(backend, version if path.is_file() else None, needed_for, fix, str(path), required_for),
         _kernel(library.parent / "libtitans_onnxruntime_ops.so", version),
     ]
 
 
 def _kernel(path: Path | None, version: str | None) -> Finding:
-    """The memory's kernel and the instruction set it would use. Nothing needs it, but one that is broken stops runs."""
-    name, needed_for = "memory kernel", "a faster memory, without a second buffer"
-    remedy = "install titans-runtime again, with Highway's headers in .deps"
+    """The memory kernel and its instruction set. It is optional, but a broken one stops runs."""
+    name, needed_for = "memory kernel", "a faster memory, updated in place"
+    fix = "install titans-runtime again, with Highway's headers in .deps"
     if path is None or not path.exists():
-        return Finding(name, None, needed_for, remedy, "" if path is None else f"no {path}")
+        return Finding(name, None, needed_for, fix, "" if path is None else f"no {path}")
     try:
         ask = ctypes.CDLL(str(path)).titans_onnxruntime_ops_target
         ask.restype = ctypes.c_char_p
         target: bytes | None = ask()
     except (OSError, AttributeError) as error:
-        return Finding(name, None, needed_for, remedy, str(error), (EXPORT, RUN))
+        return Finding(name, None, needed_for, fix, str(error), (EXPORT, RUN))
     if target is None:
-        reason = "TITANS_CPU_TARGET names no instruction set of this machine"
+        reason = "TITANS_CPU_TARGET is not an instruction set of this machine"
         return Finding(name, None, needed_for, "unset TITANS_CPU_TARGET", reason, (EXPORT, RUN))
-    return Finding(name, version, needed_for, remedy, f"{path} ({target.decode()})")
+    return Finding(name, version, needed_for, fix, f"{path} ({target.decode()})")
 
 
 def _onnxruntime() -> Finding:
-    """The ONNX Runtime library that the runtime would open, and what it can run on."""
+    """The ONNX Runtime library that the runtime would open, and its execution providers."""
     name, needed_for, required_for = "libonnxruntime", "running on the CPU", (EXPORT, RUN)
-    remedy = "pip install onnxruntime, or set TITANS_ONNXRUNTIME to a libonnxruntime.so"
+    fix = "pip install onnxruntime, or set TITANS_ONNXRUNTIME to a libonnxruntime.so"
     reason = "not found"
     for path in _onnxruntime_candidates():
         try:
@@ -141,12 +141,12 @@ def _onnxruntime() -> Finding:
         except (OSError, AttributeError) as error:
             reason = str(error)
             continue
-        return Finding(name, version, needed_for, remedy, f"{path} ({', '.join(providers)})", required_for)
-    return Finding(name, None, needed_for, remedy, reason, required_for)
+        return Finding(name, version, needed_for, fix, f"{path} ({', '.join(providers)})", required_for)
+    return Finding(name, None, needed_for, fix, reason, required_for)
 
 
 def _onnxruntime_candidates() -> list[str]:
-    """Where the runtime looks, in its order."""
+    """The libraries that the runtime tries, in its order."""
     if named := os.environ.get("TITANS_ONNXRUNTIME"):
         return [named]
     with suppress(ImportError):
@@ -187,14 +187,14 @@ def _ask_onnxruntime(path: str) -> tuple[str, list[str]]:
 def _tool(
     name: str,
     needed_for: str,
-    remedy: str,
+    fix: str,
     flag: str = "--version",
     places: tuple[str, ...] = (),
 ) -> Finding:
     path = shutil.which(name) or next((place for place in places if Path(place).is_file()), None)
     if path is None:
-        return Finding(name, None, needed_for, remedy)
-    return Finding(name, find_version(_output([path, flag])) or "unknown", needed_for, remedy, path)
+        return Finding(name, None, needed_for, fix)
+    return Finding(name, find_version(_output([path, flag])) or "unknown", needed_for, fix, path)
 
 
 def _output(command: list[str]) -> str:
@@ -204,13 +204,13 @@ def _output(command: list[str]) -> str:
 
 
 def find_version(text: str) -> str | None:
-    """The version in what a tool prints: of all numbers with dots the first of those with most."""
+    """The version in a tool's output: the first number with the most dots."""
     found = re.findall(r"\d+(?:\.\d+)+", text)
     return max(found, key=lambda version: version.count(".")) if found else None
 
 
 def _driver() -> Finding:
-    """NVIDIA's driver: its version and the newest CUDA it takes. Asks neither a GPU nor nvidia-smi, which are slow."""
+    """NVIDIA's driver version and the newest CUDA it supports. Avoids nvidia-smi and the GPU, which are slow."""
     cuda = None
     with suppress(OSError, AttributeError):
         number = ctypes.c_int()
@@ -238,9 +238,9 @@ def _gpus() -> list[str]:
 
 
 def _plugin() -> Finding:
-    """Our plugin for TensorRT, beside the runtime's library or named by the environment."""
-    name, needed_for = "tensorrt plugin", "the memory in engines of TensorRT"
-    remedy = "build it, docs/tensorrt-plugin.md"
+    """Our TensorRT plugin, beside the runtime library or named by the environment."""
+    name, needed_for = "tensorrt plugin", "the memory in TensorRT engines"
+    fix = "build it, docs/tensorrt-plugin.md"
     places = [Path(named)] if (named := os.environ.get("TITANS_TENSORRT_PLUGIN")) else []
     with suppress(ImportError):
         from titans_runtime._library import _library_path
@@ -248,15 +248,15 @@ def _plugin() -> Finding:
         places += sorted(Path(_library_path()).parent.glob("libtitans_tensorrt_plugin_*.so"))
     found = [path for path in places if path.is_file()]
     if not found:
-        return Finding(name, None, needed_for, remedy)
+        return Finding(name, None, needed_for, fix)
     majors = [match[1] for path in found if (match := re.search(r"_plugin_(\d+)\.so$", path.name))]
     version = "for TensorRT " + ", ".join(majors) if majors else "unknown"
-    return Finding(name, version, needed_for, remedy, ", ".join(map(str, found)))
+    return Finding(name, version, needed_for, fix, ", ".join(map(str, found)))
 
 
 def _cuda_provider() -> Finding:
-    """ONNX Runtime's provider for CUDA, a library beside its own."""
-    name, needed_for, remedy = (
+    """ONNX Runtime's CUDA provider, a library beside its own."""
+    name, needed_for, fix = (
         "onnxruntime CUDA",
         "running on NVIDIA GPUs without an engine",
         "pip install onnxruntime-gpu",
@@ -267,15 +267,15 @@ def _cuda_provider() -> Finding:
             continue
         with suppress(OSError, AttributeError):
             version, _ = _ask_onnxruntime(path)
-            return Finding(name, version, needed_for, remedy, str(provider))
-    return Finding(name, None, needed_for, remedy)
+            return Finding(name, version, needed_for, fix, str(provider))
+    return Finding(name, None, needed_for, fix)
 
 
-def _library(package: str, names: tuple[str, ...], needed_for: str, remedy: str) -> Finding:
-    """A library that comes as a Python package or with the system."""
+def _library(package: str, names: tuple[str, ...], needed_for: str, fix: str) -> Finding:
+    """A library from a Python package or from the system."""
     with suppress(importlib.metadata.PackageNotFoundError):
-        return Finding(package, importlib.metadata.version(package), needed_for, remedy, "Python package")
+        return Finding(package, importlib.metadata.version(package), needed_for, fix, "Python package")
     for name in names:
         if soname := ctypes.util.find_library(name):
-            return Finding(package, soname.partition(".so.")[2] or "unknown", needed_for, remedy, soname)
-    return Finding(package, None, needed_for, remedy)
+            return Finding(package, soname.partition(".so.")[2] or "unknown", needed_for, fix, soname)
+    return Finding(package, None, needed_for, fix)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 _CODE = re.compile(r"E\d{4}")
+_OS_FIXES = {
+    errno.ENOSPC: "free some space or choose another place",
+    errno.EDQUOT: "free some space or choose another place",
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EACCES: "check the permissions or choose another place",
+    errno.EPERM: "check the permissions or choose another place",
+    errno.EROFS: "choose a place you may write to",
+    errno.ENOENT: "check the path, and create the folder first",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "check the path",
+}
 
 
 def error_line(code: str, where: str, problem: str, fix: str) -> str:
     """`[where] problem. Fix: fix (code)` on one line. White space of any kind becomes one space."""
     return " ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split())
+
+
+def os_error_fix(error: OSError) -> str:
+    """What the user can do about a file that cannot be read or written."""
+    return _OS_FIXES.get(error.errno or 0, "check the path and the disk")
 
 
 class TitansError(Exception):

@@ -1,9 +1,8 @@
-"""Writing that loses nothing: output is built aside and takes its name only when it is whole."""
+"""Atomic output: files and folders are written under a temporary name and renamed into place."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import glob
 import os
@@ -13,20 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OutputError, TitansError
+from .errors import OutputError, TitansError, os_error_fix
 
-ASIDE = ".tmp"  # how the name of what is being written ends
+ASIDE = ".tmp"  # suffix of temporary output
 
 
 def _explain(target: Path, error: OSError) -> OutputError:
-    remedy = {
-        errno.ENOSPC: "free some space or choose another place",
-        errno.EACCES: "choose a folder you may write to",
-        errno.EPERM: "choose a folder you may write to",
-        errno.EROFS: "choose a folder you may write to",
-        errno.ENOENT: "create the folder first",
-    }.get(error.errno or 0, "choose another place")
-    return OutputError("output", f"to write {target}", error.strerror or str(error), remedy)
+    reason = error.strerror or str(error)
+    return OutputError("E1001", "output", f"cannot write {target}: {reason}", os_error_fix(error))
 
 
 def _sync(path: Path) -> None:
@@ -39,16 +32,16 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _aside(target: Path, make: Callable[[Path, str], Path]) -> Iterator[Path]:
-    """What `make` makes beside the target; locked, so that it is told from what a killed process has left."""
+    """Temporary output beside the target. A lock tells it from the stale output of a killed process."""
     _remove_abandoned(target)
     while True:
         aside = make(target.parent, f".{target.name}.")
         handle = os.open(aside, os.O_RDONLY)
-        with suppress(OSError):  # there are file systems without locks; nothing is removed there
+        with suppress(OSError):  # some file systems have no locks; stale output stays there
             fcntl.flock(handle, fcntl.LOCK_EX)
         if aside.exists():
             break
-        os.close(handle)  # another process came between and took it for an abandoned one
+        os.close(handle)  # another process took it for stale output and removed it
     try:
         yield aside
     finally:
@@ -57,7 +50,7 @@ def _aside(target: Path, make: Callable[[Path, str], Path]) -> Iterator[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{ASIDE}"):
-        with suppress(OSError):  # its writer lives, or it is not ours to remove
+        with suppress(OSError):  # its writer is running, or we may not remove it
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,9 +74,9 @@ def _make_folder(folder: Path, prefix: str) -> Path:
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """A path to write to; it replaces `target` when the block ends without an error, else it is removed.
+    """A temporary path. It replaces `target` when the block succeeds and is removed otherwise.
 
-    What a killed process was writing for the same target is removed too.
+    Stale temporary output for the same target is removed too. Raises OutputError.
     """
     try:
         with _aside(target, _make_file) as aside:
@@ -92,7 +85,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
                 aside.chmod(0o666 & ~_umask())
                 _sync(aside)
                 aside.replace(target)
-                with suppress(PermissionError):  # of a folder that may be written but not read
+                with suppress(PermissionError):  # the folder may be writable but not readable
                     _sync(target.parent)
             finally:
                 aside.unlink(missing_ok=True)
@@ -103,14 +96,14 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path, overwrite: bool, marker: str) -> None:
-    """Finds what would keep a folder from becoming `target`, before any work is done for it. Raises OutputError.
+    """Raises OutputError if a folder could not become `target`, before any work is done.
 
-    Only a folder that holds a file named `marker` is ever overwritten, so that a slip of the hand costs nothing else.
+    Only a folder that holds a file named `marker` is ever overwritten, which protects other folders from a typo.
     """
     if target.exists() and not overwrite:
-        raise OutputError("output", f"{target} not to exist", "an existing one", "give another name or --overwrite")
+        raise OutputError("E1008", "output", f"{target} exists", "give another name or --overwrite")
     if target.exists() and not (target / marker).is_file():
-        raise OutputError("output", f"{target} to hold {marker}", "something else there", "give another name")
+        raise OutputError("E1009", "output", f"{target} has no {marker} and is not replaced", "give another name")
     try:
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
@@ -119,11 +112,11 @@ def check_output(target: Path, overwrite: bool, marker: str) -> None:
 
 @contextmanager
 def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A folder to fill; it becomes `target` when the block ends without an error, else it is removed.
+    """A temporary folder. It becomes `target` when the block succeeds and is removed otherwise.
 
-    An existing target changes places with the new folder in one step, so at every moment one of the two is whole under
-    its name. What may be overwritten is what `check_output` lets pass, before the block and once more after it. What a
-    killed process was writing for the same target is removed.
+    An existing target and the new folder are exchanged in one step, so a complete folder has the name at every moment.
+    `check_output` runs before and after the block. Stale temporary output for the same target is removed. Raises
+    OutputError.
     """
     target = target.resolve()
     check_output(target, overwrite, marker)
@@ -139,7 +132,7 @@ def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Pat
                     _exchange(aside, target)
                 else:
                     aside.rename(target)
-                with suppress(PermissionError):  # of a folder that may be written but not read
+                with suppress(PermissionError):  # the folder may be writable but not readable
                     _sync(target.parent)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -150,7 +143,7 @@ def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Pat
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Makes two folders change places in one step (Linux), or in two where the file system cannot."""
+    """Exchanges two folders in one step on Linux, or in two if the file system does not support it."""
     libc = ctypes.CDLL(None, use_errno=True)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:

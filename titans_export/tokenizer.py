@@ -1,4 +1,4 @@
-"""Text to tokens and back, as a bundle's manifest says: bytes, or a tokenizer file of the `tokenizers` package."""
+"""Tokenizers of a bundle: bytes, or a tokenizer file of the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Tokens = npt.NDArray[np.int32]
 BLOCK_BYTES = 1 << 12
 
 
-class TextError(TitansError):
-    """Text that cannot be read as the model's tokenizer needs it."""
+class TextError(TitansError, ValueError):
+    """Text that is empty or that the model's tokenizer cannot read."""
 
 
 class Tokenizer(Protocol):
-    """What a model's text goes through."""
+    """Converts text to tokens and back."""
 
     def encode(self, text: bytes) -> Tokens:
         """The tokens of a whole text."""
 
     def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
-        """The tokens of a file block by block, each with the number of the file's bytes that it covers."""
+        """The tokens of a file in blocks, each with the number of bytes it covers."""
 
     def decoder(self) -> Callable[[int | None], str]:
-        """Takes token after token and gives the text that is certain by then; None ends it and gives the rest."""
+        """A function from one token to the text that is complete by then; None returns the rest."""
 
 
 class ByteTokenizer:
@@ -42,12 +42,12 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
-        """Block by block, so that a file of any size takes constant memory."""
+        """The tokens in blocks, so that a file of any size takes constant memory."""
         while block := file.read(BLOCK_BYTES):
             yield self.encode(block), len(block)
 
     def decoder(self) -> Callable[[int | None], str]:
-        """Holds back bytes that are not whole UTF-8 yet and shows invalid ones as U+FFFD."""
+        """Holds back incomplete UTF-8 and shows invalid bytes as U+FFFD."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
         def decode(token: int | None) -> str:
@@ -65,12 +65,17 @@ class FileTokenizer:
             from tokenizers.decoders import DecodeStream
         except ImportError as error:
             raise MachineError(
-                "tokenizer", f"the package tokenizers, for {path.name}", str(error), "pip install tokenizers"
+                "E1006",
+                "tokenizer",
+                f"cannot import tokenizers, needed for {path.name}: {error}",
+                "pip install tokenizers",
             ) from None
         try:
             self._inner: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
-            raise BundleError("tokenizer", f"{path} to be readable", str(error), "export the bundle again") from None
+            raise BundleError(
+                "E0204", "tokenizer", f"damaged file {path}: {error}", "export the bundle again"
+            ) from None
         self._stream = DecodeStream
 
     def encode(self, text: bytes) -> Tokens:
@@ -78,7 +83,7 @@ class FileTokenizer:
         return self._encode(_utf8(text))
 
     def read(self, file: BinaryIO) -> Iterator[tuple[Tokens, int]]:
-        """In blocks that end with a line, as words do not reach across those; a longer line is a block of its own."""
+        """The tokens in blocks of whole lines, as words do not cross lines; a longer line is one block."""
         rest = b""
         while block := file.read(BLOCK_BYTES):
             whole, found, tail = (rest + block).rpartition(b"\n")
@@ -89,7 +94,7 @@ class FileTokenizer:
             yield self._encode(_utf8(rest)), len(rest)
 
     def decoder(self) -> Callable[[int | None], str]:
-        """The package's own decoding of a stream, which holds back what the next token may change."""
+        """The package's own stream decoding, which holds back text that the next token may change."""
         stream = self._stream(skip_special_tokens=False)
         ids: list[int] = []
         shown = 0
@@ -124,13 +129,18 @@ def open_tokenizer(description: records.Tokenizer | Mapping[str, Any] | None, bu
         return FileTokenizer(bundle / str(description.file))
     if kind == "none":
         raise BundleError(
-            "tokenizer", f"a tokenizer in {bundle}", "none", "export with a tokenizer.json in the checkpoint"
+            "E0110", "tokenizer", f"{bundle} has no tokenizer", "export with a tokenizer.json in the checkpoint"
         )
-    raise BundleError("tokenizer", 'a tokenizer of kind "bytes" or "file"', repr(kind), "install a newer titans-export")
+    raise BundleError(
+        "E0205",
+        "tokenizer",
+        f'invalid tokenizer kind in the manifest: expected "bytes", "file" or "none", got {kind!r}',
+        "export the bundle again",
+    )
 
 
 def _utf8(text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TextError("text", "UTF-8, as the model's tokenizer needs it", str(error), "convert the text") from None
+        raise TextError("E0108", "text", f"the text is not UTF-8: {error}", "convert the text to UTF-8") from None

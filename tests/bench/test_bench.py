@@ -1,4 +1,4 @@
-"""What benchmarks are built of: workers, turns and statistics; and the command `bench`. Speeds are never asserted."""
+"""Workers, interleaved measurement and statistics; and the command `bench`. Speeds are never asserted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cli_tools import environment, invoke, spawn
 from benchmarks import table
 from benchmarks.report import provenance, write
 from titans_export.bench import KINDS, comparison
+from titans_export.bench.interleaved import interleave
 from titans_export.bench.statistics import Speed, summarise
-from titans_export.bench.turns import take_turns
 from titans_export.bench.worker import Worker, WorkerError
 
 pytest_plugins = ["cli_fixtures"]
 SHORT = ("--tokens", 8, "--decode-tokens", 4, "--rounds", 2, "--threads", 1)
 EVERYTHING = {
     "bundle", "against", "device", "passed", "tolerance", "ratios", "prefill_tokens", "decode_tokens", "rounds",
-    "threads", "contenders", "machine", "packages", "others_busy",
+    "threads", "baselines", "machine", "packages", "others_busy",
 }  # fmt: skip
-OF_A_CONTENDER = {
+OF_A_BASELINE = {
     "name", "what", "unavailable", "passed", "max_abs_error", "first_bad_position", *KINDS, "state_bytes",
     "peak_rss_bytes", "setup_s", "notes",
 }  # fmt: skip
@@ -50,16 +50,16 @@ class TestStatistics:
         assert speed.tokens_per_second == pytest.approx(64e9 / 10_630)
 
 
-def test_turns_go_round_and_start_with_another_each_round() -> None:
+def test_rounds_are_interleaved_and_start_with_the_next_baseline() -> None:
     order: list[str] = []
 
     def taker(name: str) -> Any:
         return lambda: order.append(name) or [[len(order)]]
 
-    turns = take_turns({name: taker(name) for name in "abc"}, 3, settle_s=0)
+    turns = interleave({name: taker(name) for name in "abc"}, 3, settle_s=0)
     assert "".join(order) == "abcbcacab"
     assert turns == {"a": [[[1]], [[6]], [[8]]], "b": [[[2]], [[4]], [[9]]], "c": [[[3]], [[5]], [[7]]]}
-    assert take_turns({}, 3, settle_s=0) == {}
+    assert interleave({}, 3, settle_s=0) == {}
 
 
 class TestWorker:
@@ -99,10 +99,10 @@ class TestCommand:
         assert report["passed"] is True
         # Rounded up to whole calls and chunks.
         assert (report["prefill_tokens"], report["decode_tokens"], report["rounds"]) == (8, 4, 2)
-        names = [entry["name"] for entry in report["contenders"]]
+        names = [entry["name"] for entry in report["baselines"]]
         assert names == ["memory-kernel", "standard-operators"]
-        for entry in report["contenders"]:
-            assert set(entry) == OF_A_CONTENDER
+        for entry in report["baselines"]:
+            assert set(entry) == OF_A_BASELINE
             if entry["unavailable"]:
                 continue
             assert entry["passed"] is True
@@ -112,7 +112,7 @@ class TestCommand:
             for kind in KINDS:
                 assert set(entry[kind]) == {field.name for field in fields(Speed)}
                 assert entry[kind]["rounds"] == 2
-        if not report["contenders"][0]["unavailable"]:
+        if not report["baselines"][0]["unavailable"]:
             assert set(report["ratios"]) == set(KINDS)
             assert set(report["ratios"]["decode"]) == {"standard-operators"}
 
@@ -130,36 +130,36 @@ class TestCommand:
         assert "standard-operators" in result.out
         assert "memory-kernel" not in result.out
 
-    def test_a_wrong_contender_has_no_speed(
+    def test_a_wrong_baseline_has_no_speed(
         self, shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = comparison.contenders
+        real = comparison.baselines
 
-        def with_a_wrong_one(*args: Any) -> list[comparison.Contender]:
+        def with_a_wrong_one(*args: Any) -> list[comparison.Baseline]:
             right = real(*args)[-1]
-            return [right, comparison.Contender("wrong", "off", "bench_doubles:WrongModel", right.args)]
+            return [right, comparison.Baseline("wrong", "off", "bench_doubles:WrongModel", right.args)]
 
-        monkeypatch.setattr(comparison, "contenders", with_a_wrong_one)
+        monkeypatch.setattr(comparison, "baselines", with_a_wrong_one)
         output = tmp_path / "bench.json"
         result = invoke("bench", shared_bundle, *SHORT, "--output", output, "--json")
         result.check_failure(3, "wrong", "position 10")
         report = result.json()
         assert json.loads(output.read_text()) == report
-        right, wrong = report["contenders"]
+        right, wrong = report["baselines"]
         assert (report["passed"], right["passed"], wrong["passed"]) == (False, True, False)
         assert wrong["first_bad_position"] == 10
         assert report["ratios"] == {}
         assert all(entry[kind] is None for entry in (right, wrong) for kind in KINDS)
 
-    def test_a_contender_that_cannot_take_part_is_told(
+    def test_a_baseline_that_cannot_take_part_is_told(
         self, shared_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = comparison.contenders
-        missing = comparison.Contender("absent", "not there", "nothing:Nobody", ())
-        monkeypatch.setattr(comparison, "contenders", lambda *args: [missing, real(*args)[-1]])
+        real = comparison.baselines
+        missing = comparison.Baseline("absent", "not there", "nothing:Nobody", ())
+        monkeypatch.setattr(comparison, "baselines", lambda *args: [missing, real(*args)[-1]])
         result = invoke("bench", shared_bundle, *SHORT, "--json")
         assert result.code == 0, result.err
-        absent, present = result.json()["contenders"]
+        absent, present = result.json()["baselines"]
         assert "No module named 'nothing'" in absent["unavailable"]
         assert absent["passed"] is None
         assert present["decode"]["tokens_per_second"] > 0
@@ -168,7 +168,7 @@ class TestCommand:
     def test_against_a_checkpoint(self, shared_bundle: Path, checkpoint: Path) -> None:
         result = invoke("bench", shared_bundle, "--against", checkpoint, *SHORT, "--json")
         assert result.code == 0, result.err
-        entries = {entry["name"]: entry for entry in result.json()["contenders"]}
+        entries = {entry["name"]: entry for entry in result.json()["baselines"]}
         assert set(entries) == {"memory-kernel", "standard-operators", "pytorch-eager", "pytorch-compile"}
         assert entries["pytorch-eager"]["passed"] is True
         compiled = entries["pytorch-compile"]

@@ -1,4 +1,4 @@
-"""The layer benchmark: its costs, its reference, its contenders, its check, and the page that it fills."""
+"""The layer benchmark: its costs, its reference, its baselines, its check, and the page that it fills."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from oracles import titans_stream
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import costs, layer, limits, long_stream, plot, table, text
+from benchmarks.baselines import BASELINES, make
 from benchmarks.case import KINDS, Case, rows
-from benchmarks.contenders import CONTENDERS, make
 from benchmarks.reference import TOLERANCE, errors, recurrence
 from titans_export.errors import MachineError
 from titans_export.model.memory import Coefficients, Gates, MemorySpec, State, chunk_update, read
 from titans_export.model.memory import recurrence as our_recurrence
 
 # In the benchmark's process these live in other ones.
-SAME_MATHEMATICS = [name for name in CONTENDERS if name not in ("torch_compile", "titans_pytorch")]
+SAME_MATHEMATICS = [name for name in BASELINES if name not in ("torch_compile", "titans_pytorch")]
 LIMITS = {"sgemm_gflops": 100.0, "bandwidth_gb_s": {}, "batched_gflops": {}, "sgemm_gflops_by_library": {}}
 
 
@@ -117,42 +117,42 @@ class TestReference:
         assert max(float(np.abs(right[name]).max()) for name in ("W0", "W1")) < 2 * start
 
 
-class TestContenders:
+class TestBaselines:
     @pytest.mark.parametrize("name", SAME_MATHEMATICS)
     @cases
     def test_are_right_and_go_on(self, name: str, case: Case) -> None:
-        contender = make(name, case)
+        baseline = make(name, case)
         try:
-            contender.prepare()
+            baseline.prepare()
         except MachineError as error:
             pytest.skip(str(error))
         right = recurrence(case)
         for _ in range(2):
-            assert max(errors(contender.answer(), right).values()) <= TOLERANCE
-            turn = contender.turn(2)
+            assert max(errors(baseline.answer(), right).values()) <= TOLERANCE
+            turn = baseline.run_passes(2)
             calls = {"mac": 4, "decode": 16}.get(case.kind)
             assert len(turn) == 2
             assert all(calls in (None, len(one)) and all(taken > 0 for taken in one) for one in turn)
-        assert contender.state_bytes() > 0
+        assert baseline.state_bytes() > 0
 
     @pytest.mark.long
     @cases
     def test_torch_compile_is_right(self, case: Case) -> None:
-        contender = make("torch_compile", case)
-        notes = contender.prepare()
+        baseline = make("torch_compile", case)
+        notes = baseline.prepare()
         assert notes["form"] in notes["tokens_per_second_tried"]
         right = recurrence(case)
-        assert max(errors(contender.answer(), right).values()) <= TOLERANCE
-        contender.turn(1)
-        assert max(errors(contender.answer(), right).values()) <= TOLERANCE
+        assert max(errors(baseline.answer(), right).values()) <= TOLERANCE
+        baseline.run_passes(1)
+        assert max(errors(baseline.answer(), right).values()) <= TOLERANCE
 
     def test_titans_pytorch_runs(self) -> None:
         pytest.importorskip("titans_pytorch", reason="optional: pip install '.[bench]'")
         for kind in ("prefill", "decode"):
-            contender = make("titans_pytorch", _case(kind, (6, 12, 6)))
-            contender.prepare()
-            assert contender.about()[1] is False
-            assert len(contender.turn(1)) == 1
+            baseline = make("titans_pytorch", _case(kind, (6, 12, 6)))
+            baseline.prepare()
+            assert baseline.about()[1] is False
+            assert len(baseline.run_passes(1)) == 1
 
 
 def _run(*arguments: object) -> Any:
@@ -171,20 +171,20 @@ class TestProgram:
 
         monkeypatch.setattr(limits, "measure", measure)
 
-    def test_a_wrong_contender_has_no_speed(self, tmp_path: Path) -> None:
+    def test_a_wrong_baseline_has_no_speed(self, tmp_path: Path) -> None:
         output = tmp_path / "layer.json"
-        contenders = ("--contender", "torch-eager", "--contender", "bench_doubles")
+        baselines = ("--baseline", "torch-eager", "--baseline", "bench_doubles")
         chosen = ("--row", "linear-decode", "--row", "mlp-prefill", "--rounds", 2, "--threads", 1)
-        result = _run(*SMALL, *chosen, *contenders, "-o", output)
+        result = _run(*SMALL, *chosen, *baselines, "-o", output)
         assert result.exit_code == 2, "a name without dots has to be known"
-        contenders = ("--contender", "torch-eager", "--contender", "tests.support.bench_doubles")
-        result = _run(*SMALL, *chosen, *contenders, "-o", output)
+        baselines = ("--baseline", "torch-eager", "--baseline", "tests.support.bench_doubles")
+        result = _run(*SMALL, *chosen, *baselines, "-o", output)
         assert result.exit_code == 3, result.output
         report = json.loads(output.read_text())
         assert report["passed"] is False
         assert [row["name"] for row in report["rows"]] == ["mlp-prefill", "linear-decode"]
         for row in report["rows"]:
-            right, wrong = row["contenders"]
+            right, wrong = row["baselines"]
             assert right["passed"] is True
             assert right["speed"]["rounds"] == 2
             assert right["share_of_limit"] > 0
@@ -203,8 +203,8 @@ class TestProgram:
     def test_picture(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib", reason="optional: pip install '.[bench]'")
         output = tmp_path / "layer.json"
-        contenders = ("--contender", "torch-eager", "--contender", "onnxruntime-standard")
-        result = _run(*SMALL, "--row", "linear-decode", "--rounds", 1, "--threads", 1, *contenders, "-o", output)
+        baselines = ("--baseline", "torch-eager", "--baseline", "onnxruntime-standard")
+        result = _run(*SMALL, "--row", "linear-decode", "--rounds", 1, "--threads", 1, *baselines, "-o", output)
         assert result.exit_code == 0, result.output
         report = json.loads(output.read_text())
         pictures = [tmp_path / name for name in ("a.svg", "b.svg")]

@@ -1,4 +1,4 @@
-"""The benchmark of a titans-pytorch model: the library as a contender, stretches, shares, operators, tables."""
+"""The benchmark of a titans-pytorch model: the library as a baseline, stretches, shares, operators, tables."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_fills_the_page(tmp_path: Path) -> None:
         "decode_tokens": 128, "threads": 2, "others_busy": 0.0, "flop_per_token": 4e7, "weight_bytes_per_token": 4096,
         "limits": {"sgemm_gflops": 200.0, "bandwidth_gb_s": {"4096": {"read": 44.0, "copy": 1.0}}},
         "ratios": {"prefill": {"titans-pytorch": 7.5}, "decode": {"titans-pytorch": 42.0}},
-        "contenders": [
+        "baselines": [
             {"name": "runtime", **entry, "prefill": speed, "decode": speed, "notes": {"backend": "onnxruntime"},
              "share_of_limit": {"prefill": 0.5, "decode": 0.25}},
             {"name": "titans-pytorch", **entry, "prefill": speed, "decode": speed, "share_of_limit": {},

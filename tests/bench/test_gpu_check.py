@@ -185,7 +185,7 @@ def test_rows_that_were_measured_are_not_measured_again(gpu: Path, monkeypatch: 
 
     def time_row(row: Row, *rest: Any) -> dict[str, Any]:
         timed.append(row.name)
-        return {"name": row.name, "contenders": [{"name": "kernel", "passed": True}]}
+        return {"name": row.name, "baselines": [{"name": "kernel", "passed": True}]}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_time, "measure_limits", lambda: {"copy_gb_s": 1.0})

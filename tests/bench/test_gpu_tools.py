@@ -35,7 +35,7 @@ def case(kind: str, widths: tuple[int, ...] = (16, 24, 16)) -> Case:
     return Case("case", kind, widths, 2, 2, 8, 24, threads=0)
 
 
-# ---- cases and contenders ----
+# ---- cases and baselines ----
 
 
 def test_rows_have_names_of_their_own_and_say_what_they_are_held_against() -> None:
@@ -96,28 +96,28 @@ def test_small_rows_are_the_same_memory() -> None:
 # ---- timing ----
 
 
-def _contender(name: str, us: float, passed: bool | None = True) -> dict[str, Any]:
+def _baseline(name: str, us: float, passed: bool | None = True) -> dict[str, Any]:
     return {"name": name, "passed": passed, "us_per_pass": us, "us_per_chunk": us / 4, "tflops": 100.0, "gb_s": 2000.0}
 
 
 def test_the_verdict_takes_the_fastest_that_is_right() -> None:
     row, bound = rows()[0], {"matrix_bfloat16_tflops": 400.0, "copy_gb_s": 2500.0}
     theirs = [
-        _contender("torch eager", 900),
-        _contender("torch.compile a", 10, passed=False),
+        _baseline("torch eager", 900),
+        _baseline("torch.compile a", 10, passed=False),
         {"name": "torch.compile b", "passed": None, "unavailable": "no"},
-        _contender("torch.compile c", 300),
+        _baseline("torch.compile c", 300),
     ]
-    found = gpu_time.verdict(row, [_contender("kernel", 120), _contender("kernel, graph", 100)], theirs, bound)
+    found = gpu_time.verdict(row, [_baseline("kernel", 120), _baseline("kernel, graph", 100)], theirs, bound)
     assert found["share_of_limit"] == 0.25
     assert found["reached"] is False
     assert found["times_torch"] == {"compile": 3.0, "eager": 9.0, "any": 3.0}
-    decode = gpu_time.verdict(rows()[1], [_contender("kernel", 100)], [], bound)
+    decode = gpu_time.verdict(rows()[1], [_baseline("kernel", 100)], [], bound)
     assert decode["share_of_limit"] == 0.8
     assert decode["reached"] is True
-    one = gpu_time.verdict(rows()[2], [_contender("kernel", 200)], [], bound)
+    one = gpu_time.verdict(rows()[2], [_baseline("kernel", 200)], [], bound)
     assert one["reached"] is False, "50 microseconds a chunk, 40 are aimed at"
-    nothing = gpu_time.verdict(row, [_contender("kernel", 1, passed=False)], theirs, bound)
+    nothing = gpu_time.verdict(row, [_baseline("kernel", 1, passed=False)], theirs, bound)
     assert nothing["share_of_limit"] is None
 
 
@@ -152,7 +152,7 @@ def test_a_kernel_is_checked_and_then_timed(tmp_path: Path, monkeypatch: pytest.
 @needs_kernel
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_a_row_has_all_contenders_checked_and_timed(kind: str, gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_has_all_baselines_checked_and_timed(kind: str, gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of a row on the CPU, with a clock of the CPU's and no CUDA graphs."""
     from benchmarks.gpu_torch import Way
 
@@ -173,14 +173,14 @@ def test_a_row_has_all_contenders_checked_and_timed(kind: str, gpu: Path, monkey
     row = Row(case(kind), "float32", "float32", "copy", reach_share=0.8)
     limits = {"copy_gb_s": 1.0, "matrix_float32_tflops": 1.0}
     found = gpu_time.time_row(row, gpu_parts.PROGRAM, limits, until=float("inf"))
-    kernels = [entry for entry in found["contenders"] if "kernel" in entry["name"]]
+    kernels = [entry for entry in found["baselines"] if "kernel" in entry["name"]]
     assert len(kernels) == 2
-    others = [entry for entry in found["contenders"] if "torch" in entry["name"]]
+    others = [entry for entry in found["baselines"] if "torch" in entry["name"]]
     assert len(others) == 2 * len(FORMS[kind]) * len(gpu_time.products_of(row))
     for entry in kernels + others:
         assert entry["passed"], entry
         assert entry["us_per_pass"] > 0
-    broken = [entry for entry in found["contenders"] if "broken" in entry["name"]]
+    broken = [entry for entry in found["baselines"] if "broken" in entry["name"]]
     assert broken
     assert all("no such mode" in entry["unavailable"] for entry in broken)
     assert set(found["times_torch"]) == {"compile", "eager", "any"}

@@ -31,7 +31,7 @@ def test_all_is_well_here(runtime: None) -> None:
     assert "CPU" in checks["libonnxruntime"]["detail"]
     for check in checks.values():
         assert check["needed_for"]
-        assert check["found"] or check["remedy"], check["name"]
+        assert check["found"] or check["fix"], check["name"]
 
 
 def test_the_table_names_everything(runtime: None) -> None:

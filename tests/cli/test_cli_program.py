@@ -17,10 +17,10 @@ from titans_export.cli.table import size, table
 from titans_export.errors import MachineError, MismatchError, UsageError
 
 pytest_plugins = ["cli_fixtures"]
-COMMANDS = ("build", "diff", "doctor", "export", "inspect", "run", "verify")
+COMMANDS = ("bench", "build", "compare", "diff", "doctor", "export", "inspect", "quantize", "run", "verify")
 
 
-def test_help_shows_the_usual_path() -> None:
+def test_help_shows_the_typical_use() -> None:
     result = invoke("--help")
     assert result.code == 0
     for step in ("titans-export export ", "titans-export verify ", "titans-export run ", "_TITANS_EXPORT_COMPLETE"):
@@ -55,13 +55,23 @@ def test_every_command_explains_itself(name: str) -> None:
         ("export", "a", "-o", "b.titans", "--chunks-per-call", "0"),
         ("verify", "a.titans", "--text", "b.txt"),
         ("verify", "a.titans", "--tokens", "many"),
+        ("compare", "a.titans"),
+        ("compare", "a.titans", "b.titans", "--tolerance", "nan"),
     ],
     ids=" ".join,
 )
 def test_usage_errors(args: tuple[str, ...]) -> None:
     result = invoke(*args)
-    result.check_failure(2)
+    result.check_failure(2, "TITANS-E010")
     assert result.out == ""
+
+
+def test_an_unknown_option_is_named() -> None:
+    result = invoke("run", "--foo")
+    assert (
+        result.err == "titans-export: [usage] unknown option --foo. Fix: see titans-export run --help (TITANS-E0101)\n"
+    )
+    invoke("run", "a.titans", "--promt", "x").check_failure(2, "unknown option --promt. Fix: use --prompt, or see ")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -103,15 +113,15 @@ def _run_failing(error: BaseException, *args: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (MismatchError("a", "b", "c", "d"), 3, "[a] expected b but got c; d"),
-        (MachineError("a", "b\nb", "c", "d"), 4, "b b"),
-        (UsageError("a", "b", "c", "d"), 2, "[a]"),
+        (MismatchError("E0901", "a", "b", "c"), 3, "[a] b. Fix: c (TITANS-E0901)"),
+        (MachineError("E0650", "a", "b\nb", "c"), 4, "b b"),
+        (UsageError("E0102", "a", "b", "c"), 2, "[a]"),
         (KeyboardInterrupt(), 1, "[interrupted]"),
         (OSError(28, "No space left on device", "/x"), 1, "free some space"),
         (PermissionError(13, "Permission denied", "/x"), 1, "/x"),
         (MemoryError(), 1, "[memory]"),
         (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 4, "pip install onnx"),
-        (ImportError("[titans_runtime] expected a library but got none; do build it"), 4, "do build it"),
+        (ImportError("[titans_runtime] no library. Fix: build it (TITANS-E0601)"), 4, "build it"),
         (ZeroDivisionError("a\nb"), 1, "ZeroDivisionError: a b"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -132,7 +142,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("status", "code"), [(1, 1), (2, 1), (4, 4)])
 def test_runtime_errors_have_exit_codes(status: int, code: int) -> None:
     rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
-    assert explain(rt.Error("[x] expected a but got b; do c", status)) == ("[x] expected a but got b; do c", code)
+    line = "[x] a. Fix: b (TITANS-E0501)"
+    assert explain(rt.Error(line, status)) == (line, code)
 
 
 def test_a_closed_pipe_is_no_traceback(shared_bundle: object) -> None:

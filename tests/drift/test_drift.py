@@ -17,7 +17,7 @@ from titans_export.checkpoints import titans
 from titans_export.drift import Drift, compare, streams
 from titans_export.drift.layers import _Probed, activations, measure_layers
 from titans_export.drift.memory import distances
-from titans_export.drift.metrics import Meter, Right, uniform
+from titans_export.drift.metrics import Meter, ReferenceOutputs, uniform
 from titans_export.errors import BundleError, UsageError
 
 pytest_plugins = ["drift_fixtures"]
@@ -69,12 +69,12 @@ def oracle(right: NDArray[Any], got: NDArray[Any], tokens: NDArray[Any]) -> dict
     first = [np.log2(size)]
     chosen = np.arange(len(tokens) - 1), tokens[1:]
     return {
-        "base_bits": np.concatenate((first, -np.log2(p[chosen]))),
+        "reference_bits": np.concatenate((first, -np.log2(p[chosen]))),
         "bits": np.concatenate((first, -np.log2(q[chosen]))),
         "kl": (p * np.log2(p / q)).sum(-1),
         "mean_abs_error": error.mean(-1),
         "max_abs_error": error.max(-1),
-        "agreement": (p.argmax(-1) == q.argmax(-1)).astype(float),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).astype(float),
         "squares": ((got.astype(np.float64) - right) ** 2).sum(-1),
         "right_squares": (right.astype(np.float64) ** 2).sum(-1),
     }
@@ -89,44 +89,44 @@ class TestMetrics:
         ]  # fmt: skip
         for window in found.windows:
             part = slice(window.start, window.end)
-            for name in ("base_bits", "bits", "mean_abs_error", "agreement"):
+            for name in ("reference_bits", "bits", "mean_abs_error", "top1_agreement"):
                 assert getattr(window, name) == pytest.approx(wanted[name][part].mean(), rel=1e-12), name
             assert window.max_abs_error == wanted["max_abs_error"][part].max()
             assert window.kl_mean == pytest.approx(wanted["kl"][part].mean(), rel=1e-9)
             assert window.kl_max == pytest.approx(wanted["kl"][part].max(), rel=1e-9)
             relative = np.sqrt(wanted["squares"][part].sum() / wanted["right_squares"][part].sum())
             assert window.relative_error == pytest.approx(relative, rel=1e-12)
-            excess = wanted["bits"][part].mean() / wanted["base_bits"][part].mean() - 1
+            excess = wanted["bits"][part].mean() / wanted["reference_bits"][part].mean() - 1
             assert window.bits_difference == pytest.approx(excess, rel=1e-9)
         assert found.bits == pytest.approx(wanted["bits"].mean(), rel=1e-12)
         assert found.kl_mean == pytest.approx(wanted["kl"].mean(), rel=1e-9)
         assert found.max_abs_error == wanted["max_abs_error"].max() > 1e-3
         assert found.positions == len(TOKENS)
-        assert 0 < (found.agreement or 0) < 1
+        assert 0 < (found.top1_agreement or 0) < 1
 
     def test_of_logits_far_from_zero(self) -> None:
         """No softmax overflows, and one that both shift is no drift."""
         right = np.random.default_rng(0).normal(0, 50, (40, 7)).astype(np.float32)
         tokens = np.arange(40, dtype=np.int32) % 7
         meter = Meter(True, 7, 16, None, None)
-        rows = Right(right + np.float32(4096), True)
+        rows = ReferenceOutputs(right + np.float32(4096), True)
         bits, _ = rows.bits(tokens, uniform(7))
         meter.add(right + np.float32(2048), rows, tokens, bits)
         meter.close()
         exact = (right + np.float32(4096)).astype(np.float64) - 4096
         wanted = oracle(exact, (right + np.float32(2048)).astype(np.float64) - 2048, tokens)
-        assert meter.drift.base_bits == pytest.approx(wanted["base_bits"].mean(), rel=1e-9)
+        assert meter.drift.reference_bits == pytest.approx(wanted["reference_bits"].mean(), rel=1e-9)
         assert meter.drift.kl_mean == pytest.approx(wanted["kl"].mean(), rel=1e-6)
 
     def test_against_itself_nothing_drifts(self, base: Any) -> None:
         found = compare(base, {"itself": base}, TOKENS, window=100, tolerance=0, bits_tolerance=0).drifts["itself"]
         assert found.passed and found.max_abs_error == found.mean_abs_error == 0
-        assert (found.kl_mean, found.kl_max, found.agreement, found.bits_difference) == (0, 0, 1, 0)
+        assert (found.kl_mean, found.kl_max, found.top1_agreement, found.bits_difference) == (0, 0, 1, 0)
         assert all(entry.weights == entry.surprise == 0 for entry in found.memory) and found.memory
 
     def test_the_runtime_scores_the_same_bits(self, base: Any, other: Any) -> None:
         found = compare(base, {"rounded": other}, TOKENS).drifts["rounded"]
-        for session, bits in ((base, found.base_bits), (other, found.bits)):
+        for session, bits in ((base, found.reference_bits), (other, found.bits)):
             assert bits == pytest.approx(-float(session.stream().score(TOKENS).mean()) / np.log(2), rel=1e-5)
 
     def test_blocks_and_windows_change_nothing(self, base: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,15 @@ class TestMetrics:
             monkeypatch.setattr(streams, "block_length", lambda session, window, rows=rows: rows)
             found = compare(base, {"rounded": other}, TOKENS, window=window).drifts["rounded"]
             assert found.positions == whole.positions
-            for name in ("bits", "base_bits", "kl_mean", "kl_max", "mean_abs_error", "max_abs_error", "agreement"):
+            for name in (
+                "bits",
+                "reference_bits",
+                "kl_mean",
+                "kl_max",
+                "mean_abs_error",
+                "max_abs_error",
+                "top1_agreement",
+            ):
                 assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-9), name
             ends = [entry.end for entry in found.windows]
             assert ends == [*range(window, 300, window), 300]
@@ -154,7 +162,7 @@ class TestMetrics:
             part = TOKENS[window.start : window.end]
             wanted = oracle(base.stream().feed(part), other.stream().feed(part), part)
             assert window.bits == pytest.approx(wanted["bits"].mean(), rel=1e-12)
-            assert window.base_bits == pytest.approx(wanted["base_bits"].mean(), rel=1e-12)
+            assert window.reference_bits == pytest.approx(wanted["reference_bits"].mean(), rel=1e-12)
             assert window.kl_mean == pytest.approx(wanted["kl"].mean(), rel=1e-9)
 
     def test_no_tokens(self, base: Any) -> None:
@@ -224,7 +232,7 @@ class TestMemory:
         assert (first.layer, first.position, second.layer) == ("a", 7, "b.c")
         assert first.weights == pytest.approx(0.5 * np.sqrt(w.size) / np.linalg.norm(w), rel=1e-6)
         assert first.surprise == pytest.approx(0.5 * np.sqrt(s.size) / np.linalg.norm(s), rel=1e-6)
-        assert first.base_weights_norm == pytest.approx(np.linalg.norm(w), rel=1e-6)
+        assert first.reference_weights_norm == pytest.approx(np.linalg.norm(w), rel=1e-6)
         assert first.weights_norm == pytest.approx(np.linalg.norm(w + 0.5), rel=1e-6)
         assert second.surprise is None
 
@@ -296,7 +304,7 @@ class TestRefusals:
     def test_another_tokenizer(self, base: Any) -> None:
         changed = Session(base, lambda real: real)
         changed.info = {**base.info, "tokenizer": {"kind": "none"}}  # type: ignore[attr-defined]
-        with pytest.raises(BundleError, match="tokenizer of changed"):
+        with pytest.raises(BundleError, match="changed has another tokenizer"):
             compare(base, {"changed": changed}, TOKENS)
 
     def test_memories_of_other_shapes(self, base: Any) -> None:
@@ -304,11 +312,11 @@ class TestRefusals:
             def memory(self) -> dict[str, Any]:
                 return {name: values[..., :1] for name, values in self._real.memory().items()}
 
-        with pytest.raises(BundleError, match=r"W0 of smaller of shape"):
+        with pytest.raises(BundleError, match=r"W0 of smaller has another shape"):
             compare(base, {"smaller": Session(base, Smaller)}, TOKENS[:40])
 
     def test_tokens_beyond_the_vocabulary(self, base: Any) -> None:
-        with pytest.raises(UsageError, match="tokens below 256"):
+        with pytest.raises(UsageError, match="expected 0 to 255, got 1 to 256"):
             compare(base, {"x": base}, np.array([1, 256], np.int32))
 
 

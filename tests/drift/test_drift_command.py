@@ -1,4 +1,4 @@
-"""`verify BUNDLE --against BUNDLE`: the command, the report and the page; and what is measured of recall."""
+"""`compare BUNDLE REFERENCE`: the command, the report and the page; and what is measured of recall."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(drift_bundle: Path, rounded: Path, tmp_path_factory: pytest.TempPathF
     (folder / "text.txt").write_bytes(TEXT)
     args = ("--text", folder / "text.txt", "--window", 256, "--tolerance", 0.01, "--recall", 256, "--layers", 100)
     files = ("--html", folder / "drift.html", "--output", folder / "drift.json")
-    result = invoke("verify", rounded, "--against", drift_bundle, *args, *files, "--json")
+    result = invoke("compare", rounded, drift_bundle, *args, *files, "--json")
     result.check_failure(3, "position 0", "bits")
     found = result.json()
     assert json.loads((folder / "drift.json").read_text()) == found
@@ -47,53 +47,53 @@ def report(drift_bundle: Path, rounded: Path, tmp_path_factory: pytest.TempPathF
 
 class TestCommand:
     def test_report(self, report: dict[str, Any], rounded: Path, drift_bundle: Path) -> None:
-        assert (report["bundle"], report["against"]) == (str(rounded), str(drift_bundle))
+        assert (report["bundle"], report["reference"]) == (str(rounded), str(drift_bundle))
         assert report["passed"] is False and report["first_bad_position"] == 0
         assert report["positions"] == len(TEXT) and len(report["windows"]) == math.ceil(len(TEXT) / 256)
         assert report["max_abs_error"] == max(window["max_abs_error"] for window in report["windows"]) > 0.01
         assert report["bits_per_byte"] == report["bits_per_token"]
-        assert report["bits_per_byte"]["bundle"] != report["bits_per_byte"]["against"]
+        assert report["bits_per_byte"]["bundle"] != report["bits_per_byte"]["reference"]
         assert {entry["layer"] for entry in report["layers"]["errors"]} == {"layers.0", "layers.0.memory"}
         assert [entry["distance"] for entry in report["recall"]["distances"]] == [64, 256]
         assert report["memory"][-1]["position"] == len(TEXT) and report["memory"][-1]["weights"] > 0
         sides = report["bundles"]
-        assert sides["bundle"]["manifest_xxh3_128"] != sides["against"]["manifest_xxh3_128"]
-        assert report["verdict"].startswith("Not within tolerance: it leaves at position 0.")
+        assert sides["bundle"]["manifest_xxh3_128"] != sides["reference"]["manifest_xxh3_128"]
+        assert report["verdict"].startswith("Not within tolerance: first exceeded at position 0.")
 
     def test_against_itself(self, drift_bundle: Path, text: Path) -> None:
         args = ("--text", text, "--tolerance", 0, "--bits-tolerance", 0, "--layers", 60, "--recall", 64, "--json")
-        result = invoke("verify", drift_bundle, "--against", drift_bundle, *args)
+        result = invoke("compare", drift_bundle, drift_bundle, *args)
         assert result.code == 0, result.err
         report = result.json()
         assert report["passed"] is True and report["max_abs_error"] == 0 and report["first_bad_position"] is None
         assert report["kl_bits"] == {"mean": 0, "max": 0} and report["top1_agreement"] == 1
         assert all(entry["relative_error"] == 0 for entry in report["layers"]["errors"])
-        assert all(entry["bundle"] == entry["against"] for entry in report["recall"]["distances"])
+        assert all(entry["bundle"] == entry["reference"] for entry in report["recall"]["distances"])
         assert report["verdict"].startswith("Within tolerance: over")
 
     def test_another_memory_kernel(self, drift_bundle: Path, text: Path) -> None:
-        args = ("--text", text, "--against-memory-kernel", "off", "--tolerance", 1e-3, "--recall", 0, "--json")
-        report = invoke("verify", drift_bundle, "--against", drift_bundle, *args).json()
+        args = ("--text", text, "--reference-memory-kernel", "off", "--tolerance", 1e-3, "--recall", 0, "--json")
+        report = invoke("compare", drift_bundle, drift_bundle, *args).json()
         assert report["passed"] is True
-        assert report["bundles"]["against"]["memory_kernel"] == "standard-operators"
+        assert report["bundles"]["reference"]["memory_kernel"] == "standard-operators"
         assert report["bundles"]["bundle"]["memory_kernel"] != "standard-operators"
         assert "standard-operators" in render(report)
         assert report["layers"] is None and "one kernel" in report["layers_missing"]
 
     def test_without_a_tolerance_anything_goes(self, drift_bundle: Path, rounded: Path) -> None:
-        result = invoke("verify", rounded, "--against", drift_bundle, "--tokens", 200, *QUICK)
+        result = invoke("compare", rounded, drift_bundle, "--tokens", 200, *QUICK)
         assert result.code == 0, result.err
-        assert result.out.startswith("No tolerance was given. Over 200 tokens the bits are")
+        assert result.out.startswith("No tolerance was given. Over 200 tokens, the bits are")
         assert "layers.0.memory" in result.out
 
     def test_bits_tolerance(self, drift_bundle: Path, rounded: Path, text: Path) -> None:
         """One direction or the other has larger bits."""
         both = ((rounded, drift_bundle), (drift_bundle, rounded))
-        found = [invoke("verify", a, "--against", b, "--text", text, "--bits-tolerance", 0, *QUICK) for a, b in both]
+        found = [invoke("compare", a, b, "--text", text, "--bits-tolerance", 0, *QUICK) for a, b in both]
         assert sorted(result.code for result in found) == [0, 3]
 
     def test_random_tokens_by_their_seed(self, drift_bundle: Path, rounded: Path) -> None:
-        args = ("verify", rounded, "--against", drift_bundle, "--tokens", 50, *QUICK, "--json", "--cuts")
+        args = ("compare", rounded, drift_bundle, "--tokens", 50, *QUICK, "--json", "--seed")
         first, again, other = (invoke(*args, seed).json()["max_abs_error"] for seed in (1, 1, 2))
         assert first == again != other
 
@@ -102,41 +102,46 @@ class TestCommand:
         [
             (("--polygraphy",), 2, ("--polygraphy",)),
             (("--config", "train_mac"), 2, ("--config",)),
+            (("--tolerance", "inf"), 2, ("--tolerance",)),
             (("--bits-tolerance", "nan"), 2, ("--bits-tolerance",)),
             (("--html", "nowhere/page.html"), 1, ("nowhere",)),
             (("--text", "no-such-file.txt"), 1, ("no-such-file.txt",)),
-            (("--against-device", "cuda:99", *QUICK), (1, 4), ()),
+            (("--reference-device", "cuda:99", *QUICK), (1, 4), ()),
         ],
     )
     def test_what_does_not_go(
         self, drift_bundle: Path, args: tuple[str, ...], code: Any, words: tuple[str, ...]
     ) -> None:
-        result = invoke("verify", drift_bundle, "--against", drift_bundle, *args)
+        result = invoke("compare", drift_bundle, drift_bundle, *args)
         assert result.code in (code if isinstance(code, tuple) else (code,)), result.err
         result.check_failure(result.code, *words)
 
-    def test_options_that_need_a_bundle(self, drift_bundle: Path, drift_checkpoint: Path) -> None:
-        invoke("verify", drift_bundle, "--window", 5).check_failure(2, "--window", "golden")
-        args = ("--against", drift_checkpoint, "--html", "x.html")
-        invoke("verify", drift_bundle, *args).check_failure(2, "--html", "manifest.json")
+    def test_verify_names_this_command(self, drift_bundle: Path) -> None:
+        result = invoke("verify", drift_bundle, "--against", drift_bundle)
+        result.check_failure(2, f"titans-export compare {drift_bundle} {drift_bundle}", "TITANS-E0102")
+        for option in ("--window", "--html", "--bits-tolerance"):
+            invoke("verify", drift_bundle, option, 5).check_failure(2, f"unknown option {option}", "TITANS-E0101")
+
+    def test_a_checkpoint_is_not_a_bundle(self, drift_bundle: Path, drift_checkpoint: Path) -> None:
+        invoke("compare", drift_bundle, drift_checkpoint, *QUICK).check_failure(1)
 
     def test_an_empty_text(self, drift_bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "empty.txt").touch()
-        args = ("--against", drift_bundle, "--text", tmp_path / "empty.txt")
-        invoke("verify", drift_bundle, *args).check_failure(1, "empty")
+        args = (drift_bundle, "--text", tmp_path / "empty.txt")
+        invoke("compare", drift_bundle, *args).check_failure(1, "empty")
 
     def test_another_tokenizer(self, drift_bundle: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(drift_bundle, tmp_path / "other.titans"))
         reseal(other, tokenizer={"kind": "none"})
-        args = ("--against", drift_bundle, "--tokens", 20)
-        invoke("verify", other, *args).check_failure(1, "tokenizer")
+        args = (drift_bundle, "--tokens", 20)
+        invoke("compare", other, *args).check_failure(1, "tokenizer")
 
     def test_a_damaged_bundle(self, drift_bundle: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(drift_bundle, tmp_path / "other.titans"))
         with (other / "weights.safetensors").open("r+b") as file:
             file.seek(-4, 2)
             file.write(b"\1\2\3\4")
-        invoke("verify", drift_bundle, "--against", other).check_failure(1, "weights.safetensors")
+        invoke("compare", drift_bundle, other).check_failure(1, "weights.safetensors")
 
 
 class Page(HTMLParser):
@@ -183,12 +188,12 @@ class TestPage:
     def test_says_what_was_found(self, report: dict[str, Any]) -> None:
         parsed = Page(report["page"])
         for words in (
-            "Drift of rounded.titans from mac.titans", "Not within tolerance", "It leaves at position 0",
+            "Drift of rounded.titans from mac.titans", "Not within tolerance", "First exceeded at position 0",
             "Bits per byte", "KL divergence", "Memory: distance of W", "Memory: distance of S", "Error of the layers",
             "Recall", "layers.0.memory", report["bundles"]["bundle"]["manifest_xxh3_128"], report["date"],
         ):  # fmt: skip
             assert words in parsed.text, words
-        assert parsed.text.index("It leaves at position 0") < parsed.text.index("Bits per byte")
+        assert parsed.text.index("First exceeded at position 0") < parsed.text.index("Bits per byte")
 
     def test_every_plot_has_an_alternative_text(self, report: dict[str, Any]) -> None:
         parsed = Page(report["page"])
@@ -217,7 +222,7 @@ class TestPage:
     def test_of_a_bundle_against_itself(self, drift_bundle: Path, tmp_path: Path) -> None:
         path = tmp_path / "page.html"
         args = ("--tokens", 100, "--layers", 40, "--recall", 64, "--html", path)
-        assert invoke("verify", drift_bundle, "--against", drift_bundle, *args).code == 0
+        assert invoke("compare", drift_bundle, drift_bundle, *args).code == 0
         assert "the bits are the same" in Page(path.read_text(encoding="utf-8")).text
 
 
@@ -284,7 +289,7 @@ class TestRecall:
         assert [entry.distance for entry in found["far"]] == [64, 256, 1024]
         assert [entry.value for entry in found["far"]] == pytest.approx([whole] * 3, abs=0.05)
         assert [entry.value for entry in found["near"]] == pytest.approx([whole, 0, 0], abs=0.05)
-        assert all(entry.base == 0 for entry in found["far"])
+        assert all(entry.reference == 0 for entry in found["far"])
 
     def test_pairs(self) -> None:
         sessions: Any = {"far": Teller(10_000), "near": Teller(150)}
@@ -299,7 +304,7 @@ class TestRecall:
         assert [entry.value for entry in found["far"]] == [1, 1, 1]
         assert found["near"][0].value == 1
         assert all(entry.value < 0.2 for entry in found["near"][1:])
-        assert all(entry.base < 0.2 for entry in found["far"])
+        assert all(entry.reference < 0.2 for entry in found["far"])
 
     def test_episodes_are_those_of_the_task(self) -> None:
         tokens = recall.episodes(3 * recall_task.episode_length(recall.PAIRS, 10), 10, 4)

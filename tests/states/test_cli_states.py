@@ -81,7 +81,7 @@ def test_numbers_known_beforehand(hand: Path) -> None:
 def test_a_person_can_read_it(hand: Path) -> None:
     text = invoke("inspect", hand).out
     assert "by-hand (lmm), position 64, learning" in text
-    assert "memories in float32" in text
+    assert "memory dtype float32" in text
     (row,) = [line for line in text.splitlines() if line.startswith("layers.0.memory")]
     assert row.split("  ")[0] == "layers.0.memory"
     for cell in ("11.2", "10 (head 1 of 2)", "0.5 (head 0 of 2)", "10 % (head 0)", "36.9 % (head 1)"):
@@ -296,7 +296,7 @@ def test_a_stream_and_its_fork(shared_bundle: Path, tmp_path: Path) -> None:
     assert facts["fields"] == []
 
     result = invoke("diff", *paths, "--json")
-    result.check_failure(3, "the same state")
+    result.check_failure(3, "states differ", "TITANS-E0903")
     facts = result.json()
     assert (facts["identical"], facts["passed"], facts["positions"]) == (False, False, [200, 240])
     (found,) = facts["memories"]
@@ -311,8 +311,8 @@ def test_a_stream_and_its_fork(shared_bundle: Path, tmp_path: Path) -> None:
     assert distances == sorted(distances, reverse=True)
     assert invoke("diff", *paths, "--tolerance", largest * 1.001).code == 0
     result = invoke("diff", *paths, "--tolerance", largest * 0.999)
-    result.check_failure(3, "memories within")
-    assert result.out.startswith("different, by ")
+    result.check_failure(3, "expected a distance of at most")
+    assert result.out.startswith("different, largest distance ")
 
 
 def test_a_difference_of_one_bit_or_of_the_position_alone(tmp_path: Path) -> None:
@@ -333,11 +333,11 @@ def test_a_difference_of_one_bit_or_of_the_position_alone(tmp_path: Path) -> Non
 
 
 def test_states_of_different_models(hand: Path, read: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    invoke("diff", hand, read[0]).check_failure(1, "two states of by-hand")
+    invoke("diff", hand, read[0]).check_failure(1, "states of different models", "of by-hand")
     smaller = {name: values[:1] for name, values in by_hand().items()}
     one = write_state(tmp_path / "one.tstate", {"memory": by_hand()})
     other = write_state(tmp_path / "other.tstate", {"memory": smaller})
-    invoke("diff", one, other).check_failure(1, "memory.W0 of one shape")
+    invoke("diff", one, other).check_failure(1, "different shapes of memory.W0")
 
 
 def test_states_of_one_model_in_two_storages(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Contenders for tests of the benchmarks: one that is right, one that is wrong, one that ends its process."""
+"""Baselines for tests of the benchmarks: one that is right, one that is wrong, one that ends its process."""
 
 from __future__ import annotations
 
 import os
 
-from benchmarks.contenders import Contender
-from benchmarks.contenders.torch_eager import TorchEager
+from benchmarks.baselines import Baseline
+from benchmarks.baselines.torch_eager import TorchEager
 from benchmarks.reference import Answer
 from titans_export.bench.models import Logits, Runtime, Tokens
 
@@ -51,4 +51,4 @@ class Box:
         return os.environ.get(name)
 
 
-CONTENDER: type[Contender] = Wrong
+BASELINE: type[Baseline] = Wrong

@@ -1,3 +1,3 @@
-"""Measuring side by side: workers that take turns, statistics of what they took, and the machine they ran on."""
+"""Benchmarks: workers, interleaved measurement, statistics and a description of the machine."""
 
-KINDS = ("prefill", "decode")  # what is measured of a model
+KINDS = ("prefill", "decode")  # the two measurements of a model

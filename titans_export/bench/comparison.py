@@ -1,4 +1,4 @@
-"""A bundle measured side by side: everything is compared with the golden logits first, then takes turns."""
+"""Measures a bundle against baselines: all are checked with the golden outputs, then measured interleaved."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import numpy as np
 from ..bundle import Bundle
 from ..verify import Distance
 from . import KINDS
+from .interleaved import interleave
 from .models import Tokens
 from .statistics import Speed, summarise
-from .turns import take_turns
 from .worker import Worker, WorkerError
 
 _MODELS = "titans_export.bench.models"
-# A token by token check over so many chunks: each of their folds, at a fraction of the golden stream's time.
+# The check token by token covers this many chunks: every kind of chunk update in a fraction of the time.
 _CHUNKS_ONE_BY_ONE = 4
-# Each turn takes at least about this long, so that the clock and what wakes up first do not count.
-_TURN_S = 0.2
+# Minimum duration of the passes in a round, so that clock resolution and wake-up do not matter.
+_ROUND_S = 0.2
 _MOST_PASSES = 50
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Something that runs the model: its name, a line about it, and what makes it inside a worker."""
+class Baseline:
+    """A way to run the model: name, description, and the callable that makes it in a worker."""
 
     name: str
     what: str
@@ -40,11 +40,9 @@ class Contender:
 
 @dataclass
 class Result:
-    """What became of a contender. `unavailable` says why it could not take part; speeds are there only where every
-    contender passed.
-    """
+    """The result of a baseline. `unavailable` is the reason if it cannot run. Speeds exist only if all passed."""
 
-    contender: Contender
+    baseline: Baseline
     unavailable: str | None = None
     passed: bool | None = None
     max_abs_error: float | None = None
@@ -58,7 +56,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: tokens of a pass of prefill and of decode, rounds, and threads of every contender."""
+    """Tokens per prefill and decode pass, rounds, and threads of every baseline."""
 
     prefill_tokens: int
     decode_tokens: int
@@ -67,13 +65,13 @@ class Plan:
 
     @staticmethod
     def of(bundle: Bundle, prefill_tokens: int, decode_tokens: int, rounds: int, threads: int) -> Plan:
-        """The plan with its tokens rounded up to whole calls and chunks, so that every pass does the same."""
+        """The plan with tokens rounded up to whole calls and chunks, so that every pass is the same work."""
         call = max(graph.tokens for graph in bundle.manifest.graphs)
         chunk = _chunk(bundle)
         return Plan(_round_up(prefill_tokens, call), _round_up(decode_tokens, chunk), rounds, threads)
 
 
-def contenders(
+def baselines(
     bundle: Path,
     device: str,
     backend: str | None,
@@ -82,55 +80,55 @@ def contenders(
     checkpoint: Path | None = None,
     format: str = "titans",
     config: str | None = None,
-) -> list[Contender]:
-    """Who takes part, the one that the others are compared with first."""
+) -> list[Baseline]:
+    """The baselines; ratios are relative to the first."""
     found = []
     if memory_kernel != "off":
         args = (bundle, device, backend, threads, "require")
-        found.append(Contender("memory-kernel", "the runtime with its memory kernel", f"{_MODELS}:Runtime", args))
+        found.append(Baseline("memory-kernel", "the runtime with its memory kernel", f"{_MODELS}:Runtime", args))
     args = (bundle, device, backend, threads, "off")
     what = "the runtime, the memory as standard ONNX operators"
-    found.append(Contender("standard-operators", what, f"{_MODELS}:Runtime", args))
+    found.append(Baseline("standard-operators", what, f"{_MODELS}:Runtime", args))
     if checkpoint is not None:
         for name, compiled in (("pytorch-eager", False), ("pytorch-compile", True)):
             what = "the checkpoint in PyTorch" + (" through torch.compile" if compiled else "")
-            found.append(Contender(name, what, f"{_MODELS}:PyTorch", (checkpoint, format, threads, compiled, config)))
+            found.append(Baseline(name, what, f"{_MODELS}:PyTorch", (checkpoint, format, threads, compiled, config)))
     return found
 
 
 def compare(
     bundle: Bundle,
-    taking_part: list[Contender],
+    chosen: list[Baseline],
     plan: Plan,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Prepares and checks all contenders; where all of those that can take part pass, measures them."""
-    results = [Result(contender) for contender in taking_part]
+    """Prepares and checks all baselines, and measures them if all available ones pass."""
+    results = [Result(baseline) for baseline in chosen]
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for result in results:
-            contender = result.contender
-            say(f"preparing and checking {contender.name}: {contender.what}")
+            baseline = result.baseline
+            say(f"preparing and checking {baseline.name}: {baseline.what}")
             began = time.monotonic()
             try:
-                worker = stack.enter_context(Worker(contender.target, *contender.args, threads=plan.threads))
+                worker = stack.enter_context(Worker(baseline.target, *baseline.args, threads=plan.threads))
                 result.notes = worker.call("prepare")
                 result.setup_s = round(time.monotonic() - began, 2)
                 _check(bundle, worker, result)
             except WorkerError as error:
                 result.unavailable = str(error)
             else:
-                workers[contender.name] = worker
-        if all(result.passed for result in results if result.contender.name in workers):
-            _measure(bundle, {r.contender.name: r for r in results}, workers, plan, say)
+                workers[baseline.name] = worker
+        if all(result.passed for result in results if result.baseline.name in workers):
+            _measure(bundle, {r.baseline.name: r for r in results}, workers, plan, say)
     return results
 
 
 def ratios(results: list[Result]) -> dict[str, dict[str, float]]:
-    """How many times as fast as each of the others the first one is that has a speed, by kind and other."""
+    """Speed of the first measured baseline divided by that of each other one, by kind and name."""
     table: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        rates = {r.contender.name: r.speeds[kind].tokens_per_second for r in results if kind in r.speeds}
+        rates = {r.baseline.name: r.speeds[kind].tokens_per_second for r in results if kind in r.speeds}
         first, *others = list(rates) or [""]
         if others:
             table[kind] = {other: rates[first] / rates[other] for other in others}
@@ -138,7 +136,7 @@ def ratios(results: list[Result]) -> dict[str, dict[str, float]]:
 
 
 def _check(bundle: Bundle, worker: Worker, result: Result) -> None:
-    """Compares with the golden logits, fed whole and, over the first chunks, token by token."""
+    """Compares with the golden outputs: fed whole and, over the first chunks, token by token."""
     tokens, golden = bundle.golden()
     distance = Distance()
     for one_by_one, count in ((False, len(tokens)), (True, _CHUNKS_ONE_BY_ONE * _chunk(bundle))):
@@ -156,12 +154,12 @@ def _measure(
         worker.call("start")
     for kind, count in zip(KINDS, (plan.prefill_tokens, plan.decode_tokens), strict=True):
         tokens: Tokens = np.random.default_rng(0).integers(0, vocabulary, count, np.int32)
-        say(f"measuring {kind}, {plan.rounds} rounds of {len(workers)} contenders, {count} tokens a pass")
+        say(f"measuring {kind}, {plan.rounds} rounds of {len(workers)} baselines, {count} tokens per pass")
         passes = {name: _passes(worker, kind, tokens) for name, worker in workers.items()}
-        turns = take_turns(
+        rounds = interleave(
             {name: partial(worker.call, kind, tokens, passes[name]) for name, worker in workers.items()}, plan.rounds
         )
-        for name, own in turns.items():
+        for name, own in rounds.items():
             results[name].speeds[kind] = summarise(own, count)
     for name, worker in workers.items():
         memory = worker.call("memory")
@@ -169,9 +167,9 @@ def _measure(
 
 
 def _passes(worker: Worker, kind: str, tokens: Tokens) -> int:
-    """How many passes make a turn of this contender."""
+    """Passes of this baseline per round."""
     seconds: float = sum(worker.call(kind, tokens, 1)[0]) / 1e9
-    return min(_MOST_PASSES, max(1, round(_TURN_S / max(seconds, 1e-9))))
+    return min(_MOST_PASSES, max(1, round(_ROUND_S / max(seconds, 1e-9))))
 
 
 def _chunk(bundle: Bundle) -> int:

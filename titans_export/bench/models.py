@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule import calls, may_start
-from .statistics import Turn
+from .statistics import Passes
 from .worker import explain, forget_peak, memory_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Logits = NDArray[np.float32]  # (T, vocab)
 
 
 class Measured:
-    """What is measured of a model: `prepare` once, then logits and turns. Subclasses stream."""
+    """A model to measure: `prepare` once, then outputs and timed passes. Subclasses implement the stream."""
 
     def prepare(self) -> dict[str, Any]:
         """Makes everything that is made once. Returns what there is to say about it, as text or numbers by name."""
@@ -71,7 +71,7 @@ class Measured:
         self.reset()
         forget_peak()
 
-    def prefill(self, tokens: Tokens, passes: int) -> Turn:
+    def prefill(self, tokens: Tokens, passes: int) -> Passes:
         """Nanoseconds of each pass, all tokens fed in one call, after one pass that does not count."""
         taken = []
         for _ in range(1 + passes):
@@ -80,19 +80,19 @@ class Measured:
             taken.append([time.perf_counter_ns() - began])
         return taken[1:]
 
-    def decode(self, tokens: Tokens, passes: int) -> Turn:
+    def decode(self, tokens: Tokens, passes: int) -> Passes:
         """Nanoseconds of each token of each pass, after one pass that does not count."""
         for token in tokens:
             self.step(int(token))
-        turn = []
+        timed = []
         for _ in range(passes):
             taken = []
             for token in tokens:
                 began = time.perf_counter_ns()
                 self.step(int(token))
                 taken.append(time.perf_counter_ns() - began)
-            turn.append(taken)
-        return turn
+            timed.append(taken)
+        return timed
 
     def memory(self) -> dict[str, int]:
         """Bytes of a stream's state, and the most memory that was resident since `start`."""
@@ -220,11 +220,11 @@ class PyTorch(Measured):
             for token in once:
                 self.step(int(token))
 
-    def prefill(self, tokens: Tokens, passes: int) -> Turn:
+    def prefill(self, tokens: Tokens, passes: int) -> Passes:
         with self._fewest_guards():
             return super().prefill(tokens, passes)
 
-    def decode(self, tokens: Tokens, passes: int) -> Turn:
+    def decode(self, tokens: Tokens, passes: int) -> Passes:
         with self._fewest_guards():
             return super().decode(tokens, passes)
 

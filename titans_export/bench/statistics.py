@@ -1,4 +1,4 @@
-"""What timed calls say: percentiles of a call, tokens a second of a pass, and how much rounds differ."""
+"""Statistics of timed calls: percentiles of a call, tokens per second of a pass, and the range over rounds."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# A pass is the nanoseconds of each of its calls; a turn is the passes that one contender makes before the next one's.
+# A pass is the nanoseconds of each of its calls. In a round, every baseline runs some passes in a row.
 Pass = Sequence[int]
-Turn = Sequence[Pass]
+Passes = Sequence[Pass]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One contender's speed.
+    """The speed of one baseline.
 
-    A call's percentiles are over all calls of all turns. `tokens_per_second` is the median over passes, whole ones, so
-    that work which only some calls do counts. `slowest_round` to `fastest_round` is the range over rounds of the median
-    within a round, `quartile_1` and `quartile_3` hold the middle half of all passes; tokens a second, all four.
+    `p50_us` to `p99_us` are percentiles over all calls, in microseconds. The rates are tokens per second:
+    `tokens_per_second` is the median over whole passes, which includes work that only some calls do. `slowest_round`
+    and `fastest_round` are the range of the medians of rounds. `quartile_1` and `quartile_3` are over all passes.
     """
 
     tokens_per_second: float
@@ -35,12 +35,14 @@ class Speed:
     calls: int
 
 
-def summarise(turns: Sequence[Turn], tokens: int) -> Speed:
-    """The speed that the turns show, one turn a round, where every pass consumed `tokens` tokens."""
-    rounds = [np.array([sum(calls) for calls in turn], dtype=np.float64) for turn in turns]
-    rates = tokens * 1e9 / np.concatenate(rounds)
-    medians = [tokens * 1e9 / float(np.median(nanoseconds)) for nanoseconds in rounds]
-    calls: NDArray[np.float64] = np.array([call for turn in turns for one in turn for call in one], dtype=np.float64)
+def summarise(rounds: Sequence[Passes], tokens: int) -> Speed:
+    """The speed over the rounds, where every pass consumed `tokens` tokens."""
+    nanoseconds = [np.array([sum(calls) for calls in passes], dtype=np.float64) for passes in rounds]
+    rates = tokens * 1e9 / np.concatenate(nanoseconds)
+    medians = [tokens * 1e9 / float(np.median(passes)) for passes in nanoseconds]
+    calls: NDArray[np.float64] = np.array(
+        [call for passes in rounds for one in passes for call in one], dtype=np.float64
+    )
     p50, p90, p99 = (float(value) / 1e3 for value in np.percentile(calls, (50, 90, 99)))
     q1, q3 = (float(value) for value in np.percentile(rates, (25, 75)))
     return Speed(
@@ -52,7 +54,7 @@ def summarise(turns: Sequence[Turn], tokens: int) -> Speed:
         p50_us=p50,
         p90_us=p90,
         p99_us=p99,
-        rounds=len(turns),
+        rounds=len(rounds),
         passes=len(rates),
         calls=len(calls),
     )

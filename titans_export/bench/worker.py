@@ -1,7 +1,7 @@
-"""A contender in a process of its own: its threads, memory and crashes are its own, and it sleeps between its turns.
+"""A baseline in its own process, with its own threads, memory and crashes.
 
-The process is started for one object. It is told which method to call, one at a time, and answers with the result or
-with what went wrong. Nothing that its libraries print on stdout gets between the answers.
+The process holds one object and calls one method at a time, for a result or an error. Output of libraries on stdout
+does not mix with the results.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 
 from ..errors import TitansError
 
-# What the libraries of a contender take their number of threads from before anybody can tell them.
+# Environment variables from which libraries take their number of threads at import.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LONGEST_REASON = 300
 
 
 class WorkerError(Exception):
-    """What went wrong in the worker, in one line."""
+    """An error in the worker, in one line."""
 
 
 class Worker:
-    """The object that `target`, "module:callable", makes of its arguments, in a process that has `threads` threads."""
+    """An object made by `target`, "module:callable", in a process with `threads` threads."""
 
     def __init__(self, target: str, *args: Any, threads: int) -> None:
         ours, theirs = Pipe()
         environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        # Python says why it could not even start on stderr only.
+        # Python reports a failed start on stderr only.
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         with theirs:
             self._process = subprocess.Popen(
@@ -89,7 +89,7 @@ class Worker:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Resident now, and at most since the process began or `forget_peak` was called; from Linux's own account."""
+    """Resident bytes now, and their peak since the start or `forget_peak`, from /proc."""
     with open("/proc/self/status") as status:
         entries = dict(line.split(":", 1) for line in status)
     now, peak = (int(entries[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
@@ -97,20 +97,20 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def forget_peak() -> None:
-    """Lets the peak of resident memory start again from what is resident now, where the system allows it."""
+    """Resets the peak of resident memory, if the system allows it."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def explain(error: BaseException) -> str:
-    """An error in one line: ours say everything themselves, of others the kind is told too."""
+    """An error in one line; with its type unless it is one of ours."""
     ours = isinstance(error, TitansError) or type(error).__module__.startswith("titans_runtime")
     text = " ".join(str(error).split())[:_LONGEST_REASON]
     return text if ours else f"{type(error).__name__}: {text}"
 
 
 def _serve(connection: Connection[Any, Any]) -> None:
-    """Answers until the other end is gone."""
+    """Serves calls until the connection closes."""
     subject: Any = None
     while True:
         try:

@@ -8,6 +8,7 @@ from .. import __version__
 from .bench import bench
 from .build import build
 from .command import CONTEXT, NAME, Program
+from .compare import compare
 from .diff import diff
 from .doctor import doctor
 from .export import export
@@ -17,19 +18,19 @@ from .run import run
 from .verify import verify
 
 _EPILOG = """\
-The usual path:
-  titans-export export checkpoints/mac -o mac.titans     checkpoint to bundle
-  titans-export verify mac.titans                        the bundle computes what PyTorch computed
-  titans-export run mac.titans --prompt "To be"          run it, learning as it reads
+Typical use:
+  titans-export export checkpoints/mac -o mac.titans     convert a checkpoint to a bundle
+  titans-export verify mac.titans                        check the bundle against PyTorch's outputs
+  titans-export run mac.titans --prompt "To be"          run it; the memory learns as it reads
 
 Exit codes:
-  0  done
-  1  failed: damaged input, input/output error
-  2  usage
+  0  success
+  1  failure: damaged input, input/output error
+  2  wrong usage
   3  a comparison did not hold
-  4  this machine cannot: missing library, wrong version; see titans-export doctor
+  4  not possible on this machine or with this version; see titans-export doctor
 
-Shell completion, for bash (zsh_source and fish_source for the others), in ~/.bashrc:
+Shell completion for bash, in ~/.bashrc (use zsh_source or fish_source for other shells):
   eval "$(_TITANS_EXPORT_COMPLETE=bash_source titans-export)"
 """
 
@@ -38,10 +39,10 @@ Shell completion, for bash (zsh_source and fish_source for the others), in ~/.ba
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Take trained Titans models, whose memory keeps learning while they run, to devices."""
+    """Export Titans models, whose memory learns at inference, and run them on devices."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for command in (export, quantize, build, run, verify, bench, inspect, diff, doctor):
+for command in (export, quantize, build, run, verify, compare, bench, inspect, diff, doctor):
     main.add_command(command)

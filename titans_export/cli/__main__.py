@@ -14,8 +14,8 @@ def run() -> None:
     try:
         main()
     except Interrupted as end:
-        # An interrupt that passed through code compiled at run time, such as torch.fx's, is remembered by Python, which
-        # would end by SIGINT whatever was made of it since.
+        # Python remembers an interrupt that passed through code compiled at run time, such as torch.fx code, and
+        # would end by SIGINT even after it was handled.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 1)

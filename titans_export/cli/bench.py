@@ -1,21 +1,36 @@
-"""`titans-export bench`: how fast a bundle runs, side by side with what else can run the model."""
+"""`titans-export bench`: the speed of a bundle against baselines."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..bench import KINDS
-from ..errors import MachineError, MismatchError, OutputError, UsageError
-from .command import Command, emit, json_option, note, to_json
-from .options import PATH, bundle_argument, config_option, open_session, session_options
+from ..errors import MachineError, MismatchError, UsageError
+from .command import Command, check_folder, emit, json_option, note, to_json
+from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options
 from .table import number, size, table
 
 if TYPE_CHECKING:
     from ..bench.comparison import Plan, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(SessionOptions):
+    """The options of `bench`; `against` is a checkpoint to measure in PyTorch."""
+
+    bundle: Path
+    against: Path | None
+    config: str | None
+    tokens: int
+    decode_tokens: int
+    rounds: int
+    output: Path | None
+    as_json: bool
 
 
 @click.command(
@@ -29,67 +44,61 @@ if TYPE_CHECKING:
 @bundle_argument
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="Also measure this checkpoint in PyTorch.")
 @config_option
-@click.option("--tokens", type=click.IntRange(1), default=4096, help="Tokens of a pass of prefill, at least.")
-@click.option("--decode-tokens", type=click.IntRange(1), default=256, help="Tokens of a pass of decode, at least.")
-@click.option("--rounds", type=click.IntRange(1), default=15, help="Turns that each contender gets.")
+@click.option("--tokens", type=click.IntRange(1), default=4096, help="Minimum number of tokens per prefill pass.")
+@click.option("--decode-tokens", type=click.IntRange(1), default=256, help="Minimum number of tokens per decode pass.")
+@click.option("--rounds", type=click.IntRange(1), default=15, help="Rounds per baseline.")
 @click.option("--output", type=PATH, metavar="FILE", help="Also write the JSON object to this file.")
 @session_options
 @json_option
-def bench(
-    bundle: Path,
-    against: Path | None,
-    config: str | None,
-    tokens: int,
-    decode_tokens: int,
-    rounds: int,
-    output: Path | None,
-    device: str,
-    backend: str | None,
-    threads: int,
-    memory_kernel: str,
-    as_json: bool,
-) -> None:
-    """Measure how fast a bundle runs, side by side with what else can run the model.
+def bench(**values: Any) -> None:
+    """Measure the speed of a bundle against baselines.
 
-    The runtime with its memory kernel, the runtime with the memory as standard operators and, with --against, PyTorch,
-    eager and compiled, each in a process of its own, take turns. First each has to reproduce the golden logits in
-    BUNDLE: if one does not, the exit code is 3 and no speed is reported.
+    The baselines are the runtime with its memory kernel, the runtime with standard operators and, with --against,
+    PyTorch, eager and compiled. Each runs in its own process, interleaved with the others. Each must reproduce the
+    golden outputs in BUNDLE first: if one does not, the exit code is 3 and no speed is reported.
     """
-    if against is not None and device != "cpu":
-        raise UsageError(
-            "bench", "--device cpu with --against", device, "leave one of them out: PyTorch runs on the CPU"
-        )
-    if output is not None and not output.parent.is_dir():
-        raise OutputError("output", f"a folder {output.parent}", "none", "create the folder first")
-    from ..bench.comparison import Plan, compare, contenders
+    _bench(BenchOptions(**values))
+
+
+def _bench(options: BenchOptions) -> None:
+    bundle, against = options.bundle, options.against
+    if against is not None and options.device != "cpu":
+        problem = f"--against measures PyTorch on the CPU, and --device is {options.device}"
+        raise UsageError("E0102", "bench", problem, "leave out one of them")
+    check_folder(options.output)
+    from ..bench.comparison import Plan, baselines, compare
     from ..bench.machine import QUIET, cores, others_busy
     from ..bundle import read_bundle
 
     opened = read_bundle(bundle)
     if opened.takes_vectors:
-        raise UsageError(
-            "bench",
-            "a bundle that takes tokens",
-            f"{bundle}, which takes vectors",
-            "measure its Stream.feed from Python",
-        )
-    # Opened here first: what the runtime cannot open is a failure of the command, with the runtime's own words.
-    open_session(bundle, device, backend, threads, memory_kernel).close()
-    plan = Plan.of(opened, tokens, decode_tokens, rounds, threads or cores())
+        raise UsageError("E0106", "bench", f"{bundle} takes vectors, not tokens", "measure Stream.feed in Python")
+    # Opened here first, so that the command fails with the runtime's own error.
+    open_session(bundle, options).close()
+    plan = Plan.of(opened, options.tokens, options.decode_tokens, options.rounds, options.threads or cores())
     format = opened.manifest.model.checkpoint_format
-    taking_part = contenders(bundle, device, backend, plan.threads, memory_kernel, against, format, config)
+    chosen = baselines(
+        bundle,
+        options.device,
+        options.backend,
+        plan.threads,
+        options.memory_kernel,
+        against,
+        format,
+        options.config,
+    )
     busy = others_busy()
     if busy > QUIET:
-        note(f"others keep {busy:.0%} of this machine busy: expect little of these numbers")
-    results = compare(opened, taking_part, plan, note)
+        note(f"other programs keep {busy:.0%} of this machine busy: the results are unreliable")
+    results = compare(opened, chosen, plan, note)
 
-    report = _as_json(bundle, against, device, plan, opened.tolerance, results) | {"others_busy": busy}
-    if output is not None:
+    report = _as_json(bundle, against, options.device, plan, opened.tolerance, results) | {"others_busy": busy}
+    if options.output is not None:
         from ..files import replacing_file
 
-        with replacing_file(output) as aside:
+        with replacing_file(options.output) as aside:
             aside.write_text(to_json(report) + "\n", encoding="utf-8")
-    if as_json:
+    if options.as_json:
         emit(report)
     else:
         _print(plan, results, report["ratios"])
@@ -110,16 +119,16 @@ def _as_json(
         "tolerance": tolerance,
         "ratios": ratios(results),
         **dataclasses.asdict(plan),
-        "contenders": [_contender(result) for result in results],
+        "baselines": [_baseline(result) for result in results],
         "machine": describe_machine(),
         "packages": describe_packages(),
     }
 
 
-def _contender(result: Result) -> dict[str, Any]:
+def _baseline(result: Result) -> dict[str, Any]:
     return {
-        "name": result.contender.name,
-        "what": result.contender.what,
+        "name": result.baseline.name,
+        "what": result.baseline.what,
         "unavailable": result.unavailable,
         "passed": result.passed,
         "max_abs_error": result.max_abs_error,
@@ -133,25 +142,35 @@ def _contender(result: Result) -> dict[str, Any]:
 
 
 def _print(plan: Plan, results: list[Result], ratios: dict[str, dict[str, float]]) -> None:
-    """Ratios first, then what they come from, then who could not take part."""
+    """Ratios first, then speeds, then baselines that are incorrect or unavailable."""
     measured = [result for result in results if result.speeds]
     for kind, others in ratios.items():
         texts = [f"{value:.2f} times as fast as {name}" for name, value in others.items()]
-        click.echo(f"{kind}: {measured[0].contender.name} is " + ", ".join(texts))
+        click.echo(f"{kind}: {measured[0].baseline.name} is " + ", ".join(texts))
     for kind in KINDS if measured else ():
         count = plan.prefill_tokens if kind == "prefill" else plan.decode_tokens
-        click.echo(f"\n{kind}, {count} tokens a pass, {plan.rounds} rounds, {plan.threads} threads\n")
-        header = ("contender", "tokens/s", "rounds from", "to", "p50 us", "p90 us", "p99 us", "state", "peak memory")
+        click.echo(f"\n{kind}, {count} tokens per pass, {plan.rounds} rounds, {plan.threads} threads\n")
+        header = (
+            "baseline",
+            "tokens/s",
+            "slowest round",
+            "fastest",
+            "p50 us",
+            "p90 us",
+            "p99 us",
+            "state",
+            "peak memory",
+        )
         click.echo(table(header, [_row(result, kind) for result in measured]))
     red = [result for result in results if result.passed is False]
     if red:
-        rows = [(r.contender.name, number(r.max_abs_error), r.first_bad_position) for r in red]
-        click.echo(table(("contender that failed", "max error", "first bad position"), rows))
+        rows = [(r.baseline.name, number(r.max_abs_error), r.first_bad_position) for r in red]
+        click.echo(table(("incorrect baseline", "max error", "first bad position"), rows))
     for result in results:
         for name, text in result.notes.items():
-            click.echo(f"{result.contender.name}: {name.replace('_', ' ')}: {text}")
+            click.echo(f"{result.baseline.name}: {name.replace('_', ' ')}: {text}")
         if result.unavailable:
-            click.echo(f"{result.contender.name} could not take part: {result.unavailable}")
+            click.echo(f"{result.baseline.name} is unavailable: {result.unavailable}")
 
 
 def _row(result: Result, kind: str) -> tuple[object, ...]:
@@ -159,7 +178,7 @@ def _row(result: Result, kind: str) -> tuple[object, ...]:
     rates = (speed.tokens_per_second, speed.slowest_round, speed.fastest_round)
     times = (speed.p50_us, speed.p90_us, speed.p99_us)
     return (
-        result.contender.name,
+        result.baseline.name,
         *(f"{rate:,.0f}" for rate in rates),
         *(f"{time:,.1f}" for time in times),
         size(result.state_bytes or 0),
@@ -168,14 +187,16 @@ def _row(result: Result, kind: str) -> tuple[object, ...]:
 
 
 def _check(bundle: Path, tolerance: float, results: list[Result]) -> None:
-    """Raises where a contender is wrong, or where there is none."""
+    """Raises MismatchError for an incorrect baseline, MachineError if none is available."""
     red = next((result for result in results if result.passed is False), None)
     if red is not None:
         raise MismatchError(
+            "E0907",
             "bench",
-            f"{red.contender.name} within {number(tolerance)} of the golden logits of {bundle}",
-            f"{number(red.max_abs_error)}, the first too large at position {red.first_bad_position}",
-            "no speed is reported; look into it with titans-export verify",
+            f"{red.baseline.name} differs from the golden outputs of {bundle}: expected at most {number(tolerance)}, "
+            f"got {number(red.max_abs_error)}, first exceeded at position {red.first_bad_position}",
+            "find the cause with titans-export verify",
         )
     if not any(result.passed for result in results):
-        raise MachineError("bench", "something that runs the bundle", str(results[0].unavailable), "see doctor")
+        problem = f"no baseline can run the bundle: {results[0].unavailable}"
+        raise MachineError("E0908", "bench", problem, "see titans-export doctor")

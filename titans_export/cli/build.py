@@ -1,9 +1,10 @@
-"""`titans-export build`: an engine for a device, into a bundle."""
+"""`titans-export build`: builds an engine for a device into a bundle."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,30 @@ if TYPE_CHECKING:
 _COMPILERS = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options of `build`."""
+
+    bundle: Path | None
+    target: str | None
+    precision: str | None
+    output: Path | None
+    name: str | None
+    graphs: tuple[str, ...]
+    compiler: str | None
+    alias: str | None
+    workspace_limit: int | None
+    timing_cache: Path | None
+    profiles: tuple[str, ...]
+    plugin_library: Path | None
+    embed_plugin: bool
+    dry_run: bool
+    emit_trtexec: bool
+    list_targets: bool
+    overwrite: bool
+    as_json: bool
+
+
 @click.command(
     cls=Command,
     examples=(
@@ -34,86 +59,92 @@ _COMPILERS = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 @click.option(
     "--precision",
     type=click.Choice(("fp32", "fp16", "bf16")),
-    help="Of matrix products.  [default: what the weights are stored in, else fp32]",
+    help="Precision of matmuls.  [default: that of the stored weights, else fp32]",
 )
-@click.option("-o", "--output", type=PATH, help="Bundle to write.  [default: the engine goes into BUNDLE]")
+@click.option("-o", "--output", type=PATH, help="Bundle to write.  [default: add the engine to BUNDLE]")
 @click.option("--name", help="Name of the engine.  [default: target and precision]")
-@click.option("--graph", "graphs", multiple=True, metavar="NAME", help="Only these graphs.  [default: all]")
-@click.option("--compiler", type=click.Choice(_COMPILERS), help="What compiles.  [default: the target's first]")
+@click.option("--graph", "graphs", multiple=True, metavar="NAME", help="Graph to build; repeatable.  [default: all]")
+@click.option("--compiler", type=click.Choice(_COMPILERS), help="Compiler.  [default: the target's first]")
 @click.option(
     "--alias",
     type=click.Choice(("declared", "undeclared", "two-buffers")),
-    help="How TensorRT gets the memory in one buffer.  [default: undeclared]",
+    help="How TensorRT updates the memory in place.  [default: undeclared]",
 )
 @click.option(
     "--workspace-limit",
     type=click.IntRange(1),
     metavar="MIB",
-    help="Scratch memory of a kernel at most.  [default: a quarter of the target's memory, 4096 at most]",
+    help="Maximum scratch memory per kernel.  [default: a quarter of the target's memory, at most 4096]",
 )
-@click.option("--timing-cache", type=PATH, metavar="FILE", help="Timings that TensorRT reads and adds to.")
+@click.option("--timing-cache", type=PATH, metavar="FILE", help="Timing cache that TensorRT reads and extends.")
 @click.option(
     "--profile",
     "profiles",
     multiple=True,
     metavar="INPUT=MIN:OPT:MAX",
-    help="Shapes of an input of open shape, such as tokens=1x1:4x1:8x1.",
+    help="Shapes of an input with dynamic shape, such as tokens=1x1:4x1:8x1.",
 )
-@click.option("--plugin-library", type=PATH, metavar="PATH", help="Our plugin for TensorRT.  [default: the installed]")
-@click.option("--embed-plugin", is_flag=True, help="Put the plugin's library into the engine too.")
-@click.option("--dry-run", is_flag=True, help="Say what would be built, where, and what it takes; build nothing.")
-@click.option("--emit-trtexec", is_flag=True, help="Print it as lines of trtexec; with -o DIR write what they need.")
+@click.option("--plugin-library", type=PATH, metavar="PATH", help="Our TensorRT plugin.  [default: the installed one]")
+@click.option("--embed-plugin", is_flag=True, help="Embed the plugin library in the engine.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and its memory use; build nothing.")
+@click.option("--emit-trtexec", is_flag=True, help="Print trtexec commands; with -o DIR write their input files.")
 @click.option("--list-targets", is_flag=True, help="List the targets.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine of this name, or an existing OUTPUT.")
 @json_option
-def build(
-    bundle: Path | None,
-    target: str | None,
-    output: Path | None,
-    dry_run: bool,
-    emit_trtexec: bool,
-    list_targets: bool,
-    overwrite: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def build(**values: Any) -> None:
     """Build an engine for a device.
 
-    Of BUNDLE: its graphs, compiled for one kind of device, as one engine beside those that it has. The bundle takes its
-    new form only when all of it is whole. Full TensorRT builds on the device it builds for; TensorRT-RTX and ONNX
-    Runtime do without it.
+    Compiles the graphs of BUNDLE for one kind of device and adds them to the bundle as an engine. The bundle is
+    replaced atomically once the engine is complete. TensorRT builds on the device itself; TensorRT-RTX and ONNX Runtime
+    build on any machine.
     """
-    if list_targets:
-        _list(as_json)
+    _build(BuildOptions(**values))
+
+
+def _build(options: BuildOptions) -> None:
+    if options.list_targets:
+        _list(options.as_json)
         return
-    if bundle is None or target is None:
-        missing = "BUNDLE" if bundle is None else "--target"
-        raise UsageError("build", "a bundle and a target", f"no {missing}", "give it, or see --list-targets")
-    if dry_run and emit_trtexec:
-        raise UsageError("build", "--dry-run or --emit-trtexec", "both", "give one")
+    if options.bundle is None or options.target is None:
+        missing = "BUNDLE" if options.bundle is None else "--target"
+        raise UsageError("E0103", "build", f"missing {missing}", "give it, or see --list-targets")
+    if options.dry_run and options.emit_trtexec:
+        raise UsageError("E0102", "build", "--dry-run and --emit-trtexec exclude each other", "give one of them")
     from ..bundle import read_bundle
     from ..engines.build import build_engine
     from ..engines.plan import Request, make_plan
 
-    options["profiles"] = dict(_profile(text) for text in options["profiles"])
-    request = Request(target=target, **options)
-    if dry_run:
-        _show_plan(make_plan(read_bundle(bundle), request), as_json)
+    request = Request(
+        target=options.target,
+        precision=options.precision,
+        name=options.name,
+        graphs=options.graphs,
+        compiler=options.compiler,
+        alias=options.alias,
+        workspace_limit=options.workspace_limit,
+        timing_cache=options.timing_cache,
+        profiles=dict(_profile(text) for text in options.profiles),
+        plugin_library=options.plugin_library,
+        embed_plugin=options.embed_plugin,
+    )
+    if options.dry_run:
+        _show_plan(make_plan(read_bundle(options.bundle), request), options.as_json)
         return
-    if emit_trtexec:
-        _emit_trtexec(make_plan(read_bundle(bundle), request), output, overwrite, as_json)
+    if options.emit_trtexec:
+        plan = make_plan(read_bundle(options.bundle), request)
+        _emit_trtexec(plan, options.output, options.overwrite, options.as_json)
         return
     report = build_engine(
-        bundle,
+        options.bundle,
         request,
-        output=output,
-        overwrite=overwrite,
+        output=options.output,
+        overwrite=options.overwrite,
         progress=note,
         step=_step if sys.stderr.isatty() else _quiet,
     )
     for text in report.notes:
         note(text)
-    if as_json:
+    if options.as_json:
         emit(dataclasses.asdict(report))
         return
     rows = [
@@ -121,7 +152,7 @@ def build(
     ]  # fmt: skip
     if "weights" in report.engine:
         own = report.engine["weights"]["file"]
-        rows.append(("weights of all", own, size((Path(report.bundle) / own).stat().st_size), "", ""))
+        rows.append(("shared weights", own, size((Path(report.bundle) / own).stat().st_size), "", ""))
     click.echo(
         f"{report.bundle}: engine {report.engine['name']}, {report.engine['compiler']} "
         f"{report.engine['compiler_version']}, {report.seconds} s\n"
@@ -169,11 +200,11 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         + f", {plan.precision}",
         f"files: {', '.join(files.values())}",
         f"built {where(plan)}",
-        f"here: {problem or 'yes'}",
-        "memory, estimated: " + ", ".join(f"{name} {size(count)}" for name, count in estimated.items()),
+        f"can be built here: {problem or 'yes'}",
+        "estimated memory: " + ", ".join(f"{name} {size(count)}" for name, count in estimated.items()),
     ]
     if plan.alias:
-        lines.append(f"memory in place ({plan.alias}): {', '.join(plan.in_place) or 'none'}")
+        lines.append(f"updated in place ({plan.alias}): {', '.join(plan.in_place) or 'none'}")
     if memory:
         lines.append(memory)
     click.echo("\n".join(lines))
@@ -188,7 +219,7 @@ def _emit_trtexec(plan: Plan, output: Path | None, overwrite: bool, as_json: boo
         emit({"engine": plan.name, "lines": lines, "files": [str(path) for path in written]})
         return
     if not output:
-        note("the graphs that these lines take are written with -o DIR")
+        note("-o DIR writes the graphs that these commands read")
     click.echo("\n".join(lines))
 
 
@@ -198,14 +229,19 @@ def _profile(text: str) -> tuple[str, tuple[Shape, Shape, Shape]]:
     try:
         least, best, most = (tuple(int(part) for part in shape.split("x")) for shape in shapes.split(":"))
     except ValueError:
-        raise UsageError("build", "--profile INPUT=MIN:OPT:MAX", repr(text), "give tokens=1x1:4x1:8x1") from None
+        raise _bad_profile(text) from None
     if not name or min(*least, *best, *most) < 1:
-        raise UsageError("build", "--profile with an input's name and sizes of at least 1", repr(text), "give them")
+        raise _bad_profile(text)
     return name, (least, best, most)
 
 
+def _bad_profile(text: str) -> UsageError:
+    problem = f"invalid --profile: expected INPUT=MIN:OPT:MAX with sizes of at least 1, got {text!r}"
+    return UsageError("E0104", "build", problem, "give it like tokens=1x1:4x1:8x1")
+
+
 def _step(text: str) -> None:
-    """What the builder is at, on one line of the terminal."""
+    """Shows the builder's progress on one line of the terminal."""
     sys.stderr.write(f"\r\x1b[K{text[:100]}\r")
     sys.stderr.flush()
 

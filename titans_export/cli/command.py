@@ -1,4 +1,4 @@
-"""What all commands share: `--json`, `--debug`, one way out for results, one for notes and one for failures."""
+"""The parts that all commands share: `--json`, `--debug`, results, notes and exit codes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
+from ..errors import OutputError
 from .failures import FAILED, close_stdout, explain
 
 NAME = "titans-export"
@@ -40,7 +42,7 @@ class Command(click.Command):
                     formatter.write(f"  {example}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; with `--debug` a failure shows its traceback before it goes on."""
+        """Runs the command; `--debug` prints the traceback of a failure first."""
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
@@ -50,11 +52,11 @@ class Command(click.Command):
 
 
 class Interrupted(SystemExit):
-    """The program's end after Ctrl-C or SIGTERM, once all that was half-done has been undone."""
+    """Ends the program after Ctrl-C or SIGTERM, once unfinished output has been removed."""
 
 
 class Program(click.Group):
-    """The group of commands. Whatever ends it, it ends with one of the documented exit codes."""
+    """The group of commands. It always ends with one of the documented exit codes."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command line and exits."""
@@ -81,23 +83,29 @@ class Program(click.Group):
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds `--json`, as the argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, show_default=False, help="Put one JSON object on stdout.")(
+    return click.option("--json", "as_json", is_flag=True, show_default=False, help="Print one JSON object on stdout.")(
         function
     )
 
 
 def to_json(result: dict[str, Any]) -> str:
-    """The result as one JSON object; what is not finite becomes null, as JSON has no word for it."""
+    """The result as one JSON object. NaN and infinity become null, as JSON cannot hold them."""
     return json.dumps(_finite(result), indent=2, allow_nan=False)
 
 
 def emit(result: dict[str, Any]) -> None:
-    """Puts the result on stdout as one JSON object."""
+    """Prints the result on stdout as one JSON object."""
     click.echo(to_json(result))
 
 
+def check_folder(path: Path | None) -> None:
+    """Raises OutputError if the folder of a file to write does not exist, before any long work."""
+    if path is not None and not path.parent.is_dir():
+        raise OutputError("E1007", "output", f"no such folder: {path.parent}", "create the folder first")
+
+
 def note(text: str) -> None:
-    """Says something on stderr."""
+    """Prints a note on stderr."""
     click.echo(f"{NAME}: {text}", err=True)
 
 
@@ -115,7 +123,7 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C here: what is half-written goes."""
+    """Handles SIGTERM like Ctrl-C: unfinished output is removed."""
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,8 +1,9 @@
-"""`titans-export diff`: how far the states of two streams are apart."""
+"""`titans-export diff`: compares the states of two streams."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,18 @@ from .table import number, table
 if TYPE_CHECKING:
     from ..states import Comparison, SavedState
 
-_SHOWN = 8  # of the tensors that differ
+_SHOWN = 8  # differing fields in the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions:
+    """The options of `diff`; `tolerance` None asks for identical states."""
+
+    a: Path
+    b: Path
+    tolerance: float | None
+    key_file: Path | None
+    as_json: bool
 
 
 @click.command(
@@ -31,28 +43,32 @@ _SHOWN = 8  # of the tensors that differ
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
-    help="Largest relative distance of any memory's W or S.  [default: every bit the same]",
+    help="Maximum relative distance of any memory's W or S.  [default: identical states]",
 )
 @key_option
 @json_option
-def diff(a: Path, b: Path, tolerance: float | None, key_file: Path | None, as_json: bool) -> None:
+def diff(**values: Any) -> None:
     """Compare the states of two streams of one model.
 
-    Of the files A and B: position, and memory by memory the relative distance and the cosine of W and of S. Exit code 0
-    if every bit is the same or, with --tolerance, if no memory is farther apart; 3 if not.
+    Compares positions and, for each memory, the relative distance and the cosine of W and S. Exit code 0 if the states
+    are identical or, with --tolerance, if no memory's distance exceeds it; 3 otherwise.
     """
+    _diff(DiffOptions(**values))
+
+
+def _diff(options: DiffOptions) -> None:
     from ..states import compare_states, open_state, read_key
 
-    key = None if key_file is None else read_key(key_file)
-    one, other = open_state(a, key), open_state(b, key)
-    found = compare_states(one, other)
+    key = None if options.key_file is None else read_key(options.key_file)
+    one, other = open_state(options.a, key), open_state(options.b, key)
+    found, tolerance = compare_states(one, other), options.tolerance
     passed = found.identical or (tolerance is not None and found.largest_distance <= tolerance)
-    if as_json:
+    if options.as_json:
         emit(_as_json(one, other, found, tolerance, passed))
     else:
         click.echo(_text(one, other, found))
     if not passed:
-        raise _apart(one, other, found, tolerance)
+        raise _mismatch(one, other, found, tolerance)
 
 
 def _as_json(
@@ -65,14 +81,14 @@ def _as_json(
         "model": one.model,
         "positions": [one.position, other.position],
         "learning": [one.learning, other.learning],
-        "memory_dtypes": [one.facts.get("memory"), other.facts.get("memory")],
+        "memory_dtypes": [one.metadata.get("memory"), other.metadata.get("memory")],
         **dataclasses.asdict(found),
     }
 
 
 def _text(one: SavedState, other: SavedState, found: Comparison) -> str:
     head = [
-        "identical" if found.identical else f"different, by {_distance(found.largest_distance)} at most",
+        "identical" if found.identical else f"different, largest distance {_distance(found.largest_distance)}",
         f"A: {_side(one)}",
         f"B: {_side(other)}",
     ]
@@ -85,36 +101,37 @@ def _text(one: SavedState, other: SavedState, found: Comparison) -> str:
             else:
                 row += [_distance(distance.distance), "-" if distance.cosine is None else f"{distance.cosine:.4f}"]
         rows.append((*row, f"head {entry.farthest_head}, {_distance(entry.farthest_head_distance)}"))
-    header = ("memory", "W apart", "cosine", "S apart", "cosine", "farthest W")
+    header = ("memory", "distance of W", "cosine", "distance of S", "cosine", "farthest W")
     sections = ["\n".join(head), table(header, rows) if rows else ""]
     if found.fields:
         most = [(f.name, _distance(f.distance), number(f.max_abs)) for f in found.fields[:_SHOWN]]
         more = len(found.fields) - len(most)
-        sections.append(
-            table(("differs most", "apart", "max difference"), most) + (f"\nand {more} more" if more else "")
-        )
+        sections.append(table(("field", "distance", "max difference"), most) + (f"\nand {more} more" if more else ""))
     return "\n\n".join(section for section in sections if section)
 
 
 def _side(state: SavedState) -> str:
-    memory_dtype = (state.facts.get("memory") or {}).get("dtype")
-    doing = "learning" if state.learning else "frozen"
-    return f"{state.path}, {state.model.get('name')}, position {state.position:,}, {doing}, memories in {memory_dtype}"
+    memory_dtype = (state.metadata.get("memory") or {}).get("dtype")
+    mode = "learning" if state.learning else "frozen"
+    return f"{state.path}, {state.model.get('name')}, position {state.position:,}, {mode}, memory dtype {memory_dtype}"
 
 
 def _distance(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def _apart(one: SavedState, other: SavedState, found: Comparison, tolerance: float | None) -> MismatchError:
+def _mismatch(one: SavedState, other: SavedState, found: Comparison, tolerance: float | None) -> MismatchError:
     if found.largest_distance:
-        got = f"W or S apart by {_distance(found.largest_distance)}"
+        detail = f"distance of W or S {_distance(found.largest_distance)}"
     elif one.position != other.position:
-        got = f"positions {one.position} and {other.position}"
+        detail = f"positions {one.position} and {other.position}"
     else:
-        got = "other differences"
+        detail = "fields other than W and S differ"
     if tolerance is None:
-        expected, remedy = "the same state in both files", "allow for a difference with --tolerance"
-    else:
-        expected, remedy = f"memories within {_distance(tolerance)}", "look at the memories that are farthest apart"
-    return MismatchError("diff", expected, got, remedy)
+        return MismatchError("E0903", "diff", f"states differ: {detail}", "allow for a difference with --tolerance")
+    return MismatchError(
+        "E0903",
+        "diff",
+        f"states differ: expected a distance of at most {_distance(tolerance)}, got {detail}",
+        "look at the memories with the largest distance",
+    )

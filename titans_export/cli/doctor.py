@@ -1,4 +1,4 @@
-"""`titans-export doctor`: what this machine can do, and what it lacks."""
+"""`titans-export doctor`: checks the installation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .table import table
 @click.command(cls=Command, examples=("titans-export doctor", "titans-export doctor --json"))
 @json_option
 def doctor(as_json: bool) -> None:
-    """Show what this machine has and what it lacks.
+    """Check the installation.
 
-    For everything that exporting and running need: its version, what it is needed for, and how to get it. Exit code 0
-    if exporting and running on the CPU work here, 4 if not; nothing else that is missing changes it.
+    Lists the version, purpose and location of every dependency, and how to install a missing one. Exit code 0 if
+    exporting and running on the CPU work, 4 otherwise; optional dependencies do not change it.
     """
     from ..doctor import EXPORT, RUN, examine, works
 
@@ -27,10 +27,11 @@ def doctor(as_json: bool) -> None:
         checks = [{**dataclasses.asdict(finding), "found": finding.found} for finding in findings]
         emit({"export": can[EXPORT], "run": can[RUN], "checks": checks})
     else:
-        rows = [(f.name, f.version or "missing", f.needed_for, f.detail if f.found else f.remedy) for f in findings]
-        click.echo(table(("what", "version", "needed for", "where, or how to get it"), rows))
+        rows = [(f.name, f.version or "missing", f.needed_for, f.detail if f.found else f.fix) for f in findings]
+        click.echo(table(("component", "version", "needed for", "location, or how to install it"), rows))
         click.echo("\n" + "\n".join(f"{purpose}: {'works' if ok else 'does not work'}" for purpose, ok in can.items()))
     if not all(can.values()):
         lacking = next(f for f in findings if f.required_for and not f.found)
-        got = lacking.detail or "none"
-        raise MachineError("doctor", f"{lacking.name} for {lacking.needed_for}", got, lacking.remedy)
+        detail = f": {lacking.detail}" if lacking.detail else ""
+        problem = f"{lacking.name} is missing or does not work, needed for {lacking.needed_for}{detail}"
+        raise MachineError("E1006", "doctor", problem, lacking.fix)

@@ -1,7 +1,8 @@
-"""`titans-export inspect`: what is in a bundle, or in the state of a stream."""
+"""`titans-export inspect`: the contents of a bundle or of a state file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from .options import PATH, key_option
 from .table import size, table
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The options of `inspect`; `bundle`, `numpy` and `key_file` are for states."""
+
+    path: Path
+    bundle: Path | None
+    numpy: Path | None
+    key_file: Path | None
+    as_json: bool
+
+
 @click.command(
     cls=Command,
     examples=(
@@ -23,88 +35,93 @@ from .table import size, table
     ),
 )
 @click.argument("path", type=PATH, metavar="BUNDLE|STATE")
-@click.option("--bundle", type=PATH, help="Of a state: also how far its memory is from a fresh stream of this bundle.")
-@click.option("--numpy", type=PATH, metavar="NPZ", help="Of a state: also write its memory to this file, as float32.")
+@click.option("--bundle", type=PATH, help="For a state: compare its memory with a fresh stream of this bundle.")
+@click.option("--numpy", type=PATH, metavar="NPZ", help="For a state: also write its memory to this file, as float32.")
 @key_option
 @json_option
-def inspect(path: Path, bundle: Path | None, numpy: Path | None, key_file: Path | None, as_json: bool) -> None:
-    """Show what is in a bundle, or in the state of a stream.
+def inspect(**values: Any) -> None:
+    """Show the contents of a bundle or of a state file.
 
-    Of a bundle: its model, graphs, state and files, and where it can run. Sizes and hashes of all files are checked. Of
-    a state: whose it is and, memory by memory, how large W and S are and how its dtype holds them. NaN and infinity
-    are told first, and the exit code is 3.
+    For a bundle: model, graphs, state, files and where it can run. Sizes and hashes of all files are checked. For a
+    state: its model and, for each memory, the norms of W and S and how much of the range of its dtype they use. NaN and
+    infinity are reported first, with exit code 3.
     """
-    if path.is_file() or path.suffix == ".tstate":
-        inspect_state(path, bundle, numpy, key_file, as_json)
+    _inspect(InspectOptions(**values))
+
+
+def _inspect(options: InspectOptions) -> None:
+    if options.path.is_file() or options.path.suffix == ".tstate":
+        inspect_state(options.path, options.bundle, options.numpy, options.key_file, options.as_json)
         return
-    given = {"--bundle": bundle, "--numpy": numpy, "--key-file": key_file}
+    given = {"--bundle": options.bundle, "--numpy": options.numpy, "--key-file": options.key_file}
     if option := next((name for name, value in given.items() if value is not None), None):
-        raise UsageError("inspect", f"a state file with {option}", f"{path}", "give a .tstate, or leave it out")
+        problem = f"{option} is for state files, and {options.path} is not one"
+        raise UsageError("E0102", "inspect", problem, "give a .tstate file, or leave it out")
     from ..bundle import read_bundle
     from ..inspecting import inspect_bundle
 
-    facts = inspect_bundle(read_bundle(path))
-    if as_json:
-        emit(facts)
+    info = inspect_bundle(read_bundle(options.path))
+    if options.as_json:
+        emit(info)
     else:
-        click.echo(_text(facts))
+        click.echo(_text(info))
 
 
-def _text(facts: dict[str, Any]) -> str:
-    model = facts["model"]
-    targets = ", ".join(f"{target['backend']} on {target['device']}" for target in facts["targets"])
+def _text(info: dict[str, Any]) -> str:
+    model = info["model"]
+    targets = ", ".join(f"{target['backend']} on {target['device']}" for target in info["targets"])
     head = [
-        f"{facts['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
-        f"made by {facts['producer']}, schema {facts['schema_version']}, hashes ok",
-        f"{_streams(facts)}, runs on: {targets}",
+        f"{info['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
+        f"made by {info['producer']}, schema {info['schema_version']}, hashes ok",
+        f"{_streams(info)}, runs on: {targets}",
     ]
     graphs = [
         (g["name"], g["tokens"], g["stride"], _spans(g["offsets"]), sum(g["operators"].values()), _most(g["operators"]))
-        for g in facts["graphs"]
+        for g in info["graphs"]
     ]
-    state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in facts["state"]]
+    state = [(s["name"], s["role"], s["dtype"], _shape(s["shape"]), size(s["bytes"])) for s in info["state"]]
     sections = [
         "\n".join(head),
-        _quantization(facts["quantization"]),
+        _quantization(info["quantization"]),
         table(("graph", "tokens", "stride", "offsets", "nodes", "most frequent operators"), graphs),
-        _memories(facts["graphs"]),
-        _engines(facts),
-        table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(facts['state_bytes'])}",
-        table(("file", "size"), [(f["name"], size(f["bytes"])) for f in facts["files"]]),
+        _memories(info["graphs"]),
+        _engines(info),
+        table(("state", "role", "dtype", "shape", "size"), state) + f"\none stream: {size(info['state_bytes'])}",
+        table(("file", "size"), [(f["name"], size(f["bytes"])) for f in info["files"]]),
     ]
     return "\n\n".join(section for section in sections if section)
 
 
-def _streams(facts: dict[str, Any]) -> str:
-    """What streams consume and give."""
-    if facts["input"]["kind"] == "vectors":
-        return f"vectors of {facts['input']['size']} floats in, of {facts['output']['size']} out"
-    return f"vocabulary {facts['vocab_size']}, tokenizer {facts['tokenizer']['kind']}"
+def _streams(info: dict[str, Any]) -> str:
+    """Input and output of a stream."""
+    if info["input"]["kind"] == "vectors":
+        return f"input vectors of {info['input']['size']} floats, output vectors of {info['output']['size']}"
+    return f"vocabulary {info['vocab_size']}, tokenizer {info['tokenizer']['kind']}"
 
 
 def _quantization(entry: dict[str, Any] | None) -> str:
-    """What `quantize` did, in a few lines; nothing of a bundle in float32."""
+    """The quantisation in a few lines; empty for a float32 bundle."""
     if entry is None:
         return ""
     recipe, data, memory = entry["recipe"], entry.get("data"), entry["memory"]
     about = f" ({recipe['description']})" if recipe.get("description") else ""
     counts = ", ".join(f"{count} in {format}" for format, count in entry["formats"].items())
-    lines = [f"quantised by the recipe {recipe.get('name', '?')}{about}", f"matmuls: {counts or 'none'}"]
+    lines = [f"quantised with recipe {recipe.get('name', '?')}{about}", f"matmuls: {counts or 'none'}"]
     if kept := [name for name, format in entry["matmuls"].items() if format == "float32"]:
         lines.append(f"kept in float32: {', '.join(kept)}")
     if {"weights_bytes", "float32_weights_bytes"} <= set(entry):
         lines.append(f"weights: {size(entry['weights_bytes'])}, in float32 {size(entry['float32_weights_bytes'])}")
     rounding = "" if memory.get("dtype") == "float32" else f", rounding {memory.get('rounding')}"
-    lines.append(f"memories: {memory.get('memory_dtype')}{rounding}")
+    lines.append(f"memory dtype: {memory.get('memory_dtype')}{rounding}")
     if data:
-        lines.append(f"from {data.get('tokens')} tokens in {data.get('streams')} streams")
+        lines.append(f"calibrated on {data.get('tokens')} tokens in {data.get('streams')} streams")
     if "max_abs_error" in entry:
-        lines.append(f"largest difference from the float32 model's golden outputs: {entry['max_abs_error']:.3g}")
+        lines.append(f"maximum difference from the float32 model's golden outputs: {entry['max_abs_error']:.3g}")
     return "\n".join(lines)
 
 
 def _spans(offsets: list[int]) -> str:
-    """Ascending numbers, those that follow each other as 0-14."""
+    """Ascending numbers, with runs written as 0-14."""
     spans: list[list[int]] = []
     for offset in offsets:
         if spans and spans[-1][-1] + 1 == offset:
@@ -114,8 +131,8 @@ def _spans(offsets: list[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-def _engines(facts: dict[str, Any]) -> str:
-    sizes = {file["name"]: file["bytes"] for file in facts["files"]}
+def _engines(info: dict[str, Any]) -> str:
+    sizes = {file["name"]: file["bytes"] for file in info["files"]}
     rows = [
         (
             e["name"],
@@ -126,24 +143,24 @@ def _engines(facts: dict[str, Any]) -> str:
             ", ".join(graph["graph"] for graph in e["graphs"]),
             size(sum(sizes[graph["file"]] for graph in e["graphs"])),
         )
-        for e in facts["engines"]
+        for e in info["engines"]
     ]
     header = ("engine", "target", "compiler", "precision", "memory", "graphs", "size")
     return table(header, rows) if rows else ""
 
 
 def _memories(graphs: list[dict[str, Any]]) -> str:
-    """The memory nodes, those with equal attributes in one line."""
+    """The memory nodes, one line for nodes with equal attributes."""
     rows: dict[tuple[str, str], int] = {}
     for graph in graphs:
         for node in graph["neural_memory"]:
-            said = ", ".join(f"{name} {_value(value)}" for name, value in node["attributes"].items())
-            rows[graph["name"], said] = rows.get((graph["name"], said), 0) + 1
-    return table(("graph", "memory nodes", "attributes"), [(name, n, said) for (name, said), n in rows.items()])
+            text = ", ".join(f"{name} {_value(value)}" for name, value in node["attributes"].items())
+            rows[graph["name"], text] = rows.get((graph["name"], text), 0) + 1
+    return table(("graph", "memory nodes", "attributes"), [(name, n, text) for (name, text), n in rows.items()])
 
 
 def _most(operators: dict[str, int]) -> str:
-    """The first few of counts that come sorted."""
+    """The first few counts of a sorted list."""
     return ", ".join(f"{name} {count}" for name, count in list(operators.items())[:5])
 
 

@@ -1,4 +1,4 @@
-"""What `titans-export inspect` says of a state file."""
+"""The output of `titans-export inspect` for a state file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .command import emit
 from .table import size, table
 
 if TYPE_CHECKING:
-    from ..states import MemoryFacts, NotFinite, SavedState
+    from ..states import MemoryInfo, NotFinite, SavedState
 
 
 def inspect_state(path: Path, bundle: Path | None, numpy: Path | None, key_file: Path | None, as_json: bool) -> None:
-    """Prints facts about the state, exports its memory where asked to; MismatchError where it is not finite."""
+    """Prints the state and exports its memory if asked to. Raises MismatchError if it holds NaN or infinity."""
     from ..states import describe_memories, find_not_finite, fresh_memory, open_state, read_key, write_npz
 
     state = open_state(path, None if key_file is None else read_key(key_file))
@@ -30,15 +30,19 @@ def inspect_state(path: Path, bundle: Path | None, numpy: Path | None, key_file:
     else:
         click.echo(_text(state, broken, memories))
     if broken:
-        more = f", and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-        remedy = "go back to an earlier state, and set a guard (docs/guard.md)"
-        raise MismatchError("inspect", f"finite numbers in {path}", f"{_broken(broken[0])}{more}", remedy)
+        more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise MismatchError(
+            "E0904",
+            "inspect",
+            f"{path} is not finite: {_broken(broken[0])}{more}",
+            "go back to an earlier state, and set a guard (docs/guard.md)",
+        )
 
 
 def _as_json(
-    state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts], bundle: Path | None, numpy: Path | None
+    state: SavedState, broken: list[NotFinite], memories: list[MemoryInfo], bundle: Path | None, numpy: Path | None
 ) -> dict[str, Any]:
-    facts = state.facts
+    metadata = state.metadata
     return {
         "state": str(state.path),
         "finite": not broken,
@@ -46,10 +50,10 @@ def _as_json(
         "bytes": state.bytes,
         "encrypted": state.encrypted,
         "hash": "ok",
-        **{key: facts.get(key) for key in ("schema_version", "producer", "created", "model", "backend", "device")},
+        **{key: metadata.get(key) for key in ("schema_version", "producer", "created", "model", "backend", "device")},
         "position": state.position,
         "learning": state.learning,
-        "memory_dtype": facts.get("memory"),
+        "memory_dtype": metadata.get("memory"),
         "tensors": [
             {**{key: entry[key] for key in ("name", "role", "dtype", "shape")}, "bytes": _bytes(state, entry["name"])}
             for entry in state.entries
@@ -64,18 +68,19 @@ def _bytes(state: SavedState, name: str) -> int:
     return int(state.tensors[name].nbytes)
 
 
-def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts]) -> str:
-    model, facts = state.model, state.facts
-    memory_dtype = facts.get("memory") or {}
+def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryInfo]) -> str:
+    model, metadata = state.model, state.metadata
+    memory_dtype = metadata.get("memory") or {}
     rounding = "" if memory_dtype.get("dtype") == "float32" else f", rounding {memory_dtype.get('rounding')}"
     sealed = "decrypted, " if state.encrypted else ""
     head = [
         *(f"NOT FINITE: {_broken(entry)}" for entry in broken),
         f"{state.path}: {model.get('name')} ({model.get('variant')}), position {state.position:,}, "
         + ("learning" if state.learning else "frozen"),
-        f"made by {facts.get('producer')} at {facts.get('created')}, {facts.get('backend')} on {facts.get('device')}",
+        f"made by {metadata.get('producer')} at {metadata.get('created')}, "
+        f"{metadata.get('backend')} on {metadata.get('device')}",
         f"{size(state.bytes)}, {sealed}hash ok, weights {str(model.get('weights_sha256'))[:12]}, "
-        f"memories in {memory_dtype.get('dtype')}{rounding}",
+        f"memory dtype {memory_dtype.get('dtype')}{rounding}",
     ]
     roles: dict[str, list[int]] = {}
     for entry in state.entries:
@@ -85,7 +90,7 @@ def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryFacts
     return "\n\n".join(section for section in sections if section)
 
 
-def _memories(memories: list[MemoryFacts]) -> str:
+def _memories(memories: list[MemoryInfo]) -> str:
     if not memories:
         return ""
     fresh = any(entry.from_fresh is not None for entry in memories)
@@ -129,6 +134,6 @@ def _part(value: float | None) -> str:
 
 
 def _broken(entry: NotFinite) -> str:
-    counts = [f"{n} {what}" for n, what in ((entry.nan, "NaN"), (entry.infinite, "infinite")) if n]
+    counts = [f"{n} {kind}" for n, kind in ((entry.nan, "NaN"), (entry.infinite, "infinite")) if n]
     heads = "" if not entry.heads else f", head{'s' * (len(entry.heads) > 1)} {', '.join(map(str, entry.heads))}"
     return f"{' and '.join(counts)} in {entry.name}{heads}"

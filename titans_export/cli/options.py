@@ -1,28 +1,32 @@
-"""Options that several commands have."""
+"""Options that several commands have, and the sessions they open."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     import titans_runtime
 
-# Whether a path is there is the readers' question: they answer it with what to do, and exit code 1.
+# The readers check whether a path exists: their errors name the fix, with exit code 1.
 PATH = click.Path(path_type=Path)
 
 bundle_argument = click.argument("bundle", type=PATH)
 engine_option = click.option(
-    "--engine", help="Engine of the bundle to insist on; none: the plain graphs.  [default: chosen by the device]"
+    "--engine", help="Engine of the bundle to use; none: the plain graphs.  [default: chosen by the device]"
 )
 
 config_option = click.option(
     "--config",
     metavar="JSON|NAME",
-    help="Constructor's arguments, for formats whose checkpoints have none: a JSON file, or train_mac.",
+    help="Constructor arguments, for checkpoints without a configuration: a JSON file, or train_mac.",
 )
 
 key_option = click.option(
@@ -30,29 +34,49 @@ key_option = click.option(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Where and how a bundle runs. Commands that run one extend it by their own options."""
+
+    device: str = "cpu"
+    backend: str | None = None
+    threads: int = 0
+    memory_kernel: str = "auto"
+    engine: str | None = None
+
+
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --device, --backend, --threads and --memory-kernel, for `open_session`."""
+    """Adds --device, --backend, --threads and --memory-kernel, for `SessionOptions`."""
     for option in (
         click.option(
             "--memory-kernel",
             type=click.Choice(("auto", "require", "off")),
             default="auto",
-            help="Our kernel where it is installed, always, or the graphs' own standard operators.",
+            help="auto: our kernel if installed; require: our kernel or an error; off: standard operators.",
         ),
-        click.option("--threads", type=click.IntRange(0), default=0, help="Threads in a call; 0: the backend chooses."),
-        click.option("--backend", help="Backend to insist on, such as onnxruntime.  [default: chosen by the device]"),
+        click.option("--threads", type=click.IntRange(0), default=0, help="Threads per call; 0: the backend chooses."),
+        click.option("--backend", help="Backend to use, such as onnxruntime.  [default: chosen by the device]"),
         click.option("--device", default="cpu", help="Where to run: cpu, cuda or cuda:N."),
     ):
         function = option(function)
     return function
 
 
-def open_session(
-    bundle: Path, device: str, backend: str | None, threads: int, memory_kernel: str, engine: str | None = None
-) -> titans_runtime.Session:
-    """The bundle on the device. Needs numpy and the runtime, nothing else."""
+def open_session(bundle: Path, options: SessionOptions) -> titans_runtime.Session:
+    """Opens the bundle on the device. Needs numpy and the runtime only."""
     import titans_runtime
 
     return titans_runtime.Session(
-        bundle, device=device, backend=backend, threads=threads, memory_kernel=memory_kernel, engine=engine
+        bundle,
+        device=options.device,
+        backend=options.backend,
+        threads=options.threads,
+        memory_kernel=options.memory_kernel,
+        engine=options.engine,
     )
+
+
+def check_finite(command: str, option: str, value: float | None) -> None:
+    """Raises UsageError for an option whose value is NaN or infinite."""
+    if value is not None and not math.isfinite(value):
+        raise UsageError("E0104", command, f"{option} is {value}", "give a finite number, such as 1e-4")

@@ -1,4 +1,4 @@
-"""Progress on stderr, for people only: nothing where stderr is no terminal."""
+"""Progress on stderr, only if it is a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with how much more is done."""
+    """Yields a function that takes the number of units done since the last call."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return

@@ -1,4 +1,4 @@
-"""`titans-export run`: text through a bundle, and on from it."""
+"""`titans-export run`: reads a text, continues a prompt, or both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import click
 
 from ..errors import UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH, bundle_argument, engine_option, open_session, session_options
+from .options import PATH, SessionOptions, bundle_argument, engine_option, open_session, session_options
 from .progress import progress_bar
 from .table import size
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, as `titans_runtime.Stream.generate` takes it."""
+    """How tokens are sampled: the arguments of `titans_runtime.Stream.generate`."""
 
     max_tokens: int
     temperature: float
@@ -37,6 +37,28 @@ class Sampling:
     top_p: float
     min_p: float
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SessionOptions):
+    """The options of `run`."""
+
+    bundle: Path
+    prompt: str | None
+    text: Path | None
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stop: tuple[str, ...]
+    freeze: bool
+    as_json: bool
+
+    def sampling(self) -> Sampling:
+        """The options of sampling alone."""
+        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
 
 
 @click.command(
@@ -49,100 +71,86 @@ class Sampling:
     ),
 )
 @bundle_argument
-@click.option("--prompt", help="Text to continue.  [default: stdin, where it is no terminal and --text is not given]")
-@click.option("--text", type=PATH, help="File to read, - for stdin; with --prompt the model learns from it first.")
-@click.option("--max-tokens", type=click.IntRange(0), default=256, help="Tokens to write at most.")
-@click.option("--temperature", type=click.FloatRange(0), default=1.0, help="0 takes the most likely token each time.")
-@click.option("--top-k", type=click.IntRange(0), default=0, help="Choose among the k most likely; 0: among all.")
+@click.option("--prompt", help="Text to continue.  [default: stdin, if it is not a terminal and there is no --text]")
+@click.option("--text", type=PATH, help="File to read, - for stdin; with --prompt the model reads it first.")
+@click.option("--max-tokens", type=click.IntRange(0), default=256, help="Maximum number of tokens to generate.")
+@click.option("--temperature", type=click.FloatRange(0), default=1.0, help="Sampling temperature; 0: always the top-1.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="Sample from the k most probable tokens; 0: from all.")
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
-    help="Choose among the likeliest that make up p.",
+    help="Sample from the most probable tokens that add up to p.",
 )
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, help="Leave out what is below p times the best.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Same seed, same tokens.")
-@click.option("--stop", multiple=True, help="End after this text has been written; may be given again.")
-@click.option("--freeze", is_flag=True, help="Keep the memory as it is: read, but do not learn.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Leave out tokens below p times the top-1 probability.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of the sampling.")
+@click.option("--stop", multiple=True, help="Stop after this text has been generated; repeatable.")
+@click.option("--freeze", is_flag=True, help="Read without learning: the memory stays as it is.")
 @engine_option
 @session_options
 @json_option
-def run(
-    bundle: Path,
-    prompt: str | None,
-    text: Path | None,
-    max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    stop: tuple[str, ...],
-    freeze: bool,
-    engine: str | None,
-    device: str,
-    backend: str | None,
-    threads: int,
-    memory_kernel: str,
-    as_json: bool,
-) -> None:
+def run(**values: Any) -> None:
     """Read a text, continue a prompt, or both.
 
-    The model learns all the while, unless --freeze is given. --text streams a file of any length at constant memory and
-    reports how well it was predicted, in bits per byte. --prompt is continued on stdout, token by token.
+    The model learns while it reads and generates, unless --freeze is given. --text streams a file of any length in
+    constant memory and reports how well it was predicted, in bits per byte. The continuation of --prompt appears on
+    stdout token by token.
     """
-    if "" in stop:
-        raise UsageError("run", "--stop with some text", "an empty one", "leave it out")
-    start = None if prompt is None else os.fsencode(prompt)
-    if start is None and text is None:
-        start = _stdin_prompt()
+    _run(RunOptions(**values))
 
-    session = open_session(bundle, device, backend, threads, memory_kernel, engine)
+
+def _run(options: RunOptions) -> None:
+    if "" in options.stop:
+        raise UsageError("E0104", "run", "--stop is empty", "give a text or leave it out")
+    prompt = None if options.prompt is None else os.fsencode(options.prompt)
+    if prompt is None and options.text is None:
+        prompt = _stdin_prompt()
+
+    session = open_session(options.bundle, options)
     if session.input_kind == "vectors":
-        raise UsageError(
-            "run",
-            "a bundle that takes tokens",
-            f"{bundle}, which takes vectors",
-            "feed it from Python with Stream.feed",
-        )
+        raise UsageError("E0106", "run", f"{options.bundle} takes vectors, not text", "use Stream.feed in Python")
     from ..tokenizer import open_tokenizer
 
-    tokenizer = open_tokenizer(session.info["tokenizer"], bundle)
+    tokenizer = open_tokenizer(session.info["tokenizer"], options.bundle)
     stream = session.stream()
-    if freeze:
+    if options.freeze:
         stream.freeze()
     result: dict[str, Any] = {
-        "bundle": str(bundle),
+        "bundle": str(options.bundle),
         "device": session.info["device"],
         "engine": session.info["engine"],
         "engine_reason": session.info["engine_reason"],
         "backend": session.info["backend"],
         "memory_kernel": session.info["memory_kernel"],
-        "learning": not freeze,
+        "learning": not options.freeze,
         "state_bytes_at_start": stream.state_bytes,
     }
-    if text is not None:
-        result |= _read_text(stream, tokenizer, text)
-    if start is not None:
-        sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed)
-        result |= _continue(stream, tokenizer, start, sampling, stop, quiet=as_json)
+    if options.text is not None:
+        result |= _read_text(stream, tokenizer, options.text)
+    if prompt is not None:
+        result |= _continue(stream, tokenizer, prompt, options)
     result |= {"position": stream.position, "state_bytes": stream.state_bytes, "peak_rss_bytes": peak_rss_bytes()}
-    if as_json:
+    if options.as_json:
         emit(result)
-    elif text is not None:
-        _report(result, err=start is not None)
+    elif options.text is not None:
+        _report(result, err=prompt is not None)
 
 
 def _stdin_prompt() -> bytes:
     prompt = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
     if not prompt:
-        raise UsageError("run", "a --prompt, a --text or a text on stdin", "none", "give one of them")
+        raise UsageError("E0103", "run", "no prompt and no text", "give --prompt, --text or a prompt on stdin")
     return prompt
 
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
-    """The file and its size, None where it has none."""
+    """The file and its size, None if unknown."""
     if str(path) == "-":
         yield sys.stdin.buffer, None
         return
@@ -151,7 +159,7 @@ def _open_text(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
-    """Streams the file and sums up how well each token was predicted."""
+    """Streams the file and sums up the bits of its tokens."""
     tokens = bytes_read = 0
     nats = busy = 0.0
     with _open_text(path) as (file, total), progress_bar("reading", total, "B") as advance:
@@ -173,22 +181,18 @@ def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path) 
 
 
 def _continue(
-    stream: titans_runtime.Stream,
-    tokenizer: Tokenizer,
-    prompt: bytes,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    quiet: bool,
+    stream: titans_runtime.Stream, tokenizer: Tokenizer, prompt: bytes, options: RunOptions
 ) -> dict[str, Any]:
-    """Feeds the prompt and writes what follows, as it comes unless `quiet`."""
+    """Feeds the prompt and generates. Text goes to stdout as it comes, unless there will be JSON."""
+    quiet = options.as_json
     tokens = tokenizer.encode(prompt)
     if not len(tokens) and not stream.position:
-        raise UsageError("run", "a prompt of at least one token", "an empty one", "give some text to start from")
+        raise UsageError("E0107", "run", "empty prompt", "give at least one token to start from")
     stream.feed(tokens, logits="none")
     decode = tokenizer.decoder()
-    writer, count, started = _Writer(stop, quiet), 0, time.perf_counter()
-    if sampling.max_tokens:
-        for token in stream.generate(**dataclasses.asdict(sampling)):
+    writer, count, started = _Writer(options.stop, quiet), 0, time.perf_counter()
+    if options.max_tokens:
+        for token in stream.generate(**dataclasses.asdict(options.sampling())):
             count += 1
             writer.write(decode(token))
             if writer.stopped:
@@ -210,7 +214,7 @@ def _continue(
 
 
 class _Writer:
-    """Text that comes piece by piece, onto stdout unless `quiet`, up to where one of the stop texts ends."""
+    """Collects generated text up to the end of a stop text, and writes it to stdout unless `quiet`."""
 
     def __init__(self, stop: tuple[str, ...], quiet: bool) -> None:
         self.text, self.stopped = "", False
@@ -234,15 +238,15 @@ class _Writer:
 
 
 def _end_of(written: str, stop: str, before: int) -> int | None:
-    """Where the first `stop` ends that reaches beyond `before`, None if there is none."""
+    """The end of the first `stop` that reaches beyond `before`, None if there is none."""
     found = written.find(stop, max(0, before - len(stop) + 1))
     return None if found < 0 else found + len(stop)
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident.
+    """Peak resident memory of this process.
 
-    From Linux's own account of it: getrusage counts in what the parent had when it forked.
+    Read from /proc on Linux, because getrusage includes the parent's memory at the fork.
     """
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith("VmHWM:"))
@@ -253,13 +257,13 @@ def peak_rss_bytes() -> int:
 
 
 def _report(result: dict[str, Any], err: bool) -> None:
-    """The numbers of a text for people; on stderr where stdout holds what the model wrote."""
+    """Prints the numbers of a text, on stderr if stdout holds generated text."""
     bits, rate = result["bits_per_byte"], result["tokens_per_second"]
     lines = (
         ("tokens", f"{result['tokens']:,}"),
         ("bits per byte", "-" if bits is None else f"{bits:.4f}"),
         ("tokens per second", "-" if rate is None else f"{rate:,.0f}"),
-        ("state", f"{size(result['state_bytes'])} (at the start {size(result['state_bytes_at_start'])})"),
+        ("state", f"{size(result['state_bytes'])} ({size(result['state_bytes_at_start'])} at the start)"),
         ("peak memory", size(result["peak_rss_bytes"])),
     )
     for name, value in lines:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as what is in them; numbers to the right."""
+    """A text table with columns as wide as their cells; numbers are right-aligned."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
@@ -18,7 +18,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people: 999 B, 1.5 KiB, 20.0 MiB."""
+    """A readable number of bytes: 999 B, 1.5 KiB, 20.0 MiB."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -28,7 +28,7 @@ def size(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A small number for people; - if there is none."""
+    """A small number, or - for None."""
     return "-" if value is None else f"{value:.2e}"
 
 

@@ -1,4 +1,4 @@
-"""Drift: how far one bundle's stream moves away from another's, over text of any length (docs/drift.md)."""
+"""Drift of one bundle's stream from another's, over text of any length (docs/drift.md)."""
 
 from .metrics import Drift, MemoryDistance, Window
 from .streams import Comparison, compare

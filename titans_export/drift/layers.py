@@ -40,7 +40,7 @@ _WITHOUT_LAYERS = "leave the layers out with --layers 0"
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a layer's activations were from the right ones: root mean square over all positions, relative."""
+    """Relative error of a layer's activations against the reference: root mean square over all positions."""
 
     layer: str  # such as layers.0, or layers.0.memory for what a memory retrieves
     what: str
@@ -83,11 +83,11 @@ class _Probed:
             return open_session(model, kernel=kernel, folder=self.runner.bundle.path)
         except Exception as error:  # ONNX Runtime raises nothing narrower
             problem = f"ONNX Runtime cannot open the graphs: {' '.join(str(error).split())[:200]}"
-            raise MachineError("E0250", "drift", problem, _WITHOUT_LAYERS) from None
+            raise MachineError("E0650", "drift", problem, _WITHOUT_LAYERS) from None
 
 
 def measure_layers(base: Path, others: Mapping[str, Path], inputs: Inputs) -> dict[str, list[LayerError]]:
-    """Of each other bundle the layers' errors, over all of the inputs, fed to one stream each in the same cuts."""
+    """The layers' errors of each candidate over all inputs, fed to one stream each in the same cuts."""
     reference, probed = _Probed(read_bundle(base)), {name: _Probed(read_bundle(path)) for name, path in others.items()}
     states = {name: one.runner.bundle.initial_state() for name, one in probed.items()}
     sums: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in others}
@@ -98,7 +98,7 @@ def measure_layers(base: Path, others: Mapping[str, Path], inputs: Inputs) -> di
         for name, one in probed.items():
             same = one.runner.next(call.position, tokens)
             if same.tokens != tokens:
-                raise MachineError("E0250", "drift", f"{name} has no graph of {tokens} tokens", _WITHOUT_LAYERS)
+                raise MachineError("E0906", "drift", f"{name} has no graph of {tokens} tokens", _WITHOUT_LAYERS)
             answer = one.runner.run(same, block, call.position, states[name])
             states[name] = answer.state
             got = one.activations(answer)
@@ -165,7 +165,7 @@ def _join(graph: Any, constant: set[str], number: int) -> str:
 
 
 def _squares(got: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
-    """Sums of squares: of the difference, and of what is right."""
+    """Sums of squares: of the difference, and of the reference."""
     a, b = got.astype(np.float64), right.astype(np.float64)
     return np.array([np.square(a - b).sum(), np.square(b).sum()])
 

@@ -1,4 +1,4 @@
-"""Two bundles measured: their streams side by side, then layers and recall."""
+"""The comparison of two bundles: streams, layers and recall."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .streams import WINDOW, Inputs, check_alike, compare
 if TYPE_CHECKING:
     import titans_runtime
 
-RANDOM_LENGTH = 100_000  # inputs where there is no text and no number was asked for
+RANDOM_LENGTH = 100_000  # default number of inputs without a text
 LAYER_TOKENS = 4096
 LONGEST_RECALL = 1024
 _EPISODE_FILLER = 64  # of the recall task's episodes, as a stream
@@ -27,8 +27,8 @@ _EPISODE_FILLER = 64  # of the recall task's episodes, as a stream
 
 @dataclass(frozen=True)
 class Options:
-    """How two bundles are compared; `bits_tolerance` is in percent, None means anything goes. 0 leaves layers or recall
-    out; `recall_task` None chooses by the model.
+    """Options of a comparison. `bits_tolerance` is in percent; a tolerance of None is no limit. 0 skips layers or
+    recall. `recall_task` None chooses by the model.
     """
 
     text: Path | None = None
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Input:
-    """What is fed: in words, itself, and for a text the bytes a token."""
+    """The input: a description, the values, and for a text the bytes per token."""
 
     what: str
     values: Inputs
@@ -55,20 +55,20 @@ class Input:
 def measure(
     path: Path,
     session: titans_runtime.Session,
-    base_path: Path,
-    base_session: titans_runtime.Session,
+    reference_path: Path,
+    reference_session: titans_runtime.Session,
     options: Options,
     progress: Callable[[int], None] = lambda done: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """How far the bundle, as the session runs it, drifts from the other. Raises TitansError."""
-    side, base = Side(read_bundle(path), session), Side(read_bundle(base_path), base_session)
-    check_alike(base_session, session, path.name)
-    _check_tokenizers(side.bundle, base.bundle)
+    """Drift of the bundle in its session from the reference. Raises TitansError."""
+    side, reference = Side(read_bundle(path), session), Side(read_bundle(reference_path), reference_session)
+    check_alike(reference_session, session, path.name)
+    _check_tokenizers(side.bundle, reference.bundle)
     task = options.recall_task or recall.task_of(session.vocab_size, session.info["tokenizer"])
-    given = read_input(base, options, task)
+    given = read_input(reference, options, task)
     found = compare(
-        base_session,
+        reference_session,
         {path.name: session},
         given.values,
         window=options.window,
@@ -79,7 +79,7 @@ def measure(
     )
     report = Report(
         side,
-        base,
+        reference,
         given.what,
         given.bytes_per_token,
         options.window,
@@ -87,7 +87,7 @@ def measure(
         options.tolerance,
         options.bits_tolerance,
         found.drifts[path.name],
-        found.base_seconds,
+        found.reference_seconds,
     )
     return _inside(report, given, task, options, say)
 
@@ -96,46 +96,44 @@ def _inside(report: Report, given: Input, task: str, options: Options, say: Call
     """The report with layers and recall."""
     from dataclasses import replace
 
-    side, base = report.side, report.base
+    side, reference = report.side, report.reference
     count = min(options.layer_tokens, options.stream_length or options.layer_tokens, len(given.values))
-    kernels = [one.session.info["memory_kernel"] for one in (side, base)]
+    kernels = [one.session.info["memory_kernel"] for one in (side, reference)]
     if not count:
-        report = replace(report, layers_missing="not asked for")
-    elif any(one.session.info["engine"] or one.session.info["device"] != "cpu" for one in (side, base)):
-        report = replace(report, layers_missing="they are looked at in the plain graphs on the CPU alone")
-    elif side.bundle.manifest == base.bundle.manifest and kernels[0] != kernels[1]:
-        report = replace(
-            report, layers_missing="both are the same graphs, and layers are looked at with one kernel alone"
-        )
+        report = replace(report, layers_missing="skipped")
+    elif any(one.session.info["engine"] or one.session.info["device"] != "cpu" for one in (side, reference)):
+        report = replace(report, layers_missing="only plain graphs on the CPU are compared by layer")
+    elif side.bundle.manifest == reference.bundle.manifest and kernels[0] != kernels[1]:
+        report = replace(report, layers_missing="the graphs are the same, and layers are compared with one kernel only")
     else:
         from .layers import measure_layers
 
         say(f"comparing the layers over {count:,} tokens")
         try:
-            errors = measure_layers(base.bundle.path, {"": side.bundle.path}, given.values[:count])[""]
+            errors = measure_layers(reference.bundle.path, {"": side.bundle.path}, given.values[:count])[""]
             report = replace(report, layers=errors, layer_tokens=count)
         except MachineError as error:
             report = replace(report, layers_missing=str(error))
     if options.longest_recall and report.takes_tokens and len(given.values):
         say(f"measuring recall over up to {options.longest_recall:,} tokens")
         measured = recall.measure_recall(
-            base.session, {"": side.session}, task, options.longest_recall, given.values, seed=options.seed
+            reference.session, {"": side.session}, task, options.longest_recall, given.values, seed=options.seed
         )
         report = replace(report, recall_task=task, recall=measured[""])
     return report
 
 
-def read_input(base: Side, options: Options, task: str) -> Input:
-    """The text's tokens, or without a text random ones: of a model of the recall task, episodes of it."""
-    session, count = base.session, options.tokens or RANDOM_LENGTH
+def read_input(reference: Side, options: Options, task: str) -> Input:
+    """The text's tokens. Without a text: random tokens, or episodes for a model of the recall task."""
+    session, count = reference.session, options.tokens or RANDOM_LENGTH
     random = np.random.default_rng(options.seed)
     if session.input_kind == "vectors":
         if options.text is not None:
-            raise UsageError("verify", "no --text with a bundle that takes vectors", str(options.text), "leave it out")
+            raise UsageError("E0106", "compare", f"{reference.bundle.path} takes vectors, not text", "leave out --text")
         values = random.standard_normal((count, session.input_size), np.float32)
         return Input(f"random vectors, seed {options.seed}", values)
     if options.text is not None:
-        return read_text(base.bundle, options.text, options.tokens)
+        return read_text(reference.bundle, options.text, options.tokens)
     if task == "pairs":
         tokens = recall.episodes(count, _EPISODE_FILLER, options.seed)
         return Input(f"episodes of the recall task, seed {options.seed}", tokens)
@@ -143,7 +141,7 @@ def read_input(base: Side, options: Options, task: str) -> Input:
 
 
 def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
-    """The first tokens of the text, all where `most` is None."""
+    """The first `most` tokens of the text, or all."""
     from ..tokenizer import TextError, open_tokenizer
 
     blocks: list[Tokens] = []
@@ -155,20 +153,16 @@ def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
             if most is not None and have >= most:
                 break
     if not have:
-        raise TextError("verify", f"text in {text}", "an empty file", "give a longer text")
+        raise TextError("E0107", "compare", f"empty text: {text}", "give a longer text")
     return Input(text.name, np.concatenate(blocks)[:most], covered / have)
 
 
 def _check_tokenizers(one: Bundle, other: Bundle) -> None:
-    """Raises BundleError where the two read text with different tokenizers."""
+    """Raises BundleError if the tokenizers of the two differ."""
     hashes = [
         bundle.manifest.files[file].xxh3_128 if (file := bundle.manifest.tokenizer.file) else None
         for bundle in (one, other)
     ]
     if hashes[0] != hashes[1]:
-        raise BundleError(
-            "drift",
-            f"the tokenizer of {one.path.name} to be that of {other.path.name}",
-            "another",
-            "compare bundles of one model",
-        )
+        problem = f"{one.path.name} has another tokenizer than {other.path.name}"
+        raise BundleError("E0905", "drift", problem, "compare bundles of one model")

@@ -1,4 +1,4 @@
-"""How far outputs are from the right ones, position by position and summed up by window. No outputs are kept."""
+"""Differences of outputs from a reference, position by position and by window. No outputs are kept."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class Window:
-    """What happened in [start, end). Of a bundle that takes vectors only the errors are numbers.
+    """The window [start, end). A bundle that takes vectors has errors only; the other fields are None.
 
-    Bits are those of the tokens in the window, each given all before it; `kl_*` is KL(right || other) in bits, of the
-    distributions after each token; `agreement` is how often both find the same token likeliest.
+    Bits are the mean cost of the window's tokens, each given all tokens before it. `kl_*` is KL(reference || candidate)
+    in bits, of the distributions after each token. `top1_agreement` is the fraction of positions with the same top-1
+    token.
     """
 
     start: int
@@ -31,35 +32,35 @@ class Window:
     mean_abs_error: float
     max_abs_error: float
     relative_error: float
-    base_bits: float | None = None
+    reference_bits: float | None = None
     bits: float | None = None
     kl_mean: float | None = None
     kl_max: float | None = None
-    agreement: float | None = None
+    top1_agreement: float | None = None
 
     @property
     def bits_difference(self) -> float | None:
-        """By which part of the right bits the other's are larger."""
-        return None if self.bits is None or self.base_bits is None else _excess(self.bits, self.base_bits)
+        """Relative increase of the bits over the reference."""
+        return None if self.bits is None or self.reference_bits is None else _excess(self.bits, self.reference_bits)
 
 
 @dataclass(frozen=True)
 class MemoryDistance:
-    """A layer's memory at a position: distances relative to the norm of the right one, and all norms (Frobenius)."""
+    """A layer's memory at a position: distances relative to the reference's norm, and all norms (Frobenius)."""
 
     position: int
     layer: str
     weights: float
     surprise: float | None
     weights_norm: float
-    base_weights_norm: float
+    reference_weights_norm: float
     surprise_norm: float | None
-    base_surprise_norm: float | None
+    reference_surprise_norm: float | None
 
 
 @dataclass
 class Drift:
-    """What the comparison found about one stream."""
+    """The drift of one stream."""
 
     positions: int = 0
     windows: list[Window] = field(default_factory=list)
@@ -70,55 +71,55 @@ class Drift:
 
     @property
     def passed(self) -> bool:
-        """Whether all tolerances that were given held."""
+        """Whether no given tolerance was exceeded."""
         return self.first_bad_position is None
 
     @property
     def first_bad_position(self) -> int | None:
-        """The first position where a tolerance did not hold; of a window's bits, where the window starts."""
+        """The first position beyond a tolerance; for the bits of a window, its start."""
         found = [at for at in (self.first_beyond_tolerance, self.first_window_beyond) if at is not None]
         return min(found, default=None)
 
     @property
     def max_abs_error(self) -> float:
-        """The largest of any output."""
+        """The maximum over all outputs."""
         return max((window.max_abs_error for window in self.windows), default=0.0)
 
     @property
     def mean_abs_error(self) -> float:
-        """Over all outputs."""
+        """The mean over all outputs."""
         return self._mean("mean_abs_error") or 0.0
 
     @property
     def bits(self) -> float | None:
-        """Bits a token, of the whole stream."""
+        """Bits per token of the whole stream."""
         return self._mean("bits")
 
     @property
-    def base_bits(self) -> float | None:
-        """The same, of the stream that is right."""
-        return self._mean("base_bits")
+    def reference_bits(self) -> float | None:
+        """Bits per token of the reference."""
+        return self._mean("reference_bits")
 
     @property
     def bits_difference(self) -> float | None:
-        """By which part of the right bits the stream's are larger."""
-        return None if self.bits is None or self.base_bits is None else _excess(self.bits, self.base_bits)
+        """Relative increase of the bits over the reference."""
+        return None if self.bits is None or self.reference_bits is None else _excess(self.bits, self.reference_bits)
 
     @property
     def kl_mean(self) -> float | None:
-        """KL(right || other) in bits, over all positions."""
+        """Mean KL(reference || candidate) in bits."""
         return self._mean("kl_mean")
 
     @property
     def kl_max(self) -> float | None:
-        """The largest of a position."""
+        """Maximum KL of a position, in bits."""
         found = [window.kl_max for window in self.windows if window.kl_max is not None]
         return max(found, default=None)
 
     @property
-    def agreement(self) -> float | None:
-        """How often both find the same token likeliest."""
-        return self._mean("agreement")
+    def top1_agreement(self) -> float | None:
+        """Fraction of positions with the same top-1 token."""
+        return self._mean("top1_agreement")
 
     def _mean(self, name: str) -> float | None:
         """The windows' values, weighted by their lengths."""
@@ -128,15 +129,15 @@ class Drift:
         return math.fsum(value * length for value, length in values) / math.fsum(length for _, length in values)
 
 
-def _excess(value: float, right: float) -> float:
-    if value == right:
+def _excess(value: float, reference: float) -> float:
+    if value == reference:
         return 0.0
-    return value / right - 1 if right else math.inf
+    return value / reference - 1 if reference else math.inf
 
 
 @dataclass
 class _Group:
-    """A group of right outputs with what every comparison with them needs."""
+    """A group of reference outputs with the values that every comparison shares."""
 
     outputs: Floats
     best: NDArray[np.intp] | None = None
@@ -144,8 +145,8 @@ class _Group:
     probabilities: Floats | None = None
 
 
-class Right:
-    """The outputs of a block that are right. What comparisons share is computed once."""
+class ReferenceOutputs:
+    """The reference's outputs of a block. Values that all comparisons share are computed once."""
 
     def __init__(self, outputs: Outputs, logits: bool) -> None:
         self._logits = logits
@@ -153,7 +154,7 @@ class Right:
         self.rows = len(outputs)
 
     def bits(self, tokens: Tokens, before: Floats) -> tuple[Floats, Floats]:
-        """Bits of each token of the block, and those of every token after its last row; `before` precede its first."""
+        """Bits of each token of the block, and of every token after its last row; `before` has those for its first."""
         out, last = np.empty(self.rows), before
         for part, group in self._groups:
             assert group.log_sum is not None
@@ -163,36 +164,36 @@ class Right:
 
 @dataclass(frozen=True)
 class Columns:
-    """A number for each position; `bits` and the others after it only of logits."""
+    """One number per position; `kl` and the fields after it for logits only."""
 
     max_error: Floats
     mean_error: Floats
     squared_error: Floats
-    squared_right: Floats
+    squared_reference: Floats
     kl: Floats | None = None
     agree: Floats | None = None
-    base_bits: Floats | None = None
+    reference_bits: Floats | None = None
     bits: Floats | None = None
 
     def part(self, part: slice) -> Columns:
         """The same for some of the positions."""
-        kl, agree, base_bits, bits = (
-            None if value is None else value[part] for value in (self.kl, self.agree, self.base_bits, self.bits)
+        kl, agree, reference_bits, bits = (
+            None if value is None else value[part] for value in (self.kl, self.agree, self.reference_bits, self.bits)
         )
-        errors = (self.max_error, self.mean_error, self.squared_error, self.squared_right)
-        max_error, mean_error, squared_error, squared_right = (value[part] for value in errors)
-        return Columns(max_error, mean_error, squared_error, squared_right, kl, agree, base_bits, bits)
+        errors = (self.max_error, self.mean_error, self.squared_error, self.squared_reference)
+        max_error, mean_error, squared_error, squared_reference = (value[part] for value in errors)
+        return Columns(max_error, mean_error, squared_error, squared_reference, kl, agree, reference_bits, bits)
 
 
 @dataclass
 class Meter:
-    """Compares one stream with the right one, block after block, and sums up by window."""
+    """Compares one stream with the reference block by block, and sums up by window."""
 
     logits: bool
     size: int
     window: int
     tolerance: float | None
-    bits_tolerance: float | None  # a part, not percent
+    bits_tolerance: float | None  # a fraction, not percent
     drift: Drift = field(default_factory=Drift)
     _last: Floats | None = None
     _open: list[Columns] = field(default_factory=list)
@@ -202,15 +203,15 @@ class Meter:
         """A fresh stream follows: its first token is uniform."""
         self._last = None
 
-    def add(self, got: Outputs, right: Right, tokens: Tokens, base_bits: Floats | None) -> None:
+    def add(self, got: Outputs, reference: ReferenceOutputs, tokens: Tokens, reference_bits: Floats | None) -> None:
         """Counts in the outputs of the next positions."""
-        columns = self._compare(got, right, tokens, base_bits)
+        columns = self._compare(got, reference, tokens, reference_bits)
         beyond = None if self.tolerance is None else np.flatnonzero(columns.max_error > self.tolerance)
         if beyond is not None and beyond.size and self.drift.first_beyond_tolerance is None:
             self.drift.first_beyond_tolerance = self.drift.positions + int(beyond[0])
         done = 0
-        while done < right.rows:
-            count = min(right.rows - done, self._start + self.window - self.drift.positions)
+        while done < reference.rows:
+            count = min(reference.rows - done, self._start + self.window - self.drift.positions)
             self._open.append(columns.part(slice(done, done + count)))
             self.drift.positions += count
             done += count
@@ -218,7 +219,7 @@ class Meter:
                 self.close()
 
     def close(self) -> None:
-        """Ends the window that is open, if there is one: at the end of a stream it may be shorter."""
+        """Ends the open window, if any. The last window of a stream may be shorter."""
         if not self._open:
             return
         window = _window(self._start, self.drift.positions, self._open)
@@ -229,18 +230,20 @@ class Meter:
         if beyond and self.drift.first_window_beyond is None:
             self.drift.first_window_beyond = window.start
 
-    def _compare(self, got: Outputs, right: Right, tokens: Tokens, base_bits: Floats | None) -> Columns:
-        count = right.rows
-        max_error, mean_error, squared_error, squared_right = (np.empty(count) for _ in range(4))
+    def _compare(
+        self, got: Outputs, reference: ReferenceOutputs, tokens: Tokens, reference_bits: Floats | None
+    ) -> Columns:
+        count = reference.rows
+        max_error, mean_error, squared_error, squared_reference = (np.empty(count) for _ in range(4))
         kl, agree, bits = (np.empty(count) if self.logits else None for _ in range(3))
         last = self._last if self._last is not None else uniform(self.size)
-        # What is not finite is told as infinitely far, not warned of.
+        # NaN counts as an infinite error and needs no warning.
         with np.errstate(invalid="ignore", over="ignore"):
-            for part, group in right._groups:
+            for part, group in reference._groups:
                 other = _group(got[part], self.logits, probabilities=False)
                 difference = other.outputs - group.outputs
                 squared_error[part] = np.einsum("tn,tn->t", difference, difference)
-                squared_right[part] = np.einsum("tn,tn->t", group.outputs, group.outputs)
+                squared_reference[part] = np.einsum("tn,tn->t", group.outputs, group.outputs)
                 if kl is not None and agree is not None and bits is not None:
                     assert group.probabilities is not None and group.log_sum is not None and other.log_sum is not None
                     expected = np.einsum("tn,tn->t", group.probabilities, difference)
@@ -251,7 +254,7 @@ class Meter:
                 max_error[part] = _finite(difference.max(-1))
                 mean_error[part] = _finite(difference.mean(-1))
         self._last = last if self.logits else None
-        return Columns(max_error, mean_error, squared_error, squared_right, kl, agree, base_bits, bits)
+        return Columns(max_error, mean_error, squared_error, squared_reference, kl, agree, reference_bits, bits)
 
 
 def uniform(size: int) -> Floats:
@@ -292,7 +295,7 @@ def _score(outputs: Floats, log_sum: Floats, tokens: Tokens, before: Floats, out
 
 
 def _finite(values: Floats) -> Floats:
-    """NaN is infinitely far."""
+    """Replaces NaN by infinity, in place."""
     values[np.isnan(values)] = np.inf
     return values
 
@@ -302,24 +305,24 @@ def _window(start: int, end: int, parts: list[Columns]) -> Window:
         values: Floats = np.concatenate([getattr(part, name) for part in parts])
         return values
 
-    squared, right = float(joined("squared_error").sum()), float(joined("squared_right").sum())
+    squared, reference = float(joined("squared_error").sum()), float(joined("squared_reference").sum())
     squared = math.inf if math.isnan(squared) else squared
     errors = Window(
         start,
         end,
         mean_abs_error=float(joined("mean_error").mean()),
         max_abs_error=float(joined("max_error").max()),
-        relative_error=0.0 if not squared else math.sqrt(squared / right) if right else math.inf,
+        relative_error=0.0 if not squared else math.sqrt(squared / reference) if reference else math.inf,
     )
     if parts[0].bits is None:
         return errors
     return Window(
         **vars(errors)
         | {
-            "base_bits": float(joined("base_bits").mean()),
+            "reference_bits": float(joined("reference_bits").mean()),
             "bits": float(joined("bits").mean()),
             "kl_mean": float(joined("kl").mean()),
             "kl_max": float(joined("kl").max()),
-            "agreement": float(joined("agree").mean()),
+            "top1_agreement": float(joined("agree").mean()),
         }
     )

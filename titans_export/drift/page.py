@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: the verdict, then plots, then numbers and their provenance."""
+"""The report as one self-contained page: verdict, plots, numbers and provenance."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { te
 
 
 def render(report: Json) -> str:
-    """The page of a report, as `Report.to_json` gives it."""
-    title = f"Drift of {_name(report, 'bundle')} from {_name(report, 'against')}"
+    """The page of a report from `Report.to_json`."""
+    title = f"Drift of {_name(report, 'bundle')} from {_name(report, 'reference')}"
     given = report["tolerance"] is not None or report["bits_tolerance"] is not None
     state = ("good" if report["passed"] else "bad") if given else "open"
     word = {"good": "✓ Within tolerance", "bad": "✗ Not within tolerance", "open": "No tolerance given"}[state]
@@ -76,7 +76,7 @@ def render(report: Json) -> str:
 
 
 def _sentence(report: Json) -> str:
-    """The verdict without the words that stand above it."""
+    """The verdict without its heading."""
     verdict: str = report["verdict"]
     for start in ("Within tolerance: ", "Not within tolerance: ", "No tolerance was given. "):
         if verdict.startswith(start):
@@ -86,8 +86,8 @@ def _sentence(report: Json) -> str:
 
 
 def _name(report: Json, side: str) -> str:
-    """The bundle's name, and where it ran if that is what differs."""
-    entry, other = (report["bundles"][key] for key in ("bundle", "against"))
+    """The bundle's name, and where it ran if only that differs."""
+    entry, other = (report["bundles"][key] for key in ("bundle", "reference"))
     own = entry if side == "bundle" else other
     differing = [key for key in ("device", "backend", "engine", "memory_kernel") if entry[key] != other[key]]
     same = entry["manifest_xxh3_128"] == other["manifest_xxh3_128"]
@@ -107,16 +107,16 @@ def _tiles(report: Json) -> str:
     found: list[tuple[str, str, str]] = []
     bits, unit = _bits(report)
     if bits is not None:
-        against, own = _number(bits["against"], 4), _number(bits["bundle"], 4)
-        found.append((f"Bits per {unit}", _percent(bits["difference"]), f"{against} → {own}"))
+        reference, own = _number(bits["reference"], 4), _number(bits["bundle"], 4)
+        found.append((f"Bits per {unit}", _percent(bits["difference"]), f"{reference} → {own}"))
     if report["kl_bits"] is not None:
-        largest = f"at most {_number(report['kl_bits']['max'])}"
-        found.append(("KL, bits a token", _number(report["kl_bits"]["mean"]), largest))
+        largest = f"maximum {_number(report['kl_bits']['max'])}"
+        found.append(("KL, bits per token", _number(report["kl_bits"]["mean"]), largest))
     what = "output" if bits is None else "logit"
     mean = f"mean {_number(report['mean_abs_error'])}"
-    found.append((f"Largest error of a {what}".replace("a o", "an o"), _number(report["max_abs_error"]), mean))
+    found.append((f"Maximum {what} error", _number(report["max_abs_error"]), mean))
     if report["top1_agreement"] is not None:
-        found.append(("Same likeliest token", f"{report['top1_agreement']:.2%}", "of positions"))
+        found.append(("Top-1 agreement", f"{report['top1_agreement']:.2%}", "of positions"))
     last = _last_memory(report)
     if last:
         worst = max(last, key=lambda entry: _order(entry["weights"]))
@@ -124,10 +124,10 @@ def _tiles(report: Json) -> str:
     if report["recall"] is not None and report["recall"]["distances"]:
         far, task = report["recall"]["distances"][-1], report["recall"]["task"]
         values = [
-            f"{far[key]:.0%}" if task == "pairs" else f"{_number(far[key])} bits" for key in ("bundle", "against")
+            f"{far[key]:.0%}" if task == "pairs" else f"{_number(far[key])} bits" for key in ("bundle", "reference")
         ]
         name = f"Recall over {far['distance']:,} tokens"
-        found.append((name, values[0], f"against {values[1]}"))
+        found.append((name, values[0], f"reference {values[1]}"))
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
         for name, value, small in found
@@ -142,30 +142,32 @@ def _stream_plots(report: Json) -> Iterable[str]:
     if not windows:
         return
     if bits is not None:
-        per_byte = bits["against"] / report["bits_per_token"]["against"] if report["bits_per_token"]["against"] else 1.0
-        series = [Line(names[1], [_times(window["base_bits"], per_byte) for window in windows]),
+        per_byte = (
+            bits["reference"] / report["bits_per_token"]["reference"] if report["bits_per_token"]["reference"] else 1.0
+        )
+        series = [Line(names[1], [_times(window["reference_bits"], per_byte) for window in windows]),
                   Line(names[0], [_times(window["bits"], per_byte) for window in windows])]  # fmt: skip
         alt = f"Bits per {unit} by position: {_span(series[0])} for {names[1]}, {_span(series[1])} for {names[0]}"
         yield _figure(f"Bits per {unit}", plots.lines(alt, ends, series, x="position", y=f"bits per {unit}"),
-                      "What a token costs given all before it, a mean over each window. Lower is better.")  # fmt: skip
+                      "Cost of a token given all tokens before it, mean over a window. Lower is better.")  # fmt: skip
         line = Line("difference", [_times(window["bits_difference"], 100) for window in windows])
         limit = report["bits_tolerance"]
-        alt = f"By how many percent bits are larger, by position: {_span(line)}" + _limit_text(limit, " percent")
-        yield _figure("Difference of the bits", plots.lines(alt, ends, [line], x="position", y="larger by", limit=limit,
-                      percent=True), "Above zero the bundle predicts worse than what it is compared with.")  # fmt: skip
-        series = [Line("largest", [window["kl_max"] for window in windows]),
+        alt = f"Increase of the bits in percent, by position: {_span(line)}" + _limit_text(limit, " percent")
+        yield _figure("Increase of the bits", plots.lines(alt, ends, [line], x="position", y="increase", limit=limit,
+                      percent=True), "Above zero, the bundle predicts worse than the reference.")  # fmt: skip
+        series = [Line("maximum", [window["kl_max"] for window in windows]),
                   Line("mean", [window["kl_mean"] for window in windows])]  # fmt: skip
-        alt = f"KL divergence in bits by position: mean {_span(series[1])}, largest {_span(series[0])}"
+        alt = f"KL divergence in bits by position: mean {_span(series[1])}, maximum {_span(series[0])}"
         yield _figure("KL divergence", plots.lines(alt, ends, series, x="position", y="bits", log=True),
-                      "Bits that predicting with the bundle costs where the other one is right.")  # fmt: skip
-    series = [Line("largest", [window["max_abs_error"] for window in windows]),
+                      "KL(reference ‖ bundle): extra bits per token if the reference is exact.")  # fmt: skip
+    series = [Line("maximum", [window["max_abs_error"] for window in windows]),
               Line("mean", [window["mean_abs_error"] for window in windows])]  # fmt: skip
     what, limit = "outputs" if bits is None else "logits", report["tolerance"]
-    alt = f"Absolute error of {what} by position: mean {_span(series[1])}, largest {_span(series[0])}" + _limit_text(
+    alt = f"Absolute error of {what} by position: mean {_span(series[1])}, maximum {_span(series[0])}" + _limit_text(
         limit
     )
     yield _figure(f"Error of the {what}", plots.lines(alt, ends, series, x="position", y="absolute error", log=True,
-                  limit=limit), "Of all of a window: the largest, and the mean.")  # fmt: skip
+                  limit=limit), "Maximum and mean over each window.")  # fmt: skip
     for key, letter, text in (("weights", "W", "fast weights"), ("surprise", "S", "accumulated surprise")):
         layers = list(dict.fromkeys(entry["layer"] for entry in report["memory"] if entry[key] is not None))
         places = list(dict.fromkeys(entry["position"] for entry in report["memory"]))
@@ -175,19 +177,19 @@ def _stream_plots(report: Json) -> Iterable[str]:
         series = [Line(layer, [found.get((layer, place)) for place in places]) for layer in layers]
         alt = f"Distance of the {text} by position: " + "; ".join(f"{line.name} {_span(line)}" for line in series)
         drawn = plots.lines(alt, places, series, x="position", y="relative distance", log=True)
-        caption = f"Norm of the difference of the {text}, relative, where a window ends. All heads of a layer together."
+        caption = f"Relative norm of the difference of the {text} at the end of a window, over all heads of a layer."
         yield _figure(f"Memory: distance of {letter}", drawn, caption)
 
 
 def _inside(report: Json) -> Iterable[str]:
-    """Layers and recall, where they were measured."""
+    """Layers and recall, if measured."""
     found = []
     if report["layers"] is not None and report["layers"]["errors"]:
         values = {entry["layer"]: entry["relative_error"] for entry in report["layers"]["errors"]}
         alt = "Relative error by layer: " + "; ".join(f"{name} {_number(value)}" for name, value in values.items())
         note = (
-            f"Root mean square over the first {report['layers']['tokens']:,} tokens: of a layer the residual stream "
-            "after it, of a memory what it retrieves."
+            f"Root mean square over the first {report['layers']['tokens']:,} tokens: of the residual stream after a "
+            "layer, and of a memory's retrievals."
         )
         found.append(_figure("Error of the layers", plots.bars(alt, values, x="relative error"), note))
     recall = report["recall"]
@@ -195,66 +197,73 @@ def _inside(report: Json) -> Iterable[str]:
         names, pairs = _short_names(report), recall["task"] == "pairs"
         places = [entry["distance"] for entry in recall["distances"]]
         factor = 100.0 if pairs else 1.0
-        series = [Line(names[1], [_times(entry["against"], factor) for entry in recall["distances"]]),
+        series = [Line(names[1], [_times(entry["reference"], factor) for entry in recall["distances"]]),
                   Line(names[0], [_times(entry["bundle"], factor) for entry in recall["distances"]])]  # fmt: skip
         alt = f"Recall by distance: {_span(series[1])} for {names[0]}, {_span(series[0])} for {names[1]}"
-        y = "answers right, %" if pairs else "bits saved a token"
+        y = "right answers, %" if pairs else "bits saved per token"
         note = (
-            "Pairs of a key and a value are told, filler follows, each key is asked. Chance is 1.6 %."
+            "Pairs of a key and a value, filler, then each key as a question. Chance is 1.6 %."
             if pairs
-            else "A random string is told, text follows, the string comes again: bits that a token of it saves because "
-            "it was told before. Zero: nothing is recalled."
+            else "A random string, text, then the same string: bits per token that the first occurrence saves. "
+            "Zero: no recall."
         )
         drawn = plots.lines(alt, places, series, x="tokens in between", y=y, log_x=True, share=pairs)
         found.append(_figure("Recall", drawn, note))
     if found:
         yield f'<h2>Inside the model</h2><div class="plots">{"".join(found)}</div>'
     if report["layers_missing"]:
-        yield f'<p class="soft">Layers were left out: {escape(report["layers_missing"])}</p>'
+        yield f'<p class="soft">Layers were not compared: {escape(report["layers_missing"])}</p>'
 
 
 def _tables(report: Json) -> Iterable[str]:
     last = _last_memory(report)
     if last:
-        keys = ("weights", "base_weights_norm", "weights_norm", "surprise", "base_surprise_norm", "surprise_norm")
+        keys = (
+            "weights",
+            "reference_weights_norm",
+            "weights_norm",
+            "surprise",
+            "reference_surprise_norm",
+            "surprise_norm",
+        )
         rows = [[entry["layer"], *(_number(entry[key]) for key in keys)] for entry in last]
-        header = ["memory", "distance of W", "‖W‖ against", "‖W‖", "distance of S", "‖S‖ against", "‖S‖"]
+        header = ["memory", "distance of W", "‖W‖ reference", "‖W‖", "distance of S", "‖S‖ reference", "‖S‖"]
         yield f"<p>Memories at position {last[0]['position']:,}</p>{_table(header, rows)}"
     if report["layers"] is not None and report["layers"]["errors"]:
         rows = [
             [entry["layer"], entry["what"], _number(entry["relative_error"]), _number(entry["relative_error_last"])]
             for entry in report["layers"]["errors"]
         ]
-        yield "<p>Layers</p>" + _table(["layer", "of", "relative error", "in the last tenth"], rows)
+        yield "<p>Layers</p>" + _table(["layer", "values", "relative error", "in the last tenth"], rows)
     if report["recall"] is not None:
         shown = (lambda v: f"{v:.1%}") if report["recall"]["task"] == "pairs" else _number
         rows = [
-            [f"{entry['distance']:,}", shown(entry["against"]), shown(entry["bundle"]), str(entry["trials"])]
+            [f"{entry['distance']:,}", shown(entry["reference"]), shown(entry["bundle"]), str(entry["trials"])]
             for entry in report["recall"]["distances"]
         ]
-        yield "<p>Recall</p>" + _table(["distance", "against", "bundle", "trials"], rows)
+        yield "<p>Recall</p>" + _table(["distance", "reference", "bundle", "trials"], rows)
     columns: list[tuple[str, str, Any]] = [
         ("from", "start", lambda v: f"{v:,}"),
-        ("bits a token, against", "base_bits", lambda v: _number(v, 4)),
-        ("bits a token", "bits", lambda v: _number(v, 4)),
-        ("larger by", "bits_difference", _percent),
+        ("bits per token, reference", "reference_bits", lambda v: _number(v, 4)),
+        ("bits per token", "bits", lambda v: _number(v, 4)),
+        ("increase", "bits_difference", _percent),
         ("KL", "kl_mean", _number),
-        ("largest KL", "kl_max", _number),
-        ("error", "mean_abs_error", _number),
-        ("largest error", "max_abs_error", _number),
+        ("maximum KL", "kl_max", _number),
+        ("mean error", "mean_abs_error", _number),
+        ("maximum error", "max_abs_error", _number),
         ("relative error", "relative_error", _number),
-        ("same likeliest", "agreement", lambda v: f"{v:.2%}"),
+        ("top-1 agreement", "top1_agreement", lambda v: f"{v:.2%}"),
     ]
     windows = report["windows"]
     columns = [column for column in columns if windows and windows[0][column[1]] is not None]
     rows = [[shown(window[key]) for _, key, shown in columns] for window in windows]
     count = f"{len(windows)} window{'' if len(windows) == 1 else 's'}"
     inner = _table([name for name, _, _ in columns], rows)
-    yield f"<details><summary>{count}, number by number</summary>{inner}</details>"
+    yield f"<details><summary>{count}</summary>{inner}</details>"
 
 
 def _provenance(report: Json) -> str:
-    own, against = report["bundles"]["bundle"], report["bundles"]["against"]
+    own, reference = report["bundles"]["bundle"], report["bundles"]["reference"]
     names = {
         "name": "bundle",
         "model": "model",
@@ -270,14 +279,16 @@ def _provenance(report: Json) -> str:
         "engine": "engine",
         "memory_kernel": "memory kernel",
     }
-    rows = [[text, _plain(own[key]), _plain(against[key])] for key, text in names.items() if own[key] or against[key]]
-    sides = _table(["", "this bundle", "compared with"], rows, "names")
+    rows = [
+        [text, _plain(own[key]), _plain(reference[key])] for key, text in names.items() if own[key] or reference[key]
+    ]
+    sides = _table(["", "bundle", "reference"], rows, "names")
     machine = report["machine"]
     where = (
         f"{machine['cores']} cores of {machine['processor']} ({machine['architecture']}, "
         f"{', '.join(machine['flags'])}), {machine['system']}, Python {machine['python']}; "
         + ", ".join(f"{name} {version}" for name, version in report["packages"].items())
-        + f". Feeding took {report['seconds']['bundle']:,.1f} s and {report['seconds']['against']:,.1f} s."
+        + f". Feeding took {report['seconds']['bundle']:,.1f} s and {report['seconds']['reference']:,.1f} s."
     )
     return f'{sides}<p class="soft" style="margin-top:12px">{escape(where)}</p>'
 
@@ -299,9 +310,9 @@ def _figure(title: str, drawn: str, caption: str) -> str:
 
 
 def _short_names(report: Json) -> tuple[str, str]:
-    """What the two are called in legends."""
-    own, against = _name(report, "bundle"), _name(report, "against")
-    return (own, against) if own != against else ("bundle", "against")
+    """The names of the two in legends."""
+    own, reference = _name(report, "bundle"), _name(report, "reference")
+    return (own, reference) if own != reference else ("bundle", "reference")
 
 
 def _bits(report: Json) -> tuple[Json | None, str]:

@@ -1,4 +1,4 @@
-"""The page's plots: SVG inside the page and in its colours, so that it is readable on light and on dark."""
+"""The page's plots: inline SVG in the page's colours, readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 
 Values = Sequence[float | None]
 
-# What is drawn in these colours takes the page's, by the name of a CSS variable. The series' are Okabe and Ito's.
+# These colours are replaced by CSS variables of the page. The series use the palette of Okabe and Ito.
 _INK, _GRID = "#101112", "#d0d1d2"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _LIMIT = "#b00020"
 VARIABLES = {_INK: "ink", _GRID: "grid", _LIMIT: "limit"} | {value: f"series-{i}" for i, value in enumerate(_SERIES)}
 _DASHES = ("-", "--", ":", "-.")
-_FEW = 24  # points up to which each is marked
+_FEW = 24  # up to this many points have markers
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot: its name and a value at each of the plot's places, None where there is none."""
+    """A line of a plot: its name and one value per place, None for a gap."""
 
     name: str
     values: Values
@@ -42,7 +42,7 @@ def lines(
     percent: bool = False,
     share: bool = False,
 ) -> str:
-    """Lines over places. `log`: where no value is above zero the axis is linear. `limit`: what may not be passed.
+    """Lines over places. `log`: logarithmic axis, linear without positive values. `limit`: a line for the tolerance.
 
     `share`: the axis goes from 0 to 100.
     """
@@ -78,7 +78,7 @@ def lines(
 
 
 def bars(alt: str, values: Mapping[str, float], *, x: str) -> str:
-    """A bar for each name, from the top."""
+    """One bar per name, from the top."""
     names = list(values)
     shown = [_drawable(value, False) for value in values.values()]
     figure, axes = _figure(x, "", height=max(1.6, 0.9 + 0.3 * len(names)))
@@ -94,7 +94,7 @@ def bars(alt: str, values: Mapping[str, float], *, x: str) -> str:
 
 
 def _logarithmic(axes: Any, values: Sequence[float], limit: float | None) -> None:
-    """A logarithmic axis whose numbers are readable also where all lie within a decade."""
+    """A logarithmic axis with readable labels, also for values within one decade."""
     from matplotlib import ticker
 
     axes.set_yscale("log")
@@ -107,7 +107,7 @@ def _logarithmic(axes: Any, values: Sequence[float], limit: float | None) -> Non
 
 
 def _drawable(value: float | None, log: bool) -> float:
-    """NaN, a gap, where a value cannot be drawn."""
+    """The value, or NaN, a gap, if it cannot be drawn."""
     if value is None or not math.isfinite(value) or (log and value <= 0):
         return math.nan
     return value
@@ -133,7 +133,7 @@ def _figure(x: str, y: str, height: float = 2.9) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, alt: str) -> str:
-    """The figure as an element of a page: no size of its own, the page's colours, nothing that names another place."""
+    """The figure as an SVG element without a size, in the page's colours and without external references."""
     from matplotlib import rc_context
 
     file = io.StringIO()
@@ -146,20 +146,20 @@ def _svg(figure: Any, alt: str) -> str:
     head, _, body = text.partition(">")
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None
-    # Identifiers have to differ over a page that holds many of these.
+    # Identifiers must be unique on a page with several plots.
     own = f"p{abs(hash_of(alt)):x}-"
     body = re.sub(r'\bid="([^"]+)"', rf'id="{own}\1"', body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}", body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     for colour, name in VARIABLES.items():
         body = body.replace(colour, f"var(--{name})")
-    # What matplotlib leaves without a colour is black: the text.
+    # matplotlib leaves text without a colour, which is black.
     body = body.replace('<text style="', '<text style="fill: var(--ink); ') if "fill" not in body else body
     return f'<svg {view[0]} role="img" aria-label="{escape(alt, quote=True)}"><title>{escape(alt)}</title>{body}'
 
 
 def hash_of(text: str) -> int:
-    """A number that stays the same from run to run."""
+    """A hash that is the same in every run."""
     import zlib
 
     return zlib.crc32(text.encode())

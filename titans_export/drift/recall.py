@@ -1,9 +1,9 @@
-"""What a stream still recalls at growing distance.
+"""Recall of earlier tokens over growing distances.
 
-Of any model that reads tokens: a random string is told, text follows, and the string is told again. What the second
-telling costs is set against what it costs after the same text where another string was told first, so that nothing but
-what is recalled makes a difference. Of a model that was trained on the recall task (examples/recall_task.py):
-pairs of a key and a value are told, filler follows, and then each key is asked.
+Task "strings", for any model that reads tokens: a random string, text, and the same string again. Recall is the number
+of bits that its second occurrence costs less than after the same text with another string first. Task "pairs", for
+models trained on the recall task (examples/recall_task.py): pairs of a key and a value, filler, then each key as a
+question. Recall is the fraction of right answers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int32]
 TASKS = ("strings", "pairs")
-SHORTEST, STEP = 64, 4  # the first distance, and how many times the one before each other is
+SHORTEST, STEP = 64, 4  # the first distance, and the factor from one to the next
 
-# The recall task's alphabet: keys from 0, values, fillers, and the mark that an episode starts with.
+# The recall task's alphabet: keys from 0, values, fillers, and the token that starts an episode.
 KEYS, VALUES, FILLERS = 64, 64, 31
 _FIRST_FILLER = KEYS + VALUES
 _START = _FIRST_FILLER + FILLERS
@@ -35,13 +35,11 @@ STRING = 32  # tokens of a random string
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall over one distance: of strings the bits a token saves because it was told before, of pairs the part of the
-    questions that was answered right.
-    """
+    """Recall over one distance: bits saved per token for strings, the fraction of right answers for pairs."""
 
     distance: int
     trials: int
-    base: float
+    reference: float
     value: float
 
 
@@ -55,13 +53,13 @@ def distances(longest: int) -> list[int]:
 
 
 def task_of(vocab_size: int, tokenizer: Mapping[str, Any]) -> str:
-    """The task that suits a model: pairs for the recall task's vocabulary where there is no text, else strings."""
+    """The task for a model: pairs if it has the recall task's vocabulary and no tokenizer, else strings."""
     return "pairs" if vocab_size == PAIRS_VOCABULARY and tokenizer.get("kind") == "none" else "strings"
 
 
 def measure_recall(
-    base: titans_runtime.Session,
-    others: Mapping[str, titans_runtime.Session],
+    reference: titans_runtime.Session,
+    candidates: Mapping[str, titans_runtime.Session],
     task: str,
     longest: int,
     filler: Tokens,
@@ -70,28 +68,28 @@ def measure_recall(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[Recall]]:
-    """Recall of each other session beside the base's, by distance. Every trial is a fresh stream of all of them.
+    """Recall of each candidate and of the reference, by distance. Every trial begins with fresh streams.
 
-    `filler` is the text that lies between, of strings; the pairs' task has its own.
+    `filler` (T,) is the text between strings; the pairs task has its own.
     """
     random = np.random.default_rng(seed)
-    found: dict[str, list[Recall]] = {name: [] for name in others}
+    found: dict[str, list[Recall]] = {name: [] for name in candidates}
     with ExitStack() as stack:
-        streams = [stack.enter_context(closing(session.stream())) for session in (base, *others.values())]
+        streams = [stack.enter_context(closing(session.stream())) for session in (reference, *candidates.values())]
         for distance in distances(longest):
             rows = []
             for _ in range(trials):
                 ask = _pairs(distance, random) if task == "pairs" else _strings(distance, filler, random)
                 rows.append([ask(stream) for stream in streams])
                 progress(1)
-            right, *values = np.mean(np.array(rows), 0).tolist()
-            for name, value in zip(others, values, strict=True):
-                found[name].append(Recall(distance, trials, right, value))
+            reference_value, *values = np.mean(np.array(rows), 0).tolist()
+            for name, value in zip(candidates, values, strict=True):
+                found[name].append(Recall(distance, trials, reference_value, value))
     return found
 
 
 def _strings(distance: int, filler: Tokens, random: np.random.Generator) -> Callable[[titans_runtime.Stream], float]:
-    """A trial: bits that a token of a string saves where the string was told before and not another one."""
+    """A trial: bits per token that a string costs less if the same string came before, not another one."""
     letters = np.unique(filler)
     string, another = random.choice(letters, (2, STRING)).astype(np.int32)
     start = int(random.integers(max(1, len(filler) - distance - SHORTEST + 1)))
@@ -110,7 +108,7 @@ def _strings(distance: int, filler: Tokens, random: np.random.Generator) -> Call
 
 
 def episodes(length: int, filler: int, seed: int) -> Tokens:
-    """Episodes of the recall task one after the other, cut to the length."""
+    """Consecutive episodes of the recall task, cut to the length."""
     random = np.random.default_rng(seed)
 
     def parts() -> Iterator[Tokens]:
@@ -124,7 +122,7 @@ def episodes(length: int, filler: int, seed: int) -> Tokens:
 
 
 def _episode(filler: int, random: np.random.Generator) -> tuple[Tokens, Tokens, Tokens]:
-    """What is told, then keys and values in another order, and those values."""
+    """The told part, then keys and values in another order, and those values."""
     keys = random.permutation(KEYS)[:PAIRS]
     values = random.integers(KEYS, KEYS + VALUES, PAIRS)
     between = random.integers(_FIRST_FILLER, _START, filler)
@@ -135,7 +133,7 @@ def _episode(filler: int, random: np.random.Generator) -> tuple[Tokens, Tokens, 
 
 
 def _pairs(distance: int, random: np.random.Generator) -> Callable[[titans_runtime.Stream], float]:
-    """A trial: the part of an episode's questions that is answered right."""
+    """A trial: the fraction of an episode's questions that is answered right."""
     told, questions, answers = _episode(distance, random)
 
     def ask(stream: titans_runtime.Stream) -> float:

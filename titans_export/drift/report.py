@@ -1,4 +1,4 @@
-"""Everything a comparison of two bundles found, as one JSON object, and its verdict in a sentence."""
+"""The result of a comparison of two bundles: a JSON object and a verdict in one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: the bundle and the session it ran in."""
+    """A bundle and the session it ran in."""
 
     bundle: Bundle
     session: titans_runtime.Session
@@ -30,35 +30,35 @@ class Side:
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, how, and what was found."""
+    """The inputs, options and results of a comparison."""
 
     side: Side
-    base: Side
-    stream: str  # what was fed, in words
+    reference: Side
+    stream: str  # description of the input
     bytes_per_token: float | None  # of a text
     window: int
     stream_length: int | None
     tolerance: float | None
     bits_tolerance: float | None
     drift: Drift
-    base_seconds: float
+    reference_seconds: float
     layers: list[LayerError] = field(default_factory=list)
-    layers_missing: str | None = None  # why there are none
+    layers_missing: str | None = None  # the reason
     layer_tokens: int = 0
     recall_task: str | None = None
     recall: list[Recall] = field(default_factory=list)
 
     def verdict(self) -> str:
-        """The sentence that comes first."""
+        """The result in one sentence."""
         drift = self.drift
         if not drift.positions:
             return "Nothing was compared: the stream is empty."
         given = [
             text
             for text, value in (
-                (f"an error of {self.tolerance:g} of any output" if self.tolerance is not None else "", self.tolerance),
+                (f"an output error of {self.tolerance:g}" if self.tolerance is not None else "", self.tolerance),
                 (
-                    f"a window's bits {self.bits_tolerance:g} % larger" if self.bits_tolerance is not None else "",
+                    f"{self.bits_tolerance:g} % more bits in a window" if self.bits_tolerance is not None else "",
                     self.bits_tolerance,
                 ),
             )
@@ -66,37 +66,37 @@ class Report:
         ]
         count = f"{drift.positions:,} {'tokens' if self.takes_tokens else 'vectors'}"
         if not given:
-            return f"No tolerance was given. Over {count} the {self._sizes()}."
+            return f"No tolerance was given. Over {count}, the {self._sizes()}."
         wanted = " and ".join(given)
         if drift.passed:
-            return f"Within tolerance: over {count} the {self._sizes()}. Allowed was {wanted}."
-        leaves = f"it leaves at position {drift.first_bad_position:,}"
-        return f"Not within tolerance: {leaves}. Over {count} the {self._sizes()}. Allowed was {wanted}."
+            return f"Within tolerance: over {count}, the {self._sizes()}. Allowed: {wanted}."
+        first = f"first exceeded at position {drift.first_bad_position:,}"
+        return f"Not within tolerance: {first}. Over {count}, the {self._sizes()}. Allowed: {wanted}."
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether there are bits."""
-        return not self.base.bundle.takes_vectors
+        """Whether the bundles take tokens, so that there are bits."""
+        return not self.reference.bundle.takes_vectors
 
     def _sizes(self) -> str:
         drift = self.drift
-        error = f"largest error of an output is {_number(drift.max_abs_error)}"
+        error = f"maximum error of an output is {_number(drift.max_abs_error)}"
         if drift.bits_difference is None:
             return error
         return f"bits are {difference(drift.bits_difference)}, and the {error.replace('an output', 'a logit')}"
 
     def to_json(self) -> Json:
-        """All of it. Numbers that are not finite stay so."""
+        """The JSON object. It may hold NaN and infinity."""
         from ..bench.machine import describe_machine, describe_packages
 
         drift, memory_kernel = self.drift, self.side.session.info["memory_kernel"]
         bits = None
-        if drift.bits is not None and drift.base_bits is not None and drift.bits_difference is not None:
-            bits = {"bundle": drift.bits, "against": drift.base_bits, "difference": drift.bits_difference}
+        if drift.bits is not None and drift.reference_bits is not None and drift.bits_difference is not None:
+            bits = {"bundle": drift.bits, "reference": drift.reference_bits, "difference": drift.bits_difference}
         per_byte = self.bytes_per_token
         return {
             "bundle": str(self.side.bundle.path),
-            "against": str(self.base.bundle.path),
+            "reference": str(self.reference.bundle.path),
             "memory_kernel": memory_kernel,
             "passed": drift.passed,
             "max_abs_error": drift.max_abs_error,
@@ -113,7 +113,7 @@ class Report:
             and per_byte
             and {key: value if key == "difference" else value / per_byte for key, value in bits.items()},
             "kl_bits": None if drift.kl_mean is None else {"mean": drift.kl_mean, "max": drift.kl_max},
-            "top1_agreement": drift.agreement,
+            "top1_agreement": drift.top1_agreement,
             "stream": self.stream,
             "stream_length": self.stream_length,
             "window": self.window,
@@ -126,8 +126,8 @@ class Report:
             "recall": None
             if self.recall_task is None
             else {"task": self.recall_task, "distances": [_recall(recall) for recall in self.recall]},
-            "seconds": {"bundle": drift.seconds, "against": self.base_seconds},
-            "bundles": {"bundle": provenance(self.side), "against": provenance(self.base)},
+            "seconds": {"bundle": drift.seconds, "reference": self.reference_seconds},
+            "bundles": {"bundle": provenance(self.side), "reference": provenance(self.reference)},
             "machine": describe_machine(),
             "packages": describe_packages(),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -135,7 +135,7 @@ class Report:
 
 
 def provenance(side: Side) -> Json:
-    """Where the numbers come from: the bundle, by the hash of its manifest, which holds those of all files."""
+    """The bundle, by the hash of its manifest with the hashes of all files, and where it ran."""
     manifest, info = side.bundle.manifest, side.session.info
     weights, quantization = manifest.files[manifest.weights.file], manifest.quantization
     return {
@@ -156,12 +156,12 @@ def provenance(side: Side) -> Json:
 
 
 def difference(part: float) -> str:
-    """By how much bits are larger, in words."""
+    """The relative difference of bits in words."""
     if not math.isfinite(part):
-        return "no number"
+        return "not finite"
     if part == 0:
         return "the same"
-    return f"{abs(part):.2%} {'larger' if part > 0 else 'smaller'}" if abs(part) >= 5e-5 else "the same but for 0.005 %"
+    return f"{abs(part):.2%} {'larger' if part > 0 else 'smaller'}" if abs(part) >= 5e-5 else "the same within 0.005 %"
 
 
 def _number(value: float) -> str:
@@ -174,7 +174,7 @@ def _window(window: Window) -> Json:
         "start": values.pop("start"),
         "end": values.pop("end"),
         "bits": values.pop("bits"),
-        "base_bits": values.pop("base_bits"),
+        "reference_bits": values.pop("reference_bits"),
         "bits_difference": window.bits_difference,
         **values,
     }
@@ -185,4 +185,4 @@ def _memory(distance: MemoryDistance) -> Json:
 
 
 def _recall(recall: Recall) -> Json:
-    return {"distance": recall.distance, "trials": recall.trials, "bundle": recall.value, "against": recall.base}
+    return {"distance": recall.distance, "trials": recall.trials, "bundle": recall.value, "reference": recall.reference}

@@ -1,17 +1,17 @@
-"""What a saved stream holds: reading state files, numbers about their memories, and how far two of them are apart.
+"""Saved streams: reading state files, statistics of their memories, and the comparison of two.
 
-NumPy and titans_runtime are enough; neither torch nor onnx is imported but to read a bundle's fresh state.
+Needs NumPy and titans_runtime only. torch and onnx are imported only to read a bundle's fresh state.
 """
 
 from .comparison import Comparison, FieldDistance, MemoryComparison, compare_states
 from .reading import SavedState, memory_arrays, open_state, read_key, write_npz
-from .statistics import MemoryFacts, NotFinite, describe_memories, find_not_finite, fresh_memory
+from .statistics import MemoryInfo, NotFinite, describe_memories, find_not_finite, fresh_memory
 
 __all__ = [
     "Comparison",
     "FieldDistance",
     "MemoryComparison",
-    "MemoryFacts",
+    "MemoryInfo",
     "NotFinite",
     "SavedState",
     "compare_states",

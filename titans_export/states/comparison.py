@@ -1,4 +1,4 @@
-"""How far two saved streams of one model are apart."""
+"""Comparison of two saved streams of one model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from .reading import SURPRISE, WEIGHTS, SavedState, StateError
 from .statistics import by_head, fields_of
 
-# What only some dtypes and roundings have; the rest of a row is the same in each.
-_STORAGES_OWN = re.compile(r"E[WS].*|chunk_updates")
+# Fields of some memory dtypes and roundings only; all others are in every row.
+_DTYPE_SPECIFIC = re.compile(r"E[WS].*|chunk_updates")
 _SHOWN = re.compile(r"[WGS]\d+|([GS]_)?gamma")
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Between two arrays a and b. `distance` is ||a - b|| over the larger norm of the two, so from 0 to 2; infinite
-    where one is not finite. `cosine` is that of the angle between them, None where one of them is zero."""
+    """Distance between arrays a and b. `distance` is ||a - b|| / max(||a||, ||b||), from 0 to 2, or infinite if one is
+    not finite. `cosine` is that of the angle between them, None if one is zero."""
 
     distance: float
     cosine: float | None
@@ -29,7 +29,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class MemoryComparison:
-    """W and S of a memory, all heads together, and the head whose W are farthest apart."""
+    """Distances of W and S over all heads, and the head with the largest distance of W."""
 
     name: str
     weights: Distance
@@ -40,7 +40,7 @@ class MemoryComparison:
 
 @dataclass(frozen=True)
 class FieldDistance:
-    """A tensor, or a field of a memory: its relative distance and largest absolute difference."""
+    """Relative distance and maximum absolute difference of a tensor or of a field of a memory."""
 
     name: str
     distance: float
@@ -49,8 +49,8 @@ class FieldDistance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`identical`: position, learning and every bit of the state. `largest_distance` is that of any memory's W or S.
-    `fields` holds what differs, the farthest first."""
+    """`identical`: same position, learning and bits. `largest_distance`: the largest of any memory's W or S. `fields`:
+    the fields that differ, the largest distance first."""
 
     identical: bool
     largest_distance: float
@@ -74,27 +74,30 @@ def compare_states(a: SavedState, b: SavedState) -> Comparison:
 
 
 def _check_alike(a: SavedState, b: SavedState) -> None:
-    ours, theirs = a.model.get("weights_sha256"), b.model.get("weights_sha256")
-    remedy = "compare states of one model"
-    if ours != theirs:
-        names = [f"{state.model.get('name')} (weights {str(sha)[:12]})" for state, sha in ((a, ours), (b, theirs))]
-        raise StateError("diff", f"two states of {names[0]}", f"{b.path} of {names[1]}", remedy)
+    weights = [state.model.get("weights_sha256") for state in (a, b)]
+    fix = "compare states of one model"
+    if weights[0] != weights[1]:
+        names = [f"{s.model.get('name')} (weights {str(sha)[:12]})" for s, sha in zip((a, b), weights, strict=True)]
+        problem = f"states of different models: {a.path} of {names[0]}, {b.path} of {names[1]}"
+        raise StateError("E0453", "diff", problem, fix)
     one, other = _logical_shapes(a), _logical_shapes(b)
     if one != other:
         name = next(name for name in {**one, **other} if one.get(name) != other.get(name))
-        got = f"{_words(one.get(name))} in {a.path} and {_words(other.get(name))} in {b.path}"
-        raise StateError("diff", f"{name} of one shape", got, remedy)
+        shapes = f"{_words(one.get(name))} in {a.path}, {_words(other.get(name))} in {b.path}"
+        raise StateError("E0455", "diff", f"different shapes of {name}: {shapes}", fix)
 
 
 def _words(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else str(list(shape))
+    return "missing" if shape is None else str(list(shape))
 
 
 def _logical_shapes(state: SavedState) -> dict[str, tuple[int, ...]]:
     memories = state.memories()
     shapes = {e["name"]: state.tensors[e["name"]].shape for e in state.entries if e["name"] not in memories}
     own = {name: values.shape for name, values in state.fields.items()}
-    return shapes | {name: shape for name, shape in own.items() if not _STORAGES_OWN.fullmatch(name.rpartition(".")[2])}
+    return shapes | {
+        name: shape for name, shape in own.items() if not _DTYPE_SPECIFIC.fullmatch(name.rpartition(".")[2])
+    }
 
 
 def _identical(a: SavedState, b: SavedState) -> bool:
@@ -106,7 +109,7 @@ def _identical(a: SavedState, b: SavedState) -> bool:
 
 
 def _pairs(a: SavedState, b: SavedState) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
-    """What can be told apart by a name: W, S and G of memories, and the other tensors."""
+    """W, S and G of memories and the other tensors, by name."""
     names = [name for name in a.fields if _SHOWN.fullmatch(name.rpartition(".")[2])]
     others = [entry["name"] for entry in a.entries if entry["name"] not in a.memories()]
     return [(n, a.fields[n].astype(np.float64), b.fields[n].astype(np.float64)) for n in names] + [
@@ -135,7 +138,7 @@ def _compare_memory(a: SavedState, b: SavedState, memory: str) -> MemoryComparis
             farthest = max(enumerate(heads), key=lambda head: head[1])
     weights, surprise = found
     if weights is None:
-        raise StateError("diff", f"weights in the memory {memory}", "none", "save the streams again")
+        raise StateError("E0454", "diff", f"memory without weights: {memory}", "save the streams again")
     return MemoryComparison(memory, weights, surprise, *farthest)
 
 

@@ -1,4 +1,4 @@
-"""Numbers about the memories of a saved stream, memory by memory and head by head."""
+"""Statistics of the memories of a saved stream, by memory and head."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Norms:
 
 @dataclass(frozen=True)
 class Saturation:
-    """How the dtype's range is used: parts, of 1, of the elements of W and S and what belongs to them.
+    """Use of the dtype's range, as fractions of the elements of W and S and their auxiliary fields.
 
-    `at_limit`: of the largest magnitude that the dtype has, in int8 and fp8 that of their block's scale. `zero`: that
-    are 0. `dead_blocks`: blocks of which nothing is left but zeros; None without blocks.
+    `at_limit`: elements of the largest magnitude of the dtype, for int8 and fp8 that of their block's scale. `zero`:
+    elements that are 0. `dead_blocks`: blocks of zeros only; None without blocks.
     """
 
     dtype: str
@@ -53,12 +53,12 @@ class Saturation:
 
 
 @dataclass(frozen=True)
-class MemoryFacts:
-    """A memory. `step` and `open_chunk` have a number for each head.
+class MemoryInfo:
+    """Statistics of a memory. `step` and `open_chunk` have one number per head.
 
-    `step` is ||S|| / ||W||: what one more token as surprising as those before would change W by. `open_chunk` is
-    ||W' - W|| / ||W||, W' being W if the open chunk were folded now, 0 between chunks; None of a memory whose chunks
-    have one set of gates. `from_fresh` is ||W - F|| over all heads, F being the W of a fresh stream; None without one.
+    `step` is ||S|| / ||W||: the change of W by one more token of the same surprise. `open_chunk` is ||W' - W|| / ||W||,
+    where W' is W after a chunk update now: 0 between chunks, None for memories with one set of gates per chunk.
+    `from_fresh` is ||W - F|| over all heads, where F is the W of a fresh stream; None without one.
     """
 
     name: str
@@ -75,7 +75,7 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """A tensor, or a field of a memory, with NaN or infinity, and in which heads of a memory."""
+    """A tensor or a field of a memory with NaN or infinity. `heads` are the affected heads of a memory."""
 
     name: str
     nan: int
@@ -83,14 +83,14 @@ class NotFinite:
     heads: list[int] | None
 
 
-def describe_memories(state: SavedState, fresh: Mapping[str, Floats] | None = None) -> list[MemoryFacts]:
-    """Facts about each memory. `fresh` is what `fresh_memory` gives for the bundle of the model."""
-    with np.errstate(all="ignore"):  # what is not finite is told by `find_not_finite`
+def describe_memories(state: SavedState, fresh: Mapping[str, Floats] | None = None) -> list[MemoryInfo]:
+    """Statistics of each memory. `fresh` comes from `fresh_memory` for the bundle of the model."""
+    with np.errstate(all="ignore"):  # `find_not_finite` reports NaN and infinity
         return [_describe(state, memory, fresh) for memory in state.memories()]
 
 
 def find_not_finite(state: SavedState) -> list[NotFinite]:
-    """Where the state holds NaN or infinity that the stream will compute with, in the state's order."""
+    """NaN and infinity in values that the stream will compute with, in the state's order."""
     found, memories = [], state.memories()
     for entry in state.entries:
         name = entry["name"]
@@ -113,11 +113,15 @@ def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     from ..model.memory_dtype import unpack_row
 
     opened = read_bundle(bundle)
-    ours, theirs = state.model.get("weights_sha256"), opened.manifest.model.weights_sha256
-    if ours != theirs:
-        got = f"{state.path} of {state.model.get('name')}, weights {_short(ours)}"
-        wanted = f"a state of the model in {bundle}, weights {_short(theirs)}"
-        raise StateError("state", wanted, got, "give the bundle that the stream ran on")
+    own, wanted = state.model.get("weights_sha256"), opened.manifest.model.weights_sha256
+    if own != wanted:
+        raise StateError(
+            "E0453",
+            "state",
+            f"{state.path} is of another model than {bundle}: expected weights {_short(wanted)}, got {_short(own)} "
+            f"({state.model.get('name')})",
+            "give the bundle that the stream ran on",
+        )
     rows = opened.initial_state()
     return {
         f"{entry.name}.{name}": values
@@ -148,17 +152,17 @@ def _short(sha256: object) -> str:
     return str(sha256)[:12]
 
 
-def _describe(state: SavedState, memory: str, fresh: Mapping[str, Floats] | None) -> MemoryFacts:
+def _describe(state: SavedState, memory: str, fresh: Mapping[str, Floats] | None) -> MemoryInfo:
     names = fields_of(state.fields, memory, WEIGHTS)
     weights = by_head(state.fields, names)
     if weights is None:
-        raise StateError("state", f"weights in the memory {memory}", "none", "save the stream again")
+        raise StateError("E0454", "state", f"memory without weights: {memory}", "save the stream again")
     surprise = by_head(state.fields, fields_of(state.fields, memory, SURPRISE))
     initial = by_head(fresh, names) if fresh is not None and set(names) <= set(fresh) else None
     sizes = np.linalg.norm(weights, axis=1)
     moved = None if initial is None else np.linalg.norm(weights - initial, axis=1)
     change = _open_chunk(state, memory)
-    return MemoryFacts(
+    return MemoryInfo(
         name=memory,
         heads=len(weights),
         weights=_norms(weights),

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from benchmarks.contenders import Contender, unavailable
+from benchmarks.baselines import Baseline, unavailable
 from benchmarks.reference import Answer
-from titans_export.bench.statistics import Turn
+from titans_export.bench.statistics import Passes
 from titans_export.model.neural_memory import STATS, initial_rows, memory_layout
 from titans_export.model.node import attributes
 
@@ -23,15 +23,15 @@ from titans_export.model.node import attributes
 PROGRAM = Path(__file__).parents[2] / "build" / "runtime" / "bin" / "neural_memory_run"
 
 
-class Kernel(Contender):
+class Kernel(Baseline):
     what = "our kernel alone, called from a C++ program, the state updated in place"
 
     def prepare(self) -> dict[str, Any]:
         case = self.case
         if not PROGRAM.is_file():
-            raise unavailable("kernel", "the program neural_memory_run", "none", "run make bench, which builds it")
+            raise unavailable("kernel", "the program neural_memory_run is missing", "run make bench, which builds it")
         if case.kind == "mac":
-            raise unavailable("kernel", "a program that alternates modes", "one mode a run", "see the other rows")
+            raise unavailable("kernel", "the program runs one mode only", "see the other rows")
         self._layout = memory_layout(case.spec)
         rows = initial_rows(case.spec, [torch.from_numpy(value) for value in case.data.weights]).numpy()
         self._rows = np.ascontiguousarray(rows)
@@ -61,8 +61,8 @@ class Kernel(Contender):
         taken: list[int] = self._run(1)["ns"][0]
         return taken
 
-    def turn(self, passes: int) -> Turn:
-        """As for all contenders, one pass does not count: the program's first."""
+    def run_passes(self, passes: int) -> Passes:
+        """As for all baselines, one pass does not count: the program's first."""
         turn: list[list[int]] = self._run(1 + passes)["ns"]
         return turn[1:]
 
@@ -93,9 +93,9 @@ class Kernel(Contender):
             command += ["--time", str(repeats)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise unavailable("kernel", "neural_memory_run to run the case", done.stderr.strip(), "build it again")
+            raise unavailable("kernel", f"neural_memory_run failed: {done.stderr.strip()}", "build it again")
         printed: dict[str, Any] = json.loads(done.stdout) if repeats else {}
         return printed
 
 
-CONTENDER: type[Contender] = Kernel
+BASELINE: type[Baseline] = Kernel

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.contenders import Contender
+from benchmarks.baselines import Baseline
 from benchmarks.onnx_node import Call, Layer, open_model, value
 from benchmarks.reference import Answer
 from titans_export.model.neural_memory import initial_rows, memory_layout
@@ -22,7 +22,7 @@ from titans_export.model.neural_memory import initial_rows, memory_layout
 CHUNKS_PER_CALL = (1, 4)
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Baseline):
     """One node on ONNX Runtime, every call bound beforehand. Subclasses say which node and how its state is bound."""
 
     with_body: bool
@@ -110,7 +110,7 @@ class OnnxRuntimeStandard(OnnxRuntime):
         tried: dict[int, float] = {}
         for self._chunks in {math.gcd(count, self.case.tokens // self.case.chunk) for count in CHUNKS_PER_CALL}:
             notes = super().prepare()
-            tried[self._chunks] = min(sum(calls) for calls in self.turn(2))
+            tried[self._chunks] = min(sum(calls) for calls in self.run_passes(2))
         fastest = min(tried, key=lambda count: tried[count])
         if self._chunks != fastest:
             self._chunks = fastest
@@ -119,4 +119,4 @@ class OnnxRuntimeStandard(OnnxRuntime):
         return {**notes, "tokens_per_second_by_chunks_a_call": rates}
 
 
-CONTENDER: type[Contender] = OnnxRuntimeStandard
+BASELINE: type[Baseline] = OnnxRuntimeStandard

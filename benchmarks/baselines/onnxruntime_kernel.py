@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contenders import Contender, unavailable
-from benchmarks.contenders.onnxruntime_standard import OnnxRuntime
+from benchmarks.baselines import Baseline, unavailable
+from benchmarks.baselines.onnxruntime_standard import OnnxRuntime
 from benchmarks.onnx_node import find_kernel_library
 
 
@@ -19,8 +19,8 @@ class OnnxRuntimeKernel(OnnxRuntime):
     def prepare(self) -> dict[str, Any]:
         self.library = find_kernel_library()
         if self.library is None:
-            raise unavailable("onnxruntime-kernel", "libtitans_onnxruntime_ops.so", "none", "run make setup")
+            raise unavailable("onnxruntime-kernel", "libtitans_onnxruntime_ops.so is missing", "run make setup")
         return super().prepare()
 
 
-CONTENDER: type[Contender] = OnnxRuntimeKernel
+BASELINE: type[Baseline] = OnnxRuntimeKernel

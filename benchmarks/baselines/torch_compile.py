@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.baselines import Baseline
 from benchmarks.case import Case
-from benchmarks.contenders import Contender
 from benchmarks.reference import Answer
 from titans_export.model.memory import Coefficients, Gates, State, chunk_update, coefficients, read
 
@@ -337,7 +337,7 @@ FORMS: dict[str, tuple[type[Form], ...]] = {
 }
 
 
-class TorchCompile(Contender):
+class TorchCompile(Baseline):
     what = "the same mathematics through torch.compile, the fastest of several forms"
 
     @torch.inference_mode()
@@ -397,4 +397,4 @@ def _times_transposed(x: Tensor, w: Tensor) -> Tensor:
     return (w * x.unsqueeze(1)).sum(-1)
 
 
-CONTENDER: type[Contender] = TorchCompile
+BASELINE: type[Baseline] = TorchCompile

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Contender
+from benchmarks.baselines import Baseline
 from benchmarks.reference import Answer
 from titans_export.model.memory import (
     CachedChunk,
@@ -22,7 +22,7 @@ from titans_export.model.memory import (
 )
 
 
-class TorchEager(Contender):
+class TorchEager(Baseline):
     what = "the same mathematics in PyTorch, eager"
 
     @torch.inference_mode()
@@ -109,4 +109,4 @@ class TorchEager(Contender):
         return CachedChunk(list(left), list(right), zeros, zeros.clone(), one, torch.zeros(lead), one.clone())
 
 
-CONTENDER: type[Contender] = TorchEager
+BASELINE: type[Baseline] = TorchEager

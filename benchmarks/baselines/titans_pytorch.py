@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import Contender, unavailable
+from benchmarks.baselines import Baseline, unavailable
 from benchmarks.reference import Answer
 
 
-class TitansPyTorch(Contender):
+class TitansPyTorch(Baseline):
     what = "titans-pytorch's layer, eager: other mathematics, and with projections and norms"
     same_mathematics = False
 
@@ -24,13 +24,11 @@ class TitansPyTorch(Contender):
     def prepare(self) -> dict[str, Any]:
         case = self.case
         if case.kind == "mac":
-            raise unavailable("titans-pytorch", "reading before updating", "both at once", "see the other rows")
+            raise unavailable("titans-pytorch", "it cannot read before updating", "see the other rows")
         try:
             from titans_pytorch import MemoryMLP, NeuralMemory
         except ImportError as error:
-            raise unavailable(
-                "titans-pytorch", "the package titans-pytorch", str(error), "pip install '.[bench]'"
-            ) from None
+            raise unavailable("titans-pytorch", f"cannot import it: {error}", "pip install '.[bench]'") from None
         torch.set_num_threads(case.threads)
         torch.manual_seed(0)
         width, dim = case.widths[0], case.widths[0] * case.heads
@@ -84,4 +82,4 @@ def _bytes(value: Any) -> int:
     return sum(found.values())
 
 
-CONTENDER: type[Contender] = TitansPyTorch
+BASELINE: type[Baseline] = TitansPyTorch

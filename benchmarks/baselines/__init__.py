@@ -1,0 +1,88 @@
+"""Baselines of the layer benchmark, one file each. A new one needs a file with a `BASELINE` and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from benchmarks.case import Case
+from benchmarks.reference import Answer
+from titans_export.bench.statistics import Passes
+from titans_export.bench.worker import forget_peak, memory_bytes
+from titans_export.errors import MachineError
+
+# Ratios are relative to the first one in a row. Only the worker of a baseline imports its module.
+BASELINES = (
+    "onnxruntime_kernel",
+    "kernel",
+    "onnxruntime_standard",
+    "torch_compile",
+    "torch_eager",
+    "titans_pytorch",
+)
+
+
+class Baseline(ABC):
+    """An implementation of a case, in a new process for every row.
+
+    what: a description. same_mathematics: whether it computes the operator. If not, its answer is not compared, and its
+    speed is for orientation only.
+    """
+
+    what: ClassVar[str]
+    same_mathematics: ClassVar[bool] = True
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._rss_before = memory_bytes()[0]
+
+    @abstractmethod
+    def prepare(self) -> dict[str, Any]:
+        """Builds and compiles. Returns notes, as text or numbers by name."""
+
+    @abstractmethod
+    def answer(self) -> Answer:
+        """The same values as `benchmarks.reference.recurrence`, from one pass with a fresh memory."""
+
+    @abstractmethod
+    def run_pass(self) -> list[int]:
+        """One pass that continues the memory of the last one. Nanoseconds of each call."""
+
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes kept between calls for all streams of the case, copies included."""
+
+    def run_passes(self, passes: int) -> Passes:
+        """The times of the passes, after a warm-up pass."""
+        self.run_pass()
+        return [self.run_pass() for _ in range(passes)]
+
+    def about(self) -> tuple[str, bool]:
+        """`what` and `same_mathematics`."""
+        return self.what, self.same_mathematics
+
+    def start(self) -> None:
+        """Called before the measurement."""
+        forget_peak()
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes of state, and the growth of peak resident memory since the imports; None if that is meaningless."""
+        return {"state_bytes": self.state_bytes(), "rss_growth_bytes": memory_bytes()[1] - self._rss_before}
+
+
+def display(name: str) -> str:
+    """The name in results and on the command line."""
+    return name.rpartition(".")[2].replace("_", "-")
+
+
+def unavailable(name: str, problem: str, fix: str) -> MachineError:
+    """The error of a baseline that cannot run here."""
+    return MachineError("E0908", name, problem, fix)
+
+
+def make(name: str, case: Case) -> Baseline:
+    """The baseline of that name. A name with dots is a module outside of this package."""
+    module = importlib.import_module(name if "." in name else f"benchmarks.baselines.{name}")
+    baseline: Baseline = module.BASELINE(case)
+    return baseline
