@@ -181,7 +181,7 @@ class TestCommand:
         result.check_failure(3, "pytorch-eager")
 
     def test_usage(self, shared_bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
-        invoke("bench", shared_bundle, "--against", checkpoint, "--device", "cuda").check_failure(2, "--device cpu")
+        invoke("bench", shared_bundle, "--against", checkpoint, "--device", "cuda").check_failure(2, "--device is cuda")
         invoke("bench", tmp_path / "none.titans").check_failure(1)
         invoke("bench", shared_bundle, "--rounds", 0).check_failure(2)
         missing = tmp_path / "no" / "file.json"
