@@ -267,16 +267,21 @@ class TestInterruption:
 
     def test_of_a_long_text(self, shared_bundle: Path, tmp_path: Path) -> None:
         (tmp_path / "long.txt").write_bytes(b"again and again " * (1 << 18))
-        child = subprocess.Popen(
+        with subprocess.Popen(
             command("run", shared_bundle, "--text", tmp_path / "long.txt", "--json"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
-        )
-        time.sleep(2)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        ) as child:
+            try:
+                while "libtitans" not in Path(f"/proc/{child.pid}/maps").read_text():
+                    time.sleep(0.1)
+                time.sleep(1)  # it feeds the text
+                child.send_signal(signal.SIGINT)
+                out, err = child.communicate(timeout=60)
+            finally:
+                child.kill()
         Result(child.returncode, out, err).check_failure(1, "[interrupted]")
         assert out == ""
 

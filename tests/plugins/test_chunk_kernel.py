@@ -20,9 +20,6 @@ from onnx_ops import Arrays, make_model, make_session
 from tolerances import TOLERANCES
 from torch import Tensor
 
-# All cases run in `make test-all`.
-pytestmark = pytest.mark.sample(4)
-
 targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 ORTHOGONAL = TOLERANCES["cpu-kernel-orthogonal", "float32"]

@@ -27,9 +27,6 @@ from titans_export.model.neural_memory import initial_rows, memory_layout
 from titans_export.model.node import attributes, memory_dtype_attributes
 from titans_export.model.packed_row import Layout
 
-# All cases run in `make test-all`.
-pytestmark = pytest.mark.sample(4)
-
 long = pytest.mark.long
 targets = pytest.mark.parametrize("target", cuda_targets())
 emulated = pytest.mark.skipif(not CUDA_EMULATED.exists(), reason=f"no {CUDA_EMULATED}: make kernels")

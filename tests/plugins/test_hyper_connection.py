@@ -29,9 +29,6 @@ from titans_export.onnx.files import write_graph
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
 from titans_export.onnx.tracing import trace
 
-# All cases run in `make test-all`.
-pytestmark = pytest.mark.sample(4)
-
 library = pytest.importorskip("hyper_connections.mHCv2", reason="titans-pytorch is not installed: make setup")
 
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
@@ -150,6 +147,7 @@ def check(how: str, case: Case) -> None:
     assert worst(*((a.double(), b.double()) for a, b in zip(found, expected, strict=True))) < TOLERANCE
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("tokens", [1, 5, 36])
 @pytest.mark.parametrize("width", [8, 384])
@@ -158,6 +156,7 @@ def test_it_is_the_librarys_connection(how: str, streams: int, width: int, token
     check(how, Case(streams, width, tokens))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("branch", [False, True], ids=["first", "branch"])
 @pytest.mark.parametrize("beta", [False, True], ids=["last", "beta"])
@@ -200,6 +199,7 @@ def test_a_wrong_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 BELOW_FLOOR = -60.0
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 20])
 @pytest.mark.parametrize("streams", [2, 4, 5])
@@ -225,6 +225,7 @@ def test_logits_beyond_float32(how: str, iterations: int) -> None:
     check(how, case)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("size", [0.0, 1e-25, 1e-14, 1e-6, 1e6, 1e9])
 @pytest.mark.parametrize("branch", [False, True], ids=["first", "branch"])

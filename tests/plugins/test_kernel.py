@@ -17,9 +17,6 @@ from torch import Tensor
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import STATS, initial_rows, memory_layout, neural_memory_update
 
-# All cases run in `make test-all`.
-pytestmark = pytest.mark.sample(4)
-
 GATES = ("step_size", "momentum", "forget_gate")
 
 # The memory kinds of the other tests, and sizes that meet every edge of tiles and vectors.
@@ -69,6 +66,7 @@ def _oracle(case: Case, b: int, h: int, length: int | None = None) -> tuple[Tens
     return titans_stream(case.spec, [x[b, h] for x in case.weights], *inputs, norm_scale=scale)
 
 
+@pytest.mark.sample(4)
 @targets
 @shapes
 @pytest.mark.parametrize("edges", [False, True], ids=["gates-inside", "gates-0-and-1"])

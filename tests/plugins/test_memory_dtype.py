@@ -41,9 +41,6 @@ from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import memory_layout
 
-# All cases run in `make test-all`.
-pytestmark = pytest.mark.sample(4)
-
 targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 # A hypothesis that is true is rejected once in this many tests.
