@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from titans_calibration.data import Data
-from titans_calibration.instrument import Arrays, Runner, load_models, matmul_inputs
+from titans_calibration.instrument import matmul_inputs, open_runner
 from titans_calibration.observe import WINDOW, NotFiniteError, Observations, Observed
-from titans_export.bundle import Bundle
+from titans_calibration.source import Source
 from titans_export.errors import BundleError
 from titans_export.files import replacing_file
+from titans_export.running import Arrays, BundleRunner
 
 SAVE_SECONDS = 10.0
 _VERSION = 1  # of the work file
@@ -49,7 +50,7 @@ class _Group(NamedTuple):
 
 
 def collect(
-    bundle: Bundle,
+    source: Source,
     data: Data,
     *,
     gram: bool = False,
@@ -63,8 +64,8 @@ def collect(
     data and `gram` goes on from them to the same result, bit for bit. Raises BundleError at the first value that is
     not finite.
     """
-    groups = find_groups(load_models(bundle, weights=False))
-    run = _Run(bundle, data, groups, gram)
+    groups = find_groups(source.structures)
+    run = _Run(source, data, groups, gram)
     if work is not None:
         run.resume(work)
     resumed_at = run.done
@@ -99,11 +100,11 @@ def find_groups(models: Mapping[str, onnx.ModelProto]) -> list[_Group]:
 class _Run:
     """Where a collection is: stream, position, state, and what was observed."""
 
-    _REMEDY = "see with titans-export run whether the model is stable over this data, or take less of it"
+    _REMEDY = "check with titans-export run that the model is stable over this data, or give less of it"
 
-    def __init__(self, bundle: Bundle, data: Data, groups: list[_Group], gram: bool) -> None:
-        self._bundle, self._data, self._groups, self._gram = bundle, data, groups, gram
-        self._models = load_models(bundle, weights=False)
+    def __init__(self, source: Source, data: Data, groups: list[_Group], gram: bool) -> None:
+        bundle = source.bundle
+        self._bundle, self._models, self._data, self._groups, self._gram = bundle, source.structures, data, groups, gram
         # Of each graph the matmuls' inputs in the order of its nodes.
         self._shown = {
             graph: {value: name for name, (_, values) in matmul_inputs(model).items() for value in values}
@@ -116,9 +117,9 @@ class _Run:
         self.stream = self.position = self.done = 0
         self.state: Arrays = bundle.initial_state()
 
-    def _open(self, kernel: bool) -> Runner:
+    def _open(self, kernel: bool) -> BundleRunner:
         shown = {graph: list(values) for graph, values in self._shown.items()}
-        return Runner(self._bundle, self._models, shown, kernel)
+        return open_runner(self._bundle, self._models, shown, kernel)
 
     def step(self) -> int:
         """One call; how many tokens it took."""
@@ -127,12 +128,13 @@ class _Run:
         count: int = graph.tokens
         given = tokens[self.position : self.position + count]
         try:
-            values, state = self._runner.run(graph, given, self.position, self.state)
+            call = self._runner.run(graph, given, self.position, self.state)
         except Exception as error:  # ONNX Runtime raises nothing narrower; the kernel refuses what is not finite
-            values, state = self._open(kernel=False).run(graph, given, self.position, self.state)
-            self._check(graph.name, values)
-            raise BundleError("collect", f"the graph {graph.name} to run", str(error), self._REMEDY) from error
-        self.state = state
+            call = self._open(kernel=False).run(graph, given, self.position, self.state)
+            self._check(graph.name, call.values)
+            problem = f"ONNX Runtime cannot run the graph {graph.name}: {error}"
+            raise BundleError("E0814", "quantize", problem, self._REMEDY) from error
+        values, self.state = call.values, call.state
         for group, observed in zip(self._groups, self.observed, strict=True):
             for name in group.values.get(graph.name, ()):
                 try:
@@ -173,12 +175,8 @@ class _Run:
 
     def _not_finite(self, name: str, value: float) -> BundleError:
         source = self._data.sources[self.stream]
-        return BundleError(
-            "collect",
-            f"finite numbers in {name}",
-            f"{value} in the call at position {self.position} of {source}",
-            self._REMEDY,
-        )
+        problem = f"{name} is not finite: {value} in the call at position {self.position} of {source}"
+        return BundleError("E0808", "quantize", problem, self._REMEDY)
 
     # What the work file belongs to.
     def _key(self) -> str:

@@ -1,4 +1,4 @@
-"""What a bundle is calibrated on: streams of tokens or vectors from files, never made up."""
+"""Calibration data: streams of tokens or vectors from files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Stream = NDArray[Any]  # (T,) int64, or (T, size) float32
 
 
 class DataError(TitansError):
-    """Data that cannot be read, does not fit the bundle or is too little."""
+    """Data that cannot be read, does not fit the bundle or is too short."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,15 @@ class Data:
         return digest.hexdigest()
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The manifest's entry."""
         return {"xxh3_128": self.xxh3_128, "tokens": self.tokens, "streams": len(self.streams)}
 
 
 def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: int = 0) -> Data:
-    """The streams of the files, of `tokens` tokens in all at most.
+    """The streams of the files, at most `tokens` tokens or vectors in all.
 
-    A text is one stream, and so is each array of an .npz and each line of a .jsonl. Where there is more than `tokens`,
-    each stream gives its share, a piece whose start the seed draws; one whose share is less than a token gives none.
-    Raises DataError.
+    A text is one stream; so is each array of an .npz and each line of a .jsonl. Longer data are cut: each stream gives
+    a piece in proportion to its length, and `seed` draws where it starts. Raises DataError.
     """
     streams: list[Stream] = []
     sources: list[str] = []
@@ -72,9 +71,7 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
                 sources.append(name)
     if not streams:
         names = ", ".join(map(str, files)) or "no file"
-        raise DataError(
-            "data", "files with tokens", f"none in {names}", "give --data FILE with text of the model's kind"
-        )
+        raise DataError("E0806", "data", f"no tokens in {names}", "give --data FILE with text of the model's kind")
     total = sum(map(len, streams))
     if tokens is not None and total > tokens:
         rng = np.random.default_rng(seed)
@@ -89,31 +86,33 @@ def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: i
 
 
 def period_of(bundle: Bundle) -> int:
-    """After so many positions every chunk and segment of the bundle has ended once, and every graph has run."""
+    """Positions after which every chunk and segment has ended once and every graph has run."""
     graphs = bundle.manifest.graphs
     return max(math.lcm(*(graph.stride for graph in graphs)), *(graph.tokens for graph in graphs))
 
 
 def check_enough(bundle: Bundle, data: Data) -> None:
-    """Raises DataError where there is too little to find ranges from."""
+    """Raises DataError if the data are too short to find ranges from."""
     period = period_of(bundle)
     longest = max(map(len, data.streams))
     unit = "vectors" if bundle.takes_vectors else "tokens"
     if data.tokens < LEAST_TOKENS:
-        reason = f"at least {LEAST_TOKENS} {unit}, as ranges of fewer say little"
-        raise DataError("data", reason, f"{data.tokens}", "give more data, or a larger --tokens")
+        problem = f"too little data to find ranges: expected at least {LEAST_TOKENS} {unit}, got {data.tokens}"
+        raise DataError("E0806", "data", problem, "give more data, or a larger --tokens")
     if longest < LEAST_PERIODS * period:
-        least = f"{LEAST_PERIODS * period} {unit}, {LEAST_PERIODS} whole chunks and segments of {period}"
-        reason = f"a stream of at least {least}, as ranges move while the memory learns"
-        raise DataError("data", reason, f"{longest} in the longest", "give longer streams, or a larger --tokens")
+        problem = (
+            f"streams too short, as ranges move while the memory learns: expected {LEAST_PERIODS * period} {unit} "
+            f"({LEAST_PERIODS} whole chunks and segments of {period}), got {longest} in the longest stream"
+        )
+        raise DataError("E0806", "data", problem, "give longer streams, or a larger --tokens")
 
 
 def _read(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
     if file.suffix not in SUFFIXES:
-        raise DataError("data", f"a file that ends in {', '.join(SUFFIXES)}", str(file), "give one of these kinds")
+        raise DataError("E0804", "data", f"unknown kind of file: {file}", f"give one of {', '.join(SUFFIXES)}")
     if not file.is_file():
-        got = "a folder" if file.is_dir() else "no such file"
-        raise DataError("data", f"the file {file}", got, "check the path")
+        reason = "is a folder" if file.is_dir() else "does not exist"
+        raise DataError("E0804", "data", f"{file} {reason}", "check the path")
     if file.suffix == ".txt":
         yield str(file), _text(bundle, file)
     elif file.suffix == ".npz":
@@ -124,7 +123,7 @@ def _read(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
 
 def _text(bundle: Bundle, file: Path) -> Stream:
     if bundle.takes_vectors:
-        raise DataError("data", "an .npz with vectors, which this bundle takes", f"the text {file}", "give an .npz")
+        raise DataError("E0805", "data", f"{file} is text, the bundle takes vectors", "give an .npz")
     tokenizer = open_tokenizer(bundle.manifest.tokenizer, bundle.path)
     with file.open("rb") as opened:
         blocks = [block for block, _ in tokenizer.read(opened)]
@@ -136,7 +135,8 @@ def _arrays(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
         with np.load(file, allow_pickle=False) as archive:
             found = [(name, archive[name]) for name in archive.files]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError("data", f"an .npz of plain arrays in {file}", str(error), "write it with numpy.savez") from None
+        problem = f"{file} is not an .npz of plain arrays: {error}"
+        raise DataError("E0804", "data", problem, "write it with numpy.savez") from None
     for name, value in found:
         where = f"{file}, array {name}"
         yield where, _vectors(bundle, value, where) if bundle.takes_vectors else _tokens(bundle, value, where)
@@ -144,7 +144,9 @@ def _arrays(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
 
 def _lines(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
     if bundle.takes_vectors:
-        raise DataError("data", "an .npz with vectors, which this bundle takes", str(file), "give an .npz")
+        raise DataError(
+            "E0805", "data", f"{file} has tokens, the bundle takes vectors", "give an .npz"
+        )
     with file.open("rb") as opened:
         for number, line in enumerate(opened, start=1):
             if not line.strip():
@@ -153,42 +155,41 @@ def _lines(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
             try:
                 value = json.loads(line)
             except ValueError as error:
-                raise DataError("data", f"JSON in {where}", str(error), "mend the line") from None
+                raise DataError("E0804", "data", f"{where} is not JSON: {error}", "correct the line") from None
             if isinstance(value, dict):
                 value = value.get("tokens")
             if not isinstance(value, list):
                 got = "none" if value is None else repr(value)[:40]
-                remedy = 'write [1, 2] or {"tokens": [1, 2]}'
-                raise DataError("data", f"a list of token ids in {where}", got, remedy)
+                problem = f"{where}: expected a list of token ids, got {got}"
+                raise DataError("E0804", "data", problem, 'write [1, 2] or {"tokens": [1, 2]}')
             wrong = next((item for item in value if isinstance(item, bool) or not isinstance(item, int)), None)
             if wrong is not None or any(not -(2**63) <= item < 2**63 for item in value):
                 got = repr(wrong)[:40] if wrong is not None else "one beyond 64 bits"
-                raise DataError("data", f"integers as token ids in {where}", got, "mend the line")
+                problem = f"{where}: expected integers as token ids, got {got}"
+                raise DataError("E0804", "data", problem, "correct the line")
             yield where, _tokens(bundle, np.asarray(value, np.int64), where)
 
 
 def _tokens(bundle: Bundle, value: NDArray[Any], where: str) -> Stream:
     if value.dtype.kind not in "iu" or value.ndim != 1:
-        got = f"{value.dtype} of shape {list(value.shape)}"
-        raise DataError("data", f"a 1-D array of integers, token ids, in {where}", got, "give one array a stream")
+        problem = f"{where}: expected a 1-D array of integers, got {value.dtype} of shape {list(value.shape)}"
+        raise DataError("E0805", "data", problem, "give one array of token ids for each stream")
     size = bundle.manifest.input.width
     outside = np.flatnonzero((value < 0) | (value >= size))
     if outside.size:
         first = int(outside[0])
-        got = f"{value[first]} at {first}"
-        raise DataError(
-            "data", f"token ids from 0 to {size - 1} in {where}", got, "give data of this model's vocabulary"
-        )
+        problem = f"{where}: expected token ids from 0 to {size - 1}, got {value[first]} at {first}"
+        raise DataError("E0805", "data", problem, "give data of this model's vocabulary")
     return value.astype(np.int64)
 
 
 def _vectors(bundle: Bundle, value: NDArray[Any], where: str) -> Stream:
     size = bundle.manifest.input.width
     if value.dtype.kind != "f" or value.ndim != 2 or value.shape[1] != size:
-        got = f"{value.dtype} of shape {list(value.shape)}"
-        raise DataError("data", f"floats of shape [T, {size}] in {where}", got, "give one array a stream")
+        problem = f"{where}: expected floats of shape [T, {size}], got {value.dtype} of shape {list(value.shape)}"
+        raise DataError("E0805", "data", problem, "give one array of vectors for each stream")
     result = value.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(result).all(1))
     if bad.size:
-        raise DataError("data", f"finite vectors in {where}", f"one that is not at {int(bad[0])}", "mend the data")
+        raise DataError("E0808", "data", f"{where}: the vector at {int(bad[0])} is not finite", "correct the data")
     return result

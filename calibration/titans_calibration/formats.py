@@ -47,7 +47,9 @@ def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | N
         matmul.why = f"its {rows} input channels are no multiple of the group {group}"
     elif _by_data(recipe, wanted) and (observations is None or matmul.name not in observations):
         if observations is None:
-            raise QuantiseError("quantize", f"observations, as the recipe {recipe.name} asks", "none", "give data")
+            raise QuantiseError(
+                "E0809", "quantize", f"the recipe {recipe.name} needs observations of {matmul.name}", "give data"
+            )
         matmul.why = "the data never reached it"
     else:
         _check_finite(matmul.name, matmul.matrix)
@@ -56,7 +58,7 @@ def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | N
 
 def _check_finite(name: str, matrix: NDArray[np.float32]) -> None:
     if not np.isfinite(matrix).all():
-        raise QuantiseError("quantize", f"finite weights in {name}", "others", "mend the checkpoint")
+        raise QuantiseError("E0808", "quantize", f"weights in {name} are not finite", "repair the checkpoint")
 
 
 def _by_data(recipe: Recipe, format: str) -> bool:
@@ -130,7 +132,9 @@ def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations |
         assert observations is not None
         gram = observations[matmul.name].gram
         if gram is None:
-            raise QuantiseError("quantize", f"sums of x^T x of {matmul.name}", "none", "observe with the gram")
+            raise QuantiseError(
+                "E0809", "quantize", f"{matmul.name} has no Gram matrix", "observe with gram"
+            )
         if matmul.factors is not None:
             gram = gram / np.outer(matmul.factors, matmul.factors).astype(np.float64)
         return gptq(matrix, gram, matmul.format, matmul.group)
@@ -187,7 +191,8 @@ def cast_weight(name: str, matrix: NDArray[np.float32], format: str) -> TensorPr
         largest = float(np.abs(matrix).max(initial=0.0))
         if not largest <= float(np.finfo(np.float16).max):
             raise QuantiseError(
-                "quantize", f"weights within 65504, which float16 holds, in {name.rpartition('.')[0]}", f"{largest:g}",
+                "E0811", "quantize",
+                f"weights of {name.rpartition('.')[0]} exceed float16: expected at most 65504, got {largest:g}",
                 "take bfloat16, or keep it float32",
             )  # fmt: skip
     return float_tensor(name, format, matrix)

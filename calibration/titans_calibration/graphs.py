@@ -58,7 +58,7 @@ def quantise_graphs(
     for matmul in matmuls.values():
         choose_format(matmul, recipe, observations, (formats or {}).get(matmul.name))
     if unknown := sorted(set(formats or {}) - set(matmuls)):
-        raise QuantiseError("quantize", "weights of matmuls", unknown[0], "take names that the report lists")
+        raise QuantiseError("E0809", "quantize", f"{unknown[0]} is no weight of a matmul", "take names from the report")
     groups = shared_inputs(matmuls.values())
     for group in groups:
         scale_inputs(group, recipe, observations)

@@ -94,7 +94,7 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
             matrix = numpy_helper.to_array(tensor)
             if not np.array_equal(matrix.T if known.transposed else matrix, known.matrix, equal_nan=True):
                 raise QuantiseError(
-                    "quantize", f"one {tensor.name} in all graphs", "two of different content", "export again"
+                    "E0809", "quantize", f"{tensor.name} differs between graphs", "export the checkpoint again"
                 )
     return matmuls
 

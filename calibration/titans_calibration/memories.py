@@ -1,8 +1,9 @@
-"""Memories that hold W and S in fewer bits: their nodes, their state in the manifest and the fresh state."""
+"""Low-precision memories: their nodes, their state in the manifest and the initial state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from titans_export.onnx.nodes import is_memory, is_memory_function, names_read, 
 
 if TYPE_CHECKING:
     from titans_calibration.recipe import MemoryRecipe
+    from titans_calibration.source import Source
 
 _STATE, _STATE_OUT = 0, 1  # a node's rows, in and out
 
@@ -22,32 +24,45 @@ _STATE, _STATE_OUT = 0, 1  # a node's rows, in and out
 def store_memories(
     models: Mapping[str, ModelProto], state: Sequence[Mapping[str, Any]], memory: MemoryRecipe
 ) -> list[dict[str, Any]]:
-    """Changes the graphs to the recipe's memory_dtype, and returns the manifest's state as it is then.
+    """Changes the graphs to the recipe's memory dtype, and returns the manifest's state for them.
 
-    Raises QuantiseError where a memory is not the operator's own.
+    Raises QuantiseError if a memory's rows are read or made by another operator.
     """
+    result = _stored_state(state, memory)
+    flows = {name: _follow(model, result) for name, model in models.items()}
+    for name, model in models.items():
+        _store(model, flows[name], memory)
+    return result
+
+
+def check_memories(source: Source, memory: MemoryRecipe) -> None:
+    """Raises QuantiseError if `store_memories` would refuse the bundle."""
+    if memory.dtype != "float32":
+        state = _stored_state(source.bundle.manifest.raw["state"], memory)
+        for model in source.structures.values():
+            _follow(model, state)
+
+
+def _stored_state(state: Sequence[Mapping[str, Any]], memory: MemoryRecipe) -> list[dict[str, Any]]:
+    """The manifest's state with memories in the recipe's dtype."""
     result: list[dict[str, Any]] = []
     for entry in state:
         if entry["role"] != "memory":
             result.append(dict(entry))
             continue
         if not entry.get("layout"):
-            raise _foreign(entry["name"], "one without a layout")
+            raise _foreign(entry["name"], "the manifest has no layout for it")
         layout, size = stored_layout(entry["layout"], memory.dtype, memory.rounding)
         result.append({**entry, "shape": [*entry["shape"][:-1], size], "layout": layout})
-    sizes = {entry["input"]: entry["shape"][-1] for entry in result if entry["role"] == "memory"}
-    if not sizes:
-        raise QuantiseError("quantize", "a memory", "a bundle without one", "take a recipe without [memory]")
-    outputs = {entry["input"]: entry["output"] for entry in result if entry["role"] == "memory"}
-    for model in models.values():
-        _store(model, sizes, outputs, memory)
+    if all(entry["role"] != "memory" for entry in result):
+        raise QuantiseError("E0810", "quantize", "the bundle has no memory", "take a recipe without [memory]")
     return result
 
 
 def store_rows(
     initial: Mapping[str, NDArray[np.float32]], before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 ) -> dict[str, NDArray[np.float32]]:
-    """The fresh state in the new layouts, rounded to the nearest."""
+    """The initial state in the new layouts, rounded to nearest."""
     rows = dict(initial)
     for old, new in zip(before, after, strict=True):
         if old["role"] == "memory":
@@ -56,44 +71,59 @@ def store_rows(
     return rows
 
 
-def _foreign(name: str, got: str) -> QuantiseError:
-    return QuantiseError(
-        "quantize", f"the memory {name} to be the operator NeuralMemory's", got, 'take memory.dtype "float32"'
-    )
+def _foreign(name: str, reason: str) -> QuantiseError:
+    problem = f"the memory {name} cannot change its dtype, as it is not NeuralMemory's own: {reason}"
+    return QuantiseError("E0810", "quantize", problem, 'take memory.dtype "float32"')
 
 
-def _store(model: ModelProto, sizes: Mapping[str, int], outputs: Mapping[str, str], memory: MemoryRecipe) -> None:
+@dataclass(frozen=True)
+class _Flow:
+    """Memory rows in one graph. rows: new extent by value. nodes: index and number of the memory."""
+
+    rows: dict[str, int]
+    nodes: dict[int, int]
+
+
+def _follow(model: ModelProto, state: Sequence[Mapping[str, Any]]) -> _Flow:
+    """Follows each memory's rows through the graph. Raises QuantiseError if another operator reads or makes them."""
     graph = model.graph
-    rows = dict(sizes)  # every value that is packed rows, with its new extent
-    origin = {name: name for name in sizes}
-    seeds = {name: (memory.seed + i) % 2**32 for i, name in enumerate(sizes)}  # memories do not share their noise
-    inner = {name for node in graph.node for g in subgraphs(node) for name in names_read(g)}
-    for node in graph.node:
+    memories = [entry for entry in state if entry["role"] == "memory"]
+    rows = {entry["input"]: entry["shape"][-1] for entry in memories}
+    origin = {entry["input"]: number for number, entry in enumerate(memories)}
+    nodes: dict[int, int] = {}
+    captured = {name for node in graph.node for inner in subgraphs(node) for name in names_read(inner)}
+    for index, node in enumerate(graph.node):
         places = [place for place, name in enumerate(node.input) if name in rows]
         if not places:
             if is_memory(node):
-                raise _foreign(node.name, "a node whose rows come from elsewhere")
+                raise _foreign(node.name, "its rows are no state of the manifest")
             continue
-        source = node.input[_STATE]
+        number = origin[node.input[places[0]]]
         if not is_memory(node) or places != [_STATE]:
-            name = node.input[places[0]]
-            raise _foreign(origin[name], f"one that {node.op_type} node {node.name!r} reads")
-        _mark(node, memory, seeds[origin[source]])
+            raise _foreign(memories[number]["input"], f"the {node.op_type} node {node.name!r} reads it")
+        nodes[index] = number
         if len(node.output) > _STATE_OUT and node.output[_STATE_OUT]:
-            rows[node.output[_STATE_OUT]], origin[node.output[_STATE_OUT]] = rows[source], origin[source]
-    for name in sizes:
-        if name in inner:
-            raise _foreign(name, "one that a branch reads")
-        if rows.get(outputs[name]) is None:
-            raise _foreign(name, f"{outputs[name]!r} made by another operator")
+            rows[node.output[_STATE_OUT]], origin[node.output[_STATE_OUT]] = rows[node.input[_STATE]], number
+    for entry in memories:
+        if entry["input"] in captured:
+            raise _foreign(entry["input"], "a branch reads it")
+        if entry["output"] not in rows:
+            raise _foreign(entry["input"], f"another operator makes {entry['output']!r}")
+    return _Flow(rows, nodes)
+
+
+def _store(model: ModelProto, flow: _Flow, memory: MemoryRecipe) -> None:
+    graph = model.graph
+    for index, number in flow.nodes.items():
+        _mark(graph.node[index], memory, (memory.seed + number) % 2**32)  # memories do not share their noise
     for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.name in rows:
-            value.type.tensor_type.shape.dim[-1].dim_value = rows[value.name]
+        if value.name in flow.rows:
+            value.type.tensor_type.shape.dim[-1].dim_value = flow.rows[value.name]
     replace_functions(model, [function for function in model.functions if not is_memory_function(function)])
 
 
 def _mark(node: NodeProto, memory: MemoryRecipe, seed: int) -> None:
-    """The attributes of docs/operator.md, and no function body."""
+    """Sets the attributes of docs/operator.md; the node needs a kernel then, so it loses its function body."""
     node.ClearField("overload")
     others = [entry for entry in node.attribute if entry.name not in ("memory_dtype", "rounding", "seed")]
     copies = [type(entry).FromString(entry.SerializeToString()) for entry in others]

@@ -1,7 +1,6 @@
-"""A recipe: which numbers a bundle's matmuls, embedding and memories are held in, and how they are found.
+"""Recipes: the formats of a bundle's matmuls, embedding and memories, and how scales are found.
 
-Recipes are data, in TOML: the built-in ones in `recipes/NAME.toml`, others in files of their own. docs/quantization.md
-says what each key means.
+A recipe is a TOML file; the built-in ones are `recipes/NAME.toml`. docs/quantization.md explains the keys.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,12 @@ _FROM_DATA = ("awq", "gptq")  # methods that look at the matmuls' inputs
 
 
 class RecipeError(TitansError):
-    """A recipe that is not there, not readable or asks for what does not go together."""
+    """A recipe that is unknown, unreadable or contradictory."""
 
 
 @dataclass(frozen=True)
 class WeightsRecipe:
-    """The matmuls' weights. `group`: one scale for so many elements along the input dimension, None: one a channel."""
+    """The matmuls' weights. group: input channels per scale; None is one scale per output channel."""
 
     format: str = "float32"
     group: int | None = None
@@ -49,7 +48,7 @@ class WeightsRecipe:
 
 @dataclass(frozen=True)
 class ActivationsRecipe:
-    """The matmuls' other inputs, one scale a tensor, from the ranges they took over the data."""
+    """The matmuls' inputs: one scale per tensor, from ranges observed over data."""
 
     format: str = "int8"
     method: str = "minmax"
@@ -58,7 +57,7 @@ class ActivationsRecipe:
 
 @dataclass(frozen=True)
 class MemoryRecipe:
-    """How memories hold W and S between chunks, docs/operator.md."""
+    """The dtype of W and S between chunks; see docs/operator.md."""
 
     dtype: str = "float32"
     rounding: str = "nearest"
@@ -67,10 +66,10 @@ class MemoryRecipe:
 
 @dataclass(frozen=True)
 class MixedRecipe:
-    """Matmuls that matter most stay in `fallback`, as many as the budget takes.
+    """The most sensitive matmuls stay in `fallback`, within one of two budgets.
 
-    One of the two limits is there: bits over the held-back data at most so many percent above float32's, or all
-    weights within so many bytes. `held_back` is the part of the data's end that nothing else is found from.
+    max_bits_increase: percent of float32's bits over the held-back data. max_weights_bytes: of all initialisers.
+    held_back: share of each stream's end that ranges are not found from.
     """
 
     max_bits_increase: float | None = None
@@ -82,10 +81,7 @@ class MixedRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a quantised bundle is to be.
-
-    `smooth` is SmoothQuant's alpha; `keep` are patterns of names of weights that stay float32.
-    """
+    """smooth: SmoothQuant's alpha. keep: patterns of names of weights that stay float32."""
 
     name: str
     description: str = ""
@@ -99,17 +95,17 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether anything of it is found from what the model does over data."""
+        """Whether any part of the recipe is found from data."""
         found = self.activations is not None or self.smooth is not None or self.mixed is not None
         return found or self.weights.method in _FROM_DATA
 
     @property
     def needs_gram(self) -> bool:
-        """Whether it takes the sums of x^T x."""
+        """Whether the recipe needs Gram matrices, the sums of x^T x."""
         return self.weights.method == "gptq"
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as the manifest has it, and as TOML would."""
+        """The recipe as in the manifest and in TOML."""
         return dataclasses.asdict(self) | {"keep": list(self.keep)}
 
 
@@ -123,8 +119,8 @@ def load_recipe(name: str) -> Recipe:
     if name.endswith(".toml"):
         return read_recipe(Path(name))
     if name not in recipe_names():
-        known = ", ".join(recipe_names())
-        raise RecipeError("recipe", f"one of {known}, or a file that ends in .toml", repr(name), "see --list-recipes")
+        problem = f"unknown recipe {name!r}: expected one of {', '.join(recipe_names())}, or a file NAME.toml"
+        raise RecipeError("E0801", "recipe", problem, "see --list-recipes")
     return read_recipe(FOLDER / f"{name}.toml")
 
 
@@ -133,14 +129,15 @@ def read_recipe(path: Path) -> Recipe:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError("recipe", f"{path} to be readable", error.strerror or str(error), "check the path") from None
-    except ValueError as error:  # of the syntax, or bytes that are no UTF-8
-        raise RecipeError("recipe", f"TOML in {path}", str(error), "mend the file") from None
+        problem = f"{path} cannot be read: {error.strerror or error}"
+        raise RecipeError("E0801", "recipe", problem, "check the path") from None
+    except ValueError as error:  # syntax, or bytes that are not UTF-8
+        raise RecipeError("E0801", "recipe", f"{path} is not TOML: {error}", "correct the file") from None
     return parse_recipe(values, name=path.stem, where=str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], *, name: str, where: str) -> Recipe:
-    """The recipe of these values; `where` is what errors call its place. Raises RecipeError."""
+    """The recipe of these values; errors name `where`. Raises RecipeError."""
     table = _Table(where, "", values, ("description", "weights", "activations", "smooth", "embedding", "memory", "keep",
                                        "mixed"))  # fmt: skip
     recipe = Recipe(
@@ -159,43 +156,39 @@ def parse_recipe(values: Mapping[str, Any], *, name: str, where: str) -> Recipe:
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
-    """Raises RecipeError where parts of the recipe do not go together."""
-    weights, activations = recipe.weights, recipe.activations
+    """Raises RecipeError if keys of the recipe contradict each other."""
+    weights, activations, memory, mixed = recipe.weights, recipe.activations, recipe.memory, recipe.mixed
 
-    def refuse(key: str, expected: str, got: str, remedy: str) -> None:
-        raise RecipeError("recipe", f"{key} of {where} to be {expected}", got, remedy)
+    def refuse(key: str, problem: str, fix: str) -> None:
+        raise RecipeError("E0803", "recipe", f"{key} in {where}: {problem}", fix)
 
-    if weights.format not in _SCALED and (weights.group is not None or weights.method != "minmax"):
-        key = "weights.group" if weights.group is not None else "weights.method"
-        got = f"{weights.group if weights.group is not None else weights.method!r}"
-        refuse(key, f"absent with weights in {weights.format}, which have no scale", got, "leave it out")
+    if weights.format not in _SCALED and weights.group is not None:
+        refuse("weights.group", f"{weights.format} has no scale to group", "remove weights.group")
+    if weights.format not in _SCALED and weights.method != "minmax":
+        refuse("weights.method", f"{weights.format} has no scale to choose", "remove weights.method")
     if weights.format == "int4" and weights.group is None:
-        refuse("weights.group", f"one of {GROUPS} with int4", "none", "give it: one scale a channel loses too much")
+        refuse("weights.group", f"int4 needs a group: expected one of {GROUPS}, got none", "add weights.group")
     if weights.format == "fp8" and weights.group is not None:
-        refuse("weights.group", "absent with fp8", str(weights.group), "leave it out")
-    if weights.method == "awq" and weights.format not in ("int4", "int8"):
-        refuse("weights.method", "'minmax' or 'mse' with this format", "'awq'", "take awq with int4 or int8")
-    if weights.method == "gptq" and weights.format not in ("int4", "int8"):
-        refuse("weights.method", "'minmax' or 'mse' with this format", "'gptq'", "take gptq with int4 or int8")
-    if activations is not None and (activations.format != weights.format or weights.group is not None):
-        expected = f"{activations.format} without groups, as its activations" if weights.group is None else "absent"
-        key = "weights.format" if weights.group is None else "weights.group"
-        got = repr(weights.format) if weights.group is None else str(weights.group)
-        refuse(key, expected, got, "give both the same format, one scale a channel, or leave activations out")
+        refuse("weights.group", "fp8 takes no group", "remove weights.group")
+    if weights.method in _FROM_DATA and weights.format not in ("int4", "int8"):
+        refuse("weights.method", f"{weights.method} needs int4 or int8", "take minmax or mse")
+    if activations is not None and weights.group is not None:
+        refuse("weights.group", f"groups of {weights.group} exclude activations", "remove one of the two")
+    if activations is not None and activations.format != weights.format:
+        problem = f"expected {activations.format} as for activations, got {weights.format}"
+        refuse("weights.format", problem, "give both the same format, or remove activations")
     if activations is not None and activations.format == "fp8" and activations.method in ("entropy", "mse"):
-        expected = "'minmax' or 'percentile' with fp8, whose steps grow with the values"
-        refuse("activations.method", expected, repr(activations.method), "take one of them")
+        refuse("activations.method", f"{activations.method} excludes fp8", "take minmax or percentile")
     if recipe.smooth is not None and activations is None:
-        refuse("smooth", "absent without activations", str(recipe.smooth), "leave it out, or take weights.method 'awq'")
-    if recipe.memory.dtype == "float32" and recipe.memory.rounding != "nearest":
-        refuse("memory.rounding", "absent with float32", repr(recipe.memory.rounding), "leave it out")
-    if recipe.memory.seed and recipe.memory.rounding != "stochastic":
-        refuse("memory.seed", "absent unless rounding is stochastic", str(recipe.memory.seed), "leave it out")
-    if recipe.mixed is not None and weights.format not in _SCALED:
-        refuse("mixed", f"absent with weights in {weights.format}", "a table", "take int8, int4 or fp8 weights")
-    if recipe.mixed is not None and recipe.mixed.fallback == weights.format:
-        got = repr(weights.format)
-        refuse("mixed.fallback", "another format than the weights", got, "take one with more bits")
+        refuse("smooth", "it needs activations", "remove smooth, or take weights.method 'awq'")
+    if memory.dtype == "float32" and memory.rounding != "nearest":
+        refuse("memory.rounding", f"{memory.rounding} excludes a float32 memory", "remove memory.rounding")
+    if memory.seed and memory.rounding != "stochastic":
+        refuse("memory.seed", "only stochastic rounding has a seed", "remove memory.seed")
+    if mixed is not None and weights.format not in _SCALED:
+        refuse("mixed", f"weights in {weights.format} exclude it", "take int8, int4 or fp8 weights")
+    if mixed is not None and mixed.fallback == weights.format:
+        refuse("mixed.fallback", f"{weights.format} is the format of the weights", "take one with more bits")
 
 
 def with_memory(recipe: Recipe, text: str) -> Recipe:
@@ -226,7 +219,7 @@ def _activations(table: _Table | None) -> ActivationsRecipe | None:
     method = table.choice("method", ACTIVATION_METHODS, "minmax")
     percentile = table.number("percentile", 50.0, 100.0)
     if percentile is not None and method != "percentile":
-        table.refuse("percentile", f"absent with method {method!r}", str(percentile), "leave it out")
+        table.refuse("percentile", f"none with method {method!r}", str(percentile), "remove it", "E0803")
     default = ActivationsRecipe().percentile
     return ActivationsRecipe(table.choice("format", ACTIVATION_FORMATS, None), method, percentile or default)
 
@@ -248,7 +241,7 @@ def _mixed(table: _Table | None) -> MixedRecipe | None:
     bytes_ = table.integer("max_weights_bytes", 1, 2**62)
     if (increase is None) == (bytes_ is None):
         got = "neither" if increase is None else "both"
-        table.refuse("max_bits_increase", "there, or max_weights_bytes, one of the two", got, "give one budget")
+        table.refuse("max_bits_increase", "it or max_weights_bytes", got, "give one budget", "E0803")
     held_back = table.number("held_back", 0.05, 0.5)
     default = MixedRecipe()
     return MixedRecipe(
@@ -261,24 +254,24 @@ def _mixed(table: _Table | None) -> MixedRecipe | None:
 
 
 class _Table:
-    """One table of a recipe, whose keys are all known."""
+    """One table of a recipe file. Unknown keys are errors."""
 
-    def __init__(self, where: str, prefix: str, values: Any, known: Any) -> None:
+    def __init__(self, where: str, prefix: str, values: Any, known: Sequence[str]) -> None:
         self._where, self._prefix = where, prefix
         if not isinstance(values, Mapping):
-            raise RecipeError("recipe", f"a table {prefix} in {where}", repr(values)[:80], f"write [{prefix}]")
+            problem = f"{prefix} in {where}: expected a table, got {repr(values)[:80]}"
+            raise RecipeError("E0802", "recipe", problem, f"write [{prefix}]")
         self._values = values
         if unknown := sorted(set(values) - set(known)):
             place = f"[{prefix}] of {where}" if prefix else where
-            raise RecipeError(
-                "recipe", f"only the keys {', '.join(known)} in {place}", repr(unknown[0]), "remove it or mend its name"
-            )
+            problem = f"unknown key {unknown[0]!r} in {place}: expected {', '.join(known)}"
+            raise RecipeError("E0802", "recipe", problem, "remove it or correct its name")
 
-    def refuse(self, key: str, expected: str, got: str, remedy: str) -> None:
+    def refuse(self, key: str, expected: str, got: str, fix: str, code: str = "E0802") -> None:
         name = f"{self._prefix}.{key}" if self._prefix else key
-        raise RecipeError("recipe", f"{name} of {self._where} to be {expected}", got, remedy)
+        raise RecipeError(code, "recipe", f"{name} in {self._where}: expected {expected}, got {got}", fix)
 
-    def table(self, key: str, known: Any) -> _Table | None:
+    def table(self, key: str, known: Sequence[str]) -> _Table | None:
         return _Table(self._where, key, self._values[key], known) if key in self._values else None
 
     def text(self, key: str, default: str) -> str:
@@ -297,23 +290,22 @@ class _Table:
         value = self._values.get(key, default)
         if value not in allowed:
             got = "none" if value is None else repr(value)
-            self.refuse(key, f"one of {', '.join(allowed)}", got, "choose one of them")
+            self.refuse(key, f"one of {', '.join(allowed)}", got, "take one of these")
         return str(value)
 
     def one_of(self, key: str, allowed: tuple[int, ...]) -> int | None:
         value = self._values.get(key)
         if value is not None and (isinstance(value, bool) or value not in allowed):
-            self.refuse(key, f"one of {', '.join(map(str, allowed))}", repr(value), "choose one of them")
+            self.refuse(key, f"one of {', '.join(map(str, allowed))}", repr(value), "take one of these")
         return None if value is None else int(value)
 
     def number(self, key: str, least: float, most: float) -> float | None:
         value = self._values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.refuse(key, f"a number from {least:g} to {most:g}", repr(value), "give one")
-        if not least <= value <= most:
-            self.refuse(key, f"from {least:g} to {most:g}", repr(value), "give one within")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not least <= value <= most:
+            self.refuse(key, f"a number from {least:g} to {most:g}", repr(value), "give a number in this range")
         return float(value)
 
     def integer(self, key: str, least: int, most: int) -> int | None:
@@ -321,5 +313,5 @@ class _Table:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            self.refuse(key, f"an integer from {least} to {most}", repr(value), "give one")
+            self.refuse(key, f"an integer from {least} to {most}", repr(value), "give an integer in this range")
         return int(value)

@@ -255,8 +255,8 @@ class Rewriting:
     def _add(self, tensor: TensorProto) -> str:
         known = self.added.get(tensor.name)
         if known is None and tensor.name in self.taken:
-            expected = f"no value {tensor.name} in {self.name}"
-            raise QuantiseError("quantize", expected, "one", "give a bundle in float32")
+            problem = f"{self.name} already has a value {tensor.name}"
+            raise QuantiseError("E0809", "quantize", problem, "give a float32 bundle")
         assert known is None or known == tensor
         self.taken.add(tensor.name)
         self.added[tensor.name] = tensor

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from titans_calibration.data import Data, DataError
 from titans_calibration.graphs import Quantised, quantise_graphs
-from titans_calibration.instrument import Runner, load_models
+from titans_calibration.instrument import open_runner
 from titans_calibration.matmuls import matmul_weights
 from titans_calibration.observe import Observations
 from titans_calibration.recipe import MemoryRecipe, MixedRecipe, Recipe, RecipeError
+from titans_calibration.source import Source
 from titans_export import __version__
 from titans_export.bundle import Bundle
 from titans_export.files import replacing_file
 from titans_export.onnx.initializers import tensor_bytes
-from titans_export.schedule import next_graph
+from titans_export.schedule import calls
 
 _OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
 _FLOAT32 = "float32"
@@ -81,16 +82,17 @@ def split_held_back(bundle: Bundle, data: Data, share: float) -> tuple[Data, Dat
         need = int(np.ceil(call / share))
         longest = max(map(len, data.streams))
         raise DataError(
-            "sensitivity",
-            f"a stream of at least {need} tokens, whose last {share:.0%} are a whole call of {call}",
-            f"{longest} in the longest",
+            "E0806",
+            "data",
+            f"too little data to hold back {share:.0%} in whole calls of {call} tokens: "
+            f"expected a stream of at least {need} tokens, got {longest} in the longest",
             "give longer streams, or a larger --tokens",
         )
     return Data(tuple(first), data.sources, data.seed), Data(tuple(ends), tuple(names), data.seed)
 
 
 def choose_mixture(
-    bundle: Bundle,
+    source: Source,
     recipe: Recipe,
     observations: Observations | None,
     held_back: Data,
@@ -104,17 +106,17 @@ def choose_mixture(
     later call with the same bundle, recipe, observations and data takes it from there. Raises RecipeError where none
     hold it.
     """
-    mixed = recipe.mixed
+    mixed, bundle = recipe.mixed, source.bundle
     assert mixed is not None
     if mixed.max_bits_increase is not None and bundle.takes_vectors:
         raise RecipeError(
-            "recipe", f"mixed.max_weights_bytes in {recipe.name} for a bundle of vectors", "max_bits_increase",
-            "give that budget: vectors have no bits",
+            "E0803", "recipe", f"mixed.max_bits_increase in {recipe.name}: a bundle of vectors has no bits",
+            "give mixed.max_weights_bytes",
         )  # fmt: skip
     measured = _Measured(work, _key(bundle, recipe, observations, held_back))
     if measured.values:
         progress(f"{len(measured.values)} mixtures were measured before")
-    search = _Search(bundle, recipe, mixed, observations, held_back, measured)
+    search = _Search(source, recipe, mixed, observations, held_back, measured)
     ranked = search.rank(progress)
     if mixed.max_bits_increase is not None:
         count = search.fewest(ranked, mixed.max_bits_increase, progress)
@@ -166,7 +168,7 @@ class _Search:
 
     def __init__(
         self,
-        bundle: Bundle,
+        source: Source,
         recipe: Recipe,
         mixed: MixedRecipe,
         observations: Observations | None,
@@ -174,11 +176,11 @@ class _Search:
         measured: _Measured,
     ) -> None:
         self._measured = measured
+        bundle = source.bundle
         self._bundle, self._mixed, self._observations, self._data = bundle, mixed, observations, data
         self._recipe = dataclasses.replace(recipe, mixed=None, memory=MemoryRecipe())
-        models = load_models(bundle, weights=True)
-        self._models = {name: models[name] for name in _graphs_for(bundle, data)}
-        self._all = models
+        self._all = source.models
+        self._models = {name: self._all[name] for name in _graphs_for(bundle, data)}
         self._right = _outputs(bundle, self._models, data)
         self._bits = None if bundle.takes_vectors else mean_bits(self._right, data.streams)
         full = self._quantise(self._all, {})
@@ -217,8 +219,8 @@ class _Search:
             return 0
         if not check(high):
             raise RecipeError(
-                "recipe", f"a mixture whose bits grow at most {limit:g} %",
-                f"more even with all matmuls in {self._mixed.fallback}",
+                "E0812", "recipe",
+                f"bits grow by more than {limit:g} % even with all matmuls in {self._mixed.fallback}",
                 "raise mixed.max_bits_increase, or take another fallback or embedding",
             )  # fmt: skip
         while high - low > 1:
@@ -230,7 +232,8 @@ class _Search:
         """How many of the first may stay so that the weights take at most `limit` bytes."""
         if self._bytes > limit:
             raise RecipeError(
-                "recipe", f"weights of at most {limit} bytes", f"{self._bytes} with all matmuls quantised",
+                "E0812", "recipe",
+                f"weights exceed max_weights_bytes with all matmuls quantised: expected at most {limit} bytes, got {self._bytes}",
                 "raise mixed.max_weights_bytes, or take a smaller format",
             )  # fmt: skip
         low, high = 0, len(ranked)
@@ -279,14 +282,8 @@ class _Search:
 
 def _graphs_for(bundle: Bundle, data: Data) -> list[str]:
     """The graphs that the streams run."""
-    graphs, found = bundle.manifest.graphs, set()
-    for length in map(len, data.streams):
-        position = 0
-        while position < length:
-            graph = next_graph(graphs, position, length - position)
-            found.add(graph.name)
-            position += graph.tokens
-    return sorted(found)
+    graphs = bundle.manifest.graphs
+    return sorted({graph.name for stream in data.streams for _, graph in calls(graphs, 0, len(stream))})
 
 
 def initializer_bytes(models: Any) -> int:
@@ -322,18 +319,10 @@ def _divergence(right: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
 
 def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) -> list[NDArray[Any]]:
     """Of each stream, from a fresh memory."""
-    runner = Runner(bundle, models)
-    found = []
-    for stream in data.streams:
-        state, position, rows = bundle.initial_state(), 0, []
-        while position < len(stream):
-            graph = runner.next(position, len(stream) - position)
-            given = stream[position : position + graph.tokens]
-            values, state = runner.run(graph, given, position, state)
-            rows.append(values[runner.output][0])
-            position += graph.tokens
-        found.append(np.concatenate(rows))
-    return found
+    runner = open_runner(bundle, models)
+    return [
+        np.concatenate([call.values[runner.output][0] for call in runner.stream(stream)]) for stream in data.streams
+    ]
 
 
 def _group_names(names: Sequence[str], by: str) -> dict[str, list[str]]:

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from titans_calibration.graphs import Quantised
 from titans_calibration.memories import store_memories, store_rows
 from titans_export import __version__
 from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_record
-from titans_export.errors import BundleError, MismatchError
+from titans_export.errors import MismatchError
 from titans_export.files import replacing_folder
-from titans_export.onnx.files import load_graph
 from titans_export.onnx.nodes import copy_model
 from titans_export.onnx.weights import share_weights
 from titans_export.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
-    from titans_calibration.recipe import Recipe
+    from titans_calibration.options import QuantizeOptions
 
 _KEPT = ("golden", "tokenizer")
 
@@ -37,37 +35,28 @@ class Written:
 
     weights_bytes: int
     float32_weights_bytes: int
+    state_bytes: int
     max_abs_error: float
     tolerance: float
 
 
-def load_graphs(bundle: Bundle) -> dict[str, ModelProto]:
-    """The bundle's graphs by name, weights inside. Raises BundleError for a bundle that is quantised already."""
-    if bundle.quantization is not None:
-        raise BundleError(
-            "quantize", "a bundle in float32", f"{bundle.path}, which is quantised", "give the one it was made from"
-        )
-    return {name: load_graph(path) for name, path in bundle.graph_paths().items()}
-
-
 def write_quantised(
     bundle: Bundle,
-    output: Path,
     quantised: Quantised,
-    recipe: Recipe,
+    options: QuantizeOptions,
     *,
     data: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Written:
-    """Writes the quantised form of `bundle` to `output`; engines stay behind.
+    """Writes the quantised form of `bundle` to `options.output`, without engines.
 
-    `data` is what the manifest says of the data: its hash, tokens and streams. The runtime runs the new bundle over the
-    golden inputs before it takes its name. Raises TitansError, or titans_runtime.Error where no kernel here has the
-    memory's memory_dtype; then nothing is written.
+    `data` is the manifest's entry of the data: hash, tokens and streams. The runtime runs the new bundle over the
+    golden inputs before it is renamed into place. Raises TitansError, or titans_runtime.Error if no kernel on this
+    machine supports the memory dtype; then nothing is written.
     """
-    with replacing_folder(output, overwrite, MANIFEST) as folder:
+    assert options.output is not None
+    recipe = options.recipe
+    with replacing_folder(options.output, options.overwrite, MANIFEST) as folder:
         models = {name: copy_model(model) for name, model in quantised.models.items()}
         raw = bundle.manifest.raw
         before = raw["state"]
@@ -89,7 +78,7 @@ def write_quantised(
         quantization: dict[str, Any] = {
             "recipe": recipe.as_dict(),
             "data": dict(data) if data is not None else None,
-            "seed": seed,
+            "seed": options.seed,
             "matmuls": quantised.report.matmuls,
             "memory": {
                 "dtype": recipe.memory.dtype,
@@ -117,7 +106,13 @@ def write_quantised(
         quantization["max_abs_error"] = error
         manifest["golden"] = {**raw["golden"], "tolerance": tolerance}
         _write_manifest(folder, manifest)
-        return Written(quantization["weights_bytes"], quantization["float32_weights_bytes"], error, tolerance)
+        return Written(
+            quantization["weights_bytes"],
+            quantization["float32_weights_bytes"],
+            sum(values.nbytes for values in rows.values()),
+            error,
+            tolerance,
+        )
 
 
 def golden_error(bundle: Bundle, folder: Path) -> float:
@@ -158,7 +153,7 @@ def _finite(outputs: NDArray[np.float32], position: int) -> NDArray[np.float32]:
     if not np.isfinite(outputs).all():
         bad = position + int(np.argmin(np.isfinite(outputs).all(axis=-1)))
         raise MismatchError(
-            "quantize", "finite outputs", f"others, first at position {bad}", "take a recipe with more bits"
+            "E0808", "quantize", f"outputs are not finite from position {bad}", "take a recipe with more bits"
         )
     return outputs
 

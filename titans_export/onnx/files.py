@@ -19,8 +19,13 @@ def load_structure(path: Path) -> onnx.ModelProto:
 
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph with its weights, its functions not inlined."""
-    model = load_structure(path)
-    load_external_data_for_model(model, str(path.parent))
+    return load_weights(load_structure(path), path.parent)
+
+
+def load_weights(structure: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """A copy of the structure with the weights that it references in `folder`."""
+    model = copy_model(structure)
+    load_external_data_for_model(model, str(folder))
     return model
 
 
