@@ -161,6 +161,7 @@ def _export(model: Model, settings: Settings) -> Bundle:
 
 def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Result:
     """What quantising to a recipe did; its bundle lies in the work folder, made where there is none."""
+    from titans_calibration.options import QuantizeOptions
     from titans_calibration.quantize import quantize_bundle
     from titans_calibration.recipe import load_recipe
 
@@ -170,17 +171,16 @@ def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Re
     try:
         if not (path.is_dir() and kept.is_file()):
             _say(f"{model.name}: quantising to {name}")
-            data = [_calibration(model, bundle, settings)]
-            report = quantize_bundle(
+            options = QuantizeOptions(
                 bundle.path,
                 path,
                 recipe,
-                data,
+                (_calibration(model, bundle, settings),),
                 tokens=settings.calibration_tokens,
                 seed=settings.seed,
                 overwrite=True,
-                progress=_say,
             )
+            report = quantize_bundle(options, progress=_say)
             keys = ("max_abs_error", "tolerance", "weights_bytes", "float32_weights_bytes", "tokens", "seconds")
             values = {key: value for key, value in dataclasses.asdict(report).items() if key in keys}
             counts: dict[str, int] = {}

@@ -144,9 +144,7 @@ def _arrays(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
 
 def _lines(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
     if bundle.takes_vectors:
-        raise DataError(
-            "E0805", "data", f"{file} has tokens, the bundle takes vectors", "give an .npz"
-        )
+        raise DataError("E0805", "data", f"{file} has tokens, the bundle takes vectors", "give an .npz")
     with file.open("rb") as opened:
         for number, line in enumerate(opened, start=1):
             if not line.strip():

@@ -132,9 +132,7 @@ def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations |
         assert observations is not None
         gram = observations[matmul.name].gram
         if gram is None:
-            raise QuantiseError(
-                "E0809", "quantize", f"{matmul.name} has no Gram matrix", "observe with gram"
-            )
+            raise QuantiseError("E0809", "quantize", f"{matmul.name} has no Gram matrix", "observe with gram")
         if matmul.factors is not None:
             gram = gram / np.outer(matmul.factors, matmul.factors).astype(np.float64)
         return gptq(matrix, gram, matmul.format, matmul.group)

@@ -233,7 +233,7 @@ class _Search:
         if self._bytes > limit:
             raise RecipeError(
                 "E0812", "recipe",
-                f"weights exceed max_weights_bytes with all matmuls quantised: expected at most {limit} bytes, got {self._bytes}",
+                f"the quantised weights exceed max_weights_bytes: expected at most {limit} bytes, got {self._bytes}",
                 "raise mixed.max_weights_bytes, or take a smaller format",
             )  # fmt: skip
         low, high = 0, len(ranked)

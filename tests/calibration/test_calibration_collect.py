@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 
 from titans_calibration.collect import Collected, collect, find_groups
 from titans_calibration.data import Data, read_data
-from titans_calibration.instrument import load_models
-from titans_calibration.quantize import work_file
+from titans_calibration.options import work_file
+from titans_calibration.source import open_source
 from titans_export.bundle import read_bundle
 from titans_export.engines import onnxruntime as engine
 from titans_export.errors import BundleError, MachineError
@@ -42,7 +42,7 @@ def data(float32_bundle: Path, long_text: Path) -> Data:
 
 @pytest.fixture(scope="module")
 def collected(float32_bundle: Path, data: Data) -> Collected:
-    return collect(read_bundle(float32_bundle), data, gram=True)
+    return collect(open_source(read_bundle(float32_bundle)), data, gram=True)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +108,14 @@ def test_function_bodies_show_what_the_kernel_shows(
         raise MachineError("test", "a kernel", "none", "none")
 
     monkeypatch.setattr(engine, "kernel_library", missing)
-    other = collect(read_bundle(float32_bundle), data, gram=True)
+    other = collect(open_source(read_bundle(float32_bundle)), data, gram=True)
     for name, seen in collected.observations.items():
         assert other.observations[name].high == pytest.approx(seen.high, rel=1e-3)
         np.testing.assert_allclose(other.observations[name].mean_abs, seen.mean_abs, rtol=1e-3, atol=1e-6)
 
 
 def test_matmuls_of_one_input_are_observed_once(float32_bundle: Path) -> None:
-    groups = find_groups(load_models(read_bundle(float32_bundle), weights=False))
+    groups = find_groups(open_source(read_bundle(float32_bundle)).structures)
     together = [set(group.weights) for group in groups if len(group.weights) > 1]
     assert any({"model.layers.0.attention.key.weight", "model.layers.0.attention.value.weight"} <= g for g in together)
 
@@ -141,7 +141,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(
     float32_bundle: Path, data: Data, collected: Collected, tmp_path: Path, calls: int
 ) -> None:
     """Within the first stream, among its single tokens and within the second."""
-    bundle, work = read_bundle(float32_bundle), tmp_path / "work"
+    bundle, work = open_source(read_bundle(float32_bundle)), tmp_path / "work"
     left = calls
 
     def stop(tokens: int) -> None:
@@ -159,7 +159,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(
 
 
 def test_other_data_and_needs_and_damage_start_anew(float32_bundle: Path, data: Data, tmp_path: Path) -> None:
-    bundle, work = read_bundle(float32_bundle), tmp_path / "work"
+    bundle, work = open_source(read_bundle(float32_bundle)), tmp_path / "work"
     short = Data((data.streams[1],), ("b",), 0)
     collect(bundle, short, work=work, save_seconds=0)
     assert collect(bundle, short, work=work).resumed_at == len(short.streams[0])
@@ -175,6 +175,7 @@ import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from titans_calibration import collect
+from titans_calibration.options import QuantizeOptions
 from titans_calibration.quantize import quantize_bundle
 from titans_calibration.recipe import load_recipe
 
@@ -191,7 +192,8 @@ def bar(label, total):
             os.kill(os.getpid(), signal.SIGKILL)
     yield step
 
-print(quantize_bundle(bundle, output, load_recipe("int8"), [text], tokens=1100, bar=bar).resumed_at)
+options = QuantizeOptions(bundle, output, load_recipe("int8"), (text,), tokens=1100)
+print(quantize_bundle(options, bar=bar).resumed_at)
 """
 
 
@@ -226,7 +228,7 @@ def test_a_number_that_is_not_finite_is_told_with_its_place(float32_bundle: Path
     write_safetensors(damaged / "weights.safetensors", dict(weights))
     reseal(damaged)
     with pytest.raises(BundleError) as raised:
-        collect(read_bundle(damaged), data)
+        collect(open_source(read_bundle(damaged)), data)
     message = str(raised.value)
     assert f"position {first // CALL * CALL} of a" in message
     assert "model.layers.0" in message

@@ -126,8 +126,8 @@ WRONG: dict[str, tuple[Bundle, str, Any, tuple[str, ...]]] = {
     "a bool in a line": (IDS, "a.jsonl", b"[true]", ("integers", "True")),
     "a large number in a line": (IDS, "a.jsonl", b"[" + str(2**70).encode() + b"]", ("integers", "64 bits")),
     "another kind of file": (IDS, "a.csv", b"1,2", (".jsonl", "a.csv")),
-    "nothing": (BYTES, "a.txt", b"", ("files with tokens", "a.txt")),
-    "empty lines": (IDS, "a.jsonl", b"\n[]\n", ("files with tokens",)),
+    "nothing": (BYTES, "a.txt", b"", ("no tokens", "a.txt")),
+    "empty lines": (IDS, "a.jsonl", b"\n[]\n", ("no tokens",)),
 }
 
 
@@ -142,7 +142,7 @@ def test_wrong_data_is_told_by_name(case: str, tmp_path: Path) -> None:
 
 
 def test_missing_files_and_tokenizers(tmp_path: Path) -> None:
-    for path, word in ((tmp_path / "none.txt", "no such file"), (tmp_path / "folder.txt", "a folder")):
+    for path, word in ((tmp_path / "none.txt", "does not exist"), (tmp_path / "folder.txt", "is a folder")):
         (tmp_path / "folder.txt").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=word):
             read_data(BYTES, [path], None)

@@ -14,6 +14,7 @@ from manifests import bundle_of
 from titans_calibration.data import Data, DataError, read_data
 from titans_calibration.graphs import quantise_graphs
 from titans_calibration.observe import Observed
+from titans_calibration.options import QuantizeOptions
 from titans_calibration.recipe import MixedRecipe, Recipe, RecipeError, WeightsRecipe
 from titans_calibration.sensitivity import (
     Mixture,
@@ -23,7 +24,8 @@ from titans_calibration.sensitivity import (
     mean_bits,
     split_held_back,
 )
-from titans_calibration.writing import load_graphs, write_quantised
+from titans_calibration.source import open_source
+from titans_calibration.writing import write_quantised
 from titans_export.bundle import read_bundle
 
 pytest_plugins = ["calibration_fixtures"]
@@ -39,7 +41,7 @@ def split(float32_bundle: Path, long_text: Path) -> tuple[Data, Data]:
 
 def _choose(bundle: Path, data: Data, **mixed: object) -> Mixture:
     recipe = dataclasses.replace(INT4, mixed=MixedRecipe(**mixed))  # type: ignore[arg-type]
-    return choose_mixture(read_bundle(bundle), recipe, None, data)
+    return choose_mixture(open_source(read_bundle(bundle)), recipe, None, data)
 
 
 def test_ends_are_held_back_in_whole_calls(split: tuple[Data, Data]) -> None:
@@ -71,8 +73,9 @@ def test_the_measured_divergence_is_that_of_the_runtime(
     stream = split[1].streams[0]
     for found in (mixture.sensitivities[0], mixture.sensitivities[-1]):
         others = {name: "float32" for s in mixture.sensitivities for name in s.matmuls if s is not found}
-        quantised = quantise_graphs(load_graphs(bundle), INT4, None, others)
-        write_quantised(bundle, tmp_path / "one.titans", quantised, INT4, overwrite=True)
+        quantised = quantise_graphs(open_source(bundle).models, INT4, None, others)
+        options = QuantizeOptions(float32_bundle, tmp_path / "one.titans", INT4, overwrite=True)
+        write_quantised(bundle, quantised, options)
         logs = []
         for path in (float32_bundle, tmp_path / "one.titans"):
             with rt.Session(path, threads=1) as session:
@@ -133,7 +136,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_mixture(
 
         told.clear()
         recipe = dataclasses.replace(INT4, mixed=MixedRecipe(max_bits_increase=0.5))
-        return choose_mixture(read_bundle(float32_bundle), recipe, None, split[1], progress, work)
+        return choose_mixture(open_source(read_bundle(float32_bundle)), recipe, None, split[1], progress, work)
 
     with pytest.raises(Stopped):
         choose(stop="alone, 5 of")

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from calibration_tools import TOKENS
 from cli_tools import invoke, reseal
 from safetensors.numpy import load_file
 
-from titans_calibration.quantize import plan_quantize, work_file
-from titans_calibration.recipe import load_recipe, recipe_names
+from titans_calibration.options import QuantizeOptions, work_file
+from titans_calibration.quantize import plan_quantize, quantize_bundle
+from titans_calibration.recipe import MemoryRecipe, MixedRecipe, load_recipe, recipe_names
 from titans_export.bundle import read_bundle
+from titans_export.onnx import files
 from titans_export.safetensors_file import write_safetensors
 
 pytest_plugins = ["calibration_fixtures"]
@@ -63,13 +68,13 @@ def test_a_bundle_in_int8(float32_bundle: Path, long_text: Path, output: Path) -
     assert got is not None
     assert 0 < np.abs(got - right).max() <= report["tolerance"]
     again = invoke("quantize", output, "-o", output.with_name("b.titans"), "--recipe", "fp16")
-    again.check_failure(2, "quantised already")
+    again.check_failure(2, "already quantised")
 
 
 def test_options_reach_the_recipe(float32_bundle: Path, output: Path) -> None:
     options = ["--recipe", "fp16", "--keep", "model.head.*", "--keep", "nothing"]
     done = invoke("quantize", float32_bundle, "-o", output, *options, "--json")
-    assert "no weight is named nothing" in done.err and "model.head" not in done.err
+    assert "no weight matches nothing" in done.err and "model.head" not in done.err
     report = done.json()
     assert report["matmuls"][HEAD] == "float32"
     assert set(report["matmuls"].values()) == {"float32", "float16"}
@@ -122,7 +127,7 @@ def test_a_dry_run_writes_nothing(float32_bundle: Path, long_text: Path, output:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_can_be_planned(name: str, float32_bundle: Path, long_text: Path) -> None:
-    plan = plan_quantize(float32_bundle, None, load_recipe(name), [long_text], tokens=1600)
+    plan = plan_quantize(QuantizeOptions(float32_bundle, None, load_recipe(name), (long_text,), tokens=1600))
     assert plan.recipe["name"] == name
     assert (plan.matmuls > 0) == (load_recipe(name).weights.format != "float32")
 
@@ -137,8 +142,8 @@ def test_recipes_are_listed() -> None:
 def test_what_is_missing_is_named(missing: str, float32_bundle: Path, output: Path) -> None:
     given = {"bundle": [float32_bundle], "output": ["-o", output], "recipe": ["--recipe", "fp16"]}
     args = [arg for name, part in given.items() if name != missing for arg in part]
-    words = {"bundle": "a bundle", "output": "-o", "recipe": "--recipe"}
-    invoke("quantize", *args).check_failure(2, f"not {words[missing]}")
+    words = {"bundle": "BUNDLE", "output": "-o", "recipe": "--recipe"}
+    invoke("quantize", *args).check_failure(2, f"missing {words[missing]}")
 
 
 @pytest.mark.parametrize("target", ["orin-nano", "rtx-30", "a100", "cpu"])
@@ -169,7 +174,7 @@ def test_wrong_recipes(float32_bundle: Path, long_text: Path, output: Path) -> N
     wrong.write_text("bits = 8")
     for recipe, words in (
         ("int9", ("int9", "--list-recipes")),
-        (str(output.with_name("none.toml")), ("none.toml", "readable")),
+        (str(output.with_name("none.toml")), ("none.toml", "cannot be read")),
         (str(wrong), ("wrong.toml", "bits")),
     ):
         _refuse(1, words, output, *_options(float32_bundle, long_text, output, recipe))
@@ -187,12 +192,12 @@ def test_wrong_data(float32_bundle: Path, long_text: Path, output: Path) -> None
     _refuse(1, ("1024", "1000"), output, *bare, "--data", short)
     _refuse(1, ("1024", "100"), output, *bare, "--data", long_text, "--tokens", 100)
     _refuse(1, ("0 to 255", "256 at 2", "line 1"), output, *bare, "--data", ids)
-    _refuse(1, ("no such file",), output, *bare, "--data", output.with_name("none.txt"))
+    _refuse(1, ("does not exist",), output, *bare, "--data", output.with_name("none.txt"))
     _refuse(2, ("--tokens",), output, *bare, "--data", long_text, "--tokens", 0)
 
 
 def test_wrong_bundles_and_outputs(float32_bundle: Path, long_text: Path, output: Path, tmp_path: Path) -> None:
-    _refuse(1, ("manifest.json",), output, *_options(tmp_path / "none", long_text, output))
+    _refuse(1, ("none does not exist", "NAME.titans"), output, *_options(tmp_path / "none", long_text, output))
     damaged = Path(shutil.copytree(float32_bundle, tmp_path / "damaged.titans"))
     with (damaged / "weights.safetensors").open("r+b") as file:
         file.seek(-1, 2)
@@ -200,7 +205,7 @@ def test_wrong_bundles_and_outputs(float32_bundle: Path, long_text: Path, output
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
     _refuse(1, ("weights.safetensors", "hash"), output, *_options(damaged, long_text, output))
-    _refuse(2, ("another name",), output, *_options(float32_bundle, long_text, float32_bundle), "--overwrite")
+    _refuse(2, ("the bundle itself",), output, *_options(float32_bundle, long_text, float32_bundle), "--overwrite")
     _refuse(1, ("create the folder",), output, *_options(float32_bundle, long_text, tmp_path / "no" / "x.titans"))
 
 
@@ -238,8 +243,33 @@ def test_a_damaged_work_file_costs_only_time(float32_bundle: Path, long_text: Pa
 
 def test_the_plan_is_what_is_done(float32_bundle: Path, long_text: Path, output: Path) -> None:
     recipe = dataclasses.replace(load_recipe("int8"), keep=("model.layers.0.ff.*",))
-    plan = plan_quantize(float32_bundle, output, recipe, [long_text], tokens=TOKENS)
+    plan = plan_quantize(QuantizeOptions(float32_bundle, output, recipe, (long_text,), tokens=TOKENS))
     options = _options(float32_bundle, long_text, output)
     report = invoke("quantize", *options, "--keep", "model.layers.0.ff.*", "--json").json()
     assert plan.kept == report["kept"]
     assert plan.matmuls == len(report["matmuls"]) - len(report["kept"])
+
+
+def test_each_graph_is_read_once(
+    float32_bundle: Path, long_text: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixed recipe uses the graphs in every step: checks, observing, the sweep, rewriting and writing."""
+    loads: Counter[str] = Counter()
+    load, load_weights = onnx.load, files.load_external_data_for_model
+
+    def counted(path: str, **options: Any) -> onnx.ModelProto:
+        loads[Path(path).name] += 1
+        return load(path, **options)
+
+    def counted_weights(model: onnx.ModelProto, folder: str) -> None:
+        loads["weights"] += 1
+        load_weights(model, folder)
+
+    monkeypatch.setattr(onnx, "load", counted)
+    monkeypatch.setattr(files, "load_external_data_for_model", counted_weights)
+    recipe = dataclasses.replace(
+        load_recipe("int8"), mixed=MixedRecipe(max_weights_bytes=10**9, by="layer"), memory=MemoryRecipe("int8")
+    )
+    quantize_bundle(QuantizeOptions(float32_bundle, output, recipe, (long_text,), tokens=1600))
+    graphs = [graph.file for graph in read_bundle(float32_bundle).manifest.graphs]
+    assert loads == Counter(graphs) + Counter({"weights": len(graphs)})

@@ -12,8 +12,10 @@ from quantised_tools import observe_noise
 from shared_bundles import copy_of
 
 from titans_calibration.graphs import Quantised, quantise_graphs
+from titans_calibration.options import QuantizeOptions
 from titans_calibration.recipe import Recipe
-from titans_calibration.writing import load_graphs, write_quantised
+from titans_calibration.source import open_source
+from titans_calibration.writing import write_quantised
 from titans_export.bundle import read_bundle
 from titans_export.checkpoints.titans import save
 from titans_export.exporting import export_checkpoint
@@ -42,7 +44,7 @@ Quantise = Callable[[Recipe], Quantised]
 
 @pytest.fixture(scope="session")
 def quantise(small_bundle: Path) -> Quantise:
-    models = load_graphs(read_bundle(small_bundle))
+    models = open_source(read_bundle(small_bundle)).models
     return lambda recipe: quantise_graphs(models, recipe, observe_noise(models) if recipe.needs_data else None)
 
 
@@ -57,7 +59,8 @@ def quantised_bundle(
     def make(recipe: Recipe) -> Path:
         if recipe not in made:
             made[recipe] = folder / f"{len(made)}.titans"
-            write_quantised(read_bundle(small_bundle), made[recipe], quantise(recipe), recipe)
+            options = QuantizeOptions(small_bundle, made[recipe], recipe)
+            write_quantised(read_bundle(small_bundle), quantise(recipe), options)
         return made[recipe]
 
     return make

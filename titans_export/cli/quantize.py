@@ -84,37 +84,19 @@ def _quantize(options: QuantizeOptions) -> None:
         if missing:
             raise UsageError("E0103", "quantize", f"missing {name}", "give it, or see --list-recipes")
     assert bundle is not None and recipe is not None
+    from titans_calibration import options as library
     from titans_calibration.quantize import plan_quantize, quantize_bundle
 
     chosen = _recipe(recipe, options.memory, options.keep)
     if options.data and not chosen.needs_data:
         note(f"the recipe {chosen.name} needs no data: --data is not read")
-    if options.dry_run:
-        plan = plan_quantize(
-            bundle,
-            output,
-            chosen,
-            options.data,
-            tokens=options.tokens,
-            seed=options.seed,
-            overwrite=options.overwrite,
-            target=options.target,
-        )
-        _show_plan(plan, options.as_json)
-        return
-    assert output is not None
-    report = quantize_bundle(
-        bundle,
-        output,
-        chosen,
-        options.data,
-        tokens=options.tokens,
-        seed=options.seed,
-        overwrite=options.overwrite,
-        target=options.target,
-        progress=note,
-        bar=partial(progress_bar, unit="token"),
+    given = library.QuantizeOptions(
+        bundle, output, chosen, options.data, options.tokens, options.seed, options.overwrite, options.target
     )
+    if options.dry_run:
+        _show_plan(plan_quantize(given), options.as_json)
+        return
+    report = quantize_bundle(given, progress=note, bar=partial(progress_bar, unit="token"))
     if options.as_json:
         emit(dataclasses.asdict(report))
         return
