@@ -10,19 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .dtypes import DTYPES
+
 ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 
 Array = NDArray[np.generic]
-_DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 
 
 class Raw(NamedTuple):
@@ -49,7 +41,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array | Raw]) -> dict[st
     for name in order:
         value = tensors[name]
         end = begin + value.nbytes
-        dtype = value.dtype if isinstance(value, Raw) else _DTYPES[value.dtype.name]
+        dtype = value.dtype if isinstance(value, Raw) else DTYPES[value.dtype.name].safetensors
         header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
