@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle that is known to reproduce PyTorch."""
+"""From a checkpoint to a bundle that has reproduced PyTorch's outputs."""
 
 from __future__ import annotations
 
@@ -249,28 +249,31 @@ def export_checkpoint(
 
 
 def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
-    """How far a bundle may be from the right outputs, where float32 PyTorch is `own_error` from them.
+    """The absolute tolerance of a bundle's outputs, if float32 PyTorch has the error `own_error`.
 
-    Of vectors smaller than 1, relative to the largest. Rounded up to one digit, so that machines that differ in the
-    last bits write the same manifest. Raises MismatchError where float32 does not compute the model.
+    For vectors below 1 it is relative to the largest. It is rounded up to one digit, so that machines that differ in
+    the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
     """
     largest = float(np.abs(right).max())
     usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
     wanted = own_error / FLOAT32_SHARE
-    # not >, so that NaN is none either
+    # not >, so that NaN raises too
     if not wanted <= max(usual, MOST_OF_RANGE * largest):
-        raise MismatchError(
-            "export",
-            f"a model that float32 computes to within {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of its outputs' size",
-            f"PyTorch float32 {own_error:.3g} from float64, where outputs reach {largest:.3g}",
-            "train it to be stable, or export fewer --positions to see where it leaves",
+        problem = (
+            f"float32 is too imprecise for this model: PyTorch in float32 is {own_error:.3g} from float64, "
+            f"more than {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of the largest output, {largest:.3g}"
         )
+        fix = "train the model to be stable, or find the position where it diverges with fewer --positions"
+        raise MismatchError("E0251", "export", problem, fix)
     unit = 10.0 ** math.floor(math.log10(max(wanted, usual, 1e-30)))
     return float(f"{math.ceil(max(wanted, usual) / unit - 1e-9) * unit:.1g}")
 
 
 def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
-    """How far our PyTorch is from the library that trained the checkpoint. Raises MismatchError where it matters."""
+    """The error of our PyTorch model against the library that trained the checkpoint, None without that library.
+
+    Raises MismatchError beyond the tolerance.
+    """
     oracle = checkpoint.oracle() if checkpoint.oracle else None
     if oracle is None:
         return None
@@ -279,11 +282,9 @@ def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArra
     error = np.abs(float64[: len(right)] - right).max()
     limit = tolerance_of(checkpoint.model, right, 0.0)
     if not error <= limit:
+        problem = f"PyTorch differs from the library that trained the checkpoint: {error:.3g}, tolerance {limit:g}"
         raise MismatchError(
-            "export",
-            f"PyTorch within {limit:g} of the library that trained the checkpoint",
-            f"{error:.3g}",
-            "check the configuration; if it is right, report this with it",
+            "E0252", "export", problem, "check the configuration, and report the message if it is right"
         )
     return float(error)
 
@@ -291,7 +292,8 @@ def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArra
 def _check_numbers(chunks_per_call: int, positions: int) -> None:
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
         if value < 1:
-            raise UsageError("export", f"--{name} of at least 1", str(value), "give a larger one")
+            problem = f"invalid value of --{name}: expected at least 1, got {value}"
+            raise UsageError("E0104", "export", problem, "give a larger number")
 
 
 def export_module(
@@ -332,10 +334,10 @@ def export_loaded(
 ) -> ExportReport:
     """Exports a loaded checkpoint to the bundle `output`.
 
-    Before it takes its name the C++ runtime runs it over `positions` tokens, or as many as every graph needs to run
-    once, and it is compared with PyTorch in float64; the report has PyTorch's own float32 beside it. Raises
-    TitansError, of which MismatchError when the outputs differ by more than the tolerance; then nothing is written.
-    The tolerance is that of `tolerance_of`.
+    The C++ runtime first runs the bundle over `positions` tokens, or as many as every graph needs to run once. The
+    outputs are compared with PyTorch in float64; the report also has the error of PyTorch in float32. Then the folder
+    is renamed into place. Raises TitansError, and MismatchError if outputs differ by more than `tolerance_of`; then
+    nothing is written.
     """
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
@@ -365,12 +367,11 @@ def export_loaded(
         # not <=, so that NaN is a mismatch
         if not error.max() <= tolerance:
             bad = int(np.argmax(~(error.max(-1) <= tolerance)))
-            raise MismatchError(
-                "export",
-                f"{model.output.kind} within {tolerance:.3g} of PyTorch",
-                f"{error.max():.3g}, first beyond it at position {bad}",
-                "report this with the checkpoint's configuration",
+            problem = (
+                f"{model.output.kind} differ from PyTorch: {error.max():.3g}, tolerance {tolerance:.3g}, "
+                f"first beyond it at position {bad}"
             )
+            raise MismatchError("E0901", "export", problem, "report the message with the checkpoint's configuration")
         report = ExportReport(
             bundle=str(output),
             variant=model.variant,

@@ -1,7 +1,7 @@
-"""Each graph of a bundle in ONNX Runtime against ONNX's own NumPy reference, compared by Polygraphy.
+"""Each graph of a bundle in ONNX Runtime against ONNX's NumPy reference, compared by Polygraphy.
 
-The two share no code, so what they agree on is what the graph says. They are fed states that a stream really has: the
-fresh one, and those after the golden tokens or vectors.
+The two share no code, so equal outputs confirm the graph. Their inputs are states of a real stream: the fresh one, and
+states along the golden tokens or vectors.
 """
 
 from __future__ import annotations
@@ -89,13 +89,10 @@ def load_inlined(path: Path) -> onnx.ModelProto:
 
 
 def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:
-    """Compares every output of every graph. `tolerance` is absolute. Raises UsageError for memories in few bits."""
+    """Compares every output of every graph. `tolerance` is absolute. Raises UsageError for low-precision memories."""
     if (memory_dtype := bundle.manifest.memory.dtype) != "float32":
-        raise UsageError(
-            "verify", "memories in float32, which ONNX's reference can compute",
-            f"{bundle.path} with memories in {memory_dtype}",
-            "leave the comparison of graphs out; the runtime's own outputs are compared all the same",
-        )  # fmt: skip
+        problem = f"{bundle.path} has memories in {memory_dtype}, which the ONNX reference cannot compute"
+        raise UsageError("E0253", "verify", problem, "leave out the comparison of graphs")
     checks = []
     samples = _Samples(bundle)
     simple = getattr(comparator, "SimpleCompareFunc", None) or comparator.CompareFunc.simple  # its older name

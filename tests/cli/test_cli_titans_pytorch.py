@@ -207,7 +207,7 @@ def test_inspect(mac: Path, vectors: Path) -> None:
     for word in ("titans-pytorch-mac", "vocabulary 256, tokenizer bytes", "layers.0.memory", "cache"):
         assert word in text
     text = invoke("inspect", vectors).out
-    for word in ("neural-memory", "vectors of 8 floats in, of 8 out", "memory.memory"):
+    for word in ("neural-memory", "input vectors of 8 floats, output vectors of 8", "memory.memory"):
         assert word in text
     facts = invoke("inspect", vectors, "--json").json()
     assert facts["input"] == {"kind": "vectors", "name": "x", "dtype": "float32", "size": 8}

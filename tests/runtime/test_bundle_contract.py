@@ -78,7 +78,7 @@ def test_inspect(vectors: Path, bundle: Path) -> None:
         "halve": [3],
     }
     lines = inspect(vectors).splitlines()
-    assert any(f"vectors of {SIZE} floats in, of {OUTPUTS} out" in line for line in lines)
+    assert any(f"input vectors of {SIZE} floats, output vectors of {OUTPUTS}" in line for line in lines)
     assert "vocabulary" not in inspect(vectors)
     rows = {line.split()[0]: line.split()[1:4] for line in lines if line.startswith(("decode ", "halve ", "prefill "))}
     assert rows == {"prefill": ["8", "4", "0"], "decode": ["1", "4", "0-2"], "halve": ["1", "4", "3"]}

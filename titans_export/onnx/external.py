@@ -1,4 +1,4 @@
-"""The files that a graph file sends its reader to."""
+"""The files with the external data of a graph."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 from ..errors import BundleError
 
-_REMEDY = "do not use this bundle unless you know who made it"
+_FIX = "do not use this bundle unless you trust its author"
 
 
 def check_external_data(path: Path, files: set[str]) -> None:
-    """Raises BundleError unless every tensor of the graph file has its data inside or in one of `files` beside it."""
+    """Raises BundleError unless all tensor data of the graph file lie inside it or in one of `files` beside it."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError as error:
-        raise BundleError("bundle", f"an ONNX model in {path.name}", str(error), _REMEDY) from None
+        raise BundleError("E0254", "bundle", f"{path.name} is not an ONNX model: {error}", _FIX) from None
     for location in sorted(_locations(model)):
         if location not in files:
-            known = " or ".join(sorted(files))
-            raise BundleError("bundle", f"the data of {path.name} to be in it or in {known}", repr(location), _REMEDY)
+            problem = f"{path.name} refers to the file {location!r}, which is not a weights file of the manifest"
+            raise BundleError("E0255", "bundle", problem, _FIX)
 
 
 def _locations(model: Any) -> set[str]:
-    """Where data of tensors lies, wherever in the model they stand."""
+    """The files with data of tensors anywhere in the model."""
     import onnx
 
     found: set[str] = set()
