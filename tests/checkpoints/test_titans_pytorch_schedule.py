@@ -12,10 +12,10 @@ pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: m
 from library_models import double, make_transformer, parallel_forward
 
 from titans_export.checkpoints.titans_pytorch import from_live
-from titans_export.exporting import _cuts, _runs
+from titans_export.exporting import _cuts
 from titans_export.model import StreamModel
 from titans_export.model.titans_pytorch import transformer
-from titans_export.schedule import next_graph
+from titans_export.schedule import calls, next_graph
 
 LENGTH = 130
 # Segments that are too long for one call of at most 24 rows, and chunks that do or do not divide them.
@@ -51,7 +51,7 @@ def test_parts_of_long_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     module = make(**LONG[name])
     model: StreamModel = from_live(module).model.double()
     graphs = model.graphs(4)
-    assert "part" in {graph.name for graph in _runs(graphs, 0, LENGTH)}
+    assert "part" in {graph.name for _, graph in calls(graphs, 0, LENGTH)}
     assert {graph.name for graph in graphs} == {graph.name for graph in _ran(graphs)}
     tokens = torch.randint(20, (LENGTH,), generator=torch.Generator().manual_seed(1))
     right = parallel_forward(double(module), tokens)
@@ -69,7 +69,7 @@ def _ran(graphs: list[Any]) -> list[Any]:
     """What the cuts of an export's comparison run: all of them have to."""
     out, at = [], 0
     for count in _cuts(graphs, LENGTH):
-        out += _runs(graphs, at, count)
+        out += [graph for _, graph in calls(graphs, at, count)]
         at += count
     return out
 
