@@ -1,4 +1,4 @@
-"""Wheels as tools/wheels makes them: what is in them, what they need, and a stream in an environment without torch."""
+"""Wheels and source distributions: their files, their dependencies, and a stream in an environment without torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from email.message import Message
 from importlib.metadata import version
@@ -32,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NEWEST_GLIBC = 35
 # Of an installed runtime with numpy, and without ONNX Runtime.
 LARGEST_MB = 80
+DEPS = ROOT / ".deps"
+# Variables that point at a build of the checkout would hide what a package lacks.
+HIDING = ("TITANS_LIBRARY", "TITANS_ONNXRUNTIME", "PYTHONPATH")
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -109,9 +114,7 @@ sizes = {{name: sum(file.stat().st_size for file in (site / name).rglob("*") if 
          for name in ("titans_runtime", "numpy", "numpy.libs", "onnxruntime")}}
 print(json.dumps([logits, there, sizes]))
 """
-    # What points at a build of the checkout would hide what the wheel lacks.
-    hiding = ("TITANS_LIBRARY", "TITANS_ONNXRUNTIME", "PYTHONPATH")
-    env = {name: value for name, value in os.environ.items() if name not in hiding}
+    env = {name: value for name, value in os.environ.items() if name not in HIDING}
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     logits, there, sizes = json.loads(done.stdout)
@@ -149,18 +152,98 @@ def test_the_export_is_pure_python(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
-    folders = {
-        ROOT / "titans_export": "titans_export",
-        ROOT / "calibration" / "titans_calibration": "titans_calibration",
-    }
-    for folder, package in folders.items():
-        there = {
-            f"{package}/{path.relative_to(folder)}"
-            for path in folder.rglob("*")
-            if path.is_file() and path.suffix in {".py", ".toml", ".typed"}
-        }
-        assert there <= names
+    for folder in (ROOT / "titans_export", ROOT / "calibration" / "titans_calibration"):
+        assert python_files(folder) <= names
         assert f"{folder.name}/py.typed" in names
+
+
+def make_sdist(project: Path, folder: Path) -> Path:
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [sdist] = folder.glob("*.tar.gz")
+    return sdist
+
+
+def install(sdist: Path, folder: Path, *settings: str) -> None:
+    """The package alone, into a folder of its own, built by the tools that are here."""
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--target", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, *(f"--config-settings={one}" for one in settings), sdist],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_installed(folder: Path, code: str) -> Any:
+    """What `code` prints as JSON. Without -S the checkout that is installed as editable would be found first."""
+    packages = sysconfig.get_paths()["purelib"]
+    script = f"import json, sys; sys.path[:0] = [{str(folder)!r}, {packages!r}]\n{code}"
+    env = {name: value for name, value in os.environ.items() if name not in HIDING}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, cwd=folder, env=env
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def python_files(folder: Path) -> set[str]:
+    return {
+        f"{folder.name}/{path.relative_to(folder)}"
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in {".py", ".toml", ".json", ".typed"}
+    }
+
+
+def test_the_sdist_of_titans_export_installs(tmp_path: Path) -> None:
+    install(make_sdist(ROOT, tmp_path), tmp_path / "site")
+    installed = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*")}
+    packages = (ROOT / "titans_export", ROOT / "calibration" / "titans_calibration")
+    for folder in packages:
+        assert python_files(folder) <= installed
+        assert f"{folder.name}/py.typed" in installed
+    code = """
+from importlib.metadata import distribution
+from titans_calibration import recipe
+from titans_export.cli import __main__
+found = distribution("titans-export")
+[script] = found.entry_points
+assert script.load() is __main__.run
+print(json.dumps([recipe.__file__, recipe.recipe_names(), script.name, found.metadata["License-Expression"]]))
+"""
+    file, names, script, licence = run_installed(tmp_path / "site", code)
+    assert Path(file).is_relative_to(tmp_path)
+    assert names == sorted(path.stem for path in (packages[1] / "recipes").glob("*.toml"))
+    assert (script, licence) == ("titans-export", "Apache-2.0")
+
+
+def test_the_sdist_of_titans_runtime_has_its_sources(tmp_path: Path) -> None:
+    sdist = make_sdist(ROOT / "runtime" / "python", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]
+    assert {"titans_runtime/py.typed", "LICENSE", "README.md", "cpp/tools/fetch_deps"} <= names
+    # CMake fails if a file of the library is missing.
+    source, build = tmp_path / sdist.name.removesuffix(".tar.gz") / "cpp", tmp_path / "build"
+    done = subprocess.run(
+        ["cmake", "-S", source, "-B", build, f"-DTITANS_DEPS={DEPS}", "-DTITANS_REQUIRE_ONNXRUNTIME=ON",
+         "-DTITANS_REQUIRE_KERNELS=ON"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+def test_the_sdist_of_titans_runtime_installs(tmp_path: Path) -> None:
+    """Compiles the runtime."""
+    sdist = make_sdist(ROOT / "runtime" / "python", tmp_path)
+    install(sdist, tmp_path / "site", f"cmake.define.TITANS_DEPS={DEPS}")
+    names = {path.name for path in (tmp_path / "site" / "titans_runtime").iterdir()}
+    assert {"libtitans.so", "libtitans_backend_onnxruntime.so", "libtitans_onnxruntime_ops.so", "py.typed"} <= names
+    code = "import titans_runtime as rt; print(json.dumps([rt.__file__, rt.__version__]))"
+    file, found = run_installed(tmp_path / "site", code)
+    assert Path(file).is_relative_to(tmp_path)
+    assert sdist.name == f"titans_runtime-{found}.tar.gz"
 
 
 def test_a_checkout_without_symbolic_links_is_whole() -> None:
