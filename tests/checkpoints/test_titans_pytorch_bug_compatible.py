@@ -142,7 +142,7 @@ def test_the_prompt_is_as_in_training() -> None:
     assert (got - right)[:13].abs().max() < CLOSE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_through_a_bundle(tmp_path: Path) -> None:
     titans_runtime = pytest.importorskip("titans_runtime", reason="the runtime is not built", exc_type=ImportError)
     module, stream, prompt = make(sliding_window_attn=False), tokens(), 3

@@ -355,6 +355,7 @@ def sessions(model: StreamModel, chunks_per_call: int) -> dict[str, ort.Inferenc
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["lmm", "mag-parts", "mal-window-does-not-divide", "mal-segments-of-one"])
 def test_graphs_are_the_model(name: str, tmp_path: Path) -> None:
     model, oracle = case(name, tmp_path)

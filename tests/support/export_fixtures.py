@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from shared_bundles import copy_of
+from shared_bundles import all_made_once
 from variants import CONFIGS
 
 from titans_export.checkpoints.titans import save
@@ -36,10 +37,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
-    folder, made = tmp_path_factory.mktemp("bundles"), {}
-    for name, checkpoint in checkpoints.items():
-        copy = copy_of(
-            f"variant-{name}", partial(export_checkpoint, checkpoint, chunks_per_call=3, positions=100), folder
-        )
-        made[name] = copy.rename(folder / f"{name}.titans")
-    return made
+    folder = tmp_path_factory.mktemp("bundles")
+    made = all_made_once(
+        {
+            f"variant-{name}": partial(export_checkpoint, checkpoint, chunks_per_call=3, positions=100)
+            for name, checkpoint in checkpoints.items()
+        }
+    )
+    return {name: Path(shutil.copytree(made[f"variant-{name}"], folder / f"{name}.titans")) for name in checkpoints}

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,15 +51,18 @@ def _remove_abandoned(name: str, kept: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """The folder NAME.titans that `make` writes; it must not be changed. Only one process makes it, others wait."""
+def _make(name: str, make: Callable[[Path], object], wait: bool) -> Path | None:
+    """The folder NAME.titans that `make` writes. None if another process is making it and this one shall not wait."""
     folder = KEPT / f"{name}-{_key()}"
     bundle = folder / f"{name}.titans"
     if bundle.is_dir():
         return bundle
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
         if not bundle.is_dir():
             aside = KEPT / f"{name}-aside-{os.getpid()}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -71,6 +74,20 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
                 shutil.rmtree(aside, ignore_errors=True)
             _remove_abandoned(name, folder)
     return bundle
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder NAME.titans that `make` writes; it must not be changed. Only one process makes it, others wait."""
+    bundle = _make(name, make, True)
+    assert bundle is not None
+    return bundle
+
+
+def all_made_once(makes: Mapping[str, Callable[[Path], object]]) -> dict[str, Path]:
+    """The folders of several names. Processes that need them at the same time share the work."""
+    for name, make in makes.items():
+        _make(name, make, False)
+    return {name: made_once(name, make) for name, make in makes.items()}
 
 
 def copy_of(name: str, make: Callable[[Path], object], folder: Path) -> Path:
