@@ -169,4 +169,4 @@ def _initial(row: Row) -> torch.Tensor:
     if row.memory_dtype == "float32":
         return packed.contiguous()
     fields = {name: value.numpy() for name, value in memory_layout(spec).unpack(packed.float()).items()}
-    return torch.from_numpy(pack_row(fields, layout.to_json(), layout.size))
+    return torch.from_numpy(pack_row(fields, layout.fields, layout.size))

@@ -50,11 +50,11 @@ def write_case(path: Path, memory_dtype: str, rounding: str) -> int:
 
     plain = memory_layout(SPEC)
     rows = initial_rows(SPEC, [normal(1, HEADS, *shape) * shape[0] ** -0.5 for shape in SPEC.shapes])
-    fields = unpack_row(rows.numpy(), plain.to_json())
+    fields = unpack_row(rows.numpy(), plain.fields)
     for i, shape in enumerate(SPEC.shapes):
         fields[f"S{i}"] = (0.01 * normal(1, HEADS, *shape)).numpy()
     stored = plain.stored(memory_dtype, rounding)
-    state = torch.from_numpy(pack_row(fields, stored.to_json(), stored.size))
+    state = torch.from_numpy(pack_row(fields, stored.fields, stored.size))
     tensors = {"state": state}
     for token in range(SPEC.chunk_size):
         for name in "qkv":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ MEMORY_DTYPES = {
 }
 SCALED = frozenset(("int8", "fp8"))
 BLOCK = 32  # elements along a row that share a scale, in the scaled memory dtypes
+
+
+class PackedField(Protocol):
+    """A field of a packed memory row: `shape` elements of a memory dtype from the 32-bit word `offset` on."""
+
+    @property
+    def name(self) -> str:
+        """The field's name, such as W0."""
+
+    @property
+    def offset(self) -> int:
+        """Words before the field."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A matrix, a vector or a number."""
+
+    @property
+    def dtype(self) -> str:
+        """The memory dtype."""
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:

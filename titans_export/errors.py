@@ -40,11 +40,11 @@ class TitansError(Exception):
     def __init__(self, code: str, where: str, problem: str, fix: str) -> None:
         """`code` is a letter and four digits. `problem` and `fix` have no period at the end; `fix` is imperative."""
         if _CODE.fullmatch(code):
-            self.code, self.where = f"TITANS-{code}", where
+            self.code, self.where, self.problem = f"TITANS-{code}", where, problem
             super().__init__(error_line(code, where, problem, fix))
             return
         # The form before there were codes: where, expected, got, remedy.
-        self.code, self.where = "", code
+        self.code, self.where, self.problem = "", code, problem
         super().__init__(" ".join(f"[{code}] expected {where} but got {problem}; {fix}".split()))
 
 

@@ -80,7 +80,7 @@ def _state_tensors(model: StreamModel) -> list[records.StateTensor]:
             dtype="float32",
             shape=tuple(initial.shape),
             role=given.role,
-            layout=tuple(records.LayoutField.from_json(field.to_json()) for field in given.layout),
+            layout=tuple(records.LayoutField(**field._asdict()) for field in given.layout),
             written=records.WrittenRows.from_json(given.written) if given.written is not None else None,
             chunk=given.chunk,
             rows=records.StreamRows.from_json(given.rows) if given.rows is not None else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from .dtypes import DTYPES, MEMORY_DTYPES, field_words
-from .errors import BundleError, MissingBundleError, NewerBundleError, OlderBundleError
+from .errors import BundleError, MissingBundleError, NewerBundleError, OlderBundleError, os_error_fix
 from .schedule import missing
 
 FORMAT, SCHEMA_VERSION = "titans-bundle", 2
@@ -365,6 +365,17 @@ class StateTensor(Entry):
             least = first + written.period
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor(Entry):
+    """A tensor of a state file, which describes it without the graph's input and output."""
+
+    name: Text
+    dtype: Annotated[str, word(*DTYPES)]
+    shape: Annotated[tuple[int, ...], array(integer(0))]
+    role: Text
+    layout: Annotated[tuple[LayoutField, ...], array(LayoutField.from_json)] = ()
+
+
 def check_layout(layout: Iterable[LayoutField], shape: tuple[int, ...], path: str) -> None:
     """Raises BundleError for a field that is longer than a row of a tensor of that shape."""
     for index, one in enumerate(layout):
@@ -662,7 +673,7 @@ def read_manifest(folder: Path) -> Manifest:
     except UnicodeDecodeError as error:
         raise fail(f"not UTF-8: {error}") from None
     except OSError as error:
-        raise BundleError("E1001", "bundle", f"{file} cannot be read: {error.strerror}", "check the file") from None
+        raise BundleError("E1001", "bundle", f"{file} cannot be read: {error.strerror}", os_error_fix(error)) from None
     return parse_manifest(text, folder)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from titans_calibration.matmuls import QuantiseError
+from titans_export.manifest import StateTensor
 from titans_export.model.memory_dtype import pack_row, stored_layout, unpack_row
 from titans_export.onnx.nodes import is_memory, is_memory_function, names_read, replace_functions, subgraphs
 
@@ -22,8 +23,8 @@ _STATE, _STATE_OUT = 0, 1  # a node's rows, in and out
 
 
 def store_memories(
-    models: Mapping[str, ModelProto], state: Sequence[Mapping[str, Any]], memory: MemoryRecipe
-) -> list[dict[str, Any]]:
+    models: Mapping[str, ModelProto], state: Sequence[StateTensor], memory: MemoryRecipe
+) -> tuple[StateTensor, ...]:
     """Changes the graphs to the recipe's memory dtype, and returns the manifest's state for them.
 
     Raises QuantiseError if a memory's rows are read or made by another operator.
@@ -38,36 +39,36 @@ def store_memories(
 def check_memories(source: Source, memory: MemoryRecipe) -> None:
     """Raises QuantiseError if `store_memories` would refuse the bundle."""
     if memory.dtype != "float32":
-        state = _stored_state(source.bundle.manifest.raw["state"], memory)
+        state = _stored_state(source.bundle.manifest.state, memory)
         for model in source.structures.values():
             _follow(model, state)
 
 
-def _stored_state(state: Sequence[Mapping[str, Any]], memory: MemoryRecipe) -> list[dict[str, Any]]:
+def _stored_state(state: Sequence[StateTensor], memory: MemoryRecipe) -> tuple[StateTensor, ...]:
     """The manifest's state with memories in the recipe's dtype."""
-    result: list[dict[str, Any]] = []
+    result: list[StateTensor] = []
     for entry in state:
-        if entry["role"] != "memory":
-            result.append(dict(entry))
+        if entry.role != "memory":
+            result.append(entry)
             continue
-        if not entry.get("layout"):
-            raise _foreign(entry["name"], "the manifest has no layout for it")
-        layout, size = stored_layout(entry["layout"], memory.dtype, memory.rounding)
-        result.append({**entry, "shape": [*entry["shape"][:-1], size], "layout": layout})
-    if all(entry["role"] != "memory" for entry in result):
+        if not entry.layout:
+            raise _foreign(entry.name, "the manifest has no layout for it")
+        layout, size = stored_layout(entry.layout, memory.dtype, memory.rounding)
+        result.append(replace(entry, shape=(*entry.shape[:-1], size), layout=layout))
+    if all(entry.role != "memory" for entry in result):
         raise QuantiseError("E0810", "quantize", "the bundle has no memory", "take a recipe without [memory]")
-    return result
+    return tuple(result)
 
 
 def store_rows(
-    initial: Mapping[str, NDArray[np.float32]], before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+    initial: Mapping[str, NDArray[np.float32]], before: Sequence[StateTensor], after: Sequence[StateTensor]
 ) -> dict[str, NDArray[np.float32]]:
     """The initial state in the new layouts, rounded to nearest."""
     rows = dict(initial)
     for old, new in zip(before, after, strict=True):
-        if old["role"] == "memory":
-            fields = unpack_row(initial[old["name"]], old["layout"])
-            rows[old["name"]] = pack_row(fields, new["layout"], new["shape"][-1])
+        if old.role == "memory":
+            fields = unpack_row(initial[old.name], old.layout)
+            rows[old.name] = pack_row(fields, new.layout, new.shape[-1])
     return rows
 
 
@@ -84,12 +85,12 @@ class _Flow:
     nodes: dict[int, int]
 
 
-def _follow(model: ModelProto, state: Sequence[Mapping[str, Any]]) -> _Flow:
+def _follow(model: ModelProto, state: Sequence[StateTensor]) -> _Flow:
     """Follows each memory's rows through the graph. Raises QuantiseError if another operator reads or makes them."""
     graph = model.graph
-    memories = [entry for entry in state if entry["role"] == "memory"]
-    rows = {entry["input"]: entry["shape"][-1] for entry in memories}
-    origin = {entry["input"]: number for number, entry in enumerate(memories)}
+    memories = [entry for entry in state if entry.role == "memory"]
+    rows = {entry.input: entry.shape[-1] for entry in memories}
+    origin = {entry.input: number for number, entry in enumerate(memories)}
     nodes: dict[int, int] = {}
     captured = {name for node in graph.node for inner in subgraphs(node) for name in names_read(inner)}
     for index, node in enumerate(graph.node):
@@ -100,15 +101,15 @@ def _follow(model: ModelProto, state: Sequence[Mapping[str, Any]]) -> _Flow:
             continue
         number = origin[node.input[places[0]]]
         if not is_memory(node) or places != [_STATE]:
-            raise _foreign(memories[number]["input"], f"the {node.op_type} node {node.name!r} reads it")
+            raise _foreign(memories[number].input, f"the {node.op_type} node {node.name!r} reads it")
         nodes[index] = number
         if len(node.output) > _STATE_OUT and node.output[_STATE_OUT]:
             rows[node.output[_STATE_OUT]], origin[node.output[_STATE_OUT]] = rows[node.input[_STATE]], number
     for entry in memories:
-        if entry["input"] in captured:
-            raise _foreign(entry["input"], "a branch reads it")
-        if entry["output"] not in rows:
-            raise _foreign(entry["input"], f"another operator makes {entry['output']!r}")
+        if entry.input in captured:
+            raise _foreign(entry.input, "a branch reads it")
+        if entry.output not in rows:
+            raise _foreign(entry.input, f"another operator makes {entry.output!r}")
     return _Flow(rows, nodes)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,13 @@ from titans_export import __version__
 from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_record
 from titans_export.errors import MismatchError
 from titans_export.files import replacing_folder
+from titans_export.manifest import CalibrationData, FileReference, MemoryFormat, Quantization
 from titans_export.onnx.nodes import copy_model
 from titans_export.onnx.weights import share_weights
 from titans_export.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
     from titans_calibration.options import QuantizeOptions
-
-_KEPT = ("golden", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -58,57 +56,54 @@ def write_quantised(
     recipe = options.recipe
     with replacing_folder(options.output, options.overwrite, MANIFEST) as folder:
         models = {name: copy_model(model) for name, model in quantised.models.items()}
-        raw = bundle.manifest.raw
-        before = raw["state"]
-        state = [dict(entry) for entry in before]
-        rows = bundle.initial_state()
+        before = bundle.manifest
+        state, rows = before.state, bundle.initial_state()
         if recipe.memory.dtype != "float32":
-            state = store_memories(models, before, recipe.memory)
-            rows = store_rows(rows, before, state)
+            state = store_memories(models, before.state, recipe.memory)
+            rows = store_rows(rows, before.state, state)
         shared = share_weights(models, folder / WEIGHTS)
-        graphs = [{**entry, "weights": shared[entry["name"]]} for entry in raw["graphs"]]
-        for entry in graphs:
-            content = models[entry["name"]].SerializeToString(deterministic=True)
-            (folder / entry["file"]).write_bytes(content)
+        graphs = tuple(replace(graph, weights=tuple(shared[graph.name])) for graph in before.graphs)
+        for graph in graphs:
+            (folder / graph.file).write_bytes(models[graph.name].SerializeToString(deterministic=True))
         write_safetensors(folder / STATE, rows)
-        for key in _KEPT:
-            if name := raw[key].get("file"):
+        for name in (before.golden.file, before.tokenizer.file):
+            if name is not None:
                 shutil.copyfile(bundle.path / name, folder / name)
-        weights = bundle.manifest.weights.file
-        quantization: dict[str, Any] = {
-            "recipe": recipe.as_dict(),
-            "data": dict(data) if data is not None else None,
-            "seed": options.seed,
-            "matmuls": quantised.report.matmuls,
-            "memory": {
-                "dtype": recipe.memory.dtype,
-                "rounding": recipe.memory.rounding,
-                "seed": recipe.memory.seed,
-            },
-            "weights_bytes": (folder / WEIGHTS).stat().st_size,
-            "float32_weights_bytes": (bundle.path / weights).stat().st_size,
-            "max_abs_error": 0.0,
-        }
-        manifest = {
-            **{key: value for key, value in raw.items() if key != "engines"},
-            "producer": f"titans-export {__version__}",
-            "state": state,
-            "graphs": graphs,
-            "weights": {"file": WEIGHTS},
-            "initial_state": {"file": STATE},
-            "quantization": quantization,
-            "files": {path.name: file_record(path).to_json() for path in sorted(folder.iterdir())},
-        }
-        _write_manifest(folder, manifest)
+        weights_bytes = (folder / WEIGHTS).stat().st_size
+        float32_weights_bytes = (bundle.path / before.weights.file).stat().st_size
+        quantization = Quantization(
+            recipe=recipe.as_dict(),
+            data=None if data is None else CalibrationData.from_json(dict(data), "quantization.data"),
+            seed=options.seed,
+            matmuls=quantised.report.matmuls,
+            memory=MemoryFormat(dtype=recipe.memory.dtype, rounding=recipe.memory.rounding, seed=recipe.memory.seed),
+            weights_bytes=weights_bytes,
+            float32_weights_bytes=float32_weights_bytes,
+            max_abs_error=0.0,
+        )
+        manifest = replace(
+            before,
+            producer=f"titans-export {__version__}",
+            state=state,
+            graphs=graphs,
+            weights=FileReference(file=WEIGHTS),
+            initial_state=FileReference(file=STATE),
+            files={path.name: file_record(path) for path in sorted(folder.iterdir())},
+            quantization=quantization,
+            engines=(),
+        )
+        manifest.write(folder)
         progress("comparing the quantised bundle with the float32 model")
         error = golden_error(bundle, folder)
         tolerance = tolerance_of(error, bundle.tolerance)
-        quantization["max_abs_error"] = error
-        manifest["golden"] = {**raw["golden"], "tolerance": tolerance}
-        _write_manifest(folder, manifest)
+        replace(
+            manifest,
+            quantization=replace(quantization, max_abs_error=error),
+            golden=replace(before.golden, tolerance=tolerance),
+        ).write(folder)
         return Written(
-            quantization["weights_bytes"],
-            quantization["float32_weights_bytes"],
+            weights_bytes,
+            float32_weights_bytes,
             sum(values.nbytes for values in rows.values()),
             error,
             tolerance,
@@ -156,7 +151,3 @@ def _finite(outputs: NDArray[np.float32], position: int) -> NDArray[np.float32]:
             "E0808", "quantize", f"outputs are not finite from position {bad}", "take a recipe with more bits"
         )
     return outputs
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

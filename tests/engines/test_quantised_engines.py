@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from titans_export.engines.plan import Request, make_plan
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.engines.quantised import for_compiler, weights_alone
 from titans_export.errors import MachineError, UsageError
-from titans_export.manifest import Manifest
 from titans_export.onnx.files import load_graph, write_graph
 from titans_export.onnx.nodes import attribute, is_memory
 
@@ -144,10 +144,10 @@ def test_a_memory_in_few_bits_needs_the_plugin(small_bundle: Path, tmp_path: Pat
 
     bundle = read_bundle(small_bundle)
     models = {name: load_graph(path) for name, path in bundle.graph_paths().items()}
-    state = store_memories(models, bundle.manifest.raw["state"], with_memory("int8", "int8").memory)
+    state = store_memories(models, bundle.manifest.state, with_memory("int8", "int8").memory)
     for name, path in bundle.graph_paths().items():
         (tmp_path / path.name).write_bytes(models[name].SerializeToString())
-    changed = type(bundle)(tmp_path, Manifest.from_json({**bundle.manifest.raw, "state": state}))
+    changed = type(bundle)(tmp_path, dataclasses.replace(bundle.manifest, state=state))
     with pytest.raises(MachineError, match=r"as tensorrt_rtx takes no plugin of ours .*--compiler tensorrt"):
         make_plan(changed, Request(target="rtx-40"))
     plan = make_plan(changed, Request(target="orin-agx"))

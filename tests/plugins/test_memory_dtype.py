@@ -35,6 +35,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.errors import TitansError
+from titans_export.manifest import LayoutField
 from titans_export.model import memory_dtype as packing
 from titans_export.model.chunk_update import ChunkMemorySpec, chunk_layout
 from titans_export.model.fast_networks import NetworkSpec
@@ -422,7 +423,7 @@ def test_noise_knows_no_slots_no_batch_and_no_threads(target: Target, memory_dty
     case = Case(spec, length=40, streams=3, heads=2)
     layout = memory_layout(spec, memory_dtype, "stochastic")
     fields = {f"W{i}": w.float().numpy() for i, w in enumerate(case.weights)}
-    rows = torch.from_numpy(packing.pack_row(fields, layout.to_json(), layout.size))
+    rows = torch.from_numpy(packing.pack_row(fields, layout.fields, layout.size))
     inputs = dict(zip("qkv", (case.q, case.k, case.v), strict=True))
     inputs |= dict(zip(("step_size", "momentum", "forget_gate"), case.gates, strict=True))
 
@@ -614,7 +615,7 @@ def test_packing_is_the_rule(memory_dtype: str, shape: tuple[int, ...]) -> None:
     with np.errstate(over="ignore"):
         words = packing.pack(flat, memory_dtype)
     assert words.dtype == np.uint32
-    assert len(words) == packing.words(shape, memory_dtype) == field_words(shape, memory_dtype)
+    assert len(words) == packing.field_words(shape, memory_dtype) == field_words(shape, memory_dtype)
     if memory_dtype in LARGEST:
         assert np.array_equal(words, encode(round_field(flat, memory_dtype), memory_dtype))
     found = packing.unpack(words, shape, memory_dtype)
@@ -641,7 +642,7 @@ def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_p
         names, offset = [], 0
         for (_, shape, stored), found in zip(row_fields(node), layout.fields, strict=True):
             assert found.offset == offset
-            assert found.memory_dtype == (memory_dtype if stored else "float32")
+            assert found.dtype == (memory_dtype if stored else "float32")
             offset += field_words(shape, memory_dtype) if stored else math.prod(shape)
             names.append(found.name)
         assert layout.size == -(-offset // 16) * 16
@@ -651,7 +652,10 @@ def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_p
         plain = layout.from_shapes(
             [(f.name, f.shape) for f in layout.fields if f.name[0] != "E" and f.name != "chunk_updates"]
         )
-        assert packing.stored_layout(plain.to_json(), memory_dtype, rounding) == (layout.to_json(), layout.size)
+        assert packing.stored_layout(plain.fields, memory_dtype, rounding) == (
+            tuple(LayoutField(**field._asdict()) for field in layout.fields),
+            layout.size,
+        )
 
 
 def test_a_row_packs_and_unpacks_with_its_errors() -> None:
@@ -660,7 +664,7 @@ def test_a_row_packs_and_unpacks_with_its_errors() -> None:
     draw = np.random.default_rng(0)
     fields = {f.name: draw.standard_normal((2, 3, *f.shape)).astype(np.float32) for f in layout.fields}
     fields = {name: value for name, value in fields.items() if name[0] != "E"}
-    found = packing.unpack_row(packing.pack_row(fields, layout.to_json(), layout.size), layout.to_json())
+    found = packing.unpack_row(packing.pack_row(fields, layout.fields, layout.size), layout.fields)
     for name, value in fields.items():
         if name[0] not in "WS":
             assert np.array_equal(found[name], value)

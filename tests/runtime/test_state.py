@@ -221,7 +221,7 @@ def test_in_another_storage(
     """To a bundle whose memories are in fewer bits, and back: each field to the nearest, everything else as it is."""
     path = tmp_path / "user.tstate"
     other = quantised_bundle(with_memory(load_recipe("memory-bf16"), f"{dtype}:{rounding}"))
-    layouts = {entry["name"]: entry.get("layout") for entry in read_bundle(other).manifest.raw["state"]}
+    layouts = {entry.name: entry.layout for entry in read_bundle(other).manifest.state}
     tokens = np.random.default_rng(4).integers(0, 96, 61)
     with rt.Session(small_bundle, threads=1) as full, rt.Session(other, threads=1) as narrow:
         stream = full.stream()

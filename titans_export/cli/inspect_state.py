@@ -55,7 +55,13 @@ def _as_json(
         "learning": state.learning,
         "memory_dtype": metadata.get("memory"),
         "tensors": [
-            {**{key: entry[key] for key in ("name", "role", "dtype", "shape")}, "bytes": _bytes(state, entry["name"])}
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "bytes": _bytes(state, entry.name),
+            }
             for entry in state.entries
         ],
         "memories": [dataclasses.asdict(entry) for entry in memories],
@@ -84,7 +90,7 @@ def _text(state: SavedState, broken: list[NotFinite], memories: list[MemoryInfo]
     ]
     roles: dict[str, list[int]] = {}
     for entry in state.entries:
-        roles.setdefault(entry["role"], []).append(_bytes(state, entry["name"]))
+        roles.setdefault(entry.role, []).append(_bytes(state, entry.name))
     rows = [(role, len(counts), size(sum(counts))) for role, counts in roles.items()]
     sections = ["\n".join(head), _memories(memories), table(("state", "tensors", "size"), rows)]
     return "\n\n".join(section for section in sections if section)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import BLOCK, MEMORY_DTYPES, SCALED, PackedField, field_words, matrix
 from ..errors import TitansError
+from ..manifest import LayoutField
 
-MEMORY_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 ROUNDINGS = ("nearest", "stochastic", "error_feedback")
 ROW_ALIGNMENT = 16  # words: a head's row starts on a 64-byte line
 
-BLOCK = 32  # elements along a row that share a scale
-_LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
+_LARGEST = {memory_dtype: np.float32(MEMORY_DTYPES[memory_dtype]) for memory_dtype in SCALED}
 _SMALLEST_BLOCK = np.float32(2.0**-100)
 _NAN_SCALE = 0x7FC0
 
@@ -34,23 +34,6 @@ Floats = NDArray[np.float32]
 def _check(memory_dtype: str) -> None:
     if memory_dtype not in MEMORY_DTYPES:
         raise TitansError("memory_dtype", f"one of {', '.join(MEMORY_DTYPES)}", memory_dtype, "choose one of them")
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns; a vector is one row."""
-    return (1, *shape)[-2:] if shape else (1, 1)  # type: ignore[return-value]
-
-
-def words(shape: Sequence[int], memory_dtype: str) -> int:
-    """32-bit words of a field that holds a matrix, or a vector, of that shape."""
-    _check(memory_dtype)
-    rows, columns = _matrix(shape)
-    count = rows * columns
-    if memory_dtype == "float32":
-        return count
-    if memory_dtype not in _LARGEST:
-        return -(-count // 2)
-    return -(-count // 4) + -(-rows * -(-columns // BLOCK) // 2)
 
 
 def _to_words(elements: NDArray[Any]) -> Words:
@@ -145,7 +128,7 @@ def pack(values: Floats, memory_dtype: str) -> Words:
 def unpack(packed: Words, shape: Sequence[int], memory_dtype: str) -> Floats:
     """The words of a field, (..., n), to values (..., *shape)."""
     _check(memory_dtype)
-    rows, columns = _matrix(shape)
+    rows, columns = matrix(shape)
     lead, count = packed.shape[:-1], rows * columns
     if memory_dtype == "float32":
         values: NDArray[Any] = _from_words(packed, np.float32, count)
@@ -194,54 +177,49 @@ def stored_shapes(
 
 
 def stored_layout(
-    layout: Sequence[Mapping[str, Any]], memory_dtype: str, rounding: str = "nearest"
-) -> tuple[list[dict[str, Any]], int]:
-    """A manifest's layout of a row in `memory_dtype`, from that of the row in float32, and its words."""
-    fields: list[dict[str, Any]] = []
+    layout: Sequence[PackedField], memory_dtype: str, rounding: str = "nearest"
+) -> tuple[tuple[LayoutField, ...], int]:
+    """The layout of a row in `memory_dtype`, from the layout of the same row in float32, and the row's words."""
+    fields: list[LayoutField] = []
     offset = 0
-    for name, shape, kept in stored_shapes(
-        [(entry["name"], tuple(entry["shape"])) for entry in layout], memory_dtype, rounding
-    ):
-        entry = {"name": name, "offset": offset, "shape": list(shape)}
-        if kept != "float32":
-            entry["dtype"] = kept
-        fields.append(entry)
-        offset += words(shape, kept)
-    return fields, -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    for name, shape, kept in stored_shapes([(field.name, field.shape) for field in layout], memory_dtype, rounding):
+        fields.append(LayoutField(name=name, offset=offset, shape=shape, dtype=kept))
+        offset += fields[-1].words
+    return tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def unpack_row(row: Floats, layout: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
-    """Packed rows (..., R) to their fields by a manifest's layout, each (..., *shape); `chunk_updates` keeps bits."""
+def unpack_row(row: Floats, layout: Sequence[PackedField]) -> dict[str, Floats]:
+    """Packed rows (..., R) to their fields, each (..., *shape); `chunk_updates` keeps its bits."""
     raw = np.ascontiguousarray(row, np.float32).view(np.uint32)
-    fields = {}
-    for entry in layout:
-        shape, memory_dtype = tuple(entry["shape"]), entry.get("dtype", "float32")
-        begin = entry["offset"]
-        fields[entry["name"]] = unpack(raw[..., begin : begin + words(shape, memory_dtype)], shape, memory_dtype)
-    return fields
+    return {
+        field.name: unpack(
+            raw[..., field.offset : field.offset + field_words(field.shape, field.dtype)], field.shape, field.dtype
+        )
+        for field in layout
+    }
 
 
-def pack_row(fields: Mapping[str, Floats], layout: Sequence[Mapping[str, Any]], size: int) -> Floats:
-    """Fields, each (..., *shape), to packed rows (..., size), to the nearest; zeros for a field that is missing.
+def pack_row(fields: Mapping[str, Floats], layout: Sequence[PackedField], size: int) -> Floats:
+    """Fields, each (..., *shape), to packed rows (..., size), rounded to nearest; zeros for a missing field.
 
-    With layouts that keep errors, those of the fields that are missing become what W and S have lost.
+    With error feedback, missing error fields become the rounding errors of W and S.
     """
-    shapes = {entry["name"]: tuple(entry["shape"]) for entry in layout}
+    shapes = {field.name: field.shape for field in layout}
     first = next(iter(fields))
     lead = np.shape(fields[first])[: np.ndim(fields[first]) - len(shapes[first])]
     raw = np.zeros((*lead, size), np.uint32)
     lost: dict[str, Floats] = {}
-    for entry in layout:
-        name, shape, memory_dtype = entry["name"], shapes[entry["name"]], entry.get("dtype", "float32")
+    for field in layout:
+        name, shape, memory_dtype = field.name, field.shape, field.dtype
         value = fields.get(name, lost.get(name))
         if value is None:
             continue
-        matrix = np.asarray(value, np.float32).reshape(*lead, *_matrix(shape))
-        packed = pack(matrix, memory_dtype)
-        begin = entry["offset"]
+        values = np.asarray(value, np.float32).reshape(*lead, *matrix(shape))
+        packed = pack(values, memory_dtype)
+        begin = field.offset
         raw[..., begin : begin + packed.shape[-1]] = packed
         if memory_dtype != "float32":
-            lost["EW_gamma" if name == "gamma" else f"E{name}"] = matrix.reshape(*lead, *shape) - unpack(
+            lost["EW_gamma" if name == "gamma" else f"E{name}"] = values.reshape(*lead, *shape) - unpack(
                 packed, shape, memory_dtype
             )
     return raw.view(np.float32)

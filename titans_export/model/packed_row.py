@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .memory_dtype import ROW_ALIGNMENT, stored_shapes, words
+from ..dtypes import field_words
+from .memory_dtype import ROW_ALIGNMENT, stored_shapes
 
 
 class Field(NamedTuple):
-    """A field of a packed row: words [offset, offset + words), one for each element unless `memory_dtype` differs."""
+    """A field of a packed row: words [offset, offset + words). Only float32 has one word per element."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
-    memory_dtype: str = "float32"
+    dtype: str = "float32"
 
     @property
     def words(self) -> int:
-        return words(self.shape, self.memory_dtype)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a manifest lists it."""
-        entry = {"name": self.name, "offset": self.offset, "shape": list(self.shape)}
-        return entry if self.memory_dtype == "float32" else {**entry, "dtype": self.memory_dtype}
+        """32-bit words of the field."""
+        return field_words(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,6 @@ class Layout:
     def stored(self, memory_dtype: str, rounding: str = "nearest") -> Layout:
         """That of the same row in another memory_dtype, from one of memory_dtype "float32"."""
         return Layout.from_shapes([(f.name, f.shape) for f in self.fields], memory_dtype, rounding)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """As a manifest lists it."""
-        return [f.to_json() for f in self.fields]
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """(..., R) to the fields by name, each (..., *shape)."""

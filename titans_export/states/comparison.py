@@ -93,7 +93,7 @@ def _words(shape: tuple[int, ...] | None) -> str:
 
 def _logical_shapes(state: SavedState) -> dict[str, tuple[int, ...]]:
     memories = state.memories()
-    shapes = {e["name"]: state.tensors[e["name"]].shape for e in state.entries if e["name"] not in memories}
+    shapes = {e.name: state.tensors[e.name].shape for e in state.entries if e.name not in memories}
     own = {name: values.shape for name, values in state.fields.items()}
     return shapes | {
         name: shape for name, shape in own.items() if not _DTYPE_SPECIFIC.fullmatch(name.rpartition(".")[2])
@@ -111,7 +111,7 @@ def _identical(a: SavedState, b: SavedState) -> bool:
 def _pairs(a: SavedState, b: SavedState) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
     """W, S and G of memories and the other tensors, by name."""
     names = [name for name in a.fields if _SHOWN.fullmatch(name.rpartition(".")[2])]
-    others = [entry["name"] for entry in a.entries if entry["name"] not in a.memories()]
+    others = [entry.name for entry in a.entries if entry.name not in a.memories()]
     return [(n, a.fields[n].astype(np.float64), b.fields[n].astype(np.float64)) for n in names] + [
         (n, a.tensors[n].astype(np.float64), b.tensors[n].astype(np.float64)) for n in others
     ]

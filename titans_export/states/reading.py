@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from ..errors import TitansError, UsageError
 from ..files import replacing_file
+from ..manifest import LayoutField, SavedTensor
 
 MAGIC = b"TITANSE1"  # an encrypted state file begins with it
 KEY_BYTES = 32
-BLOCK = 32  # elements along a row that share a scale, in int8 and fp8
 
 # Fields of a packed row that form W, and those that form S (docs/operator.md).
 WEIGHTS, SURPRISE = re.compile(r"W\d+|gamma"), re.compile(r"S\d+|S_gamma")
@@ -34,9 +34,9 @@ class StateError(TitansError, ValueError):
 class SavedState:
     """A verified state file.
 
-    `metadata`: the file's metadata with JSON texts parsed. `entries`: the description of each state tensor (name, role,
-    dtype, shape and, for memories, layout). `tensors`: the tensors as stored, with a memory's rows packed, float32 (1,
-    heads, R). `fields`: the memories' fields by name, such as "layers.1.memory.W0", float32 (1, heads, *shape).
+    `metadata`: the file's metadata with JSON texts parsed. `entries`: the description of each state tensor. `tensors`:
+    the tensors as stored, with a memory's rows packed, float32 (1, heads, R). `fields`: the memories' fields by name,
+    such as "layers.1.memory.W0", float32 (1, heads, *shape).
     """
 
     path: Path
@@ -44,7 +44,7 @@ class SavedState:
     encrypted: bool
     position: int
     metadata: Mapping[str, Any]
-    entries: tuple[Mapping[str, Any], ...]
+    entries: tuple[SavedTensor, ...]
     tensors: Mapping[str, Array]
     fields: Mapping[str, Floats]
 
@@ -61,12 +61,11 @@ class SavedState:
 
     def memories(self) -> list[str]:
         """The names of the memory tensors that have a layout, in the model's order."""
-        return [entry["name"] for entry in self.entries if entry["role"] == "memory" and entry.get("layout")]
+        return [entry.name for entry in self.entries if entry.role == "memory" and entry.layout]
 
-    def layout(self, memory: str) -> list[Mapping[str, Any]]:
-        """Name, offset in words, shape and, unless float32, dtype of each field of a memory's row."""
-        found: list[Mapping[str, Any]] = next(entry["layout"] for entry in self.entries if entry["name"] == memory)
-        return found
+    def layout(self, memory: str) -> tuple[LayoutField, ...]:
+        """The fields of a memory's row."""
+        return next(entry.layout for entry in self.entries if entry.name == memory)
 
 
 def read_key(path: Path) -> bytes:
@@ -101,12 +100,13 @@ def open_state(path: Path, key: bytes | None = None) -> SavedState:
     state = titans_runtime.read_state(path, key=key if encrypted else None)
     try:
         metadata = {name: _parse(name, value) for name, value in state.metadata.items()}
-        entries = tuple(metadata["state"])
+        entries = tuple(SavedTensor.from_json(one, f"state[{at}]") for at, one in enumerate(metadata["state"]))
         _check(entries, state.tensors)
         if not isinstance(metadata["model"], dict) or not isinstance(metadata["learning"], bool):
             raise TypeError("model is not an object, or learning is not a boolean")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        detail = " ".join(str(error).split())[:200]
+        what = error.problem if isinstance(error, TitansError) else str(error)
+        detail = " ".join(what.split())[:200]
         raise StateError(
             "E0452", "state", f"invalid description of the tensors in {path}: {detail}", "save the stream again"
         ) from None
@@ -126,12 +126,6 @@ def write_npz(state: SavedState, target: Path) -> None:
         np.savez(file, **memory_arrays(state))  # type: ignore[arg-type]
 
 
-def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a field; a vector is one row."""
-    rows, columns = (1, 1, *shape)[-2:]
-    return rows, columns
-
-
 def _is_encrypted(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
@@ -144,9 +138,9 @@ def _parse(name: str, value: Any) -> Any:
     return json.loads(value) if name in _JSON_METADATA and isinstance(value, str) else value
 
 
-def _check(entries: tuple[Any, ...], tensors: Mapping[str, Array]) -> None:
+def _check(entries: tuple[SavedTensor, ...], tensors: Mapping[str, Array]) -> None:
     """Checks what the runtime has not checked when it compared the description with the tensors."""
     for entry in entries:
-        shape = tensors[entry["name"]].shape
-        if entry["role"] == "memory" and entry.get("layout") and (len(shape) != 3 or min(shape) < 1):
-            raise ValueError(f"{entry['name']} has shape {list(shape)}")
+        shape = tensors[entry.name].shape
+        if entry.role == "memory" and entry.layout and (len(shape) != 3 or min(shape) < 1):
+            raise ValueError(f"{entry.name} has shape {list(shape)}")

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .reading import BLOCK, SURPRISE, WEIGHTS, Floats, SavedState, StateError, matrix
+from ..dtypes import BLOCK, MEMORY_DTYPES, SCALED, matrix
+from ..manifest import LayoutField
+from .reading import SURPRISE, WEIGHTS, Floats, SavedState, StateError
 
 # What a fold computes with. Rows of an open chunk count only where its coefficients say so, and are looked at apart.
 _FOLDED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma|[eamf]|beta")
 _STORED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma")
-_LARGEST = {
-    "float32": float(np.finfo(np.float32).max),
-    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
-    "float16": float(np.finfo(np.float16).max),
-}
 
 Heads = NDArray[np.float64]  # (heads, elements)
 
@@ -93,14 +90,14 @@ def find_not_finite(state: SavedState) -> list[NotFinite]:
     """NaN and infinity in values that the stream will compute with, in the state's order."""
     found, memories = [], state.memories()
     for entry in state.entries:
-        name = entry["name"]
+        name = entry.name
         if name not in memories:
             found.append(_count(name, state.tensors[name], heads=False))
             continue
-        for field in entry["layout"]:
-            values = _computed_with(state, name, field["name"])
+        for field in entry.layout:
+            values = _computed_with(state, name, field.name)
             if values is not None:
-                found.append(_count(f"{name}.{field['name']}", values, heads=True))
+                found.append(_count(f"{name}.{field.name}", values, heads=True))
     if "last_output" in state.tensors:
         found.append(_count("last_output", state.tensors["last_output"], heads=False))
     return [entry for entry in found if entry.nan or entry.infinite]
@@ -109,7 +106,6 @@ def find_not_finite(state: SavedState) -> list[NotFinite]:
 def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     """The memories' fields of a fresh stream of the bundle. Raises BundleError, and StateError for another model's."""
     from ..bundle import read_bundle
-    from ..manifest import plain
     from ..model.memory_dtype import unpack_row
 
     opened = read_bundle(bundle)
@@ -127,7 +123,7 @@ def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
         f"{entry.name}.{name}": values
         for entry in opened.manifest.state
         if entry.role == "memory"
-        for name, values in unpack_row(rows[entry.name], plain(entry.layout)).items()
+        for name, values in unpack_row(rows[entry.name], entry.layout).items()
     }
 
 
@@ -251,13 +247,13 @@ def _count(name: str, values: NDArray[Any], heads: bool) -> NotFinite:
 
 
 def _saturation(state: SavedState, memory: str) -> Saturation:
-    stored = [field for field in state.layout(memory) if _STORED.fullmatch(field["name"])]
-    dtype = next((field["dtype"] for field in stored if "dtype" in field), "float32")
+    stored = [field for field in state.layout(memory) if _STORED.fullmatch(field.name)]
+    dtype = next((field.dtype for field in stored if field.dtype != "float32"), "float32")
     counts = np.zeros(5)  # elements, at the limit, zeros, blocks, dead blocks
     for field in stored:
-        values = state.fields[f"{memory}.{field['name']}"]
-        if (kept := field.get("dtype", "float32")) in _LARGEST:
-            limit = int(np.count_nonzero(np.abs(values) >= _LARGEST[kept]))
+        values = state.fields[f"{memory}.{field.name}"]
+        if field.dtype not in SCALED:
+            limit = int(np.count_nonzero(np.abs(values) >= MEMORY_DTYPES[field.dtype]))
             counts[:3] += values.size, limit, int(np.count_nonzero(values == 0))
         else:
             counts += _block_counts(state.tensors[memory], field)
@@ -266,15 +262,15 @@ def _saturation(state: SavedState, memory: str) -> Saturation:
     return Saturation(dtype, int(elements), limit / of, zeros / of, dead_blocks=dead / blocks if blocks else None)
 
 
-def _block_counts(rows: NDArray[Any], field: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+def _block_counts(rows: NDArray[Any], field: LayoutField) -> tuple[int, int, int, int, int]:
     """Of a field of codes and scales: elements, of the largest code, of code 0, blocks, blocks whose scale is 0."""
-    height, width = matrix(field["shape"])
+    height, width = matrix(field.shape)
     count, blocks = height * width, height * math.ceil(width / BLOCK)
-    raw = np.ascontiguousarray(rows).view(np.uint8)[..., 4 * field["offset"] :]
+    raw = np.ascontiguousarray(rows).view(np.uint8)[..., 4 * field.offset :]
     scales_at = 4 * math.ceil(count / 4)
     magnitude = np.abs(raw[..., :count].view(np.int8).astype(np.int16))
     largest = 127
-    if field["dtype"] == "fp8":
+    if field.dtype == "fp8":
         magnitude, largest = (raw[..., :count] & 0x7F).astype(np.int16), 0x7E
     scales = np.ascontiguousarray(raw[..., scales_at : scales_at + 2 * blocks]).view(np.uint16)
     return (
