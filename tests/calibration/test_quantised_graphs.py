@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from engine_tools import model_of, value
+from manifests import state_tensor
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -482,10 +483,7 @@ def test_noise_is_observed(small_bundle: Path) -> None:
 def test_memories_do_not_share_their_noise() -> None:
     names = ("a.memory", "b.memory")
     layout = [{"name": name, "offset": 1024 * i, "shape": [32, 32]} for i, name in enumerate(("W0", "S0"))]
-    state = [
-        {"name": n, "input": n, "output": f"{n}.next", "role": "memory", "shape": [1, 1, 2048], "layout": layout}
-        for n in names
-    ]
+    state = [state_tensor(name, shape=[1, 1, 2048], layout=layout) for name in names]
     nodes = [
         helper.make_node("NeuralMemory", [n, "q"], [f"{n}.y", f"{n}.next"], domain="ai.titans", mode="update")
         for n in names
@@ -498,7 +496,7 @@ def test_memories_do_not_share_their_noise() -> None:
 def test_functions_that_a_loop_calls_stay() -> None:
     """Of a graph whose memories get other nodes, only the memories' functions go."""
     layout = [{"name": "W0", "offset": 0, "shape": [32, 32]}]
-    state = [{"name": "m", "input": "m", "output": "n", "role": "memory", "shape": [1, 1, 1024], "layout": layout}]
+    state = [state_tensor("m", output="n", shape=[1, 1, 1024], layout=layout)]
     opsets = [helper.make_opsetid("", 20)]
     functions = [
         helper.make_function(domain, name, ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])], opsets)
