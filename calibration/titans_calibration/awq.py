@@ -1,7 +1,7 @@
-"""AWQ: channels whose inputs are large get finer weights, by a factor that the input is divided by.
+"""AWQ: input channels with large values get finer weights.
 
-A matmul x W becomes (x / s) Q(s W) with s of channel k = mean|x_k|^alpha, alpha searched for the least error of the
-matmuls' outputs.
+A matmul x W becomes (x / s) Q(s W) with s_k = mean|x_k|^alpha for input channel k. A search finds the alpha with the
+least output error.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from titans_calibration.weights import quantise
 
 ALPHAS = tuple(step / 20 for step in range(21))
-_FLOOR = 1e-4  # of a channel that is nearly always zero, relative to the largest
+_FLOOR = 1e-4  # least mean of a channel, relative to the largest
 
 
 def output_error(
     difference: NDArray[np.floating], mean_abs: NDArray[np.floating], gram: NDArray[np.float64] | None
 ) -> float:
-    """The squared error of x D summed over outputs: exact with the inputs' x^T x, else as of channels that are
-    independent and of size mean|x|.
+    """The squared error of x D, summed over outputs.
+
+    Exact with the Gram matrix x^T x; without it, channels count as independent with magnitude mean|x|.
     """
     wrong = difference.astype(np.float64)
     if gram is not None:
@@ -36,7 +37,7 @@ def awq_scales(
     group: int | None,
     gram: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float32]:
-    """s (K,), one for all (K, N) weights that this input meets."""
+    """s (K,), shared by all (K, N) weights that this input is multiplied by."""
     sizes = np.asarray(mean_abs, np.float64)
     sizes = np.maximum(sizes, max(_FLOOR * float(sizes.max(initial=0.0)), np.finfo(np.float32).tiny))
     best, least = np.ones(len(sizes), np.float32), np.inf

@@ -1,4 +1,4 @@
-"""What a bundle does over data: every matmul's input and every memory's range, call by call, resumable."""
+"""Observing a bundle over data: each matmul's input and each memory's range, call by call, resumable."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Range = tuple[float, float]
 
 @dataclass
 class Collected:
-    """observations: by matmul. memory: by state tensor and field, low and high by first position of a window."""
+    """observations: by matmul. memory: low and high by state tensor and field, and by window's first position."""
 
     observations: Observations
     memory: dict[str, dict[int, Range]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Collected:
 
 
 class _Group(NamedTuple):
-    """Matmuls that meet the same values in every graph, so that they are observed once."""
+    """Matmuls that share their inputs in every graph, so that they are observed once."""
 
     weights: list[str]
     channels: int
@@ -58,11 +58,10 @@ def collect(
     save_seconds: float | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Collected:
-    """Streams the data through the bundle's schedule, each stream from a fresh memory, and observes.
+    """Runs each stream of the data from a fresh memory through the bundle's schedule, and observes.
 
-    With `work` the observations so far are saved there every so many seconds, and a later call with the same bundle,
-    data and `gram` goes on from them to the same result, bit for bit. Raises BundleError at the first value that is
-    not finite.
+    `work` is a file for the observations, written every `save_seconds`. A later call with the same bundle, data and
+    `gram` continues from it to the same result, bit for bit. Raises BundleError at the first value that is not finite.
     """
     groups = find_groups(source.structures)
     run = _Run(source, data, groups, gram)
@@ -72,7 +71,7 @@ def collect(
     progress(run.done)
     every = SAVE_SECONDS if save_seconds is None else save_seconds
     saved = time.monotonic()
-    # On one core sums are the same on every machine, and NumPy's threads do not spin beside ONNX Runtime's.
+    # One thread: the same sums on every machine, and no NumPy threads that spin beside ONNX Runtime's.
     with threadpool_limits(1, "blas"):
         while run.stream < len(data.streams):
             progress(run.step())
@@ -86,7 +85,7 @@ def collect(
 
 
 def find_groups(models: Mapping[str, onnx.ModelProto]) -> list[_Group]:
-    """The matmuls of all graphs, those that always meet the same values together."""
+    """The matmuls of all graphs, grouped by their inputs."""
     inputs = {graph: matmul_inputs(model) for graph, model in models.items()}
     names = sorted({name for found in inputs.values() for name in found})
     groups: dict[str, _Group] = {}
@@ -98,14 +97,14 @@ def find_groups(models: Mapping[str, onnx.ModelProto]) -> list[_Group]:
 
 
 class _Run:
-    """Where a collection is: stream, position, state, and what was observed."""
+    """A collection in progress: stream, position, state and observations."""
 
     _REMEDY = "check with titans-export run that the model is stable over this data, or give less of it"
 
     def __init__(self, source: Source, data: Data, groups: list[_Group], gram: bool) -> None:
         bundle = source.bundle
         self._bundle, self._models, self._data, self._groups, self._gram = bundle, source.structures, data, groups, gram
-        # Of each graph the matmuls' inputs in the order of its nodes.
+        # By graph: matmul inputs in the order of its nodes.
         self._shown = {
             graph: {value: name for name, (_, values) in matmul_inputs(model).items() for value in values}
             for graph, model in self._models.items()
@@ -122,7 +121,7 @@ class _Run:
         return open_runner(self._bundle, self._models, shown, kernel)
 
     def step(self) -> int:
-        """One call; how many tokens it took."""
+        """Runs one call; returns its tokens."""
         tokens = self._data.streams[self.stream]
         graph = self._runner.next(self.position, len(tokens) - self.position)
         count: int = graph.tokens
@@ -150,7 +149,7 @@ class _Run:
         return count
 
     def _check(self, graph: str, values: Arrays) -> None:
-        """Raises BundleError for the first of the matmuls' inputs and the output that is not finite."""
+        """Raises BundleError for the first matmul input, or the output, that is not finite."""
         for value, weight in {**self._shown[graph], self._runner.output: None}.items():
             if value in values and not np.isfinite(values[value]).all():
                 name = f"the input of {weight}" if weight else f"the output {value}"
@@ -178,13 +177,13 @@ class _Run:
         problem = f"{name} is not finite: {value} in the call at position {self.position} of {source}"
         return BundleError("E0808", "quantize", problem, self._REMEDY)
 
-    # What the work file belongs to.
     def _key(self) -> str:
+        """Identifies the bundle, the data and the options that a work file belongs to."""
         parts = [_VERSION, json.dumps(self._bundle.manifest.raw, sort_keys=True), self._data.xxh3_128, self._gram]
         return xxhash.xxh3_128_hexdigest(repr(parts).encode())
 
     def save(self, path: Path) -> None:
-        """Writes everything to the work file, which replaces the last one when it is whole."""
+        """Writes the work file, renamed into place atomically."""
         arrays: dict[str, NDArray[Any]] = {f"state/{name}": value for name, value in self.state.items()}
         table = []
         for number, o in enumerate(self.observed):
@@ -202,7 +201,7 @@ class _Run:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def resume(self, path: Path) -> None:
-        """Takes over what the work file has, if it is whole and of the same bundle, data and needs."""
+        """Continues from the work file if it is complete and has the same key."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}

@@ -1,4 +1,4 @@
-"""Which format each matmul and embedding gets, and its numbers: scales, factors of inputs, rounded weights."""
+"""The format of each matmul and embedding: scales, input factors and rounded weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from titans_calibration.observe import Observations, Observed
     from titans_calibration.recipe import Recipe
 
-SMALLEST = 4096  # elements: a smaller matrix costs more nodes than it saves bytes
+SMALLEST = 4096  # elements; quantising a smaller matrix adds more nodes than it saves bytes
 CASTS = ("float16", "bfloat16")
 _EXACT = (-1.0, 0.0, 1.0)
 
 
 def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | None, format: str | None) -> None:
-    """The matmul's format, or why it stays float32."""
+    """Sets the matmul's format, or the reason why it stays float32."""
     wanted = format or recipe.weights.format
     rows, columns = matmul.matrix.shape
     group = recipe.weights.group if wanted in LARGEST else None
@@ -67,7 +67,7 @@ def _by_data(recipe: Recipe, format: str) -> bool:
 
 
 def shared_inputs(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
-    """Matmuls to quantise, those that share an input in some graph together, in the order of their names."""
+    """The matmuls to quantise, grouped if they share an input in some graph, in the order of their names."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -79,7 +79,7 @@ def shared_inputs(matmuls: Iterable[Matmul]) -> list[list[Matmul]]:
     first: dict[tuple[str, str, str], str] = {}
     for name, matmul in chosen.items():
         for use in matmul.uses:
-            # Of formats that differ, inputs are rounded differently.
+            # Each format rounds the input in its own way.
             leader[find(name)] = find(first.setdefault((use.graph, use.input, matmul.format), name))
     groups: dict[str, list[Matmul]] = {}
     for name in sorted(chosen):
@@ -95,7 +95,7 @@ def _observed(group: Sequence[Matmul], observations: Observations) -> Observed:
 
 
 def scale_inputs(group: Sequence[Matmul], recipe: Recipe, observations: Observations | None) -> None:
-    """Factors of the common input's channels, and its scale."""
+    """Sets the factors and the scale of the group's input."""
     format = group[0].format
     activations = recipe.activations if recipe.activations and recipe.activations.format == format else None
     if observations is None or not (activations or recipe.weights.method == "awq"):
@@ -113,7 +113,7 @@ def scale_inputs(group: Sequence[Matmul], recipe: Recipe, observations: Observat
     if activations:
         limit = activation_limit(seen, activations.method, activations.percentile, int(LARGEST[format]))
         if factors is not None:
-            # The histogram is of the input as it was: what it clips is taken off the new range by the same share.
+            # The histogram is of the input before the division: the new range is clipped by the same share.
             before = float(np.max(seen.channels, initial=0.0))
             after = float(np.max(seen.channels / factors, initial=0.0))
             limit = after * (limit / before if before else 1.0)
@@ -124,7 +124,7 @@ def scale_inputs(group: Sequence[Matmul], recipe: Recipe, observations: Observat
 
 
 def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations | None) -> QuantisedMatrix:
-    """The weight by the recipe's method, its channels first multiplied by what the input is divided by."""
+    """Quantises the weight by the recipe's method, after multiplying its channels by the input's factors."""
     matrix, method = matmul.matrix, recipe.weights.method
     if matmul.factors is not None:
         matrix = matrix * matmul.factors[:, None]
@@ -141,7 +141,7 @@ def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations |
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding as it will be."""
+    """A quantised embedding."""
 
     format: str
     values: TensorProto
@@ -149,7 +149,7 @@ class Table:
 
 
 def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, matmuls: Mapping[str, Matmul]) -> dict[str, Table]:
-    """Tables that rows are gathered from and nothing else, in the recipe's format."""
+    """Tables that are only read by Gather along axis 0, in the recipe's format."""
     if recipe.embedding == FLOAT32:
         return {}
     tables: dict[str, NDArray[np.float32]] = {}
@@ -184,7 +184,7 @@ def _table(name: str, matrix: NDArray[np.float32], format: str) -> Table:
 
 
 def cast_weight(name: str, matrix: NDArray[np.float32], format: str) -> TensorProto:
-    """The matrix in float16 or bfloat16. Raises QuantiseError where float16 has no such numbers."""
+    """The matrix in float16 or bfloat16. Raises QuantiseError if a value exceeds float16."""
     if format == "float16":
         largest = float(np.abs(matrix).max(initial=0.0))
         if not largest <= float(np.finfo(np.float16).max):

@@ -1,7 +1,7 @@
-"""GPTQ: weights are rounded one input channel after the other, and those still to come make up for each rounding.
+"""GPTQ: rounds one input channel after another; later channels compensate for each rounding error.
 
-Of the matmuls' inputs it takes H = x^T x. With U the upper Cholesky factor of H's inverse, rounding channel k by e
-changes channel j > k by -e U_kj / U_kk, which is what minimises the output's squared error.
+H = x^T x is the Gram matrix of the inputs, and U the upper Cholesky factor of H's inverse. If rounding changes channel
+k by e, channel j > k changes by -e U_kj / U_kk. This minimises the squared error of the output.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from titans_calibration.weights import QuantisedMatrix, round_to, scales_of, stored
 
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
-BLOCK = 128  # channels whose corrections reach the rest at once
+DAMPING = 0.01  # added to H's diagonal, relative to its mean
+BLOCK = 128  # channels whose corrections are applied to later channels together
 
 
 def gptq(matrix: NDArray[np.float32], gram: NDArray[np.float64], format: str, group: int | None) -> QuantisedMatrix:
-    """The (K, N) matrix in the format, scales from each group's range as the corrections have left it."""
+    """Quantises the (K, N) matrix. Each group's scale comes from its range after the corrections so far."""
     work = matrix.astype(np.float64)
     factor = _inverse_factor(gram)
     rows, columns = work.shape

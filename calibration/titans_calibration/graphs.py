@@ -1,7 +1,7 @@
-"""A bundle's graphs rewritten with explicit quantisation, in ONNX's own operators.
+"""Rewrites all graphs of a bundle with explicit quantisation, in ONNX's own operators.
 
-What is rewritten are matmuls with a weight: MatMul and Gemm whose second input is an initialiser. The same weight gets
-the same numbers and scales in every graph, and matmuls of one input share its scale. docs/bundle.md has the forms.
+A weight gets the same values and scales in every graph. Matmuls with one input share its scale. docs/bundle.md shows
+the rewritten forms.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class GraphReport:
     """What the rewriting did.
 
-    matmuls: format of each matmul's weight, float32 for those that stay. kept: why those stay. scaled: of each weight
-    whose input is divided by factors, whether every graph has them in the norm before it ("folded") or in a node.
+    matmuls: format of each weight. kept: why a weight stays float32. scaled: for weights whose input has factors,
+    "folded" if every graph has them in the norm before it, else "node".
     """
 
     matmuls: dict[str, str]
@@ -50,7 +50,7 @@ def quantise_graphs(
     observations: Observations | None,
     formats: Mapping[str, str] | None = None,
 ) -> Quantised:
-    """The graphs as the recipe asks. `formats` overrules its weight format for the weights that it names.
+    """The graphs in the recipe's formats. `formats` overrides the format of single weights.
 
     Raises QuantiseError.
     """

@@ -1,6 +1,6 @@
 """Matmuls with a weight in a bundle's graphs: MatMul and Gemm whose second input is an initialiser.
 
-A weight is one matmul however many nodes and graphs multiply by it, so that it gets the same numbers everywhere.
+A matmul is a weight with all nodes that multiply by it, in all graphs, so that it gets the same numbers everywhere.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FLOAT32 = "float32"
 
 
 class QuantiseError(TitansError):
-    """Graphs or observations that cannot be quantised with."""
+    """Graphs that cannot be rewritten, or missing observations."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A matmul in a graph."""
+    """One node of a matmul."""
 
     graph: str
     index: int  # of the node
@@ -36,15 +36,15 @@ class Use:
 
 @dataclass
 class Matmul:
-    """A weight (K, N) and everything that multiplies it."""
+    """A weight (K, N) and the nodes that multiply by it."""
 
     name: str
     matrix: NDArray[np.float32]
     uses: list[Use]
     format: str = FLOAT32
     group: int | None = None
-    why: str = ""  # it stays float32
-    leader: str = ""  # the first of the matmuls that share its input
+    why: str = ""  # reason to stay float32
+    leader: str = ""  # first matmul with the same input
     factors: NDArray[np.float32] | None = None  # the input is divided by these
     input_scale: np.float32 | None = None
     quantised: QuantisedMatrix | None = None
@@ -55,14 +55,14 @@ class Matmul:
 
 
 def matmul_weights(models: Mapping[str, ModelProto]) -> dict[str, tuple[int, int]]:
-    """The weights of all matmuls by name, each with K and N. What has another use as well is left out."""
+    """K and N of each matmul's weight, without weights that have another use."""
     return {name: (len(p.matrix), p.matrix.shape[1]) for name, p in find_matmuls(models).items() if not p.why}
 
 
 def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
-    """All matmuls by the names of their weights, with those that stay float32 for how they are used.
+    """All matmuls by the names of their weights. `why` is set for a use that keeps a weight in float32.
 
-    Raises QuantiseError where graphs differ in a weight.
+    Raises QuantiseError if a weight differs between graphs.
     """
     matmuls: dict[str, Matmul] = {}
     for graph, model in models.items():
@@ -80,7 +80,7 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
             matmul = matmuls[tensor.name]
             matmul.uses.append(Use(graph, index, node.input[0], transposed))
             if matmul.transposed != transposed or node.input[0] in weights:
-                matmul.why = "it is not only the second factor of matmuls"
+                matmul.why = "it is read by more than matmuls"
             elif node.op_type == "Gemm" and not _is_plain(node):
                 matmul.why = "a Gemm that also scales or transposes its input"
     for model in models.values():
@@ -90,7 +90,7 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
             if known is None:
                 continue
             if tensor.name in others:
-                known.why = "it is not only the second factor of matmuls"
+                known.why = "it is read by more than matmuls"
             matrix = numpy_helper.to_array(tensor)
             if not np.array_equal(matrix.T if known.transposed else matrix, known.matrix, equal_nan=True):
                 raise QuantiseError(
@@ -114,7 +114,7 @@ def _is_plain(node: NodeProto) -> bool:
 
 
 def other_uses(graph: GraphProto) -> set[str]:
-    """What is read by anything but matmuls as their weight, branches and outputs included."""
+    """The values with a reader other than a matmul's second input, branches and outputs included."""
     found = {value.name for value in graph.output}
     for node in graph.node:
         found.update(name for i, name in enumerate(node.input) if not (i == 1 and is_matmul(node)))

@@ -1,4 +1,4 @@
-"""What a matmul's input did over data: ranges, channels, a histogram, the Gram matrix."""
+"""Statistics of a matmul's input over data: ranges, channels, a histogram, the Gram matrix."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from titans_calibration.ranges import entropy_limit, mse_limit, percentile_limit
 
 BINS = 8192
-WINDOW = 1024  # positions over which `windows` gives one range
-_ROWS = 1 << 14  # of a histogram's pass, so that its temporaries stay in a cache
+WINDOW = 1024  # positions per range of `windows`
+_ROWS = 1 << 14  # values per pass of a histogram, so that temporaries stay in a cache
 
 Floats = NDArray[Any]
 
 
 class NotFiniteError(ValueError):
-    """NaN or infinity among the values; `row` is the first that holds one."""
+    """NaN or infinity in `row`, the first row with such a value."""
 
     def __init__(self, value: float, row: int) -> None:
         super().__init__(f"{value} in row {row}")
@@ -27,10 +27,10 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Observed:
-    """One matmul's input, K channels wide, over all rows that were added.
+    """One matmul's input, (rows, K), over all calls.
 
     count: rows. low, high: over all values. channels: of each channel, the largest absolute value. sum_abs: of each
-    channel. gram: sum of x^T x over the rows, float64, or None where nobody asked. counts, limit: histogram of absolute
+    channel. gram: sum of x^T x, (K, K) float64, or None. counts, limit: histogram of absolute
     values in BINS bins up to `limit`, a power of two. window_ranges: low and high by window of WINDOW positions.
     """
 
@@ -46,7 +46,7 @@ class Observed:
 
     @classmethod
     def empty(cls, channels: int, gram: bool = False) -> Observed:
-        """Nothing seen yet of so many channels."""
+        """No rows yet, for so many channels."""
         return cls(
             count=0,
             low=np.inf,
@@ -60,7 +60,7 @@ class Observed:
 
     @property
     def mean_abs(self) -> Floats:
-        """Of each channel, the mean absolute value, (K,)."""
+        """The mean absolute value of each channel, (K,)."""
         return self.sum_abs / max(self.count, 1)
 
     @property
@@ -74,7 +74,7 @@ class Observed:
         return [(window * WINDOW, *self.window_ranges[window]) for window in sorted(self.window_ranges)]
 
     def add(self, values: Floats, position: int) -> None:
-        """Counts in values (..., K) that a call from this position on gave. Raises NotFiniteError."""
+        """Adds values (..., K) of a call at `position`. Raises NotFiniteError."""
         rows = values.reshape(-1, values.shape[-1])
         if not len(rows):
             return
@@ -95,7 +95,7 @@ class Observed:
         self.window_ranges[window] = (min(before[0], low), max(before[1], high))
 
     def merged(self, other: Observed) -> Observed:
-        """Both together, as if one had seen all."""
+        """The statistics of both, as if all rows had been added to one."""
         if self.channels.shape != other.channels.shape or (self.gram is None) != (other.gram is None):
             raise ValueError("observations of different matmuls")
         limit = max(self.limit, other.limit)
@@ -130,15 +130,15 @@ class Observed:
             self.counts += np.bincount(np.minimum(bins, BINS - 1, out=bins), minlength=BINS)
 
 
-# By the name of a matmul's weight initialiser, which is the same in every graph.
+# By the matmul's weight, which has the same name in every graph.
 Observations = dict[str, Observed]
 
 
 def activation_limit(observed: Observed, method: str, percentile: float, levels: int) -> float:
-    """The symmetric clipping limit by a method of ACTIVATION_METHODS, for `levels` steps from zero to it."""
+    """The symmetric clipping limit by a method of ACTIVATION_METHODS; `levels` steps lie between zero and it."""
     high = max(-observed.low, observed.high)
     if not observed.count or high <= 0:
-        return 1.0  # nothing but zeros: any limit is right, and a scale must not be zero
+        return 1.0  # only zeros: a scale must not be zero
     if method == "percentile":
         found = percentile_limit(observed.counts, observed.limit, percentile)
     elif method == "mse":
@@ -156,7 +156,7 @@ def _power_above(value: float) -> float:
 
 
 def _widened(counts: NDArray[np.int64], before: float, limit: float) -> NDArray[np.int64]:
-    """The histogram up to `before`, its bins added together so that they reach up to `limit`."""
+    """The histogram up to `before` with bins merged so that it reaches up to `limit`."""
     result = np.zeros_like(counts)
     if not before or before == limit:
         result += counts

@@ -1,4 +1,4 @@
-"""Where to clip: the symmetric limit of a tensor from the histogram of its absolute values."""
+"""Symmetric clipping limits from a histogram of absolute values."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 Counts = NDArray[np.int64]
 
 _ENTROPY_BINS = 2048
-_CANDIDATES = 256  # limits that `mse` tries, from the largest value down to 1 / 32 of it, evenly in their logarithm
+_CANDIDATES = 256  # limits that `mse` tries, evenly spaced in their logarithm from the largest value to _LEAST of it
 _LEAST = 1 / 32
 
 
 def percentile_limit(counts: Counts, limit: float, percentile: float) -> float:
-    """Below which so many percent of the values lie, linear within a bin."""
+    """The limit below which `percentile` percent of the values lie, linear within a bin."""
     total = int(counts.sum())
     sums = np.concatenate([[0], np.cumsum(counts)])
     return float(np.interp(total * percentile / 100, sums, np.linspace(0.0, limit, len(counts) + 1)))
 
 
 def mse_limit(counts: Counts, limit: float, high: float, levels: int) -> float:
-    """With the least mean squared error of `levels` steps from zero to it, each bin's values at its centre."""
+    """The limit with the least mean squared error for `levels` steps. A bin's values count as its centre."""
     width = limit / len(counts)
     used = np.flatnonzero(counts)
     centres, weights = (used + 0.5) * width, counts[used].astype(np.float64)
@@ -34,10 +34,10 @@ def mse_limit(counts: Counts, limit: float, high: float, levels: int) -> float:
 
 
 def entropy_limit(counts: Counts, limit: float, levels: int) -> float:
-    """With the least Kullback-Leibler divergence of the quantised distribution from the clipped one.
+    """The limit with the least KL divergence between the clipped and the quantised distribution.
 
-    As TensorRT's entropy calibrator does it: S. Migacz, 8-bit Inference with TensorRT, GTC 2017, slides 36 to 40. It
-    starts from 2048 bins and leaves out the first, whose zeros say nothing about where to clip.
+    This is TensorRT's entropy calibrator: S. Migacz, 8-bit Inference with TensorRT, GTC 2017, slides 36 to 40. It uses
+    2048 bins without the first, whose zeros carry no information about clipping.
     """
     parts = counts.reshape(_ENTROPY_BINS, -1) if len(counts) > _ENTROPY_BINS else counts[:, None]
     bins: NDArray[np.float64] = parts.sum(1).astype(np.float64)
@@ -55,7 +55,7 @@ def entropy_limit(counts: Counts, limit: float, levels: int) -> float:
 
 
 def _divergence(bins: NDArray[np.float64], end: int, groups: int) -> float:
-    """Of the first `end` bins, the rest in the last of them, from the same in `groups` levels."""
+    """KL divergence of the first `end` bins, with outliers in the last, from their form in `groups` levels."""
     clipped = bins[:end].copy()
     group = np.arange(end) * groups // end
     present = clipped > 0
@@ -64,7 +64,7 @@ def _divergence(bins: NDArray[np.float64], end: int, groups: int) -> float:
     quantised = np.where(present, sums[group] / np.maximum(members[group], 1), 0.0)
     clipped[-1] += bins[end:].sum()
     if clipped[-1] > 0 and quantised[-1] == 0:
-        return np.inf  # the outliers fall where the quantised distribution has nothing
+        return np.inf  # the quantised distribution is 0 where the outliers are
     present = clipped > 0
     p, q = clipped[present] / clipped.sum(), quantised[present] / quantised.sum()
     return float(np.dot(p, np.log(p / q)))

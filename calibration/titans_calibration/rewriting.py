@@ -1,4 +1,4 @@
-"""One graph with explicit quantisation: QuantizeLinear, DequantizeLinear and Cast around its matmuls and lookups."""
+"""Adds QuantizeLinear, DequantizeLinear and Cast around the matmuls and lookups of a graph."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ OPSET = 21  # the first with int4 and with scales in blocks
 
 
 def block_of(rows: int) -> int | None:
-    """The block in which one scale a channel is written where activations stay float; None where none fits."""
+    """The block size in which a weight-only matmul repeats its channel scales; None if none divides `rows`."""
     return next((block for block in BLOCKS if rows % block == 0), None)
 
 
 @dataclass
 class Rewriting:
-    """One graph's."""
+    """The rewriting of one graph. folded: by weight, whether its input's factors went into the norm before it."""
 
     name: str
     source: ModelProto
@@ -54,14 +54,14 @@ class Rewriting:
             for value in (*graph.input, *graph.value_info)
             if value.type.tensor_type.HasField("shape")
         }
-        self.elsewhere = {value.name for value in graph.output}  # read by what is no node of the graph itself
+        self.elsewhere = {value.name for value in graph.output}  # read by outputs and subgraphs
         self.elsewhere.update(name for node in graph.node for inner in subgraphs(node) for name in names_read(inner))
         self.makers = makers_of(graph)
         self.names = {node.name for node in graph.node}
         self.taken = set(self.weights) | set(self.makers) | {value.name for value in graph.input}
         self.added: dict[str, TensorProto] = {}
         self.nodes: list[NodeProto] = []
-        self.made: dict[tuple[str, ...], str] = {}  # what has been computed for a value already
+        self.made: dict[tuple[str, ...], str] = {}  # values that exist already, by purpose
         uses = {use.index: matmul for matmul in self.matmuls.values() for use in matmul.uses
                 if use.graph == self.name and matmul.format != FLOAT32}  # fmt: skip
         self._fold(graph, uses)
@@ -81,7 +81,7 @@ class Rewriting:
         _raise_opset(self.model)
 
     def _fold(self, graph: GraphProto, uses: Mapping[int, Matmul]) -> None:
-        """Factors into the initialiser of the Mul that makes the input, where all its readers are these matmuls."""
+        """Divides the scale of a norm by the factors, if these matmuls alone read its output."""
         scaled: dict[str, Matmul] = {}
         for index, matmul in uses.items():
             if matmul.factors is not None:
@@ -136,8 +136,10 @@ class Rewriting:
         self.nodes.append(node)
 
     def _bias(self, node: NodeProto, matmuls: Mapping[str, NodeProto]) -> None:
-        """A bias after a matmul gets three dimensions: with fewer ONNX Runtime makes a Gemm of both before it looks
-        for quantised matmuls, and then dequantises the whole weight in every call.
+        """Gives the bias after a matmul three dimensions.
+
+        With fewer, ONNX Runtime fuses both into a Gemm before it looks for quantised matmuls. It would then dequantise
+        the whole weight in every call.
         """
         place = 0 if node.input[0] in matmuls else 1
         matmul, bias = node.input[place], self.weights.get(node.input[1 - place])
@@ -177,8 +179,10 @@ class Rewriting:
         return self.made[key]
 
     def _rounded(self, value: str, matmul: Matmul) -> str:
-        """Rounded for each matmul on its own, though matmuls of an input round alike: where several share a rounding,
-        ONNX Runtime's rewrites for x86 leave them as they are, and dequantise whole weights in every call.
+        """Rounds the input for each matmul, even if several share it.
+
+        ONNX Runtime for x86 does not fuse matmuls that share a QuantizeLinear. It would dequantise the whole weight in
+        every call.
         """
         assert matmul.input_scale is not None
         scale = numpy_helper.from_array(np.array(matmul.input_scale), f"{matmul.leader}.input_scale")
@@ -243,7 +247,7 @@ class Rewriting:
         self._append("DequantizeLinear", [node.output[0], self.made[key]], output, axis=-1)
 
     def _node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Appends a node that makes a new value; the name that its output gets."""
+        """Appends a node and returns the name of its output."""
         name = _free(output, self.taken)
         self._append(operator, inputs, name, **attributes)
         return name
@@ -263,7 +267,7 @@ class Rewriting:
         return str(tensor.name)
 
     def _replace(self, graph: GraphProto) -> None:
-        """The new nodes, and only the initialisers that are still read."""
+        """Replaces the nodes, and drops initialisers without readers."""
         replace_nodes(graph, self.nodes)
         used = names_read(graph)
         kept = [tensor for tensor in graph.initializer if tensor.name in used]
@@ -271,7 +275,7 @@ class Rewriting:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """The name, with a number where it is taken; it is taken then."""
+    """A free name, with a number if `name` is taken; adds it to `taken`."""
     found, number = name, 1
     while found in taken:
         number += 1
@@ -281,7 +285,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _raise_opset(model: ModelProto) -> None:
-    """The graph and its functions in opset 21: from 20 to 21 operators in use here gained types and changed nothing."""
+    """Sets opset 21. The operators in use only gained types since opset 20."""
     for entries in (model.opset_import, *(function.opset_import for function in model.functions)):
         for entry in entries:
             if entry.domain in ONNX_DOMAINS:

@@ -1,4 +1,4 @@
-"""Which matmuls matter: each quantised by itself over held-back data, and what of them stays within a budget."""
+"""The mixed sweep: measures each matmul over held-back data and keeps the most sensitive ones in a fallback."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ from titans_export.files import replacing_file
 from titans_export.onnx.initializers import tensor_bytes
 from titans_export.schedule import calls
 
-_OUTPUT_BYTES = 256 << 20  # of float32's outputs, which are held while all others are compared with them
+_OUTPUT_BYTES = 256 << 20  # most bytes of float32 outputs, which stay in memory during the sweep
 _FLOAT32 = "float32"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Matmuls that are decided on together, alone in the recipe's format.
+    """A group of matmuls, measured with only these quantised.
 
-    divergence: KL divergence of their distribution from float32's, in bits a token; of vectors the mean squared
-    difference over the mean square. bits_increase: in percent, None of vectors. saved_bytes: by the format's elements,
-    without the scales.
+    divergence: KL divergence from float32 in bits per token; for vectors the relative mean squared difference.
+    bits_increase: percent, None for vectors. saved_bytes: without scales.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What was decided. kept: names of `sensitivities` that stay in the fallback, those that matter most first."""
+    """The decision. kept: names of `sensitivities` that stay in the fallback, the most sensitive first."""
 
     formats: dict[str, str]
     kept: tuple[str, ...]
@@ -62,9 +61,9 @@ class Mixture:
 
 
 def split_held_back(bundle: Bundle, data: Data, share: float) -> tuple[Data, Data]:
-    """The data without the last `share` of each stream, and those ends, cut to whole calls of the largest graph.
+    """Splits the last `share` off each stream, in whole calls of the largest graph.
 
-    Raises DataError where no stream's end has a whole call.
+    Raises DataError if no stream is long enough.
     """
     call = max(graph.tokens for graph in bundle.manifest.graphs)
     size = bundle.manifest.output.size
@@ -99,12 +98,11 @@ def choose_mixture(
     progress: Callable[[str], None] = lambda text: None,
     work: Path | None = None,
 ) -> Mixture:
-    """Decides which matmuls stay in the recipe's fallback so that its budget holds. Deterministic.
+    """Chooses the matmuls that stay in the recipe's fallback, so that the budget is met. Deterministic.
 
-    Matmuls are ranked by divergence for each byte that they save. For a budget of bits the fewest of the ranking stay
-    that hold it, found by halving; for one of bytes as many as fit. With `work` each measurement is saved there, and a
-    later call with the same bundle, recipe, observations and data takes it from there. Raises RecipeError where none
-    hold it.
+    Matmuls are ranked by divergence per saved byte. A budget of bits keeps the fewest that meet it, found by bisection;
+    a budget of bytes keeps as many as fit. `work` is a file for measurements, which a later call with the same bundle,
+    recipe, observations and data reuses. Raises RecipeError if the budget cannot be met.
     """
     mixed, bundle = recipe.mixed, source.bundle
     assert mixed is not None
@@ -129,7 +127,7 @@ _Measurement = tuple[float, float | None]  # divergence, and by how many percent
 
 
 class _Measured:
-    """What was measured by name, in a file where a sweep that was stopped goes on from."""
+    """Measurements by name, in a file from which an interrupted sweep continues."""
 
     def __init__(self, path: Path | None, key: str) -> None:
         self._path, self._key = path, key
@@ -140,10 +138,10 @@ class _Measured:
                 if saved["key"] == key:
                     self.values = {name: (divergence, bits) for name, (divergence, bits) in saved["measured"].items()}
             except (OSError, ValueError, LookupError, TypeError, AttributeError):
-                pass  # none, or one that is damaged
+                pass  # missing or damaged
 
     def of(self, name: str, measure: Callable[[], _Measurement]) -> _Measurement:
-        """The measurement of that name, made where there is none yet."""
+        """The measurement of that name, made at most once."""
         if name not in self.values:
             self.values[name] = measure()
             if self._path is not None:
@@ -153,7 +151,7 @@ class _Measured:
 
 
 def _key(bundle: Bundle, recipe: Recipe, observations: Observations | None, data: Data) -> str:
-    """Of everything that a measurement depends on."""
+    """A hash of everything that a measurement depends on."""
     facts = [__version__, json.dumps(bundle.manifest.raw, sort_keys=True), recipe.as_dict(), data.xxh3_128]
     digest = xxhash.xxh3_128(repr(facts).encode())
     for name, seen in sorted((observations or {}).items()):
@@ -164,7 +162,7 @@ def _key(bundle: Bundle, recipe: Recipe, observations: Observations | None, data
 
 
 class _Search:
-    """Quantised forms of one bundle over the same data, each measured once."""
+    """Measures mixtures of one bundle over the same data, each once."""
 
     def __init__(
         self,
@@ -188,7 +186,7 @@ class _Search:
         self._chosen = [name for name, format in full.report.matmuls.items() if format != _FLOAT32]
 
     def rank(self, progress: Callable[[str], None]) -> list[Sensitivity]:
-        """All groups, those first that cost most for each byte that they save."""
+        """All groups, by falling divergence per saved byte."""
         alone = dataclasses.replace(self._recipe, embedding=_FLOAT32)
         plain = initializer_bytes(self._all.values())
         groups = _group_names(self._chosen, self._mixed.by)
@@ -205,7 +203,7 @@ class _Search:
         return sorted(found, key=lambda s: (-s.divergence / max(s.saved_bytes, 1), s.name))
 
     def fewest(self, ranked: Sequence[Sensitivity], limit: float, progress: Callable[[str], None]) -> int:
-        """How many of the first must stay so that bits grow by at most `limit` percent."""
+        """The least number of groups to keep so that bits grow by at most `limit` percent."""
         low, high = 0, len(ranked)
 
         def check(count: int) -> bool:
@@ -229,7 +227,7 @@ class _Search:
         return high
 
     def most(self, ranked: Sequence[Sensitivity], limit: int) -> int:
-        """How many of the first may stay so that the weights take at most `limit` bytes."""
+        """The largest number of groups to keep so that weights take at most `limit` bytes."""
         if self._bytes > limit:
             raise RecipeError(
                 "E0812", "recipe",
@@ -244,7 +242,7 @@ class _Search:
         return low
 
     def mixture(self, ranked: Sequence[Sensitivity], count: int) -> Mixture:
-        """The decision that the first so many stay."""
+        """The mixture that keeps the first `count` groups."""
         formats = self._formats(ranked, count)
         whole = self._quantise(self._all, formats).models
         bits = None
@@ -270,7 +268,7 @@ class _Search:
         return min(plain, sum(rows * columns * (32 - bits) // 8 for rows, columns in map(sizes.__getitem__, matmuls)))
 
     def _measure(self, models: Mapping[str, onnx.ModelProto]) -> _Measurement:
-        """Divergence from float32, and by how many percent bits grow."""
+        """Divergence from float32, and growth of bits in percent."""
         outputs = _outputs(self._bundle, models, self._data)
         if self._bits is None:
             error = sum(float(((a - b) ** 2).sum()) for a, b in zip(outputs, self._right, strict=True))
@@ -287,14 +285,14 @@ def _graphs_for(bundle: Bundle, data: Data) -> list[str]:
 
 
 def initializer_bytes(models: Any) -> int:
-    """What the graphs' initialisers take, those of one name once."""
+    """Bytes of all initialisers; a name counts once."""
     return sum(
         {t.name: tensor_bytes(t.dims, t.data_type) for model in models for t in model.graph.initializer}.values()
     )
 
 
 def mean_bits(outputs: Sequence[NDArray[Any]], streams: Sequence[NDArray[Any]]) -> float:
-    """Bits a token of logits that follow each token of the streams, over every token but the first."""
+    """Bits per token over all tokens but the first of each stream, from the logits after each token."""
     total = count = 0.0
     for logits, tokens in zip(outputs, streams, strict=True):
         log_p = _log_softmax(logits[:-1])
@@ -311,14 +309,14 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _divergence(right: NDArray[Any], got: NDArray[Any]) -> NDArray[np.float64]:
-    """KL(right || got) of each row of logits, in bits."""
+    """KL divergence of each row of logits from the right ones, in bits."""
     p, q = _log_softmax(right), _log_softmax(got)
     result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1) / np.log(2)
     return result
 
 
 def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) -> list[NDArray[Any]]:
-    """Of each stream, from a fresh memory."""
+    """The outputs (T, size) of each stream from a fresh memory."""
     runner = open_runner(bundle, models)
     return [
         np.concatenate([call.values[runner.output][0] for call in runner.stream(stream)]) for stream in data.streams
@@ -326,7 +324,7 @@ def _outputs(bundle: Bundle, models: Mapping[str, onnx.ModelProto], data: Data) 
 
 
 def _group_names(names: Sequence[str], by: str) -> dict[str, list[str]]:
-    """Names of matmuls by what is decided on together."""
+    """Matmul names by group: each alone, or by layer."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r"(?:.*\.)?layers\.\d+(?=\.)", name)

@@ -1,7 +1,6 @@
-"""Matrices in numbers of few bits: formats, scales, and how scales are found.
+"""Quantised matrices: formats, and how scales are found.
 
-A matrix is (K, N), K the channels that a matmul sums over. Scales are symmetric: a number is its integer times the
-scale, and zero is zero.
+A matrix is (K, N) with K input channels. Scales are symmetric: a value is its integer times the scale.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # what a scale of 1 reaches
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # largest value with scale 1
 _LEAST = {"int8": -127.0, "int4": -8.0, "fp8": -448.0}
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # of numbers that a division by it does not overflow
-# Fractions of a group's largest number that the search of the least squared error clips to.
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # smaller scales overflow a division
+# Clipping limits that the method mse tries, as fractions of a group's largest magnitude.
 CLIPPED = tuple(1.0 - 0.025 * step for step in range(20))
 
 Matrix = NDArray[np.float32]
@@ -23,9 +22,9 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
-    """A (K, N) matrix. `values` are int8, of int4 as well, or of fp8 the bits as uint8.
+    """values (K, N): int8 for int8 and int4, the bits as uint8 for fp8.
 
-    `scales` are (K / group, N), one for each `group` rows of a column; (1, N) without groups.
+    scales: (K / group, N), one per `group` rows of a column; (1, N) without groups.
     """
 
     format: str
@@ -34,7 +33,7 @@ class QuantisedMatrix:
     group: int | None
 
     def dequantised(self) -> Matrix:
-        """What a matmul computes with."""
+        """The float32 values (K, N) that it stands for."""
         numbers = from_fp8(self.values) if self.format == "fp8" else self.values.astype(np.float32)
         rows = self.group or len(self.values)
         result: Matrix = numbers * np.repeat(self.scales, rows, axis=0)
@@ -42,7 +41,7 @@ class QuantisedMatrix:
 
 
 def to_fp8(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The bits as e4m3 of numbers within its range, to the nearest, ties to even."""
+    """The e4m3 bits of values within its range, rounded to nearest even."""
     bits: NDArray[np.uint8] = (
         torch.from_numpy(values.astype(np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     )
@@ -50,19 +49,19 @@ def to_fp8(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def from_fp8(bits: NDArray[np.generic]) -> Matrix:
-    """The numbers of e4m3 bits."""
+    """The values of e4m3 bits."""
     numbers: Matrix = torch.from_numpy(bits.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
     return numbers
 
 
 def scales_of(largest: NDArray[np.floating], format: str) -> Matrix:
-    """The scales that take these largest magnitudes to the format's; 1 where all is zero."""
+    """Scales that map these largest magnitudes to the format's largest value; 1 for zero."""
     scales = (largest / LARGEST[format]).astype(np.float32)
     return np.where(scales < _SMALLEST_SCALE, np.float32(1.0), scales)
 
 
 def round_to(values: NDArray[np.floating], scales: NDArray[np.floating], format: str) -> NDArray[np.float64]:
-    """The numbers of the format nearest to values / scales, still floats."""
+    """values / scales rounded to the format, as float64."""
     quotients = np.clip(values / scales, _LEAST[format], LARGEST[format])
     if format == "fp8":
         return from_fp8(to_fp8(quotients)).astype(np.float64)
@@ -71,18 +70,18 @@ def round_to(values: NDArray[np.floating], scales: NDArray[np.floating], format:
 
 
 def stored(numbers: NDArray[np.floating], format: str) -> NDArray[np.int8] | NDArray[np.uint8]:
-    """Numbers of the format as they are stored."""
+    """Rounded values in the type that stores them."""
     return to_fp8(numbers) if format == "fp8" else numbers.astype(np.int8)
 
 
 def grouped(matrix: NDArray[np.floating], group: int | None) -> NDArray[np.floating]:
-    """(K, N) as (groups, rows, N)."""
+    """(K, N) reshaped to (groups, rows, N)."""
     rows = group or len(matrix)
     return matrix.reshape(-1, rows, matrix.shape[1])
 
 
 def quantise(matrix: Matrix, format: str, group: int | None, method: str) -> QuantisedMatrix:
-    """The matrix in the format, `method` "minmax" or "mse". K is a multiple of the group."""
+    """Quantises (K, N) with `method` "minmax" or "mse". K is a multiple of the group."""
     parts = grouped(matrix, group)
     largest = np.abs(parts).max(axis=1)
     scales = scales_of(largest, format)
@@ -93,7 +92,7 @@ def quantise(matrix: Matrix, format: str, group: int | None, method: str) -> Qua
 
 
 def _least_error(parts: NDArray[np.floating], largest: NDArray[np.floating], scales: Matrix, format: str) -> Matrix:
-    """Of each group the scale, out of clippings of its range, with the least squared error. A tie keeps the wider."""
+    """Each group's scale with the least squared error over CLIPPED. A tie keeps the wider range."""
     best = scales
     least = np.full(scales.shape, np.inf)
     for fraction in CLIPPED:
@@ -105,7 +104,7 @@ def _least_error(parts: NDArray[np.floating], largest: NDArray[np.floating], sca
 
 
 def pack_int4(values: NDArray[np.int8]) -> bytes:
-    """Two to a byte in ONNX's order, the first in the low half."""
+    """Two values per byte in ONNX's order, the first in the low half."""
     flat = values.reshape(-1).astype(np.uint8) & 0x0F
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
@@ -113,7 +112,7 @@ def pack_int4(values: NDArray[np.int8]) -> bytes:
 
 
 def unpack_int4(data: bytes, count: int) -> NDArray[np.int8]:
-    """The numbers of `pack_int4`."""
+    """The inverse of `pack_int4`."""
     packed = np.frombuffer(data, np.uint8)
     halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1)[:count].astype(np.int8)
     return np.where(halves > 7, halves - 16, halves).astype(np.int8)

@@ -1,4 +1,4 @@
-"""The files of a quantised bundle, and how far it is from the float32 model."""
+"""Writes a quantised bundle and measures its error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. max_abs_error: of the outputs from the golden ones, which are the float32 model's."""
+    """Sizes in bytes. max_abs_error: largest absolute difference of outputs from the golden ones."""
 
     weights_bytes: int
     float32_weights_bytes: int
@@ -111,7 +111,7 @@ def write_quantised(
 
 
 def golden_error(bundle: Bundle, folder: Path) -> float:
-    """How far the outputs of the bundle in `folder` are from the golden ones of `bundle`, absolute, at most."""
+    """The largest absolute difference of the outputs of the bundle in `folder` from the golden ones of `bundle`."""
     import titans_runtime
 
     inputs, outputs = bundle.golden()
@@ -128,7 +128,7 @@ def golden_error(bundle: Bundle, folder: Path) -> float:
 
 
 def tolerance_of(error: float, before: float) -> float:
-    """Twice the measured error rounded up to one digit, and no less than it was."""
+    """Twice the measured error, rounded up to one digit, at least `before`."""
     if 2 * error <= before:
         return before
     unit = 10.0 ** math.floor(math.log10(2 * error))
@@ -136,7 +136,7 @@ def tolerance_of(error: float, before: float) -> float:
 
 
 def _lengths(count: int) -> Iterator[int]:
-    """Uneven ones that add up to `count`, so that graphs of every length run."""
+    """Uneven lengths with the sum `count`, so that graphs of every length run."""
     length, left = 1, count
     while left:
         yield min(length, left)
