@@ -453,26 +453,26 @@ def test_weights_in_bfloat16_become_float32(tmp_path: Path) -> None:
 
 def test_mac_is_refused_by_name(tmp_path: Path) -> None:
     path = save(tmp_path / "mac", "mac", BASE, tensors_of("mag", BASE))
-    with pytest.raises(CheckpointError, match=r"'mac', whose logits depend on later tokens"):
+    with pytest.raises(CheckpointError, match=r"model_type 'mac': its logits depend on later tokens"):
         load(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dim": 15}, "dim to be a multiple of num_heads"),
-        ({"dim": 16, "num_heads": 16}, "dim / num_heads to be even"),
-        ({"chunk_size": 0}, "chunk_size to be at least 1"),
-        ({"window_size": True}, "window_size to be of type int"),
-        ({"memory_lr": 0.0}, "memory_lr to be in"),
-        ({"memory_lr": math.nan}, "memory_lr to be finite"),
-        ({"memory_momentum": 1.0}, "memory_momentum to be in"),
-        ({"activation": "tanh"}, "activation to be one of"),
-        ({"ffn_mult": 0.01}, "ffn_mult to give a width"),
-        ({"attention": "flash"}, "unknown field attention"),
+        ({"dim": 15}, "dim: expected a multiple of num_heads"),
+        ({"dim": 16, "num_heads": 16}, "dim / num_heads: expected an even number"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1"),
+        ({"window_size": True}, "window_size: expected type int"),
+        ({"memory_lr": 0.0}, "memory_lr: expected a number in"),
+        ({"memory_lr": math.nan}, "memory_lr: expected a finite number"),
+        ({"memory_momentum": 1.0}, "memory_momentum: expected a number in"),
+        ({"activation": "tanh"}, "activation: expected one of"),
+        ({"ffn_mult": 0.01}, "ffn_mult: expected a width"),
+        ({"attention": "flash"}, "unknown field of TitansConfig: attention"),
         ({"num_layers": 3}, "tensor 'blocks.2."),
-        ({"num_layers": 1}, "only the tensors of the model"),
-        ({"vocab_size": 30}, "embed.weight of shape"),
+        ({"num_layers": 1}, "a tensor that the model lacks"),
+        ({"vocab_size": 30}, "embed.weight has another shape"),
         ({"use_conv": False}, "conv_k"),
     ],
 )
@@ -490,41 +490,41 @@ def test_checkpoints_that_are_damaged(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             load(path)
 
-    refuses(tmp_path / "nowhere", "a file or folder")
+    refuses(tmp_path / "nowhere", "no such file or folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuses(empty, "one of model.safetensors")
+    refuses(empty, "expected one of model.safetensors")
     both = save(tmp_path / "both", "mal", BASE, tensors)
     (both / "model.pt").write_bytes(b"")
     refuses(both, "pytorch_model.bin and model.pt")
     alone = tmp_path / "alone.pt"
     torch.save(tensors, alone)
-    refuses(alone, "a file .*config.json")
+    refuses(alone, "no file .*config.json")
     cut = tmp_path / "cut.pt"
     cut.write_bytes((good / "pytorch_model.bin").read_bytes()[:3000])
-    refuses(cut, "to be whole")
+    refuses(cut, "damaged file")
     (tmp_path / "empty.pt").write_bytes(b"")
-    refuses(tmp_path / "empty.pt", "to be whole")
+    refuses(tmp_path / "empty.pt", "damaged file")
     (tmp_path / "cut.safetensors").write_bytes(b"\1\0")
-    refuses(tmp_path / "cut.safetensors", "to be whole")
+    refuses(tmp_path / "cut.safetensors", "damaged file")
     torch.save([1], tmp_path / "list.pt")
-    refuses(tmp_path / "list.pt", "a dictionary")
+    refuses(tmp_path / "list.pt", "expected a dictionary")
     torch.save({"model": tensors, "config": BASE, "model_type": "mal"}, tmp_path / "other.pt")
-    refuses(tmp_path / "other.pt", "'model', which is a dict")
+    refuses(tmp_path / "other.pt", "'model' is a dict")
     torch.save({"model_state_dict": 3, "config": BASE, "model_type": "mal"}, tmp_path / "number.pt")
     refuses(tmp_path / "number.pt", "model_state_dict")
     torch.save({"model_state_dict": tensors, "config": {"model_type": "mal"}}, tmp_path / "short.pt")
-    refuses(tmp_path / "short.pt", "key 'dim'")
+    refuses(tmp_path / "short.pt", "has no 'dim'")
     torch.save({"model_state_dict": tensors, "config": BASE}, tmp_path / "untyped.pt")
-    refuses(tmp_path / "untyped.pt", "model_type to be one of lmm, mag, mal but got None")
+    refuses(tmp_path / "untyped.pt", "model_type: expected one of lmm, mag, mal, got None")
     for name, change, message in (
-        ("untied", {"head.weight": tensors["head.weight"] + 1}, "head.weight to be embed.weight"),
-        ("nan", {"norm.weight": tensors["norm.weight"] * math.nan}, "norm.weight to be finite"),
-        ("integers", {"norm.weight": torch.ones(16, dtype=torch.int64)}, "norm.weight to hold floats"),
+        ("untied", {"head.weight": tensors["head.weight"] + 1}, "head.weight differs from embed.weight"),
+        ("nan", {"norm.weight": tensors["norm.weight"] * math.nan}, "NaN or infinity in norm.weight"),
+        ("integers", {"norm.weight": torch.ones(16, dtype=torch.int64)}, "wrong dtype of norm.weight: expected floats"),
     ):
         refuses(save(tmp_path / name, "mal", BASE, {**tensors, **change}), message)
     (good / "config.json").write_text("{")
-    refuses(good, "to be readable JSON")
+    refuses(good, "not readable JSON")
     (good / "config.json").write_text(json.dumps({"model_type": "mal", **BASE}))
     refuses(good, "titans_config")
 

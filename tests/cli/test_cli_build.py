@@ -78,7 +78,7 @@ def test_every_target_is_listed() -> None:
         (("--target", "rtx-40", "--name", "../x"), 2, ("--name",)),
         (("--target", "rtx-40", "--name", "none"), 2, ("--name",)),
         (("--target", "rtx-40", "--emit-trtexec"), 2, ("tensorrt_rtx",)),
-        (("--target", "rtx-40", "--emit-trtexec", "--dry-run"), 2, ("both",)),
+        (("--target", "rtx-40", "--emit-trtexec", "--dry-run"), 2, ("exclude each other",)),
         (("--target", "rtx-40", "--precision", "int3"), 2, ("int3",)),
         (("--target", "orin-agx"), 4, ("linux-aarch64", "sm_87", "Jetson AGX Orin", "JetPack", "--emit-trtexec")),
         (("--target", "h100"), 4, ("sm_90", "H100", "--emit-trtexec")),
@@ -116,7 +116,7 @@ def test_no_rtx(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_target_without_the_memory(bundle: Path) -> None:
     args = ("build", bundle, "--target", "orin-nano", "--workspace-limit", 9000, "--dry-run")
-    assert "[build] expected at most 8 GiB" in invoke(*args, "--json").json()["memory"]
+    assert "which has 8 GiB" in invoke(*args, "--json").json()["memory"]
     invoke(*args[:-1]).check_failure(4, "8 GiB", "--workspace-limit")
     tight = ("build", bundle, "--target", "orin-nano", "--workspace-limit", 5000, "--dry-run", "--json")
     assert "which has 8 GiB" in invoke(*tight).json()["memory"]
@@ -245,7 +245,7 @@ def test_a_bundle_that_changes_meanwhile(bundle: Path, monkeypatch: pytest.Monke
         return done
 
     monkeypatch.setitem(building._COMPILERS, "onnxruntime", meddle)
-    with pytest.raises(BundleError, match=r"decode\.onnx as it was"):
+    with pytest.raises(BundleError, match=r"decode\.onnx changed during the build"):
         building.build_engine(bundle, Request("cpu"))
 
 

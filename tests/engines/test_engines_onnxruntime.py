@@ -74,7 +74,7 @@ def test_for_cuda(bundles: dict[str, Path], kernel: Path, tmp_path: Path) -> Non
 def test_without_the_kernel(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = pytest.importorskip("titans_runtime._library", reason="the runtime is not built", exc_type=ImportError)
     monkeypatch.setattr(library, "_library_path", lambda: str(tmp_path / "libtitans.so"))
-    with pytest.raises(MachineError, match="kernel for ONNX Runtime"):
+    with pytest.raises(MachineError, match="no memory kernel for ONNX Runtime"):
         build_engine(bundles["lmm"], Request("cpu"), output=tmp_path / "out.titans")
     assert not (tmp_path / "out.titans").exists()
 

@@ -102,11 +102,11 @@ def test_loops_without_branches_stay() -> None:
 
 
 def test_what_cannot_be_unrolled_is_refused() -> None:
-    with pytest.raises(BundleError, match="at loop but got one that runs backwards"):
+    with pytest.raises(BundleError, match="at loop: it runs backwards"):
         unroll_scans(looped(scan_input_directions=[1]))
     model = looped()
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_param = "steps"
-    with pytest.raises(BundleError, match="at loop but got one of unknown length"):
+    with pytest.raises(BundleError, match="at loop: its length is unknown"):
         unroll_scans(model)
 
 

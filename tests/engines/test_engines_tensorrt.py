@@ -128,7 +128,7 @@ def test_a_library_without_our_plugin(mac: Path, library: Path, on_orin: None) -
             return type("Registry", (), {"load_library": lambda *_: object(), "all_creators": []})()
 
     double.Builder = Builder
-    with pytest.raises(MachineError, match="to register ai"):
+    with pytest.raises(MachineError, match="does not register ai"):
         build(mac, double, library)
 
 
@@ -141,7 +141,7 @@ def test_an_engine_that_does_not_open(mac: Path, library: Path, on_orin: None) -
             return None
 
     double.Runtime = Runtime
-    with pytest.raises(BuildError, match="opens on this device"):
+    with pytest.raises(BuildError, match="does not open on this device"):
         build(mac, double, library)
     assert not (library.parent / "out.titans").exists()
 
@@ -165,7 +165,7 @@ def test_releases(version: str, target: str, right: bool) -> None:
     if right:
         tensorrt.check(module, TARGETS[target])
     else:
-        with pytest.raises(MachineError, match=f"but got {version}"):
+        with pytest.raises(MachineError, match=f"got {version}"):
             tensorrt.check(module, TARGETS[target])
 
 
@@ -186,7 +186,7 @@ def test_it_builds_on_the_device_alone(machine: Machine, words: str) -> None:
 
 def test_where_the_plugin_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tensorrt.ENVIRONMENT, str(tmp_path / "named.so"))
-    with pytest.raises(MachineError, match=r"none at .*named\.so"):
+    with pytest.raises(MachineError, match=r"at .*named\.so"):
         tensorrt.plugin_library(None, 10)
     (tmp_path / "named.so").touch()
     assert tensorrt.plugin_library(None, 10) == tmp_path / "named.so"

@@ -56,7 +56,7 @@ def test_what_is_only_logged_is_an_error(tmp_path: Path) -> None:
     """A network whose output is its input: the builder gives an engine all the same."""
     log, builder, network = _input_as_output(tmp_path)
     assert log.texts("ERROR"), "the release says it some other way"
-    with pytest.raises(BuildError, match="no error in the log"):
+    with pytest.raises(BuildError, match="the builder failed"):
         build_network(trt, builder, network, ADA, log)
 
 
@@ -86,7 +86,7 @@ def test_an_operator_that_the_parser_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sm", [87, 90, 100, 110])
 def test_capabilities_it_does_not_list(tmp_path: Path, sm: int) -> None:
-    with pytest.raises(MachineError, match=f"SM80.* but got SM{sm}; take --compiler tensorrt"):
+    with pytest.raises(MachineError, match=f"SM80.*, got SM{sm}. Fix: give --compiler tensorrt"):
         build(product(4, 16), tmp_path, Settings(capabilities=(sm,)))
 
 
@@ -99,7 +99,7 @@ PROFILE = {"a": ((1, 16), (4, 16), (8, 16))}
 
 
 def test_open_shapes_need_a_profile(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--profile for a.* but got none; give --profile a=MIN:OPT:MAX"):
+    with pytest.raises(UsageError, match=r"missing --profile for a .*\. Fix: give --profile a=MIN:OPT:MAX"):
         build(product("n", 16), tmp_path)
     assert len(build(product("n", 16), tmp_path, Settings(capabilities=(89,), profiles=PROFILE)).plan) > 0
 
@@ -107,7 +107,7 @@ def test_open_shapes_need_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("profiles", "words"),
     [
-        ({"b": PROFILE["a"]}, "one of a but got b"),
+        ({"b": PROFILE["a"]}, "--profile b: the inputs with dynamic shape are a"),
         ({"a": ((1, 8), (4, 8), (8, 8))}, "fit"),
         ({"a": ((1,), (4,), (8,))}, "fit"),
         ({"a": ((8, 16), (4, 16), (1, 16))}, "grow"),
@@ -119,7 +119,7 @@ def test_profiles_that_do_not_fit(tmp_path: Path, profiles: Any, words: str) -> 
 
 
 def test_a_profile_for_a_fixed_shape(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="every shape of this bundle is fixed but got a; leave it out"):
+    with pytest.raises(UsageError, match=r"--profile a: all shapes are fixed. Fix: leave it out"):
         build(product(4, 16), tmp_path, Settings(capabilities=(89,), profiles=PROFILE))
 
 
@@ -146,7 +146,7 @@ def test_a_parser_that_loses_an_output(tmp_path: Path) -> None:
     log = make_log(trt)
     network = trt.Builder(log).create_network(0)
     Parser.network = network  # type: ignore[attr-defined]
-    with pytest.raises(BuildError, match="outputs of the graph but got b"):
+    with pytest.raises(BuildError, match="outputs of the graph: b"):
         parse(Module, network, path, log)
 
 

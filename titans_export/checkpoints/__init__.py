@@ -22,7 +22,8 @@ def load_checkpoint(path: Path, format: str = "titans", options: LoadOptions | N
     """
     if format not in FORMATS:
         known = ", ".join(sorted(FORMATS))
-        raise UsageError("checkpoint", f"a format out of {known}", repr(format), "give --format one of these")
+        problem = f"unknown format: expected one of {known}, got {format!r}"
+        raise UsageError("E0104", "checkpoint", problem, "give --format one of these")
     return FORMATS[format](path, options or LoadOptions())
 
 

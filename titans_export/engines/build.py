@@ -1,4 +1,4 @@
-"""Building engines into a bundle: every graph compiled, then the bundle written aside and renamed."""
+"""Builds engines into a bundle: compiles every graph, then replaces the bundle atomically."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from .vendor import Settings, build_plan
 
 @dataclass(frozen=True)
 class Report:
-    """What a build did."""
+    """The result of a build."""
 
     bundle: str
-    engine: dict[str, Any]  # the manifest's entry as JSON has it
+    engine: dict[str, Any]  # the manifest's entry as JSON
     graphs: list[dict[str, Any]]  # graph, file, bytes, layers, engine_layers, warnings, seconds
     estimate: dict[str, int]
     workspace: int
@@ -211,7 +211,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _write(before: Bundle, target: Path, engine: EngineEntry, work: Path, overwrite: bool) -> None:
-    """The bundle with the engine, aside, then under its name. What others did to it meanwhile stays."""
+    """Replaces the bundle by one with the engine. Other changes since the start of the build are kept."""
     bundle = read_bundle(before.path)
     same = target == before.path.resolve()
     changed = [
@@ -220,7 +220,7 @@ def _write(before: Bundle, target: Path, engine: EngineEntry, work: Path, overwr
         if bundle.manifest.files.get(graph.file) != before.manifest.files[graph.file]
     ]
     if changed:
-        raise BundleError("build", f"{changed[0]} as it was when the build began", "another", "build the engine again")
+        raise BundleError("E0663", "build", f"{changed[0]} changed during the build", "build the engine again")
     files = {name: file_record(work / name) for name in engine.files}
     manifest, dropped = bundle.manifest.with_engine(engine, files)
     with replacing_folder(target, overwrite=same or overwrite, marker=MANIFEST) as aside:

@@ -46,9 +46,9 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
         # A foreign node would be taken for a plugin, and TensorRT-RTX ends the process when it meets one.
         if node.domain not in ONNX_DOMAINS or not onnx.defs.has(node.op_type):
             raise BundleError(
+                "E0662",
                 "build",
-                "operators of ONNX alone once functions are inlined",
-                f"{node.domain or 'ai.onnx'}::{node.op_type} (node {node.name!r})",
+                f"unsupported operator {node.domain or 'ai.onnx'}::{node.op_type} (node {node.name!r})",
                 "export the checkpoint again",
             )
     del inlined.opset_import[:]

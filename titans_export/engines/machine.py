@@ -1,4 +1,4 @@
-"""What this machine is to a compiler: its platform and its GPUs, asked of the driver alone."""
+"""The platform and GPUs of this machine, from the driver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that the driver shows."""
+    """A GPU of the driver's list."""
 
     name: str
     sm: int
@@ -22,11 +22,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where engines are being built."""
+    """The machine of a build."""
 
     platform: str
     gpus: list[Gpu] = field(default_factory=list)
-    driver: int | None = None  # the newest CUDA that the driver takes, as cuDriverGetVersion counts: 12060
+    driver: int | None = None  # the newest CUDA of the driver, such as 12060 for 12.6
 
     def find(self, sm: int) -> Gpu | None:
         """The first GPU of that compute capability."""
@@ -35,7 +35,7 @@ class Machine:
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
-    """This one. A machine without a driver has no GPU."""
+    """This machine. Without a driver it has no GPU."""
     name = f"{sys.platform}-{platform.machine()}"
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -1,6 +1,6 @@
-"""What goes to and fro while a vendor's builder works: its log, its progress, its parser's errors, our interruption.
+"""Callbacks of a vendor's builder: its log, progress and parser errors, and the handling of Ctrl-C.
 
-No exception may leave a callback, Ctrl-C's neither: between the vendor's frames it would end the process.
+No exception may leave a callback, as it would end the process between the vendor's frames.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from ..errors import TitansError
 
 Progress = Callable[[str], None]
-# What the messages say of a machine without a driver. Who builds ahead of time needs none.
+# The message on a machine without a driver, which a build ahead of time does not need.
 _NO_DRIVER = "cudaError 35"
 
 
 class BuildError(TitansError):
-    """A graph that the vendor's parser or builder does not take."""
+    """A graph that the vendor's parser or builder refuses."""
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps what it is told: the vendor's class, so it is made with the vendor's module."""
+    """A logger that keeps all messages. Its base class is in the vendor's module."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -35,7 +35,7 @@ def make_log(trt: Any) -> Any:
                 self.messages.append((severity.name, text))
 
         def texts(self, *severities: str) -> list[str]:
-            """What was said so."""
+            """The messages of these severities."""
             return [text for severity, text in self.messages if severity in severities]
 
         def first(self) -> str | None:
@@ -46,15 +46,21 @@ def make_log(trt: Any) -> Any:
         def check(self, where: str) -> None:
             """Raises BuildError if anything has failed so far."""
             if (text := self.first()) is not None:
-                raise BuildError(where, "no error in the log of the builder", text, "change what it names")
+                raise BuildError(
+                    "E0658", where, f"the builder failed: {_sentence(text)}", "change what the message names"
+                )
 
     return Log()
 
 
+def _sentence(text: str) -> str:
+    return text.strip().rstrip(".")
+
+
 def explain(parser: Any, log: Any) -> str:
-    """The parser's first error in a user's words: operator, node, what is wrong with it."""
+    """The parser's first error: operator, node and problem."""
     if not parser.num_errors:
-        return log.first() or "a refusal without a word"
+        return _sentence(log.first() or "no reason given")
     error = parser.get_error(0)
     node = error.node_name() or f"number {error.node()}"
     lines = [line for line in error.desc().splitlines() if line.strip() and _NO_DRIVER not in line]
@@ -62,7 +68,7 @@ def explain(parser: Any, log: Any) -> str:
     if said in ("", "false"):
         said = str(error.code()).rpartition(".")[2].lower().replace("_", " ")
     more = f" (and {parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-    return f"{error.node_operator()} node {node!r}: {said}{more}"
+    return f"{error.node_operator()} node {node!r}: {_sentence(said)}{more}"
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
-    """Tells how far the builder is, and stops it when it is interrupted."""
+    """Reports the builder's progress, and stops it after an interrupt."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

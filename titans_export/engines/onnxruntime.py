@@ -56,21 +56,19 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
     kept_nodes = {(node.op_type, node.overload) for node in model.graph.node if node.domain == DOMAIN}
     had_nodes = {(node.op_type, node.overload) for node in original.graph.node if node.domain == DOMAIN}
     if had_nodes != kept_nodes:
-        raise MachineError(
-            "build", "ONNX Runtime to keep the memory's nodes", f"{onnxruntime.__version__}, which does not",
-            "pip install -U onnxruntime",
-        )  # fmt: skip
+        problem = f"ONNX Runtime {onnxruntime.__version__} removes the memory's nodes"
+        raise MachineError("E0653", "build", problem, "pip install -U onnxruntime")
     return point_back(model, source)
 
 
 def kernel_library() -> Path:
-    """The library of custom operators beside the runtime. Raises MachineError where it is missing."""
+    """The library of custom operators beside the runtime. Raises MachineError if it is missing."""
     from titans_runtime._library import _library_path
 
     path = Path(_library_path()).with_name("libtitans_onnxruntime_ops.so")
     if not path.is_file():
-        remedy = "install titans-runtime again, with Highway's headers in .deps"
-        raise MachineError("build", "the memory's kernel for ONNX Runtime", f"no {path}", remedy)
+        fix = "install titans-runtime again, with Highway's headers in .deps"
+        raise MachineError("E1006", "build", f"no memory kernel for ONNX Runtime: {path} is missing", fix)
     return path
 
 

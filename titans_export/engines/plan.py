@@ -1,4 +1,4 @@
-"""What a build will do, decided and checked before anything is built."""
+"""The plan of a build, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .targets import ORT, RTX, TENSORRT, Target, find_target
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SUFFIXES = {TENSORRT: "engine", RTX: "engine", ORT: "onnx"}
 _SHORT = {TENSORRT: "trt", RTX: "rtx", ORT: "ort"}
-TIGHT = 0.75  # of a target's memory: beyond it a note is said
+TIGHT = 0.75  # fraction of a target's memory beyond which there is a note
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. None and empty: the default."""
+    """The user's request. None and empty: the default."""
 
     target: str
     precision: str | None = None
@@ -50,7 +50,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be built."""
+    """The engine to build."""
 
     request: Request
     bundle: Bundle
@@ -58,7 +58,7 @@ class Plan:
     compiler: str
     name: str
     graphs: list[GraphEntry]
-    plugin: bool  # whether nodes are left to the memory's plugin
+    plugin: bool  # whether the memory's plugin runs some nodes
     alias: str | None
     in_place: list[str]
     workspace: int
@@ -66,8 +66,8 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        """The precision of the matrix products."""
-        assert self.request.precision is not None  # make_plan has decided
+        """The precision of matmuls."""
+        assert self.request.precision is not None  # set by make_plan
         return self.request.precision
 
     def file(self, graph: str) -> str:
@@ -79,7 +79,7 @@ class Plan:
         return self.bundle.path / graph.file
 
     def prepare(self, graph: GraphEntry) -> ModelProto:
-        """The graph as the compiler's parser takes it."""
+        """The graph in the form that the compiler's parser accepts."""
         model = load_graph(self.source(graph))
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
             model = for_compiler(model)
@@ -93,7 +93,7 @@ class Plan:
 
 
 def make_plan(bundle: Bundle, request: Request) -> Plan:
-    """Decides everything. Raises UsageError, and MachineError where target and compiler do not go together."""
+    """Makes the plan. Raises UsageError, and MachineError for unsupported targets."""
     target = find_target(request.target)
     compiler = request.compiler or target.compilers[0]
     precision = choose_precision(bundle.quantization, target, request.precision)
@@ -101,7 +101,8 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     _check_options(request, target, compiler)
     name = request.name or _default_name(target, precision, compiler)
     if not _NAME.fullmatch(name) or name == NO_ENGINE:
-        raise UsageError("build", "a name of letters, digits, '.', '_' and '-'", repr(name), "give another --name")
+        problem = f"invalid name: expected letters, digits, '.', '_' and '-', got {name!r}"
+        raise UsageError("E0104", "build", problem, "give another --name")
     chosen = _choose_graphs(bundle, request.graphs)
     state = bundle.manifest.state
     models = [load_graph(bundle.path / graph.file) for graph in chosen]
@@ -125,22 +126,23 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
 
 
 def check_memory(plan: Plan) -> str | None:
-    """Refuses an engine that its target cannot hold or build; says where it gets tight. Raises MachineError."""
+    """A note if the target's memory gets tight. Raises MachineError if it is too small."""
     target, estimated = plan.target, plan.estimate
     need = max(estimated.build, estimated.run)
     what = f"about {_gib(need)} to {'build' if need == estimated.build else 'run'} on {target.name}"
     if not target.gpu:
         return None
     if need > target.memory:
-        remedy = "give a smaller --workspace-limit, a lower --precision or fewer --graph"
-        raise MachineError("build", f"at most {target.memory_gib} GiB, the memory of {target.name}", what, remedy)
+        problem = f"the target has too little memory: {what}, which has {target.memory_gib} GiB"
+        fix = "give a smaller --workspace-limit, a lower --precision or fewer --graph"
+        raise MachineError("E0656", "build", problem, fix)
     if need > TIGHT * target.memory:
         return f"{what}, which has {target.memory_gib} GiB"
     return None
 
 
 def check_machine(plan: Plan, machine: Machine) -> None:
-    """Refuses to build where that compiler cannot build for that target. Raises MachineError."""
+    """Raises MachineError if the compiler cannot build for the target on this machine."""
     if plan.compiler == TENSORRT:
         tensorrt.check_machine(plan.target, machine)
     elif plan.compiler == RTX:
@@ -148,7 +150,7 @@ def check_machine(plan: Plan, machine: Machine) -> None:
 
 
 def where(plan: Plan) -> str:
-    """Where the engine can be built."""
+    """The machines that can build the engine."""
     if plan.compiler == TENSORRT:
         return f"on the {plan.target.device} itself, with {plan.target.system or 'TensorRT'}"
     if plan.compiler == RTX:
@@ -159,12 +161,14 @@ def where(plan: Plan) -> str:
 def _check_options(request: Request, target: Target, compiler: str) -> None:
     if request.precision not in target.precisions:
         known = " or ".join(target.precisions)
-        raise UsageError("build", f"--precision {known} for {target.name}", str(request.precision), "take that one")
+        problem = f"unsupported --precision for {target.name}: expected {known}, got {request.precision}"
+        raise UsageError("E0104", "build", problem, f"give --precision {known}")
     if compiler == RTX:
         tensorrt_rtx.check_target(target)
     if compiler not in target.compilers:
         known = " or ".join(target.compilers)
-        raise MachineError("build", f"--compiler {known} for {target.name}", compiler, "take one of these")
+        problem = f"unsupported --compiler for {target.name}: expected {known}, got {compiler}"
+        raise MachineError("E0655", "build", problem, f"give --compiler {known}")
     for option, given, served in (
         ("--alias", request.alias, (TENSORRT,)),
         ("--plugin-library", request.plugin_library, (TENSORRT,)),
@@ -174,7 +178,8 @@ def _check_options(request: Request, target: Target, compiler: str) -> None:
         ("--workspace-limit", request.workspace_limit, (TENSORRT, RTX)),
     ):
         if given and compiler not in served:
-            raise UsageError("build", f"{option} with --compiler {' or '.join(served)}", compiler, "leave it out")
+            problem = f"{option} is for --compiler {' or '.join(served)}, not {compiler}"
+            raise UsageError("E0102", "build", problem, f"leave out {option}")
 
 
 def _default_name(target: Target, precision: str, compiler: str) -> str:
@@ -186,26 +191,28 @@ def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[GraphEntry]:
     known = bundle.manifest.graphs
     names = [graph.name for graph in known]
     if unknown := [name for name in wanted if name not in names]:
-        raise UsageError("build", f"--graph of {', '.join(names)}", unknown[0], "give one of these")
+        problem = f"unknown --graph: expected one of {', '.join(names)}, got {unknown[0]}"
+        raise UsageError("E0104", "build", problem, "give one of these")
     chosen = [graph for graph in known if not wanted or graph.name in wanted]
     if missing(chosen):  # all of the bundle's graphs together are a schedule
         singles = [graph.name for graph in known if graph.tokens == 1 and graph not in chosen]
-        remedy = "add " + " ".join(f"--graph {name}" for name in singles)
-        raise UsageError("build", "graphs that take one token at every position", ", ".join(wanted), remedy)
+        fix = "add " + " ".join(f"--graph {name}" for name in singles)
+        problem = f"{', '.join(wanted)} cannot take one token at every position"
+        raise UsageError("E0102", "build", problem, fix)
     return chosen
 
 
 def check_name(plan: Plan, overwrite: bool) -> None:
-    """Refuses to write over what is not to be written over. Raises UsageError."""
+    """Raises UsageError if the engine or one of its files exists."""
     engines = plan.bundle.manifest.engines
     own = {graph.file for engine in engines if engine.name == plan.name for graph in engine.graphs}
     if own and not overwrite:
-        remedy = "give --overwrite to build it again, or another --name"
-        raise UsageError("build", f"no engine {plan.name} in {plan.bundle.path}", "one", remedy)
+        problem = f"{plan.bundle.path} has an engine {plan.name}"
+        raise UsageError("E1008", "build", problem, "give --overwrite to build it again, or another --name")
     taken = {path.name for path in plan.bundle.path.iterdir()} - own
     for graph in plan.graphs:
         if (file := plan.file(graph.name)) in taken:
-            raise UsageError("build", f"no file {file} in {plan.bundle.path}", "one", "give another --name")
+            raise UsageError("E1008", "build", f"{plan.bundle.path} has a file {file}", "give another --name")
 
 
 def _state_bytes(state: Sequence[StateTensor], in_place: Sequence[str]) -> int:

@@ -125,10 +125,11 @@ class _Pass:
         worst = float(np.max(np.abs(found - right) / np.abs(right), initial=0.0))
         if not worst <= _SCALE_ERROR:
             raise PrecisionError(
+                "E0661",
                 "build",
-                f"scales that {self.precision} holds to {_SCALE_ERROR:.0%}",
-                f"{np.abs(right).min():.3g} in {scale.name}, which it holds to {worst:.1%}",
-                f"take --precision {BF16 if self.precision == FP16 else FP32}",
+                f"{self.precision} is too coarse for the scales in {scale.name}: expected an error of at most "
+                f"{_SCALE_ERROR:.0%}, got {worst:.1%} for {np.abs(right).min():.3g}",
+                f"give --precision {BF16 if self.precision == FP16 else FP32}",
             )
 
     def _unused(self) -> set[str]:
@@ -142,10 +143,11 @@ class _Pass:
         largest = float(np.abs(value).max(initial=0.0))
         if not largest <= _LARGEST[self.precision]:  # which NaN is not either
             raise PrecisionError(
+                "E0661",
                 "build",
-                f"weights within {_LARGEST[self.precision]:g}, which {self.precision} holds",
-                f"{largest:g} in {tensor.name}",
-                f"take --precision {BF16 if self.precision == FP16 and np.isfinite(largest) else FP32}",
+                f"{self.precision} cannot hold the weights in {tensor.name}: expected at most "
+                f"{_LARGEST[self.precision]:g}, got {largest:g}",
+                f"give --precision {BF16 if self.precision == FP16 and np.isfinite(largest) else FP32}",
             )
         return float_tensor(name, _FORMATS[self.precision], value)
 

@@ -1,4 +1,4 @@
-"""Quantised bundles before a compiler: which devices run them, in which precision, and what compilers want changed."""
+"""Quantised bundles: supported devices and precisions, and changes of their graphs for compilers."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ def weights_format(quantization: Quantization | None) -> str:
 
 
 def choose_precision(quantization: Quantization | None, target: Target, wanted: str | None) -> str:
-    """The precision that was asked for, else the one that weights are stored in, else fp32. Raises UsageError."""
+    """The requested precision, else that of the stored weights, else fp32. Raises UsageError."""
     stored = STORED.get(weights_format(quantization))
     if wanted is None:
         return stored if stored in target.precisions else FP32
     if stored is not None and wanted not in (stored, FP32):
-        raise UsageError(
-            "build", f"--precision {stored} or {FP32}, as the weights are stored in {stored}", wanted,
-            "take that one, or quantize the float32 bundle again",
-        )  # fmt: skip
+        problem = f"unsupported --precision for weights in {stored}: expected {stored} or {FP32}, got {wanted}"
+        raise UsageError("E0104", "build", problem, f"give --precision {stored}, or quantize the float32 bundle again")
     return wanted
 
 
 def check_target(
     quantization: Quantization | None, models: Iterable[ModelProto], target: Target, compiler: str
 ) -> None:
-    """Refuses what the target or the compiler cannot run. Raises MachineError."""
+    """Raises MachineError if the target or the compiler cannot run the bundle."""
     formats = set(quantization.matmuls.values()) if quantization else set()
     if target.sm is not None and "fp8" in formats and target.sm < FP8_FROM:
         able = ", ".join(name for name, other in TARGETS.items() if other.sm is not None and other.sm >= FP8_FROM)
         raise MachineError(
-            "build", f"a target from sm_{FP8_FROM} on for products in fp8 ({able})", f"{target.name} (sm_{target.sm})",
+            "E0655",
+            "build",
+            f"unsupported target for matmuls in fp8: expected sm_{FP8_FROM} or newer ({able}), "
+            f"got {target.name} (sm_{target.sm})",
             "quantize with --recipe int8 or int4-weight-only for it",
-        )  # fmt: skip
+        )
     bare = [node for model in models for node in model.graph.node if is_memory(node) and not node.overload]
     if target.sm is None or not bare:
         return
@@ -56,14 +57,18 @@ def check_target(
     if compiler == RTX:
         other = TENSORRT if TENSORRT in target.compilers else ORT
         raise MachineError(
-            "build", f"a memory that standard operators can compute, as {RTX} takes no plugin of ours",
-            f"one in {memory_dtype}", f"take --compiler {other}, or quantize with --memory float32",
-        )  # fmt: skip
+            "E0655",
+            "build",
+            f"unsupported memory dtype {memory_dtype}: {RTX} runs standard operators only",
+            f"give --compiler {other}, or quantize with --memory float32",
+        )
     if not all(has_kernel(node) for node in bare):
         raise MachineError(
-            "build", "a memory that our kernels for GPUs compute", f"one with a gate a chunk in {memory_dtype}",
+            "E0655",
+            "build",
+            f"unsupported memory: there is no GPU kernel for gates per chunk in {memory_dtype}",
             "quantize with --memory float32, or build for the CPU",
-        )  # fmt: skip
+        )
 
 
 def for_compiler(model: ModelProto) -> ModelProto:

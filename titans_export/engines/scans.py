@@ -55,8 +55,9 @@ class _Unrolling:
         axis = self.input_axes[0]
         self.length = shape[axis] if -len(shape) <= axis < len(shape) else 0
         if not self.length or any(directions):
-            got = "one that runs backwards" if any(directions) else "one of unknown length"
-            raise BundleError("build", f"a Scan forwards over a known number of steps at {name}", got, "export again")
+            detail = "it runs backwards" if any(directions) else "its length is unknown"
+            problem = f"unsupported Scan at {name}: {detail}"
+            raise BundleError("E0662", "build", problem, "export the checkpoint again")
         self.initializers: list[TensorProto] = []
 
     def run(self) -> list[NodeProto]:

@@ -77,5 +77,6 @@ def find_target(name: str) -> Target:
     """The target of that name. Raises UsageError."""
     if name not in TARGETS:
         known = ", ".join(TARGETS)
-        raise UsageError("build", f"one of the targets {known}", name, "see titans-export build --list-targets")
+        problem = f"unknown target: expected one of {known}, got {name}"
+        raise UsageError("E0104", "build", problem, "see titans-export build --list-targets")
     return TARGETS[name]

@@ -16,14 +16,14 @@ ENVIRONMENT = "TITANS_TENSORRT_PLUGIN"
 
 
 def find() -> Any:
-    """The vendor's module. Raises MachineError where it is missing or of a release that this project does not take."""
+    """The vendor's module. Raises MachineError if it is missing."""
     try:
         return importlib.import_module("tensorrt")
     except ImportError as error:
         raise MachineError(
+            "E1006",
             "build",
-            "TensorRT's Python package",
-            str(error),
+            f"cannot import TensorRT's Python package: {error}",
             "install TensorRT (JetPack brings it: apt install python3-libnvinfer; elsewhere pip install tensorrt)",
         ) from None
 
@@ -39,8 +39,9 @@ def check(trt: Any, target: Target) -> None:
     least = target.tensorrt
     found = release(trt.__version__)
     if found < least or found[0] > NEWEST:
-        expected = f"TensorRT from {least[0]}.{least[1]} to {NEWEST}.x for {target.name}"
-        raise MachineError("build", expected, trt.__version__, "install one of these")
+        known = f"{least[0]}.{least[1]} to {NEWEST}.x"
+        problem = f"unsupported TensorRT for {target.name}: expected {known}, got {trt.__version__}"
+        raise MachineError("E0653", "build", problem, "install a version of that range")
 
 
 def check_machine(target: Target, machine: Machine) -> None:
@@ -53,16 +54,17 @@ def check_machine(target: Target, machine: Machine) -> None:
         ", or take --compiler tensorrt_rtx, which builds without a GPU" if "tensorrt_rtx" in target.compilers else ""
     )
     raise MachineError(
+        "E0654",
         "build",
-        f"{target.platform} with a GPU of sm_{target.sm}, since TensorRT builds on the device it builds for",
-        f"{machine.platform} with {own}",
-        f"run this command on the {target.device} ({target.system}), or tools/device_check there, or take the prepared "
-        f"graphs and the lines of --emit-trtexec -o DIR to it{other}",
+        f"TensorRT builds on the target only: expected {target.platform} with a GPU of sm_{target.sm}, "
+        f"got {machine.platform} with {own}",
+        f"run this command on the {target.device} ({target.system}), or tools/device_check there, or run the "
+        f"trtexec commands of --emit-trtexec -o DIR there{other}",
     )
 
 
 def plugin_library(given: Path | None, major: int) -> Path:
-    """The library with our plugin: what was given, what the environment names, or what lies beside the runtime."""
+    """Our plugin library: the given one, that of the environment, or that beside the runtime."""
     if given is None and ENVIRONMENT in os.environ:
         given = Path(os.environ[ENVIRONMENT])
     name = library_name(major)
@@ -70,9 +72,9 @@ def plugin_library(given: Path | None, major: int) -> Path:
         given = _beside_the_runtime(name)
     if given is None or not given.is_file():
         raise MachineError(
+            "E0657",
             "plugin library",
-            f"our plugin for TensorRT {major}, {name}",
-            f"none at {given}" if given else "none",
+            f"no plugin for TensorRT {major}, {name}" + (f", at {given}" if given else ""),
             "build it (docs/tensorrt-plugin.md) and give --plugin-library PATH",
         )
     return given.resolve()

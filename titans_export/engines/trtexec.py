@@ -1,4 +1,4 @@
-"""The same build as lines of trtexec, for who builds on the device without Python."""
+"""The same build as trtexec commands, for builds on the device without Python."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _PREVIEW = "aliasedPluginIO1003"
 
 
 def lines(plan: Plan) -> list[str]:
-    """One line for each graph, for the folder that holds the prepared graphs. Raises UsageError."""
+    """One command per graph, for the folder of the prepared graphs. Raises UsageError."""
     if plan.compiler != TENSORRT:
-        raise UsageError("build", "--emit-trtexec with the compiler tensorrt", plan.compiler, "build it here instead")
+        problem = f"--emit-trtexec is for --compiler tensorrt, not {plan.compiler}"
+        raise UsageError("E0102", "build", problem, "build it here instead")
     return [shlex.join(_arguments(plan, graph.name)) for graph in plan.graphs]
 
 

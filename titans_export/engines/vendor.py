@@ -1,6 +1,6 @@
-"""What building has in common for full TensorRT and TensorRT-RTX: the vendor's module is a parameter.
+"""The build steps that TensorRT and TensorRT-RTX share. The vendor's module is a parameter.
 
-The log is read after every step, since some calls only log that they failed and give an engine all the same.
+The log is checked after every step, as some calls log a failure and still return an engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = {
 
 @dataclass
 class Settings:
-    """How to build, for any device."""
+    """Settings of a build."""
 
     workspace: int | None = None  # bytes
     timing_cache: bytes | None = None  # empty: a new one
@@ -39,16 +39,16 @@ class Settings:
     plugin_library: Path | None = None
     embed_plugin: bool = False
     capabilities: Sequence[int] = ()  # TensorRT-RTX: the compute capabilities to build for
-    open_here: bool = False  # this machine can run the engine, so it is opened once and asked for its layers
+    open_here: bool = False  # this machine can run the engine, so that it is opened once to list its layers
 
 
 @dataclass
 class Built:
-    """An engine and what is known of it."""
+    """An engine and its description."""
 
     plan: memoryview  # of the vendor's own buffer: a copy would take an engine's size again
     layers: dict[str, int]  # of the network, by kind
-    engine_layers: list[str] | None  # as the engine's inspector says; None where it cannot be opened
+    engine_layers: list[str] | None  # from the engine's inspector; None if it cannot be opened here
     timing_cache: bytes | None
     warnings: list[str]
 
@@ -67,7 +67,7 @@ def build_plan(trt: Any, path: Path, settings: Settings, progress: Progress = la
 def build_network(
     trt: Any, builder: Any, network: Any, settings: Settings, log: Any, progress: Progress = lambda text: None
 ) -> Built:
-    """Builds what has been parsed. Raises BuildError, also for what the vendor only logs."""
+    """Builds the parsed network. Raises BuildError, also for failures that the vendor only logs."""
     config = _configure(trt, builder, network, settings, log)
     layers = Counter(network.get_layer(i).type.name.lower() for i in range(network.num_layers))
     with interruptible() as interrupted:
@@ -76,7 +76,9 @@ def build_network(
         plan = builder.build_serialized_network(network, config)
     log.check("engine")
     if plan is None:
-        raise BuildError("build", "an engine", "none, and no word why", "report this with the bundle")
+        raise BuildError(
+            "E0658", "build", "the builder returned no engine and no reason", "report this with the bundle"
+        )
     data = memoryview(plan)
     cache = config.get_timing_cache() if settings.timing_cache is not None else None
     return Built(
@@ -93,7 +95,8 @@ def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
     parser = trt.OnnxParser(network, log)
     parsed = parser.parse_from_file(str(path))
     if not parsed or parser.num_errors:
-        raise BuildError("parser", "a graph it can read", explain(parser, log), "report this with the bundle")
+        problem = f"the parser cannot read the graph: {explain(parser, log)}"
+        raise BuildError("E0658", "parser", problem, "report this with the bundle")
     log.check("parser")
     graph = load_structure(path).graph
     for what, values, count, get in (
@@ -103,17 +106,13 @@ def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
         expected = {value.name: _DTYPES.get(value.type.tensor_type.elem_type, "?") for value in values}
         got = {get(i).name: get(i).dtype.name for i in range(count)}
         if differing := sorted(set(expected.items()) ^ set(got.items())):
-            raise BuildError(
-                "parser",
-                f"the {what}s of the graph",
-                f"{differing[0][0]} of another type or missing",
-                "report this with the bundle",
-            )
+            problem = f"the parser changed the {what}s of the graph: {differing[0][0]} has another type or is missing"
+            raise BuildError("E0658", "parser", problem, "report this with the bundle")
 
 
 def _configure(trt: Any, builder: Any, network: Any, settings: Settings, log: Any) -> Any:
     config = builder.create_builder_config()
-    # TensorFloat-32 keeps 10 bits: neither what fp32 promises nor what the memory's mathematics takes.
+    # TensorFloat-32 keeps 10 bits, which is too few for fp32 and for the memory.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.capabilities:
@@ -127,8 +126,8 @@ def _configure(trt: Any, builder: Any, network: Any, settings: Settings, log: An
     if settings.timing_cache is not None:
         cache = config.create_timing_cache(settings.timing_cache)
         if cache is None or not config.set_timing_cache(cache, False):
-            got = log.first() or "one of another device or version"
-            raise MachineError("timing cache", "one made by this device and version", got, "give another file")
+            problem = f"the timing cache does not fit this device and version: {log.first() or 'no reason given'}"
+            raise MachineError("E0659", "timing cache", problem.rstrip("."), "give another file")
     _set_profile(builder, config, network, settings)
     log.check("configuration")
     return config
@@ -140,10 +139,11 @@ def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[int]) -> Non
     for place, sm in enumerate(capabilities):
         if f"SM{sm}" not in known or not config.set_compute_capability(known[f"SM{sm}"], place):
             raise MachineError(
+                "E0655",
                 "build",
-                f"a compute capability that this release builds for ({', '.join(n for n in known if n[:2] == 'SM')})",
-                f"SM{sm}",
-                "take --compiler tensorrt",
+                f"unsupported compute capability: expected one of {', '.join(n for n in known if n[:2] == 'SM')}, "
+                f"got SM{sm}",
+                "give --compiler tensorrt",
             )
 
 
@@ -155,13 +155,11 @@ def _set_profile(builder: Any, config: Any, network: Any, settings: Settings) ->
             dynamic[tensor.name] = tuple(tensor.shape)
     for name in settings.profiles:
         if name not in dynamic:
-            known = f"one of {', '.join(dynamic)}" if dynamic else "none, as every shape of this bundle is fixed"
-            raise UsageError("build", f"--profile for an input of open shape, {known}", name, "leave it out")
+            known = f"the inputs with dynamic shape are {', '.join(dynamic)}" if dynamic else "all shapes are fixed"
+            raise UsageError("E0104", "build", f"--profile {name}: {known}", "leave it out")
     if missing := [name for name in dynamic if name not in settings.profiles]:
-        raise UsageError(
-            "build", f"--profile for {missing[0]}, whose shape is {dynamic[missing[0]]}", "none",
-            f"give --profile {missing[0]}=MIN:OPT:MAX",
-        )  # fmt: skip
+        problem = f"missing --profile for {missing[0]} of shape {dynamic[missing[0]]}"
+        raise UsageError("E0103", "build", problem, f"give --profile {missing[0]}=MIN:OPT:MAX")
     if not dynamic:
         return
     profile = builder.create_optimization_profile()
@@ -170,13 +168,15 @@ def _set_profile(builder: Any, config: Any, network: Any, settings: Settings) ->
             wanted = dynamic[name]
             if len(shape) != len(wanted) or any(w not in (-1, s) for w, s in zip(wanted, shape, strict=True)):
                 text = "x".join(map(str, shape))
-                raise UsageError("build", f"shapes of {name} that fit {wanted}", text, "give MIN:OPT:MAX that do")
+                problem = f"invalid --profile for {name}: expected shapes that fit {wanted}, got {text}"
+                raise UsageError("E0104", "build", problem, "give MIN:OPT:MAX that fit")
         least, best, most = shapes
         if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
-            raise UsageError("build", f"shapes of {name} that grow from MIN to MAX", str(shapes), "put them in order")
+            problem = f"invalid --profile for {name}: the shapes do not grow from MIN to MAX: {shapes}"
+            raise UsageError("E0104", "build", problem, "put them in order")
         profile.set_shape(name, tuple(least), tuple(best), tuple(most))
     if config.add_optimization_profile(profile) < 0:
-        raise BuildError("build", "profiles that the builder takes", "a refusal", "give other shapes")
+        raise BuildError("E0658", "build", "the builder refuses the profiles", "give other shapes")
 
 
 def _load_plugin(registry: Any, path: Path, log: Any) -> None:
@@ -185,15 +185,15 @@ def _load_plugin(registry: Any, path: Path, log: Any) -> None:
     creators = [(creator.name, creator.plugin_namespace) for creator in registry.all_creators]
     if handle is None or ("NeuralMemory", "ai.titans") not in creators:
         raise MachineError(
+            "E0657",
             "plugin library",
-            f"{path} to register ai.titans::NeuralMemory",
-            "nothing of that name",
+            f"{path} does not register ai.titans::NeuralMemory",
             "give --plugin-library the library that was built for this TensorRT's major version",
         )
 
 
 def _inspect(trt: Any, plan: memoryview, settings: Settings) -> list[str]:
-    """Names of the engine's layers, from the engine opened as a runtime would."""
+    """Names of the engine's layers, from the opened engine."""
     log = make_log(trt)
     runtime = trt.Runtime(log)
     if settings.embed_plugin:
@@ -202,14 +202,15 @@ def _inspect(trt: Any, plan: memoryview, settings: Settings) -> list[str]:
         runtime.get_plugin_registry().load_library(str(settings.plugin_library))
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        said = (log.texts("ERROR", "INTERNAL_ERROR") or ["no word why"])[0]
-        raise BuildError("build", "an engine that opens on this device", said, "report this with the bundle")
+        reason = (log.texts("ERROR", "INTERNAL_ERROR") or ["no reason given"])[0].rstrip(".")
+        problem = f"the engine does not open on this device: {reason}"
+        raise BuildError("E0658", "build", problem, "report this with the bundle")
     inspector = engine.create_engine_inspector()
     layers = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON)).get("Layers", [])
     return [layer["Name"] if isinstance(layer, dict) else str(layer) for layer in layers]
 
 
 def _flag(enumeration: Any, name: str) -> int:
-    """The bit of a creation flag; 0 where a later release has dropped it for being the rule."""
+    """The bit of a creation flag; 0 if a later release dropped it, as it became the default."""
     member = enumeration.__members__.get(name)
     return 0 if member is None else 1 << int(member)

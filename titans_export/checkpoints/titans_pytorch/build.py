@@ -1,4 +1,4 @@
-"""From what was read to a model that streams."""
+"""Builds the streaming model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,19 +30,11 @@ def _model(source: Source, name: str, bug_compatible: int | None) -> StreamModel
         load_transformer(transformer, source.tensors)
         return transformer
     if bug_compatible is not None:
-        raise UsageError(
-            "checkpoint",
-            "a MemoryAsContextTransformer with --bug-compatible",
-            "a NeuralMemory, whose cached decoding equals its training",
-            "leave it out",
-        )
+        problem = "--bug-compatible is for transformers, and the checkpoint is a NeuralMemory"
+        raise UsageError("E0102", "checkpoint", problem, "leave it out")
     if options.accept_weight_residual:
-        raise CheckpointError(
-            "checkpoint",
-            "a NeuralMemory that runs on its own",
-            "one that takes the weights of a previous layer (accept_weight_residual)",
-            "export the transformer that it belongs to",
-        )
+        problem = "the NeuralMemory needs the weights of a previous layer (accept_weight_residual)"
+        raise CheckpointError("E0312", "checkpoint", problem, "export the transformer that it belongs to")
     memory = VectorMemory(options, name)
     load_memory(memory.layer, source.tensors)
     return memory
@@ -50,16 +42,15 @@ def _model(source: Source, name: str, bug_compatible: int | None) -> StreamModel
 
 def _checkpoint(source: Source, name: str, bug_compatible: int | None) -> Checkpoint:
     if bug_compatible is not None and bug_compatible < 1:
-        raise UsageError(
-            "checkpoint", "--bug-compatible with a prompt of at least 1 token", str(bug_compatible), "give its length"
-        )
+        problem = f"invalid --bug-compatible: expected a prompt of at least 1 token, got {bug_compatible}"
+        raise UsageError("E0104", "checkpoint", problem, "give the length of the prompt")
     # What the library trains; what it decodes differs, which is the point of bug_compatible.
     oracle = None if bug_compatible is not None else partial(library_oracle, source)
     return Checkpoint(_model(source, name, bug_compatible).eval(), FORMAT, source.weights_sha256, None, oracle)
 
 
 def load(path: Path, options: LoadOptions) -> Checkpoint:
-    """Loads a state dict as `options.config` describes it. Raises CheckpointError naming what is missing or wrong."""
+    """Loads a state dict as `options.config` describes it. Raises CheckpointError."""
     return _checkpoint(read(path, options.config), path.stem, options.bug_compatible)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, MissingCheckpointError
 
 Kind = Literal["transformer", "memory"]
 NetworkKind = Literal["mlp", "gated-residual", "factorized", "swiglu"]
@@ -23,18 +23,17 @@ BUILT_IN = ("train_mac",)
 KWARGS = "neural_memory_kwargs"
 ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "sigmoid")
 ATTENTION_REFUSED = (
-    "a memory network that maps each token by itself",
-    "MemoryAttention, which in decoding attends over one token and in training over a chunk",
-    "train with MemoryMLP or another of the library's networks: no stream can equal what this one was trained as",
+    "unsupported memory network MemoryAttention: it attends over one token in decoding and over a chunk in training",
+    "train with MemoryMLP or another of the library's networks, as no stream can reproduce this one",
 )
 
 
-MOST = 1 << 20  # of sizes and counts; longer segments have no schedule
-SMALLEST, LARGEST = 1e-30, 1e30  # of numbers
+MOST = 1 << 20  # maximum of sizes and counts; longer segments have no schedule
+SMALLEST, LARGEST = 1e-30, 1e30  # range of numbers
 
 
 class Argument(NamedTuple):
-    """What a value must be, in words and as a test."""
+    """A description of valid values, and the test."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -45,7 +44,7 @@ def _integer(least: int) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    """What float32 holds, and 0: kernels compute in it."""
+    """A number that float32 can hold, as kernels compute in it."""
     return type(value) in (int, float) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
 
 
@@ -165,24 +164,26 @@ NETWORKS = {
     "FactorizedMemoryMLP": Network("factorized", "k", {"k": 32}),
     "MemorySwiGluMLP": Network("swiglu", "expansion_factor", {"depth": 1, "expansion_factor": 4.0}),
 }
+_LIBRARY_FAILS = " (the library fails too)"
 DEFAULT_NETWORK = {"depth": 2, "expansion_factor": 4.0}  # NeuralMemory's default_model_kwargs
 
 
 @dataclass(frozen=True)
 class Config:
-    """The arguments that were given. name: what errors call the file. given: by key, all of them valid."""
+    """The given arguments. name: the file's name in errors. given: valid values by key."""
 
     name: str
     json: dict[str, Any]
     given: dict[str, Any]
 
 
-def correct(expected: str, got: str, name: str) -> CheckpointError:
-    return CheckpointError("config", expected, got, f"correct {name}")
+def correct(problem: str, name: str) -> CheckpointError:
+    """The error of an argument that the file gives and the library could not have taken."""
+    return CheckpointError("E0309", "config", problem, f"correct {name}")
 
 
 def load(config: Path | str | None) -> tuple[str, dict[str, Any]]:
-    """Name and contents of the file, or of what is built in under that name; nothing for None."""
+    """Name and contents of the file, or of the built-in configuration of that name; empty for None."""
     if config is None:
         return "the arguments (--config)", {}
     if str(config) in BUILT_IN:
@@ -193,33 +194,38 @@ def load(config: Path | str | None) -> tuple[str, dict[str, Any]]:
         read = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         built_in = ", ".join(BUILT_IN)
-        raise CheckpointError(
-            "config", f"a file {path}", "none", f"write the constructor's arguments there as JSON, or give {built_in}"
+        raise MissingCheckpointError(
+            "E0308",
+            "config",
+            f"no such file: {path}",
+            f"write the constructor's arguments there as JSON, or give {built_in}",
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError("config", f"JSON in {path}", str(error), "correct it") from None
+        raise CheckpointError("E0308", "config", f"{path} is not readable JSON: {error}", "correct the file") from None
     if not isinstance(read, dict):
-        raise correct(f"an object of the constructor's arguments in {name}", type(read).__name__, name)
+        problem = (
+            f"{name} is not a configuration: expected an object of constructor arguments, got {type(read).__name__}"
+        )
+        raise correct(problem, name)
     return name, read
 
 
 def check_version(version: Any, name: str) -> None:
     if not isinstance(version, str) or not re.fullmatch(r"0\.5(\.\w+)*", version):
         raise CheckpointError(
+            "E0313",
             "config",
-            f"titans-pytorch 0.5 as the version in {name}",
-            json.dumps(version),
-            "train with version 0.5: other versions compute something else",
+            f"unsupported version of titans-pytorch in {name}: expected 0.5, got {json.dumps(version)}",
+            "train with version 0.5, as others compute something else",
         )
 
 
 def parse(kind: Kind, name: str, contents: dict[str, Any]) -> Config:
-    """Checks every argument by itself, and the combinations of which the library's constructor says no."""
+    """Checks every argument by itself, and the combinations that the library's constructor refuses."""
     read = dict(contents)
     if read.pop("class", CLASSES[kind]) != CLASSES[kind]:
-        raise correct(
-            f"class {CLASSES[kind]}, whose tensors these are", f"{json.dumps(contents['class'])} in {name}", name
-        )
+        problem = f"wrong class in {name}: expected {CLASSES[kind]} by the tensors, got {json.dumps(contents['class'])}"
+        raise correct(problem, name)
     check_version(read.pop("version", "0.5"), name)
     if kind == "memory":
         given = _check(read, _MEMORY_ONLY | _MEMORY, "", name)
@@ -227,7 +233,7 @@ def parse(kind: Kind, name: str, contents: dict[str, Any]) -> Config:
         given = _check(read, _TRANSFORMER, "", name)
         for key, value in given.pop(KWARGS, {}).items():
             if key in _MEMORY_ONLY:
-                raise correct(f"{key} outside of {KWARGS}, as the transformer sets it", f"it in {name}", name)
+                raise correct(f"{key} in {KWARGS} of {name}, which the transformer sets itself", name)
             given |= _check({key: value}, _MEMORY, f"{KWARGS}.", name)
     config = Config(name, contents, given)
     _check_network(config, kind)
@@ -240,23 +246,23 @@ def _check(read: dict[str, Any], arguments: dict[str, Argument], prefix: str, na
     for key, value in read.items():
         if key not in arguments:
             near = difflib.get_close_matches(key, arguments, 1)
-            hint = f"; perhaps {near[0]} is meant" if near else ""
-            raise correct(f"the constructor's arguments in {name}", f"{prefix}{key}{hint}", name)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise correct(f"unknown argument in {name}: {prefix}{key}{hint}", name)
         if key in _CUSTOM and value is not None:
             raise CheckpointError(
+                "E0312",
                 "config",
-                f"{_CUSTOM[key]}: no {prefix}{key}, or null",
-                f"{json.dumps(value)} in {name}",
-                "train with the library's own: code of one's own is not in the tensors",
+                f"unsupported {prefix}{key} in {name}: expected null, {_CUSTOM[key]}, got {json.dumps(value)}",
+                "train with the library's own, as a checkpoint does not contain code",
             )
         what, holds = arguments[key]
         if not holds(value):
-            raise correct(f"{prefix}{key} to be {what}", f"{json.dumps(value)} in {name}", name)
+            raise correct(f"invalid {prefix}{key}: expected {what}, got {json.dumps(value)} in {name}", name)
         if key == "activation" and value is not None:
             value = activation_name(value)
         if isinstance(value, list) and key == "chunk_size":
             if value[0] != value[1]:
-                raise correct("one chunk_size", f"{value} in {name}, on which the library itself fails", name)
+                raise correct(f"chunk_size in {name}: expected one size, got {value}{_LIBRARY_FAILS}", name)
             value = value[0]
         given[prefix + key] = value
     return given
@@ -273,13 +279,14 @@ def _check_network(config: Config, kind: Kind) -> None:
     if spec is not None:
         named = spec.get("type")
         if named == "MemoryAttention":
-            raise CheckpointError("config", *ATTENTION_REFUSED)
+            raise CheckpointError("E0312", "config", *ATTENTION_REFUSED)
         if named not in NETWORKS:
             raise CheckpointError(
+                "E0312",
                 "config",
-                f"type in {key} to be one of {', '.join(NETWORKS)}",
-                f"{json.dumps(named)} in {config.name}",
-                "a memory module of one's own is code, which is not in the tensors; train with one of these",
+                f"unsupported type of {key} in {config.name}: expected one of {', '.join(NETWORKS)}, "
+                f"got {json.dumps(named)}",
+                "train with one of these, as a checkpoint does not contain the code of another module",
             )
         takes = {"type": IGNORED, "dim": POSITIVE, "depth": POSITIVE, NETWORKS[named].width: ABOVE_ZERO}
         takes = {name: numbers.get(name, IGNORED) for name in takes}
@@ -291,22 +298,15 @@ def _check_network(config: Config, kind: Kind) -> None:
 
 
 def _check_combinations(config: Config, memory: str) -> None:
-    """On these the library's constructor fails, so no checkpoint can have them."""
+    """Refuses combinations for which the library's constructor fails."""
     given, name = config.given, config.name
     dim_head, dim = given.get(f"{memory}dim_head"), given.get("dim")
     if given.get(f"{memory}heads") == 1 and None not in (dim_head, dim) and dim_head != dim:
-        raise correct(
-            f"{memory}dim_head to be dim, {dim}, where {memory}heads is 1",
-            f"{dim_head} in {name}, on which the library itself fails",
-            name,
-        )
+        problem = f"{memory}dim_head in {name}: expected dim, {dim}, as {memory}heads is 1, got {dim_head}"
+        raise correct(problem + _LIBRARY_FAILS, name)
     if given.get(f"{memory}learned_momentum_combine"):
         order = given.get(f"{memory}momentum_order")
         if given.get(f"{memory}momentum") is False or order == 1:
-            raise correct(
-                f"{memory}momentum of order 2 or more with learned_momentum_combine",
-                f"order {order} in {name}, on which the library itself fails"
-                if order == 1
-                else f"none in {name}, on which the library itself fails",
-                name,
-            )
+            got = f"order {order}" if order == 1 else "no momentum"
+            problem = f"{memory}learned_momentum_combine in {name}: expected momentum of order 2 or more, got {got}"
+            raise correct(problem + _LIBRARY_FAILS, name)

@@ -1,4 +1,4 @@
-"""What names and shapes of tensors reveal of the constructor's arguments, each with the tensor that says so."""
+"""Constructor arguments inferred from names and shapes of tensors, each with the tensor as evidence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .layout import (
 
 
 class Found(NamedTuple):
-    """A value that the tensors reveal. evidence: which tensor of which shape says so, as a clause."""
+    """An inferred value. evidence: a clause with the tensor and shape that determine it."""
 
     value: Any
     evidence: str
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundNetwork:
-    """The memory network, or, where kind is None, one of several networks of the same shapes."""
+    """The memory network; kind is None if several networks have these shapes."""
 
     kind: NetworkKind | None
     depth: int
@@ -41,7 +41,7 @@ class FoundNetwork:
 
 
 class View:
-    """The shapes of the tensors whose names begin with a prefix, which is left out of the names."""
+    """The shapes of the tensors with a prefix, by the rest of their names."""
 
     def __init__(self, shapes: Shapes, prefix: str = "") -> None:
         self.prefix = prefix
@@ -63,17 +63,17 @@ class View:
     def shape(self, name: str, dimensions: int) -> Shape:
         if name not in self.shapes:
             raise CheckpointError(
+                "E0304",
                 "checkpoint",
-                f"tensor {self.prefix}{name}, which every titans-pytorch 0.5 model of this kind has",
-                "none",
+                f"no tensor {self.prefix}{name}, which every titans-pytorch 0.5 model of this kind has",
                 "give the state dict of the whole module",
             )
         shape = self.shapes[name]
         if len(shape) != dimensions or (name != "longterm_mems" and "persistent" not in name and 0 in shape):
             raise CheckpointError(
+                "E0304",
                 "checkpoint",
-                f"tensor {self.prefix}{name} of {dimensions} dimensions, none of them empty",
-                f"shape {list(shape)}",
+                f"wrong shape of tensor {self.prefix}{name}: expected {dimensions} positive sizes, got {list(shape)}",
                 "give an unchanged state dict of titans-pytorch 0.5",
             )
         return shape
@@ -82,15 +82,16 @@ class View:
         size = self.shape(name, dimensions)[axis]
         if size % per:
             raise CheckpointError(
+                "E0304",
                 "checkpoint",
-                f"size {axis} of tensor {self.prefix}{name} to be a multiple of {per}",
-                f"shape {list(self.shapes[name])}",
+                f"wrong shape of tensor {self.prefix}{name}: expected a multiple of {per} along axis {axis}, "
+                f"got {list(self.shapes[name])}",
                 "give an unchanged state dict of titans-pytorch 0.5",
             )
         return Found(size // per, self.evidence(name))
 
 
-# One tensor of each class that no other has.
+# A tensor of each class that no other class has.
 _SIGNS: dict[Kind, str] = {
     "transformer": "axial_pos_emb.mlps.0.0.weight",
     "memory": "to_adaptive_step.0.weight",
@@ -101,23 +102,24 @@ _BELONGS = re.compile(
 
 
 def find_kind(shapes: Shapes) -> Kind:
-    """Whose state dict it is. Raises CheckpointError for other versions and other models."""
+    """The class of the state dict. Raises CheckpointError for other versions and other models."""
     _refuse_other_versions(shapes)
     for kind, sign in _SIGNS.items():
         if sign in shapes:
             return kind
     foreign = [name for name in sorted(shapes) if not _BELONGS.match(name)] or sorted(shapes)
-    classes, remedy = " or ".join(CLASSES.values()), "give the state dict of one of these"
+    classes, fix = " or ".join(CLASSES.values()), "give the state dict of one of these"
     for kind, sign in _SIGNS.items():
         if inside := next((name for name in sorted(shapes) if name.endswith(f".{sign}")), None):
             module = inside.removesuffix(f".{sign}")
-            remedy = f"a {CLASSES[kind]} is in it: save the state dict of the module {module} alone"
+            fix = f"save the state dict of the {CLASSES[kind]} in it, module {module}, alone"
             break
-    raise CheckpointError("checkpoint", f"tensors of {classes}", f"another model's, {', '.join(foreign[:3])}", remedy)
+    problem = f"tensors of another model than {classes}: {', '.join(foreign[:3])}"
+    raise CheckpointError("E0312", "checkpoint", problem, fix)
 
 
 def _refuse_other_versions(shapes: Shapes) -> None:
-    """By the tensors that only they have."""
+    """Recognises other versions by tensors that only they have."""
     signs: list[tuple[str, Callable[[str], bool]]] = [
         ("titans-pytorch 0.3 or older", lambda name: name.endswith(("to_keys_values.weight", "empty_memory_embed"))),
         ("titans-pytorch 0.4 or older", lambda name: name.endswith(("dynamic_alpha_scale", "dynamic_beta_scale"))),
@@ -129,10 +131,11 @@ def _refuse_other_versions(shapes: Shapes) -> None:
     for version, recognises in signs:
         if sign := next((name for name in sorted(shapes) if recognises(name)), None):
             raise CheckpointError(
+                "E0313",
                 "checkpoint",
-                "tensors of titans-pytorch 0.5 with hyper-connections 0.4",
-                f"{sign} of shape {list(shapes[sign])}, which {version} makes",
-                "train with version 0.5: what other versions compute differs",
+                "unsupported version of titans-pytorch: expected 0.5 with hyper-connections 0.4, "
+                f"got {sign} of shape {list(shapes[sign])}, as in {version}",
+                "train with version 0.5, as others compute something else",
             )
 
 
@@ -198,16 +201,17 @@ def _infer_network(view: View, dim: int) -> tuple[FoundNetwork, Found]:
     ]
     if _is_attention(inner.shapes, dim):
         if not kinds:
-            raise CheckpointError("checkpoint", *ATTENTION_REFUSED)
+            raise CheckpointError("E0312", "checkpoint", *ATTENTION_REFUSED)
         return FoundNetwork(None, depth, dim, kinds[0].evidence), residual
     if not kinds:
         known = re.compile(r"weights\.\d+(\.[012])?|norm\.gamma|final_proj")
         odd = next((name for name in sorted(inner.shapes) if not known.fullmatch(name)), first)
+        got = f"tensor {inner.prefix}{odd} of shape {list(inner.shapes[odd])}" if odd else f"no tensor {view.prefix}*"
         raise CheckpointError(
+            "E0312",
             "checkpoint",
-            "a memory network of titans-pytorch",
-            f"tensor {inner.prefix}{odd} of shape {list(inner.shapes[odd])}" if odd else f"no tensor {view.prefix}*",
-            "train with one of the library's: a memory module of one's own is code, which is not in the tensors",
+            f"unsupported memory network: expected one of titans-pytorch, got {got}",
+            "train with one of the library's, as a checkpoint does not contain the code of another module",
         )
     return kinds[0], residual
 
@@ -227,16 +231,13 @@ def infer_transformer(view: View) -> dict[str, Found]:
     depth = max(layers, default=0)
     if not layers or len(layers) != depth:
         gap = next(layer for layer in range(1, depth + 2) if layer not in layers)
-        raise CheckpointError("checkpoint", f"tensors {layer_prefix(gap, ATTENTION)}*", "none", "save the whole model")
+        problem = f"no tensors {layer_prefix(gap, ATTENTION)}*"
+        raise CheckpointError("E0304", "checkpoint", problem, "save the whole model")
     attention, feed_forward = (view.under(layer_prefix(1, part)) for part in (ATTENTION, FEED_FORWARD))
     memory = [layer for layer in sorted(layers) if view.under(layer_prefix(layer, MEMORY)).shapes]
     if not memory:
-        raise CheckpointError(
-            "checkpoint",
-            "a transformer with a memory in some layer",
-            f"none in layers 1 to {depth}",
-            "export it as an ordinary transformer: nothing in it learns while it runs",
-        )
+        problem = f"a transformer without a memory in layers 1 to {depth}"
+        raise CheckpointError("E0312", "checkpoint", problem, "export it with another tool, as nothing in it learns")
     embedding = "expand_streams.stream_embed"
     streams = view.size(embedding, 0) if view.has(embedding).value else Found(1, view.evidence(embedding))
     parts = ", ".join(layer_prefix(layer, MEMORY) + "*" for layer in memory)

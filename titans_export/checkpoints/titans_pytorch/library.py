@@ -22,7 +22,7 @@ _ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Ta
 
 
 def installed() -> bool:
-    """Whether the library is there, in a version that is covered."""
+    """Whether a supported version of the library is installed."""
     try:
         check_version(importlib.metadata.version("titans-pytorch"), "the installed package")
     except (importlib.metadata.PackageNotFoundError, CheckpointError):
@@ -89,15 +89,14 @@ def oracle_of(module: nn.Module, views: int = 1) -> Oracle:
 
 
 def library_oracle(source: Source) -> Oracle | None:
-    """The oracle of a checkpoint that was read, in float64; None where the library is not installed."""
+    """The oracle of a checkpoint, in float64; None if the library is not installed."""
     if not installed():
         return None
     module = _build(source.options)
     # Assigned, not copied: the library's initial memories are views of one head's.
     missing, unknown = module.load_state_dict(source.tensors, strict=False, assign=True)
     if wrong := [name for name in missing if "memory_model." not in name] + unknown:
-        raise CheckpointError(
-            "checkpoint", "titans-pytorch to take the checkpoint", f"no place for {wrong[0]!r}", "report this with it"
-        )
+        problem = f"internal error: titans-pytorch does not load the checkpoint's {wrong[0]!r}"
+        raise CheckpointError("E1003", "checkpoint", problem, "report this with the checkpoint")
     views = 3 if isinstance(source.options, MemoryOptions) and source.options.qkv_receives_diff_views else 1
     return oracle_of(module.double().eval(), views)

@@ -19,7 +19,7 @@ _NAME = "the module"
 
 
 def from_module(module: nn.Module) -> Source:
-    """A live MemoryAsContextTransformer or NeuralMemory; what cannot be read back is refused by name."""
+    """A live MemoryAsContextTransformer or NeuralMemory. Raises CheckpointError for unsupported parts, by name."""
     import titans_pytorch
 
     version = importlib.metadata.version("titans-pytorch")
@@ -29,9 +29,8 @@ def from_module(module: nn.Module) -> Source:
     elif type(module) is titans_pytorch.NeuralMemory:
         contents = {"class": "NeuralMemory"} | _memory(module, titans_pytorch)
     else:
-        raise CheckpointError(
-            "module", f"a {' or '.join(CLASSES.values())}", type(module).__name__, "give the library's own module"
-        )
+        problem = f"unsupported module: expected a {' or '.join(CLASSES.values())}, got {type(module).__name__}"
+        raise CheckpointError("E0312", "module", problem, "give the library's own module")
     contents["version"] = version
     tensors = dict(module.state_dict())
     return assemble(_NAME, contents, tensors, _digest(tensors))
@@ -47,17 +46,18 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def _custom(what: str, got: object) -> CheckpointError:
     named = getattr(got, "__name__", type(got).__name__)
-    return CheckpointError(
-        "module", f"the library's own {what}", str(named), "train with the library's: other code cannot be exported"
-    )
+    problem = f"unsupported {what}: expected the library's own, got {named}"
+    return CheckpointError("E0312", "module", problem, "train with the library's own, as other code cannot be exported")
 
 
 def _transformer(module: Any, library: Any) -> dict[str, Any]:
     if type(module.token_emb) is not nn.Embedding or module.token_emb.max_norm is not None:
-        raise _custom("token_emb, a plain nn.Embedding", module.token_emb)
+        raise _custom("token_emb", module.token_emb)
     memories = [_memory(layer[4], library) for layer in module.layers if layer[4] is not None]
     if any(memory != memories[0] for memory in memories):
-        raise _custom("memory layers, all alike", "memory layers that differ")
+        raise CheckpointError(
+            "E0312", "module", "memory layers with different options", "train them with the same options"
+        )
     memory = memories[0] if memories else {}
     spec = {"neural_memory_model": memory.pop("model")} if "model" in memory else {}
     return {
@@ -76,7 +76,7 @@ def _transformer(module: Any, library: Any) -> dict[str, Any]:
 
 
 def _memory(module: Any, library: Any) -> dict[str, Any]:
-    """What no tensor reveals; the rest is in the tensors."""
+    """The arguments that the tensors do not determine."""
     if type(module) is not library.NeuralMemory:
         raise _custom("NeuralMemory", module)
     if module.store_memory_loss_fn is not library.neural_memory.default_loss_fn:
@@ -132,10 +132,6 @@ def _activation(module: Any) -> str | None:
     activation = module.to_queries[1]
     name = next((name for name, kind in _ACTIVATIONS.items() if type(activation) is kind), None)
     if name is None or getattr(activation, "approximate", "none") != "none":
-        raise CheckpointError(
-            "module",
-            f"an activation out of {', '.join(ACTIVATIONS)}, gelu the exact one",
-            repr(activation),
-            "train with one of these",
-        )
+        problem = f"unsupported activation: expected one of {', '.join(ACTIVATIONS)} (exact gelu), got {activation!r}"
+        raise CheckpointError("E0312", "module", problem, "train with one of these")
     return name

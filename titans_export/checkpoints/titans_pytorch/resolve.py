@@ -1,4 +1,4 @@
-"""The options: what the tensors reveal, held against what the arguments say, and of the rest what the arguments say."""
+"""The options, from the tensors where they determine them, else from the arguments. The two are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import ACTIVATIONS, DEFAULT_NETWORK, KWARGS, NETWORKS, Config, Kind
 from .infer import Found, FoundNetwork, View, infer_memory, infer_transformer
 from .layout import MEMORY, Shapes, layer_prefix
 
-# Of the arguments that no tensor reveals. What is not here has no default: the library's, if any, cannot be it.
+# Defaults of arguments that the tensors do not determine. Others have no default.
 _DEFAULTS: dict[str, Any] = {
     "chunk_size": 1,
     "batch_size": None,
@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class Answers:
-    """Takes each argument from where it stands; what is missing is collected and said at once."""
+    """Looks up each argument, and collects all missing ones for a single error."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class Answers:
         return self.config.given.get(key, otherwise)
 
     def agree(self, key: str, found: Found, wanted: Any = None) -> Any:
-        """The found value. wanted: the given one in the terms of found, where the two are not written alike."""
+        """The found value. wanted: the given one in the form of the found one, if their forms differ."""
         if key in self.config.given:
             value = self.given(key)
             if (value if wanted is None else wanted) != found.value:
@@ -49,14 +49,16 @@ class Answers:
 
     def contradict(self, key: str, value: Any, found: Found) -> None:
         shown = list(found.value) if isinstance(found.value, tuple) else found.value
-        raise correct(
-            f"{key} to be {json.dumps(shown)}, as {found.evidence},",
-            f"{json.dumps(value)} in {self.config.name}",
-            f"{self.config.name} or give the checkpoint that it describes",
+        raise CheckpointError(
+            "E0310",
+            "config",
+            f"{key} contradicts the tensors: expected {json.dumps(shown)}, as {found.evidence}, "
+            f"got {json.dumps(value)} in {self.config.name}",
+            f"correct {self.config.name} or give the checkpoint that it describes",
         )
 
     def need(self, key: str) -> Any:
-        """The given value; None for one that is missing, which `finish` will say."""
+        """The given value, or None for a missing one, which `finish` reports."""
         if key not in self.config.given:
             self.missing.append(key)
         return self.given(key)
@@ -73,14 +75,13 @@ class Answers:
                 continue
             inner = defaults.setdefault(scope, {}) if scope else defaults
             inner[argument] = self._default(argument)
-        remedy = "add what training used"
+        fix = "add the values of the training"
         if defaults:
-            remedy += f"; the library's defaults are {json.dumps(defaults)}"
+            fix += f"; the library's defaults are {json.dumps(defaults)}"
         if bare:
-            remedy += f"; without a default: {', '.join(bare)}"
-        raise CheckpointError(
-            "config", f"in {self.config.name} what tensors do not show", f"no {', '.join(self.missing)}", remedy
-        )
+            fix += f"; without a default: {', '.join(bare)}"
+        problem = f"{self.config.name} lacks arguments that the tensors do not determine: {', '.join(self.missing)}"
+        raise CheckpointError("E0311", "config", problem, fix)
 
     def _default(self, argument: str) -> Any:
         if argument == "store_with_lookahead_value" and self.config.json.get("version") == "0.5.2":
@@ -96,7 +97,7 @@ _HINTS = {
 
 
 def resolve_memory(config: Config, shapes: Shapes) -> MemoryOptions:
-    """Of a bare NeuralMemory."""
+    """The options of a bare NeuralMemory."""
     answers = Answers(config)
     options = _memory(answers, View(shapes), "memory")
     answers.finish()
@@ -104,7 +105,7 @@ def resolve_memory(config: Config, shapes: Shapes) -> MemoryOptions:
 
 
 def resolve_transformer(config: Config, shapes: Shapes) -> tuple[TransformerOptions, MemoryOptions]:
-    """Of a MemoryAsContextTransformer; then those of its first memory layer, which has no weight residual."""
+    """The options of a MemoryAsContextTransformer, and of its first memory layer, without a weight residual."""
     answers = Answers(config)
     found = infer_transformer(View(shapes))
     values = {key: answers.agree(key, found[key]) for key in found if key not in ("neural_memory_layers", "ff_hidden")}
@@ -115,15 +116,17 @@ def resolve_transformer(config: Config, shapes: Shapes) -> tuple[TransformerOpti
         wanted = config.given["neural_memory_layers"]
         answers.agree("neural_memory_layers", layers, tuple(i for i in every if wanted is None or i in wanted))
     if (mult := config.given.get("ff_mult")) is not None and int(dim * mult * 2 / 3) != inner.value:
-        raise correct(
-            f"ff_mult to make int(dim * ff_mult * 2 / 3) {inner.value}, as {inner.evidence},",
-            f"{mult} in {config.name}, which makes {int(dim * mult * 2 / 3)}",
-            config.name,
+        raise CheckpointError(
+            "E0310",
+            "config",
+            f"ff_mult contradicts the tensors: expected int(dim * ff_mult * 2 / 3) to be {inner.value}, "
+            f"as {inner.evidence}, got {int(dim * mult * 2 / 3)} for {mult} in {config.name}",
+            f"correct {config.name}",
         )
     segment, sliding = answers.need("segment_len"), answers.need("sliding_window_attn")
     memory = _memory(answers, View(shapes, layer_prefix(layers.value[0], MEMORY)), "transformer")
     gate = values.get("neural_mem_gate_attn_output")
-    if gate is None:  # without hyper-connections no tensor shows it
+    if gate is None:  # only hyper-connections determine it
         gate = answers.need("neural_mem_gate_attn_output")
     answers.finish()
     longterm = values["num_longterm_mem_tokens"]
@@ -154,7 +157,7 @@ def resolve_transformer(config: Config, shapes: Shapes) -> tuple[TransformerOpti
 
 
 def _memory(answers: Answers, view: View, kind: Kind) -> MemoryOptions:
-    """A transformer's chunk_size is None where it follows from the segment."""
+    """The memory's options. A transformer's chunk_size is None if it follows from the segment."""
     bare = kind == "memory"
     prefix = "" if bare else f"{KWARGS}."
     found, network = infer_memory(view)
@@ -164,7 +167,7 @@ def _memory(answers: Answers, view: View, kind: Kind) -> MemoryOptions:
         answers.agree(f"{prefix}dim_head", dim_head, found["dim"].value)
     for key, value in found.items():
         null_head = key == "dim_head" and answers.given(f"{prefix}dim_head") is None
-        if not null_head and (bare or key not in ("dim", "accept_weight_residual")):  # a transformer sets these itself
+        if not null_head and (bare or key not in ("dim", "accept_weight_residual")):  # set by the transformer
             answers.agree(prefix + key, value)
     values = {key: value.value for key, value in found.items()}
     momentum, combine = values["momentum"], values["learned_momentum_combine"]
@@ -228,11 +231,12 @@ def _network(answers: Answers, found: FoundNetwork, dim_head: Found, kind: Kind)
                 answers.contradict(f"{name}.{part}", spec[part], value)
         hidden = _hidden(spec, dim_head.value)
         if hidden != found.hidden and not (named.kind == "mlp" and found.depth == 1):
-            raise correct(
-                f"{name}.{named.width} to make an inner width of {found.hidden}, as {evidence},",
-                f"{spec[named.width]} in {answers.config.name} (unless given, the library's default), "
-                f"which makes {hidden}",
-                answers.config.name,
+            raise CheckpointError(
+                "E0310",
+                "config",
+                f"{name}.{named.width} contradicts the tensors: expected an inner width of {found.hidden}, "
+                f"as {evidence}, got {hidden} for {spec[named.width]} in {answers.config.name}, or by default",
+                f"correct {answers.config.name}",
             )
     return NetworkOptions(found.kind or "mlp", found.depth, found.hidden)
 
@@ -245,41 +249,34 @@ def _hidden(spec: dict[str, Any], dim_head: int) -> int:
 
 
 def _checked(memory: MemoryOptions, config: Config, prefix: str) -> MemoryOptions:
-    """Refuses what the library itself fails on."""
+    """Refuses options for which the library fails."""
     chunk, batch = ("neural_memory_segment_len", "neural_memory_batch_size") if prefix else ("chunk_size", "batch_size")
     if memory.batch_size is not None and memory.batch_size % memory.chunk_size:
-        raise correct(
-            f"{batch} to be a multiple of {chunk}, {memory.chunk_size}",
-            f"{memory.batch_size} in {config.name}, on which the library itself fails",
-            config.name,
-        )
+        problem = f"{batch}: expected a multiple of {chunk}, {memory.chunk_size}, got {memory.batch_size}"
+        raise correct(f"{problem} in {config.name} (the library fails too)", config.name)
     if memory.attn_pool_chunks and memory.chunk_size == 1:
-        raise correct(
-            f"{chunk} above 1 with {prefix}attn_pool_chunks", f"1 in {config.name}, on which the library itself fails",
-            config.name,
-        )  # fmt: skip
+        problem = f"{chunk}: expected more than 1 with {prefix}attn_pool_chunks, got 1"
+        raise correct(f"{problem} in {config.name} (the library fails too)", config.name)
     if memory.learned_momentum_combine and memory.momentum_order < 2:
         raise CheckpointError(
+            "E0304",
             "checkpoint",
-            f"{prefix}momentum of order 2 or more with learned_momentum_combine",
-            f"tensors of order {memory.momentum_order}",
-            "give an unchanged state dict: the library itself cannot make this one",
+            f"{prefix}learned_momentum_combine: expected tensors of momentum order 2 or more, "
+            f"got order {memory.momentum_order}",
+            "give an unchanged state dict, as the library cannot make this one",
         )
     if memory.heads == 1 and memory.dim_head != memory.dim:
         raise CheckpointError(
+            "E0304",
             "checkpoint",
-            f"{prefix}dim_head to be dim, {memory.dim}, where {prefix}heads is 1",
-            f"tensors of a dim_head of {memory.dim_head}",
-            "give an unchanged state dict: the library itself cannot make this one",
+            f"{prefix}dim_head of the tensors: expected dim, {memory.dim}, as {prefix}heads is 1, "
+            f"got {memory.dim_head}",
+            "give an unchanged state dict, as the library cannot make this one",
         )
     return memory
 
 
 def _check_head(dim_head: int, config: Config) -> None:
     if dim_head % 2 or dim_head < 4:
-        raise CheckpointError(
-            "checkpoint",
-            "an even dim_head of at least 4",
-            f"{dim_head}, on which the library's rotary embedding fails",
-            "train with another",
-        )
+        problem = f"unsupported dim_head: expected an even number of at least 4, got {dim_head}"
+        raise CheckpointError("E0312", "checkpoint", problem, "train with another one")

@@ -14,24 +14,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, MissingCheckpointError
 from .layout import Shapes
 
 Tensors = dict[str, torch.Tensor]
-WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts put the state dict
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys of the state dict in training scripts
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, and a module around it
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1 << 22
+_SAVE_ALONE = "save the model's state_dict() alone, best as safetensors"
 
 
 def read_tensors(path: Path) -> tuple[Tensors, str]:
     """The state dict in the file, as saved, and the file's SHA-256."""
     if not path.is_file():
-        got = "a folder" if path.is_dir() else "nothing"
-        raise CheckpointError("checkpoint", f"a file {path}", got, "give the state dict's .pt or .safetensors file")
+        problem = f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}"
+        raise MissingCheckpointError("E0301", "checkpoint", problem, "give the state dict's .pt or .safetensors file")
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrap(_read_pickle(path), path)
     if not tensors:
-        raise CheckpointError("checkpoint", f"tensors in {path}", "none", "save the model's state_dict() there")
+        raise CheckpointError("E0303", "checkpoint", f"no tensors in {path}", "save the model's state_dict() there")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -45,32 +46,31 @@ def _read_safetensors(path: Path) -> Tensors:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             aliases = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError("checkpoint", f"{path} to be whole", str(error), "copy or save it again") from None
+        raise CheckpointError("E0302", "checkpoint", f"damaged file {path}: {error}", "copy or save it again") from None
     # safetensors' save_model writes tensors that share memory once and notes the other names in the metadata.
     return tensors | {name: tensors[kept] for name, kept in aliases.items() if kept in tensors and name not in tensors}
 
 
 def _read_pickle(path: Path) -> Any:
-    """Whatever the file holds, read so that it cannot run code."""
+    """The file's contents, read without running code."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     if zipped and not zipfile.is_zipfile(path):
-        raise CheckpointError("checkpoint", f"{path} to be whole", "a file that is cut off", "copy or save it again")
+        raise CheckpointError("E0302", "checkpoint", f"truncated file {path}", "copy or save it again")
     try:
         # Only the zip format can be mapped; the older one is read whole.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        got = f"a pickle that would run code, {code[1]}" if code else "another kind of pickle, or damage"
+        detail = f"it is a pickle that would run code, {code[1]}" if code else "it is damaged or another kind of pickle"
     except (RuntimeError, OSError, EOFError, struct.error) as error:
         text = (str(error).splitlines() or ["too few bytes"])[0]
-        raise CheckpointError(
-            "checkpoint", f"{path} to be whole", text.split(". ")[0], "copy it or save the state_dict() again"
-        ) from None
-    except Exception:  # of the unpickler over damaged bytes: any kind
-        got = "no pickle of torch.save"
-    remedy = "save the model's state_dict() alone, best as safetensors"
-    raise CheckpointError("checkpoint", f"only tensors in {path}", f"{got} (no code was run)", remedy) from None
+        problem = f"damaged file {path}: {text.split('. ')[0].rstrip('.')}"
+        raise CheckpointError("E0302", "checkpoint", problem, "copy it or save the state_dict() again") from None
+    except Exception:  # the unpickler raises any kind for damaged bytes
+        detail = "it is not a file of torch.save"
+    problem = f"{path} has more than tensors: {detail} (no code was run)"
+    raise CheckpointError("E0303", "checkpoint", problem, _SAVE_ALONE) from None
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -90,12 +90,8 @@ def _unwrap(loaded: Any, path: Path) -> Tensors:
             odd = [str(key) for key, item in value.items() if not isinstance(item, torch.Tensor)]
             got = f"also {', '.join(odd[:3])}" if odd else "an empty dict"
         wrappers = ", ".join(WRAPPERS)
-        raise CheckpointError(
-            "checkpoint",
-            f"a state dict in {path}, or one under {wrappers}",
-            got,
-            "save the model's state_dict() alone, best as safetensors",
-        )
+        problem = f"no state dict in {path}: expected one, or one under {wrappers}, got {got}"
+        raise CheckpointError("E0303", "checkpoint", problem, _SAVE_ALONE)
     return {str(name): tensor for name, tensor in value.items()}
 
 
@@ -110,54 +106,54 @@ def shapes_of(tensors: Tensors) -> Shapes:
 
 
 def check_layout(shapes: Shapes, expected: Shapes, what: str) -> None:
-    """Every tensor that the options call for in its shape, and no other."""
+    """Raises CheckpointError unless the tensors are exactly those of the options, with their shapes."""
     if missing := [name for name in expected if name not in shapes]:
         raise CheckpointError(
+            "E0304",
             "checkpoint",
-            f"every tensor of a {what} with these options",
-            f"no {', '.join(missing[:3])}",
+            f"missing tensors of a {what} with these options: {', '.join(missing[:3])}",
             "give the state dict of the whole, unchanged module",
         )
     if unknown := sorted(set(shapes) - set(expected)):
         raise CheckpointError(
+            "E0304",
             "checkpoint",
-            f"only tensors of a {what} with these options",
-            f"{', '.join(unknown[:3])} too",
+            f"unknown tensors for a {what} with these options: {', '.join(unknown[:3])}",
             "give an unchanged model of titans-pytorch 0.5",
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(
+                "E0304",
                 "checkpoint",
-                f"tensor {name} of shape {list(shape)}",
-                str(list(shapes[name])),
+                f"wrong shape of tensor {name}: expected {list(shape)}, got {list(shapes[name])}",
                 "give an unchanged state dict of titans-pytorch 0.5",
             )
 
 
-def _is_dead(name: str) -> bool:
+def _is_unused_copy(name: str) -> bool:
     return ".memory_model." in f".{name}"
 
 
 def checked(tensors: Tensors, expected: Shapes) -> Tensors:
-    """In float32, finite, in the order of expected, without the dead copies in memory_model."""
+    """The tensors in float32, checked, in the order of `expected`, without the unused copies in memory_model."""
     kept = {}
     for name in expected:
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             dtype = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise CheckpointError(
+                "E0306",
                 "checkpoint",
-                f"tensor {name} in float32, float64, float16 or bfloat16",
-                dtype,
+                f"wrong dtype of tensor {name}: expected float32, float64, float16 or bfloat16, got {dtype}",
                 "give the checkpoint from before it was quantised or packed",
             )
-        if _is_dead(name):
+        if _is_unused_copy(name):
             continue
         value = tensor.detach().to("cpu", torch.float32).contiguous()
         if not torch.isfinite(value).all():
             raise CheckpointError(
-                "checkpoint", f"finite numbers in tensor {name}", "NaN or infinity", "give an earlier checkpoint"
+                "E0307", "checkpoint", f"NaN or infinity in tensor {name}", "give an earlier checkpoint"
             )
         kept[name] = value
     _check_rotary(kept)
@@ -171,8 +167,8 @@ def _check_rotary(tensors: Tensors) -> None:
             exponents = torch.arange(len(value)) / len(value)
             if not torch.allclose(value, 10_000.0**-exponents, rtol=1e-2, atol=1e-6):
                 raise CheckpointError(
+                    "E0304",
                     "checkpoint",
-                    f"tensor {name} to be the library's rotary frequencies",
-                    "others",
+                    f"tensor {name} differs from the library's rotary frequencies",
                     "give an unchanged model of titans-pytorch 0.5",
                 )
