@@ -14,7 +14,7 @@ from .errors import BundleError
 from .manifest import MANIFEST, FileRecord, Manifest, Quantization, read_manifest
 
 WEIGHTS, STATE, GOLDEN, TOKENIZER = "weights.safetensors", "state.safetensors", "golden.safetensors", "tokenizer.json"
-_FIX = "export the checkpoint again, or copy the bundle again"
+_FIX = "copy or export the bundle again"
 
 __all__ = ["GOLDEN", "MANIFEST", "STATE", "TOKENIZER", "WEIGHTS", "Bundle", "file_record", "read_bundle"]
 
@@ -84,11 +84,11 @@ def read_bundle(path: Path) -> Bundle:
         except (OSError, ValueError):  # a name that no file can have
             regular = False
         if not regular:
-            raise BundleError("E0204", "bundle", f"{path} has no file {name}", _FIX)
+            raise BundleError("E0206", name, f"no such regular file in {path}", _FIX)
         if (size := file.stat().st_size) != record.bytes:
-            raise BundleError("E0204", "bundle", f"{name}: expected {record.bytes} bytes, got {size}", _FIX)
-        if file_record(file).xxh3_128 != record.xxh3_128:
-            raise BundleError("E0204", "bundle", f"the hash of {name} differs from the manifest", _FIX)
+            raise BundleError("E0204", name, f"damaged file: expected {record.bytes} bytes, got {size}", _FIX)
+        if (found := file_record(file).xxh3_128) != record.xxh3_128:
+            raise BundleError("E0204", name, f"damaged file: expected hash {record.xxh3_128}, got {found}", _FIX)
     _check_external_data(path, manifest)
     return Bundle(path, manifest)
 

@@ -23,7 +23,7 @@ LONGEST_MANIFEST = 16 << 20  # bytes, as in the runtime
 DEEPEST_MANIFEST = 64  # levels of nested JSON, as in the runtime
 NO_ENGINE = "none"  # the name that selects the plain graphs
 _LARGEST = (1 << 31) - 1
-_FIX = "export the checkpoint again, or copy the bundle again"
+_FIX = "copy or export the bundle again"
 _SHOWN = 60  # characters of a wrong value in a message
 
 Json = dict[str, Any]
@@ -41,7 +41,12 @@ def wrong(path: str, expected: str, value: Any) -> BundleError:
     """The error of a key with a value of the wrong type or out of range."""
     shown = json.dumps(value, default=repr)
     shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
-    return fail(f"{path or 'the document'}: expected {expected}, got {shown}")
+    return fail(f"{path or 'document'}: expected {expected}, got {shown}")
+
+
+def missing_field(path: str) -> BundleError:
+    """The error of a required key that is absent."""
+    return fail(f"missing field {path}")
 
 
 def string(value: Any, path: str) -> str:
@@ -142,7 +147,7 @@ class Entry:
             if name in given:
                 found[name] = read(given[name], where)
             elif required:
-                raise fail(f"{where} is missing")
+                raise missing_field(where)
         entry = cls(**found, extra={key: one for key, one in given.items() if key not in _schema(cls)})
         entry.check(path)
         return entry
@@ -253,7 +258,7 @@ class Input(Entry):
         key, dtype = ("vocab_size", "int64") if self.kind == "tokens" else ("size", "float32")
         word(dtype)(self.dtype, f"{path}.dtype")
         if getattr(self, key) is None:
-            raise fail(f"{path}.{key} is missing")
+            raise missing_field(f"{path}.{key}")
 
     @property
     def width(self) -> int:
@@ -291,7 +296,7 @@ class Tokenizer(Entry):
     def check(self, path: str) -> None:
         """Compares the file with the kind."""
         if self.kind == "file" and self.file is None:
-            raise fail(f"{path}.file is missing")
+            raise missing_field(f"{path}.file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,7 +572,7 @@ class Manifest(Entry):
         """Compares the objects with each other."""
         self._check_kinds()
         if problem := missing(self.graphs):
-            raise fail(f"graphs: {problem}")
+            raise wrong("graphs", problem, [graph.name for graph in self.graphs])
         self._check_names()
         self._check_engines()
         self._check_files()
@@ -582,7 +587,7 @@ class Manifest(Entry):
             integer(self.input.width, self.input.width)(result.size, "output.size")
         for key in pair:
             if getattr(self.golden, key) is None:
-                raise fail(f"golden.{key} is missing")
+                raise missing_field(f"golden.{key}")
 
     def _check_names(self) -> None:
         """Checks that each name that a graph binds has one meaning."""
@@ -613,7 +618,7 @@ class Manifest(Entry):
             if name := _twice(own.graph for own in engine.graphs):
                 raise fail(f"{path}.graphs: two are named {name}")
             if problem := missing([graphs[own.graph] for own in engine.graphs]):
-                raise fail(f"{path}.graphs: {problem}")
+                raise wrong(f"{path}.graphs", problem, [own.graph for own in engine.graphs])
             for at, name in enumerate(engine.state_in_place):
                 if name not in tensors:
                     raise wrong(f"{path}.state_in_place[{at}]", "the name of a state tensor", name)
@@ -662,16 +667,16 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle in a folder. Raises BundleError."""
     file = folder / MANIFEST
     if file.is_symlink() or (file.exists() and not file.is_file()):
-        raise BundleError("E0205", "bundle", f"{file} is not a regular file", _FIX)
+        raise BundleError("E0206", "bundle", f"{file} is not a regular file", _FIX)
     try:
         if (size := file.stat().st_size) > LONGEST_MANIFEST:
-            raise fail(f"{size} bytes exceed the limit of {LONGEST_MANIFEST}")
+            raise fail(f"expected at most {LONGEST_MANIFEST} bytes, got {size}")
         text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         problem = f"{folder} has no {MANIFEST}" if folder.exists() else f"{folder} does not exist"
         raise MissingBundleError("E0201", "bundle", problem, "give the path of a NAME.titans folder") from None
     except UnicodeDecodeError as error:
-        raise fail(f"not UTF-8: {error}") from None
+        raise fail(f"expected UTF-8: {error}") from None
     except OSError as error:
         raise BundleError("E1001", "bundle", f"{file} cannot be read: {error.strerror}", os_error_fix(error)) from None
     return parse_manifest(text, folder)
@@ -682,18 +687,18 @@ def parse_manifest(text: str, folder: Path | None = None) -> Manifest:
     try:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise fail(f"not JSON: {error}") from None
+        raise fail(f"expected a JSON object, got text that is not JSON: {error}") from None
     if _levels(values, DEEPEST_MANIFEST) > DEEPEST_MANIFEST:
-        raise fail(f"JSON nested more than {DEEPEST_MANIFEST} levels deep")
+        raise fail(f"JSON nested deeper than {DEEPEST_MANIFEST} levels")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         problem = f'{folder or "the text"} is not a bundle: its manifest has no "format": "{FORMAT}"'
         raise BundleError("E0201", "bundle", problem, "give the path of a NAME.titans folder")
     version = integer(1)(values.get("schema_version"), "schema_version")
     if version > SCHEMA_VERSION:
-        problem = f"schema version {version} is newer than {SCHEMA_VERSION}, the newest that this version reads"
+        problem = f"bundle of a newer schema: expected schema_version {SCHEMA_VERSION}, got {version}"
         raise NewerBundleError("E0202", MANIFEST, problem, "install a newer titans-export")
     if version < SCHEMA_VERSION:
-        problem = f"schema version {version} is older than {SCHEMA_VERSION}, the only one that this version reads"
+        problem = f"bundle of an older schema: expected schema_version {SCHEMA_VERSION}, got {version}"
         fix = f"export the checkpoint again: titans-export export CHECKPOINT -o {folder or 'NAME.titans'}"
         raise OlderBundleError("E0203", MANIFEST, problem, fix)
     return Manifest.from_json(values)
@@ -703,7 +708,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Json:
     """A JSON object. Raises ValueError for a key that occurs twice, as readers disagree on which one counts."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError(f"the key {_twice(key for key, _ in pairs)!r} occurs twice in an object")
+        raise ValueError(f"key {json.dumps(_twice(key for key, _ in pairs))} twice in one object")
     return values
 
 

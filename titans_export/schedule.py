@@ -54,20 +54,20 @@ def calls(graphs: Sequence[G], position: int, count: int) -> Iterator[tuple[int,
 
 
 def missing(graphs: Sequence[Scheduled]) -> str | None:
-    """The problem that keeps graphs from being a schedule, None for a schedule."""
+    """The expectation that graphs must meet to be a schedule and do not, None for a schedule."""
     for one, other in combinations(graphs, 2):
         if one.tokens == other.tokens and _meet(one, other):
-            return f"{one.name} and {other.name} have equal tokens and start at the same positions"
+            return f"no two graphs of equal tokens at one position, but {one.name} and {other.name} share one"
     decoding = [graph for graph in graphs if graph.tokens == 1]
     period = 1
     for graph in decoding:
         period = math.lcm(period, graph.stride)
         if period > LONGEST_PERIOD:
-            return f"graphs with tokens = 1 do not repeat within {LONGEST_PERIOD} positions"
+            return f"graphs with tokens = 1 that repeat within {LONGEST_PERIOD} positions"
     served = {at for graph in decoding for offset in graph.offsets for at in range(offset, period, graph.stride)}
     lacking = next((at for at in range(period) if at not in served), None)
     if lacking is not None:
-        return f"no graph with tokens = 1 starts at position {lacking} modulo {period}"
+        return f"a graph with tokens = 1 at every position, also at {lacking} modulo {period}"
     return None
 
 

@@ -301,7 +301,7 @@ def test_a_kill_while_building(bundle: Path, rtx: None) -> None:
     [
         ({}, "engines: expected an array"),
         ([1], "engines[0]: expected an object"),
-        ([{"name": "a"}], "engines[0].target is missing"),
+        ([{"name": "a"}], "missing field engines[0].target"),
     ],
 )
 def test_damaged_engines(bundle: Path, engines: Any, words: str) -> None:
@@ -315,7 +315,7 @@ def test_engines_whose_files_are_not_listed(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     for change, words in (
         (lambda engine: engine["graphs"][0].update(file="other.onnx"), "other.onnx"),
-        (lambda engine: engine.update(graphs=[{}]), "engines[0].graphs[0].graph is missing"),
+        (lambda engine: engine.update(graphs=[{}]), "missing field engines[0].graphs[0].graph"),
     ):
         damaged = json.loads(json.dumps(manifest))
         change(damaged["engines"][0])

@@ -110,9 +110,9 @@ def test_the_schedule(vectors: Path) -> None:
         ([(1, 1, [0])], None),
         ([(1, 2, [0]), (1, 4, [1]), (1, 4, [3])], None),
         ([(8, 4, [0]), (8, 4, [1]), (1, 1, [0])], None),
-        ([], "no graph with tokens = 1"),
-        ([(4, 1, [0])], "no graph with tokens = 1"),
-        ([(1, 2, [0]), (1, 4, [1])], "position 3 modulo 4"),
+        ([], "a graph with tokens = 1 at every position"),
+        ([(4, 1, [0])], "a graph with tokens = 1 at every position"),
+        ([(1, 2, [0]), (1, 4, [1])], "also at 3 modulo 4"),
         ([(1, 4, [0, 1]), (1, 6, [3])], "equal tokens"),
         ([(8, 4, [0]), (8, 6, [2]), (1, 1, [0])], "equal tokens"),
         ([(1, 1 << 21, [0])], "repeat within"),
@@ -158,7 +158,7 @@ def test_what_both_readers_refuse(copy: Path, change: Any) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     change(manifest)
     write_manifest(copy, manifest)
-    with pytest.raises(BundleError, match=r"^\[manifest.json\] .+\. Fix: export .+ \(TITANS-E0205\)$"):
+    with pytest.raises(BundleError, match=r"^\[manifest.json\] .+\. Fix: copy or export .+ \(TITANS-E0205\)$"):
         read_bundle(copy)
     with pytest.raises(rt.Error, match=r"\[manifest.json\] expected"):
         rt.Session(copy)

@@ -18,11 +18,11 @@ def check_external_data(path: Path, files: set[str]) -> None:
     try:
         model = onnx.load_model_from_string(path.read_bytes())
     except DecodeError as error:
-        raise BundleError("E0254", "bundle", f"{path.name} is not an ONNX model: {error}", _FIX) from None
+        raise BundleError("E0209", "bundle", f"{path.name} is not an ONNX model: {error}", _FIX) from None
     for location in sorted(_locations(model)):
         if location not in files:
             problem = f"{path.name} refers to the file {location!r}, which is not a weights file of the manifest"
-            raise BundleError("E0255", "bundle", problem, _FIX)
+            raise BundleError("E0208", "bundle", problem, _FIX)
 
 
 def _locations(model: Any) -> set[str]:
