@@ -59,10 +59,11 @@ def _time(report: Report, machine: dict[str, Any], arguments: Arguments) -> None
     try:
         import torch
     except ImportError as error:
-        raise MachineError(WHAT, "PyTorch with CUDA", str(error), "install torch for this machine's CUDA") from None
+        problem = f"cannot import PyTorch: {error}"
+        raise MachineError("E1101", WHAT, problem, "install torch for this machine's CUDA") from None
     if not torch.cuda.is_available():
-        got = f"torch {torch.__version__} without it"
-        raise MachineError(WHAT, "PyTorch with CUDA", got, "install torch for this machine's CUDA")
+        problem = f"torch {torch.__version__} has no CUDA"
+        raise MachineError("E1101", WHAT, problem, "install torch for this machine's CUDA")
     from benchmarks import gpu_parts, gpu_time
     from benchmarks.gpu_cases import rows
 
@@ -86,7 +87,7 @@ def _time(report: Report, machine: dict[str, Any], arguments: Arguments) -> None
     report.save("time", PARTIAL if missing else DONE, **content, rows=found, not_yet_measured=missing, wrong=wrong)
     ours = [name for name in wrong if ": kernel" in name]
     if ours:
-        raise TitansError(WHAT, "the kernel to be right", f"errors in {'; '.join(ours)}", "run --part test")
+        raise TitansError("E1106", WHAT, f"the kernel is incorrect in {'; '.join(ours)}", "run --part test")
 
 
 def _engines(report: Report, machine: dict[str, Any], arguments: Arguments) -> None:
@@ -94,8 +95,8 @@ def _engines(report: Report, machine: dict[str, Any], arguments: Arguments) -> N
 
     bundle = arguments.bundle
     if not bundle.is_dir():
-        remedy = "run titans-export export examples/checkpoints/mac-bytes -o " + str(bundle)
-        raise MachineError(WHAT, f"a bundle in {bundle}", "none", remedy)
+        fix = "run titans-export export examples/checkpoints/mac-bytes -o " + str(bundle)
+        raise MachineError("E0201", WHAT, f"no bundle: {bundle}", fix)
     found = gpu_parts.try_runtimes(bundle)
     ran = any(runtime["status"] == "done" for runtime in found["runtimes"].values())
     report.save("engines", DONE if ran else NOT_RUN, **found)

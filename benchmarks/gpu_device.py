@@ -30,16 +30,18 @@ BLOCK = 4096
 
 
 def open_session(bundle: Path, backend: str, engine: str | None = None, device: str = "cuda") -> titans_runtime.Session:
-    """The bundle on the device, with that backend. Raises TitansError with the runtime's words."""
+    """The bundle on the device, with that backend. Raises TitansError with the runtime's message."""
     try:
         import titans_runtime
     except ImportError as error:
-        raise MachineError(WHERE, "the titans runtime", str(error), "run pip install ./runtime/python") from error
+        problem = f"cannot import titans_runtime: {error}"
+        raise MachineError("E1101", WHERE, problem, "pip install ./runtime/python") from error
     try:
         return titans_runtime.Session(bundle, device, backend, engine=engine)
     except titans_runtime.Error as error:
         kind = MachineError if error.status == 4 else TitansError
-        raise kind(WHERE, f"{bundle.name} to open on {device} with {backend}", str(error), "see there") from error
+        problem = f"{bundle.name} does not open on {device} with {backend}: {error}"
+        raise kind("E0911", WHERE, problem, "see that message") from error
 
 
 def find_engine(bundle: Bundle, backend: str, name: str | None) -> EngineEntry | None:
@@ -50,8 +52,8 @@ def find_engine(bundle: Bundle, backend: str, name: str | None) -> EngineEntry |
     if backend == "onnxruntime" and name is None:
         return None
     got = ", ".join(f"{e.name} ({e.compiler})" for e in bundle.manifest.engines) or "none"
-    remedy = "run titans-export build with a target of this machine"
-    raise MachineError(WHERE, f"an engine of {name or backend} in {bundle.path.name}", got, remedy)
+    problem = f"{bundle.path.name} has no engine of {name or backend}, only {got}"
+    raise MachineError("E0908", WHERE, problem, "run titans-export build with a target of this machine")
 
 
 def run_bundle(bundle: Path, backend: str, tokens: int, engine: str | None = None, device: str = "cuda") -> Any:
@@ -73,7 +75,8 @@ def run_bundle(bundle: Path, backend: str, tokens: int, engine: str | None = Non
         found |= {"golden_max_abs_error": report.max_abs_error, "golden_tolerance": tolerance}
         if not report.passed:
             got = f"{report.max_abs_error:.3g} at position {report.first_bad_position}"
-            raise MismatchError(WHERE, f"golden logits within {tolerance:.3g}", got, "compare layer by layer")
+            problem = f"outputs differ from the golden ones: expected at most {tolerance:.3g}, got {got}"
+            raise MismatchError("E0901", WHERE, problem, "compare layer by layer")
         found |= times(session)
         if tokens:
             with open_session(bundle, "onnxruntime", "none", "cpu") as reference:
@@ -124,11 +127,14 @@ def long_stream(
         assert got is not None and right is not None
         distance = float(np.abs(got - right).max())
         if not np.isfinite(distance):
-            raise MismatchError(WHERE, "finite logits", f"others by token {start + len(block)}", "report it")
+            problem = f"NaN or infinity in the logits by token {start + len(block)}"
+            raise MismatchError("E0904", WHERE, problem, "report it")
         worst = max(worst, distance)
     if worst > tolerance:
-        expected = f"logits within {tolerance:.3g} of the CPU's over {tokens} tokens"
-        raise MismatchError(WHERE, expected, f"{worst:.3g}", "compare layer by layer")
+        problem = (
+            f"outputs differ from the CPU's over {tokens} tokens: expected at most {tolerance:.3g}, got {worst:.3g}"
+        )
+        raise MismatchError("E0901", WHERE, problem, "compare layer by layer")
     return {"stream_tokens": tokens, "stream_max_abs_error": worst, "stream_s": time.monotonic() - began}
 
 

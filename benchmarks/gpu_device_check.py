@@ -39,8 +39,8 @@ def find_tensorrt(load: Callable[[str], Any] = importlib.import_module) -> str:
     try:
         version: str = load("tensorrt").__version__
     except ImportError as error:
-        remedy = "run this on the device itself, or in the image of tools/docker that fits it"
-        raise MachineError(WHAT, "TensorRT with its Python module", str(error), remedy) from None
+        fix = "run this on the device itself, or in the image of tools/docker that fits it"
+        raise MachineError("E1101", WHAT, f"cannot import TensorRT's Python module: {error}", fix) from None
     return version
 
 
@@ -50,7 +50,7 @@ def find_device() -> dict[str, Any]:
 
     machine = this_machine()
     if not machine.gpus:
-        raise MachineError(WHAT, "an NVIDIA GPU", "none that the driver has", "run this on the device itself")
+        raise MachineError("E0910", WHAT, "the driver lists no NVIDIA GPU", "run this on the device itself")
     gpu = machine.gpus[0]
     model = Path("/proc/device-tree/model")
     board = model.read_text(errors="replace").strip("\0\n ") if model.is_file() else None
@@ -72,7 +72,9 @@ def _build(report: Report, arguments: Arguments) -> None:
     compile_with(["cmake", "--build", str(BUILD), "-j", str(arguments.jobs)])
     made = sorted(path.name for path in (BUILD / "lib").glob("*.so"))
     if not any(name.startswith("libtitans_tensorrt_plugin") for name in made):
-        raise MachineError(WHAT, "the plugin's library", ", ".join(made), "give --tensorrt-root, with include/")
+        raise MachineError(
+            "E1104", WHAT, f"no plugin library among {', '.join(made)}", "give --tensorrt-root, with include/"
+        )
     report.save("build", DONE, libraries=made, architecture=architecture(sm))
 
 
@@ -93,7 +95,7 @@ def _engines(report: Report, arguments: Arguments) -> None:
     """A way that this TensorRT does not build is a result, as long as one is built."""
     plugins = sorted((BUILD / "lib").glob("libtitans_tensorrt_plugin_*.so"))
     if not plugins:
-        raise MachineError(WHAT, "the plugin's library", f"none in {BUILD / 'lib'}", "run --part build first")
+        raise MachineError("E0908", WHAT, f"no plugin library in {BUILD / 'lib'}", "run --part build first")
     found: dict[str, Any] = {}
     for alias in ALIASES:
         done = subprocess.run(build_command(arguments, alias, plugins[-1]), capture_output=True, text=True, cwd=ROOT)
@@ -101,7 +103,9 @@ def _engines(report: Report, arguments: Arguments) -> None:
         found[alias] = {"status": FAILED if done.returncode else DONE, "said": lines[-1]}
     built = [alias for alias, engine in found.items() if engine["status"] == DONE]
     if not built:
-        raise TitansError(WHAT, "one engine at least", next(iter(found.values()))["said"], "see there")
+        raise TitansError(
+            "E1106", WHAT, f"no engine was built: {next(iter(found.values()))['said']}", "see that message"
+        )
     report.save("engines", DONE, precision=arguments.precision, tensorrt=find_tensorrt(), engines=found)
 
 
@@ -109,7 +113,7 @@ def _run(report: Report, arguments: Arguments) -> None:
     """In this process, with the libraries that were built here."""
     library = BUILD / "lib" / "libtitans.so"
     if not library.is_file():
-        raise MachineError(WHAT, f"the runtime's library {library.name}", "none", "run --part build first")
+        raise MachineError("E0908", WHAT, f"{library.name} is missing", "run --part build first")
     os.environ["TITANS_LIBRARY"] = str(library)
     sys.path.insert(0, str(ROOT / "runtime" / "python"))
     from benchmarks import gpu_device
@@ -130,11 +134,11 @@ def _run(report: Report, arguments: Arguments) -> None:
             worst = max(worst, error.exit_code)
         found[alias] = entry
     if not found:
-        raise MachineError(WHAT, "an engine that was built", "none", "run --part engines first")
+        raise MachineError("E0908", WHAT, "no engine was built", "run --part engines first")
     report.save("run", FAILED if worst else DONE, tokens=arguments.tokens, engines=found)
     if worst:
         bad = "; ".join(entry["reason"] for entry in found.values() if entry["status"] == FAILED)
-        raise TitansError(WHAT, "every engine to run", bad, "see there")
+        raise TitansError("E1106", WHAT, f"engines failed: {bad}", "see that message")
 
 
 RUN: dict[str, Callable[[Report, Arguments], None]] = {"build": _build, "engines": _engines, "run": _run}
@@ -142,7 +146,7 @@ RUN: dict[str, Callable[[Report, Arguments], None]] = {"build": _build, "engines
 
 def _needs_cmake() -> None:
     if shutil.which("cmake") is None:
-        raise MachineError(WHAT, "cmake", "none on PATH", "run pip install cmake ninja")
+        raise MachineError("E1101", WHAT, "cmake is not on PATH", "pip install cmake ninja")
 
 
 def parse(arguments: Sequence[str] | None) -> Arguments:

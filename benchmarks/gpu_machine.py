@@ -40,22 +40,22 @@ def run(command: Sequence[str]) -> str:
 
 def find_gpu(runner: Runner = run) -> dict[str, Any]:
     """The first GPU, as nvidia-smi describes it, with `sm` as in sm_90. Raises MachineError where there is none."""
-    remedy = "run this on a machine with an NVIDIA GPU and its driver"
+    fix = "run this on a machine with an NVIDIA GPU and its driver"
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits"]
     try:
         lines = runner(command).strip().splitlines()
     except FileNotFoundError:
-        raise MachineError(WHERE, "an NVIDIA GPU", "no nvidia-smi", remedy) from None
+        raise MachineError("E0910", WHERE, "no NVIDIA GPU: nvidia-smi is missing", fix) from None
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stdout", "") or getattr(error, "stderr", "") or str(error)
-        raise MachineError(WHERE, "an NVIDIA GPU", f"nvidia-smi that fails: {said}", remedy) from None
+        raise MachineError("E0910", WHERE, f"no NVIDIA GPU: nvidia-smi failed: {said}", fix) from None
     if not lines:
-        raise MachineError(WHERE, "an NVIDIA GPU", "none that nvidia-smi lists", remedy)
+        raise MachineError("E0910", WHERE, "no NVIDIA GPU: nvidia-smi lists none", fix)
     gpu = dict(zip(FIELDS, (_number(field.strip()) for field in lines[0].split(",")), strict=True))
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(gpu["compute_capability"]))
     if capability is None:
-        got = f"{gpu['compute_capability']} from nvidia-smi"
-        raise MachineError(WHERE, "a GPU's compute capability", got, "install a newer driver")
+        problem = f"nvidia-smi reports no compute capability: {gpu['compute_capability']}"
+        raise MachineError("E0910", WHERE, problem, "install a newer driver")
     return {**gpu, "sm": int(capability[1]) * 10 + int(capability[2])}
 
 
@@ -64,8 +64,8 @@ def find_toolkit(which: Callable[[str], str | None] = shutil.which, runner: Runn
     folders = (Path("/usr/local/cuda/bin"),)
     nvcc = which("nvcc") or _first(folders, "nvcc")
     if nvcc is None:
-        remedy = "install the CUDA toolkit, 12.6 or newer, and put its bin folder on PATH"
-        raise MachineError(WHERE, "a CUDA compiler", "no nvcc on PATH or in /usr/local/cuda/bin", remedy)
+        fix = "install the CUDA toolkit, 12.6 or newer, and put its bin folder on PATH"
+        raise MachineError("E1101", WHERE, "no CUDA compiler: nvcc is not on PATH or in /usr/local/cuda/bin", fix)
     version = re.search(r"release (\d+\.\d+)", runner([nvcc, "--version"]))
     found = {"nvcc": nvcc, "cuda": version[1] if version else "unknown"}
     sanitizer = which("compute-sanitizer") or _first((Path(nvcc).parent,), "compute-sanitizer")

@@ -39,7 +39,7 @@ _LAST_LINES = 25
 def build(sm: int, nvcc: str, jobs: int, tensorrt_root: str | None) -> dict[str, Any]:
     """Configures and compiles what the other parts run, for this GPU alone."""
     if shutil.which("cmake") is None:
-        raise MachineError(WHERE, "cmake", "none on PATH", "run pip install cmake ninja")
+        raise MachineError("E1101", WHERE, "cmake is not on PATH", "pip install cmake ninja")
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CUDA_COMPILER={nvcc}",
         "-DTITANS_CUDA=ON", "-DTITANS_CUDA_PTX=OFF", f"-DTITANS_CUDA_ARCHITECTURES={architecture(sm)}",
@@ -52,7 +52,7 @@ def build(sm: int, nvcc: str, jobs: int, tensorrt_root: str | None) -> dict[str,
     began = time.monotonic()
     compile_with(["cmake", "--build", str(BUILD), "-j", str(jobs), "--target", *targets])
     if not PROGRAM.is_file():
-        raise TitansError(WHERE, f"the build to make {PROGRAM.name}", "none", "see that CMake finds a CUDA compiler")
+        raise TitansError("E1104", WHERE, f"the build made no {PROGRAM.name}", "check that CMake finds a CUDA compiler")
     return {"architecture": architecture(sm), "targets": targets, "compile_s": time.monotonic() - began}
 
 
@@ -64,7 +64,7 @@ def architecture(sm: int) -> str:
 def test(timeout_s: float) -> dict[str, Any]:
     """The kernel against float64 over the whole table of its tests, on the GPU."""
     if importlib.util.find_spec("pytest") is None:
-        raise MachineError(WHERE, "pytest", "none", "run pip install pytest pytest-timeout safetensors")
+        raise MachineError("E1101", WHERE, "pytest is not installed", "pip install pytest pytest-timeout safetensors")
     require_built(PROGRAM)
     environment = dict(os.environ, TITANS_CUDA_RUNNER=str(PROGRAM))
     with tempfile.TemporaryDirectory(prefix="titans-gpu-") as folder:
@@ -78,24 +78,28 @@ def test(timeout_s: float) -> dict[str, Any]:
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired:
-            got = f"no end in {timeout_s:.0f} s"
-            raise TitansError(WHERE, "the tests to end", got, "give more time with --seconds") from None
+            problem = f"the tests did not end in {timeout_s:.0f} s"
+            raise TitansError("E1106", WHERE, problem, "give more time with --seconds") from None
         found = read_outcomes(outcomes)
     if done.returncode or not found["passed"] or found["skipped"]:
         reasons = [*found["failures"], *found["skip_reasons"]]
         got = "; ".join(reasons) or " ".join(done.stdout.splitlines()[-3:]) or "none that ran"
-        raise TitansError(WHERE, "all tests to pass on the GPU", got, f"run pytest {' '.join(TESTS)} -k {ON_GPU}")
+        raise TitansError(
+            "E1106", WHERE, f"tests failed on the GPU: {got}", f"run pytest {' '.join(TESTS)} -k {ON_GPU}"
+        )
     return {"files": list(TESTS), **found}
 
 
 def test_plugin(tensorrt_root: str | None) -> dict[str, Any]:
     """The plugin through its host, as TensorRT would call it, in every way to alias, against the recurrence."""
     if not tensorrt_root:
-        raise MachineError(WHERE, "TensorRT's headers", "none", "give --tensorrt-root, the folder with include/")
+        raise MachineError(
+            "E1101", WHERE, "TensorRT's headers are missing", "give --tensorrt-root, the folder with include/"
+        )
     require_built(PLUGIN_HOST)
     libraries = sorted((BUILD / "lib").glob("libtitans_tensorrt_plugin_*.so"))
     if not libraries:
-        raise MachineError(WHERE, "the plugin's library", "none", "run --part build --tensorrt-root again")
+        raise MachineError("E0908", WHERE, "the plugin library is missing", "run --part build --tensorrt-root again")
     rows = []
     with tempfile.TemporaryDirectory(prefix="titans-gpu-") as folder:
         case, out = Path(folder, "case.safetensors"), Path(folder, "out.bin")
@@ -104,11 +108,13 @@ def test_plugin(tensorrt_root: str | None) -> dict[str, Any]:
             command = [PLUGIN_HOST, "--gpu", case, out, "--plugin", libraries[-1], "--alias", alias]
             done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
             if done.returncode:
-                raise TitansError(WHERE, f"the plugin to run {row.name}, {alias}", done.stderr.strip(), "mend it")
+                problem = f"the plugin failed in {row.name}, {alias}: {done.stderr.strip()}"
+                raise TitansError("E1106", WHERE, problem, "correct the plugin")
             wrong = errors(read_answer(row, out), recurrence(row.case))
             if not max(wrong.values()) <= row.tolerance:
-                got = f"{max(wrong.values()):.3g}"
-                raise TitansError(WHERE, f"{row.name}, {alias} within {row.tolerance}", got, "mend the plugin")
+                got = f"expected an error of at most {row.tolerance}, got {max(wrong.values()):.3g}"
+                problem = f"the plugin is incorrect in {row.name}, {alias}: {got}"
+                raise TitansError("E1106", WHERE, problem, "correct the plugin")
             rows.append({"name": row.name, "alias": alias, "max_error": max(wrong.values())})
     return {"library": libraries[-1].name, "rows": rows}
 
@@ -138,8 +144,8 @@ def read_outcomes(path: Path) -> dict[str, Any]:
 def sanitize(sanitizer: str | None) -> dict[str, Any]:
     """Every small case under every tool. What a tool finds is an error."""
     if sanitizer is None:
-        remedy = "install the CUDA toolkit's compute-sanitizer and put it on PATH"
-        raise MachineError(WHERE, "compute-sanitizer", "none", remedy)
+        fix = "install the CUDA toolkit's compute-sanitizer and put it on PATH"
+        raise MachineError("E1101", WHERE, "compute-sanitizer is missing", fix)
     require_built(PROGRAM)
     rows = []
     with tempfile.TemporaryDirectory(prefix="titans-gpu-") as folder:
@@ -152,7 +158,7 @@ def sanitize(sanitizer: str | None) -> dict[str, Any]:
                 summary = [line.lstrip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
                 if done.returncode:
                     said = "; ".join(summary) or " ".join((done.stdout + done.stderr).split())[-400:]
-                    raise TitansError(WHERE, f"{tool} to find nothing in {row.name}", said, "mend the kernel")
+                    raise TitansError("E1106", WHERE, f"{tool} failed in {row.name}: {said}", "correct the kernel")
                 rows.append({"name": row.name, "tool": tool, "summary": "; ".join(summary)})
     return {"rows": rows}
 
@@ -175,14 +181,15 @@ def device_of() -> dict[str, Any]:
     require_built(PROGRAM)
     done = subprocess.run([str(PROGRAM), "--device"], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise TitansError(WHERE, "the kernel to find the GPU", done.stderr.strip(), "check the driver with nvidia-smi")
+        problem = f"the kernel finds no GPU: {done.stderr.strip()}"
+        raise TitansError("E0910", WHERE, problem, "check the driver with nvidia-smi")
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen
 
 
 def require_built(program: Path) -> None:
     if not program.is_file():
-        raise MachineError(WHERE, f"the program {program.name}", "none", "run --part build first")
+        raise MachineError("E0908", WHERE, f"the program {program.name} is missing", "run --part build first")
 
 
 def compile_with(command: list[str]) -> None:
@@ -191,4 +198,4 @@ def compile_with(command: list[str]) -> None:
         lines = (done.stdout + done.stderr).strip().splitlines()
         said = next((line for line in lines if "error" in line.lower()), "")
         print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr)
-        raise TitansError(WHERE, f"{' '.join(command[:2])} to succeed", said or lines[-1], "see the lines above")
+        raise TitansError("E1104", WHERE, f"{' '.join(command[:2])} failed: {said or lines[-1]}", "see the lines above")

@@ -56,20 +56,21 @@ class Report:
 
     def _earlier(self, what: str, description: dict[str, Any]) -> dict[str, Any]:
         """The parts of the file, which must be of the same sources on the same machine."""
-        remedy = "give another -o, or remove that file"
+        fix = "give another -o, or remove that file"
         try:
             earlier = json.loads(self._path.read_text(encoding="utf-8"))
             parts: dict[str, Any] = earlier["parts"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(what, f"a report in {self._path}", f"something else ({error})", remedy) from error
+            raise OutputError("E0909", what, f"{self._path} is not a report: {error}", fix) from error
         if (earlier.get("check"), earlier.get("schema")) != (what, SCHEMA):
-            got = f"one of {earlier.get('check')}, schema {earlier.get('schema')}"
-            raise OutputError(what, f"a report of {what}, schema {SCHEMA}, in {self._path}", got, remedy)
+            got = f"{earlier.get('check')}, schema {earlier.get('schema')}"
+            problem = f"{self._path} is another report: expected {what}, schema {SCHEMA}, got {got}"
+            raise OutputError("E0909", what, problem, fix)
         ours = report.rounded(description)
         for key in IDENTITY:
             if earlier.get(key) != ours[key]:
-                expected = f"a report of the same {key} in {self._path}, {ours[key]}"
-                raise OutputError(what, expected, str(earlier.get(key)), remedy)
+                problem = f"{self._path} has another {key}: expected {ours[key]}, got {earlier.get(key)}"
+                raise OutputError("E0909", what, problem, fix)
         return parts
 
 

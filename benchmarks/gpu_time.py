@@ -222,6 +222,6 @@ def _run(command: list[Any]) -> dict[str, Any]:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         got = done.stderr.strip() or f"exit code {done.returncode}"
-        raise TitansError("gpu_check", f"{Path(command[0]).name} to run a case", got, "run --part build again")
+        raise TitansError("E1106", "gpu_check", f"{Path(command[0]).name} failed: {got}", "run --part build again")
     printed: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return printed

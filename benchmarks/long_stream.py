@@ -134,7 +134,7 @@ def main(
         f"{result['bits_per_byte']:.3f} bits per byte"
     )
     if failures:
-        click.echo(f"[long-stream] expected a steady stream but got trouble: {'; '.join(failures)}", err=True)
+        click.echo(f"[long-stream] the stream is not steady: {'; '.join(failures)}", err=True)
         sys.exit(FAILED)
 
 

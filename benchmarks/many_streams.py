@@ -170,7 +170,7 @@ def main(
             f"{line['batch_tokens_per_second']:,.0f} tokens/s, loop {line['loop_tokens_per_second']:,.0f}"
         )
     if failures:
-        click.echo(f"[many-streams] expected streams like any other but got trouble: {'; '.join(failures)}", err=True)
+        click.echo(f"[many-streams] streams failed: {'; '.join(failures)}", err=True)
         sys.exit(FAILED)
 
 

@@ -151,7 +151,7 @@ def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
     judge = baselines["engine"].logits.ravel()
     for name, baseline in baselines.items():
         if not np.array_equal(baseline.logits, judge) and name != "engine":
-            raise SystemExit(f"[overhead] expected the engine's logits of {name} but got others; do find out why")
+            raise SystemExit(f"[overhead] the logits of {name} differ from the engine's")
     assert guarded.guard_report.rollbacks == 0
     floor = np.array(times["engine"])
     found = {}

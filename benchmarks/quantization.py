@@ -130,8 +130,8 @@ def measure(model: Model, recipes: Sequence[str], settings: Settings, again: str
         part = json.loads(path.read_text(encoding="utf-8"))
         if part["recipes"].keys() != taking_part.keys():
             raise click.ClickException(
-                f"expected {path} to be of the recipes {', '.join(taking_part)} but got {', '.join(part['recipes'])}; "
-                f"measure them with --again {kind}"
+                f"{path} has other recipes: expected {', '.join(taking_part)}, got {', '.join(part['recipes'])}. "
+                f"Fix: measure them with --again {kind}"
             )
         for name, values in part.pop("recipes").items():
             entries[name] |= values
@@ -151,8 +151,8 @@ def _export(model: Model, settings: Settings) -> Bundle:
         from titans_export.exporting import export_checkpoint
 
         if not model.source.exists():
-            remedy = "make it with python -m benchmarks.titans_pytorch_model"
-            raise click.ClickException(f"expected {model.source} but got no such file; {remedy}")
+            fix = "make it with python -m benchmarks.titans_pytorch_model"
+            raise click.ClickException(f"no such file: {model.source}. Fix: {fix}")
         options: dict[str, Any] = {"format": model.format, "config": model.config, "positions": model.positions}
         path.parent.mkdir(parents=True, exist_ok=True)
         export_checkpoint(model.source, path, progress=_say, **options)
@@ -215,7 +215,7 @@ def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
     tokens: Tokens = read_text(bundle, settings.text, count).values
     if len(tokens) < count:
         raise click.ClickException(
-            f"expected {count:,} tokens in {settings.text} but got {len(tokens):,}; give a longer text"
+            f"{settings.text} is too short: expected {count:,} tokens, got {len(tokens):,}. Fix: give a longer text"
         )
     return tokens
 

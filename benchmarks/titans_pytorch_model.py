@@ -184,7 +184,7 @@ class Library(Stretches):
 
     def feed(self, tokens: Tokens) -> Logits:
         if self._text.shape[1]:
-            raise ValueError("[titans-pytorch] expected a fresh stream but got one that has read; reset it first")
+            raise ValueError("the stream has read tokens; reset it first")
         self._text = self._torch.from_numpy(tokens.astype(np.int64))[None]
         with self._torch.no_grad():
             logits: Logits = self._model(self._text, disable_flex_attn=True)[0].numpy()

@@ -40,8 +40,8 @@ def title(number: int, text: str) -> None:
     print(f"\n{number}. {text}\n", flush=True)
 
 
-def fail(expected: str, got: str, remedy: str) -> int:
-    print(f"[demo] expected {expected} but got {got}; {remedy}", file=sys.stderr)
+def fail(problem: str, fix: str) -> int:
+    print(f"[demo] {problem}. Fix: {fix}", file=sys.stderr)
     return 1
 
 
@@ -195,12 +195,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         text = options.text.read_bytes()
     except OSError as error:
-        return fail(f"a readable file {options.text}", error.strerror or str(error), "give another with TEXT=")
+        return fail(f"cannot read {options.text}: {error.strerror or error}", "give another file with TEXT=")
     if not text:
-        return fail(f"some text in {options.text}", "an empty file", "give another with TEXT=")
+        return fail(f"empty file: {options.text}", "give another file with TEXT=")
     for name in ("mac-bytes", "recall"):
         if not (options.checkpoints / name).is_dir():
-            return fail(f"the model {options.checkpoints / name}", "nothing", "check out the repository again")
+            return fail(f"no such model: {options.checkpoints / name}", "check out the repository again")
     options.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
 

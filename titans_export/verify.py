@@ -1,4 +1,4 @@
-"""Does a bundle, run by the runtime, compute what PyTorch computes, however its stream is cut into calls?"""
+"""Compares a bundle in the runtime with reference outputs, for any cuts of the stream into calls."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
     from .model import StreamModel
 
-Tokens = npt.NDArray[Any]  # (T,) int32, or (T, size) float32 of a bundle that takes vectors
+Tokens = npt.NDArray[Any]  # (T,) int32, or (T, size) float32 for a bundle that takes vectors
 Logits = npt.NDArray[Any]  # (T, size)
 
-# What one block's logits may take; a block is fed to every stream before the next, so that any length fits.
+# Maximum size of a block's outputs. Every stream is fed one block before the next, so that any length fits.
 _BLOCK_BYTES = 32 << 20
 
 
 class Reference(Protocol):
-    """The logits that are right. `advance` is called with one block of the stream after another."""
+    """The reference outputs. `advance` is called for consecutive blocks of the stream."""
 
     def advance(self, tokens: Tokens) -> Logits:
-        """Logits after each token."""
+        """Outputs after each token, (T, size)."""
 
     @property
     def own_error(self) -> float | None:
-        """How far these logits are from exact ones so far, None if unknown."""
+        """Largest error of these outputs so far, None if unknown."""
 
 
 class Golden:
-    """Logits known beforehand."""
+    """Golden outputs."""
 
     own_error = None
 
@@ -44,13 +44,13 @@ class Golden:
         self._logits, self._done = logits, 0
 
     def advance(self, tokens: Tokens) -> Logits:
-        """The next of them."""
+        """The next outputs."""
         start, self._done = self._done, self._done + len(tokens)
         return self._logits[start : self._done]
 
 
 class PyTorch:
-    """The model in PyTorch, float32, with the same model in float64 beside it."""
+    """The model in PyTorch, in float32 and in float64."""
 
     def __init__(self, model: StreamModel) -> None:
         single, double = model.float(), copy.deepcopy(model).double()
@@ -61,11 +61,11 @@ class PyTorch:
 
     @property
     def own_error(self) -> float:
-        """Largest distance of float32 from float64 so far."""
+        """Largest difference between float32 and float64 so far."""
         return self._error
 
     def advance(self, tokens: Tokens) -> Logits:
-        """Streams both on by the tokens; the float32 logits."""
+        """The float32 outputs of the tokens; advances both models."""
         import torch
 
         vectors = tokens.dtype.kind == "f"
@@ -84,13 +84,13 @@ class PyTorch:
 
 @dataclass
 class Distance:
-    """How far a stream's logits were from the right ones."""
+    """Largest difference of a stream's outputs from the reference."""
 
     max_abs_error: float = 0.0
     first_bad_position: int | None = None
 
     def add(self, got: Logits, right: Logits, position: int, tolerance: float) -> None:
-        """Counts in the logits from `position` on. NaN is infinitely far."""
+        """Adds the outputs from `position` on. NaN counts as an infinite difference."""
         error = np.abs(got.astype(np.float64) - right).max(-1, initial=0.0)
         error = np.where(np.isnan(error), np.inf, error)
         self.max_abs_error = max(self.max_abs_error, float(error.max(initial=0.0)))
@@ -101,7 +101,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_stream` found; `feeds` has the distance for each way of feeding the stream."""
+    """The result of `verify_stream`; `feeds` has the distance for each way of feeding the stream."""
 
     positions: int
     tolerance: float
@@ -110,12 +110,12 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every logit was within the tolerance."""
+        """Whether every output was within the tolerance."""
         return self.first_bad_position is None
 
     @property
     def max_abs_error(self) -> float:
-        """The largest over all ways of feeding."""
+        """The maximum over all ways of feeding."""
         return max(distance.max_abs_error for distance in self.feeds.values())
 
     @property
@@ -133,7 +133,10 @@ def verify_stream(
     cuts_seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> VerifyReport:
-    """Feeds the tokens to three streams, whole, token by token and in random cuts, and compares all logits."""
+    """Compares all outputs of three streams: fed whole, token by token and in random cuts.
+
+    `tokens`: (T,) int32, or (T, size) float32 for a bundle that takes vectors.
+    """
     largest = max(graph["tokens"] for graph in session.info["graphs"])
     rng = np.random.default_rng(cuts_seed)
     feeds: dict[str, Callable[[titans_runtime.Stream, Tokens], Logits]] = {
@@ -143,7 +146,7 @@ def verify_stream(
     }
     streams = {name: session.stream() for name in feeds}
     distances = {name: Distance() for name in feeds}
-    # Whole calls of the largest graph, so that blocks are treated as one feed of everything would be.
+    # Whole calls of the largest graph, so that blocks run as a single feed would.
     calls = max(1, _BLOCK_BYTES // (largest * session.output_size * 4))
     for start in range(0, len(tokens), calls * largest):
         block = tokens[start : start + calls * largest]
@@ -155,18 +158,18 @@ def verify_stream(
 
 
 def _one(token: Any) -> Any:
-    """What `step` takes: an int, or a vector."""
+    """The argument of `step`: an int, or a vector."""
     return token if np.ndim(token) else int(token)
 
 
 def _feed(stream: titans_runtime.Stream, cuts: Iterable[Tokens]) -> Logits:
-    """All logits of the cuts, fed one after the other."""
+    """All outputs of the cuts, fed in order."""
     rows = [stream.feed(cut) for cut in cuts]
     return np.concatenate([row for row in rows if row is not None])
 
 
 def random_cuts(tokens: Tokens, largest: int, rng: np.random.Generator) -> Iterator[Tokens]:
-    """Cuts the tokens into feeds: empty ones, a few tokens, and up to twice the largest graph's."""
+    """Cuts the tokens into feeds of random size: from 0 to twice the largest graph's tokens."""
     while len(tokens):
         size = int(rng.integers(0, rng.choice([1, 4, largest + 1, 2 * largest + 1])))
         yield tokens[:size]

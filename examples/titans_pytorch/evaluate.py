@@ -35,8 +35,7 @@ def find_weights(folder: Path) -> Path:
     found = next((folder / name for name in ("model.safetensors", "model.pt") if (folder / name).is_file()), None)
     if found is None:
         raise click.ClickException(
-            f"[evaluate] expected model.safetensors or model.pt in {folder} but got neither; "
-            "give a folder that train.py wrote"
+            f"[evaluate] no model.safetensors or model.pt in {folder}. Fix: give a folder that train.py wrote"
         )
     return found
 
@@ -67,7 +66,8 @@ def stream_bits(session: titans_runtime.Session, text: bytes, count: int) -> tup
         bits = [-float(np.sum(stream.score(part), dtype=np.float64)) / math.log(2) for part in parts]
         if stream.state_bytes != size:
             raise click.ClickException(
-                f"[evaluate] expected a state of {size} bytes but got {stream.state_bytes}; report this with the bundle"
+                f"[evaluate] the state grew: expected {size} bytes, got {stream.state_bytes}. "
+                "Fix: report this with the bundle"
             )
     return sum(bits) / len(text), bits[0] / min(count, len(text)), size
 
@@ -96,7 +96,7 @@ def main(
     text = (text if whole_file else split(text)[1])[:limit]
     count = min(library_bytes, len(text))
     if count < 2:
-        raise click.ClickException(f"[evaluate] expected a text but got {len(text)} bytes; give another --data")
+        raise click.ClickException(f"[evaluate] the text is too short: {len(text)} bytes. Fix: give another --data")
     with tempfile.TemporaryDirectory() as aside:
         if bundle is None:
             bundle = Path(aside, "model.titans")

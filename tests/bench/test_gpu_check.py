@@ -25,7 +25,7 @@ needs_kernel = pytest.mark.skipif(
     not fake_gpu.CPU_PROGRAM.is_file(), reason="no program around the CPU kernel: make kernels"
 )
 ROOT = Path(__file__).resolve().parents[2]
-ONE_LINE = re.compile(r"\[\w+\] expected .+ but got .+; .+")
+ONE_LINE = re.compile(r"\[\w+\] .+[^.]\. Fix: .+ \(TITANS-E\d{4}\)")
 
 # ---- the machine ----
 
@@ -43,10 +43,10 @@ def test_a_machine_without_a_gpu_or_compiler_is_refused() -> None:
         raise FileNotFoundError(command[0])
 
     for find in (lambda: gpu_machine.find_gpu(nothing), lambda: gpu_machine.find_gpu(lambda command: "")):
-        with pytest.raises(MachineError, match="an NVIDIA GPU"):
+        with pytest.raises(MachineError, match="no NVIDIA GPU"):
             find()
     if not Path("/usr/local/cuda/bin/nvcc").is_file():
-        with pytest.raises(MachineError, match="a CUDA compiler"):
+        with pytest.raises(MachineError, match="no CUDA compiler"):
             gpu_machine.find_toolkit(lambda name: None)
 
 
@@ -97,12 +97,12 @@ def test_parts_of_other_sources_or_machines_are_not_mixed(tmp_path: Path, change
     path = tmp_path / "gpu.json"
     Report(path, "gpu_check", DESCRIPTION).save("build", "done")
     before = path.read_bytes()
-    with pytest.raises(OutputError, match=f"the same {next(iter(changed))}"):
+    with pytest.raises(OutputError, match=f"has another {next(iter(changed))}"):
         Report(path, "gpu_check", DESCRIPTION | changed)
-    with pytest.raises(OutputError, match="a report of device_check"):
+    with pytest.raises(OutputError, match="expected device_check, schema"):
         Report(path, "device_check", DESCRIPTION)
     path.write_text("{}")
-    with pytest.raises(OutputError, match="something else"):
+    with pytest.raises(OutputError, match="is not a report"):
         Report(path, "gpu_check", DESCRIPTION)
     path.write_bytes(before)
 
@@ -111,12 +111,12 @@ def test_what_could_not_run_is_in_the_report_with_its_reason(tmp_path: Path) -> 
     path = tmp_path / "gpu.json"
     report = Report(path, "gpu_check", DESCRIPTION)
     report.save("time", "partial", rows=[1])
-    for error, status in ((MachineError("x", "a", "b", "c"), "not run"), (TitansError("x", "a", "b", "c"), "failed")):
+    for kind, status in ((MachineError, "not run"), (TitansError, "failed")):
         with pytest.raises(TitansError), report.running("time"):
-            raise error
+            raise kind("E0908", "x", "a", "b")
         part = json.loads(path.read_text())["parts"]["time"]
         assert part["status"] == status
-        assert part["reason"] == "[x] expected a but got b; c"
+        assert part["reason"] == "[x] a. Fix: b (TITANS-E0908)"
         assert part["rows"] == [1], "rows that were measured are lost"
 
 

@@ -13,12 +13,12 @@ from titans_export.files import replacing_file, replacing_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "errors.md"
-# A code as a literal of its own, or in the text of an error.
-CODE = re.compile(r'(?:"|TITANS-)(E\d{4})\b')
+# A code as a literal of its own, in the text of an error, or as an argument of `fail` in a script.
+CODE = re.compile(r'(?:"|TITANS-|\bfail )(E\d{4})\b')
 SOURCES = {
     "python": [
         path
-        for folder in ("titans_export", "calibration", "runtime/python")
+        for folder in ("titans_export", "calibration", "runtime/python", "benchmarks")
         for path in (ROOT / folder).rglob("*.py")
         if "build" not in path.parts
     ],
@@ -70,6 +70,11 @@ def test_no_code_is_listed_twice() -> None:
 def test_every_code_is_listed(language: str) -> None:
     listed = {cells[0].removeprefix("TITANS-") for _, cells in _rows()}
     assert not {code: path for code, path in _used(language).items() if code not in listed}
+
+
+def test_every_listed_code_is_used() -> None:
+    used = {code for language in SOURCES for code in _used(language)}
+    assert not {cells[0] for _, cells in _rows()} - {f"TITANS-{code}" for code in used}
 
 
 def test_an_error_is_one_line_with_a_code() -> None:
