@@ -28,19 +28,19 @@ from .safetensors_file import write_safetensors
 from .schedule import calls, may_start
 
 TOLERANCE = 1e-4  # absolute, on outputs
-# Where PyTorch's own float32 is farther from float64 than this share of the tolerance, a bundle may be so many times as
-# far as PyTorch: memories whose updates are orthogonalised enlarge every rounding error. Beyond MOST_OF_RANGE of the
-# outputs' size float32 does not compute the model at all.
+# Memories with orthogonalised updates enlarge rounding errors. If PyTorch in float32 differs from float64 by more than
+# this share of the tolerance, the tolerance grows to that difference divided by the share. A tolerance beyond
+# MOST_OF_RANGE of the largest output is refused: float32 is too imprecise for the model.
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
-GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it: finer differences between machines round away
-ORACLE_POSITIONS = 640  # at most so many go through the library that trained the checkpoint
-GOLDEN_FLOATS = 1 << 19  # at most so many golden logits
+GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it, so smaller differences between machines vanish
+ORACLE_POSITIONS = 640  # most positions that run through the library that trained the checkpoint
+GOLDEN_FLOATS = 1 << 19  # most golden logits
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. Errors are the largest absolute differences of outputs over `positions` tokens.
+    """The result of an export. Errors are the largest absolute differences of outputs over `positions` tokens.
 
     library_error: of PyTorch in float64 from the library that trained the checkpoint, over up to ORACLE_POSITIONS;
     None where it is not installed or there is none.
@@ -61,7 +61,7 @@ class ExportReport:
 
 
 class Golden(NamedTuple):
-    """Inputs (1, T, ...) of one stream, the outputs (T, size) of float64 PyTorch, and how far others may be."""
+    """Inputs (1, T, ...) of one stream, the outputs (T, size) of float64 PyTorch, and their tolerance."""
 
     inputs: torch.Tensor
     outputs: NDArray[Any]
@@ -104,7 +104,7 @@ def _graph_entries(graphs: list[Graph], shared: dict[str, list[str]]) -> list[re
 
 
 def _sample_numbers(count: int) -> list[int]:
-    """Numbers below 2^31 that are the same everywhere: the high bits of a multiplicative sequence."""
+    """Numbers below 2^31, equal on every machine: the high bits of a linear congruential generator."""
     values, x = [], 1
     for _ in range(count):
         x = x * 6364136223846793005 + 1442695040888963407 & 0xFFFFFFFFFFFFFFFF
@@ -113,12 +113,12 @@ def _sample_numbers(count: int) -> list[int]:
 
 
 def sample_inputs(model: StreamModel, count: int) -> torch.Tensor:
-    """(1, count) token ids, or (1, count, size) vectors of about unit variance, the same everywhere."""
+    """(1, count) token ids, or (1, count, size) vectors of about unit variance, equal on every machine."""
     size = model.input.size
     if model.input.kind == "tokens":
         return torch.tensor([[value % size for value in _sample_numbers(count)]])
     values = torch.tensor(_sample_numbers(count * size), dtype=torch.float64).reshape(1, count, size)
-    # Uniform within sqrt(3) has variance 1; 2^-16 apart, so that float32 holds each exactly.
+    # Uniform in [-sqrt(3), sqrt(3)] has variance 1. Multiples of 2^-16 are exact in float32.
     return (((values / 2**31 * 2 - 1) * 3**0.5 * 2**16).round() / 2**16).float()
 
 
@@ -130,7 +130,7 @@ def _outputs(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
 def _write(
     folder: Path, checkpoint: Checkpoint, graphs: list[Graph], golden: Golden, progress: Callable[[str], None]
 ) -> None:
-    """Everything of the bundle, into an empty folder."""
+    """Writes all files of the bundle into an empty folder."""
     model = checkpoint.model
     models = {}
     for number, graph in enumerate(graphs, start=1):
@@ -185,11 +185,11 @@ def _tokenizer(checkpoint: Checkpoint) -> records.Tokenizer:
 
 
 def _cuts(graphs: list[Graph], positions: int) -> list[int]:
-    """Lengths of feeds that make every graph of the schedule run, then uneven ones, of `positions` or more in all."""
+    """Lengths of feeds, at least `positions` tokens in all: first every graph runs, then lengths are uneven."""
     cuts: list[int] = []
     unseen = {graph.name for graph in graphs}
     for graph in graphs:
-        # To where it may start, then through it alone.
+        # Feed up to a position where the graph may start, then exactly its tokens.
         while graph.name in unseen:
             start = sum(cuts)
             ahead = next(n for n in range(graph.stride) if may_start(graph, start + n))
@@ -205,7 +205,7 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
 
 
 def _run(folder: Path, inputs: NDArray[Any], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
-    """The bundle's outputs through the runtime, fed in the given cuts, and the bytes of a stream's state."""
+    """The bundle's outputs in the runtime, fed in the given cuts, and the bytes of a stream's state."""
     import titans_runtime
 
     with titans_runtime.Session(folder) as session:

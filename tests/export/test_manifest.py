@@ -16,8 +16,10 @@ from manifests import manifest_json
 
 from titans_export import manifest as records
 from titans_export.dtypes import DTYPES, MEMORY_DTYPES, SCALED, field_words
+from titans_export.engines.targets import ORT, RTX, TARGETS, TENSORRT
 from titans_export.errors import BundleError, NewerBundleError, OlderBundleError
 from titans_export.manifest import Entry, Manifest, parse_manifest
+from titans_export.schedule import LONGEST_PERIOD
 
 ROOT = Path(__file__).resolve().parents[2]
 FREE = ("config", "recipe")  # objects with any keys
@@ -261,15 +263,36 @@ def test_texts_that_are_no_manifest(text: str, kind: type[BundleError], words: s
     assert words in str(caught.value)
 
 
+def source(name: str) -> str:
+    """A file of the runtime."""
+    [path] = (ROOT / "runtime" / "src").rglob(name)
+    return path.read_text(encoding="utf-8")
+
+
 def test_dtypes_are_those_of_the_runtime() -> None:
-    [header] = (ROOT / "runtime" / "src").rglob("tensor.h")
-    rows = re.findall(r'\{DType::k\w+, "(\w+)", "(\w+)", (\d+)\}', header.read_text(encoding="utf-8"))
+    rows = re.findall(r'\{DType::k\w+, "(\w+)", "(\w+)", (\d+)\}', source("tensor.h"))
     assert {name: (safetensors, int(size)) for name, safetensors, size in rows} == {
         name: (dtype.safetensors, dtype.bytes) for name, dtype in DTYPES.items()
     }
-    [source] = (ROOT / "runtime" / "src").rglob("field_dtype.cpp")
     for name in MEMORY_DTYPES:
-        assert f'"{name}"' in source.read_text(encoding="utf-8")
+        assert f'"{name}"' in source("field_dtype.cpp")
+
+
+def test_limits_are_those_of_the_runtime() -> None:
+    assert f"kSchemaVersion = {records.SCHEMA_VERSION};" in source("manifest.h")
+    assert f"kLongest = std::size_t{{{records.LONGEST_MANIFEST >> 20}}} << 20;" in source("manifest.cpp")
+    assert f"kDeepest = {records.DEEPEST_MANIFEST};" in source("json_reader.cpp")
+    assert LONGEST_PERIOD == 1 << 20 and "kLongestPeriod = std::int64_t{1} << 20;" in source("schedule.cpp")
+
+
+def test_targets_are_those_of_the_runtime() -> None:
+    """The runtime names the target that fits a device when no engine does."""
+    code = source("engine_choice.cpp")
+    rows = re.findall(r'\{(\d+), "[^"]*", "([\w-]+)"\}', code)
+    assert {name: int(sm) for sm, name in rows} == {
+        name: target.sm for name, target in TARGETS.items() if target.sm is not None
+    }
+    assert re.search(rf'kCompilers\{{"{TENSORRT}", "{RTX}", "{ORT}"\}}', code), "in order of preference"
 
 
 @pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
