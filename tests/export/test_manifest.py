@@ -11,11 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from manifests import manifest_json
 
 from titans_export import manifest as records
-from titans_export.dtypes import DTYPES, MEMORY_DTYPES, SCALED, field_words
+from titans_export.dtypes import BLOCK, DTYPES, MEMORY_DTYPES, SCALED, field_words
 from titans_export.engines.targets import ORT, RTX, TARGETS, TENSORRT
 from titans_export.errors import BundleError, NewerBundleError, OlderBundleError
 from titans_export.manifest import Entry, Manifest, parse_manifest
@@ -276,6 +277,13 @@ def test_dtypes_are_those_of_the_runtime() -> None:
     }
     for name in MEMORY_DTYPES:
         assert f'"{name}"' in source("field_dtype.cpp")
+
+
+def test_dtypes_are_those_of_the_python_package() -> None:
+    state = pytest.importorskip("titans_runtime._state", exc_type=ImportError, reason="the runtime is not built")
+    sizes = {name: np.dtype(dtype).itemsize for name, dtype in state._DTYPES.items()}
+    assert sizes == {dtype.safetensors: dtype.bytes for dtype in DTYPES.values()}
+    assert state._BLOCK == BLOCK
 
 
 def test_limits_are_those_of_the_runtime() -> None:
