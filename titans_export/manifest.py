@@ -370,17 +370,6 @@ class StateTensor(Entry):
             least = first + written.period
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedTensor(Entry):
-    """A tensor of a state file, which describes it without the graph's input and output."""
-
-    name: Text
-    dtype: Annotated[str, word(*DTYPES)]
-    shape: Annotated[tuple[int, ...], array(integer(0))]
-    role: Text
-    layout: Annotated[tuple[LayoutField, ...], array(LayoutField.from_json)] = ()
-
-
 def check_layout(layout: Iterable[LayoutField], shape: tuple[int, ...], path: str) -> None:
     """Raises BundleError for a field that is longer than a row of a tensor of that shape."""
     for index, one in enumerate(layout):

@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..errors import TitansError, UsageError
 from ..files import replacing_file
-from ..manifest import LayoutField, SavedTensor
+from ..manifest import Entry, LayoutField, array, integer, string, word
 
 MAGIC = b"TITANSE1"  # an encrypted state file begins with it
 KEY_BYTES = 32
@@ -28,6 +29,17 @@ Floats = NDArray[np.float32]
 
 class StateError(TitansError, ValueError):
     """A state file that is damaged, of another model, or unfit for the command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor(Entry):
+    """The description of a tensor in a state file."""
+
+    name: Annotated[str, string]
+    dtype: Annotated[str, word(*DTYPES)]
+    shape: Annotated[tuple[int, ...], array(integer(0))]
+    role: Annotated[str, string]
+    layout: Annotated[tuple[LayoutField, ...], array(LayoutField.from_json)] = ()
 
 
 @dataclass(frozen=True)
