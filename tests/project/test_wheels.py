@@ -234,8 +234,9 @@ def test_the_sdist_of_titans_runtime_has_its_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_sdist_of_titans_runtime_installs(tmp_path: Path) -> None:
-    """Compiles the runtime."""
+    """Compiles the runtime: about a minute on two idle cores."""
     sdist = make_sdist(ROOT / "runtime" / "python", tmp_path)
     install(sdist, tmp_path / "site", f"cmake.define.TITANS_DEPS={DEPS}")
     names = {path.name for path in (tmp_path / "site" / "titans_runtime").iterdir()}
