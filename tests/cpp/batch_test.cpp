@@ -11,7 +11,7 @@
 
 #include <gtest/gtest.h>
 
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "test_bundle.h"
 #include "titans/titans.hpp"
 

@@ -19,7 +19,7 @@ class EngineChoice : public testing::Test {
     json manifest = manifest_json();
     manifest["engines"] = engines;
     manifest_ = core::Manifest::parse(manifest.dump());
-    return core::choose_engine(manifest_, facts, wish, "onnxruntime");
+    return core::choose_engine(manifest_, device_info, request, "onnxruntime");
   }
   void refuse(titans_status status, const std::vector<std::string>& words) const {
     expect_error(status, words, [&] { choose(); });
@@ -34,15 +34,15 @@ class EngineChoice : public testing::Test {
 
   json engines = json::array({engine_json("orin", "tensorrt", 87)});
   // A Jetson AGX Orin on which everything is installed.
-  core::DeviceFacts facts{"cuda",
-                          "Orin",
-                          "linux-aarch64",
-                          87,
-                          12060,
-                          {{"tensorrt_10", {"10.3.0", "", "1", ""}},
-                           {"tensorrt_rtx", {"1.7.1", "", "", "no plugins"}},
-                           {"onnxruntime", {"1.24.1", "", "", ""}}}};
-  core::EngineWish wish{"m.titans", "cuda", "", "", "auto"};
+  core::DeviceInfo device_info{"cuda",
+                               "Orin",
+                               "linux-aarch64",
+                               87,
+                               12060,
+                               {{"tensorrt_10", {"10.3.0", "", "1", ""}},
+                                {"tensorrt_rtx", {"1.7.1", "", "", "no plugins"}},
+                                {"onnxruntime", {"1.24.1", "", "", ""}}}};
+  core::EngineRequest request{"m.titans", "cuda", "", "", "auto"};
   mutable core::Manifest manifest_;  // what a choice points into
 };
 
@@ -57,61 +57,61 @@ TEST_F(EngineChoice, TheOneThatFits) {
 
 // Each mismatch by itself: its error, and the command or the package that mends it.
 TEST_F(EngineChoice, AnotherCapability) {
-  facts.sm = 110;
-  facts.name = "Thor";
+  device_info.sm = 110;
+  device_info.name = "Thor";
   refuse(TITANS_UNSUPPORTED,
          {"orin", "made for sm 87", "got sm 110 (Thor)", "titans-export build m.titans --target thor", "engine none"});
 }
 
 TEST_F(EngineChoice, AnotherPlatform) {
-  facts.platform = "linux-x86_64";
+  device_info.platform = "linux-x86_64";
   refuse(TITANS_UNSUPPORTED, {"orin", "linux-aarch64", "got linux-x86_64", "titans-export build", "on this machine"});
 }
 
 TEST_F(EngineChoice, ALibraryThatIsMissing) {
-  facts.libraries["tensorrt_10"] = {"", "libnvinfer.so.10: cannot open", "", ""};
+  device_info.libraries["tensorrt_10"] = {"", "libnvinfer.so.10: cannot open", "", ""};
   refuse(TITANS_UNSUPPORTED, {"library of tensorrt 10.3.0", "libnvinfer.so.10", "install tensorrt 10.3.0"});
-  facts.libraries.erase("tensorrt_10");
+  device_info.libraries.erase("tensorrt_10");
   refuse(TITANS_UNSUPPORTED, {"library of tensorrt 10.3.0", "no backend tensorrt"});
 }
 
 TEST_F(EngineChoice, AnotherVersionOfTheLibrary) {
-  facts.libraries["tensorrt_10"].version = "10.13.3";
+  device_info.libraries["tensorrt_10"].version = "10.13.3";
   refuse(TITANS_UNSUPPORTED,
          {"tensorrt 10.3 for", "got 10.13.3", "titans-export build m.titans --target orin-agx with tensorrt 10.13.3"});
-  facts.libraries["tensorrt_10"].version = "10.3.1";
+  device_info.libraries["tensorrt_10"].version = "10.3.1";
   EXPECT_NE(choose().engine, nullptr);
 }
 
 TEST_F(EngineChoice, APluginThatIsMissingOrOfAnotherVersion) {
-  facts.libraries["tensorrt_10"].plugin_why_not = "libtitans_tensorrt_plugin_10.so: cannot open";
+  device_info.libraries["tensorrt_10"].plugin_why_not = "libtitans_tensorrt_plugin_10.so: cannot open";
   refuse(TITANS_UNSUPPORTED, {"the plugin NeuralMemory", "libtitans_tensorrt_plugin_10.so", "TENSORRT_ROOT"});
-  facts.libraries["tensorrt_10"].plugin_why_not = "";
-  facts.libraries["tensorrt_10"].plugin_version = "2";
+  device_info.libraries["tensorrt_10"].plugin_why_not = "";
+  device_info.libraries["tensorrt_10"].plugin_version = "2";
   refuse(TITANS_UNSUPPORTED, {"version 1 of the plugin NeuralMemory", "got 2", "titans-export build"});
 }
 
 TEST_F(EngineChoice, AnOlderDriver) {
-  facts.driver = 12020;
+  device_info.driver = 12020;
   refuse(TITANS_UNSUPPORTED, {"CUDA 12.6 or newer", "got one of CUDA 12.2", "update the NVIDIA driver"});
 }
 
 TEST_F(EngineChoice, ByName) {
   engines.push_back(engine_json("thor", "tensorrt", 110));
-  wish.engine = "orin";
+  request.engine = "orin";
   EXPECT_EQ(choose().engine->name, "orin");
-  wish.engine = "thor";
+  request.engine = "thor";
   refuse(TITANS_UNSUPPORTED, {"thor", "made for sm 110", "got sm 87", "--target orin-agx"});
-  wish.engine = "other";
+  request.engine = "other";
   refuse(TITANS_INVALID_ARGUMENT, {"orin, thor", "got other"});
-  wish.engine = "none";
+  request.engine = "none";
   EXPECT_EQ(choose().engine, nullptr);
   EXPECT_EQ(choose().backend, "onnxruntime");
 }
 
 TEST_F(EngineChoice, AnEngineForTheCpuOnAGpu) {
   engines[0]["device"] = "cpu";
-  wish.engine = "orin";
+  request.engine = "orin";
   refuse(TITANS_UNSUPPORTED, {"made for cpu", "got cuda", "open the session on cpu"});
 }
 
@@ -123,12 +123,12 @@ TEST_F(EngineChoice, TheFastestFirst) {
   EXPECT_EQ(choice.engine->name, "first");
   EXPECT_NE(choice.reason.find("4 engines"), std::string::npos);
   for (const char* other : {"ort", "rtx", "second"}) EXPECT_NE(reason(choice, other).find("first"), std::string::npos);
-  wish.backend = "tensorrt_rtx";
+  request.backend = "tensorrt_rtx";
   choice = choose();
   EXPECT_EQ(choice.engine->name, "rtx");
   EXPECT_NE(reason(choice, "first").find("backend tensorrt"), std::string::npos);
-  wish.backend = "";
-  facts.libraries["tensorrt_10"].why_not = "not there";
+  request.backend = "";
+  device_info.libraries["tensorrt_10"].why_not = "not there";
   EXPECT_EQ(choose().engine->name, "rtx");
   EXPECT_NE(reason(choose(), "first").find("not there"), std::string::npos);
 }
@@ -137,31 +137,31 @@ TEST_F(EngineChoice, TheFastestFirst) {
 TEST_F(EngineChoice, TheNearestIsExplained) {
   engines = json::array(
       {engine_json("h100", "tensorrt", 90), engine_json("orin", "tensorrt", 87), engine_json("thor", "tensorrt", 110)});
-  facts.driver = 12020;
+  device_info.driver = 12020;
   refuse(TITANS_UNSUPPORTED, {"orin", "CUDA 12.6"});
 }
 
 TEST_F(EngineChoice, TheMemoryKernelIsAWishToo) {
-  wish.memory_kernel = "off";
+  request.memory_kernel = "off";
   refuse(TITANS_UNSUPPORTED, {"our plugin", "got off"});
   engines[0] = engine_json("rtx", "tensorrt_rtx", 87);
   EXPECT_EQ(choose().engine->name, "rtx");
-  wish.memory_kernel = "require";
+  request.memory_kernel = "require";
   refuse(TITANS_UNSUPPORTED, {"standard operators", "got require"});
 }
 
 TEST_F(EngineChoice, ThePlainGraphs) {
   // Where there is no engine for such a device, or ONNX Runtime was named.
-  facts.kind = wish.device = "cpu";
-  facts.sm = facts.driver = 0;
+  device_info.kind = request.device = "cpu";
+  device_info.sm = device_info.driver = 0;
   core::EngineChoice choice = choose();
   EXPECT_EQ(choice.engine, nullptr);
   EXPECT_EQ(choice.backend, "onnxruntime");
   EXPECT_NE(reason(choice, "orin").find("made for cuda"), std::string::npos);
-  facts.kind = wish.device = "cuda";
-  wish.backend = "onnxruntime";
+  device_info.kind = request.device = "cuda";
+  request.backend = "onnxruntime";
   EXPECT_EQ(choose().engine, nullptr);
-  wish.backend = "";
+  request.backend = "";
   engines = json::array();
   choice = choose();
   EXPECT_EQ(choice.engine, nullptr);
@@ -170,7 +170,7 @@ TEST_F(EngineChoice, ThePlainGraphs) {
 
 TEST_F(EngineChoice, ABackendWithoutAnEngine) {
   engines = json::array();
-  wish.backend = "tensorrt";
+  request.backend = "tensorrt";
   refuse(TITANS_UNSUPPORTED, {"made by tensorrt", "no engines", "titans-export build m.titans --target orin-agx"});
 }
 
@@ -183,9 +183,9 @@ TEST_F(EngineChoice, OnACpu) {
                      {"cuda", nullptr},
                      {"target", "cpu"},
                      {"memory", "either"}});
-  facts.kind = wish.device = "cpu";
+  device_info.kind = request.device = "cpu";
   EXPECT_EQ(choose().engine->name, "cpu-fp32");
-  facts.libraries["onnxruntime"].version = "1.23.9";
+  device_info.libraries["onnxruntime"].version = "1.23.9";
   const core::EngineChoice choice = choose();
   EXPECT_EQ(choice.engine, nullptr);
   EXPECT_NE(reason(choice, "cpu-fp32").find("1.23.9"), std::string::npos);
@@ -198,20 +198,21 @@ TEST_F(EngineChoice, WhichBackendsAreAsked) {
   engines[3]["compiler_version"] = "11.1.0";
   choose();
   using Modules = std::vector<std::string>;
-  EXPECT_EQ(core::modules_to_look_at(manifest_, facts, wish), (Modules{"tensorrt_rtx", "tensorrt_10", "tensorrt_11"}));
-  wish.engine = "rtx";
-  EXPECT_EQ(core::modules_to_look_at(manifest_, facts, wish), Modules{"tensorrt_rtx"});
-  wish.engine = "none";
-  EXPECT_EQ(core::modules_to_look_at(manifest_, facts, wish), Modules{});
+  EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request),
+            (Modules{"tensorrt_rtx", "tensorrt_10", "tensorrt_11"}));
+  request.engine = "rtx";
+  EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{"tensorrt_rtx"});
+  request.engine = "none";
+  EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{});
   // No library is opened by a name that comes from the bundle.
-  wish.engine = "";
+  request.engine = "";
   engines = json::array({engine_json("orin", "../evil", 87)});
   refuse(TITANS_UNSUPPORTED, {"no backend ../evil"});
-  EXPECT_EQ(core::modules_to_look_at(manifest_, facts, wish), Modules{});
+  EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{});
   engines = json::array({engine_json("h100", "tensorrt", 90)});
-  facts.sm = 90;
+  device_info.sm = 90;
   choose();
-  EXPECT_EQ(core::modules_to_look_at(manifest_, facts, wish), Modules{"tensorrt_10"});
+  EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{"tensorrt_10"});
 }
 
 // Each target that has a name is named where an engine is missing.
@@ -228,12 +229,12 @@ TEST_F(EngineChoice, TargetsByDevice) {
         Device{90, "NVIDIA H100 80GB HBM3", "h100"}, Device{100, "NVIDIA B200", "b200"},
         Device{110, "NVIDIA Thor", "thor"}, Device{120, "NVIDIA GeForce RTX 5090", "rtx-50"},
         Device{121, "NVIDIA GB10", "dgx-spark"}}) {
-    facts.sm = device.sm;
-    facts.name = device.name;
+    device_info.sm = device.sm;
+    device_info.name = device.name;
     refuse(TITANS_UNSUPPORTED, {std::string("--target ") + device.target + ","});
   }
-  facts.sm = 75;
-  facts.name = "Tesla T4";
+  device_info.sm = 75;
+  device_info.name = "Tesla T4";
   refuse(TITANS_UNSUPPORTED, {"sm 75", "--list-targets"});
 }
 

@@ -1,18 +1,18 @@
-// The engine of fake_engine.h as a backend's library, for tests that go through the C interface.
+// The engine of fake_executor.h as a backend's library, for tests that go through the C interface.
 #include "backends/backend.h"
-#include "fake_engine.h"
+#include "fake_executor.h"
 
 namespace {
 
-std::unique_ptr<titans::core::Engine> open_engine(const titans::core::Bundle& bundle,
-                                                  const titans::core::EngineOptions&) {
+std::unique_ptr<titans::core::Executor> open_executor(const titans::core::Bundle& bundle,
+                                                      const titans::core::ExecutorOptions&) {
   static titans::test::FakeControl control;
-  return titans::test::make_fake_engine(bundle, control);
+  return titans::test::make_fake_executor(bundle, control);
 }
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const titans::core::BackendEntry* titans_backend_entry() {
-  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &open_engine};
+  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &open_executor};
   return &entry;
 }

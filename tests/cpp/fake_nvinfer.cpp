@@ -1,4 +1,5 @@
-// A library with TensorRT's interface for tests, which runs the model of fake_engine.h on the driver of fake_cuda.cpp.
+// A library with TensorRT's interface for tests, which runs the model of fake_executor.h on the driver of
+// fake_cuda.cpp.
 //
 // Its engine files are lines of words, the first of them "FAKE ENGINE":
 //   plugin 1        the memory is updated in place by a plugin, whose library must have been loaded

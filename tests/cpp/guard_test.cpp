@@ -11,8 +11,8 @@
 #include <gtest/gtest.h>
 
 #include "base/log.h"
-#include "fake_engine.h"
-#include "packed_engine.h"
+#include "fake_executor.h"
+#include "packed_executor.h"
 #include "stream/stream.h"
 #include "test_bundle.h"
 
@@ -385,8 +385,8 @@ TEST_F(GuardedStream, ATokenThatCompletesTwoChunksIsMeasured) {
   before.values = {1, 0, 0, 0};
   after.values = {2, 0, 0, 0};
   const std::vector<float> output(kFakeVocab, 0.0F);
-  const core::Finding finding = guard.look({&before, &before}, {&after, &after}, 1, 1, output.data());
-  EXPECT_EQ(finding.reason, TITANS_GUARD_UPDATE_NORM);
+  const core::Violation violation = guard.look({&before, &before}, {&after, &after}, 1, 1, output.data());
+  EXPECT_EQ(violation.reason, TITANS_GUARD_UPDATE_NORM);
   EXPECT_EQ(guard.report().chunks, 2U);
 }
 
@@ -461,10 +461,10 @@ TEST_P(GuardStorage, NumbersAreWhatTheBitsStandFor) {
     core::Guard guard(*session, limits);
     return guard.look({&before, &before}, {&after, &after}, 0, 1, output.data());
   };
-  core::Finding finding = look(GetParam().after);
-  EXPECT_EQ(finding.reason, TITANS_GUARD_GOOD);
-  EXPECT_FLOAT_EQ(finding.update_norm, 2.0F / std::sqrt(5.0F));
-  EXPECT_FLOAT_EQ(finding.surprise, 5.0F);
+  core::Violation violation = look(GetParam().after);
+  EXPECT_EQ(violation.reason, TITANS_GUARD_GOOD);
+  EXPECT_FLOAT_EQ(violation.update_norm, 2.0F / std::sqrt(5.0F));
+  EXPECT_FLOAT_EQ(violation.surprise, 5.0F);
   limits.max_update_norm = 0.89F;
   EXPECT_EQ(look(GetParam().after).reason, TITANS_GUARD_UPDATE_NORM);
   limits.max_update_norm = 0.9F;

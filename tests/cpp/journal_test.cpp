@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "fake_buffer.h"
-#include "packed_engine.h"
+#include "packed_executor.h"
 #include "stream/stream.h"
 #include "test_bundle.h"
 

@@ -10,7 +10,7 @@
 
 #include <gtest/gtest.h>
 
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "stream/stream.h"
 #include "test_bundle.h"
 

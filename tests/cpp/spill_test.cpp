@@ -15,8 +15,8 @@
 #include <gtest/gtest.h>
 
 #include "base/log.h"
-#include "fake_engine.h"
-#include "packed_engine.h"
+#include "fake_executor.h"
+#include "packed_executor.h"
 #include "state/state_crypto.h"
 #include "stream/batch.h"
 #include "stream/generator.h"

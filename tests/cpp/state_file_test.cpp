@@ -12,8 +12,8 @@
 
 #include <gtest/gtest.h>
 
-#include "fake_engine.h"
-#include "packed_engine.h"
+#include "fake_executor.h"
+#include "packed_executor.h"
 #include "state/state_convert.h"
 #include "stream/stream.h"
 #include "test_bundle.h"

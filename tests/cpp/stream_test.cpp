@@ -9,7 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "bundle/schedule.h"
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "stream/generator.h"
 #include "test_bundle.h"
 

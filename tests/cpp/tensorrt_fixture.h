@@ -1,5 +1,5 @@
 // The backends for TensorRT and TensorRT-RTX on a driver and a vendor's library made for tests: all of them but the
-// device. What the engines compute is in fake_engine.h.
+// device. What the engines compute is in fake_executor.h.
 #pragma once
 
 #include <dlfcn.h>
@@ -13,7 +13,7 @@
 
 #include <gtest/gtest.h>
 
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "stream/stream.h"
 #include "test_bundle.h"
 

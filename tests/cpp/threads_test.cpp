@@ -16,7 +16,7 @@
 #include <gtest/gtest.h>
 
 #include "base/thread_pool.h"
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "state/state_file.h"
 #include "stream/batch.h"
 #include "stream/stream.h"

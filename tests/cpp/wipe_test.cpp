@@ -12,7 +12,7 @@
 
 #include <gtest/gtest.h>
 
-#include "fake_engine.h"
+#include "fake_executor.h"
 #include "state/state_file.h"
 #include "stream/sampler.h"
 #include "stream/stream.h"

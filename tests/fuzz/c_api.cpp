@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "echo_engine.h"
+#include "echo_executor.h"
 #include "fuzz.h"
 #include "titans/titans.h"
 

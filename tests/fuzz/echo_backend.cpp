@@ -1,17 +1,17 @@
-// The engine of echo_engine.h as a backend's library, for the target that goes through the C interface.
+// The engine of echo_executor.h as a backend's library, for the target that goes through the C interface.
 #include "backends/backend.h"
-#include "echo_engine.h"
+#include "echo_executor.h"
 
 namespace {
 
-std::unique_ptr<titans::core::Engine> open_engine(const titans::core::Bundle& bundle,
-                                                  const titans::core::EngineOptions& options) {
-  return titans::fuzz::make_echo_engine(bundle, static_cast<std::uint32_t>(options.threads));
+std::unique_ptr<titans::core::Executor> open_executor(const titans::core::Bundle& bundle,
+                                                      const titans::core::ExecutorOptions& options) {
+  return titans::fuzz::make_echo_executor(bundle, static_cast<std::uint32_t>(options.threads));
 }
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) const titans::core::BackendEntry* titans_backend_entry() {
-  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &open_engine};
+  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &open_executor};
   return &entry;
 }

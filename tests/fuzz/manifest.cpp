@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <set>
 
-#include "echo_engine.h"
+#include "echo_executor.h"
 #include "fuzz.h"
 #include "session/engine_choice.h"
 #include "session/session.h"
@@ -125,7 +125,7 @@ void open(const json& source, const core::Manifest& manifest, std::size_t engine
       auto bundle = std::make_unique<const core::Bundle>(
           folder, [&](const core::Manifest& read) { return plain ? nullptr : &read.engines[engine]; });
       const auto in_place = static_cast<std::uint32_t>(source.size() * 0x9e3779b9U);
-      auto echo = make_echo_engine(*bundle, in_place ^ static_cast<std::uint32_t>(manifest.state.size()));
+      auto echo = make_echo_executor(*bundle, in_place ^ static_cast<std::uint32_t>(manifest.state.size()));
       const auto session = std::make_shared<core::Session>(std::move(bundle), std::move(echo), core::SessionOptions{});
       check(json::accept(session->info()), "a session's info to be JSON");
       for (const std::size_t count : {std::size_t{1}, kMostTokens}) run_stream(session, count);
@@ -136,7 +136,7 @@ void open(const json& source, const core::Manifest& manifest, std::size_t engine
 }
 
 void choose(const core::Manifest& manifest) {
-  const core::DeviceFacts devices[] = {
+  const core::DeviceInfo devices[] = {
       {"cpu", {}, "linux-x86_64", 0, 0, {}},
       {"cuda",
        "a GPU",
@@ -144,13 +144,13 @@ void choose(const core::Manifest& manifest) {
        90,
        12040,
        {{"tensorrt_10", {"10.3.0", {}, "1", {}}}, {"onnxruntime", {"1.20", {}, {}, {}}}}}};
-  for (const core::DeviceFacts& facts : devices) {
+  for (const core::DeviceInfo& facts : devices) {
     for (const char* name : {"", "none", "other"}) {
-      const core::EngineWish wish{"a bundle", facts.kind, name, {}, "auto"};
-      for (const std::string& module : core::modules_to_look_at(manifest, facts, wish)) {
+      const core::EngineRequest request{"a bundle", facts.kind, name, {}, "auto"};
+      for (const std::string& module : core::modules_to_look_at(manifest, facts, request)) {
         check(module.find('/') == std::string::npos && !module.empty(), "a library's name to come from no bundle");
       }
-      succeeds([&] { core::choose_engine(manifest, facts, wish, "onnxruntime"); });
+      succeeds([&] { core::choose_engine(manifest, facts, request, "onnxruntime"); });
     }
   }
 }

@@ -2,7 +2,7 @@
 // as what an encrypted one might be. What is taken is put into a stream, saved and read again.
 #include <cstring>
 
-#include "echo_engine.h"
+#include "echo_executor.h"
 #include "fuzz.h"
 #include "session/session.h"
 #include "state/state_file.h"
@@ -48,8 +48,8 @@ std::shared_ptr<core::Session> open_session() {
   }
   write(folder / "manifest.json", manifest.dump());
   auto bundle = std::make_unique<const core::Bundle>(folder);
-  auto engine = make_echo_engine(*bundle, 2);
-  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), core::SessionOptions{});
+  auto executor = make_echo_executor(*bundle, 2);
+  return std::make_shared<core::Session>(std::move(bundle), std::move(executor), core::SessionOptions{});
 }
 
 // Puts the right hash over the one that the file says it has.

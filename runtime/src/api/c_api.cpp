@@ -355,7 +355,7 @@ titans_status titans_stream_marks(const titans_stream* stream, uint64_t* positio
     require(stream, "stream");
     require(count, "count");
     require_array(positions, capacity, "positions");
-    const core::Stream::Claim claim(*stream->stream);
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
     const std::vector<std::uint64_t> marks = stream->stream->marks();
     *count = marks.size();
     if (capacity == 0) return;
@@ -416,7 +416,7 @@ titans_status titans_stream_score(titans_stream* stream, const int32_t* tokens, 
 titans_status titans_stream_set_learning(titans_stream* stream, int learning) {
   return guard([&] {
     require(stream, "stream");
-    const core::Stream::Claim claim(*stream->stream);
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
     stream->stream->set_learning(learning != 0);
   });
 }
@@ -450,7 +450,7 @@ titans_status titans_stream_guard_report(const titans_stream* stream, titans_gua
     require(stream, "stream");
     require(report, "report");
     require_size(report->struct_size, kFirstGuardReport, "titans_guard_report");
-    const core::Stream::Claim claim(*stream->stream);
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
     titans_guard_report all = stream->stream->guard_report();
     all.struct_size = report->struct_size;
     std::memcpy(report, &all, std::min(report->struct_size, sizeof(all)));
@@ -460,7 +460,7 @@ titans_status titans_stream_guard_report(const titans_stream* stream, titans_gua
 titans_status titans_stream_set_progress(titans_stream* stream, titans_progress_function progress, void* user) {
   return guard([&] {
     require(stream, "stream");
-    const core::Stream::Claim claim(*stream->stream);
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
     stream->stream->set_progress(progress, user);
   });
 }
@@ -537,7 +537,7 @@ titans_status titans_generator_create(titans_stream* stream, const titans_sampli
     require(sampling, "sampling");
     require_size(sampling->struct_size, kFirstSampling, "titans_sampling");
     require_array(sampling->stop_tokens, sampling->stop_count, "stop_tokens");
-    const core::Stream::Claim claim(*stream->stream);
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
     std::vector<std::int32_t> stop(sampling->stop_tokens, sampling->stop_tokens + sampling->stop_count);
     const core::Sampling options{sampling->temperature, sampling->top_k, sampling->top_p, sampling->min_p,
                                  sampling->seed};

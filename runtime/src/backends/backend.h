@@ -61,13 +61,13 @@ struct Call {
   Buffer* const* next_state;   // the same buffers where the engine works in place, others elsewhere
 };
 
-class Engine {
+class Executor {
  public:
-  virtual ~Engine() = default;
+  virtual ~Executor() = default;
   virtual std::string version() const = 0;  // of the vendor's library
   // What computes the memory: our kernel, as "cpu-avx512", or "standard-operators", which is the graphs' own.
   virtual std::string memory_kernel() const = 0;
-  // What else people may want to know, for the session's info.
+  // What else users may want to know, for the session's info.
   virtual std::map<std::string, std::string> details() const { return {}; }
   // Whether one buffer serves as input and output of that state tensor in every graph.
   virtual bool in_place(std::size_t state) const = 0;
@@ -80,7 +80,7 @@ class Engine {
 // Whether our kernel computes the memory: where it is installed, always, never.
 enum class KernelChoice : std::uint8_t { kAuto, kRequire, kOff };
 
-struct EngineOptions {
+struct ExecutorOptions {
   std::string device;
   std::string library;  // path of the vendor's library, empty: search
   int threads;          // 0: the backend's default
@@ -88,7 +88,7 @@ struct EngineOptions {
 };
 
 // What a backend finds of its vendor's library on this machine.
-struct LibraryFacts {
+struct LibraryInfo {
   std::string version;         // "10.3.0", empty: not known
   std::string why_not;         // why it cannot be used, empty: it can
   std::string plugin_version;  // of our plugin for that library, empty: not known
@@ -98,10 +98,10 @@ struct LibraryFacts {
 struct BackendEntry {
   std::uint32_t abi;
   // Opens Bundle::graphs: an engine's files where Bundle::engine says so. The bundle outlives the engine.
-  std::unique_ptr<Engine> (*open)(const Bundle& bundle, const EngineOptions& options);
-  // Asked before an engine is chosen, with the vendor's library as in EngineOptions. Throws nothing for what is
+  std::unique_ptr<Executor> (*open)(const Bundle& bundle, const ExecutorOptions& options);
+  // Asked before an engine is chosen, with the vendor's library as in ExecutorOptions. Throws nothing for what is
   // missing. May be NULL: then only opening tells.
-  LibraryFacts (*find_library)(const std::string& library) = nullptr;
+  LibraryInfo (*find_library)(const std::string& library) = nullptr;
 };
 
 inline constexpr const char* kBackendEntrySymbol = "titans_backend_entry";

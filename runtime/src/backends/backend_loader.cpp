@@ -59,15 +59,15 @@ const BackendEntry& load_backend(const std::string& module, const std::filesyste
   return *entry();
 }
 
-LibraryFacts find_library(const std::string& module, const std::filesystem::path& plugin_dir,
-                          const std::string& library) {
+LibraryInfo find_library(const std::string& module, const std::filesystem::path& plugin_dir,
+                         const std::string& library) {
   try {
     const BackendEntry& backend = load_backend(module, plugin_dir);
-    return backend.find_library == nullptr ? LibraryFacts{} : backend.find_library(library);
+    return backend.find_library == nullptr ? LibraryInfo{} : backend.find_library(library);
   } catch (const Error& error) {
-    LibraryFacts facts;
-    facts.why_not = error.got();
-    return facts;
+    LibraryInfo info;
+    info.why_not = error.got();
+    return info;
   }
 }
 

@@ -19,7 +19,7 @@ void check_backend(const std::string& name);
 const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir);
 
 // What that backend finds of its vendor's library; where the backend itself is missing, that is why not.
-LibraryFacts find_library(const std::string& module, const std::filesystem::path& plugin_dir,
-                          const std::string& library);
+LibraryInfo find_library(const std::string& module, const std::filesystem::path& plugin_dir,
+                         const std::string& library);
 
 }  // namespace titans::core

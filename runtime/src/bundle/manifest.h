@@ -55,7 +55,7 @@ struct StateTensor {
   StreamRows rows = {};  // that `written` and `chunk` count
 };
 
-// What people call a field: "layers.0.memory.W0".
+// What users call a field: "layers.0.memory.W0".
 inline std::string field_name(const StateTensor& state, const MemoryField& field) {
   return state.name + "." + field.name;
 }
@@ -119,9 +119,9 @@ class JsonReader;
 std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape);
 
 struct Manifest {
-  std::string model;           // JSON text, for people
-  std::string memory;          // JSON text, for people: dtype, rounding and seed of memories in fewer bits
-  std::string tokenizer;       // JSON text, for people
+  std::string model;           // JSON text, for users
+  std::string memory;          // JSON text, for users: dtype, rounding and seed of memories in fewer bits
+  std::string tokenizer;       // JSON text, for users
   std::string tokenizer_file;  // empty: none
   std::string position_input;
   std::string learn_input;

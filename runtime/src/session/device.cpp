@@ -17,7 +17,7 @@ constexpr const char* kPlatform = "linux-aarch64";
 constexpr const char* kPlatform = "linux-other";
 #endif
 
-DeviceFacts find_cuda_device([[maybe_unused]] const std::string& device) {
+DeviceInfo find_cuda_device([[maybe_unused]] const std::string& device) {
 #ifdef TITANS_WITH_CUDA
   const cuda::DeviceInfo info = cuda::find_device(cuda::Driver::require(), device);
   return {"cuda", info.name, kPlatform, info.sm, info.driver_version, {}};
@@ -29,7 +29,7 @@ DeviceFacts find_cuda_device([[maybe_unused]] const std::string& device) {
 
 }  // namespace
 
-DeviceFacts find_device_facts(const std::string& device) {
+DeviceInfo find_device_info(const std::string& device) {
   if (device == "cpu") return {"cpu", {}, kPlatform, 0, 0, {}};
   constexpr std::string_view kCuda = "cuda";
   if (device.compare(0, kCuda.size(), kCuda) == 0) return find_cuda_device(device);

@@ -28,16 +28,18 @@ struct Mismatch {
   std::string advice;
 };
 
-class Judge {
+class CompatibilityCheck {
  public:
-  Judge(const DeviceFacts& facts, const EngineWish& wish) : facts_(facts), wish_(wish) {}
+  CompatibilityCheck(const DeviceInfo& device_info, const EngineRequest& request)
+      : device_info_(device_info), request_(request) {}
 
   // Nothing where the engine fits.
   std::optional<Mismatch> look_at(const EngineRecord& engine) const {
-    using Check = std::optional<Mismatch> (Judge::*)(const EngineRecord&) const;
-    constexpr std::array<Check, 9> kChecks{&Judge::device, &Judge::wishes,         &Judge::platform,
-                                           &Judge::sm,     &Judge::library,        &Judge::version,
-                                           &Judge::plugin, &Judge::plugin_version, &Judge::driver};
+    using Check = std::optional<Mismatch> (CompatibilityCheck::*)(const EngineRecord&) const;
+    constexpr std::array<Check, 9> kChecks{
+        &CompatibilityCheck::device, &CompatibilityCheck::requested,      &CompatibilityCheck::platform,
+        &CompatibilityCheck::sm,     &CompatibilityCheck::library,        &CompatibilityCheck::version,
+        &CompatibilityCheck::plugin, &CompatibilityCheck::plugin_version, &CompatibilityCheck::driver};
     for (std::size_t depth = 0; depth < kChecks.size(); ++depth) {
       std::optional<Mismatch> mismatch = (this->*kChecks[depth])(engine);
       if (!mismatch) continue;
@@ -49,20 +51,20 @@ class Judge {
 
   // Whether all fits that can be told without a backend.
   bool fits_device(const EngineRecord& engine) const {
-    return !device(engine) && !wishes(engine) && !platform(engine) && !sm(engine);
+    return !device(engine) && !requested(engine) && !platform(engine) && !sm(engine);
   }
 
   // The command that makes an engine for this device.
   std::string build_for_this_device() const {
     const std::string_view target = target_name();
-    return target.empty() ? text("run titans-export build ", wish_.bundle, " with a target of sm ", facts_.sm,
+    return target.empty() ? text("run titans-export build ", request_.bundle, " with a target of sm ", device_info_.sm,
                                  ", see titans-export build --list-targets")
-                          : text("run titans-export build ", wish_.bundle, " --target ", target);
+                          : text("run titans-export build ", request_.bundle, " --target ", target);
   }
 
  private:
   std::string build_again(const EngineRecord& engine) const {
-    return text("run titans-export build ", wish_.bundle, " --target ", engine.target);
+    return text("run titans-export build ", request_.bundle, " --target ", engine.target);
   }
 
   // Devices that `titans-export build --target` has a name for, where the capability alone does not tell.
@@ -86,9 +88,10 @@ class Judge {
                                                {120, "", "rtx-50"},
                                                {121, "", "dgx-spark"}}};
     for (const Target& target : kTargets) {
-      if (target.sm == facts_.sm && facts_.name.find(target.word) != std::string::npos) return target.target;
+      if (target.sm == device_info_.sm && device_info_.name.find(target.word) != std::string::npos)
+        return target.target;
     }
-    return facts_.kind == "cpu" ? "cpu" : "";
+    return device_info_.kind == "cpu" ? "cpu" : "";
   }
 
   std::string made_for(const EngineRecord& engine, std::string_view what) const {
@@ -96,46 +99,47 @@ class Judge {
   }
 
   std::optional<Mismatch> device(const EngineRecord& engine) const {
-    if (engine.device == facts_.kind) return std::nullopt;
-    return Mismatch{0, made_for(engine, engine.device), facts_.kind,
+    if (engine.device == device_info_.kind) return std::nullopt;
+    return Mismatch{0, made_for(engine, engine.device), device_info_.kind,
                     text("open the session on ", engine.device, ", or ", build_for_this_device())};
   }
 
-  std::optional<Mismatch> wishes(const EngineRecord& engine) const {
-    if (!wish_.backend.empty() && wish_.backend != engine.compiler) {
-      return Mismatch{0, text("the backend ", engine.compiler, " for the engine ", engine.name), wish_.backend,
+  std::optional<Mismatch> requested(const EngineRecord& engine) const {
+    if (!request_.backend.empty() && request_.backend != engine.compiler) {
+      return Mismatch{0, text("the backend ", engine.compiler, " for the engine ", engine.name), request_.backend,
                       "leave the backend to be chosen, or name that one"};
     }
-    const bool ours = wish_.memory_kernel == "require" && engine.memory == "standard-operators";
-    const bool theirs = wish_.memory_kernel == "off" && engine.memory == "plugin";
+    const bool ours = request_.memory_kernel == "require" && engine.memory == "standard-operators";
+    const bool theirs = request_.memory_kernel == "off" && engine.memory == "plugin";
     if (!ours && !theirs) return std::nullopt;
     return Mismatch{0,
                     text("memory_kernel auto for the engine ", engine.name, ", whose memory is computed by ",
                          ours ? "standard operators" : "our plugin"),
-                    wish_.memory_kernel, "leave memory_kernel at auto, or open another engine"};
+                    request_.memory_kernel, "leave memory_kernel at auto, or open another engine"};
   }
 
   std::optional<Mismatch> platform(const EngineRecord& engine) const {
-    if (engine.platform == facts_.platform) return std::nullopt;
-    return Mismatch{0, made_for(engine, engine.platform), facts_.platform,
+    if (engine.platform == device_info_.platform) return std::nullopt;
+    return Mismatch{0, made_for(engine, engine.platform), device_info_.platform,
                     text(build_for_this_device(), " on this machine")};
   }
 
   std::optional<Mismatch> sm(const EngineRecord& engine) const {
     if (engine.device != "cuda") return std::nullopt;
-    if (std::find(engine.sm.begin(), engine.sm.end(), facts_.sm) != engine.sm.end()) return std::nullopt;
+    if (std::find(engine.sm.begin(), engine.sm.end(), device_info_.sm) != engine.sm.end()) return std::nullopt;
     std::string made;
     for (const int one : engine.sm) made += text(made.empty() ? "sm " : ", ", one);
-    return Mismatch{0, made_for(engine, made), text("sm ", facts_.sm, " (", facts_.name, ")"), build_for_this_device()};
+    return Mismatch{0, made_for(engine, made), text("sm ", device_info_.sm, " (", device_info_.name, ")"),
+                    build_for_this_device()};
   }
 
-  const LibraryFacts* library_of(const EngineRecord& engine) const {
-    const auto found = facts_.libraries.find(module_of(engine));
-    return found == facts_.libraries.end() ? nullptr : &found->second;
+  const LibraryInfo* library_of(const EngineRecord& engine) const {
+    const auto found = device_info_.libraries.find(module_of(engine));
+    return found == device_info_.libraries.end() ? nullptr : &found->second;
   }
 
   std::optional<Mismatch> library(const EngineRecord& engine) const {
-    const LibraryFacts* library = library_of(engine);
+    const LibraryInfo* library = library_of(engine);
     const std::string expected =
         text("the library of ", engine.compiler, " ", engine.compiler_version, " for the engine ", engine.name);
     const std::string advice = text("install ", engine.compiler, " ", engine.compiler_version, ", or ",
@@ -162,7 +166,7 @@ class Judge {
   }
 
   std::optional<Mismatch> plugin(const EngineRecord& engine) const {
-    const LibraryFacts& library = *library_of(engine);
+    const LibraryInfo& library = *library_of(engine);
     if (!engine.plugin || library.plugin_why_not.empty()) return std::nullopt;
     return Mismatch{0, text("the plugin ", engine.plugin->name, " for the engine ", engine.name),
                     library.plugin_why_not,
@@ -170,7 +174,7 @@ class Judge {
   }
 
   std::optional<Mismatch> plugin_version(const EngineRecord& engine) const {
-    const LibraryFacts& library = *library_of(engine);
+    const LibraryInfo& library = *library_of(engine);
     if (!engine.plugin || library.plugin_version.empty()) return std::nullopt;
     if (library.plugin_version == engine.plugin->version) return std::nullopt;
     return Mismatch{0,
@@ -180,15 +184,15 @@ class Judge {
   }
 
   std::optional<Mismatch> driver(const EngineRecord& engine) const {
-    if (facts_.driver >= engine.driver) return std::nullopt;
+    if (device_info_.driver >= engine.driver) return std::nullopt;
     const auto cuda_text = [](int version) { return text(version / 1000, ".", version % 1000 / 10); };
     return Mismatch{0, text("a driver of CUDA ", cuda_text(engine.driver), " or newer for the engine ", engine.name),
-                    text("one of CUDA ", cuda_text(facts_.driver)),
+                    text("one of CUDA ", cuda_text(device_info_.driver)),
                     text("update the NVIDIA driver, or ", build_again(engine), " with an older CUDA")};
   }
 
-  const DeviceFacts& facts_;
-  const EngineWish& wish_;
+  const DeviceInfo& device_info_;
+  const EngineRequest& request_;
 };
 
 [[noreturn]] void refuse(const Mismatch& mismatch) {
@@ -201,24 +205,26 @@ std::string names_of(const Manifest& manifest) {
   return names.empty() ? "none, the bundle has no engines" : names;
 }
 
-std::string describe(const EngineRecord& engine, const DeviceFacts& facts) {
+std::string describe(const EngineRecord& engine, const DeviceInfo& device_info) {
   return text(engine.compiler, " ", engine.compiler_version, ", ", engine.precision, ", made for ",
-              engine.device == "cuda" ? text("sm ", facts.sm) : engine.platform);
+              engine.device == "cuda" ? text("sm ", device_info.sm) : engine.platform);
 }
 
-EngineChoice insist(const Manifest& manifest, const Judge& judge, const DeviceFacts& facts, const EngineWish& wish) {
+EngineChoice insist(const Manifest& manifest, const CompatibilityCheck& check, const DeviceInfo& device_info,
+                    const EngineRequest& request) {
   for (const EngineRecord& engine : manifest.engines) {
-    if (engine.name != wish.engine) continue;
-    const std::optional<Mismatch> mismatch = judge.look_at(engine);
+    if (engine.name != request.engine) continue;
+    const std::optional<Mismatch> mismatch = check.look_at(engine);
     if (mismatch) refuse(*mismatch);
-    return {&engine, engine.compiler, module_of(engine), text("asked for by name; ", describe(engine, facts)), {}};
+    return {
+        &engine, engine.compiler, module_of(engine), text("asked for by name; ", describe(engine, device_info)), {}};
   }
-  throw Error(TITANS_INVALID_ARGUMENT, "session", text("an engine out of: ", names_of(manifest)), wish.engine,
+  throw Error(TITANS_INVALID_ARGUMENT, "session", text("an engine out of: ", names_of(manifest)), request.engine,
               "name one of these, or none for the plain graphs");
 }
 
-EngineChoice plain(const EngineWish& wish, const std::string& backend, std::string reason) {
-  const std::string& chosen = wish.backend.empty() ? backend : wish.backend;
+EngineChoice plain(const EngineRequest& request, const std::string& backend, std::string reason) {
+  const std::string& chosen = request.backend.empty() ? backend : request.backend;
   return {nullptr, chosen, chosen, std::move(reason), {}};
 }
 
@@ -229,33 +235,33 @@ std::string module_of(const EngineRecord& engine) {
   return text(engine.compiler, "_", engine.compiler_version.substr(0, engine.compiler_version.find('.')));
 }
 
-std::vector<std::string> modules_to_look_at(const Manifest& manifest, const DeviceFacts& facts,
-                                            const EngineWish& wish) {
-  const Judge judge(facts, wish);
+std::vector<std::string> modules_to_look_at(const Manifest& manifest, const DeviceInfo& device_info,
+                                            const EngineRequest& request) {
+  const CompatibilityCheck check(device_info, request);
   std::vector<std::string> modules;
   for (const EngineRecord& engine : manifest.engines) {
-    const bool meant = wish.engine.empty() || wish.engine == engine.name;
+    const bool meant = request.engine.empty() || request.engine == engine.name;
     const std::string module = module_of(engine);
     const bool known = std::find(modules.begin(), modules.end(), module) != modules.end();
     // No library is opened by a name that only the bundle knows.
     const bool ours = rank(engine) < kCompilers.size();
-    if (meant && ours && !known && judge.fits_device(engine)) modules.push_back(module);
+    if (meant && ours && !known && check.fits_device(engine)) modules.push_back(module);
   }
   return modules;
 }
 
-EngineChoice choose_engine(const Manifest& manifest, const DeviceFacts& facts, const EngineWish& wish,
+EngineChoice choose_engine(const Manifest& manifest, const DeviceInfo& device_info, const EngineRequest& request,
                            const std::string& plain_backend) {
-  const Judge judge(facts, wish);
-  if (wish.engine == kNoEngine) return plain(wish, plain_backend, "the plain graphs were asked for");
-  if (!wish.engine.empty()) return insist(manifest, judge, facts, wish);
+  const CompatibilityCheck check(device_info, request);
+  if (request.engine == kNoEngine) return plain(request, plain_backend, "the plain graphs were asked for");
+  if (!request.engine.empty()) return insist(manifest, check, device_info, request);
 
   const EngineRecord* best = nullptr;
   std::vector<std::pair<std::string, std::string>> others;
   std::optional<Mismatch> nearest;
   std::vector<const EngineRecord*> fitting;
   for (const EngineRecord& engine : manifest.engines) {
-    std::optional<Mismatch> mismatch = judge.look_at(engine);
+    std::optional<Mismatch> mismatch = check.look_at(engine);
     if (!mismatch) {
       fitting.push_back(&engine);
       if (best == nullptr || rank(engine) < rank(*best)) best = &engine;
@@ -268,25 +274,25 @@ EngineChoice choose_engine(const Manifest& manifest, const DeviceFacts& facts, c
     for (const EngineRecord* engine : fitting) {
       if (engine != best) others.emplace_back(engine->name, text("fits, but ", best->name, " comes first"));
     }
-    EngineChoice choice{best, best->compiler, module_of(*best), describe(*best, facts), std::move(others)};
+    EngineChoice choice{best, best->compiler, module_of(*best), describe(*best, device_info), std::move(others)};
     if (fitting.size() > 1) choice.reason += text("; the first of ", fitting.size(), " engines that fit");
     return choice;
   }
   // Whoever names ONNX Runtime means the plain graphs where no engine is its.
-  const bool plain_wished = wish.backend == plain_backend;
+  const bool plain_requested = request.backend == plain_backend;
   const bool any_for_kind = std::any_of(manifest.engines.begin(), manifest.engines.end(),
-                                        [&](const EngineRecord& engine) { return engine.device == facts.kind; });
-  if (!plain_wished && !wish.backend.empty()) {
+                                        [&](const EngineRecord& engine) { return engine.device == device_info.kind; });
+  if (!plain_requested && !request.backend.empty()) {
     if (nearest && nearest->depth > 1) refuse(*nearest);
-    throw Error(TITANS_UNSUPPORTED, "session", text("an engine made by ", wish.backend, " in the bundle"),
-                names_of(manifest), judge.build_for_this_device());
+    throw Error(TITANS_UNSUPPORTED, "session", text("an engine made by ", request.backend, " in the bundle"),
+                names_of(manifest), check.build_for_this_device());
   }
-  if (facts.kind != "cpu" && any_for_kind && !plain_wished) {
+  if (device_info.kind != "cpu" && any_for_kind && !plain_requested) {
     nearest->advice += ", or open with the engine none, for the plain graphs";
     refuse(*nearest);
   }
-  EngineChoice choice =
-      plain(wish, plain_backend, manifest.engines.empty() ? "the bundle has no engines" : "no engine fits the device");
+  EngineChoice choice = plain(request, plain_backend,
+                              manifest.engines.empty() ? "the bundle has no engines" : "no engine fits the device");
   choice.others = std::move(others);
   return choice;
 }

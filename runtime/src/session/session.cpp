@@ -74,16 +74,16 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
 }
 
 // What a stream allocates: of a state in place one buffer and its backup, else three.
-std::uint64_t stream_bytes(const Manifest& manifest, const Engine& engine) {
+std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
   std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
-    bytes += manifest.state[index].bytes * (engine.in_place(index) ? 2U : 3U);
+    bytes += manifest.state[index].bytes * (executor.in_place(index) ? 2U : 3U);
   }
   return bytes;
 }
 
-std::string describe(const Bundle& bundle, const Engine& engine, const SessionOptions& options,
-                     const DeviceFacts& facts, const EngineChoice& choice) {
+std::string describe(const Bundle& bundle, const Executor& executor, const SessionOptions& options,
+                     const DeviceInfo& device_info, const EngineChoice& choice) {
   using nlohmann::json;
   const Manifest& manifest = bundle.manifest();
   json graphs = json::array();
@@ -101,7 +101,7 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
                      {"role", tensor.role},
                      {"dtype", dtype_info(tensor.dtype).name},
                      {"shape", tensor.shape},
-                     {"in_place", engine.in_place(index)}});
+                     {"in_place", executor.in_place(index)}});
   }
   const bool tokens = manifest.input_kind == InputKind::kTokens;
   const json input{{"kind", input_kind_name(manifest.input_kind)},
@@ -115,14 +115,14 @@ std::string describe(const Bundle& bundle, const Engine& engine, const SessionOp
   const json info{{"bundle", bundle.folder().string()},
                   {"model", json::parse(manifest.model)},
                   {"device", options.device},
-                  {"device_name", facts.name.empty() ? json() : json(facts.name)},
+                  {"device_name", device_info.name.empty() ? json() : json(device_info.name)},
                   {"engine", choice.engine == nullptr ? json() : json(choice.engine->name)},
                   {"engine_reason", choice.reason},
                   {"engines_not_chosen", others},
-                  {"details", engine.details()},
+                  {"details", executor.details()},
                   {"backend", options.backend},
-                  {"backend_version", engine.version()},
-                  {"memory_kernel", engine.memory_kernel()},
+                  {"backend_version", executor.version()},
+                  {"memory_kernel", executor.memory_kernel()},
                   {"vocab_size", tokens ? json(manifest.input_size) : json()},
                   {"input", input},
                   {"output", output},
@@ -150,35 +150,35 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
   }
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
-  DeviceFacts facts = find_device_facts(chosen.device);
+  DeviceInfo device_info = find_device_info(chosen.device);
   EngineChoice choice;
   auto bundle = std::make_unique<const Bundle>(path, [&](const Manifest& manifest) {
-    const EngineWish wish{path.string(), chosen.device, chosen.engine, chosen.backend, chosen.memory_kernel};
-    for (const std::string& module : modules_to_look_at(manifest, facts, wish)) {
-      facts.libraries[module] = find_library(module, chosen.plugin_dir, library_for(chosen, module));
+    const EngineRequest request{path.string(), chosen.device, chosen.engine, chosen.backend, chosen.memory_kernel};
+    for (const std::string& module : modules_to_look_at(manifest, device_info, request)) {
+      device_info.libraries[module] = find_library(module, chosen.plugin_dir, library_for(chosen, module));
     }
-    choice = choose_engine(manifest, facts, wish, default_backend(facts.kind));
+    choice = choose_engine(manifest, device_info, request, default_backend(device_info.kind));
     return choice.engine;
   });
   chosen.backend = choice.backend;
   const BackendEntry& backend = load_backend(choice.module, chosen.plugin_dir);
-  auto engine =
+  auto executor =
       backend.open(*bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel});
-  auto session = std::make_shared<Session>(std::move(bundle), std::move(engine), chosen, facts, choice);
+  auto session = std::make_shared<Session>(std::move(bundle), std::move(executor), chosen, device_info, choice);
   if (log_wanted(TITANS_LOG_INFO)) {
     log(TITANS_LOG_INFO, "session",
         text("opened ", path.string(), " on ", chosen.device, " with ", chosen.backend, ' ',
-             session->engine().version(), ", memory by ", session->engine().memory_kernel(), "; ", choice.reason));
+             session->executor().version(), ", memory by ", session->executor().memory_kernel(), "; ", choice.reason));
   }
   return session;
 }
 
-Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
-                 const DeviceFacts& facts, const EngineChoice& choice)
+Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor> executor,
+                 const SessionOptions& options, const DeviceInfo& device_info, const EngineChoice& choice)
     : bundle_(std::move(bundle)),
-      engine_(std::move(engine)),
+      executor_(std::move(executor)),
       memories_(list_memories(bundle_->manifest())),
-      info_(describe(*bundle_, *engine_, options, facts, choice)),
+      info_(describe(*bundle_, *executor_, options, device_info, choice)),
       batch_thread_count_(options.batch_threads) {
   for (const StateTensor& state : manifest().state) {
     if (state.role != "memory") continue;
@@ -193,12 +193,12 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> e
     }
   }
   if (options.memory_budget == 0) return;
-  const std::uint64_t least = stream_bytes(manifest(), *engine_);
+  const std::uint64_t least = stream_bytes(manifest(), *executor_);
   if (options.memory_budget < least) {
     throw Error(TITANS_INVALID_ARGUMENT, "session", text("a memory_budget of at least one stream, ", least, " bytes"),
                 text(options.memory_budget), "give more, or 0 for no limit");
   }
-  residency_ = std::make_unique<Residency>(*this, metrics_, options.memory_budget, options.spill_dir);
+  cache_ = std::make_unique<StateCache>(*this, metrics_, options.memory_budget, options.spill_dir);
 }
 
 std::string Session::metrics_text() const {
@@ -235,7 +235,7 @@ Session::WorkspaceLease::WorkspaceLease(Session& session) : session_(session) {
       return;
     }
   }
-  workspace_ = session.engine_->make_workspace();
+  workspace_ = session.executor_->make_workspace();
   // So that giving it back needs no memory and cannot fail.
   const std::lock_guard lock(session.mutex_);
   session.idle_.reserve(++session.workspaces_);

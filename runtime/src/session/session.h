@@ -11,7 +11,7 @@
 #include "base/thread_pool.h"
 #include "session/engine_choice.h"
 #include "session/metrics.h"
-#include "session/residency.h"
+#include "session/state_cache.h"
 
 namespace titans::core {
 
@@ -29,7 +29,7 @@ struct SessionOptions {
   std::filesystem::path spill_dir;  // where streams beyond the budget go
 };
 
-// A field of a memory as people see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
+// A field of a memory as users see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
 struct MemoryView {
   std::string name;
   Shape shape;
@@ -44,13 +44,13 @@ struct MemoryView {
 class Session {
  public:
   static std::shared_ptr<Session> open(const std::filesystem::path& path, const SessionOptions& options);
-  // `facts` and `choice` are what the session's info tells.
-  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Engine> engine, const SessionOptions& options,
-          const DeviceFacts& facts = {}, const EngineChoice& choice = {});
+  // `device_info` and `choice` are what the session's info tells.
+  Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor> executor, const SessionOptions& options,
+          const DeviceInfo& device_info = {}, const EngineChoice& choice = {});
 
   const Manifest& manifest() const { return bundle_->manifest(); }
   const Bundle& bundle() const { return *bundle_; }
-  Engine& engine() const { return *engine_; }
+  Executor& executor() const { return *executor_; }
   const std::string& info() const { return info_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
   Metrics& metrics() { return metrics_; }
@@ -67,7 +67,7 @@ class Session {
   std::size_t output_size() const { return static_cast<std::size_t>(manifest().output_size); }
 
   // NULL where no budget limits what is in memory.
-  Residency* residency() const { return residency_.get(); }
+  StateCache* state_cache() const { return cache_.get(); }
   // The threads of batches, made with the first of these.
   ThreadPool& batch_threads();
 
@@ -88,7 +88,7 @@ class Session {
 
  private:
   std::unique_ptr<const Bundle> bundle_;
-  std::unique_ptr<Engine> engine_;  // reads the bundle's mappings: destroyed before them
+  std::unique_ptr<Executor> executor_;  // reads the bundle's mappings: destroyed before them
   std::vector<MemoryView> memories_;
   std::string info_;
   struct FoldedRows {
@@ -99,7 +99,7 @@ class Session {
   std::vector<FoldedRows> folded_;
   Metrics metrics_;
   const int batch_thread_count_;
-  std::unique_ptr<Residency> residency_;
+  std::unique_ptr<StateCache> cache_;
   std::mutex mutex_;  // guards what follows
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::size_t workspaces_ = 0;  // idle or not

@@ -163,7 +163,7 @@ const float* Guard::values_of(const Field& field, const float* row, Floats& valu
 }
 
 void Guard::look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after,
-                         Finding& finding) {
+                         Violation& violation) {
   double weights = 0, change = 0, now = 0, surprise = 0, surprise_change = 0;
   for (const Field& field : memory.fields) {
     const float* values = values_of(field, after + head * memory.row, after_values_);
@@ -180,9 +180,9 @@ void Guard::look_at_head(const Memory& memory, std::size_t head, const float* be
   const auto update_norm = static_cast<float>(std::sqrt(change / (weights > 0 ? weights : 1.0)));
   const auto surprise_norm = static_cast<float>(std::sqrt(surprise));
   const bool changed = change != 0 || surprise_change != 0;
-  finding.changed = finding.changed || changed;
-  finding.update_norm = larger(update_norm, finding.update_norm);
-  finding.surprise = larger(surprise_norm, finding.surprise);
+  violation.changed = violation.changed || changed;
+  violation.update_norm = larger(update_norm, violation.update_norm);
+  violation.surprise = larger(surprise_norm, violation.surprise);
   std::int32_t reason = TITANS_GUARD_GOOD;
   if (!std::isfinite(now) || !std::isfinite(surprise)) {
     reason = TITANS_GUARD_NOT_FINITE;
@@ -191,10 +191,10 @@ void Guard::look_at_head(const Memory& memory, std::size_t head, const float* be
   } else if (changed && !(surprise_norm <= limits_.max_surprise)) {
     reason = TITANS_GUARD_SURPRISE;
   }
-  if (reason == TITANS_GUARD_GOOD || finding.reason != TITANS_GUARD_GOOD) return;
-  finding.reason = reason;
-  finding.head = static_cast<std::int32_t>(head);
-  finding.name = memory.name;
+  if (reason == TITANS_GUARD_GOOD || violation.reason != TITANS_GUARD_GOOD) return;
+  violation.reason = reason;
+  violation.head = static_cast<std::int32_t>(head);
+  violation.name = memory.name;
 }
 
 // Tokens may be ruled out by a logit of -infinity; anything else is a number.
@@ -210,9 +210,9 @@ bool Guard::output_is_good(const float* output) const {
   return std::none_of(output, output + session_.output_size(), [](float value) { return std::isnan(value); });
 }
 
-Finding Guard::look(const BufferSet& before, const BufferSet& after, std::uint64_t position, std::uint64_t tokens,
-                    const float* output) {
-  Finding finding;
+Violation Guard::look(const BufferSet& before, const BufferSet& after, std::uint64_t position, std::uint64_t tokens,
+                      const float* output) {
+  Violation violation;
   for (std::size_t layer = 0; layer < memories_.size(); ++layer) {
     const Memory& memory = memories_[layer];
     const std::uint64_t chunks = completed(memory, position, tokens);
@@ -220,40 +220,40 @@ Finding Guard::look(const BufferSet& before, const BufferSet& after, std::uint64
     const Buffer& then = backups_[memory.state] == nullptr ? *before[memory.state] : *backups_[memory.state];
     const float* old_rows = rows_of(then, memory, before_copy_);
     const float* new_rows = rows_of(*after[memory.state], memory, after_copy_);
-    const bool good = finding.reason == TITANS_GUARD_GOOD;
+    const bool good = violation.reason == TITANS_GUARD_GOOD;
     for (std::size_t head = 0; head < memory.heads; ++head) {
-      look_at_head(memory, head, old_rows, new_rows, finding);
+      look_at_head(memory, head, old_rows, new_rows, violation);
     }
-    if (good && finding.reason != TITANS_GUARD_GOOD) finding.layer = static_cast<std::int32_t>(layer);
+    if (good && violation.reason != TITANS_GUARD_GOOD) violation.layer = static_cast<std::int32_t>(layer);
     report_.chunks += chunks;
   }
-  if (finding.reason == TITANS_GUARD_GOOD && !output_is_good(output)) finding.reason = TITANS_GUARD_OUTPUT;
-  if (finding.reason == TITANS_GUARD_GOOD && !saw_several(position, tokens)) {
-    report_.peak_update_norm = std::max(report_.peak_update_norm, finding.update_norm);
-    report_.peak_surprise = std::max(report_.peak_surprise, finding.surprise);
+  if (violation.reason == TITANS_GUARD_GOOD && !output_is_good(output)) violation.reason = TITANS_GUARD_OUTPUT;
+  if (violation.reason == TITANS_GUARD_GOOD && !saw_several(position, tokens)) {
+    report_.peak_update_norm = std::max(report_.peak_update_norm, violation.update_norm);
+    report_.peak_surprise = std::max(report_.peak_surprise, violation.surprise);
   }
-  return finding;
+  return violation;
 }
 
-bool Guard::moves_on(const Finding& finding, std::uint64_t position, std::uint64_t tokens) const {
+bool Guard::moves_on(const Violation& violation, std::uint64_t position, std::uint64_t tokens) const {
   if (position + tokens - position_ >= kMostRemembered) return true;
   return std::any_of(memories_.begin(), memories_.end(), [&](const Memory& memory) {
-    return memory.known ? completed(memory, position, tokens) > 0 : finding.changed;
+    return memory.known ? completed(memory, position, tokens) > 0 : violation.changed;
   });
 }
 
-void Guard::count(const Finding& finding, std::uint64_t position) {
+void Guard::count(const Violation& violation, std::uint64_t position) {
   ++report_.rollbacks;
   report_.position = position;
-  report_.reason = finding.reason;
-  report_.layer = finding.layer;
-  report_.head = finding.head;
-  report_.update_norm = finding.update_norm;
-  report_.surprise = finding.surprise;
+  report_.reason = violation.reason;
+  report_.layer = violation.layer;
+  report_.head = violation.head;
+  report_.update_norm = violation.update_norm;
+  report_.surprise = violation.surprise;
 }
 
-std::string Guard::describe(const Finding& finding) const {
-  switch (finding.reason) {
+std::string Guard::describe(const Violation& violation) const {
+  switch (violation.reason) {
     case TITANS_GUARD_UPDATE_NORM:
       return text("an update norm of at most ", limits_.max_update_norm);
     case TITANS_GUARD_SURPRISE:
@@ -267,12 +267,12 @@ std::string Guard::describe(const Finding& finding) const {
   }
 }
 
-std::string Guard::describe_found(const Finding& finding) const {
-  if (finding.reason == TITANS_GUARD_CALL) return finding.failure;
-  if (finding.reason == TITANS_GUARD_OUTPUT) return "others";
-  const std::string where = text(" in ", *finding.name, ", head ", finding.head);
-  if (finding.reason == TITANS_GUARD_NOT_FINITE) return "others" + where;
-  return text(finding.reason == TITANS_GUARD_SURPRISE ? finding.surprise : finding.update_norm, where);
+std::string Guard::describe_found(const Violation& violation) const {
+  if (violation.reason == TITANS_GUARD_CALL) return violation.failure;
+  if (violation.reason == TITANS_GUARD_OUTPUT) return "others";
+  const std::string where = text(" in ", *violation.name, ", head ", violation.head);
+  if (violation.reason == TITANS_GUARD_NOT_FINITE) return "others" + where;
+  return text(violation.reason == TITANS_GUARD_SURPRISE ? violation.surprise : violation.update_norm, where);
 }
 
 void Guard::drop_open_chunk(const BufferSet& state, std::size_t set) {

@@ -23,7 +23,7 @@ namespace titans::core {
 void check_guard(const titans_guard& guard);
 
 // What broke a limit, or would not.
-struct Finding {
+struct Violation {
   std::int32_t reason = TITANS_GUARD_GOOD;
   std::int32_t layer = -1;  // among the memories; -1: the output
   std::int32_t head = -1;
@@ -71,13 +71,13 @@ class Guard {
   // Before and after a call of `tokens` tokens: saves for the checkpoint what it overwrites; looks at what it made,
   // where `before` is the checkpoint's set and `output` the last row.
   void save_for(std::uint64_t position, std::uint64_t tokens) { journal_.save_for(position, tokens); }
-  Finding look(const BufferSet& before, const BufferSet& after, std::uint64_t position, std::uint64_t tokens,
-               const float* output);
+  Violation look(const BufferSet& before, const BufferSet& after, std::uint64_t position, std::uint64_t tokens,
+                 const float* output);
   // Whether the checkpoint goes to the end of that call, in which nothing was wrong.
-  bool moves_on(const Finding& finding, std::uint64_t position, std::uint64_t tokens) const;
-  void count(const Finding& finding, std::uint64_t position);
-  std::string describe(const Finding& finding) const;  // "an update norm of at most 0.5 ..."
-  std::string describe_found(const Finding& finding) const;
+  bool moves_on(const Violation& violation, std::uint64_t position, std::uint64_t tokens) const;
+  void count(const Violation& violation, std::uint64_t position);
+  std::string describe(const Violation& violation) const;  // "an update norm of at most 0.5 ..."
+  std::string describe_found(const Violation& violation) const;
 
   // Puts back what is in place; what swaps is in the checkpoint's set.
   void restore() { journal_.restore(); }
@@ -119,7 +119,8 @@ class Guard {
   // The packed rows in host memory: the buffer's own, or a copy in `copy`.
   static const float* rows_of(const Buffer& buffer, const Memory& memory, Floats& copy);
   const float* values_of(const Field& field, const float* row, Floats& values) const;
-  void look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after, Finding& finding);
+  void look_at_head(const Memory& memory, std::size_t head, const float* before, const float* after,
+                    Violation& violation);
   bool output_is_good(const float* output) const;
 
   const Session& session_;

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "stream/logits.h"
+#include "stream/outputs.h"
 
 namespace titans::core {
 namespace {

@@ -7,7 +7,7 @@
 
 namespace titans::core {
 
-Stream::Claim::Claim(const Stream& stream) : stream_(stream) {
+Stream::ExclusiveUse::ExclusiveUse(const Stream& stream) : stream_(stream) {
   if (stream.used_.exchange(true, std::memory_order_acquire)) {
     throw Error(TITANS_INVALID_ARGUMENT, "stream", "a stream that no other call is in",
                 "one in use by another thread, or by the call that this one is made within",
@@ -15,27 +15,27 @@ Stream::Claim::Claim(const Stream& stream) : stream_(stream) {
   }
 }
 
-Stream::Claim::~Claim() { stream_.used_.store(false, std::memory_order_release); }
+Stream::ExclusiveUse::~ExclusiveUse() { stream_.used_.store(false, std::memory_order_release); }
 
-Stream::Use::Use(const Stream& stream) : claim_(stream), stream_(stream) { stream.place_.hold(); }
+Stream::Use::Use(const Stream& stream) : exclusive_(stream), stream_(stream) { stream.handle_.hold(); }
 
-Stream::Use::~Use() { stream_.place_.let_go(); }
+Stream::Use::~Use() { stream_.handle_.let_go(); }
 
 Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) {
   reset();
-  place_.let_go();
+  handle_.let_go();
 }
 
 Stream::Stream(std::shared_ptr<Session> session, const StreamState& state) : Stream(std::move(session), Allocate{}) {
   set_state(state);
-  place_.let_go();
+  handle_.let_go();
 }
 
 Stream::Stream(std::shared_ptr<Session> session, Allocate)
-    : session_(std::move(session)), place_(session_->residency(), *this) {
+    : session_(std::move(session)), handle_(session_->state_cache(), *this) {
   const std::vector<StateTensor>& states = session_->manifest().state;
   for (std::size_t state = 0; state < states.size(); ++state) {
-    if (session_->engine().in_place(state)) {
+    if (session_->executor().in_place(state)) {
       Buffer* live = add_buffer(state);
       journal_.watch(states[state], *live, *add_buffer(state));
       for (std::size_t set = 0; set < kSets; ++set) sets_[set].push_back(live);
@@ -43,7 +43,7 @@ Stream::Stream(std::shared_ptr<Session> session, Allocate)
       for (std::size_t set = 0; set < kSets; ++set) sets_[set].push_back(add_buffer(state));
     }
   }
-  place_.grow(session_->output_size() * sizeof(float));
+  handle_.grow(session_->output_size() * sizeof(float));
   last_output_.resize(session_->output_size());
   session_->metrics().streams.add();
   session_->metrics().state_bytes.add(state_bytes());
@@ -51,7 +51,7 @@ Stream::Stream(std::shared_ptr<Session> session, Allocate)
 }
 
 Stream::~Stream() {
-  const bool in_memory = place_.retire();
+  const bool in_memory = handle_.retire();
   session_->metrics().streams.subtract();
   session_->metrics().state_bytes.subtract(state_bytes());
   if (in_memory) session_->metrics().resident_bytes.subtract(state_bytes());
@@ -65,13 +65,13 @@ void Stream::drop_last_output() noexcept {
 
 Buffer* Stream::add_buffer(std::size_t state) {
   const std::size_t bytes = session_->manifest().state[state].bytes;
-  place_.grow(bytes);
+  handle_.grow(bytes);
   try {
-    OwnBuffer own{state, session_->engine().allocate(state), nullptr};
+    OwnBuffer own{state, session_->executor().allocate(state), nullptr};
     own.known_as = own.buffer.get();
     buffers_.push_back(std::move(own));
   } catch (...) {
-    place_.shrink(bytes);
+    handle_.shrink(bytes);
     throw;
   }
   state_bytes_ += bytes;
@@ -84,7 +84,7 @@ void Stream::drop_buffers(std::size_t kept) noexcept {
     const std::size_t bytes = session_->manifest().state[buffers_.back().state].bytes;
     buffers_.pop_back();
     state_bytes_ -= bytes;
-    place_.shrink(bytes);
+    handle_.shrink(bytes);
   }
 }
 
@@ -119,7 +119,7 @@ void Stream::take_back(std::vector<StreamState> parts) {
   BufferMap moved;
   std::vector<std::unique_ptr<Buffer>> fresh;
   for (const OwnBuffer& own : buffers_) {
-    moved[own.known_as] = fresh.emplace_back(session_->engine().allocate(own.state)).get();
+    moved[own.known_as] = fresh.emplace_back(session_->executor().allocate(own.state)).get();
   }
   const auto fill = [&](const BufferSet& buffers, const StreamState& from) {
     for (std::size_t index = 0; index < buffers.size(); ++index) {
@@ -164,7 +164,7 @@ std::unique_ptr<Stream> Stream::fork() const {
   twin->learning_ = learning_;
   twin->last_output_ = last_output_;
   if (guard_ && guard_->on()) twin->set_guard(guard_->limits());
-  twin->place_.let_go();
+  twin->handle_.let_go();
   return twin;
 }
 
@@ -239,11 +239,11 @@ std::uint64_t Stream::mark() {
     found->second = std::move(now);  // of the same size
   } else {
     const std::uint64_t bytes = now.bytes();
-    place_.grow(bytes);
+    handle_.grow(bytes);
     try {
       marks_.emplace(position_, std::move(now));
     } catch (...) {
-      place_.shrink(bytes);
+      handle_.shrink(bytes);
       throw;
     }
     session_->metrics().state_bytes.add(bytes);
@@ -284,7 +284,7 @@ void Stream::drop_marks(Mark first, Mark end) {
   session_->metrics().state_bytes.subtract(bytes);
   session_->metrics().resident_bytes.subtract(bytes);
   marks_.erase(first, end);
-  if (bytes > 0) place_.shrink(bytes);
+  if (bytes > 0) handle_.shrink(bytes);
 }
 
 std::size_t Stream::free_set(std::size_t a, std::size_t b) const {
@@ -315,7 +315,7 @@ void Stream::add_guard_buffers() {
   try {
     for (std::size_t state = 0; state < sets_[0].size(); ++state) {
       Buffer* buffer = add_buffer(state);
-      const bool in_place = session_->engine().in_place(state);
+      const bool in_place = session_->executor().in_place(state);
       set.push_back(in_place ? sets_[0][state] : buffer);
       backups.push_back(in_place ? buffer : nullptr);
     }

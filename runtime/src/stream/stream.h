@@ -8,8 +8,8 @@
 #include <memory>
 #include <vector>
 
-#include "session/residency.h"
 #include "session/session.h"
+#include "session/state_cache.h"
 #include "state/journal.h"
 #include "state/stream_state.h"
 #include "stream/guard.h"
@@ -21,17 +21,17 @@ namespace titans::core {
 void require_input(const Manifest& manifest, InputKind kind);
 
 // Whoever calls functions of a stream that many threads may know holds it meanwhile, with a Stream::Use, or with a
-// Stream::Claim where the state is not touched.
+// Stream::ExclusiveUse where the state is not touched.
 class Stream : private Spillable {
  public:
   // No other call is in the stream for the life of the object.
-  class Claim {
+  class ExclusiveUse {
    public:
     // TITANS_INVALID_ARGUMENT where another call is in it: of another thread, or the one that this is made within.
-    explicit Claim(const Stream& stream);
-    ~Claim();
-    Claim(const Claim&) = delete;
-    Claim& operator=(const Claim&) = delete;
+    explicit ExclusiveUse(const Stream& stream);
+    ~ExclusiveUse();
+    ExclusiveUse(const ExclusiveUse&) = delete;
+    ExclusiveUse& operator=(const ExclusiveUse&) = delete;
 
    private:
     const Stream& stream_;
@@ -45,7 +45,7 @@ class Stream : private Spillable {
     Use& operator=(const Use&) = delete;
 
    private:
-    const Claim claim_;
+    const ExclusiveUse exclusive_;
     const Stream& stream_;
   };
 
@@ -136,7 +136,7 @@ class Stream : private Spillable {
   };
   // How far a feed has come: the position and the set of the next call of a graph. It may be before the feed's
   // beginning, where a guard has gone back to its checkpoint.
-  struct Passage {
+  struct FeedCursor {
     std::uint64_t position;
     std::size_t set;
     std::uint64_t frozen_until = 0;
@@ -144,13 +144,13 @@ class Stream : private Spillable {
     bool checkpoint_moved = false;
   };
   // What a call at `position` consumes: of the feed's sequence, or before it what the guard remembers.
-  Call next_call(const Sequence& sequence, const Passage& passage, std::uint64_t end) const;
-  // Runs the call, of `tokens` tokens, and looks at what it made. That it fails is a finding, too, where consuming the
-  // tokens with the memory frozen may help.
-  Finding run_guarded(const Call& call, std::size_t tokens, Workspace& workspace);
+  Call next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const;
+  // Runs the call, of `tokens` tokens, and looks at what it made. That it fails is a violation, too, where consuming
+  // the tokens with the memory frozen may help.
+  Violation run_guarded(const Call& call, std::size_t tokens, Workspace& workspace);
   // After a call of `tokens` tokens, in which the guard has found something wrong: back to the checkpoint, from where
   // they are consumed with the memory frozen. Throws where the policy says so, or where that has not helped.
-  void roll_back(const Finding& finding, Passage& passage, std::uint64_t tokens);
+  void roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens);
   void report_progress(std::uint64_t done, std::uint64_t total) const;
   // Consumes the sequence; after each call of a graph sink(first token, how many, workspace), for some tokens perhaps
   // a second time, the last of which counts.
@@ -168,7 +168,7 @@ class Stream : private Spillable {
 
   std::shared_ptr<Session> session_;
   mutable std::atomic<bool> used_{false};
-  mutable Residency::Place place_;
+  mutable StateCache::Handle handle_;
   std::vector<OwnBuffer> buffers_;
   std::array<BufferSet, kSets + 1> sets_;
   Journal journal_;

@@ -5,7 +5,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
-#include "stream/logits.h"
+#include "stream/outputs.h"
 #include "stream/stream.h"
 
 namespace titans::core {
@@ -53,21 +53,20 @@ void Stream::check_vectors(const float* vectors, std::size_t count) const {
               text(*wrong, " as its element ", at % size), "feed numbers that are neither NaN nor infinite");
 }
 
-Call Stream::next_call(const Sequence& sequence, const Passage& passage, std::uint64_t end) const {
-  const bool again = passage.position < position_;
-  auto remaining = static_cast<std::size_t>((again ? position_ : end) - passage.position);
-  if (guard_ && guard_->on()) remaining = guard_->reach(passage.position, remaining);
-  const std::size_t graph = session_->next_graph(passage.position, remaining);
-  const std::size_t done = again ? 0 : static_cast<std::size_t>(passage.position - position_);
+Call Stream::next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const {
+  const bool again = cursor.position < position_;
+  auto remaining = static_cast<std::size_t>((again ? position_ : end) - cursor.position);
+  if (guard_ && guard_->on()) remaining = guard_->reach(cursor.position, remaining);
+  const std::size_t graph = session_->next_graph(cursor.position, remaining);
+  const std::size_t done = again ? 0 : static_cast<std::size_t>(cursor.position - position_);
   const std::int32_t* tokens = nullptr;
   const float* vectors = nullptr;
-  if (sequence.tokens != nullptr) tokens = again ? guard_->tokens_at(passage.position) : sequence.tokens + done;
+  if (sequence.tokens != nullptr) tokens = again ? guard_->tokens_at(cursor.position) : sequence.tokens + done;
   if (sequence.vectors != nullptr) {
-    vectors = again ? guard_->vectors_at(passage.position) : sequence.vectors + done * session_->input_size();
+    vectors = again ? guard_->vectors_at(cursor.position) : sequence.vectors + done * session_->input_size();
   }
-  const bool learn = learning_ && passage.position >= passage.frozen_until;
-  return {graph,  tokens, vectors, static_cast<std::int64_t>(passage.position), learn, sets_[passage.set].data(),
-          nullptr};
+  const bool learn = learning_ && cursor.position >= cursor.frozen_until;
+  return {graph, tokens, vectors, static_cast<std::int64_t>(cursor.position), learn, sets_[cursor.set].data(), nullptr};
 }
 
 void Stream::report_progress(std::uint64_t done, std::uint64_t total) const {
@@ -76,65 +75,65 @@ void Stream::report_progress(std::uint64_t done, std::uint64_t total) const {
               text("a progress function that ended the call after ", done), "feed them again");
 }
 
-Finding Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& workspace) {
+Violation Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& workspace) {
   try {
-    session_->engine().run(call, workspace);
+    session_->executor().run(call, workspace);
   } catch (const Error& error) {
     if (!call.learn || error.status() != TITANS_FAILED || guard_->limits().policy == TITANS_GUARD_RAISE) throw;
     // Kernels refuse gates that are not finite, which a memory that overflows makes of the next layer's.
-    Finding finding;
-    finding.reason = TITANS_GUARD_CALL;
-    finding.failure = error.what();
-    return finding;
+    Violation violation;
+    violation.reason = TITANS_GUARD_CALL;
+    violation.failure = error.what();
+    return violation;
   }
   BufferSet after(call.next_state, call.next_state + sets_[0].size());
   return guard_->look(sets_[guard_->set()], after, static_cast<std::uint64_t>(call.position), tokens,
                       workspace.output(tokens - 1, 1));
 }
 
-void Stream::roll_back(const Finding& finding, Passage& passage, std::uint64_t tokens) {
+void Stream::roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens) {
   const std::int32_t policy = guard_->limits().policy;
-  const std::uint64_t end = passage.position + tokens;
+  const std::uint64_t end = cursor.position + tokens;
   bool drop = false;
-  if (policy != TITANS_GUARD_RAISE && guard_->can_look_closer(passage.position, tokens)) {
+  if (policy != TITANS_GUARD_RAISE && guard_->can_look_closer(cursor.position, tokens)) {
     guard_->look_closer(end);
   } else {
-    const bool frozen = passage.position < passage.frozen_until;
+    const bool frozen = cursor.position < cursor.frozen_until;
     drop = frozen && guard_->can_drop_open_chunk();
     if (!frozen) {
-      guard_->count(finding, end);
+      guard_->count(violation, end);
       session_->metrics().rollbacks.add();
     }
     if (policy == TITANS_GUARD_RAISE || (frozen && !drop)) {
-      throw Error(TITANS_FAILED, "guard", guard_->describe(finding) + (frozen ? ", with the memory frozen too," : ""),
-                  text(guard_->describe_found(finding), ", up to position ", end),
+      throw Error(TITANS_FAILED, "guard", guard_->describe(violation) + (frozen ? ", with the memory frozen too," : ""),
+                  text(guard_->describe_found(violation), ", up to position ", end),
                   frozen ? "reset the stream or go back to a state of it that was good"
                          : "check what the stream is fed, or set the policy to skip or freeze");
     }
     if (!frozen && log_wanted(TITANS_LOG_WARNING)) {
       log(TITANS_LOG_WARNING, "guard",
-          text("expected ", guard_->describe(finding), " but got ", guard_->describe_found(finding),
+          text("expected ", guard_->describe(violation), " but got ", guard_->describe_found(violation),
                ", up to position ", end, "; the memory stays as it was at position ", guard_->position()));
     }
-    passage.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(passage.frozen_until, end);
+    cursor.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(cursor.frozen_until, end);
   }
-  if (guard_->position() < position_ && !passage.all_saved) {
+  if (guard_->position() < position_ && !cursor.all_saved) {
     // What lies before this feed will be overwritten, too.
     journal_.restore();
     journal_.save_all();
-    passage.all_saved = true;
+    cursor.all_saved = true;
   }
   guard_->restore();
-  passage.position = guard_->position();
-  passage.set = guard_->set();
+  cursor.position = guard_->position();
+  cursor.set = guard_->set();
   if (!drop) return;
-  const std::size_t set = free_set(current_, passage.set);
+  const std::size_t set = free_set(current_, cursor.set);
   for (std::size_t state = 0; state < sets_[set].size(); ++state) {
-    if (guard_backups_[state] == nullptr) sets_[set][state]->copy_from(*sets_[passage.set][state]);
+    if (guard_backups_[state] == nullptr) sets_[set][state]->copy_from(*sets_[cursor.set][state]);
   }
   guard_->drop_open_chunk(sets_[set], set);
-  passage.set = set;
-  passage.checkpoint_moved = true;
+  cursor.set = set;
+  cursor.checkpoint_moved = true;
 }
 
 template <typename Sink>
@@ -150,7 +149,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
   const std::vector<Graph>& graphs = session_->manifest().graphs;
   const std::uint64_t end = position_ + count;
   const bool guarded = guard_ && guard_->on();
-  Passage passage{position_, current_};
+  FeedCursor cursor{position_, current_};
   MeasuredCall measured(session_->metrics());
   cancelled_.store(false, std::memory_order_relaxed);
   try {
@@ -158,36 +157,36 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
       const Session::WorkspaceLease lease(*session_);
       Workspace& workspace = lease.get();
       std::size_t rows = 0;
-      while (passage.position < end) {
-        const bool again = passage.position < position_;
-        const std::size_t done = again ? 0 : static_cast<std::size_t>(passage.position - position_);
+      while (cursor.position < end) {
+        const bool again = cursor.position < position_;
+        const std::size_t done = again ? 0 : static_cast<std::size_t>(cursor.position - position_);
         if (cancelled_.load(std::memory_order_relaxed)) {
           throw Error(TITANS_CANCELLED, "stream", text(count, " tokens to be consumed"), text("cancelled after ", done),
                       "feed them again");
         }
-        Call call = next_call(sequence, passage, end);
-        const std::size_t next = free_set(current_, passage.set);
+        Call call = next_call(sequence, cursor, end);
+        const std::size_t next = free_set(current_, cursor.set);
         call.next_state = sets_[next].data();
         rows = static_cast<std::size_t>(graphs[call.graph].tokens);
-        if (!passage.all_saved) journal_.save_for(passage.position, rows);
-        if (guarded) guard_->save_for(passage.position, rows);
+        if (!cursor.all_saved) journal_.save_for(cursor.position, rows);
+        if (guarded) guard_->save_for(cursor.position, rows);
         bool checkpoint = false;
         if (!guarded) {
-          session_->engine().run(call, workspace);
+          session_->executor().run(call, workspace);
         } else {
-          const Finding finding = run_guarded(call, rows, workspace);
-          if (finding.reason != TITANS_GUARD_GOOD) {
-            roll_back(finding, passage, rows);
+          const Violation violation = run_guarded(call, rows, workspace);
+          if (violation.reason != TITANS_GUARD_GOOD) {
+            roll_back(violation, cursor, rows);
             continue;
           }
-          checkpoint = guard_->moves_on(finding, passage.position, rows);
+          checkpoint = guard_->moves_on(violation, cursor.position, rows);
         }
         if (!again) sink(done, rows, workspace);
-        passage.position += rows;
-        passage.set = next;
+        cursor.position += rows;
+        cursor.set = next;
         if (checkpoint) {
-          guard_->set_checkpoint(passage.position, passage.set);
-          passage.checkpoint_moved = true;
+          guard_->set_checkpoint(cursor.position, cursor.set);
+          cursor.checkpoint_moved = true;
         }
         if (!again) report_progress(done + rows, count);
       }
@@ -196,7 +195,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
       std::copy_n(last, last_output_.size(), last_output_.begin());
     });
   } catch (const Error& error) {
-    if (passage.checkpoint_moved) rebase_guard();
+    if (cursor.checkpoint_moved) rebase_guard();
     if (error.status() == TITANS_CANCELLED) {
       measured.cancelled();
       log(TITANS_LOG_DEBUG, "stream", error.what());
@@ -205,11 +204,11 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
     }
     throw;
   } catch (...) {
-    if (passage.checkpoint_moved) rebase_guard();
+    if (cursor.checkpoint_moved) rebase_guard();
     throw;
   }
-  if (passage.frozen_until == kAlways) learning_ = false;
-  current_ = passage.set;
+  if (cursor.frozen_until == kAlways) learning_ = false;
+  current_ = cursor.set;
   measured.succeeded(count, session_->chunk_updates(position_, count));
   position_ = end;
 }

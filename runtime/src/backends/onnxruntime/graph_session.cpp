@@ -65,7 +65,7 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Engin
     // session opens, not in every call.
     check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsDisableQuantQDQ, "1"));
   }
-  share.placement.add_provider(*raw);
+  share.context.add_provider(*raw);
   share.memory_kernel.register_in(*raw, library);
   for (const std::string& name : graph.weights) {
     check(api.AddInitializer(raw, name.c_str(), share.weights.find(name)->second.get()));

@@ -4,10 +4,10 @@
 #include <map>
 #include <string>
 
+#include "backends/onnxruntime/device_context.h"
 #include "backends/onnxruntime/initializers.h"
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
-#include "backends/onnxruntime/placement.h"
 #include "bundle/bundle.h"
 
 namespace titans::core {
@@ -20,7 +20,7 @@ struct SessionShare {
   const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
   // Weights that kernels have rearranged for themselves, kept once for all sessions.
   OrtPrepackedWeightsContainer& prepacked;
-  const Placement& placement;
+  const DeviceContext& context;
   const MemoryKernel& memory_kernel;
   int threads;
 };

@@ -11,12 +11,12 @@ std::size_t most_tokens(const Manifest& manifest) { return static_cast<std::size
 
 }  // namespace
 
-OrtWorkspace::OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, Placement& placement,
+OrtWorkspace::OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, DeviceContext& context,
                            const Manifest& manifest)
     : manifest_(manifest),
       row_bytes_(static_cast<std::size_t>(manifest.output_size) * sizeof(float)),
       input_(most_tokens(manifest) * manifest.input_row_bytes()),
-      output_(placement.make_output(most_tokens(manifest) * row_bytes_)),
+      output_(context.make_output(most_tokens(manifest) * row_bytes_)),
       position_(sizeof(std::int64_t)),
       learn_(sizeof(bool)),
       position_value_(view_tensor(library, host, position_.data(), position_.size(), DType::kInt64, {1})),

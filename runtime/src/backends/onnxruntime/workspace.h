@@ -4,13 +4,13 @@
 
 #include <vector>
 
-#include "backends/onnxruntime/placement.h"
+#include "backends/onnxruntime/device_context.h"
 
 namespace titans::core {
 
 class OrtWorkspace final : public Workspace {
  public:
-  OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, Placement& placement, const Manifest& manifest);
+  OrtWorkspace(const OrtLibrary& library, const OrtMemoryInfo& host, DeviceContext& context, const Manifest& manifest);
 
   const float* output(std::size_t first_row, std::size_t rows) override;
   void bind(const Call& call);

@@ -2,7 +2,7 @@
 #include <cstring>
 #include <utility>
 
-#include "backends/onnxruntime/placement.h"
+#include "backends/onnxruntime/device_context.h"
 
 namespace titans::core {
 namespace {
@@ -43,9 +43,9 @@ class HostOutput final : public OutputMemory {
   HostMemory memory_;
 };
 
-class HostPlacement final : public Placement {
+class HostContext final : public DeviceContext {
  public:
-  explicit HostPlacement(const OrtLibrary& library) : library_(library), host_(describe_host(library)) {}
+  explicit HostContext(const OrtLibrary& library) : library_(library), host_(describe_host(library)) {}
 
   int cuda_ordinal() const override { return -1; }
   void add_provider(OrtSessionOptions&) const override {}
@@ -76,6 +76,8 @@ OrtHandle<OrtMemoryInfo> describe_host(const OrtLibrary& library) {
   return {host, library.api().ReleaseMemoryInfo};
 }
 
-std::unique_ptr<Placement> place_on_host(const OrtLibrary& library) { return std::make_unique<HostPlacement>(library); }
+std::unique_ptr<DeviceContext> make_host_context(const OrtLibrary& library) {
+  return std::make_unique<HostContext>(library);
+}
 
 }  // namespace titans::core

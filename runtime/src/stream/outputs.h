@@ -1,4 +1,4 @@
-// What sampling and scoring ask of logits.
+// Checks of logits, shared by sampling and scoring.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace titans::core {
 
-// The largest of `count` logits; an Error where it is not finite or one of them is NaN: such logits are no
+// The largest of `count` logits. An Error if it is not finite or if a logit is NaN, because such logits define no
 // distribution.
 inline float finite_maximum(const float* logits, std::size_t count, std::string_view where) {
   float most = -std::numeric_limits<float>::infinity();

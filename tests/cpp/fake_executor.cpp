@@ -1,4 +1,4 @@
-#include "fake_engine.h"
+#include "fake_executor.h"
 
 #include <algorithm>
 
@@ -27,9 +27,9 @@ std::vector<float> expected(const std::vector<float>& inputs, bool learning, std
   return rows;
 }
 
-class FakeEngine final : public core::Engine {
+class FakeExecutor final : public core::Executor {
  public:
-  FakeEngine(const core::Bundle& bundle, FakeControl& control) : manifest_(bundle.manifest()), control_(control) {}
+  FakeExecutor(const core::Bundle& bundle, FakeControl& control) : manifest_(bundle.manifest()), control_(control) {}
 
   std::string version() const override { return "fake"; }
   std::string memory_kernel() const override { return "fake-kernel"; }
@@ -85,15 +85,15 @@ class FakeEngine final : public core::Engine {
 
 }  // namespace
 
-std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control) {
-  return std::make_unique<FakeEngine>(bundle, control);
+std::unique_ptr<core::Executor> make_fake_executor(const core::Bundle& bundle, FakeControl& control) {
+  return std::make_unique<FakeExecutor>(bundle, control);
 }
 
 std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control,
                                                  const core::SessionOptions& options) {
   auto bundle = std::make_unique<const core::Bundle>(folder);
-  auto engine = make_fake_engine(*bundle, control);
-  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), options);
+  auto executor = make_fake_executor(*bundle, control);
+  return std::make_shared<core::Session>(std::move(bundle), std::move(executor), options);
 }
 
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning) {

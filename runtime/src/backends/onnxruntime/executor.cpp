@@ -7,13 +7,13 @@
 #include <vector>
 
 #include "backends/backend.h"
+#include "backends/onnxruntime/device_context.h"
 #include "backends/onnxruntime/external_data.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/graph_session.h"
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
 #include "backends/onnxruntime/memory_nodes.h"
-#include "backends/onnxruntime/placement.h"
 #include "backends/onnxruntime/workspace.h"
 #include "base/error.h"
 #include "base/mapped_file.h"
@@ -21,13 +21,13 @@
 namespace titans::core {
 namespace {
 
-class OrtEngine final : public Engine {
+class OrtExecutor final : public Executor {
  public:
-  OrtEngine(const Bundle& bundle, const EngineOptions& options)
+  OrtExecutor(const Bundle& bundle, const ExecutorOptions& options)
       : library_(OrtLibrary::load(options.library)),
         manifest_(bundle.manifest()),
-        placement_(place(library_, options.device)),
-        memory_kernel_(options.memory_kernel, placement_->cuda_ordinal()),
+        context_(make_device_context(library_, options.device)),
+        memory_kernel_(options.memory_kernel, context_->cuda_ordinal()),
         in_place_(manifest_.state.size(), memory_kernel_.used()),
         host_(describe_host(library_)),
         prepacked_(nullptr, library_.api().ReleasePrepackedWeightsContainer) {
@@ -51,10 +51,10 @@ class OrtEngine final : public Engine {
   // Only with our kernel: without it everything is as ONNX Runtime alone would have it.
   bool in_place(std::size_t state) const override { return in_place_[state]; }
 
-  std::unique_ptr<Buffer> allocate(std::size_t state) override { return placement_->allocate(manifest_.state[state]); }
+  std::unique_ptr<Buffer> allocate(std::size_t state) override { return context_->allocate(manifest_.state[state]); }
 
   std::unique_ptr<Workspace> make_workspace() override {
-    return std::make_unique<OrtWorkspace>(library_, *host_, *placement_, manifest_);
+    return std::make_unique<OrtWorkspace>(library_, *host_, *context_, manifest_);
   }
 
   void run(const Call& call, Workspace& workspace) override {
@@ -63,7 +63,7 @@ class OrtEngine final : public Engine {
     constexpr std::string_view kExpected = "a graph that runs";
     const std::string advice = text("check the bundle's graph ", graph.name);
     bound.bind(call);
-    placement_->before_run();
+    context_->before_run();
     library_.check(library_.api().Run(sessions_.find(call.graph)->second.get(), nullptr, input_names_.data(),
                                       bound.inputs().data(), bound.inputs().size(), output_names_.data(),
                                       bound.outputs().size(), bound.outputs().data()),
@@ -96,14 +96,14 @@ class OrtEngine final : public Engine {
   }
 
   void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
-    const SessionShare share{library_, bundle, weights_, *prepacked_, *placement_, memory_kernel_, threads};
+    const SessionShare share{library_, bundle, weights_, *prepacked_, *context_, memory_kernel_, threads};
     // Threads that go on spinning after a call are in the way of another graph's. So only those of a graph do that
     // decodes all tokens, where a call is short and waking threads would cost most.
     const EngineGraph& decoding = bundle.graphs()[bundle.schedule().decoding_graph()];
     const auto singles = std::count_if(bundle.graphs().begin(), bundle.graphs().end(), [&](const EngineGraph& each) {
       return manifest_.graphs[each.graph].tokens == 1;
     });
-    const bool spin = entry.graph == decoding.graph && singles == 1 && placement_->cuda_ordinal() < 0;
+    const bool spin = entry.graph == decoding.graph && singles == 1 && context_->cuda_ordinal() < 0;
     const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, entry, spin)); };
     const MappedFile file(bundle.folder() / entry.file);
     check_external_data(file.text(), entry.file, weights_files(bundle));
@@ -143,7 +143,7 @@ class OrtEngine final : public Engine {
         }
         if (!added) continue;
         const auto type = static_cast<ONNXTensorElementDataType>(declared.type);
-        weights_.emplace(name, placement_->share_weight(bundle.weights().find(name)->second, type, declared.shape));
+        weights_.emplace(name, context_->share_weight(bundle.weights().find(name)->second, type, declared.shape));
       }
     }
   }
@@ -159,7 +159,7 @@ class OrtEngine final : public Engine {
 
   const OrtLibrary& library_;
   const Manifest& manifest_;
-  const std::unique_ptr<Placement> placement_;
+  const std::unique_ptr<DeviceContext> context_;
   const MemoryKernel memory_kernel_;
   std::vector<bool> in_place_;    // one for each of the manifest's state
   std::size_t memory_nodes_ = 0;  // of all graphs, where the kernel is used
@@ -171,25 +171,25 @@ class OrtEngine final : public Engine {
   std::vector<const char*> output_names_;
 };
 
-LibraryFacts find_library(const std::string& path) {
-  LibraryFacts facts;
+LibraryInfo find_library(const std::string& path) {
+  LibraryInfo info;
   try {
-    facts.version = OrtLibrary::load(path).version();
+    info.version = OrtLibrary::load(path).version();
   } catch (const Error& error) {
-    facts.why_not = error.what();
+    info.why_not = error.what();
   }
-  return facts;
+  return info;
 }
 
-std::unique_ptr<Engine> open_engine(const Bundle& bundle, const EngineOptions& options) {
-  return std::make_unique<OrtEngine>(bundle, options);
+std::unique_ptr<Executor> open_executor(const Bundle& bundle, const ExecutorOptions& options) {
+  return std::make_unique<OrtExecutor>(bundle, options);
 }
 
 }  // namespace
 }  // namespace titans::core
 
 extern "C" __attribute__((visibility("default"))) const titans::core::BackendEntry* titans_backend_entry() {
-  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &titans::core::open_engine,
+  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &titans::core::open_executor,
                                                 &titans::core::find_library};
   return &entry;
 }

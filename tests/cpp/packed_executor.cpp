@@ -1,4 +1,4 @@
-#include "packed_engine.h"
+#include "packed_executor.h"
 
 #include <array>
 #include <cmath>
@@ -68,9 +68,10 @@ void spoil(float* row, std::size_t fill, std::size_t tokens) {
   for (std::size_t s = fill; s < kChunk; ++s) row[kLeft + s] = row[kRight + s] = std::nanf("");
 }
 
-class PackedEngine final : public core::Engine {
+class PackedExecutor final : public core::Executor {
  public:
-  PackedEngine(const core::Bundle& bundle, PackedControl& control) : manifest_(bundle.manifest()), control_(control) {}
+  PackedExecutor(const core::Bundle& bundle, PackedControl& control)
+      : manifest_(bundle.manifest()), control_(control) {}
 
   std::string version() const override { return "packed"; }
   std::string memory_kernel() const override { return "fake-kernel"; }
@@ -179,8 +180,8 @@ void write_packed_bundle(const std::filesystem::path& folder) {
 std::shared_ptr<core::Session> open_packed_session(const std::filesystem::path& folder, PackedControl& control,
                                                    const core::SessionOptions& options) {
   auto bundle = std::make_unique<const core::Bundle>(folder);
-  auto engine = std::make_unique<PackedEngine>(*bundle, control);
-  return std::make_shared<core::Session>(std::move(bundle), std::move(engine), options);
+  auto executor = std::make_unique<PackedExecutor>(*bundle, control);
+  return std::make_shared<core::Session>(std::move(bundle), std::move(executor), options);
 }
 
 }  // namespace titans::test

@@ -27,9 +27,9 @@ class OutputMemory {
   virtual const std::byte* read(std::size_t offset, std::size_t bytes) = 0;
 };
 
-class Placement {
+class DeviceContext {
  public:
-  virtual ~Placement() = default;
+  virtual ~DeviceContext() = default;
   // The CUDA device, or -1 on the host.
   virtual int cuda_ordinal() const = 0;
   virtual void add_provider(OrtSessionOptions& options) const = 0;
@@ -46,10 +46,10 @@ class Placement {
 // The description of host memory, which must be released.
 OrtHandle<OrtMemoryInfo> describe_host(const OrtLibrary& library);
 
-std::unique_ptr<Placement> place_on_host(const OrtLibrary& library);
+std::unique_ptr<DeviceContext> make_host_context(const OrtLibrary& library);
 // An Error where this ONNX Runtime, this machine or this build has no CUDA.
-std::unique_ptr<Placement> place_on_cuda(const OrtLibrary& library, const std::string& device);
+std::unique_ptr<DeviceContext> make_cuda_context(const OrtLibrary& library, const std::string& device);
 // By the session's device: "cpu", "cuda", "cuda:N".
-std::unique_ptr<Placement> place(const OrtLibrary& library, const std::string& device);
+std::unique_ptr<DeviceContext> make_device_context(const OrtLibrary& library, const std::string& device);
 
 }  // namespace titans::core

@@ -30,7 +30,7 @@ struct FakeControl {
   FakeTraffic traffic;
 };
 
-std::unique_ptr<core::Engine> make_fake_engine(const core::Bundle& bundle, FakeControl& control);
+std::unique_ptr<core::Executor> make_fake_executor(const core::Bundle& bundle, FakeControl& control);
 
 // A session on a bundle in `folder`. Both outlive it, as does `control`.
 std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control,

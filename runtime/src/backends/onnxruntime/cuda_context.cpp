@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "backends/onnxruntime/placement.h"
+#include "backends/onnxruntime/device_context.h"
 #include "base/error.h"
 #include "cuda/objects.h"
 
@@ -99,9 +99,9 @@ class CudaOutput final : public OutputMemory {
   std::unique_ptr<cuda::DeviceMemory> device_;
 };
 
-class CudaPlacement final : public Placement {
+class CudaContext final : public DeviceContext {
  public:
-  CudaPlacement(const OrtLibrary& library, const cuda::Driver& driver, const cuda::DeviceInfo& device)
+  CudaContext(const OrtLibrary& library, const cuda::Driver& driver, const cuda::DeviceInfo& device)
       : library_(library),
         device_(device),
         context_(driver, device.ordinal),
@@ -163,10 +163,10 @@ class CudaPlacement final : public Placement {
 
 }  // namespace
 
-std::unique_ptr<Placement> place_on_cuda(const OrtLibrary& library, const std::string& device) {
+std::unique_ptr<DeviceContext> make_cuda_context(const OrtLibrary& library, const std::string& device) {
   require_provider(library);
   const cuda::Driver& driver = cuda::Driver::require();
-  return std::make_unique<CudaPlacement>(library, driver, cuda::find_device(driver, device));
+  return std::make_unique<CudaContext>(library, driver, cuda::find_device(driver, device));
 }
 
 }  // namespace titans::core

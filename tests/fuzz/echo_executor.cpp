@@ -1,4 +1,4 @@
-#include "echo_engine.h"
+#include "echo_executor.h"
 
 #include <cmath>
 #include <cstring>
@@ -39,9 +39,10 @@ struct EchoWorkspace final : core::Workspace {
   std::vector<float> values;
 };
 
-class EchoEngine final : public core::Engine {
+class EchoExecutor final : public core::Executor {
  public:
-  EchoEngine(const core::Bundle& bundle, std::uint32_t in_place) : manifest_(bundle.manifest()), in_place_(in_place) {}
+  EchoExecutor(const core::Bundle& bundle, std::uint32_t in_place)
+      : manifest_(bundle.manifest()), in_place_(in_place) {}
 
   std::string version() const override { return "echo"; }
   std::string memory_kernel() const override { return "echo"; }
@@ -123,8 +124,8 @@ float echo(float value, float token) { return std::fmod(3 * value + token + 1, 1
 
 float echo_token(float element) { return std::fmod(std::floor(std::fabs(element)), 256.0F); }
 
-std::unique_ptr<core::Engine> make_echo_engine(const core::Bundle& bundle, std::uint32_t in_place) {
-  return std::make_unique<EchoEngine>(bundle, in_place);
+std::unique_ptr<core::Executor> make_echo_executor(const core::Bundle& bundle, std::uint32_t in_place) {
+  return std::make_unique<EchoExecutor>(bundle, in_place);
 }
 
 }  // namespace titans::fuzz

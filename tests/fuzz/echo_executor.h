@@ -17,7 +17,7 @@ inline constexpr std::int32_t kFailing = 7;
 inline constexpr std::int32_t kSpoiling = 6;
 
 // One buffer for input and output of the states that are set in `in_place`, counted modulo 32.
-std::unique_ptr<core::Engine> make_echo_engine(const core::Bundle& bundle, std::uint32_t in_place);
+std::unique_ptr<core::Executor> make_echo_executor(const core::Bundle& bundle, std::uint32_t in_place);
 
 // A step of a float32 element.
 float echo(float value, float token);

@@ -16,9 +16,9 @@
 namespace titans::core {
 namespace {
 
-class DeviceEngine final : public Engine {
+class DeviceExecutor final : public Executor {
  public:
-  DeviceEngine(const Bundle& bundle, const EngineOptions& options)
+  DeviceExecutor(const Bundle& bundle, const ExecutorOptions& options)
       : library_(VendorLibrary::load(options.library)),
         bundle_(bundle),
         record_(*bundle.engine()),
@@ -37,7 +37,7 @@ class DeviceEngine final : public Engine {
     }
   }
 
-  ~DeviceEngine() override {
+  ~DeviceExecutor() override {
     try {
       const cuda::Context::Scope scope(context_);
       close();
@@ -171,33 +171,33 @@ class DeviceEngine final : public Engine {
   std::unique_ptr<DeviceWorkspace> warm_;  // of the rehearsal, until somebody takes it
 };
 
-std::unique_ptr<Engine> open_engine(const Bundle& bundle, const EngineOptions& options) {
+std::unique_ptr<Executor> open_executor(const Bundle& bundle, const ExecutorOptions& options) {
   if (bundle.engine() == nullptr) {
     throw Error(TITANS_UNSUPPORTED, kVendor, "an engine of the bundle to open", "the plain graphs",
                 "run titans-export build for this device, or open with another backend");
   }
-  return std::make_unique<DeviceEngine>(bundle, options);
+  return std::make_unique<DeviceExecutor>(bundle, options);
 }
 
-LibraryFacts look_for_library(const std::string& path) {
-  LibraryFacts facts;
+LibraryInfo look_for_library(const std::string& path) {
+  LibraryInfo info;
   try {
-    facts.version = VendorLibrary::load(path).version();
+    info.version = VendorLibrary::load(path).version();
   } catch (const Error& error) {
-    facts.why_not = error.got();
-    return facts;
+    info.why_not = error.got();
+    return info;
   }
   const PluginLibrary plugin = find_plugin_library();
-  facts.plugin_version = plugin.version;
-  facts.plugin_why_not = plugin.why_not;
-  return facts;
+  info.plugin_version = plugin.version;
+  info.plugin_why_not = plugin.why_not;
+  return info;
 }
 
 }  // namespace
 }  // namespace titans::core
 
 extern "C" __attribute__((visibility("default"))) const titans::core::BackendEntry* titans_backend_entry() {
-  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &titans::core::open_engine,
+  static const titans::core::BackendEntry entry{titans::core::kBackendAbi, &titans::core::open_executor,
                                                 &titans::core::look_for_library};
   return &entry;
 }
