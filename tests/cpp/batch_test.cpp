@@ -109,7 +109,7 @@ TEST_P(BatchTest, OneThatFailsStopsNoOther) {
     EXPECT_EQ(streams[bad]->position(), 0U);
     EXPECT_EQ(logits[bad], std::vector<float>(3 * kVocab, 0.0F));
   }
-  expect_error(TITANS_INVALID_ARGUMENT, {"all 4 streams", "2 that failed", "stream 1", "token 2 in [0, 8)"},
+  expect_error(TITANS_INVALID_ARGUMENT, {"2 of 4 streams failed", "stream 1 first", "token 2 in [0, 8)"},
                [&] { require_success(outcomes); });
 }
 
@@ -146,9 +146,9 @@ TEST_P(BatchTest, WhatIsRefusedBeforeAnythingRuns) {
   const auto refuse = [&](const std::vector<BatchItem>& items, const std::vector<std::string>& words) {
     expect_error(TITANS_INVALID_ARGUMENT, words, [&] { run_batch(*session_, items); });
   };
-  refuse({a, b, a}, {"each stream once", "stream 0 again as stream 2"});
-  refuse({a, one(nullptr)}, {"a pointer for stream 1", "NULL"});
-  refuse({a, one(&stranger)}, {"stream 1 of this session", "another"});
+  refuse({a, b, a}, {"one stream twice", "stream 0 is also stream 2"});
+  refuse({a, one(nullptr)}, {"stream 1 is NULL"});
+  refuse({a, one(&stranger)}, {"stream 1 belongs to another session"});
   EXPECT_TRUE(control_.calls.empty());
   EXPECT_TRUE(run_batch(*session_, {}).empty());
 }
@@ -217,8 +217,8 @@ TEST_F(BatchCApi, StepAndFeed) {
     ADD_FAILURE() << "no error";
   } catch (const BatchError& error) {
     EXPECT_EQ(error.statuses(), (std::vector<titans_status>{TITANS_INVALID_ARGUMENT, TITANS_OK}));
-    EXPECT_EQ(rows(error.logits(), 1, 2), rows(expected_logits({4, 1, 2, 3, 1}), 4, 5));
-    EXPECT_NE(std::string(error.what()).find("1 that failed, stream 0"), std::string::npos) << error.what();
+    EXPECT_EQ(rows(error.outputs(), 1, 2), rows(expected_logits({4, 1, 2, 3, 1}), 4, 5));
+    EXPECT_NE(std::string(error.what()).find("1 of 2 streams failed, stream 0"), std::string::npos) << error.what();
   }
   EXPECT_EQ(a.position(), 1U);
   EXPECT_EQ(b.position(), 5U);
@@ -258,7 +258,7 @@ TEST_F(BatchCApi, WrongArguments) {
     for (std::size_t i = 0; i < count; ++i) EXPECT_EQ(statuses[i], TITANS_INVALID_ARGUMENT) << word;
   };
   refused(nullptr, 1, "NULL");
-  refused(items, 2, "each stream once");
+  refused(items, 2, "one stream twice");
   titans_feed wrong = items[0];
   wrong.struct_size = 8;
   refused(&wrong, 1, "struct_size");
@@ -313,7 +313,7 @@ TEST_F(BatchCApi, OptionsThatAreWrong) {
   options.memory_budget = std::uint64_t{1} << 20;
   refuse(options, "spill_dir");
   options.spill_dir = folder_.path() / "nowhere";
-  refuse(options, "spill_dir to be a folder");
+  refuse(options, "spill_dir is not a folder");
   options.spill_dir = folder_.path();
   options.memory_budget = 10;
   refuse(options, "at least one stream");

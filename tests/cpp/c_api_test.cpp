@@ -124,7 +124,7 @@ TEST(CApi, MemoryKernels) {
   for (const char* wrong : {"", "on", "Auto", "off "}) {
     options.memory_kernel = wrong;
     EXPECT_EQ(titans_session_open("/nowhere", &options, &session), TITANS_INVALID_ARGUMENT);
-    EXPECT_TRUE(last_error_has("auto, require, off"));
+    EXPECT_TRUE(last_error_has("auto, require or off"));
   }
 }
 
@@ -135,7 +135,7 @@ TEST(CApi, Engines) {
   titans_session* session = nullptr;
   options.engine = "orin";
   EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_INVALID_ARGUMENT);
-  EXPECT_TRUE(last_error_has("an engine out of")) << titans_last_error();
+  EXPECT_TRUE(last_error_has("no engine")) << titans_last_error();
   // Without a backend beside the test, what is left is that.
   const auto expect_no_backend = [&] {
     EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_UNSUPPORTED);

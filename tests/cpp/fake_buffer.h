@@ -30,7 +30,7 @@ struct FakeBuffer final : core::Buffer {
 
   void upload(const std::byte* host) override {
     if (traffic.uploads_before_a_failure && (*traffic.uploads_before_a_failure)-- == 0) {
-      throw core::Error(TITANS_FAILED, "fake", "an upload that works", "one that fails", "go on");
+      throw core::Error(TITANS_FAILED, "E0609", "fake", "the upload failed", "go on");
     }
     std::memcpy(values.data(), host, values.size() * sizeof(float));
   }

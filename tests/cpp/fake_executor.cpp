@@ -66,7 +66,7 @@ class FakeExecutor final : public core::Executor {
     const bool fails = note(call);
     static_cast<FakeBuffer*>(call.next_state[0])->values = fails ? std::vector<float>(4, -1.0F) : memory;
     static_cast<FakeBuffer*>(call.next_state[1])->values[0] = fails ? -1.0F : last;
-    if (fails) throw core::Error(TITANS_FAILED, "fake", "a call that works", "one that fails", "go on");
+    if (fails) throw core::Error(TITANS_FAILED, "E0609", "fake", "the call failed", "go on");
     if (control_.spoil) std::fill(logits.begin(), logits.end(), *control_.spoil);
     static_cast<FakeWorkspace&>(workspace).values = logits;
   }

@@ -149,20 +149,20 @@ TEST_F(HostileBundle, JsonWithoutEnd) {
 
 TEST_F(HostileBundle, AKeyThatIsThereTwice) {
   const std::string text = manifest_text();
-  refuse_manifest(R"({"weights": {"file": "other"}, )" + text.substr(1), {"each key once", "weights"});
+  refuse_manifest(R"({"weights": {"file": "other"}, )" + text.substr(1), {"twice in one object", "weights"});
   std::string inner = text;
   inner.replace(inner.find("\"bytes\""), 1, "\"bytes\":1,\"");
-  refuse_manifest(inner, {"each key once", "bytes"});
+  refuse_manifest(inner, {"twice in one object", "bytes"});
   write_file(folder_.path() / "state.safetensors",
              safetensors(R"({"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
                              "x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}})",
                          ""));
-  refuse(manifest_json(), {"state.safetensors", "each key once"});
+  refuse(manifest_json(), {"state.safetensors", "twice in one object"});
 }
 
 TEST_F(HostileBundle, ErrorsStayOneLineAndShowNoControlCharacters) {
   const std::string text = manifest_text();
-  refuse_manifest(R"({"a\u001b[2J\n": 1, "a\u001b[2J\n": 2, )" + text.substr(1), {"each key once"});
+  refuse_manifest(R"({"a\u001b[2J\n": 1, "a\u001b[2J\n": 2, )" + text.substr(1), {"twice in one object"});
   json manifest = manifest_json();
   manifest["state"][0]["dtype"] = "\x1b]0;title\x07\n" + std::string(100000, 'x');
   write_manifest(folder_.path(), manifest);

@@ -208,7 +208,7 @@ TEST(GraphNodes, WhatIsNoModel) {
     try {
       core::read_nodes(whole.substr(0, length), "m.onnx");
     } catch (const core::Error& error) {
-      EXPECT_NE(std::string(error.what()).find("[m.onnx] expected an ONNX model"), std::string::npos);
+      EXPECT_NE(std::string(error.what()).find("[m.onnx] not an ONNX model"), std::string::npos);
     }
   }
   for (std::size_t place = 0; place < whole.size(); ++place) {

@@ -102,7 +102,7 @@ class PackedExecutor final : public core::Executor {
       for (std::size_t head = 0; head < kPackedHeads; ++head) spoil(memory.data() + head * kPackedRow, fill, count);
       std::fill(other.begin(), other.end(), std::nanf(""));
       next_last = std::nanf("");
-      throw core::Error(TITANS_FAILED, "packed", "a call that works", "one that fails", "go on");
+      throw core::Error(TITANS_FAILED, "E0609", "packed", "the call failed", "go on");
     }
     std::vector<float>& logits = static_cast<FakeWorkspace&>(workspace).values;
     logits.clear();

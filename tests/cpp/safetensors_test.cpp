@@ -53,7 +53,7 @@ TEST_F(SafetensorsTest, LyingLength) {
 TEST_F(SafetensorsTest, NoJson) {
   refuse(safetensors("{", ""), {"not JSON"});
   refuse(safetensors("[]", ""), {"[]"});
-  refuse(safetensors(std::string(100000, '['), ""), {"at most 64 levels"});
+  refuse(safetensors(std::string(100000, '['), ""), {"deeper than 64 levels"});
   refuse(safetensors(R"({"x": "\xff"})", ""), {"not JSON"});
 }
 
@@ -83,7 +83,7 @@ TEST_F(SafetensorsTest, Overlap) {
   refuse(safetensors(R"({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
                          "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})",
                      std::string(8, 'x')),
-         {"a overlapping b"});
+         {"tensors a and b overlap"});
 }
 
 }  // namespace

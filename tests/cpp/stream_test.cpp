@@ -86,7 +86,7 @@ TEST_P(StreamTest, AFailureAnywhereLeavesTheStreamAsItWas) {
     feed(stream, head);
     const std::vector<float> last = stream.last_output();
     control_.fail_at = static_cast<int>(control_.calls.size()) + call;
-    expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
+    expect_error(TITANS_FAILED, {" failed"}, [&] { feed(stream, tail); });
     EXPECT_EQ(stream.position(), 3U);
     EXPECT_EQ(stream.last_output(), last);
     EXPECT_EQ(feed(stream, tail), std::vector<float>(expected.begin() + 3 * kVocab, expected.end())) << call;
@@ -126,7 +126,7 @@ TEST_P(StreamTest, AResetThatFailsLeavesTheStreamAsItWas) {
     Stream stream(session_);
     feed(stream, {3, 1, 4});
     control_.traffic.uploads_before_a_failure = uploads;
-    expect_error(TITANS_FAILED, {"one that fails"}, [&] { stream.reset(); });
+    expect_error(TITANS_FAILED, {" failed"}, [&] { stream.reset(); });
     control_.traffic.uploads_before_a_failure.reset();
     EXPECT_EQ(stream.position(), 3U);
     const Tokens tail(kTokens.begin() + 3, kTokens.end());
@@ -272,7 +272,7 @@ TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
   core::Generator broken(*twin, hot, 10, {});
   for (int i = 0; i < 10; ++i) {
     control_.fail_at = static_cast<int>(control_.calls.size());
-    expect_error(TITANS_FAILED, {"one that fails"}, [&] { broken.next(); });
+    expect_error(TITANS_FAILED, {" failed"}, [&] { broken.next(); });
     EXPECT_EQ(broken.next(), whole.next());
   }
 }
@@ -344,7 +344,7 @@ TEST_P(VectorStreamTest, AFailureAnywhereLeavesTheStreamAsItWas) {
     feed(stream, 0, 3);
     const std::vector<float> last = stream.last_output();
     control_.fail_at = static_cast<int>(control_.calls.size()) + call;
-    expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, 3, kCount - 3); });
+    expect_error(TITANS_FAILED, {" failed"}, [&] { feed(stream, 3, kCount - 3); });
     EXPECT_EQ(stream.position(), 3U);
     EXPECT_EQ(stream.last_output(), last);
     EXPECT_EQ(feed(stream, 3, kCount - 3), expected(3)) << call;
@@ -400,7 +400,7 @@ TEST_P(VectorStreamTest, WhatNeedsTokens) {
   feed(stream, 0, 2);
   const std::int32_t token = 0;
   std::vector<float> values(8);
-  const std::vector<std::string> words{"takes tokens", "takes vectors"};
+  const std::vector<std::string> words{"the bundle takes vectors", "got tokens"};
   expect_error(TITANS_INVALID_ARGUMENT, words,
                [&] { stream.feed(&token, 1, TITANS_OUTPUT_ALL, values.data(), values.size()); });
   expect_error(TITANS_INVALID_ARGUMENT, words, [&] { stream.score(&token, 1, values.data()); });
@@ -411,7 +411,7 @@ TEST_P(VectorStreamTest, WhatNeedsTokens) {
 TEST_P(StreamTest, VectorsForABundleOfTokens) {
   Stream stream(session_);
   const std::vector<float> vectors(kVocab, 1.0F);
-  expect_error(TITANS_INVALID_ARGUMENT, {"takes vectors", "takes tokens"},
+  expect_error(TITANS_INVALID_ARGUMENT, {"the bundle takes tokens", "got vectors"},
                [&] { stream.feed_vectors(vectors.data(), 1, TITANS_OUTPUT_NONE, nullptr, 0); });
   EXPECT_EQ(stream.position(), 0U);
 }

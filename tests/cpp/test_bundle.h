@@ -57,7 +57,7 @@ void expect_error(titans_status status, const std::vector<std::string>& words, A
   } catch (const core::Error& error) {
     const std::string message = error.what();
     EXPECT_EQ(error.status(), status) << message;
-    for (const char* part : {"[", "] expected ", " but got ", "; do "}) {
+    for (const char* part : {"[", "] ", ". Fix: ", " (TITANS-E"}) {
       EXPECT_NE(message.find(part), std::string::npos) << message;
     }
     EXPECT_EQ(message.find('\n'), std::string::npos) << message;

@@ -190,7 +190,7 @@ class Caller {
               status == TITANS_CANCELLED,
           "a status of the enumeration");
     const std::string message = titans_last_error();
-    for (const char* part : {"[", "] expected ", " but got ", "; do "}) {
+    for (const char* part : {"[", "] ", ". Fix: ", " (TITANS-E"}) {
       check(message.find(part) != std::string::npos, "an error of the one form, unlike: " + message);
     }
     check(message.find('\n') == std::string::npos, "an error of one line");
@@ -543,7 +543,7 @@ class Caller {
       feed.tokens = vectors ? nullptr : chosen.back().tokens.data();
       feed.vectors = vectors ? chosen.back().vectors.data() : nullptr;
       buffers.emplace_back(std::min<std::size_t>(any_size(std::max<std::size_t>(feed.count, 1) * kVocab), 4096));
-      feed.logits = buffers.back().data();
+      feed.outputs = buffers.back().data();
       feed.capacity = buffers.back().size();
       items.push_back(feed);
     }

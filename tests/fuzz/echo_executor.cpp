@@ -78,7 +78,7 @@ class EchoExecutor final : public core::Executor {
       if (fails) states[state].assign(states[state].size(), std::byte{0x7f});
       static_cast<EchoBuffer*>(call.next_state[state])->bytes = std::move(states[state]);
     }
-    if (fails) throw core::Error(TITANS_FAILED, "echo", "a token that works", "one that fails", "go on");
+    if (fails) throw core::Error(TITANS_FAILED, "E0609", "echo", "the token failed", "go on");
   }
 
  private:

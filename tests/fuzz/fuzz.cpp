@@ -35,7 +35,7 @@ void check(bool holds, std::string_view what) {
 
 void check_error(const core::Error& error) {
   const std::string message = error.what();
-  for (const char* part : {"[", "] expected ", " but got ", "; do "}) {
+  for (const char* part : {"[", "] ", ". Fix: ", " (TITANS-E"}) {
     check(message.find(part) != std::string::npos, "an error of the one form, unlike: " + message);
   }
   check(message.find('\n') == std::string::npos, "an error of one line");

@@ -1,12 +1,12 @@
-// titans.hpp: the C interface (titans.h) with ownership, exceptions and containers. Header only, C++17.
+// titans.hpp: the C interface (titans.h) with ownership, exceptions and containers. Header-only, C++17.
 //
 //   titans::Session session("model.titans");
 //   titans::Stream stream = session.stream();
 //   std::vector<float> logits = stream.feed_last(prompt);
 //   for (auto generator = stream.generate(); auto token = generator.next();) use(*token);
 //
-// Every call that fails throws titans::Error and leaves its stream as it was. Threads and lifetimes: see titans.h. An
-// object that was moved from can only be destroyed or assigned to.
+// A call that fails throws titans::Error and leaves its stream unchanged. titans.h describes threads and lifetimes. An
+// object that was moved from may only be destroyed or assigned to.
 #ifndef TITANS_TITANS_HPP_
 #define TITANS_TITANS_HPP_
 
@@ -27,19 +27,23 @@ namespace titans {
 using Token = std::int32_t;
 using Tokens = std::vector<Token>;
 
+// what() is "[where] problem. Fix: what to do (TITANS-E0123)"; docs/errors.md lists the codes.
 class Error : public std::runtime_error {
  public:
-  Error(titans_status status, const char* message) : std::runtime_error(message), status_(status) {}
+  Error(titans_status status, const char* message, const char* code)
+      : std::runtime_error(message), status_(status), code_(code) {}
   titans_status status() const noexcept { return status_; }
+  const std::string& code() const noexcept { return code_; }  // "TITANS-E0123"
 
  private:
   titans_status status_;
+  std::string code_;
 };
 
 namespace detail {
 
 inline void check(titans_status status) {
-  if (status != TITANS_OK) throw Error(status, titans_last_error());
+  if (status != TITANS_OK) throw Error(status, titans_last_error(), titans_last_error_code());
 }
 
 struct Destroy {
@@ -59,25 +63,25 @@ inline titans_state_options state_options(const std::vector<std::uint8_t>& key) 
 
 }  // namespace detail
 
-// Of AES-256-GCM: 32 bytes.
+// AES-256-GCM key: 32 bytes.
 using Key = std::vector<std::uint8_t>;
 
-// The safetensors file that a state file is or, encrypted, holds, checked.
+// The state file at `path`, verified and decrypted, as a safetensors file.
 inline std::vector<std::uint8_t> read_state(const std::string& path, const Key& key = {}) {
   const titans_state_options options = detail::state_options(key);
   std::size_t size = 0;
   detail::check(titans_state_read(path.c_str(), &options, nullptr, 0, &size));
   std::vector<std::uint8_t> bytes(size);
   detail::check(titans_state_read(path.c_str(), &options, bytes.data(), bytes.size(), &size));
-  bytes.resize(size);  // another state may have taken the file's place
+  bytes.resize(size);  // the file may have been replaced meanwhile
   return bytes;
 }
 
 inline std::string version() { return titans_version(); }
 
-// How to draw tokens; the filters apply in the order top_k, top_p, min_p.
+// Sampling options. The filters apply in the order top_k, top_p, min_p.
 struct Sampling {
-  float temperature = 1.0F;  // 0: always the most likely token
+  float temperature = 1.0F;  // 0: always the top-1 token
   std::int32_t top_k = 0;    // 0: off
   float top_p = 1.0F;        // 1: off
   float min_p = 0.0F;        // 0: off
@@ -86,29 +90,29 @@ struct Sampling {
   Tokens stop;                   // generation ends before one of these is consumed
 };
 
-// Limits on what a stream may do to its memory, docs/guard.md.
+// Limits on chunk updates, docs/guard.md.
 struct Guard {
   titans_guard_policy policy = TITANS_GUARD_RAISE;
   float max_update_norm = std::numeric_limits<float>::infinity();
   float max_surprise = std::numeric_limits<float>::infinity();
 };
 
-// Messages of the library, see titans_set_log. `log` must not throw.
+// See titans_set_log. `log` must not throw.
 inline void set_log(titans_log_function log, void* user = nullptr, titans_log_level level = TITANS_LOG_INFO) {
   detail::check(titans_set_log(log, user, level));
 }
 
-// A field of the memory: a copy.
+// A copy of a memory field, float32.
 struct Memory {
   std::string name;
   std::vector<std::int64_t> shape;
   std::vector<float> values;
 };
 
-// Made by Stream::generate; destroyed before that stream.
+// Made by Stream::generate. Destroy it before its stream.
 class Generator {
  public:
-  // A token that the stream has consumed; nothing at the end.
+  // The next token, which the stream has consumed; nothing at the end.
   std::optional<Token> next() {
     Token token = 0;
     int done = 0;
@@ -122,33 +126,33 @@ class Generator {
   detail::Handle<titans_generator> handle_;
 };
 
-// One sequence and what its memory has learned. Made by Session::stream.
+// One sequence and the memory it has learned. Made by Session::stream.
 class Stream {
  public:
-  // Consumes the tokens. Logits after each of them, row by row.
+  // Consumes the tokens. Returns the logits after each, (count, vocab_size).
   std::vector<float> feed(const Tokens& tokens) {
     std::vector<float> logits(tokens.size() * output_size_);
     feed(tokens.data(), tokens.size(), TITANS_OUTPUT_ALL, logits.data(), logits.size());
     return logits;
   }
 
-  // Consumes the tokens. Logits after the last.
+  // Consumes the tokens. Returns the logits after the last, (vocab_size).
   std::vector<float> feed_last(const Tokens& tokens) {
     std::vector<float> logits(output_size_);
     feed(tokens.data(), tokens.size(), TITANS_OUTPUT_LAST, logits.data(), logits.size());
     return logits;
   }
 
-  // Consumes the tokens. No logits.
+  // Consumes the tokens.
   void feed_none(const Tokens& tokens) { feed(tokens.data(), tokens.size(), TITANS_OUTPUT_NONE, nullptr, 0); }
 
-  // The same into a buffer of the caller's.
-  void feed(const Token* tokens, std::size_t count, titans_output which, float* logits, std::size_t capacity) {
-    detail::check(titans_stream_feed(handle_.get(), tokens, count, which, logits, capacity));
+  // Writes the selected logits to `outputs`, which has room for `capacity` floats.
+  void feed(const Token* tokens, std::size_t count, titans_output which, float* outputs, std::size_t capacity) {
+    detail::check(titans_stream_feed(handle_.get(), tokens, count, which, outputs, capacity));
   }
 
-  // Of a bundle that takes vectors: consumes them, one after the other in `vectors`, Session::input_size() floats each.
-  // Outputs after each of them, row by row.
+  // For a bundle that takes vectors. Consumes `vectors`, (count, input_size). Returns the outputs after each,
+  // (count, output_size).
   std::vector<float> feed_vectors(const std::vector<float>& vectors) {
     const std::size_t count = count_vectors(vectors);
     std::vector<float> outputs(count * output_size_);
@@ -156,35 +160,35 @@ class Stream {
     return outputs;
   }
 
-  // The output after the last.
+  // Returns the output after the last vector, (output_size).
   std::vector<float> feed_vectors_last(const std::vector<float>& vectors) {
     std::vector<float> output(output_size_);
     feed_vectors(vectors.data(), count_vectors(vectors), TITANS_OUTPUT_LAST, output.data(), output.size());
     return output;
   }
 
-  // No output.
+  // Consumes the vectors.
   void feed_vectors_none(const std::vector<float>& vectors) {
     feed_vectors(vectors.data(), count_vectors(vectors), TITANS_OUTPUT_NONE, nullptr, 0);
   }
 
-  // The same into a buffer of the caller's.
+  // Writes the selected outputs to `outputs`, which has room for `capacity` floats.
   void feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs,
                     std::size_t capacity) {
     detail::check(titans_stream_feed_vectors(handle_.get(), vectors, count, which, outputs, capacity));
   }
 
-  // Consumes one token. Logits after it.
+  // Consumes one token. Returns the logits after it, (vocab_size).
   std::vector<float> step(Token token) {
     std::vector<float> logits(output_size_);
     step(token, logits.data());
     return logits;
   }
 
-  // The same into `logits`, as many as the vocabulary has tokens, or NULL.
-  void step(Token token, float* logits) { detail::check(titans_stream_step(handle_.get(), token, logits)); }
+  // Writes the logits to `outputs`, (vocab_size) or NULL.
+  void step(Token token, float* outputs) { detail::check(titans_stream_step(handle_.get(), token, outputs)); }
 
-  // Consumes the tokens. ln p of each given all before it.
+  // Consumes the tokens. Returns ln p of each given all tokens before it.
   std::vector<float> score(const Tokens& tokens) {
     std::vector<float> logprobs(tokens.size());
     detail::check(titans_stream_score(handle_.get(), tokens.data(), tokens.size(), logprobs.data()));
@@ -207,29 +211,29 @@ class Stream {
     return Generator(generator);
   }
 
-  // Back to a fresh memory at position 0. Whether it learns is kept.
+  // Resets to position 0 with a fresh memory. The learning flag stays; marks are removed.
   void reset() { detail::check(titans_stream_reset(handle_.get())); }
 
-  // A second stream with the same state, independent from here on.
+  // A second, independent stream with the same state.
   Stream fork() const {
     titans_stream* twin = nullptr;
     detail::check(titans_stream_fork(handle_.get(), &twin));
     return Stream(twin, input_size_, output_size_);
   }
 
-  // Writes the stream to a file, NAME.tstate, for Session::restore. `key`, 32 bytes, encrypts it; empty: plain.
+  // Writes the stream to a file, NAME.tstate, for Session::restore. `key`, 32 bytes, encrypts it; empty: no encryption.
   void save(const std::string& path, const Key& key = {}) const {
     const titans_state_options options = detail::state_options(key);
     detail::check(titans_stream_save(handle_.get(), path.c_str(), &options));
   }
 
-  // Keeps a copy of the state to go back to; the position names it.
+  // Keeps a copy of the state as a mark; returns its position.
   std::uint64_t mark() {
     std::uint64_t position = 0;
     detail::check(titans_stream_mark(handle_.get(), &position));
     return position;
   }
-  // Back to the mark at that position, which stays; later ones go.
+  // Restores the mark at `position`, which stays. Later marks are removed.
   void rewind(std::uint64_t position) { detail::check(titans_stream_rewind(handle_.get(), position)); }
   void unmark(std::uint64_t position) { detail::check(titans_stream_unmark(handle_.get(), position)); }
   // The positions of all marks, ascending.
@@ -252,11 +256,11 @@ class Stream {
     return report;
   }
 
-  // Told after each call of a graph; what it returns but 0 ends the call with TITANS_CANCELLED. It must not throw.
+  // Called after each graph. A result other than 0 ends the call with TITANS_CANCELLED. It must not throw.
   void set_progress(titans_progress_function progress, void* user = nullptr) {
     detail::check(titans_stream_set_progress(handle_.get(), progress, user));
   }
-  // From any thread: ends the call that runs.
+  // Ends the running call. Any thread may call it.
   void cancel() { detail::check(titans_stream_cancel(handle_.get())); }
 
   void freeze() { detail::check(titans_stream_set_learning(handle_.get(), 0)); }
@@ -286,10 +290,10 @@ class Stream {
 
   std::size_t count_vectors(const std::vector<float>& vectors) const {
     if (vectors.size() % input_size_ == 0) return vectors.size() / input_size_;
-    const std::string message = "[stream] expected vectors of " + std::to_string(input_size_) +
-                                " floats each but got " + std::to_string(vectors.size()) +
-                                " floats; do pass whole vectors";
-    throw Error(TITANS_INVALID_ARGUMENT, message.c_str());
+    const std::string message = "[stream] expected vectors of " + std::to_string(input_size_) + " floats, got " +
+                                std::to_string(vectors.size()) +
+                                " floats in total. Fix: pass whole vectors (TITANS-E0505)";
+    throw Error(TITANS_INVALID_ARGUMENT, message.c_str(), "TITANS-E0505");
   }
 
   detail::Handle<titans_stream> handle_;
@@ -297,21 +301,23 @@ class Stream {
   std::size_t output_size_;
 };
 
-// Where streams of a batch failed; the others have gone on. Where a batch is refused as a whole, all have.
+// Streams of a batch failed; the others have continued. If the batch was refused, all have failed.
 class BatchError : public Error {
  public:
-  BatchError(titans_status status, std::vector<titans_status> statuses, std::vector<float> logits)
-      : Error(status, titans_last_error()), statuses_(std::move(statuses)), logits_(std::move(logits)) {}
+  BatchError(titans_status status, std::vector<titans_status> statuses, std::vector<float> outputs)
+      : Error(status, titans_last_error(), titans_last_error_code()),
+        statuses_(std::move(statuses)),
+        outputs_(std::move(outputs)) {}
   const std::vector<titans_status>& statuses() const noexcept { return statuses_; }
-  // Rows of those that did not fail; the others are zeros.
-  const std::vector<float>& logits() const noexcept { return logits_; }
+  // Rows of the streams that succeeded; the other rows are undefined.
+  const std::vector<float>& outputs() const noexcept { return outputs_; }
 
  private:
   std::vector<titans_status> statuses_;
-  std::vector<float> logits_;
+  std::vector<float> outputs_;
 };
 
-// Empty strings: the default, as described in titans.h.
+// titans.h describes the options. Empty strings: the default.
 struct SessionOptions {
   std::string device = "cpu";
   std::string backend;
@@ -322,7 +328,7 @@ struct SessionOptions {
   std::string engine;
   std::string libraries;
   std::int32_t batch_threads = 0;
-  std::uint64_t memory_budget = 0;  // needs a spill_dir
+  std::uint64_t memory_budget = 0;  // requires spill_dir
   std::string spill_dir;
 };
 
@@ -347,14 +353,14 @@ class Session {
     handle_.reset(session);
   }
 
-  // A stream with a fresh memory. It may outlive the session.
+  // A stream at position 0 with a fresh memory. It may outlive the session.
   Stream stream() {
     titans_stream* stream = nullptr;
     detail::check(titans_stream_create(handle_.get(), &stream));
     return Stream(stream, input_size(), output_size());
   }
 
-  // A stream that goes on where the saved one was.
+  // A stream that continues where the saved one was.
   Stream restore(const std::string& path, const Key& key = {}) {
     const titans_state_options options = detail::state_options(key);
     titans_stream* stream = nullptr;
@@ -362,20 +368,21 @@ class Session {
     return Stream(stream, input_size(), output_size());
   }
 
-  // Feeds each stream one token, side by side. Row i are the logits of streams[i] after tokens[i].
+  // Feeds tokens[i] to streams[i], all in one batch. Row i has the logits of streams[i] after it.
   std::vector<float> step_batch(const std::vector<Stream*>& streams, const Tokens& tokens) {
     std::vector<Tokens> sequences;
     for (const Token token : tokens) sequences.push_back({token});
     return feed_batch(streams, sequences);
   }
 
-  // Feeds each stream its own sequence, side by side. Row i are the logits of streams[i] after the last token; none
-  // may be empty on a stream that has consumed nothing.
+  // Feeds each stream its own sequence, all in one batch. Row i has the logits of streams[i] after its last token. A
+  // sequence for a stream at position 0 must not be empty.
   std::vector<float> feed_batch(const std::vector<Stream*>& streams, const std::vector<Tokens>& sequences) {
     if (streams.size() != sequences.size()) {
-      const std::string message = "[batch] expected " + std::to_string(streams.size()) + " sequences but got " +
-                                  std::to_string(sequences.size()) + "; do pass one for each stream";
-      throw Error(TITANS_INVALID_ARGUMENT, message.c_str());
+      const std::string message = "[batch] expected " + std::to_string(streams.size()) + " sequences, got " +
+                                  std::to_string(sequences.size()) +
+                                  ". Fix: pass one sequence per stream (TITANS-E0514)";
+      throw Error(TITANS_INVALID_ARGUMENT, message.c_str(), "TITANS-E0514");
     }
     std::vector<float> logits(streams.size() * output_size());
     std::vector<titans_feed> items;
@@ -395,7 +402,7 @@ class Session {
     detail::check(titans_session_metrics(handle_.get(), &metrics));
     return metrics;
   }
-  // The same in Prometheus' text format.
+  // The counters in Prometheus' text format.
   std::string metrics_text() const {
     std::size_t size = 0;
     detail::check(titans_session_metrics_text(handle_.get(), nullptr, 0, &size));
@@ -405,14 +412,14 @@ class Session {
     return text;
   }
 
-  // Facts about the session as a JSON object.
+  // Properties of the session as a JSON object, see titans_session_info.
   std::string info() const { return titans_session_info(handle_.get()); }
   // "tokens" or "vectors".
   std::string input_kind() const { return titans_session_input_kind(handle_.get()); }
-  // Floats of one vector that goes in, and of one that comes out; with tokens both are the vocabulary.
+  // Floats of one input vector and of one output row. With tokens both are the vocabulary size.
   std::size_t input_size() const { return titans_session_input_size(handle_.get()); }
   std::size_t output_size() const { return titans_session_output_size(handle_.get()); }
-  // 0 where the bundle takes vectors.
+  // Vocabulary size; 0 for a bundle that takes vectors.
   std::int32_t vocab_size() const { return titans_session_vocab_size(handle_.get()); }
 
  private:

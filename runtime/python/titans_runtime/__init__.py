@@ -1,13 +1,13 @@
-"""Runs exported Titans models: networks whose memory goes on learning while they run.
+"""Runs exported Titans models, whose memory learns at inference.
 
     import titans_runtime as rt
 
     session = rt.Session("model.titans")
     stream = session.stream()
-    logits = stream.feed(b"To be, or not to be", logits="last")
+    logits = stream.feed(b"To be, or not to be", outputs="last")
     text = bytes(stream.generate(max_tokens=64, temperature=0.8))
 
-It needs numpy and a backend's library (``pip install onnxruntime``), no training framework.
+It needs numpy and a backend library (``pip install onnxruntime``), no training framework.
 """
 
 from ._batch import BatchError

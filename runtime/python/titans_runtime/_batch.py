@@ -1,4 +1,4 @@
-"""One call for many streams, side by side (docs/streams.md)."""
+"""Batches: many streams in one call (docs/streams.md)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ._library import INVALID_ARGUMENT, LOGITS, Error, Feed, FloatPointer, TokenPointer, lib
+from ._library import OUTPUTS, Error, Feed, FloatPointer, TokenPointer, invalid, last_error, lib
 from ._progress import cancelling
 from ._stream import Floats, Stream, StreamFormat, Tokens, Vectors, token_array, vector_array
 
 
 class BatchError(Error):
-    """Streams of a batch failed; the others have gone on. Where the batch itself is refused, all have failed.
+    """Streams of a batch failed; the others have continued. If the batch was refused, all have failed.
 
-    ``statuses`` has the status of each stream, 0 where it succeeded, and ``logits`` what the call would have returned,
-    zeros where a stream failed.
+    ``statuses`` has the status of each stream, 0 for success. ``outputs`` is the result of the call, with zeros for
+    failed streams.
     """
 
-    def __init__(self, message: str, status: int, statuses: list[int], logits: Floats | list[Floats] | None) -> None:
-        super().__init__(message, status)
+    def __init__(
+        self, message: str, status: int, code: str, statuses: list[int], outputs: Floats | list[Floats] | None
+    ) -> None:
+        super().__init__(message, status, code)
         self.statuses = statuses
-        self.logits = logits
+        self.outputs = outputs
 
 
 def feed_batch(
@@ -31,12 +33,13 @@ def feed_batch(
     form: StreamFormat,
     streams: Sequence[Stream],
     sequences: Sequence[Tokens | Vectors],
-    logits: Literal["all", "last", "none"],
+    outputs: Literal["all", "last", "none"],
 ) -> Floats | list[Floats] | None:
-    if logits not in LOGITS:
-        raise _wrong("logits to be 'all', 'last' or 'none'", repr(logits), "pass one of these")
+    if outputs not in OUTPUTS:
+        raise invalid("E0501", "batch", f"unknown outputs: {outputs!r}", "pass 'all', 'last' or 'none'")
     if len(streams) != len(sequences):
-        raise _wrong(f"{len(streams)} sequences, one for each stream", str(len(sequences)), "pass as many as streams")
+        problem = f"expected {len(streams)} sequences, one per stream, got {len(sequences)}"
+        raise invalid("E0514", "batch", problem, "pass one sequence per stream")
     vectors = form.kind == "vectors"
     given: list[Any] = [
         vector_array(sequence, form.input_size) if vectors else token_array(sequence) for sequence in sequences
@@ -44,9 +47,9 @@ def feed_batch(
     size = form.output_size
     one_for_all = np.zeros((len(given), size), np.float32)
     rows: list[Floats] = list(one_for_all)
-    if logits == "all":
+    if outputs == "all":
         rows = [np.zeros((len(sequence), size), np.float32) for sequence in given]
-    room = 0 if logits == "none" else 1
+    room = 0 if outputs == "none" else 1
     handles = [stream._open() for stream in streams]
     items = (Feed * len(given))()
     for item, handle, sequence, out in zip(items, handles, given, rows, strict=True):
@@ -57,24 +60,24 @@ def feed_batch(
         else:
             item.tokens = sequence.ctypes.data_as(TokenPointer)
         item.count = len(sequence)
-        item.which = LOGITS[logits]
-        item.logits = out.ctypes.data_as(FloatPointer)
+        item.which = OUTPUTS[outputs]
+        item.outputs = out.ctypes.data_as(FloatPointer)
         item.capacity = out.size * room
     statuses = (ctypes.c_int * len(given))()
 
-    def run() -> tuple[int, str]:
+    def run() -> tuple[int, tuple[str, str]]:
         status = lib.titans_session_feed_batch(session, items, len(given), statuses)
-        return status, lib.titans_last_error().decode("utf-8", "replace")
+        return status, last_error()
 
-    # A thread takes longer than a token.
+    # Starting a thread takes longer than a token.
     long = any(len(sequence) > 1 for sequence in given)
-    status, message = cancelling(run, handles) if long else run()
-    result = None if logits == "none" else one_for_all if logits == "last" else rows
+    status, (message, code) = cancelling(run, handles) if long else run()
+    result = None if outputs == "none" else one_for_all if outputs == "last" else rows
     if status:
         for out, own in zip(rows, statuses, strict=True):
             if own:
                 out[:] = 0
-        raise BatchError(message, status, list(statuses), result)
+        raise BatchError(message, status, code, list(statuses), result)
     return result
 
 
@@ -88,22 +91,20 @@ def step_batch(
         return result
     ids = token_array(tokens)
     if len(streams) != len(ids):
-        raise _wrong(f"{len(streams)} tokens, one for each stream", str(len(ids)), "pass as many as streams")
+        problem = f"expected {len(streams)} tokens, one per stream, got {len(ids)}"
+        raise invalid("E0514", "batch", problem, "pass one token per stream")
     handles = (ctypes.c_void_p * len(streams))(*(stream._open() for stream in streams))
-    logits = np.zeros((len(streams), form.output_size), np.float32)
+    outputs = np.zeros((len(streams), form.output_size), np.float32)
     statuses = (ctypes.c_int * len(streams))()
     status = lib.titans_session_step_batch(
         session,
         handles,
         ids.ctypes.data_as(TokenPointer),
         len(ids),
-        logits.ctypes.data_as(FloatPointer),
+        outputs.ctypes.data_as(FloatPointer),
         statuses,
     )
     if status:
-        raise BatchError(lib.titans_last_error().decode("utf-8", "replace"), status, list(statuses), logits)
-    return logits
-
-
-def _wrong(expected: str, got: str, advice: str) -> Error:
-    return Error(f"[batch] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)
+        message, code = last_error()
+        raise BatchError(message, status, code, list(statuses), outputs)
+    return outputs

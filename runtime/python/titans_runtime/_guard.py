@@ -1,4 +1,4 @@
-"""Limits on what a stream may do to its memory."""
+"""Guards: limits on chunk updates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 
-from ._library import INVALID_ARGUMENT, Error, Guard, RawGuardReport, check, lib
+from ._library import Guard, RawGuardReport, check, invalid, lib
 
 POLICIES = ("off", "raise", "freeze", "skip")
 REASONS = (None, "not finite", "update norm", "surprise", "output", "call")
@@ -14,13 +14,13 @@ REASONS = (None, "not finite", "update norm", "surprise", "output", "call")
 
 @dataclass(frozen=True)
 class GuardReport:
-    """What a guard has seen since it was set, failed calls included.
+    """Results of a guard since it was set, failed calls included.
 
-    ``rollbacks`` counts the chunks that broke a limit. Of the last of them ``position`` says where the stream stood, or
-    would have stood, after it, ``reason`` what was wrong ("not finite", "update norm", "surprise", "output" or "call";
-    None: no chunk was), ``layer`` and ``head`` where (-1: in no memory), ``update_norm`` and ``surprise`` the largest
-    values of all layers and heads. ``chunks`` were looked at, and ``peak_update_norm`` and ``peak_surprise`` are the
-    largest values of those that were good: limits are chosen by them.
+    ``rollbacks`` counts chunks with a violation. For the last of them, ``position`` is the position after the chunk,
+    ``reason`` is "not finite", "update norm", "surprise", "output" or "call" (None: no violation), ``layer`` and
+    ``head`` locate it (-1: no memory), and ``update_norm`` and ``surprise`` are the largest values of all layers and
+    heads. ``chunks`` counts the checked chunks. ``peak_update_norm`` and ``peak_surprise`` are the largest values
+    without a violation; choose limits above them.
     """
 
     rollbacks: int
@@ -37,11 +37,12 @@ class GuardReport:
 
 def set_guard(stream: ctypes.c_void_p, policy: str, max_update_norm: float, max_surprise: float) -> None:
     if policy not in POLICIES:
-        raise _wrong(f"policy out of: {', '.join(POLICIES)}", repr(policy), "choose one of these")
+        raise invalid("E0501", "guard", f"unknown policy: {policy!r}", f"choose one of {', '.join(POLICIES)}")
     for name, value in (("max_update_norm", max_update_norm), ("max_surprise", max_surprise)):
-        # What float32 does not hold would become 0 or infinite without a word.
+        # ctypes would convert values outside float32 to 0 or infinity silently.
         if isinstance(value, bool) or not (value == math.inf or 1e-38 < value < 3e38):
-            raise _wrong(f"{name} of float32 above 0", repr(value), "give math.inf for no limit")
+            problem = f"expected {name} above 0 in float32, got {value!r}"
+            raise invalid("E0501", "guard", problem, "give math.inf for no limit")
     guard = Guard(ctypes.sizeof(Guard), POLICIES.index(policy), max_update_norm, max_surprise)
     check(lib.titans_stream_set_guard(stream, ctypes.byref(guard)))
 
@@ -61,7 +62,3 @@ def guard_report(stream: ctypes.c_void_p) -> GuardReport:
         raw.peak_update_norm,
         raw.peak_surprise,
     )
-
-
-def _wrong(expected: str, got: str, advice: str) -> Error:
-    return Error(f"[guard] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)

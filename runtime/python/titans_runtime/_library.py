@@ -1,4 +1,7 @@
-"""The C interface (titans.h) for ctypes: finds the library, declares its functions, turns statuses into errors."""
+"""The C interface (titans.h) for ctypes: finds the library, declares its functions, turns statuses into errors.
+
+The structures have the fields of titans.h; tests/runtime/test_structs.py compares sizes and offsets.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 from pathlib import Path
 
 OK, FAILED, INVALID_ARGUMENT, UNSUPPORTED, CANCELLED = 0, 1, 2, 4, 5
-LOGITS = {"none": 0, "last": 1, "all": 2}
+OUTPUTS = {"none": 0, "last": 1, "all": 2}  # titans_output
 
 FloatPointer = ctypes.POINTER(ctypes.c_float)
 BytePointer = ctypes.POINTER(ctypes.c_uint8)
@@ -42,7 +45,7 @@ class Feed(ctypes.Structure):
         ("vectors", FloatPointer),
         ("count", ctypes.c_size_t),
         ("which", ctypes.c_int),
-        ("logits", FloatPointer),
+        ("outputs", FloatPointer),
         ("capacity", ctypes.c_size_t),
     ]
 
@@ -53,10 +56,10 @@ class StateOptions(ctypes.Structure):
         ("key", BytePointer),
         ("key_bytes", ctypes.c_size_t),
     ]
-    kept: object  # what `key` points to
+    kept: object  # the memory that `key` points to
 
 
-# Signatures as titans.h has them.
+# The callbacks of titans.h.
 LogFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)
 ProgressFunction = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
 
@@ -140,16 +143,26 @@ class Sampling(ctypes.Structure):
 
 
 class Error(RuntimeError):
-    """What the runtime could not do, and what to do about it. ``status`` is 1 (failed), 2 (a wrong argument), 4 (not on
-    this machine) or 5 (cancelled)."""
+    """A failure of the runtime: "[where] problem. Fix: what to do (TITANS-E0123)".
 
-    def __init__(self, message: str, status: int) -> None:
+    ``status`` is 1 (failed), 2 (invalid argument), 4 (not possible on this machine) or 5 (cancelled). ``code`` is the
+    kind, such as "TITANS-E0204"; docs/errors.md lists the kinds.
+    """
+
+    def __init__(self, message: str, status: int, code: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
+
+
+def invalid(code: str, where: str, problem: str, fix: str) -> Error:
+    """An error about an argument, in the form of the C interface."""
+    message = " ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split())
+    return Error(message, INVALID_ARGUMENT, f"TITANS-{code}")
 
 
 def _library_path() -> str:
-    """$TITANS_LIBRARY, for work on the runtime itself, or the library beside this file."""
+    """$TITANS_LIBRARY, for runtime development, or the library beside this file."""
     return os.environ.get("TITANS_LIBRARY") or str(Path(__file__).with_name("libtitans.so"))
 
 
@@ -159,8 +172,8 @@ def _load() -> ctypes.CDLL:
         library = ctypes.CDLL(path)
     except OSError as error:
         raise ImportError(
-            f"[titans_runtime] expected the library {path} but got {error}; "
-            "do run pip install ./runtime/python, or set TITANS_LIBRARY to a built libtitans.so"
+            f"[titans_runtime] cannot open the library {path}: {error}. Fix: run pip install ./runtime/python, or set "
+            "TITANS_LIBRARY to a built libtitans.so (TITANS-E0604)"
         ) from error
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     out = ctypes.POINTER(ctypes.c_void_p)
@@ -168,6 +181,7 @@ def _load() -> ctypes.CDLL:
     signatures: dict[str, tuple[object, list[object]]] = {
         "version": (ctypes.c_char_p, []),
         "last_error": (ctypes.c_char_p, []),
+        "last_error_code": (ctypes.c_char_p, []),
         "session_open": (status, [ctypes.c_char_p, ctypes.POINTER(SessionOptions), out]),
         "session_close": (None, [pointer]),
         "session_info": (ctypes.c_char_p, [pointer]),
@@ -227,15 +241,22 @@ def _load() -> ctypes.CDLL:
 lib = _load()
 
 
+def last_error() -> tuple[str, str]:
+    """Text and code of this thread's last failure."""
+    return lib.titans_last_error().decode("utf-8", "replace"), lib.titans_last_error_code().decode()
+
+
 def check(status: int) -> None:
+    """Raises the last failure unless ``status`` is OK."""
     if status != OK:
-        raise Error(lib.titans_last_error().decode("utf-8", "replace"), status)
+        message, code = last_error()
+        raise Error(message, status, code)
 
 
 def backend_library() -> str | None:
-    """The ONNX Runtime of an installed wheel, which the loader does not find by itself. The wheel is not imported.
+    """Path of libonnxruntime in an installed wheel, which the loader does not search. The wheel is not imported.
 
-    Nothing where $TITANS_ONNXRUNTIME names another: the runtime reads that itself.
+    None if $TITANS_ONNXRUNTIME is set, because the runtime reads it.
     """
     if os.environ.get("TITANS_ONNXRUNTIME"):
         return None
@@ -246,8 +267,8 @@ def backend_library() -> str | None:
     return found[-1] if found else None
 
 
-# Wheels that hold a vendor's library which the loader does not find by itself: the runtime's backend module, the
-# package, and the library in it. ONNX Runtime's is in `backend_library`.
+# Wheels with a vendor library, which the loader does not search: backend module, package, and library. For ONNX Runtime
+# see `backend_library`.
 _VENDOR_LIBRARIES = (
     ("tensorrt_10", "tensorrt_libs", "libnvinfer.so.10"),
     ("tensorrt_11", "tensorrt_libs", "libnvinfer.so.11"),
@@ -256,7 +277,7 @@ _VENDOR_LIBRARIES = (
 
 
 def vendor_libraries() -> str:
-    """Where installed wheels have vendors' libraries, as titans.h takes it: MODULE=PATH lines. No wheel is imported."""
+    """Vendor libraries in installed wheels as MODULE=PATH lines (titans.h, ``libraries``). No wheel is imported."""
     found = {"onnxruntime": backend_library()}
     for module, package, name in _VENDOR_LIBRARIES:
         spec = importlib.util.find_spec(package)

@@ -1,4 +1,4 @@
-"""What the library has to say, through the logger "titans_runtime" of the module logging."""
+"""Sends the library's log to the logger "titans_runtime" of the module logging."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _tell(_user: int | None, level: int, message: bytes) -> None:
     logger.log(LEVELS[level], "%s", message.decode("utf-8", "replace"))
 
 
-_function = LogFunction(_tell)  # the library calls it as long as this module is there
+_function = LogFunction(_tell)  # kept alive for the library
 
 
 def send_to_logging() -> None:
-    """Failures are raised as well, so an application that has not set up logging hears of them once."""
+    """Connects the logger. Failures are raised too, so without logging set up they are reported once."""
     logger.addHandler(logging.NullHandler())
     check(lib.titans_set_log(_function, None, DEBUG))
-    # Threads may go on while the interpreter ends.
+    # Threads may continue while the interpreter exits.
     atexit.register(lib.titans_set_log, LogFunction(), None, DEBUG)

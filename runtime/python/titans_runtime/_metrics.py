@@ -1,4 +1,4 @@
-"""What a session counts of its streams."""
+"""Metrics of a session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._library import RawDurations, RawMetrics, check, lib
 
 @dataclass(frozen=True)
 class Durations:
-    """Calls that succeeded. The quantiles are right to 1/16."""
+    """Durations of successful calls. Quantiles have a relative error of at most 1/16."""
 
     count: int
     sum_seconds: float
@@ -22,11 +22,11 @@ class Durations:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a session counts.
+    """Counters of a session.
 
     ``streams``, ``state_bytes`` and ``resident_bytes`` are current values; the rest counts since the session opened.
-    ``chunk_updates`` are completed chunks of each memory, ``rollbacks`` the chunks that guards took back. ``step`` and
-    ``feed`` are latencies of calls with one token and with more.
+    ``chunk_updates`` counts completed chunks per memory, ``rollbacks`` chunks that guards rolled back. ``step`` and
+    ``feed`` are durations of calls with one token and with several.
     """
 
     streams: int

@@ -1,4 +1,4 @@
-"""Long calls: how far they are, and Ctrl-C."""
+"""Progress of long calls, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class Watcher:
-    """A stream's progress function of the C interface, of all its calls.
+    """A stream's progress function for the C interface.
 
-    It lives as long as the stream: another thread's call that came between may still have it when ours has ended.
+    It lives as long as the stream, because a call of another thread may still use it after ours has ended.
     """
 
     def __init__(self) -> None:
-        watching: dict[int, Watched] = {}  # by threads; a call is told of on its own
+        watching: dict[int, Watched] = {}  # by thread; progress is reported on the thread of the call
 
         def tell(_user: int | None, done: int, total: int) -> int:
             watched = watching.get(threading.get_ident())
@@ -35,11 +35,11 @@ class Watcher:
 
 
 class Watched:
-    """A context for one call on the stream, of many tokens.
+    """A context for one long call on a stream.
 
-    ``progress(done, total)`` is told; what it raises ends the call and is raised afterwards. A signal is answered by
-    Python code alone, and only on the main thread: so there the call comes back to Python after each call of a graph,
-    where the handler of Ctrl-C runs; what that raises ends the call, too.
+    Calls ``progress(done, total)``; an exception from it ends the call and is raised afterwards. Python handles signals
+    only on the main thread and only in Python code. There the call returns to Python after each graph, so that the
+    Ctrl-C handler can run and end it.
     """
 
     def __init__(self, stream: ctypes.c_void_p, watcher: Watcher, progress: Progress | None) -> None:
@@ -58,7 +58,7 @@ class Watched:
         return int(self._raised is not None)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        # Not raised from here: it would be lost where Python is called from C.
+        # Stored, because an exception is lost when C has called Python.
         try:
             if self._handler is not None:
                 self._handler(number, frame)
@@ -84,7 +84,7 @@ class Watched:
             signal.signal(signal.SIGINT, self._handler)
         if self._handler is not None or self._progress is not None:
             self._watcher.watching.pop(threading.get_ident(), None)
-            # Refused where another thread is in the stream: it goes on being told nothing.
+            # Refused if another thread uses the stream; its progress goes nowhere.
             lib.titans_stream_set_progress(self._stream, ProgressFunction(), None)
         raised, self._raised = self._raised, None
         if raised is not None:
@@ -92,9 +92,9 @@ class Watched:
 
 
 def cancelling(call: Callable[[], T], streams: Sequence[ctypes.c_void_p]) -> T:
-    """The result of ``call``, which works on these streams. Ctrl-C on the main thread cancels what runs on them.
+    """The result of ``call``, which uses these streams. Ctrl-C on the main thread cancels their calls.
 
-    There the call goes to a thread of its own, so that Python answers signals meanwhile.
+    On the main thread the call runs in a thread of its own, so that Python can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
@@ -106,7 +106,7 @@ def cancelling(call: Callable[[], T], streams: Sequence[ctypes.c_void_p]) -> T:
             while not running.done():
                 for stream in streams:
                     lib.titans_stream_cancel(stream)
-                # And again, as a stream whose turn has not come knows of no cancellation, however often Ctrl-C comes.
+                # Repeated, because a stream whose call has not started yet ignores a cancellation.
                 with suppress(KeyboardInterrupt):
                     wait([running], timeout=0.01)
             raise

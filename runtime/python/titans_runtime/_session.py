@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ._batch import feed_batch, step_batch
-from ._library import INVALID_ARGUMENT, Error, SessionOptions, check, lib, vendor_libraries
+from ._library import SessionOptions, check, invalid, lib, vendor_libraries
 from ._metrics import Metrics, read_metrics, read_metrics_text
 from ._state import Key, encode_path, state_options
 from ._stream import Floats, Stream, StreamFormat, Tokens, Vectors, whole_number
@@ -19,19 +19,19 @@ from ._stream import Floats, Stream, StreamFormat, Tokens, Vectors, whole_number
 class Session:
     """A bundle opened on a device. Any number of threads may use it; a stream belongs to one thread at a time.
 
-    ``device`` is "cpu", "cuda" or "cuda:N". ``engine`` names one of the bundle's engines to insist on, "none" for the
-    plain graphs (None: the best that fits the device). ``backend`` insists on one (None: chosen by engine and device),
-    ``threads`` is the number of threads within one call (0: the backend's default), ``backend_library`` the path of the
-    vendor's library and ``plugin_dir`` the folder of the runtime's backends (None: searched, see docs/runtime.md).
-    ``memory_kernel`` says what computes the memory: "auto", our kernel where it is installed; "require", fail without
-    it; "off", the graphs' own standard operators.
+    ``device`` is "cpu", "cuda" or "cuda:N". ``engine`` is the name of an engine in the bundle, or "none" for the plain
+    graphs (None: the best engine that fits the device). ``backend`` is "onnxruntime", "tensorrt" or "tensorrt_rtx"
+    (None: chosen by engine and device). ``threads`` is the number of threads in one call (0: the backend's default).
+    ``backend_library`` is the path of the vendor library and ``plugin_dir`` the folder of the runtime's backends (None:
+    searched, see docs/runtime.md). ``memory_kernel`` is "auto" (our kernel if installed), "require" (our kernel or
+    failure) or "off" (the standard operators of the graphs).
 
-    ``batch_threads`` is the number of threads that streams of a batch run on (0: as many as there are processors), each
-    with ``threads`` of its own. ``memory_budget`` is how many bytes the state of all streams may take in memory (0: no
-    limit); the streams used longest ago wait beyond it in ``spill_dir``, a folder. docs/streams.md says more.
+    ``batch_threads`` is the number of threads of a batch (0: one per processor), each with ``threads`` of its own.
+    ``memory_budget`` limits the bytes of memory for the state of all streams (0: no limit). Streams beyond it, the
+    least recently used, are spilled to the folder ``spill_dir``; see docs/streams.md.
 
-    ``input_kind`` is "tokens" or "vectors", what streams consume; ``input_size`` and ``output_size`` are the floats of
-    a vector that goes in and of one that comes out. With tokens both are ``vocab_size``, which is 0 with vectors.
+    ``input_kind`` is "tokens" or "vectors". ``input_size`` and ``output_size`` are the floats of an input vector and of
+    an output row. With tokens both are ``vocab_size``, which is 0 with vectors. Raises :class:`Error`.
     """
 
     def __init__(
@@ -72,25 +72,25 @@ class Session:
         self.output_size: int = lib.titans_session_output_size(self._handle)
 
     def stream(self) -> Stream:
-        """A stream with a fresh memory. It keeps what it needs of the session, also when that is closed."""
+        """A stream at position 0 with a fresh memory. It may outlive the session."""
         handle = ctypes.c_void_p()
         check(lib.titans_stream_create(self._open(), ctypes.byref(handle)))
         return Stream(handle, self._format())
 
     def restore(self, path: str | os.PathLike[str], key: Key | None = None) -> Stream:
-        """A stream that goes on where :meth:`Stream.save` left one, of this model, in this or another bundle of it.
+        """A stream that continues where a saved one of the same model was. ``key`` decrypts the file.
 
-        ``key`` is that of an encrypted file.
+        The file may come from another bundle of the model, such as a quantised one.
         """
         handle, options = ctypes.c_void_p(), state_options(key)
         check(lib.titans_session_restore(self._open(), encode_path(path), ctypes.byref(options), ctypes.byref(handle)))
         return Stream(handle, self._format())
 
     def step_batch(self, streams: Sequence[Stream], tokens: Tokens | Vectors) -> Floats:
-        """Feeds each stream one token (or vector), side by side. Returns the logits after them, (B, vocab).
+        """Feeds one token or vector to each stream. Returns the outputs after them, (streams, output_size).
 
-        Each stream and its row are bit by bit what :meth:`Stream.step` would have made of it. Where some fail the
-        others have gone on, and :class:`BatchError` tells; those that failed are as they were.
+        The results are identical to :meth:`Stream.step`. If streams fail, they are unchanged, the others have
+        continued, and :class:`BatchError` is raised.
         """
         return step_batch(self._open(), self._format(), streams, tokens)
 
@@ -98,25 +98,26 @@ class Session:
         self,
         streams: Sequence[Stream],
         sequences: Sequence[Tokens | Vectors],
-        logits: Literal["all", "last", "none"] = "last",
+        outputs: Literal["all", "last", "none"] = "last",
     ) -> Floats | list[Floats] | None:
-        """Feeds each stream a sequence of its own, of any length, side by side.
+        """Feeds each stream its own sequence of any length.
 
-        Returns the logits after the last of each, (B, vocab), a list with those after each, (T, vocab), or None. Fails
-        as :meth:`step_batch` does. Ctrl-C ends it: streams that were done have gone on, the others are as they were.
+        ``outputs`` selects the result: "last", the outputs after each last token, (streams, output_size); "all", a list
+        of (tokens, output_size); "none", None. Fails as :meth:`step_batch`. After Ctrl-C finished streams have
+        continued; the others are unchanged.
         """
-        return feed_batch(self._open(), self._format(), streams, sequences, logits)
+        return feed_batch(self._open(), self._format(), streams, sequences, outputs)
 
     def metrics(self) -> Metrics:
-        """What the session has counted of its streams so far."""
+        """The session's counters."""
         return read_metrics(self._open())
 
     def metrics_text(self) -> str:
-        """The same in Prometheus' text format, each sample with the label ``bundle``, the folder's name."""
+        """The counters in Prometheus' text format. Each sample has the label ``bundle``, the folder's name."""
         return read_metrics_text(self._open())
 
     def close(self) -> None:
-        """Gives back what no stream needs any more. Closing twice does nothing."""
+        """Frees everything that no stream needs. Closing twice does nothing."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         lib.titans_session_close(handle)
 
@@ -133,11 +134,11 @@ class Session:
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:
-            raise Error("[session] expected an open session but got a closed one; do open it again", INVALID_ARGUMENT)
+            raise invalid("E0515", "session", "the session is closed", "open it again")
         return self._handle
 
     def __del__(self) -> None:
-        # Missing where __init__ failed before it was set.
+        # Missing if __init__ failed before setting it.
         if getattr(self, "_handle", None):
             self.close()
 
@@ -145,5 +146,5 @@ class Session:
 def _encode(value: str | os.PathLike[str] | None) -> bytes | None:
     encoded = None if value is None else os.fsencode(value)
     if encoded is not None and b"\0" in encoded:
-        raise Error(f"[session] expected text without NUL but got {value!r}; do correct it", INVALID_ARGUMENT)
+        raise invalid("E0502", "session", f"text with NUL: {value!r}", "pass text without NUL")
     return encoded

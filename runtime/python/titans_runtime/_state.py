@@ -1,4 +1,4 @@
-"""State files: what a stream was saved to, read without a session. docs/state.md defines them."""
+"""Reads state files without a session. docs/state.md defines the format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ._library import INVALID_ARGUMENT, BytePointer, Error, StateOptions, check, lib
+from ._library import BytePointer, StateOptions, check, invalid, lib
 
 Key: TypeAlias = "bytes | bytearray | memoryview"
 
-# The types of a safetensors file. NumPy has no bfloat16 and no float8: of these the bits.
+# The dtypes of safetensors. NumPy lacks bfloat16 and float8, so these are read as bits.
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -38,7 +38,7 @@ _BLOCK = 32  # elements along a row that share a scale
 
 @dataclass(frozen=True)
 class State:
-    """A state file. ``metadata`` is what its header says, ``tensors`` the state as it is kept, with "last_output"."""
+    """A state file: ``metadata`` from its header and ``tensors`` as stored, including "last_output"."""
 
     metadata: dict[str, str]
     position: int
@@ -51,12 +51,12 @@ class State:
 
     @property
     def state(self) -> list[dict[str, Any]]:
-        """Of each state tensor its name, role, dtype, shape and layout, as in the manifest of a bundle."""
+        """Name, role, dtype, shape and layout of each state tensor, as in a bundle's manifest."""
         entries: list[dict[str, Any]] = json.loads(self.metadata["state"])
         return entries
 
     def memory(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Each field of the memory, such as "layers.0.memory.W0", with the values that Stream.memory() had."""
+        """The memory fields, such as "layers.0.memory.W0", as float32 arrays of shape (1, heads, rows, columns)."""
         fields: dict[str, npt.NDArray[np.float32]] = {}
         for entry in self.state:
             if entry["role"] != "memory":
@@ -70,7 +70,7 @@ class State:
 
 
 def read_state(path: str | os.PathLike[str], key: Key | None = None) -> State:
-    """What a stream was saved to, checked: a file cut short or altered is refused. An encrypted one needs its key."""
+    """Reads and verifies a state file. ``key``, 32 bytes, decrypts it. Raises Error for a damaged or altered file."""
     options, name = state_options(key), encode_path(path)
     size = ctypes.c_size_t()
     check(lib.titans_state_read(name, ctypes.byref(options), None, 0, ctypes.byref(size)))
@@ -78,20 +78,20 @@ def read_state(path: str | os.PathLike[str], key: Key | None = None) -> State:
     buffer = (ctypes.c_uint8 * size.value).from_buffer(content)
     pointer = ctypes.cast(buffer, BytePointer)
     check(lib.titans_state_read(name, ctypes.byref(options), pointer, size.value, ctypes.byref(size)))
-    # Smaller than before where another state has taken the file's place between the two calls.
+    # The file may have been replaced by a smaller one between the two calls.
     return _parse(memoryview(content)[: size.value])
 
 
 def state_options(key: Key | None) -> StateOptions:
-    """The options of the C interface, which keep the key alive."""
+    """Options of the C interface. They keep the key alive."""
     options = StateOptions(struct_size=ctypes.sizeof(StateOptions))
     if key is None:
         return options
     if not isinstance(key, (bytes, bytearray, memoryview)):
-        raise Error(f"[state] expected a key as bytes but got {type(key).__name__}; do pass 32 bytes", INVALID_ARGUMENT)
+        raise invalid("E0406", "state", f"expected a key as bytes, got {type(key).__name__}", "pass 32 bytes")
     copy = bytes(key)
     if not copy:
-        raise Error("[state] expected a key of 32 bytes but got 0; do pass None to go without", INVALID_ARGUMENT)
+        raise invalid("E0406", "state", "expected a key of 32 bytes, got 0", "pass None for no encryption")
     options.kept = (ctypes.c_uint8 * len(copy)).from_buffer_copy(copy)
     options.key = ctypes.cast(options.kept, BytePointer)
     options.key_bytes = len(copy)
@@ -101,7 +101,7 @@ def state_options(key: Key | None) -> StateOptions:
 def encode_path(path: str | os.PathLike[str]) -> bytes:
     encoded = os.fsencode(path)
     if b"\0" in encoded:
-        raise Error(f"[state] expected a path without NUL but got {path!r}; do correct it", INVALID_ARGUMENT)
+        raise invalid("E0501", "state", f"path with NUL: {path!r}", "pass a path without NUL")
     return encoded
 
 

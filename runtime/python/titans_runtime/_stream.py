@@ -1,4 +1,4 @@
-"""One sequence and what its memory has learned."""
+"""A stream: one sequence and the memory it has learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._guard import GuardReport, guard_report, set_guard
-from ._library import INVALID_ARGUMENT, LOGITS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, lib
+from ._library import OUTPUTS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, invalid, lib
 from ._progress import Progress, Watched, Watcher
 from ._state import Key, encode_path, state_options
 
@@ -28,7 +28,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StreamFormat:
-    """What streams of a bundle consume and give: "tokens" or "vectors", and the sizes of a row."""
+    """Input kind of a bundle, "tokens" or "vectors", and the floats of an input and an output row."""
 
     kind: str
     input_size: int
@@ -36,7 +36,7 @@ class StreamFormat:
 
 
 class Stream:
-    """Made by :meth:`Session.stream`. A call that fails leaves the stream as it was."""
+    """Made by :meth:`Session.stream`. A failed call leaves the stream unchanged and raises :class:`Error`."""
 
     def __init__(self, handle: ctypes.c_void_p, form: StreamFormat) -> None:
         self._handle = handle
@@ -47,18 +47,18 @@ class Stream:
     def feed(
         self,
         tokens: Tokens | Vectors,
-        logits: Literal["all", "last", "none"] = "all",
+        outputs: Literal["all", "last", "none"] = "all",
         *,
         progress: Progress | None = None,
     ) -> Floats | None:
-        """Consumes the tokens. Returns logits after each of them, (T, vocab), or after the last, (vocab,), or None.
+        """Consumes T tokens. Returns float32 logits: "all" (T, vocab_size), "last" (vocab_size,), or None for "none".
 
-        A bundle that takes vectors is fed floats, (T, size) or (T, views, size / views) with views side by side, and
-        gives vectors in the logits' stead. ``progress(done, total)`` is called after each call of a graph; what it
-        raises ends the feed, as :meth:`cancel` and Ctrl-C do, and the stream is as it was before.
+        A bundle that takes vectors consumes floats, (T, input_size) or (T, views, input_size / views), and returns
+        output vectors instead of logits. ``progress(done, total)`` is called after each graph. An exception from it,
+        :meth:`cancel` and Ctrl-C end the feed; the stream is unchanged.
         """
-        if logits not in LOGITS:
-            raise _wrong("logits to be 'all', 'last' or 'none'", repr(logits), "pass one of these")
+        if outputs not in OUTPUTS:
+            raise _wrong("E0501", f"unknown outputs: {outputs!r}", "pass 'all', 'last' or 'none'")
         size = self._form.output_size
         if self._form.kind == "vectors":
             rows: npt.NDArray[Any] = vector_array(tokens, self._form.input_size)
@@ -66,21 +66,21 @@ class Stream:
         else:
             rows = token_array(tokens)
             call, given = lib.titans_stream_feed, _tokens(rows)
-        shape = {"all": (len(rows), size), "last": (size,), "none": (0,)}[logits]
+        shape = {"all": (len(rows), size), "last": (size,), "none": (0,)}[outputs]
         out = np.empty(shape, np.float32)
         with Watched(self._open(), self._watcher, progress):
-            check(call(self._open(), given, len(rows), LOGITS[logits], _floats(out), out.size))
-        return None if logits == "none" else out
+            check(call(self._open(), given, len(rows), OUTPUTS[outputs], _floats(out), out.size))
+        return None if outputs == "none" else out
 
     def step(self, token: int | Vectors) -> Floats:
-        """Consumes one token and returns the logits after it, (vocab,).
+        """Consumes one token and returns the logits after it, (vocab_size,) float32.
 
-        Of a bundle that takes vectors: one vector, (size,), and the vector after it.
+        A bundle that takes vectors consumes one vector, (input_size,), and returns one, (output_size,).
         """
         out = np.empty(self._form.output_size, np.float32)
         if self._form.kind == "vectors":
             row = vector_array([token], self._form.input_size)
-            last = LOGITS["last"]
+            last = OUTPUTS["last"]
             check(lib.titans_stream_feed_vectors(self._open(), _floats(row), 1, last, _floats(out), out.size))
         else:
             given = ctypes.byref(ctypes.c_float.from_buffer(out.data))  # faster than _floats
@@ -88,10 +88,9 @@ class Stream:
         return out
 
     def score(self, tokens: Tokens, *, progress: Progress | None = None) -> Floats:
-        """Consumes the tokens and returns ln p of each given all before it, (T,).
+        """Consumes T tokens and returns ln p of each given all tokens before it, (T,) float32.
 
-        On a stream that has consumed nothing the first token is scored as uniform, -ln(vocab). ``progress`` is as in
-        :meth:`feed`.
+        At position 0 the first token is scored as uniform, -ln(vocab_size). ``progress`` is as in :meth:`feed`.
         """
         self._require_tokens()
         ids = token_array(tokens)
@@ -110,22 +109,22 @@ class Stream:
         seed: int = 0,
         stop: Sequence[int | bytes | Sequence[int]] = (),
     ) -> Iterator[int]:
-        """Continues the stream, which must have consumed a token. Yields each token after the stream has consumed it.
+        """Continues a stream that has consumed a token. Yields each token after the stream has consumed it.
 
-        temperature 0 takes the most likely token. The filters apply in the order top_k, top_p, min_p. ``max_tokens``
-        None means no limit. ``stop`` lists what ends the generation: a token id ends it before that token is consumed,
-        and it is not yielded; a sequence (bytes or token ids) ends it once all of it has been generated, and its tokens
-        have been consumed and yielded. A sequence counts within what is generated here, not across the prompt.
+        Temperature 0 takes the top-1 token. The filters apply in the order top_k, top_p, min_p. ``max_tokens`` None
+        means no limit. ``stop`` lists token ids and sequences (bytes or token ids). A token id ends the generation
+        before it is consumed or yielded. A sequence ends it after all its tokens were generated, consumed and yielded;
+        the prompt does not count.
         """
         self._require_tokens()
         if isinstance(stop, (bytes, str)):
-            raise _wrong("stop to be a list of what ends the generation", repr(stop), "write [stop]")
+            raise _wrong("E0512", f"expected stop as a list, got {stop!r}", "write [stop]")
         if any(isinstance(entry, bool) for entry in stop):
-            raise _wrong("stop of token ids and sequences", "a bool", "pass token ids")
+            raise _wrong("E0512", "expected token ids and sequences in stop, got a bool", "pass token ids")
         singles = [entry for entry in stop if isinstance(entry, (int, np.integer))]
         sequences = [token_array(entry).tolist() for entry in stop if not isinstance(entry, (int, np.integer))]
         if [] in sequences:
-            raise _wrong("stop sequences of at least one token", "an empty one", "leave it out")
+            raise _wrong("E0512", "empty stop sequence", "leave it out")
         ids = token_array(singles)
         sampling = Sampling()
         lib.titans_sampling_init(ctypes.byref(sampling))
@@ -141,35 +140,35 @@ class Stream:
         return generation
 
     def reset(self) -> None:
-        """Back to a fresh memory at position 0. Whether the stream learns is kept; marks are not."""
+        """Resets to position 0 with a fresh memory. The learning flag stays; marks are removed."""
         check(lib.titans_stream_reset(self._open()))
 
     def fork(self) -> Stream:
-        """A second stream with the same state, independent from here on."""
+        """A second, independent stream with the same state."""
         handle = ctypes.c_void_p()
         check(lib.titans_stream_fork(self._open(), ctypes.byref(handle)))
         return Stream(handle, self._form)
 
     def save(self, path: str | os.PathLike[str], key: Key | None = None) -> None:
-        """Writes the stream to a file, NAME.tstate, for :meth:`Session.restore`. docs/state.md has the format.
+        """Writes the stream to a file, NAME.tstate, for :meth:`Session.restore`. docs/state.md defines the format.
 
-        An old file is there, whole, until the new one is. ``key``, 32 bytes, encrypts it with AES-256-GCM.
+        The file is renamed into place atomically. ``key``, 32 bytes, encrypts it with AES-256-GCM.
         """
         options = state_options(key)
         check(lib.titans_stream_save(self._open(), encode_path(path), ctypes.byref(options)))
 
     def mark(self) -> int:
-        """Keeps a copy of the state to go back to, and returns the position, which names it."""
+        """Keeps a copy of the state as a mark and returns its position."""
         position = ctypes.c_uint64()
         check(lib.titans_stream_mark(self._open(), ctypes.byref(position)))
         return position.value
 
     def rewind(self, position: int) -> None:
-        """Back to the mark at that position, bit by bit, learning included. The mark stays, later ones go."""
+        """Restores the mark at ``position`` exactly, the learning flag included. Later marks are removed."""
         check(lib.titans_stream_rewind(self._open(), whole_number(position, "position", 0, 2**64)))
 
     def unmark(self, position: int) -> None:
-        """Gives the memory of that mark back."""
+        """Wipes and frees the mark at ``position``."""
         check(lib.titans_stream_unmark(self._open(), whole_number(position, "position", 0, 2**64)))
 
     @property
@@ -182,11 +181,11 @@ class Stream:
         return list(positions)
 
     def freeze(self) -> None:
-        """From the next token on the memory stays as it is."""
+        """Freezes the memory from the next token on."""
         check(lib.titans_stream_set_learning(self._open(), 0))
 
     def resume(self) -> None:
-        """From the next token on the memory learns again."""
+        """Lets the memory learn again from the next token on."""
         check(lib.titans_stream_set_learning(self._open(), 1))
 
     def guard(
@@ -195,24 +194,22 @@ class Stream:
         max_update_norm: float = math.inf,
         max_surprise: float = math.inf,
     ) -> None:
-        """From the next call on, looks at each chunk that the memory is about to keep. docs/guard.md says more.
+        """Checks each chunk update from the next call on; see docs/guard.md.
 
-        A chunk is wrong where W, S or the output is not finite, ||W' - W|| / ||W|| of a layer and head is above
-        ``max_update_norm``, or ||S|| above ``max_surprise``. Then "raise" fails the call and leaves the stream as it
-        was before; "freeze" consumes the chunk with the memory frozen and turns learning off; "skip" does the same and
-        goes on learning after it.
+        A chunk violates the guard if W, S or the output is not finite, if ||W' - W|| / ||W|| of a layer and head
+        exceeds ``max_update_norm``, or if ||S|| exceeds ``max_surprise``. Then "raise" fails the call and leaves the
+        stream unchanged. "freeze" consumes the chunk with a frozen memory and switches learning off. "skip" consumes it
+        with a frozen memory and continues learning.
         """
         set_guard(self._open(), policy, max_update_norm, max_surprise)
 
     @property
     def guard_report(self) -> GuardReport:
-        """What the guard has seen since it was set."""
+        """Results of the guard since it was set."""
         return guard_report(self._open())
 
     def cancel(self) -> None:
-        """From any thread: ends the call that runs on the stream, which raises an error of status 5 and leaves the
-        stream as it was before. Does nothing where none runs.
-        """
+        """Ends the running call, which raises an error of status 5; the stream is unchanged. Any thread may call it."""
         check(lib.titans_stream_cancel(self._open()))
 
     @property
@@ -221,16 +218,19 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Tokens consumed."""
+        """Tokens or vectors consumed."""
         return int(lib.titans_stream_position(self._open()))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that this stream owns, marks counted; they do not depend on how much it has consumed."""
+        """Bytes of state owned by the stream, marks included. Independent of the position."""
         return int(lib.titans_stream_state_bytes(self._open()))
 
     def memory(self) -> dict[str, Floats]:
-        """A copy of each field of the memory, such as "layers.0.memory.W0", as of the last complete chunk."""
+        """Copies of the memory fields, such as "layers.0.memory.W0", at the last complete chunk.
+
+        Each is float32 of shape (1, heads, rows, columns).
+        """
         fields: dict[str, Floats] = {}
         info = MemoryInfo()
         for index in range(lib.titans_stream_memory_count(self._open())):
@@ -241,7 +241,7 @@ class Stream:
         return fields
 
     def close(self) -> None:
-        """Gives the state back and ends its generations. Closing twice does nothing."""
+        """Frees the state and ends its generations. Closing twice does nothing."""
         for generation in list(self._generations):
             generation.close()
         handle, self._handle = self._handle, ctypes.c_void_p()
@@ -261,17 +261,17 @@ class Stream:
 
     def _require_tokens(self) -> None:
         if self._form.kind != "tokens":
-            advice = "feed it vectors: it has neither tokens nor logits"
-            raise _wrong("a bundle that takes tokens", f"one that takes {self._form.kind}", advice)
+            fix = "feed it vectors; it has neither tokens nor logits"
+            raise _wrong("E0506", f"the bundle takes {self._form.kind}, got tokens", fix)
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:
-            raise _wrong("an open stream", "a closed one", "make another")
+            raise _wrong("E0515", "the stream is closed", "create another")
         return self._handle
 
 
 class _Generation(Iterator[int]):
-    """What :meth:`Stream.generate` returns. It keeps the stream alive."""
+    """The iterator of :meth:`Stream.generate`. It keeps the stream alive."""
 
     def __init__(self, stream: Stream, handle: ctypes.c_void_p, stop: list[list[int]]) -> None:
         self._stream = stream
@@ -292,7 +292,7 @@ class _Generation(Iterator[int]):
         return token.value
 
     def close(self) -> None:
-        """Ends the generation. The stream calls it before it goes."""
+        """Ends the generation. The stream calls it when it is closed."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         lib.titans_generator_destroy(handle)
 
@@ -301,61 +301,66 @@ class _Generation(Iterator[int]):
 
 
 def whole_number(value: int, name: str, low: int, end: int) -> int:
-    """The value, if it is an integer in [low, end): ctypes would cut it to size without a word."""
+    """The value if it is an integer in [low, end); ctypes would truncate others silently."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise _wrong(f"{name} to be an integer", repr(value), "pass one") from None
+        raise _wrong("E0501", f"expected an integer as {name}, got {value!r}", "pass an integer") from None
     if isinstance(value, bool) or not low <= number < end:
-        raise _wrong(f"{name} in [{low}, {end})", repr(value), "choose another")
+        raise _wrong("E0501", f"expected {name} in [{low}, {end}), got {value!r}", "choose a value in range")
     return number
 
 
-def _wrong(expected: str, got: str, advice: str) -> Error:
-    return Error(f"[stream] expected {expected} but got {got}; do {advice}", INVALID_ARGUMENT)
+def _wrong(code: str, problem: str, fix: str) -> Error:
+    return invalid(code, "stream", problem, fix)
 
 
 def vector_array(vectors: Any, size: int) -> Floats:
-    """Floats as (T, size), without taking token ids for numbers."""
-    expected = f"float vectors of shape (T, {size}) or (T, V, {size}/V)"
+    """Floats as (T, size). Token ids are refused."""
+    expected = f"expected float vectors of shape (T, {size}) or (T, V, {size}/V), got"
     try:
         values = np.asarray(vectors)
     except ValueError as error:
-        raise _wrong(expected, str(error), "pass one stream's vectors") from None
+        raise _wrong("E0505", f"{expected} {error}", "pass the vectors of one stream") from None
     if values.shape == (0,):
         return np.empty((0, size), np.float32)
     if not np.issubdtype(values.dtype, np.floating):
-        raise _wrong(expected, f"{values.dtype}", "pass floats: this bundle takes vectors, not tokens")
+        raise _wrong("E0505", f"{expected} {values.dtype}", "pass floats; this bundle takes vectors, not tokens")
     if values.ndim not in (2, 3) or math.prod(values.shape[1:]) != size:
-        raise _wrong(expected, f"shape {values.shape}", "pass one stream's vectors, each whole")
-    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused
+        raise _wrong("E0505", f"{expected} shape {values.shape}", "pass whole vectors of one stream")
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which is refused
         return np.ascontiguousarray(values.reshape(len(values), size), np.float32)
 
 
 def token_array(tokens: Any) -> npt.NDArray[np.int32]:
-    """Any one-dimensional sequence of integers as int32, without letting a value wrap."""
+    """A one-dimensional sequence of integers as int32. Values out of range are refused."""
     if isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens):
-        raise _wrong("tokens as bytes or integers", "a bool", "pass token ids")
+        raise _wrong("E0504", "expected tokens as bytes or integers, got a bool", "pass token ids")
     try:
         values = np.frombuffer(tokens, np.uint8) if isinstance(tokens, (bytes, bytearray)) else np.asarray(tokens)
     except (ValueError, OverflowError) as error:
-        raise _wrong("tokens in one dimension", str(error), "pass one stream's tokens") from None
+        raise _wrong(
+            "E0504", f"expected tokens in one dimension, got {error}", "pass the tokens of one stream"
+        ) from None
     if np.issubdtype(values.dtype, np.floating) and values.size > 0:
-        raise _wrong("tokens as bytes or integers", str(values.dtype), "pass token ids: this bundle takes no vectors")
+        problem = f"expected tokens as bytes or integers, got {values.dtype}"
+        raise _wrong("E0504", problem, "pass token ids; this bundle takes no vectors")
     if values.ndim != 1:
-        raise _wrong("tokens in one dimension", f"shape {values.shape}", "pass one stream's tokens")
+        problem = f"expected tokens in one dimension, got shape {values.shape}"
+        raise _wrong("E0504", problem, "pass the tokens of one stream")
     if values.size == 0:
         return np.empty(0, np.int32)
     if not np.issubdtype(values.dtype, np.integer):
-        raise _wrong("tokens as bytes or integers", str(values.dtype), "encode the text first")
+        raise _wrong("E0504", f"expected tokens as bytes or integers, got {values.dtype}", "encode the text first")
     limits = np.iinfo(np.int32)
     if values.min() < limits.min or values.max() > limits.max:
-        raise _wrong("tokens that fit into int32", f"{values.min()} to {values.max()}", "check the tokenizer")
+        problem = f"expected tokens in int32, got {values.min()} to {values.max()}"
+        raise _wrong("E0504", problem, "check the tokenizer")
     return np.ascontiguousarray(values, np.int32)
 
 
 def _token(token: Any) -> int:
-    if type(token) is int and -(2**31) <= token < 2**31:  # one by one, arrays would take longer than small models
+    if type(token) is int and -(2**31) <= token < 2**31:  # an array takes longer than a small model
         return token
     return int(token_array([token])[0])
 

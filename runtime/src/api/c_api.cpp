@@ -1,4 +1,4 @@
-// The C interface: checks pointers, turns exceptions into statuses, and nothing else.
+// The C interface: checks pointers and turns exceptions into statuses.
 #include "titans/titans.h"
 
 #include <algorithm>
@@ -37,7 +37,7 @@ struct titans_generator {
 
 namespace {
 
-thread_local std::string last_error;
+thread_local core::Failure last_failure;
 
 template <typename Body>
 titans_status guard(Body&& body) noexcept {
@@ -45,15 +45,14 @@ titans_status guard(Body&& body) noexcept {
     body();
     return TITANS_OK;
   } catch (...) {
-    core::Failure failure = core::current_failure();
-    last_error = std::move(failure.text);
-    return failure.status;
+    last_failure = core::current_failure();
+    return last_failure.status;
   }
 }
 
 void require(const void* pointer, std::string_view name) {
   if (pointer == nullptr) {
-    throw core::Error(TITANS_INVALID_ARGUMENT, "titans", core::text("a pointer for ", name), "NULL", "pass one");
+    throw core::Error(TITANS_INVALID_ARGUMENT, "E0501", "titans", core::text(name, " is NULL"), "pass a pointer");
   }
 }
 
@@ -80,29 +79,31 @@ constexpr std::size_t kFirstSampling = offsetof(titans_sampling, stop_count) + s
 
 void require_size(std::size_t got, std::size_t least, std::string_view name) {
   if (got < least) {
-    throw core::Error(TITANS_INVALID_ARGUMENT, "titans", core::text(name, ".struct_size of at least ", least),
-                      core::text(got), "set it to sizeof");
+    throw core::Error(TITANS_INVALID_ARGUMENT, "E0501", "titans",
+                      core::text("expected ", name, ".struct_size of at least ", least, ", got ", got),
+                      core::text("set it to sizeof(", name, ")"));
   }
 }
 
 void require_choice(titans_output which) {
   if (which == TITANS_OUTPUT_NONE || which == TITANS_OUTPUT_LAST || which == TITANS_OUTPUT_ALL) return;
-  throw core::Error(TITANS_INVALID_ARGUMENT, "stream", "which logits as a titans_output",
-                    core::text(static_cast<int>(which)), "pass a value of that enumeration");
+  throw core::Error(TITANS_INVALID_ARGUMENT, "E0501", "stream",
+                    core::text("unknown choice of outputs: ", static_cast<int>(which)), "pass a titans_output");
 }
 
 void require_memory(const titans_stream* stream, std::size_t index) {
   const std::size_t count = stream->stream->session().memories().size();
   if (index >= count) {
-    throw core::Error(TITANS_INVALID_ARGUMENT, "stream", core::text("a memory index below ", count), core::text(index),
-                      "ask titans_stream_memory_count");
+    throw core::Error(TITANS_INVALID_ARGUMENT, "E0501", "stream",
+                      core::text("expected a memory index below ", count, ", got ", index),
+                      "call titans_stream_memory_count first");
   }
 }
 
 void require_room(std::size_t needed, std::size_t capacity, std::string_view what) {
   if (capacity >= needed) return;
-  throw core::Error(TITANS_INVALID_ARGUMENT, "state", core::text("room for ", needed, " ", what), core::text(capacity),
-                    "pass a larger buffer");
+  throw core::Error(TITANS_INVALID_ARGUMENT, "E0507", "state",
+                    core::text("expected room for ", needed, " ", what, ", got ", capacity), "pass a larger buffer");
 }
 
 // The key of the application's, copied for as long as the call needs it.
@@ -127,8 +128,9 @@ StateOptions read_options(const titans_state_options* options) {
   if (options->key == nullptr && options->key_bytes == 0) return {};
   require(options->key, "titans_state_options.key");
   if (options->key_bytes != core::kKeyBytes) {
-    throw core::Error(TITANS_INVALID_ARGUMENT, "state", core::text("a key of ", core::kKeyBytes, " bytes"),
-                      core::text(options->key_bytes), "derive one of that length");
+    throw core::Error(TITANS_INVALID_ARGUMENT, "E0406", "state",
+                      core::text("expected a key of ", core::kKeyBytes, " bytes, got ", options->key_bytes),
+                      "derive a key of that length");
   }
   return StateOptions(options->key);
 }
@@ -166,17 +168,18 @@ std::vector<core::BatchItem> read_items(const titans_feed* items, std::size_t co
     const auto* item = reinterpret_cast<const titans_feed*>(reinterpret_cast<const char*>(items) + index * distance);
     require_size(item->struct_size, kFirstFeed, "titans_feed");
     if (item->struct_size != distance || distance % alignof(titans_feed) != 0) {
-      throw core::Error(TITANS_INVALID_ARGUMENT, "batch",
-                        core::text("titans_feed.struct_size of ", distance, " as item 0"),
-                        core::text(item->struct_size), "set all to sizeof");
+      throw core::Error(
+          TITANS_INVALID_ARGUMENT, "E0501", "batch",
+          core::text("expected titans_feed.struct_size of ", distance, " in all items, got ", item->struct_size),
+          "set it to sizeof(titans_feed)");
     }
     require_choice(item->which);
     if (item->tokens != nullptr && item->vectors != nullptr) {
-      throw core::Error(TITANS_INVALID_ARGUMENT, "batch", core::text("item ", index, " of tokens or of vectors"),
-                        "both", "leave one NULL");
+      throw core::Error(TITANS_INVALID_ARGUMENT, "E0514", "batch",
+                        core::text("item ", index, " has both tokens and vectors"), "leave one NULL");
     }
     if (item->vectors == nullptr) require_array(item->tokens, item->count, core::text("tokens of item ", index));
-    out.push_back({stream_of(item->stream, index), item->tokens, item->vectors, item->count, item->which, item->logits,
+    out.push_back({stream_of(item->stream, index), item->tokens, item->vectors, item->count, item->which, item->outputs,
                    item->capacity});
   }
   return out;
@@ -201,7 +204,9 @@ titans_status run_batch(titans_session* session, std::size_t count, titans_statu
 
 const char* titans_version(void) { return TITANS_VERSION; }
 
-const char* titans_last_error(void) { return last_error.c_str(); }
+const char* titans_last_error(void) { return last_failure.text.c_str(); }
+
+const char* titans_last_error_code(void) { return last_failure.code.c_str(); }
 
 titans_status titans_set_log(titans_log_function log, void* user, int32_t level) {
   return guard([&] { core::set_log(log, user, level); });
@@ -258,8 +263,8 @@ titans_status titans_session_metrics_text(const titans_session* session, char* t
     *size = all.size() + 1;
     if (capacity == 0) return;
     if (capacity < *size) {
-      throw core::Error(TITANS_INVALID_ARGUMENT, "metrics", core::text("room for ", *size, " bytes"),
-                        core::text(capacity), "pass a larger buffer");
+      throw core::Error(TITANS_INVALID_ARGUMENT, "E0507", "metrics",
+                        core::text("expected room for ", *size, " bytes, got ", capacity), "pass a larger buffer");
     }
     std::memcpy(text, all.c_str(), *size);
   });
@@ -373,13 +378,13 @@ titans_status titans_stream_reset(titans_stream* stream) {
 }
 
 titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count, titans_output which,
-                                 float* logits, size_t capacity) {
+                                 float* outputs, size_t capacity) {
   return guard([&] {
     require(stream, "stream");
     require_array(tokens, count, "tokens");
     require_choice(which);
     const core::Stream::Use use(*stream->stream);
-    stream->stream->feed(tokens, count, which, logits, capacity);
+    stream->stream->feed(tokens, count, which, outputs, capacity);
   });
 }
 
@@ -394,11 +399,11 @@ titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vec
   });
 }
 
-titans_status titans_stream_step(titans_stream* stream, int32_t token, float* logits) {
+titans_status titans_stream_step(titans_stream* stream, int32_t token, float* outputs) {
   return guard([&] {
     require(stream, "stream");
     const core::Stream::Use use(*stream->stream);
-    stream->stream->feed(&token, 1, logits == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, logits,
+    stream->stream->feed(&token, 1, outputs == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, outputs,
                          stream->stream->session().output_size());
   });
 }
@@ -506,7 +511,7 @@ titans_status titans_session_feed_batch(titans_session* session, const titans_fe
 }
 
 titans_status titans_session_step_batch(titans_session* session, titans_stream* const* streams, const int32_t* tokens,
-                                        size_t count, float* logits, titans_status* statuses) {
+                                        size_t count, float* outputs, titans_status* statuses) {
   return run_batch(session, count, statuses, [&] {
     require_array(streams, count, "streams");
     require_array(tokens, count, "tokens");
@@ -515,7 +520,7 @@ titans_status titans_session_step_batch(titans_session* session, titans_stream* 
     std::vector<core::BatchItem> items;
     items.reserve(count);
     for (std::size_t index = 0; index < count; ++index) {
-      float* row = logits == nullptr ? nullptr : logits + index * vocab;
+      float* row = outputs == nullptr ? nullptr : outputs + index * vocab;
       items.push_back({stream_of(streams[index], index), tokens + index, nullptr, 1,
                        row == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, row, vocab});
     }

@@ -28,8 +28,8 @@ std::string default_backend(const std::string& device_kind) {
   for (const Backend& backend : kBackends) {
     if (backend.devices.find(device_kind) != std::string_view::npos) return std::string(backend.name);
   }
-  throw Error(TITANS_UNSUPPORTED, "session", "a device of kind cpu or cuda", device_kind,
-              "open the session on one of these");
+  throw Error(TITANS_UNSUPPORTED, "E0601", "session", text("unknown device kind: ", quoted(device_kind)),
+              "open the session on cpu or cuda");
 }
 
 void check_backend(const std::string& name) {
@@ -38,8 +38,8 @@ void check_backend(const std::string& name) {
     if (backend.name == name) return;
     known += text(known.empty() ? "" : ", ", backend.name);
   }
-  throw Error(TITANS_UNSUPPORTED, "session", text("a backend out of: ", known), name,
-              "name one of these, or none to have it chosen by the device");
+  throw Error(TITANS_UNSUPPORTED, "E0602", "session", text("unknown backend: ", quoted(name)),
+              text("name one of ", known, ", or omit the backend"));
 }
 
 const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir) {
@@ -47,13 +47,15 @@ const BackendEntry& load_backend(const std::string& module, const std::filesyste
   const std::filesystem::path path = folder / ("libtitans_backend_" + module + ".so");
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "session", text("the backend library ", path.string()), ::dlerror(),
+    throw Error(TITANS_UNSUPPORTED, "E0602", "session",
+                text("cannot open the backend library ", path.string(), ": ", ::dlerror()),
                 "install the runtime with this backend, or give its folder as plugin_dir");
   }
   const auto entry = reinterpret_cast<BackendEntryFunction>(::dlsym(library, kBackendEntrySymbol));
   if (entry == nullptr || entry()->abi != kBackendAbi) {
-    throw Error(TITANS_UNSUPPORTED, "session", text(path.string(), " with backend interface ", kBackendAbi),
-                entry == nullptr ? std::string("no interface") : text(entry()->abi),
+    throw Error(TITANS_UNSUPPORTED, "E0603", "session",
+                text(path.string(), ": expected backend interface ", kBackendAbi, ", got ",
+                     entry == nullptr ? std::string("none") : text(entry()->abi)),
                 "install runtime and backend of the same version");
   }
   return *entry();
@@ -66,7 +68,7 @@ LibraryInfo find_library(const std::string& module, const std::filesystem::path&
     return backend.find_library == nullptr ? LibraryInfo{} : backend.find_library(library);
   } catch (const Error& error) {
     LibraryInfo info;
-    info.why_not = error.got();
+    info.why_not = error.problem();
     return info;
   }
 }

@@ -32,17 +32,17 @@ auto uninterrupted(Call&& call) {
   return result;
 }
 
-std::string_view advice_for(int error) {
+std::string_view fix_for(int error) {
   switch (error) {
     case ENOSPC:
     case EDQUOT:
     case EFBIG:
-      return "make room and save again; the file that was there before is whole";
+      return "free disk space and save again; the previous file is intact";
     case ENOENT:
     case ENOTDIR:
-      return "make the folder first";
+      return "create the folder first";
     default:
-      return "check the folder and its permissions; the file that was there before is whole";
+      return "check the folder and its permissions; the previous file is intact";
   }
 }
 
@@ -79,8 +79,8 @@ void remove_abandoned(const std::filesystem::path& aside) {
 FileAside::FileAside(std::filesystem::path path, Durability durability)
     : path_(std::move(path)), aside_(path_), durability_(durability) {
   if (path_.filename().empty()) {
-    throw Error(TITANS_INVALID_ARGUMENT, "state", "the path of a file", path_.string(),
-                "give one, such as NAME.tstate");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0501", "state", text("path without a file name: ", quoted(path_.string())),
+                "give the path of a file, such as NAME.tstate");
   }
   aside_ += ".tmp";
   open_locked();
@@ -112,14 +112,14 @@ void FileAside::open_locked() {
       break;
     }
   }
-  fail(text("a file that can be made, ", name_of(aside_)), error);
+  fail(text("cannot create ", name_of(aside_)), error);
 }
 
 void FileAside::append(const void* data, std::size_t bytes) {
   const auto* at = static_cast<const char*>(data);
   while (bytes > 0) {
     const ssize_t written = uninterrupted([&] { return ::write(descriptor_, at, std::min(bytes, kMostAtOnce)); });
-    if (written <= 0) fail("room for the state", written == 0 ? ENOSPC : errno);
+    if (written <= 0) fail("cannot write the state", written == 0 ? ENOSPC : errno);
     at += written;
     bytes -= static_cast<std::size_t>(written);
   }
@@ -127,11 +127,12 @@ void FileAside::append(const void* data, std::size_t bytes) {
 
 void FileAside::commit() {
   const bool sync = durability_ == Durability::kPower;
-  if (sync && uninterrupted([&] { return ::fsync(descriptor_); }) != 0) fail("a file that reaches the disk", errno);
-  if (::rename(aside_.c_str(), path_.c_str()) != 0) fail(text("a file that can be named ", name_of(path_)), errno);
+  if (sync && uninterrupted([&] { return ::fsync(descriptor_); }) != 0) fail("cannot flush the file to disk", errno);
+  if (::rename(aside_.c_str(), path_.c_str()) != 0)
+    fail(text("cannot rename ", name_of(aside_), " to ", name_of(path_)), errno);
   // Closed after it has its name, so that the lock lasts as long as the name NAME.tmp.
   const int closed = ::close(std::exchange(descriptor_, -1));
-  if (closed != 0 && errno != EINTR) fail_in_place("a file that can be closed", errno);
+  if (closed != 0 && errno != EINTR) fail_in_place("cannot close the file", errno);
   if (!sync) return;
   const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -140,32 +141,34 @@ void FileAside::commit() {
   const int synced = uninterrupted([&] { return ::fsync(descriptor); });
   const int error = errno;
   ::close(descriptor);
-  if (synced != 0 && error != EINVAL && error != ENOTSUP) fail_in_place("a folder that reaches the disk", error);
+  if (synced != 0 && error != EINVAL && error != ENOTSUP) fail_in_place("cannot flush the folder to disk", error);
 }
 
-void FileAside::fail_in_place(std::string_view expected, int error) const {
-  throw Error(TITANS_FAILED, name_of(path_), expected, reason(error),
-              "save again: the new file is in its place, but a loss of power may undo that");
+void FileAside::fail_in_place(std::string_view problem, int error) const {
+  throw Error(TITANS_FAILED, "E1001", name_of(path_), text(problem, ": ", reason(error)),
+              "save again; the new file has its name, but a loss of power may undo that");
 }
 
-void FileAside::fail(std::string_view expected, int error) const {
-  throw Error(TITANS_FAILED, name_of(path_), expected, reason(error), advice_for(error));
+void FileAside::fail(std::string_view problem, int error) const {
+  throw Error(TITANS_FAILED, "E1001", name_of(path_), text(problem, ": ", reason(error)), fix_for(error));
 }
 
 Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
-  const auto fail = [&](std::string_view got) {
-    throw Error(TITANS_FAILED, name_of(path), text("a readable file at ", path.string()), got, "check the path");
+  const auto fail = [&](std::string_view why) {
+    throw Error(TITANS_FAILED, "E1001", name_of(path), text("cannot read ", path.string(), ": ", why),
+                "check the path");
   };
   // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) fail(reason(errno));
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail(reason(errno));
-  if (!S_ISREG(status.st_mode)) fail("something that is not a regular file");
+  if (!S_ISREG(status.st_mode)) fail("not a regular file");
   const auto size = static_cast<std::uint64_t>(status.st_size);
   if (size > most) {
-    throw Error(TITANS_FAILED, name_of(path), text("a state file of at most ", most, " bytes"), text(size),
-                "check that it is a state, and of this model");
+    throw Error(TITANS_FAILED, "E0407", name_of(path),
+                text("expected a state of at most ", most, " bytes, got ", size, " bytes"),
+                "give a state file of this model");
   }
   Bytes content(static_cast<std::size_t>(size));
   std::size_t done = 0;

@@ -28,8 +28,8 @@ class FileAside {
   void commit();
 
  private:
-  [[noreturn]] void fail(std::string_view expected, int error) const;
-  [[noreturn]] void fail_in_place(std::string_view expected, int error) const;
+  [[noreturn]] void fail(std::string_view problem, int error) const;
+  [[noreturn]] void fail_in_place(std::string_view problem, int error) const;
   void open_locked();
 
   std::filesystem::path path_;

@@ -1,4 +1,4 @@
-// The one exception type of the runtime, and the one form its texts have.
+// The exception type of the runtime and the form of its texts.
 #pragma once
 
 #include <new>
@@ -9,8 +9,10 @@
 
 #include "titans/titans.h"
 
-// Apart from titans::, where titans.hpp puts what an application sees.
+// Not in titans::, the namespace of titans.hpp.
 namespace titans::core {
+
+inline constexpr std::string_view kReport = "report this message";
 
 // Concatenates anything that can be streamed.
 template <typename... Parts>
@@ -35,46 +37,66 @@ inline std::string one_line(std::string_view raw) {
   return line;
 }
 
-// "[where] expected X but got Y; do Z".
+// A value in an error text: an empty one stays visible.
+inline std::string quoted(std::string_view value) { return text('"', value, '"'); }
+
+// A problem on one line without a final period; system and vendor messages may end with one.
+inline std::string problem_text(std::string_view raw) {
+  std::string line = one_line(raw);
+  while (!line.empty() && (line.back() == '.' || line.back() == ' ')) line.pop_back();
+  return line;
+}
+
+// "[where] problem. Fix: fix (TITANS-E0123)". docs/errors.md lists the codes; a test compares it with the literals.
 class Error : public std::runtime_error {
  public:
-  Error(titans_status status, std::string_view where, std::string_view expected, std::string_view got,
-        std::string_view advice)
-      : std::runtime_error(one_line(
-            text("[", where, "] expected ", expected, " but got ", got.empty() ? "nothing" : got, "; do ", advice))),
+  Error(titans_status status, std::string_view code, std::string_view where, std::string_view problem,
+        std::string_view fix)
+      : std::runtime_error(
+            one_line(text("[", where, "] ", problem_text(problem), ". Fix: ", fix, " (TITANS-", code, ")"))),
         status_(status),
-        got_(one_line(got)) {}
+        code_(text("TITANS-", code)),
+        problem_(problem_text(problem)) {}
 
   titans_status status() const noexcept { return status_; }
-  // Part of the text, for one that says more.
-  const std::string& got() const noexcept { return got_; }
+  const std::string& code() const noexcept { return code_; }  // "TITANS-E0123"
+  // The problem alone, for an error that contains it.
+  const std::string& problem() const noexcept { return problem_; }
 
  private:
   titans_status status_;
-  std::string got_;
+  std::string code_;
+  std::string problem_;
 };
 
-// What a call that failed tells its caller.
+// The outcome of a call for its caller.
 struct Failure {
   titans_status status = TITANS_OK;
   std::string text;
+  std::string code;
 };
 
-// Of the exception that is being handled. Where there is no memory for the text, the status still tells.
+// Describes the exception that is being handled. Without memory for the text only the status is set.
 inline Failure current_failure() noexcept {
-  Failure failure{TITANS_FAILED, {}};
+  Failure failure{TITANS_FAILED, {}, {}};
   try {
     try {
       throw;
     } catch (const Error& error) {
       failure.status = error.status();
+      failure.code = error.code();
       failure.text = error.what();
     } catch (const std::bad_alloc&) {
-      failure.text = "[titans] expected memory but got none; do free some, or open fewer streams";
+      failure.code = "TITANS-E1002";
+      failure.text = "[titans] out of memory. Fix: free memory or open fewer streams (TITANS-E1002)";
     } catch (const std::exception& error) {
-      failure.text = one_line(error.what());
+      const Error internal(TITANS_FAILED, "E1003", "titans", text("internal error: ", error.what()), kReport);
+      failure.code = internal.code();
+      failure.text = internal.what();
     } catch (...) {
-      failure.text = "[titans] expected no such failure but got one of unknown kind; do report it";
+      const Error internal(TITANS_FAILED, "E1003", "titans", "internal error: unknown exception", kReport);
+      failure.code = internal.code();
+      failure.text = internal.what();
     }
   } catch (...) {
     failure.text.clear();

@@ -7,12 +7,12 @@
 namespace titans::core {
 namespace {
 
-constexpr std::string_view kAdvice = "export the bundle again";
+constexpr std::string_view kFix = "export the bundle again";
 constexpr std::size_t kLongestQuote = 60;
-// What reads and writes JSON goes down its levels by recursion, so a file must not choose how deep.
+// JSON is read and written recursively, so a file must not choose the depth.
 constexpr std::size_t kDeepest = 64;
 
-// Bytes that are no valid UTF-8 must not stop an error text from being made.
+// Invalid UTF-8 must not prevent an error text.
 std::string quote(const nlohmann::json& value) {
   std::string out = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
   if (out.size() > kLongestQuote) out = out.substr(0, kLongestQuote) + "...";
@@ -39,7 +39,7 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
   bool key(string_t& value) override {
     // Which of the two counts, readers do not agree on.
     if (keys_.back().insert(value).second) return true;
-    throw Error(TITANS_FAILED, document_, "each key once in an object", text(quote(value), " twice"), kAdvice);
+    throw Error(TITANS_FAILED, "E0205", document_, text("key ", quote(value), " twice in one object"), kFix);
   }
   bool parse_error(std::size_t /*at*/, const std::string& /*token*/, const nlohmann::json::exception&) override {
     return false;
@@ -50,7 +50,7 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
     if (keys_.size() < kDeepest)
       keys_.emplace_back();
     else
-      throw Error(TITANS_FAILED, document_, text("JSON of at most ", kDeepest, " levels"), "more", kAdvice);
+      throw Error(TITANS_FAILED, "E0205", document_, text("JSON nested deeper than ", kDeepest, " levels"), kFix);
     return true;
   }
   bool go_up() {
@@ -70,8 +70,9 @@ nlohmann::json JsonReader::parse(std::string_view source, std::string_view docum
   if (nlohmann::json::sax_parse(source, &check))
     value = nlohmann::json::parse(source, nullptr, /*allow_exceptions=*/false);
   if (!value.is_object()) {
-    throw Error(TITANS_FAILED, document, "a JSON object",
-                value.is_discarded() ? "something that is not JSON" : quote(value), kAdvice);
+    throw Error(TITANS_FAILED, "E0205", document,
+                text("expected a JSON object, got ", value.is_discarded() ? "text that is not JSON" : quote(value)),
+                kFix);
   }
   return value;
 }
@@ -79,7 +80,8 @@ nlohmann::json JsonReader::parse(std::string_view source, std::string_view docum
 JsonReader JsonReader::at(const std::string& key) const {
   std::optional<JsonReader> field = find(key);
   if (!field)
-    throw Error(TITANS_FAILED, document_, text("a field ", path_.empty() ? key : path_ + "." + key), "none", kAdvice);
+    throw Error(TITANS_FAILED, "E0205", document_, text("missing field ", path_.empty() ? key : path_ + "." + key),
+                kFix);
   return *field;
 }
 
@@ -141,8 +143,8 @@ Shape JsonReader::shape(std::int64_t least_extent) const {
 }
 
 void JsonReader::fail(std::string_view expectation) const {
-  throw Error(TITANS_FAILED, document_, text(path_.empty() ? "the document" : path_, " to be ", expectation),
-              quote(*value_), kAdvice);
+  throw Error(TITANS_FAILED, "E0205", document_,
+              text(path_.empty() ? "document" : path_, ": expected ", expectation, ", got ", quote(*value_)), kFix);
 }
 
 }  // namespace titans::core

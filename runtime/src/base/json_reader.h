@@ -1,4 +1,4 @@
-// Reads typed fields of a JSON document and says where in the document a wrong one is.
+// Reads typed fields of a JSON document. Errors give the path of the field.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ class JsonReader {
   Shape shape(std::int64_t least_extent) const;
   const nlohmann::json& raw() const { return *value_; }
 
-  // "expected `path` to be `expectation` but got `value`".
+  // Throws "[document] path: expected `expectation`, got VALUE".
   [[noreturn]] void fail(std::string_view expectation) const;
 
  private:

@@ -19,12 +19,11 @@ thread_local bool telling = false;
 
 void set_log(titans_log_function function, void* user, std::int32_t level) {
   if (level < TITANS_LOG_ERROR || level > TITANS_LOG_DEBUG) {
-    throw Error(TITANS_INVALID_ARGUMENT, "log", "a level as a titans_log_level", text(level),
-                "pass a value of that enumeration");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0501", "log", text("unknown log level: ", level), "pass a titans_log_level");
   }
   if (telling) {
-    throw Error(TITANS_INVALID_ARGUMENT, "log", "a call from outside the log function", "one from within it",
-                "set the log elsewhere");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0501", "log", "titans_set_log called from the log function",
+                "call it outside the log function");
   }
   const std::lock_guard lock(mutex);
   function_now = function;

@@ -15,10 +15,9 @@
 namespace titans::core {
 namespace {
 
-constexpr std::string_view kAdvice = "copy or export the bundle again";
-
-[[noreturn]] void fail(const std::filesystem::path& path, std::string_view got) {
-  throw Error(TITANS_FAILED, "bundle", text("a readable file at ", path.string()), got, kAdvice);
+[[noreturn]] void fail(const std::filesystem::path& path, std::string_view why) {
+  throw Error(TITANS_FAILED, "E0206", "bundle", text("cannot read ", path.string(), ": ", why),
+              "copy or export the bundle again");
 }
 
 }  // namespace
@@ -29,7 +28,7 @@ MappedFile::MappedFile(const std::filesystem::path& path) {
   if (file.get() < 0) fail(path, errno == ELOOP ? "a symbolic link" : std::generic_category().message(errno));
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail(path, std::generic_category().message(errno));
-  if (!S_ISREG(status.st_mode)) fail(path, "something that is not a regular file");
+  if (!S_ISREG(status.st_mode)) fail(path, "not a regular file");
   if (status.st_size == 0) return;  // mmap refuses an empty range
   size_ = static_cast<std::size_t>(status.st_size);
   void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);

@@ -15,18 +15,19 @@ constexpr std::size_t kLengthBytes = 8;
 // The limit of the format's own reader.
 constexpr std::uint64_t kLongestHeader = 100'000'000;
 
-[[noreturn]] void fail(std::string_view file_name, std::string_view expected, std::string_view got) {
-  throw Error(TITANS_FAILED, file_name, expected, got, "copy or export the bundle again");
+[[noreturn]] void fail(std::string_view file_name, std::string_view problem) {
+  throw Error(TITANS_FAILED, "E0204", file_name, text("damaged safetensors file: ", problem),
+              "copy or export the bundle again");
 }
 
 std::size_t header_length(std::string_view content, std::string_view file_name) {
-  if (content.size() < kLengthBytes) fail(file_name, "a safetensors header", text(content.size(), " bytes"));
+  if (content.size() < kLengthBytes) fail(file_name, text("no header in ", content.size(), " bytes"));
   std::uint64_t length = 0;
   for (std::size_t i = 0; i < kLengthBytes; ++i) {
     length |= static_cast<std::uint64_t>(static_cast<unsigned char>(content[i])) << (8 * i);  // little endian
   }
   const std::uint64_t most = std::min<std::uint64_t>(content.size() - kLengthBytes, kLongestHeader);
-  if (length > most) fail(file_name, text("a header of at most ", most, " bytes"), text(length));
+  if (length > most) fail(file_name, text("expected a header of at most ", most, " bytes, got ", length));
   return static_cast<std::size_t>(length);
 }
 
@@ -51,7 +52,7 @@ void check_overlap(std::vector<std::pair<Range, std::string>> ranges, std::strin
   });
   for (std::size_t i = 1; i < ranges.size(); ++i) {
     if (ranges[i].first.begin < ranges[i - 1].first.end) {
-      fail(file_name, "tensors that do not overlap", text(ranges[i - 1].second, " overlapping ", ranges[i].second));
+      fail(file_name, text("tensors ", ranges[i - 1].second, " and ", ranges[i].second, " overlap"));
     }
   }
 }
@@ -79,12 +80,12 @@ Tensors read_safetensors(std::string_view content, std::string_view file_name) {
     if (!dtype) continue;
     const std::optional<std::size_t> bytes = tensor_bytes(shape, *dtype);
     if (!bytes || *bytes != range.end - range.begin) {
-      fail(file_name, text("the bytes of ", name, " to be those of ", dtype_info(*dtype).name, " ", shape_text(shape)),
-           text(range.end - range.begin, " bytes"));
+      fail(file_name, text("tensor ", name, ": expected the size of ", dtype_info(*dtype).name, " ", shape_text(shape),
+                           ", got ", range.end - range.begin, " bytes"));
     }
     // The content starts aligned, a mapping on a page, so alignment in the file is alignment in memory.
     if ((data_start + range.begin) % dtype_info(*dtype).bytes != 0) {
-      fail(file_name, text(name, " aligned to its elements"), text("offset ", data_start + range.begin));
+      fail(file_name, text("tensor ", name, " is not aligned to its elements: offset ", data_start + range.begin));
     }
     tensors.emplace(name, TensorView{data + data_start + range.begin, *dtype, std::move(shape), *bytes});
   }

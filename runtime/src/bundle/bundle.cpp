@@ -8,13 +8,13 @@
 namespace titans::core {
 namespace {
 
-constexpr std::string_view kAdvice = "copy or export the bundle again";
+constexpr std::string_view kFix = "copy or export the bundle again";
 
 Manifest read_manifest(const std::filesystem::path& folder) {
   std::error_code ignored;  // a folder that cannot be looked at is none
   if (!std::filesystem::is_directory(folder, ignored)) {
-    throw Error(TITANS_FAILED, "bundle", text("a folder at ", folder.string()), "none",
-                "give the path of a bundle, NAME.titans");
+    throw Error(TITANS_FAILED, "E0201", "bundle", text("not a bundle: no folder at ", folder.string()),
+                "give the path of a NAME.titans folder");
   }
   return Manifest::parse(MappedFile(folder / "manifest.json").text());
 }
@@ -22,14 +22,17 @@ Manifest read_manifest(const std::filesystem::path& folder) {
 void check_file(const Manifest& manifest, const std::string& name, const MappedFile& file) {
   const auto record = manifest.files.find(name);
   if (record == manifest.files.end()) {
-    throw Error(TITANS_FAILED, "manifest.json", text("a field files.", name), "none", kAdvice);
+    throw Error(TITANS_FAILED, "E0205", "manifest.json", text("missing field files.", name), kFix);
   }
   const FileRecord& listed = record->second;
   if (file.size() != listed.bytes) {
-    throw Error(TITANS_FAILED, name, text(listed.bytes, " bytes"), text(file.size()), kAdvice);
+    throw Error(TITANS_FAILED, "E0204", name,
+                text("damaged file: expected ", listed.bytes, " bytes, got ", file.size()), kFix);
   }
   const std::string hash = file.hash();
-  if (hash != listed.hash) throw Error(TITANS_FAILED, name, text("hash ", listed.hash), hash, kAdvice);
+  if (hash != listed.hash) {
+    throw Error(TITANS_FAILED, "E0204", name, text("damaged file: expected hash ", listed.hash, ", got ", hash), kFix);
+  }
 }
 
 std::vector<EngineGraph> plain_graphs(const Manifest& manifest) {
@@ -71,8 +74,8 @@ void Bundle::read_engine_weights() {
   const std::string& name = engine_->weights_file;
   for (auto& [tensor, view] : read_safetensors(open_checked(name), name)) {
     if (!weights_.emplace(tensor, view).second) {
-      throw Error(TITANS_FAILED, name, text("a name for ", tensor, " that no weight of the bundle has"),
-                  text("one of ", manifest_.weights_file), "build the engine again");
+      throw Error(TITANS_FAILED, "E0205", name, text("tensor ", tensor, " is also in ", manifest_.weights_file),
+                  "build the engine again");
     }
   }
 }
@@ -87,9 +90,10 @@ void Bundle::check_weights() const {
   for (const EngineGraph& graph : graphs_) {
     for (const std::string& name : graph.weights) {
       if (weights_.count(name) == 0) {
-        throw Error(TITANS_FAILED, manifest_.weights_file,
-                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name),
-                    "none, or one of a type that this runtime does not know", kAdvice);
+        throw Error(TITANS_FAILED, "E0207", manifest_.weights_file,
+                    text("tensor ", name, " of graph ", manifest_.graphs[graph.graph].name,
+                         " is missing or has an unknown dtype"),
+                    kFix);
       }
     }
   }
@@ -97,15 +101,16 @@ void Bundle::check_weights() const {
 
 void Bundle::check_initial_state() const {
   for (const StateTensor& state : manifest_.state) {
-    const auto expected = text(state.name, " as ", dtype_info(state.dtype).name, " ", shape_text(state.shape));
+    const auto expected =
+        text("expected ", state.name, " as ", dtype_info(state.dtype).name, " ", shape_text(state.shape));
     const auto found = initial_state_.find(state.name);
     if (found == initial_state_.end()) {
-      throw Error(TITANS_FAILED, manifest_.initial_state_file, expected, "no such tensor", kAdvice);
+      throw Error(TITANS_FAILED, "E0207", manifest_.initial_state_file, text(expected, ", got no such tensor"), kFix);
     }
     const TensorView& tensor = found->second;
     if (tensor.dtype != state.dtype || tensor.shape != state.shape) {
-      throw Error(TITANS_FAILED, manifest_.initial_state_file, expected,
-                  text(dtype_info(tensor.dtype).name, " ", shape_text(tensor.shape)), kAdvice);
+      throw Error(TITANS_FAILED, "E0207", manifest_.initial_state_file,
+                  text(expected, ", got ", dtype_info(tensor.dtype).name, " ", shape_text(tensor.shape)), kFix);
     }
   }
 }

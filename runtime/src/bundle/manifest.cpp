@@ -65,7 +65,7 @@ StateTensor read_state(const JsonReader& entry) {
   state.written = read_written(entry, state.shape);
   if (const std::optional<JsonReader> chunk = entry.find("chunk")) {
     state.chunk = static_cast<std::uint64_t>(chunk->integer(1, std::numeric_limits<std::int32_t>::max()));
-    if (state.role != "memory") chunk->fail("only where role is memory");
+    if (state.role != "memory") chunk->fail("no chunk, as role is not memory");
   }
   state.rows = read_rows(entry);
   if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
@@ -139,9 +139,9 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
   std::set<std::string> names;
   std::set<std::string> memories;
   const auto fail = [&](const std::string& name) {
-    document.at("state").fail(text("tensors and fields of which none shares a name with ", name));
+    document.at("state").fail(text("unique names of tensors and fields, but ", name, " repeats"));
   };
-  if (inputs.size() != 3) document.at("controls").fail("names unlike each other and unlike the input's");
+  if (inputs.size() != 3) document.at("controls").fail("three different names for the input, position and learn");
   for (const StateTensor& state : manifest.state) {
     if (!names.insert(state.name).second || !inputs.insert(state.input).second ||
         !outputs.insert(state.output).second) {
@@ -155,7 +155,7 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
   }
   for (const std::string& output : outputs) {
     if (inputs.count(output) != 0) {
-      document.at("state").fail(text("tensors whose outputs are no inputs, unlike ", output));
+      document.at("state").fail(text("outputs that are not inputs, but ", output, " is both"));
     }
   }
 }
@@ -193,7 +193,7 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
 
 Manifest Manifest::parse(std::string_view source) {
   if (source.size() > kLongest) {
-    throw Error(TITANS_FAILED, kWhere, text("at most ", kLongest, " bytes"), text(source.size()),
+    throw Error(TITANS_FAILED, "E0205", kWhere, text("expected at most ", kLongest, " bytes, got ", source.size()),
                 "export the bundle again");
   }
   const nlohmann::json json = JsonReader::parse(source, kWhere);
@@ -202,12 +202,14 @@ Manifest Manifest::parse(std::string_view source) {
   // Before anything else is read: what a newer version means is not known here.
   const std::int64_t version = document.at("schema_version").integer(1);
   if (version > kSchemaVersion) {
-    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version up to ", kSchemaVersion), text(version),
-                "install a newer titans runtime, or export the bundle with an older titans-export");
+    throw Error(TITANS_UNSUPPORTED, "E0202", kWhere,
+                text("bundle of a newer schema: expected schema_version ", kSchemaVersion, ", got ", version),
+                "install a newer titans runtime");
   }
   if (version < kSchemaVersion) {
-    throw Error(TITANS_UNSUPPORTED, kWhere, text("schema_version ", kSchemaVersion), text(version),
-                "make the bundle anew: titans-export export CHECKPOINT -o NAME.titans");
+    throw Error(TITANS_UNSUPPORTED, "E0203", kWhere,
+                text("bundle of an older schema: expected schema_version ", kSchemaVersion, ", got ", version),
+                "export the checkpoint again: titans-export export CHECKPOINT -o NAME.titans");
   }
 
   Manifest manifest{};

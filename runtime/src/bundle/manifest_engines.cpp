@@ -32,7 +32,7 @@ void read_device(const JsonReader& entry, EngineRecord& engine) {
   if (sm) {
     for (const JsonReader& one : sm->items()) engine.sm.push_back(static_cast<int>(one.integer(1, kMostSm)));
   }
-  if (engine.device == "cuda" && engine.sm.empty()) entry.at("sm").fail("the compute capabilities it is made for");
+  if (engine.device == "cuda" && engine.sm.empty()) entry.at("sm").fail("the compute capabilities of the engine");
   const std::optional<JsonReader> cuda = present(entry, "cuda");
   if (cuda) engine.cuda = cuda->string();
   const std::optional<JsonReader> driver = present(entry, "driver");
@@ -46,7 +46,7 @@ void read_memory(const JsonReader& entry, const Manifest& manifest, EngineRecord
     engine.plugin = {plugin->at("name").string(), plugin->at("namespace").string(), plugin->at("version").string()};
   }
   if (plugin.has_value() != (engine.memory == "plugin")) {
-    entry.at("memory").fail("\"plugin\" where the engine names a plugin, and another word elsewhere");
+    entry.at("memory").fail("\"plugin\" if, and only if, the engine names a plugin");
   }
   const std::optional<JsonReader> alias = present(entry, "alias");
   if (alias) engine.alias = alias->string();
@@ -64,7 +64,7 @@ void read_memory(const JsonReader& entry, const Manifest& manifest, EngineRecord
       std::find(engine.state_in_place.begin(), engine.state_in_place.end(), true) != engine.state_in_place.end();
   // Only a plugin that owns the whole read-modify-write is right on one buffer.
   if (any && (!engine.plugin || engine.alias.empty() || engine.alias == "two-buffers")) {
-    in_place->fail("[] where no plugin updates one buffer");
+    in_place->fail("[], as no plugin updates this state in one buffer");
   }
 }
 

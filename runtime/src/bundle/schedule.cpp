@@ -29,8 +29,8 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
   for (std::size_t i = 0; i < graphs.size(); ++i) {
     for (std::size_t j = 0; j < i; ++j) {
       if (graphs[i].tokens == graphs[j].tokens && meet(graphs[i], graphs[j])) {
-        return text("a schedule where no two graphs of equal tokens start at the same position, as ", graphs[j].name,
-                    " and ", graphs[i].name, " do");
+        return text("no two graphs of equal tokens at one position, but ", graphs[j].name, " and ", graphs[i].name,
+                    " share one");
       }
     }
   }
@@ -40,7 +40,7 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
     // The product of two numbers of at most 2^20 fits.
     period = graph.stride > kLongestPeriod ? graph.stride : std::lcm(period, graph.stride);
     if (period > kLongestPeriod) {
-      return text("a schedule whose graphs with tokens = 1 repeat within ", kLongestPeriod, " positions");
+      return text("graphs with tokens = 1 that repeat within ", kLongestPeriod, " positions");
     }
   }
   std::vector<bool> served(static_cast<std::size_t>(period), false);
@@ -52,8 +52,7 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
   }
   for (std::size_t at = 0; at < served.size(); ++at) {
     if (!served[at]) {
-      return text("a schedule where a graph with tokens = 1 starts at every position, also at ", at, " modulo ",
-                  period);
+      return text("a graph with tokens = 1 at every position, also at ", at, " modulo ", period);
     }
   }
   return {};

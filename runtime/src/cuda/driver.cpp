@@ -40,7 +40,7 @@ const Driver& Driver::require() {
   std::string why_not;
   const Driver* driver = load(why_not);
   if (driver == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "cuda", "an NVIDIA driver and a GPU", why_not,
+    throw Error(TITANS_UNSUPPORTED, "E0612", "cuda", text("no usable NVIDIA driver and GPU: ", why_not),
                 "install the driver, check it with nvidia-smi, or open the session on cpu");
   }
   return *driver;
@@ -84,10 +84,10 @@ std::string Driver::describe(CUresult result) const {
   return meaning == nullptr ? std::string(name) : text(name, " (", meaning, ")");
 }
 
-void Driver::check(CUresult result, std::string_view call, std::string_view advice) const {
+void Driver::check(CUresult result, std::string_view call, std::string_view fix) const {
   if (result == CUDA_SUCCESS) return;
-  throw Error(TITANS_FAILED, "cuda", text(call, " to succeed"), describe(result),
-              result == CUDA_ERROR_OUT_OF_MEMORY ? "free memory of the device, or open fewer streams" : advice);
+  throw Error(TITANS_FAILED, "E0609", "cuda", text(call, " failed: ", describe(result)),
+              result == CUDA_ERROR_OUT_OF_MEMORY ? "free device memory, or open fewer streams" : fix);
 }
 
 std::string cuda_version_text(int version) { return text(version / 1000, ".", version % 1000 / 10); }

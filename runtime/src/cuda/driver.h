@@ -64,8 +64,8 @@ class Driver {
   int version() const;
   int device_count() const;
 
-  // Throws what the driver reports, if it reports a failure: "[cuda] expected CALL but got NAME (TEXT); do `advice`".
-  void check(CUresult result, std::string_view call, std::string_view advice = kAdvice) const;
+  // Throws "[cuda] CALL failed: NAME (TEXT)" if the driver reports a failure.
+  void check(CUresult result, std::string_view call, std::string_view fix = kFix) const;
   // "CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)".
   std::string describe(CUresult result) const;
 
@@ -74,7 +74,7 @@ class Driver {
 #undef TITANS_CUDA_MEMBER
 
  private:
-  static constexpr std::string_view kAdvice = "check the device with nvidia-smi, and start the program again";
+  static constexpr std::string_view kFix = "check the device with nvidia-smi, and start the program again";
   Driver() = default;
   // What is wrong with the library at `path`, or an empty string.
   std::string open(const std::string& path);

@@ -43,11 +43,13 @@ void free_in(const Context& context, Free&& free) noexcept {
 DeviceInfo find_device(const Driver& driver, const std::string& device) {
   const std::optional<int> ordinal = ordinal_of(device);
   if (!ordinal) {
-    throw Error(TITANS_INVALID_ARGUMENT, "session", "a device out of: cpu, cuda, cuda:N", device, "name one of these");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0601", "session", text("unknown device: ", quoted(device)),
+                "open the session on cpu, cuda or cuda:N");
   }
   const int count = driver.device_count();
   if (*ordinal >= count) {
-    throw Error(TITANS_UNSUPPORTED, "session", text("a device from cuda:0 to cuda:", count - 1), device,
+    throw Error(TITANS_UNSUPPORTED, "E0601", "session",
+                text("expected a device from cuda:0 to cuda:", count - 1, ", got ", device),
                 "name one of these; CUDA_VISIBLE_DEVICES may hide others");
   }
   CUdevice handle = 0;

@@ -22,8 +22,8 @@ DeviceInfo find_cuda_device([[maybe_unused]] const std::string& device) {
   const cuda::DeviceInfo info = cuda::find_device(cuda::Driver::require(), device);
   return {"cuda", info.name, kPlatform, info.sm, info.driver_version, {}};
 #else
-  throw Error(TITANS_UNSUPPORTED, "session", "a runtime that was built with CUDA's headers", "one without",
-              "build it where cuda.h is, or with -DTITANS_CUDA_INCLUDE=FOLDER, or open the session on cpu");
+  throw Error(TITANS_UNSUPPORTED, "E0611", "session", "the runtime was built without CUDA's headers",
+              "build it with -DTITANS_CUDA_INCLUDE=FOLDER, or open the session on cpu");
 #endif
 }
 
@@ -33,8 +33,8 @@ DeviceInfo find_device_info(const std::string& device) {
   if (device == "cpu") return {"cpu", {}, kPlatform, 0, 0, {}};
   constexpr std::string_view kCuda = "cuda";
   if (device.compare(0, kCuda.size(), kCuda) == 0) return find_cuda_device(device);
-  throw Error(TITANS_UNSUPPORTED, "session", "a device out of: cpu, cuda, cuda:N", device,
-              "open the session on one of these");
+  throw Error(TITANS_UNSUPPORTED, "E0601", "session", text("unknown device: ", quoted(device)),
+              "open the session on cpu, cuda or cuda:N");
 }
 
 }  // namespace titans::core

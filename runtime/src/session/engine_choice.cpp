@@ -22,10 +22,9 @@ std::size_t rank(const EngineRecord& engine) {
 
 // Why an engine does not fit.
 struct Mismatch {
-  int depth;  // how many other things fit: among several engines the deepest is the nearest
-  std::string expected;
-  std::string got;
-  std::string advice;
+  int depth;  // the number of checks passed: the deepest mismatch belongs to the nearest engine
+  std::string problem;
+  std::string fix;
 };
 
 class CompatibilityCheck {
@@ -94,33 +93,34 @@ class CompatibilityCheck {
     return device_info_.kind == "cpu" ? "cpu" : "";
   }
 
-  std::string made_for(const EngineRecord& engine, std::string_view what) const {
-    return text("a device for the engine ", engine.name, ", which is made for ", what);
+  std::string made_for(const EngineRecord& engine, std::string_view what, std::string_view got) const {
+    return text("engine ", engine.name, " is made for ", what, ", got ", got);
   }
 
   std::optional<Mismatch> device(const EngineRecord& engine) const {
     if (engine.device == device_info_.kind) return std::nullopt;
-    return Mismatch{0, made_for(engine, engine.device), device_info_.kind,
+    return Mismatch{0, made_for(engine, engine.device, device_info_.kind),
                     text("open the session on ", engine.device, ", or ", build_for_this_device())};
   }
 
   std::optional<Mismatch> requested(const EngineRecord& engine) const {
     if (!request_.backend.empty() && request_.backend != engine.compiler) {
-      return Mismatch{0, text("the backend ", engine.compiler, " for the engine ", engine.name), request_.backend,
-                      "leave the backend to be chosen, or name that one"};
+      return Mismatch{0,
+                      text("engine ", engine.name, " needs the backend ", engine.compiler, ", got ", request_.backend),
+                      "omit the backend, or name that one"};
     }
     const bool ours = request_.memory_kernel == "require" && engine.memory == "standard-operators";
     const bool theirs = request_.memory_kernel == "off" && engine.memory == "plugin";
     if (!ours && !theirs) return std::nullopt;
     return Mismatch{0,
-                    text("memory_kernel auto for the engine ", engine.name, ", whose memory is computed by ",
-                         ours ? "standard operators" : "our plugin"),
-                    request_.memory_kernel, "leave memory_kernel at auto, or open another engine"};
+                    text("engine ", engine.name, " computes the memory with ",
+                         ours ? "standard operators" : "our plugin", ", got memory_kernel ", request_.memory_kernel),
+                    "leave memory_kernel at auto, or open another engine"};
   }
 
   std::optional<Mismatch> platform(const EngineRecord& engine) const {
     if (engine.platform == device_info_.platform) return std::nullopt;
-    return Mismatch{0, made_for(engine, engine.platform), device_info_.platform,
+    return Mismatch{0, made_for(engine, engine.platform, device_info_.platform),
                     text(build_for_this_device(), " on this machine")};
   }
 
@@ -129,7 +129,7 @@ class CompatibilityCheck {
     if (std::find(engine.sm.begin(), engine.sm.end(), device_info_.sm) != engine.sm.end()) return std::nullopt;
     std::string made;
     for (const int one : engine.sm) made += text(made.empty() ? "sm " : ", ", one);
-    return Mismatch{0, made_for(engine, made), text("sm ", device_info_.sm, " (", device_info_.name, ")"),
+    return Mismatch{0, made_for(engine, made, text("sm ", device_info_.sm, " (", device_info_.name, ")")),
                     build_for_this_device()};
   }
 
@@ -140,13 +140,13 @@ class CompatibilityCheck {
 
   std::optional<Mismatch> library(const EngineRecord& engine) const {
     const LibraryInfo* library = library_of(engine);
-    const std::string expected =
-        text("the library of ", engine.compiler, " ", engine.compiler_version, " for the engine ", engine.name);
-    const std::string advice = text("install ", engine.compiler, " ", engine.compiler_version, ", or ",
-                                    build_again(engine), " with the version that is installed");
-    if (library == nullptr) return Mismatch{0, expected, text("no backend ", engine.compiler), advice};
+    const std::string needed =
+        text("engine ", engine.name, " needs the library of ", engine.compiler, " ", engine.compiler_version);
+    const std::string fix = text("install ", engine.compiler, " ", engine.compiler_version, ", or ",
+                                 build_again(engine), " with the installed version");
+    if (library == nullptr) return Mismatch{0, text(needed, ", but there is no backend ", engine.compiler), fix};
     if (library->why_not.empty()) return std::nullopt;
-    return Mismatch{0, expected, library->why_not, advice};
+    return Mismatch{0, text(needed, ": ", library->why_not), fix};
   }
 
   std::optional<Mismatch> version(const EngineRecord& engine) const {
@@ -160,17 +160,17 @@ class CompatibilityCheck {
     if (fits) return std::nullopt;
     return Mismatch{
         0,
-        text(engine.compiler, " ", wanted ? wanted->text() : engine.compiler_version, " for the engine ", engine.name),
-        installed,
+        text("engine ", engine.name, " needs ", engine.compiler, " ", wanted ? wanted->text() : engine.compiler_version,
+             ", got ", installed),
         text(build_again(engine), " with ", engine.compiler, " ", installed, ", or install ", engine.compiler_version)};
   }
 
   std::optional<Mismatch> plugin(const EngineRecord& engine) const {
     const LibraryInfo& library = *library_of(engine);
     if (!engine.plugin || library.plugin_why_not.empty()) return std::nullopt;
-    return Mismatch{0, text("the plugin ", engine.plugin->name, " for the engine ", engine.name),
-                    library.plugin_why_not,
-                    "build the runtime with -DTENSORRT_ROOT=FOLDER, and put the plugin beside its backend"};
+    return Mismatch{
+        0, text("engine ", engine.name, " needs the plugin ", engine.plugin->name, ": ", library.plugin_why_not),
+        "build the runtime with -DTENSORRT_ROOT=FOLDER, and put the plugin beside its backend"};
   }
 
   std::optional<Mismatch> plugin_version(const EngineRecord& engine) const {
@@ -178,16 +178,17 @@ class CompatibilityCheck {
     if (!engine.plugin || library.plugin_version.empty()) return std::nullopt;
     if (library.plugin_version == engine.plugin->version) return std::nullopt;
     return Mismatch{0,
-                    text("version ", engine.plugin->version, " of the plugin ", engine.plugin->name, " for the engine ",
-                         engine.name),
-                    library.plugin_version, text(build_again(engine), " with the plugin that is installed")};
+                    text("engine ", engine.name, " needs version ", engine.plugin->version, " of the plugin ",
+                         engine.plugin->name, ", got ", library.plugin_version),
+                    text(build_again(engine), " with the installed plugin")};
   }
 
   std::optional<Mismatch> driver(const EngineRecord& engine) const {
     if (device_info_.driver >= engine.driver) return std::nullopt;
     const auto cuda_text = [](int version) { return text(version / 1000, ".", version % 1000 / 10); };
-    return Mismatch{0, text("a driver of CUDA ", cuda_text(engine.driver), " or newer for the engine ", engine.name),
-                    text("one of CUDA ", cuda_text(device_info_.driver)),
+    return Mismatch{0,
+                    text("engine ", engine.name, " needs a driver of CUDA ", cuda_text(engine.driver),
+                         " or newer, got CUDA ", cuda_text(device_info_.driver)),
                     text("update the NVIDIA driver, or ", build_again(engine), " with an older CUDA")};
   }
 
@@ -196,13 +197,13 @@ class CompatibilityCheck {
 };
 
 [[noreturn]] void refuse(const Mismatch& mismatch) {
-  throw Error(TITANS_UNSUPPORTED, "session", mismatch.expected, mismatch.got, mismatch.advice);
+  throw Error(TITANS_UNSUPPORTED, "E0606", "session", mismatch.problem, mismatch.fix);
 }
 
 std::string names_of(const Manifest& manifest) {
   std::string names;
   for (const EngineRecord& engine : manifest.engines) names += text(names.empty() ? "" : ", ", engine.name);
-  return names.empty() ? "none, the bundle has no engines" : names;
+  return names.empty() ? "none: the bundle has no engines" : names;
 }
 
 std::string describe(const EngineRecord& engine, const DeviceInfo& device_info) {
@@ -219,7 +220,8 @@ EngineChoice insist(const Manifest& manifest, const CompatibilityCheck& check, c
     return {
         &engine, engine.compiler, module_of(engine), text("asked for by name; ", describe(engine, device_info)), {}};
   }
-  throw Error(TITANS_INVALID_ARGUMENT, "session", text("an engine out of: ", names_of(manifest)), request.engine,
+  throw Error(TITANS_INVALID_ARGUMENT, "E0605", "session",
+              text("no engine ", quoted(request.engine), " in the bundle; it has ", names_of(manifest)),
               "name one of these, or none for the plain graphs");
 }
 
@@ -267,7 +269,7 @@ EngineChoice choose_engine(const Manifest& manifest, const DeviceInfo& device_in
       if (best == nullptr || rank(engine) < rank(*best)) best = &engine;
       continue;
     }
-    others.emplace_back(engine.name, text("expected ", mismatch->expected, " but got ", mismatch->got));
+    others.emplace_back(engine.name, mismatch->problem);
     if (!nearest || mismatch->depth > nearest->depth) nearest = std::move(mismatch);
   }
   if (best != nullptr) {
@@ -284,11 +286,12 @@ EngineChoice choose_engine(const Manifest& manifest, const DeviceInfo& device_in
                                         [&](const EngineRecord& engine) { return engine.device == device_info.kind; });
   if (!plain_requested && !request.backend.empty()) {
     if (nearest && nearest->depth > 1) refuse(*nearest);
-    throw Error(TITANS_UNSUPPORTED, "session", text("an engine made by ", request.backend, " in the bundle"),
-                names_of(manifest), check.build_for_this_device());
+    throw Error(TITANS_UNSUPPORTED, "E0605", "session",
+                text("no engine made by ", request.backend, " in the bundle; it has ", names_of(manifest)),
+                check.build_for_this_device());
   }
   if (device_info.kind != "cpu" && any_for_kind && !plain_requested) {
-    nearest->advice += ", or open with the engine none, for the plain graphs";
+    nearest->fix += ", or open with the engine none, for the plain graphs";
     refuse(*nearest);
   }
   EngineChoice choice = plain(request, plain_backend,

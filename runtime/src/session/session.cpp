@@ -20,8 +20,8 @@ KernelChoice read_kernel_choice(const std::string& name) {
   if (name == "auto") return KernelChoice::kAuto;
   if (name == "require") return KernelChoice::kRequire;
   if (name == "off") return KernelChoice::kOff;
-  throw Error(TITANS_INVALID_ARGUMENT, "session", "memory_kernel out of: auto, require, off", name,
-              "choose one of these");
+  throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("unknown memory_kernel: ", quoted(name)),
+              "choose auto, require or off");
 }
 
 // Where the vendor's library for a backend lies: the path that `lines` has for it, unless the environment names one,
@@ -138,15 +138,16 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
 std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const SessionOptions& options) {
   SessionOptions chosen = options;
   if (chosen.threads < 0) {
-    throw Error(TITANS_INVALID_ARGUMENT, "session", "threads >= 0", text(chosen.threads), "give 0 for the default");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("expected threads >= 0, got ", chosen.threads),
+                "give 0 for the default");
   }
   if (chosen.batch_threads < 0) {
-    throw Error(TITANS_INVALID_ARGUMENT, "session", "batch_threads >= 0", text(chosen.batch_threads),
-                "give 0 for as many as there are processors");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session",
+                text("expected batch_threads >= 0, got ", chosen.batch_threads), "give 0 for one per processor");
   }
   if (chosen.memory_budget > 0 && chosen.spill_dir.empty()) {
-    throw Error(TITANS_INVALID_ARGUMENT, "session", "a spill_dir with memory_budget", "none",
-                "name a folder for the streams beyond it");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", "memory_budget without spill_dir",
+                "name a folder for the spilled streams");
   }
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
@@ -195,8 +196,9 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
   if (options.memory_budget == 0) return;
   const std::uint64_t least = stream_bytes(manifest(), *executor_);
   if (options.memory_budget < least) {
-    throw Error(TITANS_INVALID_ARGUMENT, "session", text("a memory_budget of at least one stream, ", least, " bytes"),
-                text(options.memory_budget), "give more, or 0 for no limit");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session",
+                text("expected a memory_budget of at least one stream, ", least, " bytes, got ", options.memory_budget),
+                "give more, or 0 for no limit");
   }
   cache_ = std::make_unique<StateCache>(*this, metrics_, options.memory_budget, options.spill_dir);
 }

@@ -174,8 +174,9 @@ void StateCache::spill_oldest(Lock& lock) {
   if (!moved) {
     handle.state_ = Handle::State::kIdle;
     idle_.splice(idle_.begin(), handle.node_, handle.at_);
-    throw Error(TITANS_FAILED, "spill", text("to keep within memory_budget, ", budget_, " bytes,"), failure.text,
-                "make room in spill_dir or close streams; no stream has changed");
+    throw Error(TITANS_FAILED, "E0411", "spill",
+                text("cannot keep within the memory_budget of ", budget_, " bytes: ", failure.text),
+                "free space in spill_dir or close streams; no stream has changed");
   }
   in_memory_ -= handle.bytes_;
   handle.state_ = Handle::State::kSpilled;

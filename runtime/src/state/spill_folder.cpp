@@ -98,22 +98,24 @@ void remove_leftovers(const fs::path& parent) {
 SpillFolder::SpillFolder(const fs::path& parent) : key_(make_key()), process_(::getpid()) {
   std::error_code ignored;
   if (!fs::is_directory(parent, ignored)) {
-    throw Error(TITANS_INVALID_ARGUMENT, "spill", "spill_dir to be a folder", parent.string(), "make the folder first");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "spill", text("spill_dir is not a folder: ", quoted(parent.string())),
+                "create the folder first");
   }
   remove_leftovers(parent);
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     if (make_own(parent)) return;
   }
-  throw Error(TITANS_FAILED, "spill", text("a file that can be locked in ", parent.string()), "none",
-              "choose a spill_dir on a disk of this machine");
+  throw Error(TITANS_FAILED, "E0411", "spill", text("cannot lock a file in ", parent.string()),
+              "choose a spill_dir on a local disk");
 }
 
 // Whether it is there and locked: one that has no lock yet looks like a dead process's for a moment.
 bool SpillFolder::make_own(const fs::path& parent) {
   std::string pattern = (fs::absolute(parent) / (std::string(kPrefix) + "XXXXXX")).string();
   if (::mkdtemp(pattern.data()) == nullptr) {
-    throw Error(TITANS_FAILED, "spill", text("a folder that can be made in ", parent.string()),
-                std::generic_category().message(errno), "check spill_dir and its permissions");
+    throw Error(TITANS_FAILED, "E0411", "spill",
+                text("cannot create a folder in ", parent.string(), ": ", std::generic_category().message(errno)),
+                "check spill_dir and its permissions");
   }
   path_ = pattern;
   const FileDescriptor folder = open_folder(path_);

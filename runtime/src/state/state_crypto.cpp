@@ -36,7 +36,7 @@ template <typename Function>
 void find(void* library, const char* name, const std::string& from, Function& function) {
   function = reinterpret_cast<Function>(::dlsym(library, name));
   if (function != nullptr) return;
-  throw Error(TITANS_UNSUPPORTED, "state", text("a libcrypto that has ", name), from, "install OpenSSL 1.1 or 3");
+  throw Error(TITANS_UNSUPPORTED, "E0409", "state", text(from, " has no ", name), "install OpenSSL 1.1 or 3");
 }
 
 Functions open_functions() {
@@ -52,7 +52,8 @@ Functions open_functions() {
   }
   if (library == nullptr) {
     const char* why = ::dlerror();
-    throw Error(TITANS_UNSUPPORTED, "state", "libcrypto, which encrypts", why == nullptr ? "none" : why,
+    throw Error(TITANS_UNSUPPORTED, "E0409", "state",
+                text("encryption needs libcrypto: ", why == nullptr ? "not found" : why),
                 "install OpenSSL 1.1 or 3 (Debian and Ubuntu: apt install libssl3), or save without a key");
   }
   // Never closed: it registers what runs when the process ends.
@@ -75,7 +76,7 @@ const Functions& crypto() {
 
 void check(int result) {
   if (result == 1) return;
-  throw Error(TITANS_FAILED, "state", "libcrypto to do AES-256-GCM", "a refusal",
+  throw Error(TITANS_FAILED, "E0409", "state", "libcrypto refused AES-256-GCM",
               "check that this installation of OpenSSL allows it");
 }
 

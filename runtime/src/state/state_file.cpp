@@ -27,7 +27,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::string_view kFormat = "titans-state";
-constexpr std::int64_t kStateSchema = 1;
+constexpr std::int64_t kStateSchema = 2;
 constexpr std::string_view kEncrypted = "TITANSE1";
 constexpr std::string_view kLastOutput = "last_output";
 constexpr std::string_view kMetadata = "__metadata__";
@@ -41,7 +41,7 @@ constexpr std::size_t kBlock = std::size_t{1} << 20;  // that is encrypted at on
 // in another dtype may be larger than ours.
 constexpr std::uint64_t kMostHeader = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMostGrowth = 8;
-constexpr std::string_view kRestore = "restore an older copy of it";
+constexpr std::string_view kRestore = "restore an older copy of the file";
 
 std::string name_of(const std::filesystem::path& path) { return path.filename().string(); }
 
@@ -132,8 +132,8 @@ std::vector<Part> list_parts(const Manifest& manifest, const StateView& state, j
   for (std::size_t i = 0; i < manifest.state.size(); ++i) {
     const StateTensor& tensor = manifest.state[i];
     if (tensor.name == kLastOutput || tensor.name == kMetadata) {
-      throw Error(TITANS_UNSUPPORTED, "state", "state tensors of other names than a state file's own", tensor.name,
-                  "export the bundle with another name for it");
+      throw Error(TITANS_UNSUPPORTED, "E0410", "state", text("state files reserve the tensor name ", tensor.name),
+                  "export the bundle with another name for the tensor");
     }
     entries.push_back({tensor.name, tensor.dtype, tensor.shape, {state.tensors[i], tensor.bytes}});
   }
@@ -214,16 +214,17 @@ Bytes open_envelope(Bytes content, const StateKey* key, const std::string& name)
   const bool encrypted = text_of(content).substr(0, kEncrypted.size()) == kEncrypted;
   if (!encrypted && key == nullptr) return content;
   if (!encrypted) {
-    throw Error(TITANS_FAILED, name, "an encrypted state, as a key is given", "one that is not encrypted",
-                "give no key if that is meant: nothing tells who wrote this file");
+    throw Error(TITANS_FAILED, "E0406", name, "a key was given for a file without encryption",
+                "omit the key if you trust the origin of the file");
   }
   if (key == nullptr) {
-    throw Error(TITANS_INVALID_ARGUMENT, name, "the key of an encrypted state", "none",
-                "give the 32 bytes that it was saved with");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0406", name, "the state is encrypted, and no key was given",
+                "give the 32-byte key that it was saved with");
   }
   if (content.size() < kEnvelope) {
-    throw Error(TITANS_FAILED, name, text("an encrypted state of at least ", kEnvelope, " bytes"),
-                text(content.size(), ": it is truncated"), kRestore);
+    throw Error(TITANS_FAILED, "E0404", name,
+                text("damaged state file: truncated, expected at least ", kEnvelope, " bytes, got ", content.size()),
+                kRestore);
   }
   const auto* raw = reinterpret_cast<const std::uint8_t*>(content.data());
   const std::size_t start = kEncrypted.size() + kNonceBytes;
@@ -231,7 +232,7 @@ Bytes open_envelope(Bytes content, const StateKey* key, const std::string& name)
   Bytes plain(content.size() - kEnvelope);
   cipher.update(content.data() + start, plain.size(), plain.data());
   if (!cipher.matches(raw + content.size() - kTagBytes)) {
-    throw Error(TITANS_FAILED, name, "an encrypted state that its key opens", "a wrong key, or an altered file",
+    throw Error(TITANS_FAILED, "E0405", name, "wrong key, or altered file",
                 text("give the key that it was saved with, or ", kRestore));
   }
   return plain;
@@ -244,8 +245,8 @@ struct StateFile {
   Tensors tensors;  // views into `content`
 };
 
-[[noreturn]] void fail_damaged(const std::string& name, std::string_view expected, std::string_view got) {
-  throw Error(TITANS_FAILED, name, expected, got, kRestore);
+[[noreturn]] void fail_damaged(const std::string& name, std::string_view detail) {
+  throw Error(TITANS_FAILED, "E0404", name, text("damaged state file: ", detail), kRestore);
 }
 
 // What reads JSON and safetensors knows bundles alone, and advises to export them again.
@@ -254,15 +255,14 @@ auto read_header(const std::string& name, Read&& read) {
   try {
     return read();
   } catch (const Error& error) {
-    const std::string message = error.what();
-    fail_damaged(name, "a whole state file", text("a damaged one (", message.substr(0, message.rfind("; do ")), ")"));
+    fail_damaged(name, error.problem());
   }
 }
 
 void check_format(const JsonReader& metadata, const std::string& name) {
   const std::optional<JsonReader> format = metadata.find("format");
   if (!format || format->raw() != kFormat) {
-    throw Error(TITANS_FAILED, name, "a titans-state file", "a safetensors file of another kind",
+    throw Error(TITANS_FAILED, "E0401", name, "not a state file, but another safetensors file",
                 "give a file that a stream was saved to");
   }
   const std::string version = read_header(name, [&] {
@@ -272,8 +272,14 @@ void check_format(const JsonReader& metadata, const std::string& name) {
     return digits;
   });
   if (version == std::to_string(kStateSchema)) return;
-  throw Error(TITANS_UNSUPPORTED, name, text("schema_version ", kStateSchema), version,
-              "install a titans runtime that knows it");
+  const bool older = version.size() == 1 && version[0] < '0' + kStateSchema;
+  const std::string versions = text(" schema: expected schema_version ", kStateSchema, ", got ", version);
+  if (older) {
+    throw Error(TITANS_UNSUPPORTED, "E0403", name, text("state file of an older", versions),
+                "feed the stream again and save it, or open the file with the runtime that wrote it");
+  }
+  throw Error(TITANS_UNSUPPORTED, "E0402", name, text("state file of a newer", versions),
+              "install a newer titans runtime");
 }
 
 void check_size(const JsonReader& header, std::size_t head, std::size_t size, const std::string& name) {
@@ -286,21 +292,22 @@ void check_size(const JsonReader& header, std::size_t head, std::size_t size, co
     return static_cast<std::uint64_t>(end);
   });
   if (size == head + data) return;
-  fail_damaged(name, text(head + data, " bytes"),
-               text(size, size < head + data ? ": it is truncated" : ": something follows"));
+  fail_damaged(
+      name, text(size < head + data ? "truncated" : "extra bytes", ", expected ", head + data, " bytes, got ", size));
 }
 
 void check_hash(std::string_view content, const JsonReader& metadata, const std::string& name) {
   const std::string digits = read_header(name, [&] { return metadata.at(std::string(kHashKey)).string(); });
   const std::size_t at = digits.size() == kHashDigits ? find_digits(content, digits) : std::string_view::npos;
-  if (at == std::string_view::npos) fail_damaged(name, text(kHashDigits, " digits as its ", kHashKey), digits);
+  if (at == std::string_view::npos)
+    fail_damaged(name, text("expected ", kHashDigits, " digits as its ", kHashKey, ", got ", quoted(digits)));
   const std::string zeros(kHashDigits, '0');
   Hash hash;
   hash.update(content.data(), at);
   hash.update(zeros.data(), zeros.size());
   hash.update(content.data() + at + zeros.size(), content.size() - at - zeros.size());
   const std::string found = hash.digits();
-  if (found != digits) fail_damaged(name, text("content of the hash ", digits), text(found, ": it is altered"));
+  if (found != digits) fail_damaged(name, text("altered, expected hash ", digits, ", got ", found));
 }
 
 StateFile verify(Bytes content, const std::string& name) {
@@ -308,7 +315,7 @@ StateFile verify(Bytes content, const std::string& name) {
   const std::string_view whole = text_of(file.content);
   const std::string_view source = read_header(name, [&] { return safetensors_header(whole, name); });
   if (source.size() > kMostHeader)
-    fail_damaged(name, text("a header of at most ", kMostHeader, " bytes"), text(source.size()));
+    fail_damaged(name, text("expected a header of at most ", kMostHeader, " bytes, got ", source.size()));
   json header = read_header(name, [&] { return JsonReader::parse(source, name); });
   const auto metadata = header.find(kMetadata);
   const bool described = metadata != header.end() && metadata->is_object();
@@ -320,7 +327,7 @@ StateFile verify(Bytes content, const std::string& name) {
   check_hash(whole, JsonReader(file.metadata, name), name);
   file.tensors = read_header(name, [&] { return read_safetensors(whole, name); });
   // Those of types that are not known are left out there.
-  if (file.tensors.size() + 1 != header.size()) fail_damaged(name, "tensors of known types", "others");
+  if (file.tensors.size() + 1 != header.size()) fail_damaged(name, "it has tensors of unknown dtypes");
   return file;
 }
 
@@ -364,7 +371,8 @@ void check_model(const JsonReader& metadata, const Manifest& manifest, const std
   const auto wanted = expected.find(decides);
   const bool same = found != got.end() && wanted != expected.end() && found->is_string() && *found == *wanted;
   if (same) return;
-  throw Error(TITANS_FAILED, name, text("a state of the model ", title(expected)), title(got),
+  throw Error(TITANS_FAILED, "E0407", name,
+              text("state of another model: expected ", title(expected), ", got ", title(got)),
               "restore it with a bundle of its own checkpoint");
 }
 
@@ -395,11 +403,11 @@ std::vector<StateTensor> read_states(const JsonReader& metadata, const std::stri
 const TensorView& find_tensor(const StateFile& file, const std::string& tensor, const StateTensor& kept,
                               const std::string& name) {
   const auto found = file.tensors.find(tensor);
-  if (found == file.tensors.end()) fail_damaged(name, text("a tensor ", tensor), "none");
+  if (found == file.tensors.end()) fail_damaged(name, text("missing tensor ", tensor));
   const TensorView& view = found->second;
   if (view.dtype != kept.dtype || view.shape != kept.shape) {
-    fail_damaged(name, text(tensor, " as ", dtype_info(kept.dtype).name, " ", shape_text(kept.shape)),
-                 text(dtype_info(view.dtype).name, " ", shape_text(view.shape)));
+    fail_damaged(name, text("expected ", tensor, " as ", dtype_info(kept.dtype).name, " ", shape_text(kept.shape),
+                            ", got ", dtype_info(view.dtype).name, " ", shape_text(view.shape)));
   }
   return view;
 }
@@ -420,8 +428,7 @@ void check_content(const StateFile& file, const std::string& name) {
   }
   for (const auto& [tensor, view] : file.tensors) {
     const bool output = tensor == kLastOutput && position > 0 && view.dtype == DType::kFloat32;
-    if (known.count(tensor) == 0 && !output)
-      fail_damaged(name, "the tensors of its state", text(tensor, " beside them"));
+    if (known.count(tensor) == 0 && !output) fail_damaged(name, text("unexpected tensor ", tensor));
   }
 }
 
@@ -431,10 +438,10 @@ StreamState to_state(const StateFile& file, const Session& session, const std::s
   check_model(metadata, manifest, name);
   const std::vector<StateTensor> kept = read_header(name, [&] { return read_states(metadata, name); });
   const auto fail = [&](const StateTensor& state, std::string_view got) {
-    throw Error(
-        TITANS_FAILED, name,
-        text("the state tensor ", state.name, " as ", dtype_info(state.dtype).name, " ", shape_text(state.shape)), got,
-        "restore it with a bundle of the model that it was saved with");
+    throw Error(TITANS_FAILED, "E0407", name,
+                text("expected the state tensor ", state.name, " as ", dtype_info(state.dtype).name, " ",
+                     shape_text(state.shape), ", got ", got),
+                "restore it with a bundle of the model that it was saved with");
   };
   StreamState state;
   state.position = read_header(name, [&] { return read_position(metadata); });

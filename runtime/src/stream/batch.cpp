@@ -8,16 +8,16 @@
 namespace titans::core {
 namespace {
 
-void refuse(std::string_view expected, std::string_view got, std::string_view advice) {
-  throw Error(TITANS_INVALID_ARGUMENT, "batch", expected, got, advice);
+void refuse(std::string_view problem, std::string_view fix) {
+  throw Error(TITANS_INVALID_ARGUMENT, "E0514", "batch", problem, fix);
 }
 
 void check_streams(const Session& session, const std::vector<BatchItem>& items) {
   for (std::size_t index = 0; index < items.size(); ++index) {
     const Stream* stream = items[index].stream;
-    if (stream == nullptr) refuse(text("a pointer for stream ", index), "NULL", "pass one");
+    if (stream == nullptr) refuse(text("stream ", index, " is NULL"), "pass a stream");
     if (&stream->session() != &session) {
-      refuse(text("stream ", index, " of this session"), "one of another", "make one call for each session");
+      refuse(text("stream ", index, " belongs to another session"), "make one call per session");
     }
   }
   std::vector<std::size_t> order(items.size());
@@ -29,8 +29,8 @@ void check_streams(const Session& session, const std::vector<BatchItem>& items) 
   const auto twice = std::adjacent_find(order.begin(), order.end(),
                                         [&](std::size_t a, std::size_t b) { return stream_of(a) == stream_of(b); });
   if (twice != order.end()) {
-    refuse("each stream once", text("stream ", *twice, " again as stream ", *(twice + 1)),
-           "feed a stream all its tokens at once, or in one call after the other");
+    refuse(text("one stream twice: stream ", *twice, " is also stream ", *(twice + 1)),
+           "feed a stream all its tokens at once, or in successive calls");
   }
 }
 
@@ -65,9 +65,10 @@ void require_success(const std::vector<Failure>& outcomes) {
   const auto first = std::find_if(outcomes.begin(), outcomes.end(), failed);
   if (first == outcomes.end()) return;
   const auto count = std::count_if(outcomes.begin(), outcomes.end(), failed);
-  throw Error(first->status, "batch", text("all ", outcomes.size(), " streams to succeed"),
-              text(count, " that failed, stream ", first - outcomes.begin(), " first: ", first->text),
-              "look at each stream's status; those that failed are as they were");
+  throw Error(first->status, "E0513", "batch",
+              text(count, " of ", outcomes.size(), " streams failed, stream ", first - outcomes.begin(),
+                   " first: ", first->text),
+              "check the status of each stream; failed streams are unchanged");
 }
 
 }  // namespace titans::core

@@ -11,8 +11,8 @@ namespace {
 // A fresh stream has no logits to draw from.
 void require_consumed(const Stream& stream) {
   if (stream.position() > 0) return;
-  throw Error(TITANS_INVALID_ARGUMENT, "generate", "a stream that has consumed a token", "a fresh one",
-              "feed it a prompt of at least one token");
+  throw Error(TITANS_INVALID_ARGUMENT, "E0508", "generate", "the stream has not consumed a token",
+              "feed a prompt of at least one token");
 }
 
 }  // namespace

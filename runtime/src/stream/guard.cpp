@@ -66,13 +66,13 @@ float larger(float a, float b) { return std::isnan(a) || a > b ? a : b; }
 
 void check_guard(const titans_guard& guard) {
   if (guard.policy < TITANS_GUARD_OFF || guard.policy > TITANS_GUARD_SKIP) {
-    throw Error(TITANS_INVALID_ARGUMENT, "guard", "a policy as a titans_guard_policy", text(guard.policy),
-                "pass a value of that enumeration");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0501", "guard", text("unknown policy: ", guard.policy),
+                "pass a titans_guard_policy");
   }
   for (const float limit : {guard.max_update_norm, guard.max_surprise}) {
     if (limit > 0) continue;
-    throw Error(TITANS_INVALID_ARGUMENT, "guard", "limits above 0", text(limit),
-                "give infinity for none, and begin with titans_guard_init");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0501", "guard", text("expected limits above 0, got ", limit),
+                "begin with titans_guard_init, and give infinity for no limit");
   }
 }
 
@@ -253,26 +253,21 @@ void Guard::count(const Violation& violation, std::uint64_t position) {
 }
 
 std::string Guard::describe(const Violation& violation) const {
+  if (violation.reason == TITANS_GUARD_CALL) return text("a graph failed: ", violation.failure);
+  if (violation.reason == TITANS_GUARD_OUTPUT) {
+    const bool tokens = session_.manifest().input_kind == InputKind::kTokens;
+    return tokens ? "logits without a finite maximum" : "outputs that are not finite";
+  }
+  const std::string where = text(" in ", *violation.name, ", head ", violation.head);
   switch (violation.reason) {
     case TITANS_GUARD_UPDATE_NORM:
-      return text("an update norm of at most ", limits_.max_update_norm);
+      return text("expected an update norm of at most ", limits_.max_update_norm, ", got ", violation.update_norm,
+                  where);
     case TITANS_GUARD_SURPRISE:
-      return text("a surprise of at most ", limits_.max_surprise);
-    case TITANS_GUARD_CALL:
-      return "a call of a graph that works";
-    case TITANS_GUARD_OUTPUT:
-      return session_.manifest().input_kind == InputKind::kTokens ? "logits with a finite maximum" : "finite outputs";
+      return text("expected a surprise of at most ", limits_.max_surprise, ", got ", violation.surprise, where);
     default:
-      return "a memory of finite numbers";
+      return "NaN or infinity" + where;
   }
-}
-
-std::string Guard::describe_found(const Violation& violation) const {
-  if (violation.reason == TITANS_GUARD_CALL) return violation.failure;
-  if (violation.reason == TITANS_GUARD_OUTPUT) return "others";
-  const std::string where = text(" in ", *violation.name, ", head ", violation.head);
-  if (violation.reason == TITANS_GUARD_NOT_FINITE) return "others" + where;
-  return text(violation.reason == TITANS_GUARD_SURPRISE ? violation.surprise : violation.update_norm, where);
 }
 
 void Guard::drop_open_chunk(const BufferSet& state, std::size_t set) {

@@ -76,8 +76,8 @@ class Guard {
   // Whether the checkpoint goes to the end of that call, in which nothing was wrong.
   bool moves_on(const Violation& violation, std::uint64_t position, std::uint64_t tokens) const;
   void count(const Violation& violation, std::uint64_t position);
-  std::string describe(const Violation& violation) const;  // "an update norm of at most 0.5 ..."
-  std::string describe_found(const Violation& violation) const;
+  // "expected an update norm of at most 0.5, got 0.7 in layers.0.memory, head 1"
+  std::string describe(const Violation& violation) const;
 
   // Puts back what is in place; what swaps is in the checkpoint's set.
   void restore() { journal_.restore(); }

@@ -20,7 +20,8 @@ inline float finite_maximum(const float* logits, std::size_t count, std::string_
     if (logits[i] > most) most = logits[i];
   }
   if (has_nan || !std::isfinite(most)) {
-    throw Error(TITANS_FAILED, where, "logits with a finite maximum", has_nan ? std::string("NaN") : text(most),
+    throw Error(TITANS_FAILED, "E0511", where,
+                text("expected logits with a finite maximum, got ", has_nan ? std::string("NaN") : text(most)),
                 "reset the stream, or check the model in full precision");
   }
   return most;

@@ -10,7 +10,9 @@ namespace titans::core {
 namespace {
 
 void require(bool holds, std::string_view expected, double got) {
-  if (!holds) throw Error(TITANS_INVALID_ARGUMENT, "generate", expected, text(got), "change that option");
+  if (holds) return;
+  throw Error(TITANS_INVALID_ARGUMENT, "E0512", "generate", text("expected ", expected, ", got ", got),
+              "change that option");
 }
 
 }  // namespace

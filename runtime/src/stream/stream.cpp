@@ -9,9 +9,8 @@ namespace titans::core {
 
 Stream::ExclusiveUse::ExclusiveUse(const Stream& stream) : stream_(stream) {
   if (stream.used_.exchange(true, std::memory_order_acquire)) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a stream that no other call is in",
-                "one in use by another thread, or by the call that this one is made within",
-                "let one thread at a time use a stream");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0503", "stream", "the stream is in use by another call",
+                "use a stream from one thread at a time, and not from its callbacks");
   }
 }
 
@@ -218,7 +217,7 @@ void Stream::set_state(const StreamState& state) {
     fits = state.tensors[index].size() == states[index].bytes;
   }
   if (!fits) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a state of this model", "one of another", "take one of its own");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0407", "stream", "state of another model", "give a state of this model");
   }
   const std::size_t next = free_set(current_, current_);
   transact([&] {
@@ -274,8 +273,10 @@ Stream::Mark Stream::find_mark(std::uint64_t position) {
   if (mark != marks_.end()) return mark;
   std::string there;
   for (const std::uint64_t one : marks()) there += text(there.empty() ? "" : ", ", one);
-  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a mark at position ", position),
-              there.empty() ? "a stream without marks" : text("marks at ", there), "mark the stream there first");
+  throw Error(
+      TITANS_INVALID_ARGUMENT, "E0408", "stream",
+      text("no mark at position ", position, there.empty() ? "; the stream has no marks" : "; marks are at ", there),
+      "mark the stream there first");
 }
 
 void Stream::drop_marks(Mark first, Mark end) {
@@ -349,8 +350,9 @@ std::uint64_t Stream::state_bytes() const {
 void Stream::read_memory(std::size_t index, float* values, std::size_t capacity) const {
   const MemoryView& memory = session_->memories()[index];
   if (capacity < memory.elements) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", memory.elements, " values of ", memory.name),
-                text(capacity), "pass a larger buffer");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0507", "stream",
+                text("expected room for ", memory.elements, " values of ", memory.name, ", got ", capacity),
+                "pass a larger buffer");
   }
   const StateTensor& state = session_->manifest().state[memory.state];
   Floats packed(state.bytes / sizeof(float));

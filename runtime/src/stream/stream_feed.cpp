@@ -24,16 +24,17 @@ float log_probability(const float* logits, std::size_t vocab, std::int32_t token
 
 void require_input(const Manifest& manifest, InputKind kind) {
   if (manifest.input_kind == kind) return;
-  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a bundle that takes ", input_kind_name(kind)),
-              text("one that takes ", input_kind_name(manifest.input_kind)),
-              kind == InputKind::kTokens ? "feed it vectors: it has neither tokens nor logits" : "feed it tokens");
+  throw Error(TITANS_INVALID_ARGUMENT, "E0506", "stream",
+              text("the bundle takes ", input_kind_name(manifest.input_kind), ", got ", input_kind_name(kind)),
+              kind == InputKind::kTokens ? "feed it vectors; it has neither tokens nor logits" : "feed it tokens");
 }
 
 void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
   const std::int64_t vocab = session_->manifest().input_size;
   for (std::size_t i = 0; i < count; ++i) {
     if (tokens[i] < 0 || tokens[i] >= vocab) {
-      throw Error(TITANS_INVALID_ARGUMENT, "stream", text("token ", i, " in [0, ", vocab, ")"), text(tokens[i]),
+      throw Error(TITANS_INVALID_ARGUMENT, "E0504", "stream",
+                  text("expected token ", i, " in [0, ", vocab, "), got ", tokens[i]),
                   "encode the text with the model's own tokenizer");
     }
   }
@@ -42,15 +43,16 @@ void Stream::check_tokens(const std::int32_t* tokens, std::size_t count) const {
 void Stream::check_vectors(const float* vectors, std::size_t count) const {
   const std::size_t size = session_->input_size();
   if (count > std::numeric_limits<std::size_t>::max() / sizeof(float) / size) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", "a count whose vectors fit into memory", text(count),
+    throw Error(TITANS_INVALID_ARGUMENT, "E0507", "stream", text(count, " vectors do not fit into memory"),
                 "feed in blocks");
   }
   const float* end = vectors + count * size;
   const float* wrong = std::find_if(vectors, end, [](float value) { return !std::isfinite(value); });
   if (wrong == end) return;
   const auto at = static_cast<std::size_t>(wrong - vectors);
-  throw Error(TITANS_INVALID_ARGUMENT, "stream", text("vector ", at / size, " of finite numbers"),
-              text(*wrong, " as its element ", at % size), "feed numbers that are neither NaN nor infinite");
+  throw Error(TITANS_INVALID_ARGUMENT, "E0505", "stream",
+              text("expected finite numbers in vector ", at / size, ", got ", *wrong, " as element ", at % size),
+              "feed numbers without NaN and infinity");
 }
 
 Call Stream::next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const {
@@ -71,8 +73,8 @@ Call Stream::next_call(const Sequence& sequence, const FeedCursor& cursor, std::
 
 void Stream::report_progress(std::uint64_t done, std::uint64_t total) const {
   if (progress_.function == nullptr || progress_.function(progress_.user, done, total) == 0) return;
-  throw Error(TITANS_CANCELLED, "stream", text(total, " tokens to be consumed"),
-              text("a progress function that ended the call after ", done), "feed them again");
+  throw Error(TITANS_CANCELLED, "E0509", "stream",
+              text("cancelled by the progress function after ", done, " of ", total, " tokens"), "feed them again");
 }
 
 Violation Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& workspace) {
@@ -105,15 +107,16 @@ void Stream::roll_back(const Violation& violation, FeedCursor& cursor, std::uint
       session_->metrics().rollbacks.add();
     }
     if (policy == TITANS_GUARD_RAISE || (frozen && !drop)) {
-      throw Error(TITANS_FAILED, "guard", guard_->describe(violation) + (frozen ? ", with the memory frozen too," : ""),
-                  text(guard_->describe_found(violation), ", up to position ", end),
-                  frozen ? "reset the stream or go back to a state of it that was good"
-                         : "check what the stream is fed, or set the policy to skip or freeze");
+      throw Error(
+          TITANS_FAILED, "E0510", "guard",
+          text(guard_->describe(violation), frozen ? ", also with the memory frozen" : "", ", up to position ", end),
+          frozen ? "reset the stream, or rewind it to an earlier mark"
+                 : "check the input, or set the policy to skip or freeze");
     }
     if (!frozen && log_wanted(TITANS_LOG_WARNING)) {
       log(TITANS_LOG_WARNING, "guard",
-          text("expected ", guard_->describe(violation), " but got ", guard_->describe_found(violation),
-               ", up to position ", end, "; the memory stays as it was at position ", guard_->position()));
+          text(guard_->describe(violation), ", up to position ", end, "; the memory stays as at position ",
+               guard_->position()));
     }
     cursor.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(cursor.frozen_until, end);
   }
@@ -143,8 +146,9 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
   // Graphs take a position as an int64, and a state file may tell any.
   constexpr auto kLast = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   if (count > kLast - position_) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("at most ", kLast - position_, " tokens more"), text(count),
-                "go on with a stream that has consumed fewer");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0504", "stream",
+                text("expected at most ", kLast - position_, " more tokens, got ", count),
+                "continue with a new stream");
   }
   const std::vector<Graph>& graphs = session_->manifest().graphs;
   const std::uint64_t end = position_ + count;
@@ -161,7 +165,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
         const bool again = cursor.position < position_;
         const std::size_t done = again ? 0 : static_cast<std::size_t>(cursor.position - position_);
         if (cancelled_.load(std::memory_order_relaxed)) {
-          throw Error(TITANS_CANCELLED, "stream", text(count, " tokens to be consumed"), text("cancelled after ", done),
+          throw Error(TITANS_CANCELLED, "E0509", "stream", text("cancelled after ", done, " of ", count, " tokens"),
                       "feed them again");
         }
         Call call = next_call(sequence, cursor, end);
@@ -217,18 +221,19 @@ void Stream::check_room(std::size_t count, titans_output which, const float* out
   const std::size_t size = session_->output_size();
   const char* what = session_->manifest().input_kind == InputKind::kTokens ? "logits" : "outputs";
   if (which == TITANS_OUTPUT_LAST && count == 0 && position_ == 0) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream",
-                text("at least one token consumed before its last ", what, " are asked for"), "a fresh stream",
-                "feed a token first");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0508", "stream", text("a fresh stream has no last ", what),
+                "feed at least one token first");
   }
   if (which == TITANS_OUTPUT_ALL && count > std::numeric_limits<std::size_t>::max() / size) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("a count whose ", what, " fit into memory"), text(count),
+    throw Error(TITANS_INVALID_ARGUMENT, "E0507", "stream", text(what, " of ", count, " tokens do not fit into memory"),
                 "feed in blocks");
   }
   const std::size_t needed = which == TITANS_OUTPUT_ALL ? count * size : which == TITANS_OUTPUT_LAST ? size : 0;
   if (capacity < needed || (needed > 0 && output == nullptr)) {
-    throw Error(TITANS_INVALID_ARGUMENT, "stream", text("room for ", needed, " ", what),
-                output == nullptr ? std::string("NULL") : text(capacity), "pass a larger buffer");
+    throw Error(TITANS_INVALID_ARGUMENT, "E0507", "stream",
+                text("expected room for ", needed, " ", what, ", got ",
+                     output == nullptr ? std::string("NULL") : text(capacity)),
+                "pass a larger buffer");
   }
 }
 

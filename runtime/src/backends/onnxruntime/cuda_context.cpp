@@ -17,19 +17,20 @@ constexpr const char* kProvider = "CUDAExecutionProvider";
 std::vector<std::string> providers(const OrtLibrary& library) {
   char** names = nullptr;
   int count = 0;
-  library.check(library.api().GetAvailableProviders(&names, &count), "a list of providers", "report it");
+  library.check(library.api().GetAvailableProviders(&names, &count), "cannot list the providers", kReport);
   std::vector<std::string> found(names, names + count);
-  library.check(library.api().ReleaseAvailableProviders(names, count), "a list of providers", "report it");
+  library.check(library.api().ReleaseAvailableProviders(names, count), "cannot list the providers", kReport);
   return found;
 }
 
 void require_provider(const OrtLibrary& library) {
   const std::vector<std::string> found = providers(library);
   if (std::find(found.begin(), found.end(), kProvider) != found.end()) return;
-  std::string got = text("ONNX Runtime ", library.version(), " with");
-  for (const std::string& name : found) got += " " + name;
-  throw Error(TITANS_UNSUPPORTED, "onnxruntime", text("an ONNX Runtime with ", kProvider), got,
-              "run pip install onnxruntime-gpu in place of onnxruntime, or set TITANS_ONNXRUNTIME to its "
+  std::string names;
+  for (const std::string& name : found) names += (names.empty() ? "" : ", ") + name;
+  throw Error(TITANS_UNSUPPORTED, "E0604", "onnxruntime",
+              text("ONNX Runtime ", library.version(), " has no ", kProvider, ", only ", names),
+              "run pip install onnxruntime-gpu instead of onnxruntime, or set TITANS_ONNXRUNTIME to its "
               "libonnxruntime.so, or open the session on cpu");
 }
 
@@ -118,10 +119,10 @@ class CudaContext final : public DeviceContext {
 
   void add_provider(OrtSessionOptions& options) const override {
     const OrtApi& api = library_.api();
-    constexpr std::string_view kAdvice =
+    constexpr std::string_view kFix =
         "install the CUDA and cuDNN that this ONNX Runtime was built for, or open the session on cpu";
     const auto check = [&](OrtStatus* status) {
-      library_.check(status, text(kProvider, " for ", device_.name), kAdvice, TITANS_UNSUPPORTED);
+      library_.check(status, text("cannot use ", kProvider, " on ", device_.name), kFix, TITANS_UNSUPPORTED);
     };
     OrtCUDAProviderOptionsV2* raw = nullptr;
     check(api.CreateCUDAProviderOptions(&raw));

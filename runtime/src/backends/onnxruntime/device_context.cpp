@@ -6,16 +6,17 @@ namespace titans::core {
 
 #ifndef TITANS_WITH_CUDA
 std::unique_ptr<DeviceContext> make_cuda_context(const OrtLibrary&, const std::string& device) {
-  throw Error(TITANS_UNSUPPORTED, "onnxruntime", "a runtime that was built where cuda.h is, for the device " + device,
-              "one built without", "build it again with CUDA's headers (-DTITANS_CUDA_INCLUDE=FOLDER), or open on cpu");
+  throw Error(TITANS_UNSUPPORTED, "E0611", "onnxruntime",
+              text("the runtime was built without CUDA's headers, which device ", device, " needs"),
+              "build it with -DTITANS_CUDA_INCLUDE=FOLDER, or open the session on cpu");
 }
 #endif
 
 std::unique_ptr<DeviceContext> make_device_context(const OrtLibrary& library, const std::string& device) {
   if (device == "cpu") return make_host_context(library);
   if (device == "cuda" || device.rfind("cuda:", 0) == 0) return make_cuda_context(library, device);
-  throw Error(TITANS_UNSUPPORTED, "onnxruntime", "a device out of: cpu, cuda, cuda:N", device,
-              "open the session on one of these");
+  throw Error(TITANS_UNSUPPORTED, "E0601", "onnxruntime", text("unknown device: ", quoted(device)),
+              "open the session on cpu, cuda or cuda:N");
 }
 
 }  // namespace titans::core

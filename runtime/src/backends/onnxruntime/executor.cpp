@@ -36,8 +36,9 @@ class OrtExecutor final : public Executor {
     share_weights(bundle);
     for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
     if (options.memory_kernel == KernelChoice::kRequire && memory_nodes_ == 0) {
-      throw Error(TITANS_UNSUPPORTED, "onnxruntime", "a memory that our kernel computes",
-                  "one that is written as standard operators", R"(pass memory_kernel="auto")");
+      throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime",
+                  "memory_kernel=\"require\", but the graphs contain the memory as standard operators",
+                  R"(pass memory_kernel="auto")");
     }
     name_bindings();
   }
@@ -60,16 +61,16 @@ class OrtExecutor final : public Executor {
   void run(const Call& call, Workspace& workspace) override {
     auto& bound = static_cast<OrtWorkspace&>(workspace);
     const Graph& graph = manifest_.graphs[call.graph];
-    constexpr std::string_view kExpected = "a graph that runs";
-    const std::string advice = text("check the bundle's graph ", graph.name);
+    const std::string problem = text("graph ", graph.name, " failed");
+    constexpr std::string_view kFix = "check the input and the bundle";
     bound.bind(call);
     context_->before_run();
     library_.check(library_.api().Run(sessions_.find(call.graph)->second.get(), nullptr, input_names_.data(),
                                       bound.inputs().data(), bound.inputs().size(), output_names_.data(),
                                       bound.outputs().size(), bound.outputs().data()),
-                   kExpected, advice);
+                   problem, kFix);
     const std::string error = memory_kernel_.take_gpu_error();
-    if (!error.empty()) throw Error(TITANS_FAILED, "onnxruntime", kExpected, error, advice);
+    if (!error.empty()) throw Error(TITANS_FAILED, "E0609", "onnxruntime", text(problem, ": ", error), kFix);
   }
 
  private:
@@ -79,18 +80,18 @@ class OrtExecutor final : public Executor {
       for (const MemoryField& field : state.layout) {
         if (field.dtype == FieldDtype::kFloat32) continue;
         const bool off = choice == KernelChoice::kOff;
-        throw Error(TITANS_UNSUPPORTED, "onnxruntime",
-                    text("our memory kernel for ", field_name(state, field), ", which is stored as ",
-                         field_dtype_name(field.dtype)),
-                    off ? R"(memory_kernel="off")" : "a runtime without it",
-                    off ? R"(pass memory_kernel="auto")" : "install the runtime with its kernels");
+        throw Error(
+            TITANS_UNSUPPORTED, "E0607", "onnxruntime",
+            text(field_name(state, field), " has memory dtype ", field_dtype_name(field.dtype),
+                 ", which needs our memory kernel, got ", off ? R"(memory_kernel="off")" : "a runtime without it"),
+            off ? R"(pass memory_kernel="auto")" : "install the runtime with its kernels");
       }
     }
   }
 
   void create_container() {
     OrtPrepackedWeightsContainer* prepacked = nullptr;
-    library_.check(library_.api().CreatePrepackedWeightsContainer(&prepacked), "a container for weights",
+    library_.check(library_.api().CreatePrepackedWeightsContainer(&prepacked), "cannot create a container for weights",
                    "free some memory");
     prepacked_.reset(prepacked);
   }
@@ -138,8 +139,10 @@ class OrtExecutor final : public Executor {
       for (const auto& [name, declared] : shared_initializers(bundle, graph)) {
         const auto [known, added] = shapes.emplace(name, declared.shape);
         if (known->second != declared.shape) {  // which only the bytes of int4 leave open
-          throw Error(TITANS_FAILED, graph.file, text(name, " of shape ", shape_text(known->second), " in all graphs"),
-                      shape_text(declared.shape), "export the bundle again");
+          throw Error(TITANS_FAILED, "E0207", graph.file,
+                      text("initialiser ", name, ": expected shape ", shape_text(known->second),
+                           " as in the other graphs, got ", shape_text(declared.shape)),
+                      "export the bundle again");
         }
         if (!added) continue;
         const auto type = static_cast<ONNXTensorElementDataType>(declared.type);
@@ -176,7 +179,7 @@ LibraryInfo find_library(const std::string& path) {
   try {
     info.version = OrtLibrary::load(path).version();
   } catch (const Error& error) {
-    info.why_not = error.what();
+    info.why_not = error.problem();
   }
   return info;
 }

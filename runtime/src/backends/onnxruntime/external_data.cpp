@@ -66,7 +66,7 @@ class Walker {
   }
 
   void graph(WireMessage message) {
-    if (++depth_ > kDeepest) message.fail(text("graphs more than ", kDeepest, " deep within each other"));
+    if (++depth_ > kDeepest) message.fail(text("graphs nested deeper than ", kDeepest));
     while (message.next()) {
       if (message.is_bytes(kGraphNode)) node(message.message());
       if (message.is_bytes(kGraphInitializer)) tensor(message.message());
@@ -115,9 +115,10 @@ class Walker {
     if (key != "location" || files_.count(value) != 0) return;
     std::string known;
     for (const std::string& file : files_) known += (known.empty() ? "" : " or ") + file;
-    throw Error(TITANS_FAILED, file_name_,
-                text("the data of ", tensor.substr(0, kLongestQuote), " to be in the file or in ", known),
-                value.substr(0, kLongestQuote), "export the bundle again, and do not trust where this one came from");
+    throw Error(TITANS_FAILED, "E0208", file_name_,
+                text("data of ", tensor.substr(0, kLongestQuote), " outside the bundle: expected ", known, ", got ",
+                     quoted(value.substr(0, kLongestQuote))),
+                "export the bundle again, and do not trust the source of this one");
   }
 
   std::string_view file_name_;

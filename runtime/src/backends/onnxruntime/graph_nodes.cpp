@@ -69,7 +69,7 @@ class InnerReader {
   }
 
   void read_subgraph(WireMessage message) {
-    if (++depth_ > kDeepest) message.fail(text("graphs more than ", kDeepest, " deep within each other"));
+    if (++depth_ > kDeepest) message.fail(text("graphs nested deeper than ", kDeepest));
     while (message.next()) {
       if (message.is_bytes(kGraphNode)) add_inner(message.message());
       if (message.is_bytes(kGraphOutput)) used_.push_back(value_name(message.message()));

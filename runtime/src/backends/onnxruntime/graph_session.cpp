@@ -12,7 +12,7 @@
 namespace titans::core {
 namespace {
 
-constexpr std::string_view kAdvice = "export the bundle again, or use a newer ONNX Runtime";
+constexpr std::string_view kFix = "export the bundle again, or use a newer ONNX Runtime";
 
 struct Signature {
   ONNXTensorElementDataType type;
@@ -42,7 +42,7 @@ bool has_weights_of(DType dtype, const Bundle& bundle, const EngineGraph& graph)
 OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const EngineGraph& graph, bool spin) {
   const OrtLibrary& library = share.library;
   const OrtApi& api = library.api();
-  const auto check = [&](OrtStatus* status) { library.check(status, "session options", kAdvice); };
+  const auto check = [&](OrtStatus* status) { library.check(status, "cannot set session options", kFix); };
   OrtSessionOptions* raw = nullptr;
   check(api.CreateSessionOptions(&raw));
   OrtHandle<OrtSessionOptions> options(raw, api.ReleaseSessionOptions);
@@ -75,7 +75,7 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Engin
 
 Signature read_signature(const OrtLibrary& library, const OrtTypeInfo& type_info) {
   const OrtApi& api = library.api();
-  const auto check = [&](OrtStatus* status) { library.check(status, "a tensor's type", kAdvice); };
+  const auto check = [&](OrtStatus* status) { library.check(status, "cannot read a tensor's type", kFix); };
   const OrtTensorTypeAndShapeInfo* tensor = nullptr;  // owned by type_info
   check(api.CastTypeInfoToTensorInfo(&type_info, &tensor));
   Signature signature{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
@@ -93,7 +93,9 @@ enum class Side { kInputs, kOutputs };
 Signatures read_signatures(const OrtLibrary& library, const OrtSession& session, Side side) {
   const OrtApi& api = library.api();
   const bool inputs = side == Side::kInputs;
-  const auto check = [&](OrtStatus* status) { library.check(status, "a graph's inputs and outputs", kAdvice); };
+  const auto check = [&](OrtStatus* status) {
+    library.check(status, "cannot read a graph's inputs and outputs", kFix);
+  };
   OrtAllocator* allocator = nullptr;  // ONNX Runtime's own, not released
   check(api.GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
@@ -130,21 +132,21 @@ Signatures promised(const Manifest& manifest, const Graph& graph, Side side) {
 void check_signatures(const Signatures& expected, const Signatures& found, std::string_view file,
                       std::string_view side) {
   const auto fail = [&](const std::string& name, std::string_view want, std::string_view got) {
-    throw Error(TITANS_FAILED, file, text(side, " ", name, " ", want), got, kAdvice);
+    throw Error(TITANS_FAILED, "E0207", file, text(side, " ", name, ": expected ", want, ", got ", got), kFix);
   };
   for (const auto& [name, signature] : expected) {
     const auto entry = found.find(name);
     if (entry == found.end()) fail(name, shape_text(signature.shape), "none");
     if (entry->second.shape != signature.shape) {
-      fail(name, text("of shape ", shape_text(signature.shape)), shape_text(entry->second.shape));
+      fail(name, text("shape ", shape_text(signature.shape)), shape_text(entry->second.shape));
     }
     if (entry->second.type != signature.type) {
-      fail(name, text("of ONNX element type ", static_cast<int>(signature.type)),
+      fail(name, text("ONNX element type ", static_cast<int>(signature.type)),
            text(static_cast<int>(entry->second.type)));
     }
   }
   for (const auto& [name, signature] : found) {
-    if (expected.count(name) == 0) fail(name, "to be in the manifest", "no such entry");
+    if (expected.count(name) == 0) fail(name, "an entry in the manifest", "none");
   }
 }
 
@@ -158,14 +160,14 @@ std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, con
     const TensorView& weight = bundle.weights().find(name)->second;
     const auto entry = declared.find(name);
     if (entry == declared.end()) {
-      throw Error(TITANS_FAILED, graph.file, text("an initialiser ", name), "none", kAdvice);
+      throw Error(TITANS_FAILED, "E0207", graph.file, text("missing initialiser ", name), kFix);
     }
     const Initializer& wanted = entry->second;
     if (!matches(wanted, weight)) {
-      throw Error(TITANS_FAILED, "weights",
-                  text(name, " of ONNX element type ", wanted.type, " ", shape_text(wanted.shape), ", as ", graph.file,
-                       " declares it"),
-                  text(dtype_info(weight.dtype).name, " ", shape_text(weight.shape)), "export the bundle again");
+      throw Error(TITANS_FAILED, "E0207", "weights",
+                  text(name, ": expected ONNX element type ", wanted.type, " ", shape_text(wanted.shape), " as in ",
+                       graph.file, ", got ", dtype_info(weight.dtype).name, " ", shape_text(weight.shape)),
+                  "export the bundle again");
     }
     shared.emplace(name, wanted);
   }
@@ -180,7 +182,7 @@ OrtHandle<OrtSession> open_graph(const SessionShare& share, const EngineGraph& e
   OrtSession* raw = nullptr;
   library.check(library.api().CreateSessionWithPrepackedWeightsContainer(&library.env(), path.c_str(), options.get(),
                                                                          &share.prepacked, &raw),
-                text("a graph that ONNX Runtime ", library.version(), " runs in ", file), kAdvice);
+                text("ONNX Runtime ", library.version(), " cannot open ", file), kFix);
   OrtHandle<OrtSession> session(raw, library.api().ReleaseSession);
   const Manifest& manifest = share.bundle.manifest();
   const Graph& graph = manifest.graphs[entry.graph];

@@ -71,8 +71,8 @@ class HostContext final : public DeviceContext {
 
 OrtHandle<OrtMemoryInfo> describe_host(const OrtLibrary& library) {
   OrtMemoryInfo* host = nullptr;
-  library.check(library.api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &host), "host memory",
-                "free some memory");
+  library.check(library.api().CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &host),
+                "cannot describe host memory", kReport);
   return {host, library.api().ReleaseMemoryInfo};
 }
 

@@ -30,7 +30,7 @@ OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& 
   OrtValue* value = nullptr;
   library.check(
       library.api().CreateTensorWithDataAsOrtValue(&host, data, bytes, shape.data(), shape.size(), type, &value),
-      "a tensor", "report it");
+      "cannot create a tensor", kReport);
   return {value, library.api().ReleaseValue};
 }
 

@@ -38,7 +38,7 @@ std::map<std::string, Initializer> read_initializers(std::string_view model, std
     for (WireMessage graph = root.message(); graph.next();) {
       if (!graph.is_bytes(kGraphInitializer)) continue;
       auto [name, initializer] = read_tensor(graph.message());
-      if (!initializers.emplace(name, std::move(initializer)).second) graph.fail(text("two initialisers ", name));
+      if (!initializers.emplace(name, std::move(initializer)).second) graph.fail(text("initialiser ", name, " twice"));
     }
   }
   return initializers;

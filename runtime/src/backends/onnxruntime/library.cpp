@@ -12,7 +12,7 @@
 namespace titans::core {
 namespace {
 
-constexpr std::string_view kAdvice = "run pip install onnxruntime, or set TITANS_ONNXRUNTIME to a libonnxruntime.so";
+constexpr std::string_view kFix = "run pip install onnxruntime, or set TITANS_ONNXRUNTIME to a libonnxruntime.so";
 
 std::vector<std::string> candidates(const std::string& path) {
   if (!path.empty()) return {path};
@@ -27,7 +27,8 @@ void* open_first(const std::vector<std::string>& names) {
     if (void* library = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
     reasons += text(reasons.empty() ? "" : ", ", ::dlerror());
   }
-  throw Error(TITANS_UNSUPPORTED, "onnxruntime", "the ONNX Runtime library", reasons, kAdvice);
+  throw Error(TITANS_UNSUPPORTED, "E0604", "onnxruntime", text("cannot open the ONNX Runtime library: ", reasons),
+              kFix);
 }
 
 }  // namespace
@@ -46,23 +47,22 @@ OrtLibrary::OrtLibrary(const std::string& path) {
   void* library = open_first(candidates(path));
   const auto get_base = reinterpret_cast<const OrtApiBase* (*)()>(::dlsym(library, "OrtGetApiBase"));
   if (get_base == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", "the ONNX Runtime library", "one without OrtGetApiBase", kAdvice);
+    throw Error(TITANS_UNSUPPORTED, "E0604", "onnxruntime", "not an ONNX Runtime library: no OrtGetApiBase", kFix);
   }
   version_ = get_base()->GetVersionString();
   api_ = get_base()->GetApi(ORT_API_VERSION);
   if (api_ == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", text("ONNX Runtime 1.", ORT_API_VERSION, " or newer"), version_,
-                kAdvice);
+    throw Error(TITANS_UNSUPPORTED, "E0604", "onnxruntime",
+                text("expected ONNX Runtime 1.", ORT_API_VERSION, " or newer, got ", version_), kFix);
   }
   // What ONNX Runtime has to say comes back as a status; its log would only repeat that on stderr.
-  check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "titans", &env_), "an environment", kAdvice);
+  check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "titans", &env_), "cannot create an environment", kFix);
 }
 
-void OrtLibrary::check(OrtStatus* status, std::string_view expected, std::string_view advice,
-                       titans_status failure) const {
+void OrtLibrary::check(OrtStatus* status, std::string_view problem, std::string_view fix, titans_status failure) const {
   if (status == nullptr) return;
   const OrtHandle<OrtStatus> owned(status, api_->ReleaseStatus);
-  throw Error(failure, "onnxruntime", expected, api_->GetErrorMessage(status), advice);
+  throw Error(failure, "E0609", "onnxruntime", text(problem, ": ", api_->GetErrorMessage(status)), fix);
 }
 
 }  // namespace titans::core

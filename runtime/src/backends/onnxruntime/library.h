@@ -25,8 +25,8 @@ class OrtLibrary {
   OrtEnv& env() const { return *env_; }
   const std::string& version() const { return version_; }
 
-  // Throws what ONNX Runtime reports, if it reports a failure: "expected `expected` but got MESSAGE; do `advice`".
-  void check(OrtStatus* status, std::string_view expected, std::string_view advice,
+  // Throws "`problem`: MESSAGE" if ONNX Runtime reports a failure.
+  void check(OrtStatus* status, std::string_view problem, std::string_view fix,
              titans_status failure = TITANS_FAILED) const;
 
  private:

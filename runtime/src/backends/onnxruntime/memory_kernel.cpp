@@ -16,7 +16,7 @@ namespace titans::core {
 namespace {
 
 constexpr const char* kFileName = "libtitans_onnxruntime_ops.so";
-constexpr std::string_view kAdvice = R"(install runtime and kernels of the same version, or pass memory_kernel="off")";
+constexpr std::string_view kFix = R"(install runtime and kernels of the same version, or pass memory_kernel="off")";
 constexpr std::size_t kTextBytes = 1024;
 
 // Only for its address.
@@ -24,14 +24,17 @@ void here() {}
 
 const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&here));
 
-std::string expected_library(const std::filesystem::path& path) {
+std::string library_text(const std::filesystem::path& path) {
   return text("the memory kernel's library ", path.string());
 }
 
 void* open(const std::filesystem::path& path) {
   // Never closed, as ONNX Runtime's own is not: sessions may outlive whoever opened them.
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), ::dlerror(), kAdvice);
+  if (library == nullptr) {
+    throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime", text("cannot open ", library_text(path), ": ", ::dlerror()),
+                kFix);
+  }
   return library;
 }
 
@@ -39,7 +42,7 @@ template <typename Function>
 Function find(void* library, const std::filesystem::path& path, const char* symbol) {
   const auto found = reinterpret_cast<Function>(::dlsym(library, symbol));
   if (found == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), text("one without ", symbol), kAdvice);
+    throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime", text(library_text(path), " has no ", symbol), kFix);
   }
   return found;
 }
@@ -49,8 +52,10 @@ std::string cpu_target(void* library, const std::filesystem::path& path) {
   const char* target = find<const char* (*)()>(library, path, "titans_onnxruntime_ops_target")();
   if (target == nullptr) {
     const char* wanted = std::getenv("TITANS_CPU_TARGET");
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", "TITANS_CPU_TARGET to name an instruction set of this machine",
-                wanted == nullptr ? "none" : wanted, R"(unset it, or pass memory_kernel="off")");
+    throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime",
+                text("TITANS_CPU_TARGET names an instruction set that this machine lacks: ",
+                     quoted(wanted == nullptr ? "" : wanted)),
+                R"(unset it, or pass memory_kernel="off")");
   }
   return text("cpu-", target);
 }
@@ -70,7 +75,7 @@ MemoryKernel::MemoryKernel(KernelChoice choice, int cuda_ordinal) {
       load_gpu(cuda_ordinal);
     }
   } else if (choice == KernelChoice::kRequire) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", expected_library(path), "no such file",
+    throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime", text("no such file: ", library_text(path)),
                 R"(install the runtime with its kernels, or pass memory_kernel="auto")");
   }
 }
@@ -81,8 +86,9 @@ void MemoryKernel::load_gpu(int ordinal) {
   const auto ask = find<int (*)(int, char*, std::size_t)>(handle_, library_, "titans_onnxruntime_ops_cuda_target");
   std::array<char, kTextBytes> said{};
   if (ask(ordinal, said.data(), said.size()) == 0) {
-    throw Error(TITANS_UNSUPPORTED, "onnxruntime", text(expected_library(library_), " to run on this GPU"), said.data(),
-                R"(install a runtime that was built with a CUDA compiler, or pass memory_kernel="off")");
+    throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime",
+                text(library_text(library_), " does not run on this GPU: ", said.data()),
+                R"(install a runtime built with a CUDA compiler, or pass memory_kernel="off")");
   }
   name_ = said.data();
 }
@@ -90,10 +96,11 @@ void MemoryKernel::load_gpu(int ordinal) {
 void MemoryKernel::register_in(OrtSessionOptions& options, const OrtLibrary& library) const {
   if (!used()) return;
   if (count_made_ != nullptr) {
-    library.check(library.api().AddSessionConfigEntry(&options, plugins::kCudaEntry, "1"), "session options", kAdvice);
+    library.check(library.api().AddSessionConfigEntry(&options, plugins::kCudaEntry, "1"), "cannot set session options",
+                  kFix);
   }
-  library.check(library.api().RegisterCustomOpsLibrary_V2(&options, library_.c_str()), expected_library(library_),
-                kAdvice, TITANS_UNSUPPORTED);
+  library.check(library.api().RegisterCustomOpsLibrary_V2(&options, library_.c_str()),
+                text("cannot register ", library_text(library_)), kFix, TITANS_UNSUPPORTED);
 }
 
 void MemoryKernel::open_on_gpu(const GraphNodes& graph, std::string_view file_name,
@@ -108,8 +115,9 @@ void MemoryKernel::open_on_gpu(const GraphNodes& graph, std::string_view file_na
   count_made_(&cpu, &gpu);
   const std::size_t wanted = count_memory_nodes(graph);
   if (cpu - cpu_before == 0 && gpu - gpu_before == wanted) return;
-  throw Error(TITANS_FAILED, file_name, text(wanted, " NeuralMemory nodes on the GPU"),
-              text(gpu - gpu_before, " there and ", cpu - cpu_before, " on the CPU"),
+  throw Error(TITANS_FAILED, "E0607", file_name,
+              text("expected ", wanted, " NeuralMemory nodes on the GPU, got ", gpu - gpu_before, " there and ",
+                   cpu - cpu_before, " on the CPU"),
               R"(use an ONNX Runtime whose CUDA provider takes them, or pass memory_kernel="off")");
 }
 

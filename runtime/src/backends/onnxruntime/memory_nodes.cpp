@@ -49,7 +49,8 @@ void check_attributes(const Node& node, std::string_view file_name) {
     if (std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end()) continue;
     std::string known;
     for (const std::string_view one : kKnown) known += text(known.empty() ? "" : ", ", one);
-    throw Error(TITANS_UNSUPPORTED, file_name, text("attributes of NeuralMemory out of: ", known), name,
+    throw Error(TITANS_UNSUPPORTED, "E0608", file_name,
+                text("unknown attribute ", quoted(name), " of NeuralMemory; known are ", known),
                 "export the bundle again, or install a newer titans runtime");
   }
 }

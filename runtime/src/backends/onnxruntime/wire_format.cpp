@@ -32,8 +32,8 @@ bool WireMessage::next_packed() {
   return true;
 }
 
-void WireMessage::fail(std::string_view got) const {
-  throw Error(TITANS_FAILED, file_name_, "an ONNX model", got, "export the bundle again");
+void WireMessage::fail(std::string_view problem) const {
+  throw Error(TITANS_FAILED, "E0209", file_name_, text("not an ONNX model: ", problem), "export the bundle again");
 }
 
 std::string_view WireMessage::take(std::uint64_t count) {

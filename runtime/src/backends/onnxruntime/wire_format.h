@@ -25,7 +25,7 @@ class WireMessage {
   // Goes to the next number, where this message is a packed list of numbers.
   bool next_packed();
 
-  [[noreturn]] void fail(std::string_view got) const;
+  [[noreturn]] void fail(std::string_view problem) const;
 
  private:
   enum class Wire { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };

@@ -91,13 +91,15 @@ class DeviceExecutor final : public Executor {
   void load_plugin() {
     const PluginLibrary plugin = find_plugin_library();
     if (!plugin.why_not.empty()) {
-      throw Error(TITANS_UNSUPPORTED, kVendor, text("the plugin ", record_.plugin->name), plugin.why_not,
+      throw Error(TITANS_UNSUPPORTED, "E0607", kVendor,
+                  text("the plugin ", record_.plugin->name, " is missing: ", plugin.why_not),
                   "put its library beside the runtime's backend");
     }
     VendorLogger::clear();
     if (runtime_->getPluginRegistry().loadLibrary(plugin.path.c_str()) == nullptr) {
-      throw Error(TITANS_UNSUPPORTED, kVendor, text("the plugins of ", plugin.path.string()),
-                  VendorLogger::errors("a refusal"), "build the runtime with the headers of this TensorRT");
+      throw Error(TITANS_UNSUPPORTED, "E0607", kVendor,
+                  text("cannot load the plugins of ", plugin.path.string(), ": ", VendorLogger::errors(kNoReason)),
+                  "build the runtime with the headers of this TensorRT");
     }
   }
 
@@ -173,7 +175,7 @@ class DeviceExecutor final : public Executor {
 
 std::unique_ptr<Executor> open_executor(const Bundle& bundle, const ExecutorOptions& options) {
   if (bundle.engine() == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, kVendor, "an engine of the bundle to open", "the plain graphs",
+    throw Error(TITANS_UNSUPPORTED, "E0605", kVendor, "this backend runs engines, got the plain graphs",
                 "run titans-export build for this device, or open with another backend");
   }
   return std::make_unique<DeviceExecutor>(bundle, options);
@@ -184,7 +186,7 @@ LibraryInfo look_for_library(const std::string& path) {
   try {
     info.version = VendorLibrary::load(path).version();
   } catch (const Error& error) {
-    info.why_not = error.got();
+    info.why_not = error.problem();
     return info;
   }
   const PluginLibrary plugin = find_plugin_library();

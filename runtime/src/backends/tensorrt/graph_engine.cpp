@@ -14,7 +14,7 @@ namespace {
 
 using nvinfer1::DataType;
 
-constexpr std::string_view kAdvice = "run titans-export build for this bundle again";
+constexpr std::string_view kFix = "run titans-export build for this bundle again";
 
 struct Signature {
   DType dtype;
@@ -64,16 +64,17 @@ Shape shape_of(const nvinfer1::Dims& dims) { return dims.nbDims < 0 ? Shape() : 
 
 void check_tensor(const nvinfer1::ICudaEngine& engine, const std::string& name, const Signature& promised,
                   const std::string& file) {
-  const std::string wanted =
-      text(name, " as ", dtype_info(promised.dtype).name, " ", shape_text(promised.shape), ", as the manifest has it");
+  const std::string wanted = text("expected ", name, " as ", dtype_info(promised.dtype).name, " ",
+                                  shape_text(promised.shape), " as in the manifest");
   const DataType type = engine.getTensorDataType(name.c_str());
   const std::optional<DType> dtype = dtype_of(type);
   const Shape shape = shape_of(engine.getTensorShape(name.c_str()));
   if (dtype == promised.dtype && shape == promised.shape) return;
-  throw Error(TITANS_FAILED, file, wanted,
-              text(dtype ? std::string(dtype_info(*dtype).name) : text("type ", static_cast<int>(type)), " ",
-                   shape_text(shape)),
-              kAdvice);
+  throw Error(
+      TITANS_FAILED, "E0610", file,
+      text(wanted, ", got ", dtype ? std::string(dtype_info(*dtype).name) : text("type ", static_cast<int>(type)), " ",
+           shape_text(shape)),
+      kFix);
 }
 
 void check_side(const nvinfer1::ICudaEngine& engine, const Signatures& promised, nvinfer1::TensorIOMode mode,
@@ -85,7 +86,7 @@ void check_side(const nvinfer1::ICudaEngine& engine, const Signatures& promised,
     if (engine.getTensorIOMode(name.c_str()) != mode) continue;
     const auto entry = promised.find(name);
     if (entry == promised.end()) {
-      throw Error(TITANS_FAILED, file, text(side, " ", name, " to be in the manifest"), "no such entry", kAdvice);
+      throw Error(TITANS_FAILED, "E0610", file, text(side, " ", name, " is missing in the manifest"), kFix);
     }
     check_tensor(engine, name, entry->second, file);
     ++found;
@@ -93,7 +94,7 @@ void check_side(const nvinfer1::ICudaEngine& engine, const Signatures& promised,
   if (found == promised.size()) return;
   for (const auto& [name, signature] : promised) {
     if (engine.getTensorIOMode(name.c_str()) != mode) {
-      throw Error(TITANS_FAILED, file, text(side, " ", name), "none", kAdvice);
+      throw Error(TITANS_FAILED, "E0610", file, text(side, " ", name, " is missing in the engine"), kFix);
     }
   }
 }
@@ -106,7 +107,8 @@ GraphEngine::GraphEngine(nvinfer1::IRuntime& runtime, const Bundle& bundle, cons
   VendorLogger::clear();
   engine_.reset(runtime.deserializeCudaEngine(file.data(), file.size()));
   if (!engine_) {
-    throw Error(TITANS_FAILED, file_, text("an engine that ", kVendor, " opens"), VendorLogger::errors("none"),
+    throw Error(TITANS_FAILED, "E0610", file_,
+                text(kVendor, " cannot open the engine: ", VendorLogger::errors(kNoReason)),
                 "run titans-export build for this bundle again, and check the driver with nvidia-smi");
   }
   const Manifest& manifest = bundle.manifest();
@@ -125,8 +127,9 @@ std::unique_ptr<nvinfer1::IExecutionContext> GraphEngine::make_context() {
   VendorLogger::clear();
   std::unique_ptr<nvinfer1::IExecutionContext> context(engine_->createExecutionContext());
   if (!context) {
-    throw Error(TITANS_FAILED, file_, text("a context of ", kVendor), VendorLogger::errors("none"),
-                "free memory of the device, or open fewer sessions");
+    throw Error(TITANS_FAILED, "E0609", file_,
+                text(kVendor, " cannot create a context: ", VendorLogger::errors(kNoReason)),
+                "free device memory, or open fewer sessions");
   }
   return context;
 }

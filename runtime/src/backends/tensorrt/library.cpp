@@ -25,7 +25,8 @@ void* open_first(const std::vector<std::string>& names) {
     if (void* library = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
     reasons += text(reasons.empty() ? "" : ", ", ::dlerror());
   }
-  throw Error(TITANS_UNSUPPORTED, kVendor, text("the library of ", kVendor), reasons, kVendorAdvice);
+  throw Error(TITANS_UNSUPPORTED, "E0604", kVendor, text("cannot open the library of ", kVendor, ": ", reasons),
+              kVendorFix);
 }
 
 }  // namespace
@@ -45,17 +46,19 @@ VendorLibrary::VendorLibrary(const std::string& path) {
   const auto get_version = reinterpret_cast<std::int32_t (*)()>(::dlsym(library, "getInferLibVersion"));
   create_runtime_ = reinterpret_cast<decltype(create_runtime_)>(::dlsym(library, "createInferRuntime_INTERNAL"));
   if (get_version == nullptr || create_runtime_ == nullptr) {
-    throw Error(TITANS_UNSUPPORTED, kVendor, text("the library of ", kVendor),
-                "one without getInferLibVersion and createInferRuntime_INTERNAL", kVendorAdvice);
+    throw Error(TITANS_UNSUPPORTED, "E0604", kVendor,
+                text("not a library of ", kVendor, ": no getInferLibVersion and createInferRuntime_INTERNAL"),
+                kVendorFix);
   }
   version_code_ = get_version();
   const int major = version_code_ / 10000;
   const int minor = version_code_ / 100 % 100;
   version_ = text(major, ".", minor, ".", version_code_ % 100);
   if (major != kVendorMajor || minor < kLeastMinor) {
-    throw Error(TITANS_UNSUPPORTED, kVendor,
-                text(kVendor, " from ", kVendorMajor, ".", kLeastMinor, " up to ", kVendorMajor, ".x"), version_,
-                kVendorAdvice);
+    throw Error(TITANS_UNSUPPORTED, "E0604", kVendor,
+                text("expected ", kVendor, " from ", kVendorMajor, ".", kLeastMinor, " up to ", kVendorMajor,
+                     ".x, got ", version_),
+                kVendorFix);
   }
 }
 
@@ -69,8 +72,9 @@ std::unique_ptr<nvinfer1::IRuntime> VendorLibrary::make_runtime() const {
   std::unique_ptr<nvinfer1::IRuntime> runtime(
       static_cast<nvinfer1::IRuntime*>(create_runtime_(&VendorLogger::get(), code)));
   if (!runtime) {
-    throw Error(TITANS_UNSUPPORTED, kVendor, text("a runtime of ", kVendor, " ", version_),
-                VendorLogger::errors("none"), "check driver and device with nvidia-smi");
+    throw Error(TITANS_UNSUPPORTED, "E0609", kVendor,
+                text("cannot create a runtime of ", kVendor, " ", version_, ": ", VendorLogger::errors(kNoReason)),
+                "check driver and device with nvidia-smi");
   }
   return runtime;
 }

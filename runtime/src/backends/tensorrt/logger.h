@@ -1,4 +1,4 @@
-// What the vendor's library says, kept for our error texts: its functions return no reason themselves.
+// The vendor library's log. Error texts quote it, because the library's functions return no reason.
 #pragma once
 
 #include <string>
@@ -7,16 +7,19 @@
 
 namespace titans::core {
 
+// For VendorLogger::errors if the library logged nothing.
+inline constexpr const char* kNoReason = "no reason given";
+
 class VendorLogger final : public nvinfer1::ILogger {
  public:
-  // There is one, which lives as long as the process: the library keeps the first that it is given.
+  // The only instance. It lives as long as the process, because the library keeps the first logger it gets.
   static VendorLogger& get();
 
   void log(Severity severity, const char* message) noexcept override;
 
-  // Forgets what was said on this thread.
+  // Drops the messages of this thread.
   static void clear() noexcept;
-  // The errors that were reported on this thread since then, or `otherwise` where there was none.
+  // The errors logged on this thread since clear(), or `otherwise`.
   static std::string errors(const std::string& otherwise);
 };
 

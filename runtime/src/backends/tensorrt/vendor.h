@@ -14,7 +14,7 @@ static_assert(NV_TENSORRT_MAJOR == 1 || NV_TENSORRT_MAJOR >= 11, "TensorRT-RTX h
 inline constexpr std::string_view kVendor = "tensorrt_rtx";
 inline constexpr const char* kVendorVariable = "TITANS_TENSORRT_RTX";
 inline constexpr std::array<const char*, 2> kVendorLibraries{"libtensorrt_rtx.so.1", "libtensorrt_rtx.so"};
-inline constexpr std::string_view kVendorAdvice =
+inline constexpr std::string_view kVendorFix =
     "run pip install tensorrt-rtx, or set TITANS_TENSORRT_RTX to a libtensorrt_rtx.so.1";
 inline constexpr int kVendorMajor = 1;
 inline constexpr int kLeastMinor = 7;
@@ -25,11 +25,11 @@ inline constexpr std::string_view kVendor = "tensorrt";
 inline constexpr const char* kVendorVariable = "TITANS_TENSORRT";
 #if NV_TENSORRT_MAJOR == 10
 inline constexpr std::array<const char*, 1> kVendorLibraries{"libnvinfer.so.10"};
-inline constexpr std::string_view kVendorAdvice = "install TensorRT 10, or set TITANS_TENSORRT to a libnvinfer.so.10";
+inline constexpr std::string_view kVendorFix = "install TensorRT 10, or set TITANS_TENSORRT to a libnvinfer.so.10";
 inline constexpr int kLeastMinor = 3;
 #else
 inline constexpr std::array<const char*, 1> kVendorLibraries{"libnvinfer.so.11"};
-inline constexpr std::string_view kVendorAdvice = "install TensorRT 11, or set TITANS_TENSORRT to a libnvinfer.so.11";
+inline constexpr std::string_view kVendorFix = "install TensorRT 11, or set TITANS_TENSORRT to a libnvinfer.so.11";
 inline constexpr int kLeastMinor = 0;
 #endif
 // Classes gain functions at their end within a major version, and lose some with the next.

@@ -139,8 +139,9 @@ void DeviceWorkspace::bind(const Call& call) {
     all = context.setTensorAddress(manifest.state[state].output.c_str(), pointer(to)) && all;
   }
   if (!all) {
-    throw Error(TITANS_FAILED, kVendor, text("addresses of graph ", graph.graph().name, " to be taken"),
-                VendorLogger::errors("a refusal"), "build the engine again");
+    throw Error(TITANS_FAILED, "E0609", kVendor,
+                text("cannot set the addresses of graph ", graph.graph().name, ": ", VendorLogger::errors(kNoReason)),
+                "build the engine again");
   }
 }
 
@@ -148,8 +149,9 @@ void DeviceWorkspace::enqueue(const Call& call) {
   if (!share_.unified) cuda::copy_to_device(stream_, device_inputs_->address(), inputs_.data(), input_bytes_);
   VendorLogger::clear();
   if (!context_of(call.graph).enqueueV3(stream_.get())) {
-    throw Error(TITANS_FAILED, kVendor, text("graph ", share_.manifest.graphs[call.graph].name, " to run"),
-                VendorLogger::errors("a refusal"), "check the device with nvidia-smi, or build the engine again");
+    throw Error(TITANS_FAILED, "E0609", kVendor,
+                text("graph ", share_.manifest.graphs[call.graph].name, " failed: ", VendorLogger::errors(kNoReason)),
+                "check the device with nvidia-smi, or build the engine again");
   }
   if (!share_.unified && decoded_) {
     cuda::copy_to_host(stream_, last_row_.data(), device_output_->address(), last_row_.size());
