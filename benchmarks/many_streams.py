@@ -56,7 +56,7 @@ def run_apart(bundle: Path, sequences: list[np.ndarray], budget: int) -> dict[st
 
 
 def run_in(session: titans_runtime.Session, sequences: list[np.ndarray]) -> dict[str, Any]:
-    session.stream().feed(sequences[0], logits="none")  # what is allocated once
+    session.stream().feed(sequences[0], outputs="none")  # what is allocated once
     before = memory_bytes()[0]
     streams = [session.stream() for _ in sequences]
     sampled = np.linspace(0, len(streams) - 1, SAMPLES).astype(int)

@@ -66,7 +66,7 @@ def seconds(call: Callable[[], Any], clean: Callable[[], Any]) -> float:
 def measure(bundle: Path, folder: Path, rounds: int) -> dict[str, Any]:
     session = rt.Session(bundle, threads=cores())
     stream = session.stream()
-    stream.feed(np.arange(TOKENS) % session.vocab_size, logits="none")
+    stream.feed(np.arange(TOKENS) % session.vocab_size, outputs="none")
     saved, aside = folder / "saved.tstate", folder / "aside"
     stream.save(saved)
     content = saved.read_bytes()

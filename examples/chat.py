@@ -45,7 +45,7 @@ class Chat:
     def answer(self, text: str) -> Iterator[str]:
         """Says something to the model, and yields its answer piece by piece: a line, or ANSWER tokens."""
         self._remember_turn()
-        self.stream.feed(self.tokenizer.encode(f"{text}\n".encode("utf-8", "replace")), logits="none")
+        self.stream.feed(self.tokenizer.encode(f"{text}\n".encode("utf-8", "replace")), outputs="none")
         decode = self.tokenizer.decoder()
         for token in self.stream.generate(ANSWER, temperature=0.7, top_p=0.95, seed=self.stream.position):
             piece, newline, _ = decode(token).partition("\n")

@@ -144,7 +144,7 @@ def show_reading(learning: Reading, frozen: Reading) -> None:
 def write_on(stream: rt.Stream, prompt: str, count: int = 240) -> None:
     """Continues the prompt, each byte shown as it is chosen."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    stream.feed(prompt.encode(), logits="none")
+    stream.feed(prompt.encode(), outputs="none")
     print(f"   {prompt}", end="", flush=True)
     column = 3 + len(prompt)
     for token in stream.generate(max_tokens=count, temperature=0.7, top_p=0.95, seed=1):

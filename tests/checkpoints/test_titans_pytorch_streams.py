@@ -305,7 +305,7 @@ def test_streams_the_parallel_forward(name: str, exported: Callable[[str], Expor
         frozen.freeze()
         assert np.abs(fed(frozen, inputs, [LENGTH]) - right).max() > MATTERS
         saved = session.stream()
-        saved.feed(inputs[:SAVED], logits="none")
+        saved.feed(inputs[:SAVED], outputs="none")
         saved.save(tmp_path / "one.tstate")
         expected = saved.feed(inputs[SAVED:])
     with titans_runtime.Session(bundle) as another:

@@ -91,7 +91,7 @@ def _bits_per_byte(printed: str) -> float:
 def _expected_bits(bundle: Path, text: bytes, before: bytes = b"") -> float:
     with rt.Session(bundle) as session:
         stream = session.stream()
-        stream.feed(before, logits="none")
+        stream.feed(before, outputs="none")
         return -float(stream.score(text).astype(np.float64).sum()) / len(text) / math.log(2)
 
 

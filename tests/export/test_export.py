@@ -78,7 +78,7 @@ def test_memory_is_w_of_pytorch(checkpoints: dict[str, Path], bundles: dict[str,
         _, state = model.feed(torch.from_numpy(tokens.astype(np.int64))[None], model.initial_state(1), 0)
         with rt.Session(path, threads=1) as session:
             stream = session.stream()
-            stream.feed(tokens, logits="none")
+            stream.feed(tokens, outputs="none")
             memory = stream.memory()
         fields = memory_layout(model.config.memory.spec).unpack(state["layers.0.memory"])
         for name in ("W0", "S0"):

@@ -118,7 +118,7 @@ def _state_file(layout: list[dict[str, Any]], words: int, **changes: str) -> byt
     listed = [dict(zip(("name", "role", "dtype", "shape", "layout"), state, strict=True)) for state in states]
     listed[-1].pop("layout")
     metadata = {
-        "format": "titans-state", "schema_version": "1", "producer": "fuzz", "created": "2025-01-01T00:00:00Z",
+        "format": "titans-state", "schema_version": "2", "producer": "fuzz", "created": "2025-01-01T00:00:00Z",
         "model": json.dumps({"name": "fuzz", "variant": "lmm", "weights_sha256": "5eed"}), "position": "3",
         "learning": "true", "memory": "{}", "backend": "fuzz", "device": "cpu", "state": json.dumps(listed),
         "xxh3_128": "0" * 32, **changes,

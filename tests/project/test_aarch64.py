@@ -74,7 +74,7 @@ def test_a_saved_stream_goes_on_on_the_other_processor(
     def here(from_: Path | None, to: Path | None, some: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         with rt.Session(shared_bundle, threads=1) as session:
             stream = session.stream() if from_ is None else session.restore(from_)
-            logits = stream.feed(some, logits="last")
+            logits = stream.feed(some, outputs="last")
             if to is not None:
                 stream.save(to)
         return np.asarray(logits, np.float32).reshape(-1)

@@ -107,7 +107,7 @@ def test_the_runtime_in_a_bare_environment(checkpoint: Path, shared_bundle: Path
 import importlib.util, json, pathlib
 import titans_runtime as rt
 with rt.Session({str(shared_bundle)!r}, threads=1, memory_kernel="require") as session:
-    logits = session.stream().feed({tokens.tolist()}, logits="last").reshape(-1).tolist()
+    logits = session.stream().feed({tokens.tolist()}, outputs="last").reshape(-1).tolist()
 there = [name for name in ("torch", "onnx") if importlib.util.find_spec(name)]
 site = pathlib.Path(rt.__file__).parents[1]
 sizes = {{name: sum(file.stat().st_size for file in (site / name).rglob("*") if file.is_file())

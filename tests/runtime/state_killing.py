@@ -53,7 +53,7 @@ class Streams:
         stream = self.session.restore(path, key)
         position = stream.position
         assert 1 <= position <= POSITIONS, position
-        np.testing.assert_array_equal(stream.feed([], logits="last"), self.last_logits[position - 1])
+        np.testing.assert_array_equal(stream.feed([], outputs="last"), self.last_logits[position - 1])
         np.testing.assert_array_equal(stream.step(self.probe), self.following[position - 1])
         return position
 
@@ -111,7 +111,7 @@ def fail_at_every_call(streams: Streams, folder: Path) -> dict[str, Any]:
         for at in range(200):
             calls.file_calls_arm(OFF, 0, 0)
             old = streams.session.stream()
-            old.feed([0, 1, 2], logits="none")
+            old.feed([0, 1, 2], outputs="none")
             old.save(path)
             before = path.read_bytes()
             calls.file_calls_arm(FAIL if error else SHORT, at, error)

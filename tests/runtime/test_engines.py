@@ -24,7 +24,7 @@ import titans_runtime as rt
 from titans_runtime import _library
 
 INVALID_ARGUMENT, UNSUPPORTED = 2, 4
-FORM = re.compile(r"\[[^\]]+\] expected .+ but got .+; do .+")
+FORM = re.compile(r"\[[^\]]+\] .+\. Fix: .+ \(TITANS-E\d{4}\)")
 HERE = f"linux-{platform.machine()}"
 TOKENS = [1, 5, 2, 7, 7, 0, 3]
 
@@ -105,8 +105,8 @@ def test_the_engine_that_fits_is_taken(folder: Path, session: rt.Session) -> Non
     [other] = chosen.info["engines_not_chosen"]
     assert other["name"] == "other"
     assert "made for cuda" in other["reason"]
-    logits = chosen.stream().feed(TOKENS, logits="all")
-    np.testing.assert_allclose(logits, session.stream().feed(TOKENS, logits="all"), rtol=0, atol=1e-5)
+    logits = chosen.stream().feed(TOKENS, outputs="all")
+    np.testing.assert_allclose(logits, session.stream().feed(TOKENS, outputs="all"), rtol=0, atol=1e-5)
 
 
 def test_by_name(folder: Path) -> None:

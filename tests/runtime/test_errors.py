@@ -17,13 +17,14 @@ from synthetic import write_manifest
 import titans_runtime as rt
 
 FAILED, INVALID_ARGUMENT, UNSUPPORTED = 1, 2, 4
-FORM = re.compile(r"\[[^\]]+\] expected .+ but got .+; do .+")
+FORM = re.compile(r"\[[^\]]+\] .+\. Fix: .+ \(TITANS-E\d{4}\)")
 
 
 def check(error: rt.Error, status: int, *words: str) -> None:
     message = str(error)
     assert FORM.fullmatch(message), message  # `.` matches no line break
     assert error.status == status, message
+    assert message.endswith(f"({error.code})")
     for word in words:
         assert word in message
 
@@ -136,7 +137,7 @@ def test_negative_threads(bundle: Path) -> None:
 @pytest.mark.parametrize("verb", ["feed", "score"])
 def test_a_token_out_of_range_changes_nothing(session: rt.Session, verb: str, tokens: Any) -> None:
     stream = session.stream()
-    stream.feed([1, 2, 3], logits="none")
+    stream.feed([1, 2, 3], outputs="none")
     twin = stream.fork()
     with pytest.raises(rt.Error) as caught:
         getattr(stream, verb)([*[1] * 20, *tokens])
@@ -161,13 +162,13 @@ def test_step_with_a_wrong_token(session: rt.Session) -> None:
 
 def test_last_logits_of_a_fresh_stream(session: rt.Session) -> None:
     with pytest.raises(rt.Error) as caught:
-        session.stream().feed([], logits="last")
+        session.stream().feed([], outputs="last")
     check(caught.value, INVALID_ARGUMENT)
 
 
 def test_an_unknown_choice_of_logits(session: rt.Session) -> None:
     with pytest.raises(rt.Error) as caught:
-        session.stream().feed([1], logits="some")  # type: ignore[arg-type]
+        session.stream().feed([1], outputs="some")  # type: ignore[arg-type]
     check(caught.value, INVALID_ARGUMENT, "some")
 
 

@@ -17,7 +17,7 @@ PROMPT = [3, 1, 4, 1, 5]
 @pytest.fixture
 def stream(session: rt.Session) -> rt.Stream:
     stream = session.stream()
-    stream.feed(PROMPT, logits="none")
+    stream.feed(PROMPT, outputs="none")
     return stream
 
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 FAILED, INVALID_ARGUMENT, CANCELLED = 1, 2, 5
 SIZE = 12
 BAD = 21
-FORM = re.compile(r"\[[^\]]+\] expected .+ but got .+; do .+")
+FORM = re.compile(r"\[[^\]]+\] .+\. Fix: .+ \(TITANS-E\d{4}\)")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,10 @@ def close(got: Any, right: Any) -> None:
 
 def test_one_reading_destroys_an_unguarded_memory(vector_session: rt.Session) -> None:
     stream = vector_session.stream()
-    stream.feed(sensor(at=None), logits="none")
+    stream.feed(sensor(at=None), outputs="none")
     assert np.abs(stream.memory()["layers.0.memory.W0"]).max() < 1e3
     stream = vector_session.stream()
-    stream.feed(sensor(), logits="none")
+    stream.feed(sensor(), outputs="none")
     after = stream.feed(sensor(at=None))
     assert not np.abs(after).max() < 1e15  # or NaN
 
@@ -147,7 +147,7 @@ def test_off_is_off(vector_session: rt.Session) -> None:
     stream.guard("skip", max_update_norm=1e6)
     assert stream.state_bytes > unguarded
     stream.guard("off")
-    stream.feed(sensor(), logits="none")
+    stream.feed(sensor(), outputs="none")
     assert stream.guard_report.rollbacks == 0
 
 
@@ -204,7 +204,7 @@ def reader(eager_model: rt.Session) -> rt.Stream:
     """It has read some prose, under a guard that had nothing to say."""
     stream = eager_model.stream()
     stream.guard("raise", max_surprise=LIMIT)
-    stream.feed(PROSE[:4096], logits="none")
+    stream.feed(PROSE[:4096], outputs="none")
     report = stream.guard_report
     assert report.rollbacks == 0 and report.chunks == 2 * 64 and 0 < report.peak_surprise < LIMIT
     return stream
@@ -214,7 +214,7 @@ def frozen_by_hand(reader: rt.Stream) -> float:
     stream = reader.fork()
     stream.guard("off")
     stream.freeze()
-    stream.feed(ATTACK, logits="none")
+    stream.feed(ATTACK, outputs="none")
     stream.resume()
     return bits(stream)
 
@@ -222,11 +222,11 @@ def frozen_by_hand(reader: rt.Stream) -> float:
 def test_the_attack_destroys_an_unguarded_stream(reader: rt.Stream) -> None:
     stream = reader.fork()
     stream.guard("off")
-    stream.feed(ATTACK[:2048], logits="none")
+    stream.feed(ATTACK[:2048], outputs="none")
     assert not max(np.abs(values).max() for values in stream.memory().values()) < 1e9
     assert bits(stream.fork()) > frozen_by_hand(reader) + 0.4
     with pytest.raises(rt.Error, match="finite"):  # NaN, which kernels refuse
-        stream.feed(ATTACK, logits="none")
+        stream.feed(ATTACK, outputs="none")
 
 
 @pytest.mark.parametrize("policy", ["raise", "freeze", "skip"])
@@ -236,10 +236,10 @@ def test_each_policy_holds(reader: rt.Stream, policy: Any) -> None:
     stream.guard(policy, max_surprise=LIMIT)
     if policy == "raise":
         with pytest.raises(rt.Error, match=r"a surprise of at most 0\.8"):
-            stream.feed(ATTACK, logits="none")
+            stream.feed(ATTACK, outputs="none")
         assert bits(stream) == bits(reader.fork())
         return
-    stream.feed(ATTACK, logits="none")
+    stream.feed(ATTACK, outputs="none")
     assert stream.guard_report.rollbacks > (100 if policy == "skip" else 0)
     assert stream.learning == (policy == "skip")
     stream.resume()
@@ -250,7 +250,7 @@ def test_each_policy_holds(reader: rt.Stream, policy: Any) -> None:
 def test_without_limits_what_overflows_is_seen(reader: rt.Stream) -> None:
     stream = reader.fork()
     stream.guard("freeze")
-    stream.feed(ATTACK, logits="none")
+    stream.feed(ATTACK, outputs="none")
     assert stream.guard_report.reason in ("not finite", "output", "call")
     assert all(np.isfinite(values).all() for values in stream.memory().values())
     assert np.isfinite(bits(stream))
@@ -268,7 +268,7 @@ def test_a_chunk_that_is_skipped_is_one_that_was_frozen(reader: rt.Stream) -> No
         stream = reader.fork()
         stream.guard("skip", max_update_norm=1e-30)
         for at in range(0, len(text), cut):
-            stream.feed(text[at : at + cut], logits="none")
+            stream.feed(text[at : at + cut], outputs="none")
         assert stream.guard_report.rollbacks == 5
         for name, values in by_hand.memory().items():
             if re.search(r"\.[WSmf]\d?$|\.beta$|\.[ea]$", name):
@@ -284,7 +284,7 @@ def test_a_call_that_fails_on_the_way_back_leaves_the_stream_as_it_was(reader: r
     stream, twin = reader.fork(), reader.fork()
     for one in (stream, twin):
         one.guard("skip", max_update_norm=1e-30)
-        one.feed(text[:40], logits="none")
+        one.feed(text[:40], outputs="none")
 
     def stop(done: int, total: int) -> None:
         if done == total:
@@ -313,11 +313,11 @@ def test_messages_go_to_logging(
         rt.Session(bundle, threads=1).close()
         stream = vector_session.stream()
         stream.guard("skip", max_update_norm=1e6)
-        stream.feed(sensor(), logits="none")
+        stream.feed(sensor(), outputs="none")
     told = [(record.levelno, record.getMessage()) for record in caplog.records if record.name == "titans_runtime"]
     assert told[0][0] == logging.INFO and f"[session] opened {bundle} on cpu" in told[0][1]
     assert [level for level, _ in told[1:]] == [logging.WARNING] * 2
-    assert told[1][1].startswith("[guard] expected an update norm of at most 1e+06 but got ")
+    assert told[1][1].startswith("[guard] expected an update norm of at most 1e+06, got ")
     assert capfd.readouterr().err == ""  # an application that sets up no logging sees nothing
 
 

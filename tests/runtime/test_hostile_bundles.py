@@ -72,7 +72,9 @@ class TestExternalData:
     def refuse(self, bundle: Path, location: str) -> None:
         """The runtime refuses it before ONNX Runtime sees the graph, which may have rules of its own."""
         said = refuse(bundle, "decode.onnx", location)
-        assert said.startswith("[decode.onnx] expected the data of stolen to be in the file or in weights.safetensors")
+        assert said.startswith(
+            "[decode.onnx] data of stolen outside the bundle: expected it in the file or in weights.safetensors"
+        )
         assert location[:50] in said
 
     @pytest.mark.parametrize("where", ["initializer", "constant"])

@@ -139,9 +139,9 @@ def test_streams_share_nothing(bundles: dict[str, Path], variant: str) -> None:
     with open_with_kernel(bundles[variant]) as session:
         expected = session.stream().feed(TOKENS)
         stream = session.stream()
-        stream.feed(TOKENS[:45], logits="none")
+        stream.feed(TOKENS[:45], outputs="none")
         twin = stream.fork()
-        twin.feed(TOKENS[:60], logits="none")
+        twin.feed(TOKENS[:60], outputs="none")
         rows: dict[int, Any] = {}
 
         def work(index: int) -> None:
@@ -200,7 +200,7 @@ def test_a_failure_midway_leaves_the_stream_as_it_was(
     edit_graph(path, broken, spoil_second_gates)
     with open_with_kernel(path) as session:
         stream = session.stream()
-        stream.feed(TOKENS[:before], logits="none")
+        stream.feed(TOKENS[:before], outputs="none")
         kept, twin = memory_of(stream), stream.fork()
         for _ in range(2):
             with pytest.raises(rt.Error) as caught:
@@ -234,7 +234,7 @@ def test_a_failure_leaves_mac_caches_as_they_were(bundles: dict[str, Path], tmp_
     with open_with_kernel(path) as session:
         for start in (0, 5, 2 * CHUNK, 31, 4 * CHUNK):
             stream = session.stream()
-            stream.feed(good[:start], logits="none")
+            stream.feed(good[:start], outputs="none")
             twin = stream.fork()
             for count in cuts:
                 spoilt = good[start : start + count].copy()

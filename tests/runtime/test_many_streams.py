@@ -49,29 +49,27 @@ def test_feeds_of_different_lengths(batch_session: rt.Session, alone: list[Any])
     lengths = [0, 1, 2, 3, 5, 8, 13, 21, 34, 40, 7, 4]
     heads = [sequence[:n] for sequence, n in zip(SEQUENCES, lengths, strict=True)]
     tails = [sequence[n:] for sequence, n in zip(SEQUENCES, lengths, strict=True)]
-    all_rows = batch_session.feed_batch(streams, heads, logits="all")
+    all_rows = batch_session.feed_batch(streams, heads, outputs="all")
     for rows, n, expected in zip(all_rows, lengths, alone, strict=True):
         np.testing.assert_array_equal(rows, expected[:n])
-    assert batch_session.feed_batch(streams[:2], tails[:2], logits="none") is None
+    assert batch_session.feed_batch(streams[:2], tails[:2], outputs="none") is None
     last = batch_session.feed_batch(streams[2:], tails[2:])
     np.testing.assert_array_equal(last, [expected[39] for expected in alone[2:]])
     assert [stream.position for stream in streams] == [40] * 12
     for stream, expected in zip(streams, alone, strict=True):
-        np.testing.assert_array_equal(stream.feed([], logits="last"), expected[39])
+        np.testing.assert_array_equal(stream.feed([], outputs="last"), expected[39])
 
 
 def test_what_fails_in_a_batch(batch_session: rt.Session, alone: list[Any]) -> None:
     a, b, c = (batch_session.stream() for _ in range(3))
     first = [int(sequence[0]) for sequence in SEQUENCES]
-    with pytest.raises(
-        rt.BatchError, match=r"^\[batch\] expected all 3 streams .* stream 1 first: .*token 0"
-    ) as caught:
+    with pytest.raises(rt.BatchError, match=r"^\[batch\] 1 of 3 streams failed, stream 1 first: .*token 0") as caught:
         batch_session.step_batch([a, b, c], [first[0], VOCAB, first[2]])
     assert caught.value.statuses == [0, 2, 0]
-    assert isinstance(caught.value.logits, np.ndarray)
-    np.testing.assert_array_equal(caught.value.logits, [alone[0][0], np.zeros(VOCAB), alone[2][0]])
+    assert isinstance(caught.value.outputs, np.ndarray)
+    np.testing.assert_array_equal(caught.value.outputs, [alone[0][0], np.zeros(VOCAB), alone[2][0]])
     assert [stream.position for stream in (a, b, c)] == [1, 0, 1]
-    with pytest.raises(rt.BatchError, match="stream 0 again as stream 2") as caught:
+    with pytest.raises(rt.BatchError, match="stream 0 is also stream 2") as caught:
         batch_session.step_batch([a, b, a], first[:3])
     assert caught.value.statuses == [2, 2, 2]
     other = batch_session.stream()
@@ -79,7 +77,7 @@ def test_what_fails_in_a_batch(batch_session: rt.Session, alone: list[Any]) -> N
     for streams, tokens, words in (
         ([a, b], [1], "2 tokens"),
         ([a], [[1]], "one dimension"),
-        ([other], [1], "an open stream"),
+        ([other], [1], "is closed"),
     ):
         with pytest.raises(rt.Error, match=words) as refused:
             batch_session.step_batch(streams, tokens)
@@ -87,9 +85,9 @@ def test_what_fails_in_a_batch(batch_session: rt.Session, alone: list[Any]) -> N
     with pytest.raises(rt.Error, match="2 sequences"):
         batch_session.feed_batch([a, b], [[1]])
     with pytest.raises(rt.Error, match="'all', 'last' or 'none'"):
-        batch_session.feed_batch([a], [[1]], logits="first")  # type: ignore[arg-type]
+        batch_session.feed_batch([a], [[1]], outputs="first")  # type: ignore[arg-type]
     assert batch_session.step_batch([], []).shape == (0, VOCAB)
-    assert batch_session.feed_batch([], [], logits="all") == []
+    assert batch_session.feed_batch([], [], outputs="all") == []
     assert [stream.position for stream in (a, b, c)] == [1, 0, 1]
 
 
@@ -98,15 +96,15 @@ def test_one_that_fails_midway_has_no_logits(batch_session: rt.Session, session:
     stop = ProgressFunction(lambda _user, done, _total: int(done > 8))
     assert lib.titans_stream_set_progress(bad._open(), stop, None) == 0
     with pytest.raises(rt.BatchError, match="stream 1 first") as caught:
-        batch_session.feed_batch([good, bad], [range(12), range(12)], logits="all")
-    assert isinstance(caught.value.logits, list)
-    np.testing.assert_array_equal(caught.value.logits[0], session.stream().feed(range(12)))
-    assert not caught.value.logits[1].any()
+        batch_session.feed_batch([good, bad], [range(12), range(12)], outputs="all")
+    assert isinstance(caught.value.outputs, list)
+    np.testing.assert_array_equal(caught.value.outputs[0], session.stream().feed(range(12)))
+    assert not caught.value.outputs[1].any()
     assert (good.position, bad.position) == (12, 0)
 
 
 def test_streams_of_another_session(batch_session: rt.Session, session: rt.Session) -> None:
-    with pytest.raises(rt.BatchError, match="stream 1 of this session"):
+    with pytest.raises(rt.BatchError, match="stream 1 belongs to another session"):
         batch_session.step_batch([batch_session.stream(), session.stream()], [1, 2])
 
 
@@ -119,7 +117,7 @@ def test_bundles_of_vectors(tmp_path: Path) -> None:
         alone = [session.stream().feed(rows) for rows in vectors]
         streams = [session.stream() for _ in vectors]
         steps = session.step_batch(streams, np.stack([rows[0] for rows in vectors]))
-        rest = session.feed_batch(streams, [rows[1:] for rows in vectors], logits="all")
+        rest = session.feed_batch(streams, [rows[1:] for rows in vectors], outputs="all")
         for step, rows, expected in zip(steps, rest, alone, strict=True):
             np.testing.assert_array_equal(np.concatenate([step[None], rows]), expected)
         with pytest.raises(rt.Error, match="float vectors"):

@@ -52,7 +52,7 @@ def test_any_cut_gives_the_same_logits(session: rt.Session, cuts: list[int], exp
 @pytest.mark.parametrize("at", range(2 * PERIOD))
 def test_a_fork_and_a_failure_at_every_phase(session: rt.Session, expected: Any, at: int) -> None:
     stream = session.stream()
-    stream.feed(TOKENS[:at], logits="none")
+    stream.feed(TOKENS[:at], outputs="none")
     with pytest.raises(rt.Error):
         stream.feed([1, 2, 99])
     twin = stream.fork()

@@ -114,7 +114,7 @@ def _run(machine: dict[str, str], bundle: Path, device: str = "cuda", **changes:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
-    if "but got one built without" in str(answer.get("error")):
+    if "was built without CUDA's headers" in str(answer.get("error")):
         pytest.skip("the runtime was built without CUDA's headers")
     return answer
 
@@ -148,17 +148,17 @@ def test_a_memory_that_would_go_to_the_cpu_in_each_call_is_refused(
 ) -> None:
     answer = _run(machine, bundles["mac"], TITANS_FAKE_FALLBACK="1")
     assert answer["status"] == 1
-    assert "NeuralMemory nodes on the GPU but got 0 there and" in answer["error"]
+    assert "NeuralMemory nodes on the GPU, got 0 there and" in answer["error"]
     assert 'memory_kernel="off"' in answer["error"]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"TITANS_FAKE_NO_PROVIDER": "1"}, ["an ONNX Runtime with CUDAExecutionProvider", "onnxruntime-gpu"]),
+        ({"TITANS_FAKE_NO_PROVIDER": "1"}, ["has no CUDAExecutionProvider", "onnxruntime-gpu"]),
         ({"TITANS_FAKE_PROVIDER_BROKEN": "no libcudnn.so.9"}, ["Fake GPU", "no libcudnn.so.9", "CUDA and cuDNN"]),
-        ({"TITANS_FAKE_NO_KERNEL": "a library without CUDA"}, ["to run on this GPU but got a library without CUDA"]),
-        ({"TITANS_CUDA_DRIVER": "/nowhere/libcuda.so.1"}, ["an NVIDIA driver and a GPU", "nvidia-smi"]),
+        ({"TITANS_FAKE_NO_KERNEL": "a library without CUDA"}, ["does not run on this GPU: a library without CUDA"]),
+        ({"TITANS_CUDA_DRIVER": "/nowhere/libcuda.so.1"}, ["no usable NVIDIA driver and GPU", "nvidia-smi"]),
     ],
     ids=["no-provider", "broken-provider", "no-kernel", "no-driver"],
 )

@@ -24,7 +24,7 @@ rt.Session(sys.argv[1], threads=1).close()  # libraries and their tables are in 
 before = resident()
 session = rt.Session(sys.argv[2], threads=1)
 stream = session.stream()
-stream.feed(b"\\1" * 13, logits="none")  # prefill, chunk and decode
+stream.feed(b"\\1" * 13, outputs="none")  # prefill, chunk and decode
 print(resident() - before)
 """
 

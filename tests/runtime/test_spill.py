@@ -54,7 +54,7 @@ def test_streams_beyond_the_budget(bundle: Path, tmp_path: Path, alone: list[Any
             np.testing.assert_array_equal(memory[name], values)
     streams[3].save(tmp_path / "three.tstate")
     restored = session.restore(tmp_path / "three.tstate")
-    np.testing.assert_array_equal(restored.feed([], logits="last"), alone[3][11])
+    np.testing.assert_array_equal(restored.feed([], outputs="last"), alone[3][11])
     for stream in (*streams, restored):
         stream.close()
     assert spilled(tmp_path) == 0
@@ -71,7 +71,7 @@ def test_marks_guards_and_generations_of_spilled_streams(bundle: Path, tmp_path:
 
         stream = session.stream()
         stream.guard("skip", max_surprise=1e6)
-        stream.feed(SEQUENCES[0][:5], logits="none")
+        stream.feed(SEQUENCES[0][:5], outputs="none")
         push_out()
         at = stream.mark()
         push_out()
@@ -114,7 +114,7 @@ def test_threads_that_push_each_other_out(bundle: Path, tmp_path: Path, alone: l
     [
         ({"memory_budget": 1 << 30}, "spill_dir"),
         ({"memory_budget": 1, "spill_dir": "."}, "at least one stream"),
-        ({"memory_budget": 1 << 30, "spill_dir": "/nowhere/at/all"}, "spill_dir to be a folder"),
+        ({"memory_budget": 1 << 30, "spill_dir": "/nowhere/at/all"}, "spill_dir is not a folder"),
         ({"memory_budget": -1, "spill_dir": "."}, "memory_budget"),
         ({"batch_threads": -1}, "batch_threads"),
     ],

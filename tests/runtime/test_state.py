@@ -61,7 +61,7 @@ def seal(header: dict[str, Any], data: bytes) -> bytes:
 def test_any_safetensors_reader_opens_it(session: rt.Session, weights: Weights, tmp_path: Path) -> None:
     path = tmp_path / "user.tstate"
     stream, reference = session.stream(), Reference(weights)
-    logits = stream.feed(TOKENS[:13], logits="last")
+    logits = stream.feed(TOKENS[:13], outputs="last")
     reference.feed(TOKENS[:13])
     stream.freeze()
     before = datetime.now(timezone.utc).replace(microsecond=0)
@@ -79,7 +79,7 @@ def test_any_safetensors_reader_opens_it(session: rt.Session, weights: Weights, 
         key: metadata[key] for key in ("format", "schema_version", "position", "learning", "backend", "device")
     } == {
         "format": "titans-state",
-        "schema_version": "1",
+        "schema_version": "2",
         "position": "13",
         "learning": "false",
         "backend": "onnxruntime",
@@ -111,7 +111,7 @@ def test_the_hash_is_of_the_whole_file(session: rt.Session, tmp_path: Path) -> N
 
 def test_read_state(session: rt.Session, tmp_path: Path) -> None:
     stream = session.stream()
-    stream.feed(TOKENS[:9], logits="none")
+    stream.feed(TOKENS[:9], outputs="none")
     stream.save(tmp_path / "plain.tstate")
     stream.save(tmp_path / "sealed.tstate", KEY)
     for state in (rt.read_state(tmp_path / "plain.tstate"), rt.read_state(tmp_path / "sealed.tstate", bytearray(KEY))):
@@ -119,7 +119,7 @@ def test_read_state(session: rt.Session, tmp_path: Path) -> None:
         assert [entry["name"] for entry in state.state] == [MEMORY, CACHE]
         for name, values in stream.memory().items():
             np.testing.assert_array_equal(state.memory()[name], values)
-        np.testing.assert_array_equal(state.tensors["last_output"], stream.feed([], logits="last"))
+        np.testing.assert_array_equal(state.tensors["last_output"], stream.feed([], outputs="last"))
     with pytest.raises(AttributeError):
         state.position = 3  # type: ignore[misc]
 
@@ -130,7 +130,7 @@ def test_read_state(session: rt.Session, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 60])
 def test_a_restored_stream_goes_on(session: rt.Session, weights: Weights, tmp_path: Path, cut: int) -> None:
     stream, reference = session.stream(), Reference(weights)
-    stream.feed(TOKENS[:cut], logits="none")
+    stream.feed(TOKENS[:cut], outputs="none")
     stream.save(tmp_path / "user.tstate")
     restored = session.restore(tmp_path / "user.tstate")
     assert (restored.position, restored.learning) == (cut, True)
@@ -148,7 +148,7 @@ def test_every_variant_bit_by_bit(bundles: dict[str, Path], variant: str, kernel
     with rt.Session(bundles[variant], threads=1, memory_kernel=kernel) as session:
         whole = session.stream()
         for cut in (5, 37, 64):  # in open chunks and at a chunk's end
-            whole.feed(tokens[whole.position : cut], logits="none")
+            whole.feed(tokens[whole.position : cut], outputs="none")
             whole.save(path)
             restored = session.restore(path)
             twin = whole.fork()
@@ -168,7 +168,7 @@ def test_from_our_kernel_to_standard_operators(bundles: dict[str, Path], variant
         pytest.skip("the memory kernel is not built: make setup, with its headers in .deps")
     for one, other in (sessions, reversed(sessions)):
         stream = one.stream()
-        stream.feed(tokens[:45], logits="none")
+        stream.feed(tokens[:45], outputs="none")
         stream.save(path)
         restored = other.restore(path)
         np.testing.assert_allclose(restored.feed(tokens[45:]), stream.feed(tokens[45:]), rtol=0, atol=1e-4)
@@ -177,7 +177,7 @@ def test_from_our_kernel_to_standard_operators(bundles: dict[str, Path], variant
 def test_in_another_process(session: rt.Session, bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "user.tstate"
     stream = session.stream()
-    stream.feed(TOKENS[:30], logits="none")
+    stream.feed(TOKENS[:30], outputs="none")
     stream.freeze()
     stream.save(path, KEY)
     code = (
@@ -194,10 +194,10 @@ def test_vectors(tmp_path: Path) -> None:
     given = np.random.default_rng(2).normal(size=(20, 5)).astype(np.float32)
     with rt.Session(bundle, threads=1) as session:
         stream = session.stream()
-        last = stream.feed(given[:9], logits="last")
+        last = stream.feed(given[:9], outputs="last")
         stream.save(tmp_path / "sensor.tstate")
         restored = session.restore(tmp_path / "sensor.tstate")
-        np.testing.assert_array_equal(restored.feed(np.empty((0, 5), np.float32), logits="last"), last)
+        np.testing.assert_array_equal(restored.feed(np.empty((0, 5), np.float32), outputs="last"), last)
         np.testing.assert_array_equal(restored.feed(given[9:]), stream.feed(given[9:]))
 
 
@@ -225,7 +225,7 @@ def test_in_another_storage(
     tokens = np.random.default_rng(4).integers(0, 96, 61)
     with rt.Session(small_bundle, threads=1) as full, rt.Session(other, threads=1) as narrow:
         stream = full.stream()
-        stream.feed(tokens[:45], logits="none")
+        stream.feed(tokens[:45], outputs="none")
         stream.save(path)
         exact = rt.read_state(path)
         restored = narrow.restore(path)
@@ -282,7 +282,7 @@ def within_half_a_step(values: Any, right: Any, dtype: str) -> bool:
 @pytest.fixture
 def saved(session: rt.Session, tmp_path: Path) -> Path:
     stream = session.stream()
-    stream.feed(TOKENS[:11], logits="none")
+    stream.feed(TOKENS[:11], outputs="none")
     stream.save(tmp_path / "user.tstate")
     return tmp_path / "user.tstate"
 
@@ -312,14 +312,19 @@ def test_a_file_cut_or_altered(session: rt.Session, saved: Path) -> None:
 
 
 def test_a_newer_version(session: rt.Session, saved: Path) -> None:
-    saved.write_bytes(saved.read_bytes().replace(b'"schema_version":"1"', b'"schema_version":"2"'))
-    refuse_state(session, saved, UNSUPPORTED, "schema_version 1", "got 2")
+    saved.write_bytes(saved.read_bytes().replace(b'"schema_version":"2"', b'"schema_version":"3"'))
+    refuse_state(session, saved, UNSUPPORTED, "schema_version 2", "got 3", "TITANS-E0402")
+
+
+def test_an_older_version(session: rt.Session, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes().replace(b'"schema_version":"2"', b'"schema_version":"1"'))
+    refuse_state(session, saved, UNSUPPORTED, "schema_version 2", "got 1", "feed the stream again", "TITANS-E0403")
 
 
 def test_a_state_of_another_model(saved: Path, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "other.titans", Weights.random(seed=9))
     with rt.Session(other) as session:
-        refuse_state(session, saved, FAILED, "of the model leaky-sum", "weights")
+        refuse_state(session, saved, FAILED, "state of another model: expected leaky-sum", "weights")
 
 
 def test_a_sealed_file_of_other_shapes(session: rt.Session, saved: Path) -> None:
@@ -376,12 +381,12 @@ def test_what_another_library_encrypts_we_open(session: rt.Session, saved: Path)
     saved.write_bytes(MAGIC + nonce + AESGCM(KEY).encrypt(nonce, plain, MAGIC))
     np.testing.assert_array_equal(session.restore(saved, KEY).feed(TOKENS[11:]), expected)
     assert rt.read_state(saved, KEY).position == 11
-    refuse_state(session, saved, INVALID_ARGUMENT, "the key")
+    refuse_state(session, saved, INVALID_ARGUMENT, "no key was given")
     refuse_state(session, saved, FAILED, "wrong key", key=KEY[::-1])
     saved.write_bytes(MAGIC + nonce + AESGCM(KEY).encrypt(nonce, plain, b"TITANSE2"))
     refuse_state(session, saved, FAILED, "altered", key=KEY)
     saved.write_bytes(plain)
-    refuse_state(session, saved, FAILED, "not encrypted", key=KEY)
+    refuse_state(session, saved, FAILED, "without encryption", key=KEY)
 
 
 @pytest.mark.parametrize("library", ["/nowhere/libcrypto.so", "libm.so.6"])
@@ -398,7 +403,7 @@ def test_without_libcrypto(bundle: Path, tmp_path: Path, library: str) -> None:
     environment = {**os.environ, "TITANS_LIBCRYPTO": library}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.startswith(f"{UNSUPPORTED} [state] expected"), result.stderr
-    assert "libcrypto" in result.stdout and "; do install OpenSSL" in result.stdout
+    assert "libcrypto" in result.stdout and "Fix: install OpenSSL" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["plain.tstate"]
 
 
@@ -407,14 +412,14 @@ def test_without_libcrypto(bundle: Path, tmp_path: Path, library: str) -> None:
 
 def test_marks(session: rt.Session, weights: Weights) -> None:
     stream, expected = session.stream(), Reference(weights).feed(TOKENS)
-    stream.feed(TOKENS[:10], logits="none")
+    stream.feed(TOKENS[:10], outputs="none")
     bytes_before = stream.state_bytes
     assert stream.mark() == 10
     assert stream.state_bytes - bytes_before == 4 * (38 + 6 + 16)  # one copy of the state
     first = stream.feed(TOKENS[10:20])
     assert stream.mark() == 20
     stream.freeze()
-    stream.feed([3] * 15, logits="none")
+    stream.feed([3] * 15, outputs="none")
     assert stream.marks == [10, 20]
     stream.rewind(20)
     assert stream.learning
@@ -428,7 +433,7 @@ def test_marks(session: rt.Session, weights: Weights) -> None:
     check(caught.value, INVALID_ARGUMENT, "a mark at position 20", "marks at 10")
     stream.unmark(10)
     assert (stream.marks, stream.state_bytes) == ([], bytes_before)
-    with pytest.raises(rt.Error, match="without marks"):
+    with pytest.raises(rt.Error, match="no marks"):
         stream.unmark(10)
     with pytest.raises(rt.Error, match="position"):
         stream.rewind(-1)
@@ -477,11 +482,11 @@ def test_what_cannot_be_written_is_told(killing: dict[str, Any]) -> None:
     failures = {(error, kind): message for error, kind, message in reversed(killing["fail"]["outcomes"])}
     for kind in "ws":
         assert "No space left on device" in failures[errno.ENOSPC, kind]
-        assert "; do make room" in failures[errno.ENOSPC, kind]
+        assert "Fix: free disk space" in failures[errno.ENOSPC, kind]
     assert "Input/output error" in failures[errno.EIO, "r"]
     file, folder = (message for *call, message in killing["fail"]["outcomes"] if call == [errno.EIO, "s"])
-    assert "the file that was there before is whole" in file
-    assert "a folder that reaches the disk" in folder and "the new file is in its place" in folder
+    assert "the previous file is intact" in file
+    assert "cannot flush the folder" in folder and "the new file has its name" in folder
     assert failures[errno.EINTR, "w"] == failures[0, "w"] == "", "an interrupted or cut call is made again"
     message = killing["limit"]["message"]
     assert "[user.tstate]" in message and "File too large" in message and "the file that was there" in message

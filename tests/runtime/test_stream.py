@@ -41,11 +41,11 @@ def test_any_cut_gives_the_same_logits(session: rt.Session, cuts: list[int], exp
 
 def test_which_logits(session: rt.Session, expected: Any) -> None:
     stream = session.stream()
-    assert stream.feed(TOKENS[:20], logits="none") is None
-    last = stream.feed(TOKENS[20:30], logits="last")
+    assert stream.feed(TOKENS[:20], outputs="none") is None
+    last = stream.feed(TOKENS[20:30], outputs="last")
     assert last is not None and last.shape == (16,)
     close(last, expected[29])
-    close(stream.feed([], logits="last"), expected[29])
+    close(stream.feed([], outputs="last"), expected[29])
     close(stream.step(int(TOKENS[30])), expected[30])
     assert stream.feed([]).shape == (0, 16)  # type: ignore[union-attr]
 
@@ -65,22 +65,22 @@ def test_strided_tokens(session: rt.Session) -> None:
 
 def test_fork_is_independent(session: rt.Session, expected: Any) -> None:
     stream = session.stream()
-    stream.feed(TOKENS[:21], logits="none")
+    stream.feed(TOKENS[:21], outputs="none")
     twin = stream.fork()
-    twin.feed([5] * 9, logits="none")
+    twin.feed([5] * 9, outputs="none")
     close(stream.feed(TOKENS[21:]), expected[21:])
     assert (twin.position, stream.position) == (30, 53)
 
 
 def test_fork_remembers_the_last_logits(session: rt.Session, expected: Any) -> None:
     stream = session.stream()
-    stream.feed(TOKENS[:21], logits="none")
-    close(stream.fork().feed([], logits="last"), expected[20])
+    stream.feed(TOKENS[:21], outputs="none")
+    close(stream.fork().feed([], outputs="last"), expected[20])
 
 
 def test_reset(session: rt.Session, expected: Any) -> None:
     stream = session.stream()
-    stream.feed([3] * 11, logits="none")
+    stream.feed([3] * 11, outputs="none")
     stream.reset()
     assert stream.position == 0
     close(stream.feed(TOKENS), expected)
@@ -129,7 +129,7 @@ def test_memory(session: rt.Session, weights: Weights) -> None:
     }
     np.testing.assert_array_equal(fresh[MEMORY + ".W0"][0, 0], weights.initial)
     np.testing.assert_array_equal(fresh[MEMORY + ".S0"][0, 0], [7, 8])
-    stream.feed(TOKENS, logits="none")
+    stream.feed(TOKENS, outputs="none")
     reference.feed(TOKENS)
     close(stream.memory()[MEMORY + ".W0"][0, 0], reference.memory)
     np.testing.assert_array_equal(fresh[MEMORY + ".W0"][0, 0], weights.initial)  # a copy
@@ -138,7 +138,7 @@ def test_memory(session: rt.Session, weights: Weights) -> None:
 def test_state_bytes_are_constant(session: rt.Session) -> None:
     stream = session.stream()
     before = stream.state_bytes
-    stream.feed(np.tile(TOKENS, 20), logits="none")
+    stream.feed(np.tile(TOKENS, 20), outputs="none")
     assert stream.state_bytes == before > 0
 
 

@@ -15,7 +15,7 @@ import titans_runtime as rt
 
 SIZE, OUTPUTS = 12, 5
 INVALID_ARGUMENT = 2
-FORM = re.compile(r"\[[^\]]+\] expected .+ but got .+; do .+")
+FORM = re.compile(r"\[[^\]]+\] .+\. Fix: .+ \(TITANS-E\d{4}\)")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # as in test_stream.py
 VECTORS = np.random.default_rng(2).normal(size=(41, SIZE)).astype(np.float32)
 
@@ -70,14 +70,14 @@ def test_any_cut_gives_the_same_outputs(vector_session: rt.Session, cuts: list[i
 
 def test_which_outputs(vector_session: rt.Session, expected: Any) -> None:
     stream = vector_session.stream()
-    assert stream.feed(VECTORS[:20], logits="none") is None
-    close(stream.feed(VECTORS[20:30], logits="last"), expected[29])
-    close(stream.feed([], logits="last"), expected[29])
+    assert stream.feed(VECTORS[:20], outputs="none") is None
+    close(stream.feed(VECTORS[20:30], outputs="last"), expected[29])
+    close(stream.feed([], outputs="last"), expected[29])
     close(stream.step(VECTORS[30]), expected[30])
     close(stream.feed(VECTORS[31:40]), expected[31:40])
-    assert stream.feed(np.empty((0, SIZE)), logits="all").shape == (0, OUTPUTS)  # type: ignore[union-attr]
+    assert stream.feed(np.empty((0, SIZE)), outputs="all").shape == (0, OUTPUTS)  # type: ignore[union-attr]
     with pytest.raises(rt.Error, match="at least one token"):
-        vector_session.stream().feed([], logits="last")
+        vector_session.stream().feed([], outputs="last")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_floats_of_any_kind(vector_session: rt.Session, change: Callable[[Any], 
 
 def test_fork_reset_freeze_and_memory(vector_session: rt.Session, model: Weights, expected: Any) -> None:
     stream, reference = vector_session.stream(), Reference(model, period=PERIOD)
-    stream.feed(VECTORS[:21], logits="none")
+    stream.feed(VECTORS[:21], outputs="none")
     twin = stream.fork()
-    close(twin.feed([], logits="last"), expected[20])
+    close(twin.feed([], outputs="last"), expected[20])
     twin.freeze()
     reference.feed(VECTORS[:21])
     reference.learning = False
@@ -128,7 +128,7 @@ def refuse(action: Callable[[], object], *words: str) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300], ids=str)
 def test_numbers_that_are_not_finite_change_nothing(vector_session: rt.Session, expected: Any, value: float) -> None:
     stream = vector_session.stream()
-    stream.feed(VECTORS[:3], logits="none")
+    stream.feed(VECTORS[:3], outputs="none")
     wrong = VECTORS[3:25].astype(np.float64)
     wrong[17, 4] = value
     refuse(lambda: stream.feed(wrong), "vector 17", "element 4", "finite")
@@ -171,9 +171,9 @@ def test_a_step_with_what_is_no_vector(vector_session: rt.Session, given: Any) -
 
 def test_what_needs_tokens(vector_session: rt.Session) -> None:
     stream = vector_session.stream()
-    stream.feed(VECTORS[:2], logits="none")
-    refuse(lambda: stream.score([1, 2]), "takes tokens", "takes vectors")
-    refuse(lambda: stream.generate(), "takes tokens", "takes vectors")
+    stream.feed(VECTORS[:2], outputs="none")
+    refuse(lambda: stream.score([1, 2]), "takes vectors", "got tokens")
+    refuse(lambda: stream.generate(), "takes vectors", "got tokens")
     assert stream.position == 2
 
 

@@ -45,7 +45,7 @@ def read(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     path = tmp_path_factory.mktemp("states") / "read.tstate"
     with rt.Session(shared_bundle, threads=1) as session:
         stream = session.stream()
-        stream.feed(TEXT[:201], logits="none")
+        stream.feed(TEXT[:201], outputs="none")
         stream.save(path)
         return path, stream.memory()
 
@@ -188,11 +188,11 @@ def test_the_open_chunk_is_what_its_fold_changes(shared_bundle: Path, tmp_path: 
     """Of a chunk of 4, the fourth token frozen: it changes nothing, so the fold is that of the three before."""
     with rt.Session(shared_bundle, threads=1) as session:
         stream = session.stream()
-        stream.feed(TEXT[:103], logits="none")
+        stream.feed(TEXT[:103], outputs="none")
         stream.save(tmp_path / "open.tstate")
         before = stream.memory()["layers.0.memory.W0"][0].astype(np.float64)
         stream.freeze()
-        stream.feed(TEXT[103:104], logits="none")
+        stream.feed(TEXT[103:104], outputs="none")
         after = stream.memory()["layers.0.memory.W0"][0].astype(np.float64)
     (memory,) = invoke("inspect", tmp_path / "open.tstate", "--json").json()["memories"]
     change = np.linalg.norm((after - before).reshape(2, -1), axis=1) / np.linalg.norm(before.reshape(2, -1), axis=1)
@@ -223,7 +223,7 @@ def test_encrypted(shared_bundle: Path, tmp_path: Path) -> None:
     key, path = bytes(range(32)), tmp_path / "secret.tstate"
     with rt.Session(shared_bundle, threads=1) as session:
         stream = session.stream()
-        stream.feed(TEXT[:40], logits="none")
+        stream.feed(TEXT[:40], outputs="none")
         try:
             stream.save(path, key=key)
         except rt.Error as error:
@@ -281,12 +281,12 @@ def test_a_stream_and_its_fork(shared_bundle: Path, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.tstate", "b.tstate")]
     with rt.Session(shared_bundle, threads=1) as session:
         stream = session.stream()
-        stream.feed(TEXT[:200], logits="none")
+        stream.feed(TEXT[:200], outputs="none")
         fork = stream.fork()
         for one, path in zip((stream, fork), paths, strict=True):
             one.save(path)
         same = invoke("diff", *paths, "--json")
-        fork.feed(TEXT[300:340], logits="none")
+        fork.feed(TEXT[300:340], outputs="none")
         fork.save(paths[1])
         memories = [one.memory() for one in (stream, fork)]
     assert same.code == 0, same.err

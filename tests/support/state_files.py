@@ -51,7 +51,7 @@ def write_rows(
     """A plain state file of tensors as they are, sealed with its hash."""
     texts = {
         "format": "titans-state",
-        "schema_version": "1",
+        "schema_version": "2",
         "producer": "test 1.0",
         "created": "2026-11-24T12:00:00Z",
         "model": json.dumps({"name": "by-hand", "variant": "lmm", "weights_sha256": "ab" * 32}),

@@ -118,7 +118,7 @@ class Runtime(Measured):
         self._stream.reset()
 
     def feed(self, tokens: Tokens) -> Logits:
-        logits = self._stream.feed(tokens, logits="last")
+        logits = self._stream.feed(tokens, outputs="last")
         assert logits is not None
         return logits
 

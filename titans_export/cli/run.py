@@ -188,7 +188,7 @@ def _continue(
     tokens = tokenizer.encode(prompt)
     if not len(tokens) and not stream.position:
         raise UsageError("E0107", "run", "empty prompt", "give at least one token to start from")
-    stream.feed(tokens, logits="none")
+    stream.feed(tokens, outputs="none")
     decode = tokenizer.decoder()
     writer, count, started = _Writer(options.stop, quiet), 0, time.perf_counter()
     if options.max_tokens:

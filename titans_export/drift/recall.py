@@ -138,7 +138,7 @@ def _pairs(distance: int, random: np.random.Generator) -> Callable[[titans_runti
 
     def ask(stream: titans_runtime.Stream) -> float:
         stream.reset()
-        stream.feed(told, logits="none")
+        stream.feed(told, outputs="none")
         outputs = stream.feed(questions)
         assert outputs is not None
         return float((outputs[::2].argmax(-1) == answers).mean())

@@ -43,7 +43,7 @@ typedef struct titans_generator titans_generator;
 /* The version, such as "0.1.0". */
 TITANS_API const char* titans_version(void);
 
-/* Text of the last failure on this thread, "" if none: "[where] problem. Fix: what to do (TITANS-E0123)", one line.
+/* Text of the last failure on this thread, "" if none: "[where] problem. Fix: what to do (TITANS-E0204)", one line.
  * Valid until the next failure on this thread. */
 TITANS_API const char* titans_last_error(void);
 

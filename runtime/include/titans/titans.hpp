@@ -27,13 +27,13 @@ namespace titans {
 using Token = std::int32_t;
 using Tokens = std::vector<Token>;
 
-// what() is "[where] problem. Fix: what to do (TITANS-E0123)"; docs/errors.md lists the codes.
+// what() is "[where] problem. Fix: what to do (TITANS-E0204)"; docs/errors.md lists the codes.
 class Error : public std::runtime_error {
  public:
   Error(titans_status status, const char* message, const char* code)
       : std::runtime_error(message), status_(status), code_(code) {}
   titans_status status() const noexcept { return status_; }
-  const std::string& code() const noexcept { return code_; }  // "TITANS-E0123"
+  const std::string& code() const noexcept { return code_; }  // "TITANS-E0204"
 
  private:
   titans_status status_;

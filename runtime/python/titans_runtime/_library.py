@@ -143,7 +143,7 @@ class Sampling(ctypes.Structure):
 
 
 class Error(RuntimeError):
-    """A failure of the runtime: "[where] problem. Fix: what to do (TITANS-E0123)".
+    """A failure of the runtime: "[where] problem. Fix: what to do (TITANS-E0204)".
 
     ``status`` is 1 (failed), 2 (invalid argument), 4 (not possible on this machine) or 5 (cancelled). ``code`` is the
     kind, such as "TITANS-E0204"; docs/errors.md lists the kinds.

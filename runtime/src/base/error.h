@@ -47,7 +47,7 @@ inline std::string problem_text(std::string_view raw) {
   return line;
 }
 
-// "[where] problem. Fix: fix (TITANS-E0123)". docs/errors.md lists the codes; a test compares it with the literals.
+// "[where] problem. Fix: fix (TITANS-E0204)". docs/errors.md lists the codes; a test compares it with the literals.
 class Error : public std::runtime_error {
  public:
   Error(titans_status status, std::string_view code, std::string_view where, std::string_view problem,
@@ -59,7 +59,7 @@ class Error : public std::runtime_error {
         problem_(problem_text(problem)) {}
 
   titans_status status() const noexcept { return status_; }
-  const std::string& code() const noexcept { return code_; }  // "TITANS-E0123"
+  const std::string& code() const noexcept { return code_; }  // "TITANS-E0204"
   // The problem alone, for an error that contains it.
   const std::string& problem() const noexcept { return problem_; }
 

@@ -48,7 +48,6 @@ class Guard {
     core::move_to(moved, backups_);
   }
 
-  void set_limits(const titans_guard& limits) { limits_ = limits; }
   const titans_guard& limits() const { return limits_; }
   bool on() const { return limits_.policy != TITANS_GUARD_OFF; }
   const titans_guard_report& report() const { return report_; }

@@ -116,8 +116,8 @@ class Walker {
     std::string known;
     for (const std::string& file : files_) known += (known.empty() ? "" : " or ") + file;
     throw Error(TITANS_FAILED, "E0208", file_name_,
-                text("data of ", tensor.substr(0, kLongestQuote), " outside the bundle: expected ", known, ", got ",
-                     quoted(value.substr(0, kLongestQuote))),
+                text("data of ", tensor.substr(0, kLongestQuote), " outside the bundle: expected it in the file or in ",
+                     known, ", got ", quoted(value.substr(0, kLongestQuote))),
                 "export the bundle again, and do not trust the source of this one");
   }
 
