@@ -217,14 +217,14 @@ TEST_F(CApiStream, Vectors) {
   Stream twin = stream.fork();
   EXPECT_EQ(stream.feed_vectors_last({0, 1}), std::vector<float>(expected.begin() + 6, expected.begin() + 9));
   EXPECT_EQ(twin.feed_vectors({0, 1, 4, -2, 2, 2}), std::vector<float>(expected.begin() + 6, expected.end()));
-  expect_invalid({"2 floats each", "3 floats"}, [&] { twin.feed_vectors({1, 2, 3}); });
+  expect_invalid({"vectors of 2 floats", "3 floats"}, [&] { twin.feed_vectors({1, 2, 3}); });
   expect_invalid({"vector 1", "finite"}, [&] { twin.feed_vectors({1, 2, 3, HUGE_VALF}); });
-  expect_invalid({"pointer for vectors"}, [&] { twin.feed_vectors(nullptr, 1, TITANS_OUTPUT_NONE, nullptr, 0); });
+  expect_invalid({"vectors is NULL"}, [&] { twin.feed_vectors(nullptr, 1, TITANS_OUTPUT_NONE, nullptr, 0); });
   expect_invalid({"titans_output"},
                  [&] { twin.feed_vectors(vectors.data(), 1, static_cast<titans_output>(3), nullptr, 0); });
   expect_invalid({"room for 6 outputs"},
                  [&] { twin.feed_vectors(vectors.data(), 2, TITANS_OUTPUT_ALL, std::vector<float>(5).data(), 5); });
-  const std::vector<std::string> words{"takes tokens", "takes vectors"};
+  const std::vector<std::string> words{"takes vectors", "got tokens"};
   expect_invalid(words, [&] { twin.feed({1}); });
   expect_invalid(words, [&] { twin.feed_last({1}); });
   expect_invalid(words, [&] { twin.step(1); });
@@ -246,7 +246,7 @@ TEST_F(CApiStream, Tokens) {
   Stream stream = session.stream();
   const Tokens tokens{3, 1, 4, 1, 5, 2, 6};
   EXPECT_EQ(stream.feed(tokens), expected_logits(tokens));
-  expect_invalid({"takes vectors", "takes tokens"},
+  expect_invalid({"takes tokens", "got vectors"},
                  [&] { stream.feed_vectors(std::vector<float>(2 * kFakeVocab, 1.0F)); });
   EXPECT_EQ(stream.position(), tokens.size());
 }
@@ -268,10 +268,10 @@ TEST_F(CApiStream, StatesAndMarks) {
   EXPECT_EQ(stream.marks(), (std::vector<std::uint64_t>{3}));
   EXPECT_EQ(stream.feed({1, 5, 2, 6}), tail);
   stream.unmark(3);
-  expect_invalid({"without marks"}, [&] { stream.rewind(3); });
+  expect_invalid({"no marks"}, [&] { stream.rewind(3); });
   EXPECT_EQ(session.restore(plain).feed({1, 5, 2, 6}), tail);
   EXPECT_EQ(session.restore(sealed, key).feed({1, 5, 2, 6}), tail);
-  expect_invalid({"the key"}, [&] { session.restore(sealed); });
+  expect_invalid({"no key was given"}, [&] { session.restore(sealed); });
   expect_invalid({"32 bytes", "got 31"}, [&] { stream.save(sealed, Key(31)); });
   const std::vector<std::uint8_t> bytes = read_state(plain);
   EXPECT_EQ(std::string(bytes.begin(), bytes.end()), read_file(plain));

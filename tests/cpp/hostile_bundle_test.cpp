@@ -138,10 +138,10 @@ TEST_F(HostileBundle, AFileWithHoles) {
 }
 
 TEST_F(HostileBundle, JsonWithoutEnd) {
-  refuse_manifest(std::string(1 << 20, '['), {"manifest.json", "at most 64 levels"});
+  refuse_manifest(std::string(1 << 20, '['), {"manifest.json", "deeper than 64 levels"});
   std::string objects;
   for (int i = 0; i < (1 << 18); ++i) objects += "{\"a\":";
-  refuse_manifest(objects, {"manifest.json", "at most 64 levels"});
+  refuse_manifest(objects, {"manifest.json", "deeper than 64 levels"});
   json manifest = manifest_json();
   manifest["model"]["note"] = std::string(17 << 20, 'x');
   refuse(manifest, {"manifest.json", "at most 16777216 bytes"});

@@ -97,7 +97,7 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
     feed(stream, head);
     for (int again = 0; again < 2; ++again) {
       control_.fail_at = static_cast<int>(control_.calls.size()) + call;
-      expect_error(TITANS_FAILED, {"one that fails"}, [&] { feed(stream, tail); });
+      expect_error(TITANS_FAILED, {" failed"}, [&] { feed(stream, tail); });
       EXPECT_EQ(stream.position(), head.size());
       EXPECT_EQ(stream.last_output(), last_before);
       EXPECT_EQ(memory(stream), memory_before) << call;
@@ -134,7 +134,7 @@ TEST_F(JournalTest, AResetThatFailsLeavesTheStreamAsItWas) {
   feed(twin, some_tokens(6));
   for (int uploads = 0; uploads < 3; ++uploads) {
     control_.traffic.uploads_before_a_failure = uploads;
-    expect_error(TITANS_FAILED, {"one that fails"}, [&] { stream.reset(); });
+    expect_error(TITANS_FAILED, {" failed"}, [&] { stream.reset(); });
     control_.traffic.uploads_before_a_failure.reset();
     EXPECT_EQ(memory(stream), memory(twin));
   }

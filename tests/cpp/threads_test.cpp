@@ -236,7 +236,7 @@ TEST_P(ThreadsTest, TwoInOneStreamAreRefused) {
   std::condition_variable changed;
   bool inside = false, leave = false;
   control_.before_call = [&] {
-    expect_error(TITANS_INVALID_ARGUMENT, {"in use by another thread"}, [&] { const Stream::Use use(stream); });
+    expect_error(TITANS_INVALID_ARGUMENT, {"in use by another call"}, [&] { const Stream::Use use(stream); });
     std::unique_lock lock(mutex);
     inside = true;
     changed.notify_all();
@@ -247,7 +247,7 @@ TEST_P(ThreadsTest, TwoInOneStreamAreRefused) {
     std::unique_lock lock(mutex);
     changed.wait(lock, [&] { return inside; });
   }
-  expect_error(TITANS_INVALID_ARGUMENT, {"in use by another thread"}, [&] { const Stream::Use use(stream); });
+  expect_error(TITANS_INVALID_ARGUMENT, {"in use by another call"}, [&] { const Stream::Use use(stream); });
   {
     const std::lock_guard lock(mutex);
     leave = true;

@@ -137,7 +137,7 @@ def test_the_program_for_a_device_goes_on_where_it_was(
     state.write_bytes(b"damaged")
     third = subprocess.run(command, env=env, input=b"", capture_output=True, timeout=60)
     assert third.returncode == 1
-    assert re.fullmatch(rb"remember: \[[^\]]+\] expected .+ but got .+\n", third.stderr)
+    assert re.fullmatch(rb"remember: \[[^\]]+\] .+\. Fix: .+ \(TITANS-E\d{4}\)\n", third.stderr)
     assert state.read_bytes() == b"damaged"
 
 

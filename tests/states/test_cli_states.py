@@ -157,7 +157,7 @@ def test_a_layout_beyond_its_row_is_refused(tmp_path: Path) -> None:
     rows = {"memory": np.ones((1, 1, 48), np.float32)}
     path = write_rows(tmp_path / "odd.tstate", [memory_entry("memory", layout, 1, 48)], rows)
     result = invoke("inspect", path)
-    result.check_failure(1, "layout[0] to be a field of at most 48 elements")
+    result.check_failure(1, "layout[0]: expected a field of at most 48 elements")
 
 
 def test_a_stream_that_has_read(read: tuple[Path, dict[str, np.ndarray]], shared_bundle: Path) -> None:

@@ -17,7 +17,7 @@
 namespace titans::core {
 
 // Core and backend are built together; a change of any class in this header or in one that it includes raises this.
-inline constexpr std::uint32_t kBackendAbi = 7;
+inline constexpr std::uint32_t kBackendAbi = 8;
 
 // The same bytes of each row of a tensor: in each of `rows` rows, which start `pitch` bytes apart, `bytes` from
 // `offset` on.
