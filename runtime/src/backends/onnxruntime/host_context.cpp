@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "backends/onnxruntime/device_context.h"
+#include "base/error.h"
 
 namespace titans::core {
 namespace {
