@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MissingCheckpointError
 from .memory import ACTIVATIONS, MemorySpec
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
@@ -67,39 +67,38 @@ class ModelConfig:
     name: str = field(default="titans")
 
     def __post_init__(self) -> None:
-        def need(ok: bool, expected: str, got: object) -> None:
+        def need(ok: bool, name: str, expected: str, got: object) -> None:
             if not ok:
-                raise CheckpointError("config", expected, repr(got), "correct config.json")
+                raise _invalid(name, expected, got)
 
         m = self.memory
-        need(self.variant in VARIANTS, f"variant to be one of {', '.join(VARIANTS)}", self.variant)
+        need(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         for owner, names in (
             (self, ("vocab_size", "dim", "layers", "hidden")),
             (m, ("heads", "head_dim", "chunk", "expansion")),
         ):
             for name in names:
-                need(getattr(owner, name) >= 1, f"{name} to be at least 1", getattr(owner, name))
-        need(m.conv >= 2, "memory.conv to be at least 2", m.conv)
-        need(m.depth in (1, 2, 3), "memory.depth to be 1, 2 or 3", m.depth)
-        need(m.activation in ACTIVATIONS, f"memory.activation to be one of {', '.join(ACTIVATIONS)}", m.activation)
-        need(0 < m.step_limit < float("inf"), "memory.step_limit to be positive and finite", m.step_limit)
+                need(getattr(owner, name) >= 1, name, "at least 1", getattr(owner, name))
+        need(m.conv >= 2, "memory.conv", "at least 2", m.conv)
+        need(m.depth in (1, 2, 3), "memory.depth", "1, 2 or 3", m.depth)
+        need(m.activation in ACTIVATIONS, "memory.activation", f"one of {', '.join(ACTIVATIONS)}", m.activation)
+        need(0 < m.step_limit < float("inf"), "memory.step_limit", "a positive finite number", m.step_limit)
         chosen = self.memory_layers
         if chosen is not None:
             inside = all(0 <= i < self.layers for i in chosen) and list(chosen) == sorted(set(chosen))
-            need(inside, f"memory_layers to be increasing indices below {self.layers}", list(chosen))
+            need(inside, "memory_layers", f"increasing indices below {self.layers}", list(chosen))
         if self.variant == "lmm":
             unused = (self.attention_heads, self.window, self.persistent)
-            need(unused == (0, 0, 0), "attention_heads, window and persistent to be 0 for lmm, which has none", unused)
+            need(unused == (0, 0, 0), "attention_heads, window, persistent", "0 for lmm, without attention", unused)
             return
-        need(self.persistent >= 0, "persistent to be at least 0", self.persistent)
-        need(self.window >= 2, "window to be at least 2", self.window)
+        need(self.persistent >= 0, "persistent", "at least 0", self.persistent)
+        need(self.window >= 2, "window", "at least 2", self.window)
         heads = self.attention_heads
         whole = heads >= 1 and self.dim % (2 * heads) == 0
-        need(whole, f"dim / attention_heads to be an even whole number (dim is {self.dim})", heads)
+        need(whole, "attention_heads", f"a number that divides dim, {self.dim}, into even sizes", heads)
         if self.variant == "mac":
-            need(
-                self.window % m.chunk == 0, f"window to be a multiple of memory.chunk ({m.chunk}) for mac", self.window
-            )
+            aligned = self.window % m.chunk == 0
+            need(aligned, "window", f"a multiple of memory.chunk ({m.chunk}) for mac", self.window)
 
     def has_memory(self, layer: int) -> bool:
         return self.memory_layers is None or layer in self.memory_layers
@@ -112,36 +111,41 @@ class ModelConfig:
 _T = TypeVar("_T", MemoryConfig, ModelConfig)
 
 
+def _invalid(name: str, expected: str, got: object) -> CheckpointError:
+    return CheckpointError(
+        "E0309", "config", f"invalid {name}: expected {expected}, got {got!r}", "correct config.json"
+    )
+
+
 def _build(kind: type[_T], values: Any, where: str) -> _T:
     """A dataclass from a JSON object, with its keys and the types of its values checked."""
     if not isinstance(values, dict):
-        raise CheckpointError("config", f"{where} to be an object", type(values).__name__, "correct config.json")
+        raise _invalid(where, "an object", values)
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(values) - set(known)):
-        raise CheckpointError("config", f"known keys in {where}", f"unknown key {unknown[0]!r}", "remove or correct it")
+        raise CheckpointError("E0309", "config", f"unknown key {unknown[0]!r} in {where}", "remove or correct it")
     if missing := sorted(set(known) - set(values)):
-        raise CheckpointError("config", f"key {missing[0]!r} in {where}", "none", "add it to config.json")
+        raise CheckpointError("E0311", "config", f"no key {missing[0]!r} in {where}", "add it to config.json")
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
     for name, value in values.items():
         wanted = kinds.get(str(known[name].type))
         if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
-            raise CheckpointError(
-                "config", f"{where}.{name} to be of type {known[name].type}", repr(value), "correct config.json"
-            )
+            raise _invalid(f"{where}.{name}", f"type {known[name].type}", value)
     return kind(**values)
 
 
 def parse_config(values: Any) -> ModelConfig:
-    """The configuration from parsed JSON. Raises CheckpointError naming the first key that is wrong."""
+    """The configuration from parsed JSON. Raises CheckpointError for the first invalid key."""
     if not isinstance(values, dict):
-        raise CheckpointError("config", "a JSON object", type(values).__name__, "correct config.json")
+        raise _invalid("config.json", "a JSON object", values)
     values = dict(values)
     version = values.pop("format_version", None)
     if values.pop("format", None) != "titans" or version != FORMAT_VERSION:
         raise CheckpointError(
+            "E0313",
             "config",
-            f'"format": "titans" and "format_version": {FORMAT_VERSION}',
-            f"format_version {version!r}",
+            f'unsupported config.json: expected "format": "titans" and "format_version": {FORMAT_VERSION}, '
+            f"got format_version {version!r}",
             "check that this is a Titans checkpoint; upgrade titans-export if it is newer",
         )
     if "memory" in values:
@@ -149,9 +153,7 @@ def parse_config(values: Any) -> ModelConfig:
     layers = values.get("memory_layers")
     if layers is not None:
         if not isinstance(layers, list) or not all(type(i) is int for i in layers):
-            raise CheckpointError(
-                "config", "memory_layers to be a list of integers", repr(layers), "correct config.json"
-            )
+            raise _invalid("memory_layers", "a list of integers", layers)
         values["memory_layers"] = tuple(layers)
     return _build(ModelConfig, values, "the model")
 
@@ -161,7 +163,9 @@ def read_config(path: Path) -> ModelConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError("config", f"a file {path}", "none", "give a folder that holds config.json") from None
+        raise MissingCheckpointError(
+            "E0308", "config", f"no such file: {path}", "give a folder that holds config.json"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError("config", f"{path} to be readable JSON", str(error), "restore the file") from None
+        raise CheckpointError("E0308", "config", f"{path} is not readable JSON: {error}", "restore the file") from None
     return parse_config(values)
