@@ -52,7 +52,7 @@ class TestCheckpoints:
         copy = copy_checkpoint(checkpoint, tmp_path / "copy")
         raw = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(raw[: int(part * len(raw))])
-        refuse_export(copy, folder, 1, "model.safetensors", "to be whole")
+        refuse_export(copy, folder, 1, "model.safetensors", "damaged file")
 
     def test_wrong_shapes(self, checkpoint: Path, tmp_path: Path, folder: Path) -> None:
         refuse_export(copy_checkpoint(checkpoint, tmp_path / "copy", hidden=24), folder, 1, "shape", "config.json")
@@ -66,7 +66,7 @@ class TestCheckpoints:
         tensors = load_file(copy / "model.safetensors")
         tensors["head.weight"][3, 4] = value
         save_file(tensors, copy / "model.safetensors")
-        refuse_export(copy, folder, 1, "head.weight", "finite")
+        refuse_export(copy, folder, 1, "head.weight", "NaN or infinity")
 
     def test_unknown_variant(self, checkpoint: Path, tmp_path: Path, folder: Path) -> None:
         refuse_export(copy_checkpoint(checkpoint, tmp_path / "copy", variant="mad"), folder, 1, "'mad'", "mac, mag")

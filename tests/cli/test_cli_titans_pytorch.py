@@ -171,7 +171,7 @@ class TestVerify:
         assert result.code == 0, result.err
         assert result.json()["passed"] is True
         assert result.json()["positions"] == 60
-        assert "other weights" not in result.err
+        assert "the weights of" not in result.err
         invoke(*args).check_failure(1, "default_step_transform_max_lr")
 
     def test_against_other_weights(self, name: str, folder: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ class TestVerify:
         args = ("verify", folder / f"{name}.titans", "--against", tmp_path / "other.pt", "--config", config)
         result = invoke(*args, "--tokens", 20)
         result.check_failure(3, "expected")
-        assert "other weights" in result.err
+        assert "the weights of" in result.err
 
 
 def test_verify_against_what_takes_something_else(folder: Path) -> None:
@@ -234,9 +234,9 @@ class TestRun:
             "stdin": (),
         }
         result = invoke("run", vectors, *args[how], stdin=b"hello")
-        result.check_failure(2, "a bundle that takes tokens", "takes vectors", "Stream.feed")
+        result.check_failure(2, "takes vectors", "Stream.feed")
         assert not result.out
 
 
 def test_bench_of_vectors_is_refused(vectors: Path) -> None:
-    invoke("bench", vectors, "--rounds", 1).check_failure(2, "a bundle that takes tokens", "takes vectors")
+    invoke("bench", vectors, "--rounds", 1).check_failure(2, "takes vectors")
