@@ -105,7 +105,7 @@ def test_function_bodies_show_what_the_kernel_shows(
     float32_bundle: Path, data: Data, collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> Path:
-        raise MachineError("test", "a kernel", "none", "none")
+        raise MachineError("E0607", "test", "no kernel", "install one")
 
     monkeypatch.setattr(engine, "kernel_library", missing)
     other = collect(open_source(read_bundle(float32_bundle)), data, gram=True)

@@ -72,7 +72,7 @@ def plugin_library(given: Path | None, major: int) -> Path:
         given = _beside_the_runtime(name)
     if given is None or not given.is_file():
         raise MachineError(
-            "E0657",
+            "E0607",
             "plugin library",
             f"no plugin for TensorRT {major}, {name}" + (f", at {given}" if given else ""),
             "build it (docs/tensorrt-plugin.md) and give --plugin-library PATH",

@@ -185,7 +185,7 @@ def _load_plugin(registry: Any, path: Path, log: Any) -> None:
     creators = [(creator.name, creator.plugin_namespace) for creator in registry.all_creators]
     if handle is None or ("NeuralMemory", "ai.titans") not in creators:
         raise MachineError(
-            "E0657",
+            "E0607",
             "plugin library",
             f"{path} does not register ai.titans::NeuralMemory",
             "give --plugin-library the library that was built for this TensorRT's major version",

@@ -79,7 +79,7 @@ def _check_alike(a: SavedState, b: SavedState) -> None:
     if weights[0] != weights[1]:
         names = [f"{s.model.get('name')} (weights {str(sha)[:12]})" for s, sha in zip((a, b), weights, strict=True)]
         problem = f"states of different models: {a.path} of {names[0]}, {b.path} of {names[1]}"
-        raise StateError("E0453", "diff", problem, fix)
+        raise StateError("E0407", "diff", problem, fix)
     one, other = _logical_shapes(a), _logical_shapes(b)
     if one != other:
         name = next(name for name in {**one, **other} if one.get(name) != other.get(name))

@@ -91,7 +91,7 @@ def read_key(path: Path) -> bytes:
         return bytes.fromhex(digits.decode())
     got = "more" if len(raw) == 4096 else f"{len(raw)} other bytes"
     raise StateError(
-        "E0450",
+        "E0406",
         "key",
         f"invalid key in {path}: expected {KEY_BYTES} bytes or {2 * KEY_BYTES} hexadecimal digits, got {got}",
         f"make a key with: head -c {KEY_BYTES} /dev/urandom",
@@ -108,7 +108,7 @@ def open_state(path: Path, key: bytes | None = None) -> SavedState:
 
     encrypted = _is_encrypted(path)
     if encrypted and key is None:
-        raise UsageError("E0451", "state", f"{path} is encrypted", "give --key-file FILE")
+        raise UsageError("E0406", "state", f"{path} is encrypted", "give --key-file FILE")
     state = titans_runtime.read_state(path, key=key if encrypted else None)
     try:
         metadata = {name: _parse(name, value) for name, value in state.metadata.items()}
@@ -120,7 +120,7 @@ def open_state(path: Path, key: bytes | None = None) -> SavedState:
         what = error.problem if isinstance(error, TitansError) else str(error)
         detail = " ".join(what.split())[:200]
         raise StateError(
-            "E0452", "state", f"invalid description of the tensors in {path}: {detail}", "save the stream again"
+            "E0404", "state", f"invalid description of the tensors in {path}: {detail}", "save the stream again"
         ) from None
     return SavedState(
         path, path.stat().st_size, encrypted, state.position, metadata, entries, state.tensors, state.memory()

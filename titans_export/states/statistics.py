@@ -112,7 +112,7 @@ def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     own, wanted = state.model.get("weights_sha256"), opened.manifest.model.weights_sha256
     if own != wanted:
         raise StateError(
-            "E0453",
+            "E0407",
             "state",
             f"{state.path} is of another model than {bundle}: expected weights {_short(wanted)}, got {_short(own)} "
             f"({state.model.get('name')})",
