@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import helper, inliner
-from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
 from polygraphy import comparator
 from polygraphy.backend.base import BaseRunner
@@ -25,6 +24,7 @@ from polygraphy.logger import G_LOGGER
 from .bundle import Bundle
 from .errors import UsageError
 from .manifest import GraphEntry
+from .onnx.files import load_structure, load_weights
 from .running import Arrays, BundleRunner, open_session
 from .schedule import may_start
 
@@ -82,10 +82,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
 def load_inlined(path: Path) -> onnx.ModelProto:
     """The graph with its functions written out, as onnx.reference does not tell overloads of a function apart."""
-    model = onnx.load(str(path), load_external_data=False)
-    model = inliner.inline_local_functions(model)
-    load_external_data_for_model(model, str(path.parent))
-    return model
+    return load_weights(inliner.inline_local_functions(load_structure(path)), path.parent)
 
 
 def check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:

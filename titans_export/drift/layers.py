@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
@@ -23,6 +22,8 @@ from ..bundle import Bundle, read_bundle
 from ..engines.onnxruntime import kernel_library
 from ..errors import MachineError
 from ..manifest import GraphEntry
+from ..onnx.files import load_structure
+from ..onnx.nodes import attribute, is_memory
 from ..running import BundleRunner, Call, memory_kernel, open_session
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class _Probed:
         self._probes: dict[str, dict[str, list[str]]] = {}  # by graph: layers to the values that hold their activations
         self._models: dict[str, ModelProto] = {}
         for graph in bundle.manifest.graphs:
-            self._models[graph.name] = onnx.load(str(bundle.path / graph.file), load_external_data=False)
+            self._models[graph.name] = load_structure(bundle.path / graph.file)
             self._probes[graph.name] = activations(self._models[graph.name])
         shown = {
             graph: [value for names in probes.values() for value in names] for graph, probes in self._probes.items()
@@ -125,7 +126,7 @@ def activations(model: ModelProto) -> dict[str, list[str]]:
     # A memory may be advanced by several nodes, each over some of the tokens: the state goes from one to the next.
     memories = {value.name: value.name for value in graph.input}
     for node in graph.node:
-        if node.op_type == "NeuralMemory" and node.input[0] in memories and _updates(node):
+        if is_memory(node) and node.input[0] in memories and _updates(node):
             name = memories[node.input[0]]
             memories[node.output[1]] = name
             found.setdefault(name, []).append(node.output[0])
@@ -134,7 +135,7 @@ def activations(model: ModelProto) -> dict[str, list[str]]:
 
 def _updates(node: NodeProto) -> bool:
     """Whether the memory learns: what a read alone retrieves, as MAC's before attention, is left out."""
-    return any(attribute.name == "mode" and attribute.s == b"update" for attribute in node.attribute)
+    return bool(attribute(node, "mode") == "update")
 
 
 def _owners(graph: Any) -> dict[str, set[int]]:
