@@ -37,8 +37,7 @@ from titans_export.checkpoints import titans
 from titans_export.model import memory_layer
 from titans_export.model.layers import StreamState
 from titans_export.model.memory import MemorySpec
-from titans_export.model.neural_memory import memory_layout, neural_memory_update
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes, memory_layout, neural_memory_update
 
 OPERANDS = ("q", "k", "v", "step_size", "momentum", "forget_gate")
 CHUNKS_PER_CALL = 16

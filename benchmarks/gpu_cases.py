@@ -17,9 +17,9 @@ from benchmarks import costs
 from benchmarks.case import Case
 from benchmarks.reference import TOLERANCE
 from titans_export.model.memory_dtype import pack_row
-from titans_export.model.neural_memory import STATS, initial_rows, memory_layout
-from titans_export.model.node import attributes, memory_dtype_attributes
+from titans_export.model.neural_memory import STATS, attributes, initial_rows, memory_layout
 from titans_export.model.packed_row import Layout
+from titans_export.operators import NEURAL_MEMORY
 
 MLP, LINEAR = (64, 256, 64), (64, 64)
 CHUNK = 64
@@ -56,8 +56,10 @@ class Row:
 
     @property
     def node_memory_dtype(self) -> dict[str, Any]:
-        """What the node's attributes have of it."""
-        return memory_dtype_attributes(self.memory_dtype, self.rounding, SEED if self.rounding == "stochastic" else 0)
+        """The node's attributes of the memory dtype, without those at their defaults."""
+        seed = SEED if self.rounding == "stochastic" else 0
+        given = {"memory_dtype": self.memory_dtype, "rounding": self.rounding, "seed": seed}
+        return NEURAL_MEMORY.given(given)
 
     @property
     def tolerance(self) -> float:

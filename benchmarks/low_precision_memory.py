@@ -27,8 +27,7 @@ from titans_export.bench.interleaved import interleave
 from titans_export.bench.machine import others_busy
 from titans_export.model.memory import MemorySpec
 from titans_export.model.memory_dtype import pack_row, unpack_row
-from titans_export.model.neural_memory import initial_rows, memory_layout
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes, initial_rows, memory_layout
 
 SPEC = MemorySpec((64, 256, 64), activation="silu", chunk_size=64)
 HEADS = 8

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.node import DOMAIN, INPUTS, OPERATOR, OUTPUTS, VERSION, attributes
-from titans_export.onnx.functions import INTEGER_INPUTS, build_function
+from titans_export.model.neural_memory import attributes
+from titans_export.onnx.functions import build_memory_function
 from titans_export.onnx.tracing import IR_VERSION, OPSET
+from titans_export.operators import DOMAIN, NEURAL_MEMORY, VERSION
+from titans_export.operators.neural_memory import MODES
 
 ALIGNMENT = 64  # bytes
 KEPT = ("y", "state_out")  # the graph's outputs; nobody needs stats here
@@ -48,7 +50,7 @@ class Layer:
             nodes.append(helper.make_node("Mul", ["most", "nought"], ["nothing"]))
             nodes.append(helper.make_node("Add", ["step_size", "nothing"], ["step_size_after"]))
             renamed["step_size"] = "step_size_after"
-        outputs = list(OUTPUTS["update"])
+        outputs = list(MODES["update"])
         nodes.append(self._node("update", shapes, renamed, outputs, functions if with_body else None))
         kept = [*KEPT, *(("read",) if context is not None else ())]
         return helper.make_model(
@@ -76,20 +78,21 @@ class Layer:
         functions: list[onnx.FunctionProto] | None,
     ) -> onnx.NodeProto:
         """A node of the operator; its function body goes to `functions`, where it needs one."""
-        present = [name for name in INPUTS if name in shapes]
-        last = max(INPUTS.index(name) for name in present)
-        names = [renamed.get(name, name) if name in shapes else "" for name in INPUTS[: last + 1]]
+        names = [renamed.get(name, name) for name in NEURAL_MEMORY.operands(shapes)]
         node: onnx.NodeProto = helper.make_node(
-            OPERATOR, names, outputs, domain=DOMAIN, **attributes(self.spec, mode, self.aligned)
+            NEURAL_MEMORY.name, names, outputs, domain=DOMAIN, **attributes(self.spec, mode, self.aligned)
         )
         if functions is not None:
-            functions.append(build_function(self.spec, mode, self.aligned, tuple(shapes.items())))
+            node_shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
+            functions.append(build_memory_function(node_shapes, node))
             node.overload = functions[-1].overload
         return node
 
 
 def _dtype(name: str) -> int:
-    return TensorProto.INT64 if name in INTEGER_INPUTS else TensorProto.FLOAT
+    # `context` is the only name that is not an input of the operator.
+    integer = name in NEURAL_MEMORY.input_names and NEURAL_MEMORY.dtype(name) == "int64"
+    return TensorProto.INT64 if integer else TensorProto.FLOAT
 
 
 def find_kernel_library() -> Path | None:

@@ -23,7 +23,7 @@ from titans_export.schedule import calls
 
 GROUPS = {
     "matmuls": ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "Einsum"),
-    "memory kernel": ("NeuralMemory",),
+    "memory kernel": ("NeuralMemory", "ChunkNeuralMemory"),
     "hyper-connections": ("HyperConnection",),
 }
 REST = "other"

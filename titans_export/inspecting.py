@@ -87,7 +87,7 @@ def _memory_node(node: Any) -> dict[str, Any]:
     from .onnx.nodes import attributes
 
     readable = {name: _readable(value) for name, value in attributes(node).items()}
-    return {"name": node.name, "overload": node.overload, "attributes": readable}
+    return {"name": node.name, "operator": node.op_type, "overload": node.overload, "attributes": readable}
 
 
 def _readable(value: Any) -> Any:

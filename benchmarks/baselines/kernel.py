@@ -16,8 +16,7 @@ from safetensors.numpy import save_file
 from benchmarks.baselines import Baseline, unavailable
 from benchmarks.reference import Answer
 from titans_export.bench.statistics import Passes
-from titans_export.model.neural_memory import STATS, initial_rows, memory_layout
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import STATS, attributes, initial_rows, memory_layout
 
 # Built as the installed library is, from the same objects.
 PROGRAM = Path(__file__).parents[2] / "build" / "runtime" / "bin" / "neural_memory_run"

@@ -361,7 +361,7 @@ def memory_nodes(bundle: Path) -> dict[str, int]:
     """By graph."""
     graphs = {path.stem: onnx.load(path, load_external_data=False).graph for path in bundle.glob("*.onnx")}
     return {
-        name: sum((node.domain, node.op_type) == ("ai.titans", "NeuralMemory") for node in graph.node)
+        name: sum((node.domain, node.op_type) == ("ai.titans", "ChunkNeuralMemory") for node in graph.node)
         for name, graph in graphs.items()
     }
 

@@ -211,7 +211,7 @@ def test_inspect(mac: Path, vectors: Path) -> None:
         assert word in text
     facts = invoke("inspect", vectors, "--json").json()
     assert facts["input"] == {"kind": "vectors", "name": "x", "dtype": "float32", "size": 8}
-    assert facts["graphs"][0]["operators"]["NeuralMemory"] == 1
+    assert facts["graphs"][0]["operators"]["ChunkNeuralMemory"] == 1
 
 
 class TestRun:

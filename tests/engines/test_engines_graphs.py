@@ -16,21 +16,15 @@ from titans_export.bundle import read_bundle
 from titans_export.engines import graphs
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.errors import BundleError
-from titans_export.model import node as reference
 from titans_export.onnx.files import load_graph, write_graph
 from titans_export.onnx.initializers import to_bfloat16
-from titans_export.onnx.nodes import attribute, is_memory
+from titans_export.onnx.nodes import attribute, attributes, is_memory
+from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, NEURAL_MEMORY, Operator
 
 pytest_plugins = ["export_fixtures"]
 VARIANTS = ("mac", "mag", "mal", "lmm")
 STREAM = 60  # tokens: two calls of prefill, one of chunk and four of decode
 STATE = [state_tensor("m")]
-
-
-def test_the_operator_is_the_model_s() -> None:
-    assert (graphs.DOMAIN, graphs.OPERATOR) == (reference.DOMAIN, reference.OPERATOR)
-    assert reference.INPUTS == graphs.INPUTS
-    assert reference.OUTPUTS == graphs.OUTPUTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -46,7 +40,7 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
         assert len(before) == len(after) > 0
         for old, new in zip(before, after, strict=True):
             said = attribute(new, "inputs").split(",")
-            given = {operand: old.input[reference.INPUTS.index(operand)] for operand in said}
+            given = {operand: old.input[NEURAL_MEMORY.input_names.index(operand)] for operand in said}
             for operand, name_given in zip(said, new.input, strict=True):
                 if operand != "learn":
                     assert name_given == given[operand]
@@ -62,8 +56,8 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
             assert attribute(new, "outputs") == ("y,state_out" if update else "y")
             assert attribute(new, "alias") == (graphs.DECLARED if update else graphs.TWO_BUFFERS)
             assert ("fill" in said) == (update and name == "decode")
-            for entry in old.attribute:
-                assert attribute(new, entry.name) == attribute(old, entry.name)
+            for name, expected in NEURAL_MEMORY.complete(attributes(old)).items():
+                assert attribute(new, name) == expected
         onnx.checker.check_model(rewritten)
 
 
@@ -163,7 +157,7 @@ def test_the_plugin_takes_the_low_type(bundles: dict[str, Path]) -> None:
     memories = [node for node in model.graph.node if is_memory(node)]
     assert memories
     for node in memories:
-        given = dict(zip(graphs.INPUTS, node.input, strict=False))
+        given = dict(zip(NEURAL_MEMORY.input_names, node.input, strict=False))
         for name, value_name in given.items():
             assert (casts.get(value_name) == TensorProto.BFLOAT16) == (name in ("q", "k", "v")), name
         assert up[node.output[0]] == TensorProto.FLOAT
@@ -172,26 +166,28 @@ def test_the_plugin_takes_the_low_type(bundles: dict[str, Path]) -> None:
 def _two_memories() -> onnx.ModelProto:
     """A memory that kernels for GPUs cover, the state of which feeds one that they do not, both with functions."""
 
-    def memory(overload: str, inputs: list[str], outputs: list[str], gates: str | None) -> onnx.NodeProto:
-        given = {"mode": "update", "overload": overload} | ({"gates": gates} if gates else {})
-        return helper.make_node(graphs.OPERATOR, inputs, outputs, domain=graphs.DOMAIN, **given)
+    def memory(overload: str, inputs: list[str], outputs: list[str], operator: Operator) -> onnx.NodeProto:
+        given = {"mode": "update"} if operator is NEURAL_MEMORY else {}
+        return helper.make_node(operator.name, inputs, outputs, domain=DOMAIN, overload=overload, **given)
 
     def body(name: str, overload: str, operator: str) -> onnx.FunctionProto:
         nodes = [helper.make_node(operator, ["q"], ["y"]), helper.make_node(operator, ["state"], ["state_out"])]
         opset = [helper.make_opsetid("", 20)]
-        return helper.make_function(
-            graphs.DOMAIN, name, ["state", "q"], ["y", "state_out"], nodes, opset, overload=overload
-        )
+        return helper.make_function(DOMAIN, name, ["state", "q"], ["y", "state_out"], nodes, opset, overload=overload)
 
     nodes = [
-        memory("token", ["m", "q"], ["y", "m.next"], None),
-        memory("chunk", ["n", "y"], ["z", "n.next"], "chunk"),
-        helper.make_node("Mix", ["z", "y"], ["out", "unused"], domain=graphs.DOMAIN),
+        memory("token", ["m", "q"], ["y", "m.next"], NEURAL_MEMORY),
+        memory("chunk", ["n", "y"], ["z", "n.next"], CHUNK_NEURAL_MEMORY),
+        helper.make_node("Mix", ["z", "y"], ["out", "unused"], domain=DOMAIN),
     ]
     shapes = [value(name, (1, 2)) for name in ("m", "n", "q")]
     model = model_of(nodes, shapes, [value(name, (1, 2)) for name in ("out", "m.next", "n.next")])
     model.functions.extend(
-        [body(graphs.OPERATOR, "token", "Neg"), body(graphs.OPERATOR, "chunk", "Exp"), body("Mix", "", "Abs")]
+        [
+            body(NEURAL_MEMORY.name, "token", "Neg"),
+            body(CHUNK_NEURAL_MEMORY.name, "chunk", "Exp"),
+            body("Mix", "", "Abs"),
+        ]
     )
     return model
 
@@ -200,11 +196,11 @@ def test_memories_without_a_gpu_kernel_are_written_out() -> None:
     model = _two_memories()
     kept = graphs.with_kernels(model)
     assert [graphs.has_kernel(node) for node in model.graph.node] == [True, False, False]
-    assert [node.op_type for node in kept.graph.node] == [graphs.OPERATOR, "Exp", "Exp", "Abs", "Abs"]
+    assert [node.op_type for node in kept.graph.node] == [NEURAL_MEMORY.name, "Exp", "Exp", "Abs", "Abs"]
     assert [function.overload for function in kept.functions] == ["token"]
     plugin = graphs.with_plugin(model, graphs.DECLARED, ["m"])
     [node] = [node for node in plugin.graph.node if node.domain]
-    assert attribute(node, "gates") == "token"
+    assert node.op_type == NEURAL_MEMORY.name
     assert not plugin.functions
     states = [state_tensor(name) for name in ("m", "n")]
     assert graphs.in_place([model], states) == ["m"]

@@ -23,7 +23,7 @@ from titans_export.checkpoints.titans import load
 from titans_export.errors import MismatchError, OutputError, UsageError
 from titans_export.exporting import export_checkpoint
 from titans_export.model import Titans
-from titans_export.model.node import DOMAIN
+from titans_export.operators import DOMAIN
 from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)

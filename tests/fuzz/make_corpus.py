@@ -153,10 +153,9 @@ def onnx_graphs() -> Iterator[tuple[str, bytes]]:
     def value(name: str, *shape: int) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
-    def memory(state: str, out: str, **more: Any) -> Any:
-        return helper.make_node(
-            "NeuralMemory", ["x", state], ["y" + out, out], domain="ai.titans", mode="update", **more
-        )
+    def memory(state: str, out: str, operator: str = "NeuralMemory", **more: Any) -> Any:
+        given = {"mode": "update", **more} if operator == "NeuralMemory" else more
+        return helper.make_node(operator, ["x", state], ["y" + out, out], domain="ai.titans", **given)
 
     def model(nodes: list[Any], initializers: list[Any] = [], functions: list[Any] = []) -> bytes:  # noqa: B006
         graph = helper.make_graph(nodes, "g", [value("x", 1), value("s", 1, 4)], [value("s2", 1, 4)], initializers)
@@ -169,6 +168,7 @@ def onnx_graphs() -> Iterator[tuple[str, bytes]]:
         outside.external_data.add(key=key, value=text)
     constant = helper.make_node("Constant", [], ["k"], value=helper.make_tensor("k", TensorProto.FLOAT, [1], [1.0]))
     yield "memory.onnx", model([memory("s", "s1"), memory("s1", "s2")], [inside, outside])
+    yield "chunk_memory.onnx", model([memory("s", "s2", "ChunkNeuralMemory", chunk_size=4)])
     scatter = helper.make_node("ScatterElements", ["s", "i", "x"], ["s2"], axis=1)
     yield "scatter.onnx", model([constant, helper.make_node("Shape", ["s"], ["i"]), scatter])
     branch = helper.make_graph([memory("s", "s3")], "branch", [], [value("s3", 1, 4)])

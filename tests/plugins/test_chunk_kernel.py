@@ -1,4 +1,4 @@
-"""The CPU's kernel with gates = "chunk", for every instruction set, against its equations with autograd in float64
+"""The CPU's kernel of ChunkNeuralMemory, for every instruction set, against its equations with autograd in float64
 (chunk_oracle.py) and against titans-pytorch itself; the same through ONNX Runtime.
 """
 
@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from cases import random_cuts, worst
-from chunk_oracle import ChunkCase, Stream, flat, fresh_rows, make_node, network, option, split, unpack
+from chunk_oracle import ChunkCase, Stream, flat, fresh_rows, make_node, option, split, unpack
 from kernel_runner import Result, Target, cpu_targets, cuda_targets, run_node
 from onnx_ops import Arrays, make_model, make_session
 from tolerances import TOLERANCES
@@ -89,7 +89,7 @@ def _tolerance(case: ChunkCase) -> float:
 
 def _values(case: ChunkCase, stream: Stream, before: bool = True) -> list[Tensor]:
     """All that _expect() compares."""
-    return [stream.y, *_weights(case, stream).values(), *(stream.before if before else [])]
+    return [stream.y, *_weights(case, stream).values(), *(stream.initial_weights if before else [])]
 
 
 def _expect(case: ChunkCase, result: Result, cuts: list[int], tolerance: float) -> None:
@@ -100,10 +100,12 @@ def _expect(case: ChunkCase, result: Result, cuts: list[int], tolerance: float) 
     for (b, h), exact in _streams(case).items():
         found = [torch.cat(result.y, 2)[b, h], *(fields[name][b, h] for name in _weights(case, exact))]
         done = 0
-        for cut, before in zip(cuts, result.before, strict=True):
+        for cut, before in zip(cuts, result.initial_weights, strict=True):
             found += before[b, h, : (done + cut) // chunk - done // chunk]
             done += cut
-        pairs = [(x.double(), y) for x, y in zip(found, _values(case, exact, bool(result.before)), strict=True)]
+        pairs = [
+            (x.double(), y) for x, y in zip(found, _values(case, exact, bool(result.initial_weights)), strict=True)
+        ]
         assert worst(*pairs, floor=1e-3) < tolerance, (b, h)
         losses, norms = ([x for x in values if x is not None] for values in (exact.loss, exact.norm))
         assert stats[:, b, h, 0].sum().item() == pytest.approx(sum(losses), rel=tolerance)
@@ -126,7 +128,7 @@ def test_any_cut_equals_the_equations(target: Target, name: str, tmp_path: Path)
     case = _case(name)
     length = case.length
     for cuts in ([length], [1] * length, random_cuts(length, seed=1)):
-        result = run_node(target, tmp_path, case.node, case.rows(), case.calls(cuts), ("--before",))
+        result = run_node(target, tmp_path, case.node, case.rows(), case.calls(cuts), ("--initial-weights",))
         _expect(case, result, cuts, _tolerance(case))
 
 
@@ -140,29 +142,8 @@ def test_whole_chunks_equal_the_equations(target: Target, name: str, tmp_path: P
     for cuts in ([length], [chunk, 0, length - chunk]):
         ends = [sum(cuts[: i + 1]) for i in range(len(cuts))]
         calls = [case.call(end - cut, end, aligned=True) for cut, end in zip(cuts, ends, strict=True)]
-        result = run_node(target, tmp_path, node, case.rows(), calls, ("--before",))
+        result = run_node(target, tmp_path, node, case.rows(), calls, ("--initial-weights",))
         _expect(case, result, cuts, _tolerance(case))
-
-
-@targets
-@pytest.mark.parametrize("name", ["norm-slow", "mac", "mlp3-gelu"])
-def test_read_mode_answers_from_the_last_complete_chunk(target: Target, name: str, tmp_path: Path) -> None:
-    case = _case(name)
-    node = case.node
-    state = run_node(target, tmp_path, node, case.rows(), case.calls([case.length])).state
-    fields = unpack(node, state.double())
-    pool = torch.cat([torch.full_like(state, math.nan), state])
-    scale = {} if case.norm_scale is None else {"norm_scale": case.norm_scale}
-    for size in (1, 2, case.length):
-        q = case.inputs["q"][:, :, :size]
-        calls = [{"q": q, "slots": torch.tensor([2, 3]), **scale}]
-        result = run_node(target, tmp_path, node | {"mode": "read"}, pool, calls)
-        assert torch.equal(result.state[2:].nan_to_num(), state.nan_to_num())
-        for b in range(case.streams):
-            for h in range(case.heads):
-                norm = None if case.norm_scale is None else case.norm_scale[h]
-                expected = network(node, split(node, fields["W"][b, h]), q[b, h], norm)
-                assert worst((result.y[0][b, h].double(), expected)) < TOLERANCE
 
 
 @targets
@@ -215,7 +196,7 @@ def test_a_frozen_token_has_no_step_and_drops_the_chunk_that_it_completes(
     calls = case.calls(cuts)
     for call, learn in zip(calls, learning, strict=True):
         call["learn"] = torch.tensor([learn, True])
-    result = run_node(target, tmp_path, case.node, case.rows(), calls, ("--before",))
+    result = run_node(target, tmp_path, case.node, case.rows(), calls, ("--initial-weights",))
     flags = [on for on, cut in zip(learning, cuts, strict=True) for _ in range(cut)]
     stats = torch.stack(result.stats).double().sum(0)
     fields = unpack(case.node, result.state.double())
@@ -260,7 +241,7 @@ def test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(target: Target, n
         calls = case.calls(cuts)
         for call in calls:
             call["update_limit"] = torch.full((3,), limit)
-        result = run_node(target, tmp_path, case.node, case.rows(), calls, ("--before",))
+        result = run_node(target, tmp_path, case.node, case.rows(), calls, ("--initial-weights",))
         total = torch.stack(result.stats).double().sum(0)
         assert total[..., 2].tolist() == [[6, 6], [5, 5], [5, 6]]
         assert total[..., 3].tolist() == [[0, 0], [1, 1], [1, 0]]
@@ -294,7 +275,7 @@ def test_threads_buffers_and_the_optional_output_change_no_bit(target: Target, n
     case = _case(name)
     rows, calls = case.rows(), case.calls(random_cuts(case.length, seed=3))
     one = run_node(target, tmp_path, case.node, rows, calls)
-    for options in (*target.harmless_options, ("--before",)):
+    for options in (*target.harmless_options, ("--initial-weights",)):
         other = run_node(target, tmp_path, case.node, rows, calls, options)
         parts = zip([*one.y, *one.stats, one.state], [*other.y, *other.stats, other.state], strict=True)
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in parts), options
@@ -389,7 +370,7 @@ def test_titans_pytorch_comes_to_the_same(target: Target, name: str, tmp_path: P
         if memory.to_learned_weight_residual_mix is not None:
             call["previous_gate"] = of_token(memory.to_learned_weight_residual_mix(pooled))
             call["previous"] = others
-        result = run_node(target, tmp_path, node, fresh_rows(node, w), [call], ("--before",))
+        result = run_node(target, tmp_path, node, fresh_rows(node, w), [call], ("--initial-weights",))
         y = result.y[0].double() * memory.retrieve_gate(retrieve)
         y = memory.combine_heads(memory.merge_heads(y))
     tolerance = ORTHOGONAL if option(node, "orthogonalise") else TOLERANCE
@@ -404,7 +385,7 @@ def test_titans_pytorch_comes_to_the_same(target: Target, name: str, tmp_path: P
         s = torch.cat([momentum[n][0].flatten(1) for n in order], -1).reshape_as(expected)
         assert worst((fields["S"], s)) < tolerance
     updates = torch.cat([state.updates[n].flatten(2) for n in order], -1).unflatten(0, (batch, heads))
-    assert worst((result.before[0][:, :, :chunks].double(), updates[:, :, :chunks])) < tolerance
+    assert worst((result.initial_weights[0][:, :, :chunks].double(), updates[:, :, :chunks])) < tolerance
 
 
 # ---- ONNX Runtime ----

@@ -23,9 +23,9 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.neural_memory import initial_rows, memory_layout
-from titans_export.model.node import attributes, memory_dtype_attributes
+from titans_export.model.neural_memory import attributes, initial_rows, memory_layout
 from titans_export.model.packed_row import Layout
+from titans_export.operators import NEURAL_MEMORY
 
 long = pytest.mark.long
 targets = pytest.mark.parametrize("target", cuda_targets())
@@ -151,7 +151,8 @@ def test_what_a_fold_stores_is_to_the_bit_what_the_contract_says(
     case.momentum.fill_(0.5)
     case.forget_gate.fill_(0.5)
     seed = 5 if rounding == "stochastic" else 0
-    node = {**attributes(spec, "update", False), **memory_dtype_attributes(memory_dtype, rounding, seed)}
+    stored = {"memory_dtype": memory_dtype, "rounding": rounding, "seed": seed}
+    node = NEURAL_MEMORY.given({**attributes(spec, "update", False), **stored})
     expected, layout = rows.clone(), memory_layout(spec, memory_dtype, rounding)
     for head, each in enumerate(kept):
         for _ in range(tokens // spec.chunk_size):
@@ -189,7 +190,8 @@ def test_who_runs_first_changes_no_bit_of_what_is_stored(
     cuts = [5, 1, 1, 3]
     calls = _calls(Case(spec, sum(cuts), streams=1, heads=1), cuts)
     calls[0]["update_limit"] = torch.tensor([1e3])
-    node = {**attributes(spec, "update", False), **memory_dtype_attributes(memory_dtype, rounding)}
+    stored = {"memory_dtype": memory_dtype, "rounding": rounding}
+    node = NEURAL_MEMORY.given({**attributes(spec, "update", False), **stored})
     results = [run_node(emulated_gpu(gpu, order), tmp_path, node, rows, calls) for order in ("forward", "1", "2", "3")]
     for other in results[1:]:
         assert torch.equal(results[0].state.view(torch.int32), other.state.view(torch.int32))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import Case, random_cuts, worst
 from chunk_oracle import ChunkCase, make_node, option, split, weight_shapes
-from kernel_runner import Target, cpu_targets, run_node
+from kernel_runner import Target, cpu_targets, operator_of, run_node
 from memory_dtype_oracle import (
     BLOCK,
     LARGEST,
@@ -41,6 +41,7 @@ from titans_export.model.chunk_update import ChunkMemorySpec, chunk_layout
 from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import memory_layout
+from titans_export.operators import CHUNK_NEURAL_MEMORY
 
 targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
@@ -73,7 +74,7 @@ def row_fields(node: dict[str, Any]) -> list[tuple[str, tuple[int, ...], bool]]:
     fields = [(f"{letter}{i}", shape, True) for letter in letters for i, shape in enumerate(shapes)]
     chunk = node["chunk_size"]
     rest: list[tuple[str, tuple[int, ...]]] = []
-    if node.get("gates") == "chunk":
+    if operator_of(node) is CHUNK_NEURAL_MEMORY:
         rows = chunk * option(node, "keys_per_token")
         rest += [("k", (rows, node["widths"][0])), ("v", (rows, node["widths"][0])), ("theta", (rows,))]
     else:
@@ -130,7 +131,7 @@ class Dyadic:
     def __post_init__(self) -> None:
         node = self.node
         draw = np.random.default_rng(0)
-        chunk_gates = node.get("gates") == "chunk"
+        per_chunk = operator_of(node) is CHUNK_NEURAL_MEMORY
         for head in range(self.heads):
             kept = Kept(node["memory_dtype"], node["rounding"], node.get("seed", 0), head)
             values = []
@@ -152,7 +153,7 @@ class Dyadic:
             for kept in self.memories:
                 w, s = self._values(kept)
                 w, s = kept.begin(w, s)
-                if chunk_gates:
+                if per_chunk:
                     s = [eta * x for x in s]
                     w = [_sum(keep * a, b) for a, b in zip(w, s, strict=True)]
                 else:
@@ -251,7 +252,7 @@ def any_elements(draw: np.random.Generator, width: int, memory_dtype: str) -> tu
 
 @targets
 @pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
-def test_any_bits_are_folded_by_the_rule(target: Target, memory_dtype: str, tmp_path: Path) -> None:
+def test_any_bits_are_updated_by_the_rule(target: Target, memory_dtype: str, tmp_path: Path) -> None:
     """W + S of every kind of number, subnormal and largest ones and sums beyond them, at widths of no round number."""
     draw = np.random.default_rng(5)
     for width in (1, 31, 33):
@@ -384,7 +385,7 @@ def test_a_stream_with_gates_of_a_token_is_the_recurrence(
 def test_a_stream_with_gates_of_a_chunk_is_its_equations(
     target: Target, memory_dtype: str, rounding: str, tmp_path: Path
 ) -> None:
-    """With the gradient point, gamma, `before` and the previous layer's weights."""
+    """With the gradient point, gamma, `initial_weights` and the previous layer's weights."""
     plain = make_node((40, 70, 40), 4, batch_size=8, residual=1, layer_norm=1, norm_weight="fast")
     case = ChunkCase(plain, 19, previous=True, streams=1)
     node = stored_node(plain, memory_dtype, rounding, seed=7)
@@ -396,13 +397,13 @@ def test_a_stream_with_gates_of_a_chunk_is_its_equations(
         stream = case.stream(0, h, kept=kept)
         memories.append((kept, stream.y))
         kepts.append(fresh)
-        befores.append(stream.before)
+        befores.append(stream.initial_weights)
     rows = pack(node, kepts)
     for cuts in ([19], [1] * 19, random_cuts(19, seed=4)):
-        result = run_node(target, tmp_path, node, rows, case.calls(cuts), ("--before",))
+        result = run_node(target, tmp_path, node, rows, case.calls(cuts), ("--initial-weights",))
         _expect_close(node, result.state, torch.cat(result.y, 2), memories, 3)
         done = 0
-        for cut, before in zip(cuts, result.before, strict=True):
+        for cut, before in zip(cuts, result.initial_weights, strict=True):
             for j in range(done // 4, (done + cut) // 4):
                 for h, expected in enumerate(befores):
                     found = before[0, h, j - done // 4].double()
@@ -675,7 +676,9 @@ def test_a_row_packs_and_unpacks_with_its_errors() -> None:
 
 @pytest.mark.parametrize(("memory_dtype", "rounding"), [("int4", "nearest"), ("int8", "up"), ("float32", "stochastic")])
 def test_unknown_storages_are_refused(memory_dtype: str, rounding: str) -> None:
-    with pytest.raises(TitansError, match=r"\[memory_dtype\] expected .* but got .*; choose"):
+    with pytest.raises(
+        TitansError, match=r"\[memory_dtype\] (invalid attribute|contradicting).*\. Fix: choose .*\(TITANS-E070[12]\)"
+    ):
         memory_layout(MemorySpec((4, 4)), memory_dtype, rounding)
 
 

@@ -19,8 +19,7 @@ from oracles import network, titans_stream
 from tolerances import TOLERANCES
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.neural_memory import initial_rows, memory_layout, neural_memory_update
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes, initial_rows, memory_layout, neural_memory_update
 
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 

@@ -20,7 +20,7 @@ from oracles import titans_stream
 from tolerances import TOLERANCES
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes
 
 CUDA = "CUDAExecutionProvider"
 needs_gpu = pytest.mark.skipif(

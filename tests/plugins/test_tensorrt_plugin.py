@@ -29,8 +29,7 @@ from tolerances import TOLERANCES
 
 from titans_export.engines.graphs import with_plugin
 from titans_export.exporting import export_checkpoint
-from titans_export.model.neural_memory import initial_rows
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes, initial_rows
 from titans_export.onnx.files import load_graph
 from titans_export.onnx.nodes import attribute, is_memory
 

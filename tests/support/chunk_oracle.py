@@ -1,4 +1,4 @@
-"""The operator with gates = "chunk" by its equations, with autograd for the gradient, and cases for tests.
+"""ChunkNeuralMemory by its equations, with autograd for the gradient, and cases for tests.
 
 Shares no code with the project but the names of attributes and inputs.
 """
@@ -20,16 +20,14 @@ PER_TOKEN = ("momentum", "forget_gate", "modulation", "previous_gate")
 
 
 def make_node(widths: tuple[int, ...] = (6, 10, 6), chunk_size: int = 4, **changes: Any) -> Node:
-    """Attributes of an update with schedule "any", those left out at their defaults."""
+    """Attributes with schedule "any"; those left out are at their defaults."""
     node = {
-        "mode": "update",
         "schedule": "any",
         "widths": list(widths),
         "activation": "silu",
         "residual": 0,
         "layer_norm": 0,
         "chunk_size": chunk_size,
-        "gates": "chunk",
         "loss_scale": 1 / widths[0],
     }
     return node | changes
@@ -120,12 +118,13 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 @dataclass
 class Stream:
-    """What one stream and head comes to: y (T, D), weights before each chunk and after the last, flat, W, G and S, and
-    of each chunk the loss and the norm of its update, None where it was dropped.
+    """The results of one stream and head. y: (T, D). initial_weights: of each chunk, flat, as are the last W, G and S.
+
+    loss, norm: of each chunk's update, None where it was dropped.
     """
 
     y: Tensor
-    before: list[Tensor]
+    initial_weights: list[Tensor]
     w: Tensor
     g: Tensor
     s: Tensor
@@ -153,7 +152,7 @@ def run_stream(
         w, s = kept.fresh(w, s)
     g = w
     y: list[Tensor] = []
-    before: list[Tensor] = []
+    initial_weights: list[Tensor] = []
     loss: list[float | None] = []
     norm: list[float | None] = []
     theta = inputs["step_size"].clone()
@@ -161,8 +160,8 @@ def run_stream(
         if learn is not None and not learn[t]:
             theta[t * u : (t + 1) * u] = 0
         if (t + 1) % chunk == 0:
-            j = len(before)
-            before.append(flat(w))
+            j = len(initial_weights)
+            initial_weights.append(flat(w))
             if learn is not None and not learn[t]:
                 loss.append(None)
                 norm.append(None)
@@ -202,7 +201,7 @@ def run_stream(
                     if batch and (t + 1) % batch == 0:
                         g = w
         y.append(network(node, w, inputs["q"][t : t + 1], norm_scale)[0])
-    return Stream(torch.stack(y), before, flat(w), flat(g), flat(s), loss, norm)
+    return Stream(torch.stack(y), initial_weights, flat(w), flat(g), flat(s), loss, norm)
 
 
 @dataclass(eq=False)

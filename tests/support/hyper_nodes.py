@@ -11,8 +11,8 @@ from cli_tools import reseal
 from onnx import helper, numpy_helper
 
 from titans_export.model.hyper_connection import INPUTS, OPERATOR
-from titans_export.model.node import DOMAIN
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
+from titans_export.operators import DOMAIN
 
 STREAMS, LARGE = 2, 1000.0
 # The kernel takes no more than 1000, function bodies take any number.

@@ -26,7 +26,8 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.model.memory import MemorySpec
-from titans_export.model.node import attributes
+from titans_export.model.neural_memory import attributes
+from titans_export.operators import CHUNK_NEURAL_MEMORY, NEURAL_MEMORY, Operator
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = [str(ROOT / "build" / "runtime" / "bin" / "neural_memory_run")]
@@ -125,13 +126,18 @@ def cuda_targets() -> list[pytest.param]:
 targets = pytest.mark.parametrize("target", [*cpu_targets(), *cuda_targets()])
 
 
+def operator_of(node: dict[str, Any]) -> Operator:
+    """The operator of a node with these attributes: only NeuralMemory has a mode."""
+    return NEURAL_MEMORY if "mode" in node else CHUNK_NEURAL_MEMORY
+
+
 @dataclass
 class Result:
     y: list[Tensor]  # of each call, (B, H, T, D)
     stats: list[Tensor]  # of each update, (B, H, 4)
     state: Tensor  # (P, H, R)
     report: str  # what the program printed
-    before: list[Tensor]  # of each update with --before, (B, H, N, |W|)
+    initial_weights: list[Tensor]  # of each call of ChunkNeuralMemory with --initial-weights, (B, H, N, |W|)
 
 
 def run_kernel(
@@ -163,7 +169,8 @@ def run_node(
     options: tuple[str, ...] = (),
     values: torch.dtype = torch.float32,
 ) -> Result:
-    """As `run_kernel`, for a node of these attributes."""
+    """As `run_kernel`, for a node with these attributes of the operator that has them all."""
+    operator = operator_of(node)
     tensors = {"state": state.float()}
     for index, call in enumerate(calls):
         for name, value in call.items():
@@ -173,7 +180,7 @@ def run_node(
     save_file(
         {name: value.contiguous().clone() for name, value in tensors.items()},
         case,
-        metadata={"calls": str(len(calls)), "attributes": json.dumps(node)},
+        metadata={"calls": str(len(calls)), "operator": operator.name, "attributes": json.dumps(node)},
     )
     done = subprocess.run(
         [*target.command, str(case), str(out), *target.options, *options],
@@ -184,7 +191,7 @@ def run_node(
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
     raw = torch.from_numpy(np.fromfile(out, np.float32))
-    y, stats, before, at = [], [], [], 0
+    y, stats, initial_weights, at = [], [], [], 0
     chunk, layers = node["chunk_size"], list(pairwise(node["widths"]))
     weights = sum(a * b for a, b in layers) + (layers[0][0] if node.get("norm_weight") == "fast" else 0)
 
@@ -197,10 +204,10 @@ def run_node(
     for call in calls:
         shape = tuple(call["q"].shape)
         y.append(take(*shape))
-        if node["mode"] == "update":
+        if node.get("mode") != "read":
             stats.append(take(*shape[:2], 4))
-        if "--before" in options:
-            before.append(take(*shape[:2], -(-shape[2] // chunk), weights))
-    result = Result(y, stats, take(*state.shape), done.stdout, before)
+        if "--initial-weights" in options:
+            initial_weights.append(take(*shape[:2], -(-shape[2] // chunk), weights))
+    result = Result(y, stats, take(*state.shape), done.stdout, initial_weights)
     assert at == raw.numel()
     return result

@@ -10,17 +10,19 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from cases import Case
+from kernel_runner import operator_of
 from onnx import TensorProto, helper
 
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import initial_rows
-from titans_export.model.node import DOMAIN, INPUTS, OPERATOR, OUTPUTS
+from titans_export.operators import DOMAIN, VERSION
+from titans_export.operators.neural_memory import MODES
 from titans_runtime._library import _library_path
 
 Arrays = dict[str, npt.NDArray[Any]]
 LIBRARY = Path(_library_path()).with_name("libtitans_onnxruntime_ops.so")
 CPU = "CPUExecutionProvider"
-TYPES = {"fill": TensorProto.INT64, "valid": TensorProto.INT64, "slots": TensorProto.INT64, "learn": TensorProto.BOOL}
+TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 
 
 def make_model(
@@ -30,20 +32,21 @@ def make_model(
     values: int = TensorProto.FLOAT,
     initial_weights: tuple[int, ...] | None = None,
 ) -> bytes:
-    """`repeat` nodes one after the other, the state going from each to the next, over inputs of the feeds' shapes; q,
-    k, v and y are of the type `values`. `initial_weights`: the shape of that output, or None without it.
+    """A model of `repeat` nodes, the state going from each to the next, over inputs of the feeds' shapes.
+
+    node: the attributes. values: the type of q, k, v and y. initial_weights: the shape of that output, or None.
     """
-    names = [name if name in feeds else "" for name in INPUTS]
-    while not names[-1]:
-        names.pop()
-    outputs = (*OUTPUTS[node["mode"]], *(("initial_weights",) if initial_weights else ()))
+    operator = operator_of(node)
+    names = operator.operands(feeds)
+    outputs = (*MODES[node.get("mode", "update")], *(("initial_weights",) if initial_weights else ()))
     nodes = []
     for i in range(repeat):
         first, last = i == 0, i == repeat - 1
         inputs = [name if first or name != "state" else f"state_{i}" for name in names]
         results = [name if last else f"{name}_{i}" if name != "state_out" else f"state_{i + 1}" for name in outputs]
-        nodes.append(helper.make_node(OPERATOR, inputs, results, domain=DOMAIN, **node))
-    types = TYPES | dict.fromkeys(("q", "k", "v", "y"), values)
+        nodes.append(helper.make_node(operator.name, inputs, results, domain=DOMAIN, **node))
+    types = {entry.name: TYPES[entry.dtype] for entry in operator.inputs}
+    types |= dict.fromkeys(("q", "k", "v", "y"), values)
     shapes = {
         "y": feeds["q"].shape,
         "state_out": feeds["state"].shape,
@@ -60,7 +63,7 @@ def make_model(
         ],
         [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), shapes[name]) for name in outputs],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model.SerializeToString()
 

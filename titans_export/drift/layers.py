@@ -124,18 +124,14 @@ def activations(model: ModelProto) -> dict[str, list[str]]:
             last |= dict.fromkeys(layers, number)
     found = {f"layers.{layer}": [_join(graph, constant, number)] for layer, number in last.items()}
     # A memory may be advanced by several nodes, each over some of the tokens: the state goes from one to the next.
+    # What a read alone retrieves, as MAC's before attention, is left out.
     memories = {value.name: value.name for value in graph.input}
     for node in graph.node:
-        if is_memory(node) and node.input[0] in memories and _updates(node):
+        if is_memory(node) and node.input[0] in memories and attribute(node, "mode") != "read":
             name = memories[node.input[0]]
             memories[node.output[1]] = name
             found.setdefault(name, []).append(node.output[0])
     return found
-
-
-def _updates(node: NodeProto) -> bool:
-    """Whether the memory learns: what a read alone retrieves, as MAC's before attention, is left out."""
-    return bool(attribute(node, "mode") == "update")
 
 
 def _owners(graph: Any) -> dict[str, set[int]]:

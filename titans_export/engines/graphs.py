@@ -9,33 +9,18 @@ from onnx import TensorProto, helper, inliner
 
 from ..errors import BundleError
 from ..manifest import StateTensor
-from ..onnx.nodes import (
-    DOMAIN,
-    ONNX_DOMAINS,
-    OPERATOR,
-    all_nodes,
-    ancestors,
-    attribute,
-    copy_model,
-    inner_nodes,
-    is_memory,
-    is_memory_function,
-    makers_of,
-)
+from ..onnx.nodes import ONNX_DOMAINS, all_nodes, ancestors, attribute, copy_model, inner_nodes, makers_of
+from ..operators import DOMAIN, NEURAL_MEMORY, VERSION
+from ..operators.neural_memory import MODES
 
-PLUGIN = {"name": OPERATOR, "namespace": DOMAIN, "version": "1"}
-INPUTS = (
-    "state", "q", "k", "v", "step_size", "momentum", "forget_gate", "fill", "learn", "valid", "slots", "update_limit",
-    "norm_scale", "modulation", "previous", "previous_gate",
-)  # fmt: skip
-OUTPUTS = {"update": ("y", "state_out", "stats"), "read": ("y",)}  # of nodes that a GPU's kernels cover
+PLUGIN = {"name": NEURAL_MEMORY.name, "namespace": DOMAIN, "version": str(VERSION)}
 DECLARED, UNDECLARED, TWO_BUFFERS = "declared", "undeclared", "two-buffers"
 ALIASES = (DECLARED, UNDECLARED, TWO_BUFFERS)
 
 
 def has_kernel(node: onnx.NodeProto) -> bool:
-    """Whether the node is a memory's that our kernels for GPUs compute. Others become operators of ONNX for a GPU."""
-    return is_memory(node) and attribute(node, "gates") in (None, "token")
+    """Whether our GPU kernels compute the node. Other memory nodes become standard operators on a GPU."""
+    return bool(node.domain == DOMAIN and node.op_type == NEURAL_MEMORY.name)
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -106,7 +91,7 @@ def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     kept: list[onnx.FunctionProto] = []
     others: list[onnx.FunctionProto] = []
     for function in model.functions:
-        memory = is_memory_function(function) and function.overload in covered
+        memory = (function.domain, function.name) == (DOMAIN, NEURAL_MEMORY.name) and function.overload in covered
         (kept if memory else others).append(function)
     if others:
         # The inliner leaves what it finds no function for.
@@ -134,10 +119,10 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
         if not has_kernel(node):
             continue
         mode = attribute(node, "mode")
-        given = [name for name, value in zip(INPUTS, node.input, strict=False) if value]
-        outputs = [name for name, value in zip(OUTPUTS[mode], node.output, strict=False) if value in used]
-        if outputs != list(OUTPUTS[mode][: len(outputs)]):  # an unused one between used ones stays
-            outputs = list(OUTPUTS[mode][: 1 + max(OUTPUTS[mode].index(name) for name in outputs)])
+        given = [name for name, value in zip(NEURAL_MEMORY.input_names, node.input, strict=False) if value]
+        outputs = [name for name, value in zip(MODES[mode], node.output, strict=False) if value in used]
+        if outputs != list(MODES[mode][: len(outputs)]):  # an unused one between used ones stays
+            outputs = list(MODES[mode][: 1 + max(MODES[mode].index(name) for name in outputs)])
         own = alias if roots.get(node.output[0]) in shared else TWO_BUFFERS
         present = [value for value in node.input if value]
         if "learn" in given:
@@ -154,7 +139,7 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
             "outputs": ",".join(outputs),
         }
         seed = attribute(node, "seed") or 0
-        for name, value in (("memory_dtype", "float32"), ("gates", "token"), ("rounding", "nearest"), ("seed", 0)):
+        for name, value in NEURAL_MEMORY.defaults.items():
             if attribute(node, name) is None:
                 added[name] = value
         for entry in node.attribute:

@@ -16,7 +16,8 @@ from onnx.external_data_helper import uses_external_data
 from ..errors import MachineError
 from ..onnx.files import load_graph, load_structure, write_graph
 from ..onnx.initializers import initializers_of
-from ..onnx.nodes import DOMAIN, copy_model
+from ..onnx.nodes import copy_model
+from ..operators import DOMAIN
 from .quantised import weights_alone
 
 # Formats of weights that no CPU multiplies: a session makes float32 of them when it opens, an engine's file does not.

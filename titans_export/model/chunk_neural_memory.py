@@ -1,20 +1,23 @@
-"""`ai.titans::NeuralMemory` with one gate a chunk (`gates` = "chunk"), as titans-pytorch trains it, in PyTorch.
+"""`ai.titans::ChunkNeuralMemory` in PyTorch: the reference, and the node that a model emits when exported.
 
-The reference of the operator in docs/operator.md, and what is traced where no kernel covers a memory: calls of many
-tokens, whose complete chunks `chunk_update` turns into updates. Token t is answered by the weights of the last
-complete chunk, its own included: y_t = M_W(q_t).
+docs/chunk-operator.md is the contract; chunk_update.py has the mathematics and the packed row. The function body is
+traced from the reference, and so are memories that the operator does not cover. Token t is answered by the weights of
+the last complete chunk, its own included: y_t = M_W(q_t).
 
 Shapes: packed rows (B, H, R); q (B, H, T, D); k, v (B, H, T u, D); step sizes (B, H, T u); other gates (B, H, T, ...).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+from ..operators import CHUNK_NEURAL_MEMORY
 from . import exported
 from .chunk_update import (
     ChunkMemorySpec,
@@ -27,7 +30,8 @@ from .chunk_update import (
     state_fields,
     unpack_state,
 )
-from .fast_networks import forward
+from .fast_networks import NetworkSpec, forward
+from .neural_memory import STATS
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,12 @@ def _slot(values: Tensor, index: Tensor) -> Tensor:
 
 
 class ChunkUpdate(NamedTuple):
-    """`Update`, and the weights before each chunk that the call completed, (B, H, N, |W|)."""
+    """The outputs. initial_weights: (B, H, N, |W|), W at the start of each chunk that the call completed."""
 
     y: Tensor
     state: Tensor
     stats: Tensor
-    before: Tensor
+    initial_weights: Tensor
 
 
 def _committed(
@@ -316,3 +320,120 @@ def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) ->
         u = spec.keys_per_token
         x = replace(x, q=clean(x.q, 1), k=clean(x.k, u), v=clean(x.v, u))
     return update_chunks(spec, x) if aligned else update_open(spec, x)
+
+
+def attributes(spec: ChunkMemorySpec, aligned: bool) -> dict[str, Any]:
+    """The node's attributes, without those of the memory dtype."""
+    network = spec.network
+    return {
+        "schedule": "aligned" if aligned else "any",
+        "widths": [network.width, *((network.hidden,) * (network.depth - 1)), network.width],
+        "activation": network.activation,
+        "residual": int(network.residual),
+        "layer_norm": int(network.norm),
+        "chunk_size": spec.chunk_size,
+        "batch_size": spec.batch_size,
+        "loss_scale": spec.loss_scale,
+        "keys_per_token": spec.keys_per_token,
+        "lookahead": int(spec.lookahead),
+        "norm_weight": "fast" if network.norm else "slow",
+        "momentum_order": spec.momentum_order,
+        "grad_clamp": spec.grad_clamp,
+        "orthogonalise": spec.orthogonalise,
+    }
+
+
+def _spec(values: Mapping[str, Any]) -> ChunkMemorySpec:
+    widths = values["widths"]
+    network = NetworkSpec(
+        "mlp",
+        widths[0],
+        len(widths) - 1,
+        widths[1],
+        values["activation"],
+        bool(values["residual"]),
+        bool(values["layer_norm"]),
+    )
+    return ChunkMemorySpec(
+        network,
+        values["chunk_size"],
+        values["chunk_size"] if values["batch_size"] is None else values["batch_size"],
+        values["loss_scale"],
+        values["keys_per_token"],
+        bool(values["lookahead"]),
+        values["momentum_order"],
+        None,
+        values["grad_clamp"],
+        values["orthogonalise"],
+    )
+
+
+def _check_covered(values: Mapping[str, Any], present: Collection[str]) -> None:
+    """Raises UsageError for inputs and attributes that this reference lacks. The exporter makes no such node."""
+    name = next((name for name in ("valid", "slots", "norm_scale") if name in present), None)
+    if name is None and len(set(values["widths"][1:-1])) > 1:
+        name = "widths"
+    if name is None and values["layer_norm"] and values["norm_weight"] != "fast":
+        name = "norm_weight"
+    if name is not None:
+        problem = f"no function body for a node with this {name}"
+        raise UsageError("E0721", CHUNK_NEURAL_MEMORY.name, problem, "write the body by hand, or leave it out")
+
+
+def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator with these attributes, all given, as a function of the inputs `present` by name."""
+    _check_covered(values, present)
+    spec, aligned = _spec(values), values["schedule"] == "aligned"
+
+    def compute(**inputs: Tensor) -> tuple[Tensor, ...]:
+        learn, momentum = inputs.get("learn"), inputs.get("momentum")
+        x = ChunkInputs(
+            rows=inputs["state"],
+            q=inputs["q"],
+            k=inputs["k"],
+            v=inputs["v"],
+            step_size=inputs["step_size"],
+            momentum=None if momentum is None else momentum.unsqueeze(-1),
+            forget=inputs["forget_gate"],
+            fill=inputs.get("fill"),
+            learn=None if learn is None else learn.unsqueeze(-1).expand(-1, inputs["q"].shape[2]),
+            limit=inputs.get("update_limit"),
+            modulation=inputs.get("modulation"),
+            previous=inputs.get("previous"),
+            previous_gate=inputs.get("previous_gate"),
+        )
+        return tuple(update_chunk_memory(spec, x, aligned))
+
+    return compute
+
+
+def chunk_memory_update(
+    spec: ChunkMemorySpec, x: ChunkInputs, position: Tensor, learn: Tensor | None, aligned: bool
+) -> ChunkUpdate:
+    """Updates and reads the memory: the reference, or a node while exporting. `fill` and `learn` of x are made here.
+
+    position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all.
+    """
+    counts = not aligned or spec.transition or spec.period != spec.chunk_size
+    fill = torch.remainder(position, spec.period) if counts else None
+    if torch.compiler.is_exporting() and spec.fused:
+        lead, tokens = x.rows.shape[:2], x.q.shape[2]
+        chunks = (tokens + spec.chunk_size - 1) // spec.chunk_size
+        inputs = {
+            "state": x.rows,
+            "q": x.q,
+            "k": x.k,
+            "v": x.v,
+            "step_size": x.step_size,
+            "momentum": None if x.momentum is None else x.momentum.squeeze(-1),
+            "forget_gate": x.forget,
+            "fill": fill,
+            "learn": learn,
+            "modulation": x.modulation,
+            "previous": x.previous,
+            "previous_gate": x.previous_gate,
+        }
+        shapes = (x.q.shape, x.rows.shape, (*lead, len(STATS)), (*lead, chunks, spec.weight_count()))
+        return ChunkUpdate(*exported.node(CHUNK_NEURAL_MEMORY, attributes(spec, aligned), inputs, shapes))
+    learns = None if learn is None else learn.unsqueeze(-1).expand(-1, x.q.shape[2])
+    return update_chunk_memory(spec, replace(x, fill=fill, learn=learns), aligned)

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..operators import DOMAIN, VERSION, Operator
+
 Step = Callable[[list[Tensor], list[Tensor], int], tuple[list[Tensor], list[Tensor]]]
+
+
+def node(
+    operator: Operator,
+    attributes: Mapping[str, Any],
+    inputs: Mapping[str, Tensor | None],
+    shapes: Sequence[Sequence[int]],
+) -> tuple[Tensor, ...]:
+    """Emits one node; only while exporting. inputs: by name, None for absent ones. shapes: of the outputs.
+
+    Outputs have the dtype of the first input.
+    """
+    present = {name: value for name, value in inputs.items() if value is not None}
+    given = [present.get(name) for name in operator.operands(present)]
+    assert given[0] is not None
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{operator.name}",
+            given,
+            attrs=dict(attributes),
+            dtypes=[given[0].dtype] * len(shapes),
+            shapes=[torch.Size(shape) for shape in shapes],
+            version=VERSION,
+        )
+    )
 
 
 def branch(

@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .node import DOMAIN
+from ..operators import DOMAIN, VERSION
 
-OPERATOR, VERSION = "HyperConnection", 1
+OPERATOR = "HyperConnection"
 INPUTS = ("residuals", "projection", "bias", "branch", "weight")
 OUTPUTS = ("input", "residuals_out", "beta")
 ITERATIONS = 20

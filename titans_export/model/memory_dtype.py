@@ -33,7 +33,12 @@ Floats = NDArray[np.float32]
 
 def _check(memory_dtype: str) -> None:
     if memory_dtype not in MEMORY_DTYPES:
-        raise TitansError("memory_dtype", f"one of {', '.join(MEMORY_DTYPES)}", memory_dtype, "choose one of them")
+        raise _invalid("memory_dtype", MEMORY_DTYPES, memory_dtype)
+
+
+def _invalid(name: str, allowed: Sequence[str], got: str) -> TitansError:
+    problem = f"invalid attribute {name}: expected one of {', '.join(allowed)}, got {got}"
+    return TitansError("E0701", "memory_dtype", problem, "choose one of them")
 
 
 def _to_words(elements: NDArray[Any]) -> Words:
@@ -157,13 +162,10 @@ def stored_shapes(
     """Names, shapes and memory_dtypes of a row's fields in order, from the names and shapes of the row in float32."""
     _check(memory_dtype)
     if rounding not in ROUNDINGS:
-        raise TitansError(
-            "memory_dtype", f"rounding to be one of {', '.join(ROUNDINGS)}", rounding, "choose one of them"
-        )
+        raise _invalid("rounding", ROUNDINGS, rounding)
     if memory_dtype == "float32" and rounding != "nearest":
-        raise TitansError(
-            "memory_dtype", 'rounding "nearest" with memory_dtype "float32"', rounding, "choose another memory_dtype"
-        )
+        problem = f'contradicting attributes: rounding "{rounding}" with memory_dtype "float32"'
+        raise TitansError("E0702", "memory_dtype", problem, "choose another memory_dtype")
     weights = [(name, shape, memory_dtype) for name, shape in shapes if is_stored(name)]
     rest = [(name, shape, "float32") for name, shape in shapes if not is_stored(name)]
     if rounding == "error_feedback":

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .config import MemoryConfig
 from .layers import CausalConv, Linear, RMSNorm, Step, StreamState, join_heads, split_heads, unit
-from .neural_memory import initial_rows
-from .node import memory_read, memory_update
+from .neural_memory import initial_rows, memory_read, memory_update
 
 
 class MemoryLayer(nn.Module):

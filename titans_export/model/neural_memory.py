@@ -1,18 +1,21 @@
-"""`ai.titans::NeuralMemory` in PyTorch: the reference of the operator, with the packed state that it carries.
+"""`ai.titans::NeuralMemory` in PyTorch: its packed row, the reference, and the node that a model emits when exported.
 
-docs/operator.md is the contract; the mathematics is in memory.py. The ONNX function body is traced from here, and every
-kernel is measured against this.
+docs/operator.md is the contract; memory.py has the mathematics. The ONNX function body is traced from the reference,
+and every kernel is compared with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..operators import NEURAL_MEMORY
 from . import exported
+from .layers import Step
 from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
 from .packed_row import Layout
 
@@ -262,3 +265,74 @@ def neural_memory_read(
 ) -> Tensor:
     """mode "read" with the operator's own inputs; shapes as in `neural_memory_update`. Returns (B, H, T, D)."""
     return read_memory(spec, state if slots is None else state[slots], q, norm_scale)
+
+
+def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
+    """The node's attributes, without those of the memory dtype."""
+    return {
+        "mode": mode,
+        "schedule": "aligned" if aligned else "any",
+        "widths": list(spec.widths),
+        "activation": spec.activation,
+        "residual": int(spec.residual),
+        "layer_norm": int(spec.layer_norm),
+        "chunk_size": spec.chunk_size,
+    }
+
+
+def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator with these attributes, all given, as a function of the inputs `present` by name."""
+    spec = MemorySpec(
+        tuple(values["widths"]),
+        values["activation"],
+        bool(values["residual"]),
+        bool(values["layer_norm"]),
+        values["chunk_size"],
+    )
+    if values["mode"] == "read":
+        return lambda **inputs: (neural_memory_read(spec, **inputs),)
+    return lambda **inputs: tuple(neural_memory_update(spec, **inputs))
+
+
+def memory_update(
+    spec: MemorySpec,
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    step: Step,
+    norm_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Updates and reads the memory: the reference, or a node while exporting. Shapes as in `neural_memory_update`.
+
+    Returns y and the packed rows.
+    """
+    fill = None if step.aligned else torch.remainder(step.position, spec.chunk_size)
+    step_size, momentum, forget_gate = gates
+    inputs = {
+        "state": state,
+        "q": q,
+        "k": k,
+        "v": v,
+        "step_size": step_size,
+        "momentum": momentum,
+        "forget_gate": forget_gate,
+        "fill": fill,
+        "learn": step.learn,
+        "norm_scale": norm_scale,
+    }
+    if torch.compiler.is_exporting():
+        shapes = (q.shape, state.shape, (*state.shape[:-1], len(STATS)))
+        y, rows, _ = exported.node(NEURAL_MEMORY, attributes(spec, "update", step.aligned), inputs, shapes)
+        return y, rows
+    result = neural_memory_update(spec, **inputs)  # type: ignore[arg-type]
+    return result.y, result.state
+
+
+def memory_read(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
+    """Reads the memory as of the open chunk's start: the reference, or a node while exporting. Returns (B, H, T, D)."""
+    if torch.compiler.is_exporting():
+        inputs = {"state": state, "q": q, "norm_scale": norm_scale}
+        return exported.node(NEURAL_MEMORY, attributes(spec, "read", False), inputs, (q.shape,))[0]
+    return neural_memory_read(spec, state, q, norm_scale=norm_scale)

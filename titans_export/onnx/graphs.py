@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..model import Call, Graph, StreamModel
 from ..model import hyper_connection as hyper
-from ..model.node import DOMAIN, OPERATOR, OUTPUTS
+from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS
 from .functions import build_memory_function
 from .hyper_connection import build_hyper_connection_function
 from .tracing import trace
@@ -37,7 +37,7 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     return known
 
 
-BUILDERS = {OPERATOR: build_memory_function, hyper.OPERATOR: build_hyper_connection_function}
+BUILDERS = {**dict.fromkeys(MEMORY_OPERATORS, build_memory_function), hyper.OPERATOR: build_hyper_connection_function}
 
 
 def _attach_functions(model: onnx.ModelProto) -> None:
@@ -47,8 +47,8 @@ def _attach_functions(model: onnx.ModelProto) -> None:
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            if len(node.output) > len(OUTPUTS["update"]) and node.output[-1] not in used:
-                node.output.pop()  # the weights before each chunk: nobody asks, so nobody copies them
+            if node.op_type == CHUNK_NEURAL_MEMORY.name and node.output[-1] not in used:
+                node.output.pop()  # initial_weights: unused, so no kernel has to copy them
             body = BUILDERS[node.op_type](node_shapes, node)
             node.overload, bodies[body.name, body.overload] = body.overload, body
     model.functions.extend(bodies[name] for name in sorted(bodies))

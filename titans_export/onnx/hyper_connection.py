@@ -25,7 +25,7 @@ from ..model.hyper_connection import (
     hyper_connection_reference,
     normalise,
 )
-from ..model.node import DOMAIN
+from ..operators import DOMAIN
 from .functions import initializers_to_constants
 from .tracing import OPSET, trace
 

@@ -7,19 +7,20 @@ from typing import Any
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
-DOMAIN, OPERATOR = "ai.titans", "NeuralMemory"
+from ..operators import DOMAIN, MEMORY_OPERATORS
+
 ONNX_DOMAINS = ("", "ai.onnx")
 _SHAPE_ONLY = frozenset(("Shape", "Size"))  # read no values of their input
 
 
 def is_memory(node: NodeProto) -> bool:
-    """Whether the node is a neural memory."""
-    return bool(node.domain == DOMAIN and node.op_type == OPERATOR)
+    """Whether the node is one of the memory operators."""
+    return bool(node.domain == DOMAIN and node.op_type in MEMORY_OPERATORS)
 
 
 def is_memory_function(function: FunctionProto) -> bool:
-    """Whether the function is the body of a neural memory."""
-    return bool(function.domain == DOMAIN and function.name == OPERATOR)
+    """Whether the function is the body of a memory operator."""
+    return bool(function.domain == DOMAIN and function.name in MEMORY_OPERATORS)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunk_neural_memory import ChunkInputs, ChunkUpdate
+from ..chunk_neural_memory import ChunkInputs, ChunkUpdate, chunk_memory_update
 from ..chunk_update import ChunkMemorySpec, chunk_layout, initial_chunk_rows
 from ..fast_networks import NetworkSpec
 from ..layers import Linear, StreamState, flat, join_heads
-from ..node import chunk_memory_update
 from ..stream import StateInfo
 from .options import MemoryOptions
 

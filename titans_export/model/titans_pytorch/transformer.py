@@ -281,15 +281,15 @@ class MemoryAsContext(StreamModel):
         second chunk of a stream.
         """
         if self.decoded_row is None or self.decoded_row >= 2 * own.chunk_size:
-            return update.before
+            return update.initial_weights
         size = own.chunk_size
-        slots = torch.arange(update.before.shape[2], device=shared.first.device)
+        slots = torch.arange(update.initial_weights.shape[2], device=shared.first.device)
         chunk = quotient(shared.first, size).unsqueeze(-1) + slots
         completed = quotient(shared.first % size + shared.count, size).unsqueeze(-1)
         last = chunk_weights(spec, update.state).unsqueeze(2)
-        shifted = torch.cat([update.before[:, :, 1:], last], 2)
+        shifted = torch.cat([update.initial_weights[:, :, 1:], last], 2)
         after = torch.where((slots + 1 < completed)[:, None, :, None], shifted, last)
-        return torch.where((chunk == 1)[:, None, :, None], after, update.before)
+        return torch.where((chunk == 1)[:, None, :, None], after, update.initial_weights)
 
     def _layer(self, layer: Layer, x: Residuals, state: StreamState, shared: _Shared) -> tuple[Residuals, StreamState]:
         gate = None
