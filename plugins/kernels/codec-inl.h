@@ -1,5 +1,4 @@
-// A head's matrices by their memory_dtype, and what becomes of them at the end of a chunk. Compiled once for each
-// instruction set.
+// A head's matrices by memory dtype, and their rounding at the end of a chunk. Compiled once for each instruction set.
 
 #if defined(TITANS_CODEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_CODEC_INL_H_
@@ -15,16 +14,16 @@
 
 #include "hwy/highway.h"
 #include "plugins/kernels/gemv-inl.h"
+#include "plugins/kernels/memory_common.h"
 #include "plugins/kernels/memory_dtype-inl.h"
-#include "plugins/kernels/neural_memory.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-// What a head does with its matrices, by their memory_dtype.
+// Operations on a head's matrices, by memory dtype.
 struct Codec {
-  bool direct;  // they are float32 as they lie
+  bool direct;  // the row has them in float32
   void (*gemv)(Pass pass, const Gemv& g);
   void (*gemv_transposed)(const Stored& w, const float* x, float* y);
   void (*unpack)(const Stored& from, float* to);
@@ -50,14 +49,14 @@ inline const Codec& codec_of(MemoryDtype memory_dtype) {
   }
 }
 
-// What W and S go through in a row at a committed fold, one weight tensor after the other.
+// Rounds W and S into a row at a committed chunk update, one weight tensor after the other.
 class Rounded {
  public:
-  Rounded(const Configuration& configuration, const RowLayout& layout, const Codec& codec, float* row,
+  Rounded(const MemoryConfiguration& configuration, const WeightLayout& layout, const Codec& codec, float* row,
           std::uint32_t head)
       : c_(configuration), layout_(layout), codec_(codec), row_(row), head_(head) {}
 
-  // `next` becomes `values` and what the last rounding left of them: what the fold begins with, where it keeps that.
+  // next = values + their last rounding error. The chunk update starts from it with error feedback.
   void add_error(int tensor, bool surprise, const float* values, float* next) const {
     codec_.unpack(error(tensor, surprise), next);
     each_vector(static_cast<std::size_t>(c_.elements(tensor)), [&](std::size_t i, std::size_t n) HWY_ATTR {
@@ -101,8 +100,8 @@ class Rounded {
     return count;
   }
 
-  const Configuration& c_;
-  const RowLayout& layout_;
+  const MemoryConfiguration& c_;
+  const WeightLayout& layout_;
   const Codec& codec_;
   float* row_;
   std::uint32_t head_;

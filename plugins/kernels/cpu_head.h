@@ -1,5 +1,4 @@
-// What the code of every instruction set shares: sizes that follow from the configuration, scratch memory, and one
-// head's part of a call.
+// The core of both CPU kernels: sizes of scratch memory, one head's part of a call, and the loop over the heads.
 #pragma once
 
 #include <array>
@@ -10,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/memory_common.h"
 
 namespace titans::kernels {
 
@@ -26,65 +25,43 @@ constexpr std::size_t whole_tiles(std::size_t size) {
   return (size + kTileRowBlock - 1) / kTileRowBlock * kTileRowBlock;
 }
 
-// One thread's scratch for one head, of which a configuration has what it needs. Matrices are row-major with stride
-// padded(columns).
-struct Scratch {
-  explicit Scratch(const Configuration& configuration);
-
-  // The open chunk's coefficients at the last token, and of each token of a block: a (C x C), f and beta.
-  float *e = nullptr, *a = nullptr, *rows_a = nullptr, *rows_f = nullptr, *rows_beta = nullptr;
-  // Per layer, of a block: left and right as in the packed row, the activation's derivative.
-  std::array<float*, kMaxDepth> left{}, right{}, derivative{};
-  // Retrieval: x of the layer, beta x, f x; the masked products with left.
-  std::array<float*, 2> x{}, x_beta{}, x_f{};
-  float* scores = nullptr;
-  float* transposed = nullptr;                       // W^T or left^T
-  float *right_a = nullptr, *right_e = nullptr;      // of the fold
-  std::array<float*, kMaxDepth> w{}, s{};            // float32 copies, for weights that are stored otherwise
-  std::array<float*, kMaxDepth> w_next{}, s_next{};  // where a guarded fold waits, or one to be rounded
-
-  // With gates = "chunk": left, right and derivative are of the chunk's keys.
-  std::size_t rows = 0;                                                       // that x has
-  float *scale = nullptr, *gamma_gradient = nullptr;                          // of the LayerNorm
-  float *point = nullptr, *weights_next = nullptr, *surprise_next = nullptr;  // of all weights
-  float *weights = nullptr, *surprise = nullptr;                              // float32 copies, as above
-  float* update = nullptr;                                                    // of one matrix
-  std::array<float*, 2> iterate{};                                            // of Newton-Schulz
-  std::array<float*, 4> square{};
+// One thread's scratch for one head. Matrices are row-major with stride padded(columns).
+class ScratchMemory {
+ protected:
+  // Members to point at new memory, and how many floats each needs.
+  using Wanted = std::vector<std::pair<float**, std::size_t>>;
+  void allocate(const Wanted& wanted) {
+    constexpr std::size_t kLine = kCacheLine / sizeof(float);
+    const auto lines = [](std::size_t floats) { return (floats + kLine - 1) / kLine * kLine; };
+    std::size_t used = 0;
+    for (const auto& [field, floats] : wanted) used += lines(floats);
+    memory_.reset(static_cast<float*>(::operator new(used * sizeof(float), std::align_val_t{kCacheLine})));
+    float* next = memory_.get();
+    for (const auto& [field, floats] : wanted) {
+      *field = next;
+      next += lines(floats);
+    }
+  }
 
  private:
-  using Wanted = std::vector<std::pair<float**, std::size_t>>;
-  void want_token(const Configuration& configuration, Wanted& wanted);
-  void want_chunk(const Configuration& configuration, Wanted& wanted);
-
   struct Free {
     void operator()(float* data) const noexcept { ::operator delete(data, std::align_val_t{kCacheLine}); }
   };
   std::unique_ptr<float, Free> memory_;
 };
 
-struct Plan {
-  explicit Plan(const Configuration& c) : configuration(c), layout(c) {}
-  Configuration configuration;
-  RowLayout layout;
-};
-
 // One head of one stream in one call.
 struct Head {
   float* row;  // packed, updated in place
   std::uint32_t index;
-  const float* q;  // tokens x D, as are k, v and y
+  const float* q;  // tokens x D, as are k, v and y; k and v have keys_per_token rows per token
   const float* k;
   const float* v;
-  const float* step_size;  // one for each token, as are the other gates; or for each key
-  const float* momentum;
+  const float* step_size;  // one per key
+  const float* momentum;   // one per token, as forget_gate
   const float* forget_gate;
   const float* norm_scale;  // D, or null
-  const float* modulation;  // tokens x tensors, or null
-  const float* previous;    // chunks x all weights, or null
-  const float* previous_gate;
   float* y;
-  float* before;        // chunks x all weights, or null
   std::int64_t tokens;  // that count
   std::int64_t fill;
   bool learn;
@@ -92,10 +69,22 @@ struct Head {
   float* stats;               // kStatCount of them, or null
 };
 
-// The code of one instruction set.
-struct CpuFunctions {
-  void (*update)(const Plan& plan, const Head& head, Scratch& scratch);
-  void (*read)(const Plan& plan, const Head& head, Scratch& scratch);
+// A head's sums for the output `stats`.
+struct HeadStats {
+  float loss = 0.0F, update_norm = 0.0F, committed = 0.0F, rejected = 0.0F;
+
+  // Of a chunk whose update has this norm.
+  void close_chunk(float norm, bool commit) {
+    if (!(norm <= update_norm) && update_norm == update_norm) update_norm = norm;  // a NaN stays
+    (commit ? committed : rejected) += 1.0F;
+  }
+  void write(float* stats) const {
+    if (stats == nullptr) return;
+    stats[0] = loss;
+    stats[1] = update_norm;
+    stats[2] = committed;
+    stats[3] = rejected;
+  }
 };
 
 }  // namespace titans::kernels

@@ -50,7 +50,7 @@ class BlocksRun {
 
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
-    folding_ = folding_of(m_, row_, item);
+    noise_source_ = noise_source_of(m_, row_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * c_.tokens;
     q_in_ = static_cast<const In*>(c_.q) + first * m_.width;
     k_in_ = static_cast<const In*>(c_.k) + first * m_.width;
@@ -99,8 +99,8 @@ class BlocksRun {
   __device__ Part part(int i) const { return part_of(m_, plan_.share, group_.rank, i); }
   __device__ float* w(int i) const { return locate<float, kShared>(c_, plan_.w[i]); }
   __device__ float* s(int i) const { return locate<float, kShared>(c_, plan_.s[i]); }
-  __device__ V* left(int i) const { return locate<V, kShared>(c_, plan_.left[i]); }
-  __device__ V* right(int i) const { return locate<V, kShared>(c_, plan_.right[i]); }
+  __device__ V* layer_input(int i) const { return locate<V, kShared>(c_, plan_.layer_input[i]); }
+  __device__ V* output_grad(int i) const { return locate<V, kShared>(c_, plan_.output_grad[i]); }
   __device__ V* x(int i) const { return locate<V, kShared>(c_, plan_.x[i]); }
   // Strides follow from what the largest part holds, so that all blocks have the same.
   __device__ int columns_in(int i) const { return i == last_ ? plan_.share : m_.widths[i]; }
@@ -119,8 +119,8 @@ class BlocksRun {
       for (int matrix = 0; matrix < 2; ++matrix) {
         matrix == 0 ? load_weights(w(i), m_.w[i], i) : load_weights(s(i), m_.s[i], i);
       }
-      load_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, fill);
-      load_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, fill);
+      load_rows(layer_input(i), stride_in(i), row_ + m_.layer_input[i], m_.widths[i], p.in_begin, p.in, fill);
+      load_rows(output_grad(i), stride_out(i), row_ + m_.output_grad[i], m_.widths[i + 1], p.out_begin, p.out, fill);
       if (i < last_) clear(x(i), plan_.rows * stride_out(i));
     }
     clear(q_, plan_.rows * stride_of(m_.width, sizeof(V)));
@@ -178,7 +178,7 @@ class BlocksRun {
   __device__ void store(int start, int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      // In other memory_dtypes the fold has written them.
+      // In another memory dtype the chunk update has written them.
       for (int r = warp_index(); changed_ && m_.memory_dtype == MemoryDtype::kFloat32 && r < p.in; r += kWarps) {
         const int first = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin, from = r * stride_w(i);
         for (int j = lane_index(); j < p.out; j += kWarpSize) {
@@ -189,10 +189,11 @@ class BlocksRun {
       const int first = closed_ ? 0 : start;
       // What every block holds whole, the first one stores.
       if (i == last_ || group_.rank == 0) {
-        store_rows(left(i), stride_in(i), row_ + m_.left[i], m_.widths[i], p.in_begin, p.in, first, fill);
+        store_rows(layer_input(i), stride_in(i), row_ + m_.layer_input[i], m_.widths[i], p.in_begin, p.in, first, fill);
       }
       if (i == last_ - 1 || group_.rank == 0) {
-        store_rows(right(i), stride_out(i), row_ + m_.right[i], m_.widths[i + 1], p.out_begin, p.out, first, fill);
+        store_rows(output_grad(i), stride_out(i), row_ + m_.output_grad[i], m_.widths[i + 1], p.out_begin, p.out, first,
+                   fill);
       }
     }
     if (group_.rank != 0) return;
@@ -204,7 +205,7 @@ class BlocksRun {
     row_[m_.m] = chunk_.m;
     row_[m_.f] = chunk_.f;
     row_[m_.beta] = chunk_.beta;
-    store_chunk_updates(m_, row_, folding_.chunk_updates);
+    store_chunk_updates(m_, row_, noise_source_.chunk_updates);
   }
 
   __device__ void store_rows(const V* from, int stride, float* to, int width, int begin, int count, int first,
@@ -256,7 +257,7 @@ class BlocksRun {
     for (int at = thread_index(); at < count * p.in; at += kThreads) {
       const int t = at / p.in, j = at % p.in, from = (done + t) * m_.width + p.in_begin + j;
       q_[t * stride_q + j] = to_value<V>(to_float(q_in_[from]));
-      if (learn_) left(0)[(fill + t) * stride_in(0) + j] = to_value<V>(to_float(k_in_[from]));
+      if (learn_) layer_input(0)[(fill + t) * stride_in(0) + j] = to_value<V>(to_float(k_in_[from]));
     }
   }
 
@@ -265,16 +266,16 @@ class BlocksRun {
   __device__ void clear_tail(int end) {
     const int tail = min_of(up_to_step(end), chunk_pad_) - end;
     for (int i = 0; i < m_.depth; ++i) {
-      clear(left(i) + end * stride_in(i), tail * stride_in(i));
-      clear(right(i) + end * stride_out(i), tail * stride_out(i));
+      clear(layer_input(i) + end * stride_in(i), tail * stride_in(i));
+      clear(output_grad(i) + end * stride_out(i), tail * stride_out(i));
     }
   }
 
-  // left and right of tokens that learn nothing: anything finite, as it counts zero times.
+  // Rows of tokens that learn nothing: any finite value, as its coefficient is 0.
   __device__ void no_surprise(int done, int fill, int count) {
     for (int i = 0; i < m_.depth; ++i) {
-      clear(left(i) + fill * stride_in(i), count * stride_in(i));
-      clear(right(i) + fill * stride_out(i), count * stride_out(i));
+      clear(layer_input(i) + fill * stride_in(i), count * stride_in(i));
+      clear(output_grad(i) + fill * stride_out(i), count * stride_out(i));
     }
     take_rows(done, fill, count);
     clear_tail(fill + count);
@@ -290,9 +291,9 @@ class BlocksRun {
     clear_tail(fill + count);
     sync_block();
     for (int i = 0; i < last_; ++i) {
-      V *next = left(i + 1) + fill * stride_in(i + 1), *derivative = x(i);
+      V *next = layer_input(i + 1) + fill * stride_in(i + 1), *derivative = x(i);
       const int stride = stride_in(i + 1);
-      multiply<V>(count, part(i).out, m_.widths[i], rows_of(left(i), stride_in(i), fill, count),
+      multiply<V>(count, part(i).out, m_.widths[i], rows_of(layer_input(i), stride_in(i), fill, count),
                   AlongColumns<float>{w(i), stride_w(i)}, [&](int t, int j, float z) {
                     const Activated act = activate(m_, z);
                     next[t * stride + j] = to_value<V>(act.value);
@@ -300,7 +301,7 @@ class BlocksRun {
                   });
       sync_block();
     }
-    multiply<V>(count, m_.width, part(last_).in, rows_of(left(last_), stride_in(last_), fill, count),
+    multiply<V>(count, m_.width, part(last_).in, rows_of(layer_input(last_), stride_in(last_), fill, count),
                 AlongColumns<float>{w(last_), stride_w(last_)},
                 [&](int t, int j, float z) { result_[t * m_.width + j] = z; });
     sync_group(group_);
@@ -315,13 +316,13 @@ class BlocksRun {
       }
       const int at = (done + t) * m_.width;
       counts_.loss +=
-          error_row(m_, f, k_in_ + at, v_in_ + at, norm_scale_, right(last_) + (fill + t) * stride_out(last_));
+          error_row(m_, f, k_in_ + at, v_in_ + at, norm_scale_, output_grad(last_) + (fill + t) * stride_out(last_));
     }
     sync_block();
     for (int i = last_; i > 0; --i) {
-      V *to = right(i - 1) + fill * stride_out(i - 1), *derivative = x(i - 1);
+      V *to = output_grad(i - 1) + fill * stride_out(i - 1), *derivative = x(i - 1);
       const int stride = stride_out(i - 1);
-      multiply<V>(count, part(i).in, m_.widths[i + 1], rows_of(right(i), stride_out(i), fill, count),
+      multiply<V>(count, part(i).in, m_.widths[i + 1], rows_of(output_grad(i), stride_out(i), fill, count),
                   AlongRows<float>{w(i), stride_w(i)}, [&](int t, int j, float z) {
                     to[t * stride + j] = to_value<V>(z * to_float(derivative[t * stride + j]));
                   });
@@ -329,12 +330,13 @@ class BlocksRun {
     }
   }
 
-  // -a (x . left), which right is multiplied with: nothing for tokens that come later.
+  // -a (x . layer_input), the factors of output_grad. They are 0 for later tokens.
   __device__ V score(int t, int at, int fill, float product) const {
     return to_value<V>(at <= fill + t ? -rows_a_[t * chunk_pad_ + at] * product : 0.0F);
   }
 
-  // y_t = M_(W_t)(q_t), every layer as the sum of three products: beta (x W) + f (x S) - (a o x left^T) right.
+  // y_t = M_(W_t)(q_t), every layer as the sum of three matmuls: beta (x W) + f (x S) - (a o x layer_input^T)
+  // output_grad.
   __device__ void retrieve(int done, int fill, int count) {
     const int rows = fill + count, stride = stride_scores();
     for (int i = 0; i <= last_; ++i) {
@@ -342,7 +344,7 @@ class BlocksRun {
       const V* input = i == 0 ? q_ : x(i - 1);
       const int stride_x = i == 0 ? stride_of(columns_in(0), sizeof(V)) : stride_out(i - 1), depth = part(i).in;
       const AlongRows<V> along_x{input, stride_x};
-      multiply<V>(count, up_to_step(rows), depth, along_x, AlongRows<V>{left(i), stride_in(i)},
+      multiply<V>(count, up_to_step(rows), depth, along_x, AlongRows<V>{layer_input(i), stride_in(i)},
                   [&](int t, int at, float product) {
                     if (shared) {
                       partial_scores_[t * chunk_pad_ + at] = product;
@@ -361,7 +363,7 @@ class BlocksRun {
         });
         if (!shared) {
           tile.add<V>(row, column, min_of(rows, fill + row + kTileRows), AlongRows<V>{scores_, stride},
-                      AlongColumns<V>{right(i), stride_out(i)});
+                      AlongColumns<V>{output_grad(i), stride_out(i)});
         }
         tile.each(row, column, [&](int t, int j, float h) {
           if (t >= count || j >= part(i).out) return;
@@ -396,7 +398,7 @@ class BlocksRun {
     }
     sync_block();
     multiply<V>(end - begin, m_.width, rows, AlongRowsUpTo<V>{scores_ + begin * stride, stride, end - begin - 1},
-                AlongColumns<V>{right(last_), stride_out(last_)}, [&](int t, int j, float value) {
+                AlongColumns<V>{output_grad(last_), stride_out(last_)}, [&](int t, int j, float value) {
                   const int at = (begin + t) * m_.width + j;
                   result_[at] = sum_over_group(c_, group_, partial_y_ + at) + value;
                 });
@@ -406,27 +408,27 @@ class BlocksRun {
   // ---- the end of a chunk ----
 
   __device__ void close() {
-    const auto fold_all = [&](bool write) { return fold(write); };
-    const bool folded = close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, fold_all);
-    changed_ |= folded;
-    folding_.chunk_updates += folded ? 1U : 0U;
+    const auto update_all = [&](bool write) { return chunk_update(write); };
+    const bool updated = close_chunk(c_, group_, chunk_, limit_, reduction_, norm_, counts_, update_all);
+    changed_ |= updated;
+    noise_source_.chunk_updates += updated ? 1U : 0U;
     closed_ = true;
   }
 
   // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
-  __device__ float fold(bool write) {
+  __device__ float chunk_update(bool write) {
     const bool feedback = m_.rounding == Rounding::kErrorFeedback;
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
       float *of_w = w(i), *of_s = s(i);
       const int stride = stride_w(i);
-      const AlongColumns<V> lefts{left(i), stride_in(i)}, rights{right(i), stride_out(i)};
+      const AlongColumns<V> inputs{layer_input(i), stride_in(i)}, gradients{output_grad(i), stride_out(i)};
       each_tile(p.in, p.out, [&](int row, int column) {
         Tile change_w, change_s;
-        change_w.add_pair<V>(change_s, row, column, m_.chunk, lefts,
-                             ScaledAlongDepth<AlongColumns<V>>{rights, chunk_.a},
-                             ScaledAlongDepth<AlongColumns<V>>{rights, chunk_.e});
+        change_w.add_pair<V>(change_s, row, column, m_.chunk, inputs,
+                             ScaledAlongDepth<AlongColumns<V>>{gradients, chunk_.a},
+                             ScaledAlongDepth<AlongColumns<V>>{gradients, chunk_.e});
         change_w.each_with(change_s, row, column, [&](int r, int j, float by_a, float by_e) {
           if (r >= p.in || j >= p.out) return;
           const int at = r * stride + j;
@@ -463,7 +465,7 @@ class BlocksRun {
         float* x = (of_s ? s(i) : w(i)) + r * stride_w(i) + j;
         const bool inside = j < p.out;
         const float kept =
-            keep_block(m_, folding_, row_, i, of_s, p.in_begin + r, p.out_begin + j, inside, inside ? *x : 0.0F);
+            keep_block(m_, noise_source_, row_, i, of_s, p.in_begin + r, p.out_begin + j, inside, inside ? *x : 0.0F);
         if (inside) *x = kept;
       }
     }
@@ -478,7 +480,7 @@ class BlocksRun {
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   V *q_, *scores_;
   float* row_ = nullptr;
-  Folding folding_;
+  NoiseSource noise_source_;
   const In *q_in_ = nullptr, *k_in_ = nullptr, *v_in_ = nullptr;
   In* y_out_ = nullptr;
   std::int64_t gates_ = 0;

@@ -116,7 +116,7 @@ __device__ inline int wrong_operand(const Call& c, const Item& item) {
   return 1 + kForgetGate;
 }
 
-// Whether the values of the item's stream are good; where not, its answers are NaN and its state is left alone.
+// Whether the values of the item's stream are valid. If not, its answers are NaN and its state is left alone.
 template <class V>
 __device__ bool check_item(const Call& c, const Group& group, const Item& item) {
   const int wrong = wrong_operand(c, item);
@@ -154,11 +154,11 @@ __device__ inline Part part_of(const Model& m, int share, int rank, int i) {
   return part;
 }
 
-// What the fold of a chunk rounds with: how often the head's memory has been folded before, and which head it is.
-struct Folding {
+// The source of the noise of a chunk update: the head and its number of chunk updates so far.
+struct NoiseSource {
   std::uint32_t head = 0, chunk_updates = 0;
 };
-__device__ inline Folding folding_of(const Model& m, const float* row, const Item& item) {
+__device__ inline NoiseSource noise_source_of(const Model& m, const float* row, const Item& item) {
   const bool counts = m.rounding == Rounding::kStochastic;
   return {static_cast<std::uint32_t>(item.head), counts ? bits_of(row[m.chunk_updates]) : 0U};
 }
@@ -169,10 +169,10 @@ __device__ inline void store_chunk_updates(const Model& m, float* row, std::uint
 
 // A block of a row of W or S at the end of a chunk, as store_block takes it: to the packed row, with what rounding has
 // taken from it where that is kept. Returns the lane's element as it then is.
-__device__ inline float keep_block(const Model& m, const Folding& folding, float* row, int i, bool of_s, int r, int j,
-                                   bool inside, float x) {
+__device__ inline float keep_block(const Model& m, const NoiseSource& source, float* row, int i, bool of_s, int r,
+                                   int j, bool inside, float x) {
   const bool stochastic = m.rounding == Rounding::kStochastic;
-  const NoiseKeys keys = noise_keys(m.seed, folding.head, static_cast<std::uint32_t>(i), of_s, folding.chunk_updates);
+  const NoiseKeys keys = noise_keys(m.seed, source.head, static_cast<std::uint32_t>(i), of_s, source.chunk_updates);
   const int passes = m.rounding == Rounding::kErrorFeedback ? 2 : 1;
   float kept = 0.0F;
 #pragma unroll 1
@@ -280,12 +280,13 @@ struct Coefficients {
   float m = 1.0F, f = 0.0F, beta = 1.0F;
 };
 
-// The end of a chunk: commits it unless its update is too large, and starts the next. fold(write) computes W and S of
-// the chunk's end, writes them if it shall, and returns this thread's part of the square of what that does to W.
-// `words` are kWarps of the block's memory, `exchanged` a float of its exchange. Returns whether W and S have changed.
-template <class Fold>
+// The end of a chunk: commits it unless its update is too large, and starts the next. chunk_update(write) computes W
+// and S of the chunk's end, writes them if it shall, and returns this thread's part of the square of what that does to
+// W. `words` are kWarps of the block's memory, `exchanged` a float of its exchange. Returns whether W and S have
+// changed.
+template <class Update>
 __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, const float* limit, float* words,
-                            float* exchanged, Counts& counts, const Fold& fold) {
+                            float* exchanged, Counts& counts, const Update& chunk_update) {
   // Frobenius norm over all layers and blocks.
   const auto norm_of = [&](float squares) {
     float sum = sum_over_block(squares, words);
@@ -304,12 +305,12 @@ __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, co
   float norm = 0.0F;
   bool commit = true;
   if (limit == nullptr) {
-    if (touched) norm = norm_of(fold(true));
+    if (touched) norm = norm_of(chunk_update(true));
   } else {
     // An update that is too large must never have been written, so its size is found first.
-    if (touched) norm = norm_of(fold(false));
+    if (touched) norm = norm_of(chunk_update(false));
     commit = norm <= *limit;  // false for NaN
-    if (touched && commit) fold(true);
+    if (touched && commit) chunk_update(true);
   }
   sync_block();  // the coefficients are read until here
   for (int at = thread_index(); at < c.model.chunk; at += kThreads) chunk.e[at] = chunk.a[at] = 0.0F;

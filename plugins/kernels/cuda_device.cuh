@@ -243,8 +243,9 @@ __device__ inline void multiply_add<float>(float (&d)[4], const float (&a)[4], c
 
 inline std::string describe(cudaError_t error) {
   if (error == cudaSuccess) return {};
-  return std::string("[NeuralMemory] expected CUDA to take the work but got ") + cudaGetErrorName(error) + ", " +
-         cudaGetErrorString(error) + "; do check device, driver and memory";
+  return failure("NeuralMemory", "E0713",
+                 std::string("CUDA call failed: ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error),
+                 "check device, driver and memory");
 }
 
 // The most blocks, 8, 4, 2 or 1, that a cluster of such a kernel can have; small GPUs and parts of them have less room.

@@ -64,8 +64,8 @@ void place_blocks(const Model& m, int operand_bytes, Plan& plan, Placer& placer)
     plan.s[i] = placer.place(floats(floats_of_layer));
   }
   for (int i = 0; i < m.depth; ++i) {
-    plan.left[i] = placer.place(matrix(m.chunk, held_in(m, plan, i), operand_bytes));
-    plan.right[i] = placer.place(matrix(m.chunk, held_out(m, plan, i), operand_bytes));
+    plan.layer_input[i] = placer.place(matrix(m.chunk, held_in(m, plan, i), operand_bytes));
+    plan.output_grad[i] = placer.place(matrix(m.chunk, held_out(m, plan, i), operand_bytes));
   }
   plan.coefficients = placer.place(floats(plan.rows * pad(m.chunk)));
   for (int i = 0; i + 1 < m.depth; ++i)
@@ -77,7 +77,7 @@ void place_blocks(const Model& m, int operand_bytes, Plan& plan, Placer& placer)
 }
 
 void place_token(const Model& m, Plan& plan, Placer& placer) {
-  // Rows of the token: k, q, what becomes right of each layer, x of each layer, derivatives; and partial sums of warps.
+  // Rows of the token: k, q, output_grad of each layer, x of each layer, derivatives; and partial sums of warps.
   const int widths = pad(widest(m));
   plan.vectors = placer.place(floats(kReductionWords + (3 + 4 * m.depth) * widths + 3 * pad(m.chunk)));
   plan.coefficients = placer.place(floats(3 * 8 * std::max(widths, pad(m.chunk))));
@@ -108,8 +108,8 @@ std::size_t half_of(const CudaDevice& device) {
 bool in_shared(const Model& m, const Plan& plan) {
   bool all = plan.staged && plan.vectors.shared && plan.coefficients.shared && plan.q.shared && plan.scores.shared;
   for (int i = 0; i < m.depth; ++i) {
-    all =
-        all && plan.w[i].shared && plan.s[i].shared && plan.left[i].shared && plan.right[i].shared && plan.x[i].shared;
+    all = all && plan.w[i].shared && plan.s[i].shared && plan.layer_input[i].shared && plan.output_grad[i].shared &&
+          plan.x[i].shared;
   }
   return all;
 }
@@ -211,8 +211,8 @@ Model make_model(const Configuration& c) {
     m.s[i] = field(layout.s[layer]);
     m.ew[i] = field(layout.ew[layer]);
     m.es[i] = field(layout.es[layer]);
-    m.left[i] = static_cast<int>(layout.left[layer]);
-    m.right[i] = static_cast<int>(layout.right[layer]);
+    m.layer_input[i] = static_cast<int>(layout.layer_input[layer]);
+    m.output_grad[i] = static_cast<int>(layout.output_grad[layer]);
   }
   m.e = static_cast<int>(layout.e);
   m.a = static_cast<int>(layout.a);

@@ -60,7 +60,7 @@ struct Model {
   int depth, chunk, width;
   int widths[kMaxDepth + 1];
   Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "error_feedback"
-  int left[kMaxDepth], right[kMaxDepth];
+  int layer_input[kMaxDepth], output_grad[kMaxDepth];
   int e, a, m, f, beta, chunk_updates, row;
   bool update, aligned, gelu, residual, layer_norm, scaled;
   MemoryDtype memory_dtype;
@@ -88,7 +88,7 @@ struct Plan {
   int resident = 1;      // blocks that fit on a multiprocessor side by side, at least
   bool shared = true;    // whether all but what is exchanged is in shared memory
   bool staged = true;    // whether W and S are copied to where w and s say, or used where they are
-  Place w[kMaxDepth], s[kMaxDepth], left[kMaxDepth], right[kMaxDepth], x[kMaxDepth];
+  Place w[kMaxDepth], s[kMaxDepth], layer_input[kMaxDepth], output_grad[kMaxDepth], x[kMaxDepth];
   Place q, scores, coefficients, vectors, exchange;
   std::uint32_t shared_bytes = 0;
   std::uint32_t workspace_bytes = 0;  // of one block

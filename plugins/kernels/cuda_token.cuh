@@ -45,7 +45,7 @@ class TokenRun {
 
   __device__ void run(const Item& item) {
     row_ = row_of(c_, item);
-    folding_ = folding_of(m_, row_, item);
+    noise_source_ = noise_source_of(m_, row_, item);
     const std::int64_t first = static_cast<std::int64_t>(item.index) * m_.width;
     In* y = static_cast<In*>(c_.y) + first;
     const bool counts = c_.valid == nullptr || c_.valid[item.stream] == 1;
@@ -65,10 +65,10 @@ class TokenRun {
       retrieve(q, scale, y);
       if (fill_ + 1 == m_.chunk) {
         const float* limit = c_.update_limit == nullptr ? nullptr : c_.update_limit + item.stream;
-        const auto fold_all = [&](bool write) { return fold(write); };
-        const bool folded = close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, fold_all);
-        if (folded && group_.rank == 0 && thread_index() == 0)
-          store_chunk_updates(m_, row_, folding_.chunk_updates + 1);
+        const auto update_all = [&](bool write) { return chunk_update(write); };
+        const bool updated = close_chunk(c_, group_, chunk_, limit, reduction_, norm_, numbers, update_all);
+        if (updated && group_.rank == 0 && thread_index() == 0)
+          store_chunk_updates(m_, row_, noise_source_.chunk_updates + 1);
       }
       store_coefficients();
     } else if (group_.rank == 0) {
@@ -85,9 +85,9 @@ class TokenRun {
   // Rows of this token, of layer i.
   __device__ float* query() const { return rows_; }
   __device__ float* key() const { return rows_ + width_; }
-  __device__ float* left(int i) const { return i == 0 ? key() + part(0).in_begin : rows_ + (3 + i) * width_; }
+  __device__ float* layer_input(int i) const { return i == 0 ? key() + part(0).in_begin : rows_ + (3 + i) * width_; }
   __device__ float* x(int i) const { return i == 0 ? query() + part(0).in_begin : rows_ + (3 + m_.depth + i) * width_; }
-  __device__ float* right(int i) const { return rows_ + (3 + 2 * m_.depth + i) * width_; }
+  __device__ float* output_grad(int i) const { return rows_ + (3 + 2 * m_.depth + i) * width_; }
   __device__ float* derivative(int i) const { return rows_ + (3 + 3 * m_.depth + i) * width_; }
   __device__ float* answer() const { return rows_ + 2 * width_; }
 
@@ -220,17 +220,17 @@ class TokenRun {
   __device__ void append() {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      float* to_left = row_ + m_.left[i] + fill_ * m_.widths[i] + p.in_begin;
-      float* to_right = row_ + m_.right[i] + fill_ * m_.widths[i + 1] + p.out_begin;
+      float* to_layer_input = row_ + m_.layer_input[i] + fill_ * m_.widths[i] + p.in_begin;
+      float* to_output_grad = row_ + m_.output_grad[i] + fill_ * m_.widths[i + 1] + p.out_begin;
       if (!learn_) {
-        for (int j = thread_index(); j < p.in; j += kThreads) left(i)[j] = 0.0F;
-        for (int j = thread_index(); j < p.out; j += kThreads) right(i)[j] = 0.0F;
+        for (int j = thread_index(); j < p.in; j += kThreads) layer_input(i)[j] = 0.0F;
+        for (int j = thread_index(); j < p.out; j += kThreads) output_grad(i)[j] = 0.0F;
       }
       if (i == last_ || group_.rank == 0) {
-        for (int j = thread_index(); j < p.in; j += kThreads) to_left[j] = left(i)[j];
+        for (int j = thread_index(); j < p.in; j += kThreads) to_layer_input[j] = layer_input(i)[j];
       }
       if (i == last_ - 1 || group_.rank == 0) {
-        for (int j = thread_index(); j < p.out; j += kThreads) to_right[j] = right(i)[j];
+        for (int j = thread_index(); j < p.out; j += kThreads) to_output_grad[j] = output_grad(i)[j];
       }
     }
     sync_block();
@@ -241,9 +241,9 @@ class TokenRun {
   // One pass over W and S of the first layer serves key and query.
   __device__ void first_layer() {
     const auto of_w = w(0), of_s = s(0);
-    const float *k = left(0), *q = x(0);
+    const float *k = layer_input(0), *q = x(0);
     float* h = last_ == 0 ? answer() : x(1);
-    float* z = last_ == 0 ? right(0) : left(1);
+    float* z = last_ == 0 ? output_grad(0) : layer_input(1);
     float* slope = derivative(0);
     sum_rows<3>(
         part(0).in, part(0).out,
@@ -273,13 +273,13 @@ class TokenRun {
   __device__ float surprise(const In* k, const In* v, const float* scale) {
     for (int i = 1; i <= last_; ++i) {
       const auto of_w = w(i);
-      const float* input = left(i);
-      float *z = i == last_ ? right(i) : left(i + 1), *slope = derivative(i);
+      const float* input = layer_input(i);
+      float *z = i == last_ ? output_grad(i) : layer_input(i + 1), *slope = derivative(i);
       sum_rows<1>(
           part(i).in, part(i).out, [&](int r, int j, float (&sums)[1]) { sums[0] += input[r] * of_w(r, j); },
           [&](int j, const float (&sums)[1]) { keep_activation(i, j, sums[0], z, slope); });
     }
-    float* error = right(last_);
+    float* error = output_grad(last_);
     if (group_.size > 1) {
       for (int j = thread_index(); j < m_.width; j += kThreads) result_[j] = error[j];
       sync_group(group_);
@@ -294,8 +294,8 @@ class TokenRun {
     const float loss = *reduction_;
     for (int i = last_; i > 0; --i) {
       const auto of_w = w(i);
-      const float *from = right(i), *slope = derivative(i - 1);
-      float* to = right(i - 1);
+      const float *from = output_grad(i), *slope = derivative(i - 1);
+      float* to = output_grad(i - 1);
       sum_columns(
           part(i).in, part(i).out, [&](int r, int j) { return of_w(r, j) * from[j]; },
           [&](int r, float sum) { to[r] = sum * slope[r]; });
@@ -304,16 +304,16 @@ class TokenRun {
   }
 
   // Row `at` of the open chunk: this token's from where it has just been made.
-  __device__ const float* left_row(int i, int at) const {
-    return at == fill_ ? left(i) : row_ + m_.left[i] + at * m_.widths[i] + part(i).in_begin;
+  __device__ const float* layer_input_row(int i, int at) const {
+    return at == fill_ ? layer_input(i) : row_ + m_.layer_input[i] + at * m_.widths[i] + part(i).in_begin;
   }
-  __device__ const float* right_row(int i, int at) const {
-    return at == fill_ ? right(i) : row_ + m_.right[i] + at * m_.widths[i + 1] + part(i).out_begin;
+  __device__ const float* output_grad_row(int i, int at) const {
+    return at == fill_ ? output_grad(i) : row_ + m_.output_grad[i] + at * m_.widths[i + 1] + part(i).out_begin;
   }
 
-  // h <- h - sum_s a_s (x . left_s) right_s, the factors of right being scores_.
+  // h <- h - sum_s a_s (x . layer_input_s) output_grad_s, the factors of output_grad are scores_.
   __device__ void add_surprises(int i, float* h) {
-    const float *rows = row_ + m_.right[i] + part(i).out_begin, *own = right(i);
+    const float *rows = row_ + m_.output_grad[i] + part(i).out_begin, *own = output_grad(i);
     const int width = m_.widths[i + 1];
     sum_rows<1>(
         fill_, part(i).out, [&](int at, int j, float (&sums)[1]) { sums[0] += scores_[at] * rows[at * width + j]; },
@@ -336,7 +336,7 @@ class TokenRun {
             [&](int j, const float (&sums)[2]) { h[j] = chunk_.beta * sums[0] + chunk_.f * sums[1]; });
       }
       sum_columns(
-          fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * left_row(i, at)[j]; },
+          fill_ + 1, part(i).in, [&](int at, int j) { return input[j] * layer_input_row(i, at)[j]; },
           [&](int at, float sum) { (shared ? partial_scores_ : scores_)[at] = shared ? sum : chunk_.a[at] * sum; });
       if (shared) {
         for (int j = thread_index(); j < m_.width; j += kThreads) partial_y_[j] = h[j];
@@ -359,8 +359,8 @@ class TokenRun {
   // ---- the end of a chunk ----
 
   // W and S of the chunk's end, written where they are stored. Returns this thread's part of the square of what that
-  // does to W. A warp takes 32 columns of some rows, which share the row of right.
-  __device__ float fold(bool write) {
+  // does to W. A warp takes 32 columns of some rows, which share the row of output_grad.
+  __device__ float chunk_update(bool write) {
     constexpr int kRows = 4;
     float squares = 0.0F;
     for (int i = 0; i < m_.depth; ++i) {
@@ -373,11 +373,11 @@ class TokenRun {
         float by_a[kRows] = {}, by_e[kRows] = {};
         for (int t = 0; t < m_.chunk; ++t) {
           if (chunk_.a[t] == 0.0F && chunk_.e[t] == 0.0F) continue;  // frozen tokens
-          const float value = inside ? right_row(i, t)[j] : 0.0F;
-          const float* lefts = left_row(i, t) + r0;
+          const float value = inside ? output_grad_row(i, t)[j] : 0.0F;
+          const float* inputs = layer_input_row(i, t) + r0;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const float product = r0 + r < p.in ? lefts[r] * value : 0.0F;
+            const float product = r0 + r < p.in ? inputs[r] * value : 0.0F;
             by_a[r] += chunk_.a[t] * product;
             by_e[r] += chunk_.e[t] * product;
           }
@@ -410,7 +410,7 @@ class TokenRun {
           const float next = chunk_.m * surprise - by_e[0];
 #pragma unroll 1
           for (int matrix = 0; write && matrix < 2; ++matrix) {
-            keep_block(m_, folding_, row_, i, matrix == 1, row, column, inside, matrix == 0 ? now : next);
+            keep_block(m_, noise_source_, row_, i, matrix == 1, row, column, inside, matrix == 0 ? now : next);
           }
           // The next row's to the front, as registers have no index.
 #pragma unroll
@@ -432,7 +432,7 @@ class TokenRun {
   float *reduction_, *rows_, *scores_, *sums_;
   float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
   float* row_ = nullptr;
-  Folding folding_;
+  NoiseSource noise_source_;
   bool learn_ = true;
   int fill_ = 0;
   Coefficients chunk_;

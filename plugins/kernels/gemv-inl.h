@@ -17,11 +17,11 @@
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-// Which rows are wanted of one pass over matrices:
+// What one pass over matrices computes.
 enum class Pass {
-  kOne,      // y = sum_i by_w[i] W[i]
-  kTwo,      // y = sum_i by_w[i] W[i] + by_s[i] S[i]
-  kTwoMore,  // that, and z = sum_i also_w[i] W[i]
+  kW,        // y = sum_i by_w[i] W[i]
+  kWAndS,    // y = sum_i by_w[i] W[i] + by_s[i] S[i]
+  kWTwiceS,  // the same, and z = sum_i also_w[i] W[i]
 };
 
 struct Gemv {
@@ -43,22 +43,22 @@ HWY_INLINE void gemv_panel(const Gemv& g, std::size_t column, std::size_t tail) 
   const View<MemoryDtype> w(g.w), s(g.s);
   for (std::size_t i = 0; i < w.rows; ++i) {
     const Vector by_w = hn::Set(d, g.by_w[i]);
-    const Vector by_s = kPass == Pass::kOne ? by_w : hn::Set(d, g.by_s[i]);
-    const Vector also_w = kPass == Pass::kTwoMore ? hn::Set(d, g.also_w[i]) : by_w;
+    const Vector by_s = kPass == Pass::kW ? by_w : hn::Set(d, g.by_s[i]);
+    const Vector also_w = kPass == Pass::kWTwiceS ? hn::Set(d, g.also_w[i]) : by_w;
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const std::size_t at = column + static_cast<std::size_t>(j) * kLanes;
       const Vector ws = w.load(i, at, count);
       y[j] = hn::MulAdd(by_w, ws, y[j]);
-      if constexpr (kPass != Pass::kOne) y_s[j] = hn::MulAdd(by_s, s.load(i, at, count), y_s[j]);
-      if constexpr (kPass == Pass::kTwoMore) z[j] = hn::MulAdd(also_w, ws, z[j]);
+      if constexpr (kPass != Pass::kW) y_s[j] = hn::MulAdd(by_s, s.load(i, at, count), y_s[j]);
+      if constexpr (kPass == Pass::kWTwiceS) z[j] = hn::MulAdd(also_w, ws, z[j]);
     }
   }
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) {
     const std::size_t at = column + static_cast<std::size_t>(j) * kLanes;
-    store(kPass == Pass::kOne ? y[j] : hn::Add(y[j], y_s[j]), g.y + at, count);
-    if constexpr (kPass == Pass::kTwoMore) store(z[j], g.z + at, count);
+    store(kPass == Pass::kW ? y[j] : hn::Add(y[j], y_s[j]), g.y + at, count);
+    if constexpr (kPass == Pass::kWTwiceS) store(z[j], g.z + at, count);
   }
 }
 
@@ -83,16 +83,16 @@ HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
       const std::size_t at = block + static_cast<std::size_t>(b);
       const Vector scale = w.scale(i, at);
       const Vector by_w = hn::Mul(hn::Set(d, g.by_w[i]), scale);
-      const Vector also_w = kPass == Pass::kTwoMore ? hn::Mul(hn::Set(d, g.also_w[i]), scale) : by_w;
-      const Vector by_s = kPass == Pass::kOne ? by_w : hn::Mul(hn::Set(d, g.by_s[i]), s.scale(i, at));
+      const Vector also_w = kPass == Pass::kWTwiceS ? hn::Mul(hn::Set(d, g.also_w[i]), scale) : by_w;
+      const Vector by_s = kPass == Pass::kW ? by_w : hn::Mul(hn::Set(d, g.by_s[i]), s.scale(i, at));
 #pragma GCC unroll 8
       for (int j = 0; j < kEach; ++j) {
         const Vector ws = w.unscaled(i, column(b, j), kLanes);
         y[b][j] = hn::MulAdd(by_w, ws, y[b][j]);
-        if constexpr (kPass != Pass::kOne) {
+        if constexpr (kPass != Pass::kW) {
           y_s[b][j] = hn::MulAdd(by_s, s.unscaled(i, column(b, j), kLanes), y_s[b][j]);
         }
-        if constexpr (kPass == Pass::kTwoMore) z[b][j] = hn::MulAdd(also_w, ws, z[b][j]);
+        if constexpr (kPass == Pass::kWTwiceS) z[b][j] = hn::MulAdd(also_w, ws, z[b][j]);
       }
     }
   }
@@ -100,8 +100,8 @@ HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
   for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 8
     for (int j = 0; j < kEach; ++j) {
-      store(kPass == Pass::kOne ? y[b][j] : hn::Add(y[b][j], y_s[b][j]), g.y + column(b, j), kLanes);
-      if constexpr (kPass == Pass::kTwoMore) store(z[b][j], g.z + column(b, j), kLanes);
+      store(kPass == Pass::kW ? y[b][j] : hn::Add(y[b][j], y_s[b][j]), g.y + column(b, j), kLanes);
+      if constexpr (kPass == Pass::kWTwiceS) store(z[b][j], g.z + column(b, j), kLanes);
     }
   }
 }
@@ -128,12 +128,12 @@ HWY_INLINE void gemv_pass(const Gemv& g) {
 template <class MemoryDtype>
 void gemv(Pass pass, const Gemv& g) {
   switch (pass) {
-    case Pass::kOne:
-      return gemv_pass<Pass::kOne, MemoryDtype>(g);
-    case Pass::kTwo:
-      return gemv_pass<Pass::kTwo, MemoryDtype>(g);
-    case Pass::kTwoMore:
-      return gemv_pass<Pass::kTwoMore, MemoryDtype>(g);
+    case Pass::kW:
+      return gemv_pass<Pass::kW, MemoryDtype>(g);
+    case Pass::kWAndS:
+      return gemv_pass<Pass::kWAndS, MemoryDtype>(g);
+    case Pass::kWTwiceS:
+      return gemv_pass<Pass::kWTwiceS, MemoryDtype>(g);
   }
 }
 

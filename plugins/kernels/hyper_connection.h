@@ -1,5 +1,5 @@
-// The operator ai.titans::HyperConnection: its operands and the one check of them. docs/hyper-connection.md is the
-// contract; names, shapes and equations are its own.
+// The operator ai.titans::HyperConnection: operands and checks. docs/hyper-connection.md is the
+// contract; names, shapes and equations are from there.
 #pragma once
 
 #include <array>
@@ -7,10 +7,11 @@
 #include <cstdint>
 #include <string>
 
-#include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/memory_common.h"
 
 namespace titans::kernels::hyper_connection {
 
+inline constexpr const char* kOperator = "HyperConnection";
 inline constexpr std::int64_t kMaxStreams = 16;
 inline constexpr std::int64_t kDefaultIterations = 20;
 
@@ -24,7 +25,7 @@ enum Operand : std::size_t {
   kInputs,  // how many inputs there are
   kInput = kInputs,
   kResidualsOut,
-  kBeta,  // where the projection gives it, and somebody wants it
+  kBeta,  // optional, if the projection has its column
   kOperands
 };
 
@@ -33,7 +34,7 @@ inline constexpr std::array<const char*, kOperands> kOperandNames{"residuals", "
 
 using Operands = std::array<Tensor, kOperands>;
 
-// The checks return what is wrong, "[HyperConnection] expected X but got Y; do Z", or nothing where all is well.
+// The checks return an error as failure.h has it, or an empty string.
 
 std::string check_iterations(std::int64_t iterations);
 // Ranks, shapes, dtypes, layout, alignment and aliasing of the operands. Reads none of their values.

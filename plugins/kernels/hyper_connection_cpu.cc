@@ -2,17 +2,15 @@
 // few columns lie side by side in a vector, and for the mixture. Between the two come the exponentials and Sinkhorn's
 // iterations of a block of tokens, a token in each lane.
 //
-// This file is compiled once for each instruction set (Highway's foreach_target), those of neural_memory_cpu.cc.
+// This file is compiled once for each instruction set (Highway's foreach_target).
 
-#define HWY_DISABLED_TARGETS (~(HWY_AVX3 | HWY_AVX2 | HWY_NEON_WITHOUT_AES | HWY_EMU128 | HWY_SCALAR))
-#define HWY_COMPILE_ALL_ATTAINABLE
+#include "plugins/kernels/cpu_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "plugins/kernels/hyper_connection_cpu.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // What includes this file again comes first.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <type_traits>
 
 #include "hwy/highway.h"
@@ -268,37 +266,15 @@ HWY_AFTER_NAMESPACE();
 namespace titans::kernels::hyper_connection {
 namespace {
 
-struct Target {
-  std::string_view name;
-  CpuFunctions (*functions)();
-};
-
-// Named as in neural_memory_cpu.cc, which knows what this processor runs.
-constexpr Target kTargets[] = {
-#if HWY_TARGETS & HWY_AVX3
-    {"avx512", &N_AVX3::hyper_connection_functions},
-#endif
-#if HWY_TARGETS & HWY_AVX2
-    {"avx2", &N_AVX2::hyper_connection_functions},
-#endif
-#if HWY_TARGETS & HWY_NEON_WITHOUT_AES
-    {"neon", &N_NEON_WITHOUT_AES::hyper_connection_functions},
-#endif
-#if HWY_TARGETS & HWY_EMU128
-    {"plain", &N_EMU128::hyper_connection_functions},
-#endif
-#if HWY_TARGETS & HWY_SCALAR
-    {"plain", &N_SCALAR::hyper_connection_functions},
-#endif
-};
+constexpr TargetFunction<CpuFunctions (*)()> kTargets[] = {TITANS_EACH_TARGET(hyper_connection_functions)};
 
 class Kernel final : public CpuKernel {
  public:
   Kernel(std::int64_t iterations, const CpuFunctions& functions) : iterations_(iterations), functions_(functions) {}
 
   std::string run(const Operands& o, const Parallel& parallel) const override {
-    std::string wrong = check_operands(o);
-    if (!wrong.empty()) return wrong;
+    std::string error = check_operands(o);
+    if (!error.empty()) return error;
     const auto& shape = o[kResiduals].shape;
     const auto floats = [&](Operand which) { return o[which].as<float>(); };
     Work work{functions_,
@@ -335,19 +311,8 @@ class Kernel final : public CpuKernel {
 std::unique_ptr<CpuKernel> CpuKernel::create(std::int64_t iterations, std::string_view target, std::string& error) {
   error = check_iterations(iterations);
   if (!error.empty()) return nullptr;
-  const std::string_view chosen = target.empty() ? chosen_cpu_target() : target;
-  const auto& names = cpu_targets();
-  if (std::find(names.begin(), names.end(), chosen) != names.end()) {
-    for (const Target& each : kTargets) {
-      if (each.name == chosen) return std::make_unique<Kernel>(iterations, each.functions());
-    }
-  }
-  error = "[HyperConnection] expected an instruction set of this processor out of:";
-  for (const std::string_view name : names) error += " " + std::string(name);
-  const char* named = std::getenv("TITANS_CPU_TARGET");
-  error += " but got " + std::string(target.empty() && named != nullptr ? named : target) +
-           "; do set TITANS_CPU_TARGET to one of these, or not at all";
-  return nullptr;
+  const auto* found = find_target(kTargets, kOperator, target, error);
+  return found == nullptr ? nullptr : std::make_unique<Kernel>(iterations, found->function());
 }
 
 }  // namespace titans::kernels::hyper_connection

@@ -1,24 +1,24 @@
-// HyperConnection on the CPU: one kernel for each instruction set, chosen at run time as the memory's.
+// HyperConnection on the CPU: one kernel for each instruction set, chosen at run time as for the memory operators.
 #pragma once
 
 #include <memory>
 #include <string>
 #include <string_view>
 
+#include "plugins/kernels/cpu_kernel.h"
 #include "plugins/kernels/hyper_connection.h"
-#include "plugins/kernels/neural_memory_cpu.h"
 
 namespace titans::kernels::hyper_connection {
 
-// One node. Any number of threads may run it at once.
+// The kernel of one node. Any number of threads may run it at once.
 class CpuKernel {
  public:
-  // `target` is one of cpu_targets(); empty: chosen_cpu_target(). Returns nothing and sets `error` where there is no
-  // such target, or the number of iterations is wrong.
+  // `target` is one of cpu_targets(); empty: chosen_cpu_target(). Returns null and sets `error` if there is no
+  // such target, or if the number of iterations is wrong.
   static std::unique_ptr<CpuKernel> create(std::int64_t iterations, std::string_view target, std::string& error);
   virtual ~CpuKernel() = default;
 
-  // Checks the operands and computes. Returns what is wrong with them, with nothing written, or an empty string.
+  // Checks the operands and computes. Returns an error, with nothing written, or an empty string.
   // Results do not depend on the number of threads.
   virtual std::string run(const Operands& operands, const Parallel& parallel) const = 0;
 };

@@ -1,11 +1,11 @@
-// Matrices as a packed row stores them: reading vectors of them as float32, and packing float32 with the rounding of
-// docs/operator.md. Compiled once for each instruction set.
+// The memory dtypes of a packed row: matrices are read as vectors of float32, and float32 is packed with the rounding
+// of docs/operator.md. Compiled once for each instruction set.
 
-#if defined(TITANS_STORAGE_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef TITANS_STORAGE_INL_H_
-#undef TITANS_STORAGE_INL_H_
+#if defined(TITANS_MEMORY_DTYPE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_MEMORY_DTYPE_INL_H_
+#undef TITANS_MEMORY_DTYPE_INL_H_
 #else
-#define TITANS_STORAGE_INL_H_
+#define TITANS_MEMORY_DTYPE_INL_H_
 #endif
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 #include <cstring>
 
 #include "hwy/highway.h"
-#include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/memory_common.h"
 #include "plugins/kernels/rounding.h"
 #include "plugins/kernels/vector-inl.h"
 
@@ -43,14 +43,14 @@ inline Stored plain_matrix(const float* data, std::size_t rows, std::size_t colu
 }
 
 // The field of a weight tensor at `offset` words of a row.
-inline Stored stored_tensor(const Configuration& c, float* row, std::int64_t offset, int tensor) {
+inline Stored stored_tensor(const MemoryConfiguration& c, float* row, std::int64_t offset, int tensor) {
   float* begin = row + offset;
   float* scales = begin + element_words(c.memory_dtype, c.rows(tensor), c.columns(tensor));
   return {begin, reinterpret_cast<std::uint16_t*>(scales), static_cast<std::size_t>(c.rows(tensor)),
           static_cast<std::size_t>(c.columns(tensor))};
 }
 
-// Noise of the elements of one field at one fold; without it values go to the nearest.
+// Noise of the elements of one field at one chunk update. Without it values are rounded to the nearest.
 struct Noise {
   bool on = false;
   NoiseKeys keys;
@@ -104,7 +104,7 @@ HWY_INLINE hn::Vec<From> load_elements(From d, const hn::TFromD<From>* from, std
 
 // ---- elements without a scale ----
 
-// What a memory_dtype is: its element's type, elements as float32, and float32 rounded to elements.
+// A memory dtype has its element's type, elements as float32, and float32 rounded to elements.
 struct Float32 {
   using Element = float;
   static constexpr bool kScaled = false;

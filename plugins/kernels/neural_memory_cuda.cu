@@ -1,4 +1,4 @@
-// The operator on an NVIDIA GPU: checks, the plan of a call, and its one launch. Three kernels: calls of several tokens
+// NeuralMemory on an NVIDIA GPU: checks, the plan of a call, and its one launch. Three kernels: calls of several tokens
 // (cuda_blocks.cuh), of one (cuda_token.cuh), and mode read (cuda_read.cuh), each for three types of values.
 //
 // The idea is that of the CPU's kernel: W and S are loaded once for a call and stay on the chip, in the shared memory
@@ -41,9 +41,16 @@ constexpr int kLeastSm = 80;
 constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;   // words: sizes and places stay within 32 bits
 constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, likewise
 
-class CudaNode final : public CudaKernel {
+std::string too_large(const char* what, std::int64_t most, std::int64_t got, const char* fix) {
+  return failure(Configuration::kOperator, "E0712",
+                 std::string("not supported on a GPU: expected at most ") + std::to_string(most) + " elements of " +
+                     what + ", got " + std::to_string(got),
+                 fix);
+}
+
+class NodeKernel final : public CudaKernel {
  public:
-  CudaNode(const Configuration& configuration, DType values, const CudaDevice& device)
+  NodeKernel(const Configuration& configuration, DType values, const CudaDevice& device)
       : configuration_(configuration), model_(cuda::make_model(configuration)), values_(values), device_(device) {}
 
   std::size_t workspace_bytes(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const override {
@@ -59,18 +66,17 @@ class CudaNode final : public CudaKernel {
   }
 
   std::string run(const Operands& o, void* workspace, std::int32_t* status, CUstream_st* stream) const override {
-    std::string wrong = check_operands(configuration_, o, values_);
-    if (!wrong.empty()) return wrong;
+    std::string error = check_operands(configuration_, o, values_);
+    if (!error.empty()) return error;
     const std::int64_t streams = o[kQ].shape[0], heads = o[kQ].shape[1], tokens = o[kQ].shape[2];
     const bool update = configuration_.mode == Mode::kUpdate;
     if (o[kQ].elements() > kLargestCall || streams * heads > kLargestCall) {
-      return "[NeuralMemory] expected at most " + std::to_string(kLargestCall) + " elements of q but got " +
-             std::to_string(o[kQ].elements()) + "; do feed fewer tokens or streams at a time";
+      return too_large("q", kLargestCall, o[kQ].elements(), "feed fewer tokens or streams at a time");
     }
     if (update && o[kStateOut].data != o[kState].data) {
       const auto bytes = static_cast<std::size_t>(o[kState].elements()) * sizeof(float);
-      wrong = cuda::copy(o[kStateOut].data, o[kState].data, bytes, stream);
-      if (!wrong.empty()) return wrong;
+      error = cuda::copy(o[kStateOut].data, o[kState].data, bytes, stream);
+      if (!error.empty()) return error;
     }
     if (streams * heads == 0 || (!update && tokens == 0)) return {};
 
@@ -102,8 +108,8 @@ class CudaNode final : public CudaKernel {
     call.tokens = static_cast<int>(tokens);
     call.pool = static_cast<int>(o[kState].shape[0]);
     if (call.plan.blocks > 1 && !call.plan.cluster) {
-      wrong = cuda::clear(workspace, cuda::counter_bytes(groups), stream);
-      if (!wrong.empty()) return wrong;
+      error = cuda::clear(workspace, cuda::counter_bytes(groups), stream);
+      if (!error.empty()) return error;
     }
     const cuda::Launch launch{groups, call.plan.blocks, call.plan.shared_bytes, device_.shared_bytes,
                               call.plan.cluster};
@@ -161,26 +167,23 @@ std::string CudaDevice::current(CudaDevice& device) {
 
 std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuration, DType values,
                                                const CudaDevice& device, std::string& error) {
-  if (configuration.gates != Gates::kToken) {
-    error = "[NeuralMemory] expected gates \"token\" on a GPU but got \"chunk\"; do build an engine for it with ";
-    error += "titans-export build, or pass memory_kernel=\"off\"";
-    return nullptr;
-  }
   if (values != DType::kFloat32 && values != DType::kFloat16 && values != DType::kBFloat16) {
-    error = "[NeuralMemory] expected q, k and v of float32, float16 or bfloat16 but got another type; do cast them";
+    error = failure(Configuration::kOperator, "E0705",
+                    "wrong dtype of q, k and v: expected float32, float16 or bfloat16, got another type", "cast them");
     return nullptr;
   }
   if (device.sm < kLeastSm) {
-    error = "[NeuralMemory] expected a GPU of compute capability 8.0 or newer but got " +
-            std::to_string(device.sm / 10) + "." + std::to_string(device.sm % 10) + "; do run on the CPU";
+    error = failure(Configuration::kOperator, "E0712",
+                    "not supported on this GPU: expected compute capability 8.0 or newer, got " +
+                        std::to_string(device.sm / 10) + "." + std::to_string(device.sm % 10),
+                    "run on the CPU");
     return nullptr;
   }
   if (RowLayout(configuration).size > kLargestRow) {
-    error = "[NeuralMemory] expected a packed row of at most " + std::to_string(kLargestRow) + " words but got " +
-            std::to_string(RowLayout(configuration).size) + "; do run on the CPU";
+    error = too_large("a packed row", kLargestRow, RowLayout(configuration).size, "run on the CPU");
     return nullptr;
   }
-  return std::make_unique<CudaNode>(configuration, values, device);
+  return std::make_unique<NodeKernel>(configuration, values, device);
 }
 
 std::string CudaKernel::status_message(std::int32_t status) {
@@ -190,9 +193,10 @@ std::string CudaKernel::status_message(std::int32_t status) {
                                ? kOperandNames[static_cast<std::size_t>(operand)]
                                : "status " + std::to_string(status);
   const bool gate = operand >= static_cast<int>(kStepSize) && operand <= static_cast<int>(kForgetGate);
-  return "[NeuralMemory] expected " + name + (gate ? " to be finite" : " within its range") +
-         " but got another value for some stream, whose state is as before; do " +
-         (gate ? "look for what overflows in the model before it" : "correct it");
+  const std::string detail = name + " of a stream, whose state is unchanged";
+  return gate ? failure(Configuration::kOperator, "E0710", "gate not finite: " + detail,
+                        "look for an overflow in the model before the memory")
+              : failure(Configuration::kOperator, "E0709", "value out of range: " + detail, "correct it");
 }
 
 }  // namespace titans::kernels

@@ -21,7 +21,7 @@
 #include <utility>
 
 #include "hwy/highway.h"
-#include "plugins/kernels/cpu_head.h"
+#include "plugins/kernels/chunk_gates.h"
 #include "plugins/kernels/outer-inl.h"
 #include "plugins/kernels/product-inl.h"
 #include "plugins/kernels/rows-inl.h"
@@ -38,7 +38,7 @@ inline constexpr std::int64_t kStepsAtOnce = 3;
 // What steps multiply Y by: symmetric matrices of `size` x `size`, of which `used` x `used` are not padding.
 class Powers {
  public:
-  Powers(const Scratch& scratch, std::size_t size, std::size_t used, std::size_t stride)
+  Powers(const ChunkScratch& scratch, std::size_t size, std::size_t used, std::size_t stride)
       : size_(size),
         used_(used),
         stride_(stride),
@@ -91,7 +91,7 @@ class Powers {
 
 // `matrix` (in x out, without gaps), whose Frobenius norm is `norm`, after `steps` steps, in scratch.
 inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, float norm, std::int64_t steps,
-                          const Scratch& scratch) {
+                          const ChunkScratch& scratch) {
   static_assert(kTileRowBlock % kTileRows == 0 && kTileRowBlock % kSymmetricBlock == 0);
   const bool upright = in >= out;
   const std::size_t large = upright ? in : out, small = upright ? out : in;
@@ -109,9 +109,9 @@ inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, 
     const std::size_t begin = i < large ? small : 0;
     std::memset(y + i * stride + begin, 0, (columns - begin) * sizeof(float));
   }
-  for (std::int64_t left = steps; left > 0;) {
+  for (std::int64_t remaining = steps; remaining > 0;) {
     // Two and two rather than three and one.
-    const std::int64_t group = left == 4 ? 2 : HWY_MIN(left, kStepsAtOnce);
+    const std::int64_t group = remaining == 4 ? 2 : HWY_MIN(remaining, kStepsAtOnce);
     Powers powers{scratch, columns, small, stride};
     powers.gram(y, large);
     for (std::int64_t step = 0; step < group; ++step) powers.step(step == 0, step + 1 == group);
@@ -120,7 +120,7 @@ inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, 
                          [&](Vector sum, std::size_t row, std::size_t column, std::size_t)
                              HWY_ATTR { hn::StoreU(sum, Floats(), next + row * stride + column); });
     std::swap(y, next);
-    left -= group;
+    remaining -= group;
   }
   if (upright) return {y, stride};
   transpose(y, stride, large, small, next, padded(large));

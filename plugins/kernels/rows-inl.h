@@ -1,5 +1,5 @@
-// What stands around a memory's network, row by row: activations, LayerNorm, residual and the loss's gradient. Compiled
-// once for each instruction set.
+// Activations, LayerNorm, residual and the loss's gradient of a memory's network, row by row. Compiled once for each
+// instruction set.
 
 #if defined(TITANS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_ROWS_INL_H_
@@ -12,7 +12,7 @@
 #include <cstddef>
 
 #include "hwy/highway.h"
-#include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/memory_common.h"
 #include "plugins/kernels/product-inl.h"
 #include "plugins/kernels/vector-inl.h"
 
@@ -21,19 +21,19 @@ namespace titans::kernels::HWY_NAMESPACE {
 
 inline constexpr float kLayerNormEpsilon = 1e-5F;
 
-// A matrix of some rows, such as the open chunk's left: without gaps in a packed row, padded in scratch.
+// A matrix of some rows, such as the open chunk's layer_input: without gaps in a packed row, padded in scratch.
 struct Rows {
   float* data = nullptr;
   std::size_t stride = 0;
   float* operator[](std::size_t row) const { return data + row * stride; }
 };
 
-// What makes M(x) of f(x).
-struct Around {
+// The memory's output M(x) from the network's output f(x): LayerNorm and residual.
+struct OutputNorm {
   bool layer_norm, residual;
   const float* scale;  // of the LayerNorm
   std::size_t width;
-  float* waiting;  // scratch for a row
+  float* scratch;  // a row
 };
 
 // Mean and reciprocal standard deviation of a row, as LayerNorm takes them.
@@ -54,56 +54,56 @@ HWY_INLINE Moments moments(const float* z, std::size_t width) {
 }
 
 // y = M(x) from f(x): norm and residual.
-HWY_INLINE void finish_row(const Around& around, const float* f, const float* x, float* y) {
-  const Moments norm = around.layer_norm ? moments(f, around.width) : Moments{0.0F, 1.0F};
-  each_vector(around.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
+HWY_INLINE void finish_row(const OutputNorm& output, const float* f, const float* x, float* y) {
+  const Moments norm = output.layer_norm ? moments(f, output.width) : Moments{0.0F, 1.0F};
+  each_vector(output.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
     Vector out = load(f + i, n);
-    if (around.layer_norm) {
+    if (output.layer_norm) {
       out = hn::Mul(hn::Sub(out, hn::Set(Floats(), norm.mean)), hn::Set(Floats(), norm.reciprocal));
-      out = hn::Mul(out, load(around.scale + i, n));
+      out = hn::Mul(out, load(output.scale + i, n));
     }
-    if (around.residual) out = hn::Add(out, load(x + i, n));
+    if (output.residual) out = hn::Add(out, load(x + i, n));
     store(out, y + i, n);
   });
 }
 
 // z = f(k) becomes the gradient of weight || M(k) - v ||^2 at f's output, and what it is at the scale of the LayerNorm
 // is added to `at_scale` where that is wanted. Returns || M(k) - v ||^2.
-HWY_INLINE float error_row(const Around& around, float* z, const float* k, const float* v, float weight = 1.0F,
+HWY_INLINE float error_row(const OutputNorm& output, float* z, const float* k, const float* v, float weight = 1.0F,
                            float* at_scale = nullptr) {
   const Floats d;
-  const Moments norm = around.layer_norm ? moments(z, around.width) : Moments{0.0F, 1.0F};
+  const Moments norm = output.layer_norm ? moments(z, output.width) : Moments{0.0F, 1.0F};
   const Vector mean = hn::Set(d, norm.mean), reciprocal = hn::Set(d, norm.reciprocal), weights = hn::Set(d, weight);
   Vector loss = hn::Zero(d), sum = hn::Zero(d), sum_unit = hn::Zero(d);
-  each_vector(around.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
+  each_vector(output.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
     Vector m = load(z + i, n), unit = hn::Zero(d), scale = hn::Set(d, 1.0F);
-    if (around.layer_norm) {
+    if (output.layer_norm) {
       unit = hn::IfThenElseZero(hn::FirstN(d, n), hn::Mul(hn::Sub(m, mean), reciprocal));
-      scale = load(around.scale + i, n);
+      scale = load(output.scale + i, n);
       m = hn::Mul(unit, scale);
     }
-    if (around.residual) m = hn::Add(m, load(k + i, n));
+    if (output.residual) m = hn::Add(m, load(k + i, n));
     const Vector error = hn::Sub(m, load(v + i, n));
     loss = hn::MulAdd(error, error, loss);
     const Vector at_m = hn::Mul(weights, hn::Add(error, error));
     const Vector gradient = hn::Mul(at_m, scale);
-    if (around.layer_norm) {
+    if (output.layer_norm) {
       sum = hn::Add(sum, gradient);
       sum_unit = hn::MulAdd(gradient, unit, sum_unit);
       if (at_scale != nullptr) store(hn::MulAdd(at_m, unit, load(at_scale + i, n)), at_scale + i, n);
-      // z holds the unit row until the second pass, the gradient waits in scratch.
+      // z holds the unit row until the second pass, the gradient is in scratch.
       store(unit, z + i, n);
-      store(gradient, around.waiting + i, n);
+      store(gradient, output.scratch + i, n);
     } else {
       store(gradient, z + i, n);
     }
   });
-  if (around.layer_norm) {
-    const auto size = static_cast<float>(around.width);
+  if (output.layer_norm) {
+    const auto size = static_cast<float>(output.width);
     const Vector mean_gradient = hn::Set(d, hn::ReduceSum(d, sum) / size);
     const Vector mean_unit = hn::Set(d, hn::ReduceSum(d, sum_unit) / size);
-    each_vector(around.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
-      const Vector centred = hn::Sub(load(around.waiting + i, n), mean_gradient);
+    each_vector(output.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
+      const Vector centred = hn::Sub(load(output.scratch + i, n), mean_gradient);
       store(hn::Mul(reciprocal, hn::NegMulAdd(load(z + i, n), mean_unit, centred)), z + i, n);
     });
   }

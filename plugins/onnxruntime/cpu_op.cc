@@ -1,13 +1,13 @@
-// The operator for ONNX Runtime's CPU provider.
-#include "plugins/kernels/neural_memory_cpu.h"
-#include "plugins/onnxruntime/neural_memory_op.h"
+// The memory operators for ONNX Runtime's CPU provider.
+#include "plugins/kernels/cpu_kernel.h"
+#include "plugins/onnxruntime/memory_op.h"
 
 namespace titans::plugins {
 namespace {
 
 using namespace titans::kernels;
 
-// The session's own threads, as many as it has been given.
+// The session's own threads.
 struct Threads {
   const OrtApi& api;
   OrtKernelContext& context;
@@ -18,11 +18,14 @@ struct Threads {
   }
 };
 
-// One node of a session.
-class CpuNode {
+std::atomic<std::size_t> kernels_made{0};
+
+// The kernel of one node of a session.
+template <class Configuration>
+class CpuNodeKernel {
  public:
-  CpuNode(const OrtApi& api, const OrtKernelInfo& info, DType values)
-      : api_(api), configuration_(read_configuration(api, info)), values_(values) {
+  CpuNodeKernel(const OrtApi& api, const OrtKernelInfo& info, DType values)
+      : api_(api), configuration_(read_configuration<Configuration>(api, info)), values_(values) {
     std::string error;
     kernel_ = CpuKernel::create(configuration_, {}, error);
     check(api, error);
@@ -36,7 +39,7 @@ class CpuNode {
     });
   }
 
-  static std::atomic<std::size_t> made;
+  static std::atomic<std::size_t>& made;
 
  private:
   const OrtApi& api_;
@@ -45,20 +48,25 @@ class CpuNode {
   std::unique_ptr<CpuKernel> kernel_;
 };
 
-std::atomic<std::size_t> CpuNode::made{0};
+template <class Configuration>
+std::atomic<std::size_t>& CpuNodeKernel<Configuration>::made = kernels_made;
 
-class CpuOp final : public NeuralMemoryOp {
+template <class Configuration>
+class CpuOp final : public MemoryOp {
  public:
-  CpuOp() : NeuralMemoryOp("CPUExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) { compute_with<CpuNode>(); }
+  CpuOp() : MemoryOp(Configuration(), "CPUExecutionProvider", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+    compute_with<CpuNodeKernel<Configuration>>();
+  }
 };
 
 }  // namespace
 
 std::vector<const OrtCustomOp*> cpu_ops() {
-  static const CpuOp op;
-  return {&op};
+  static const CpuOp<Configuration> token;
+  static const CpuOp<ChunkConfiguration> chunk;
+  return {&token, &chunk};
 }
 
-std::size_t cpu_nodes_made() { return CpuNode::made.load(); }
+std::size_t cpu_kernels_made() { return kernels_made.load(); }
 
 }  // namespace titans::plugins

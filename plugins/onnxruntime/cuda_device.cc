@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "plugins/kernels/failure.h"
+
 namespace titans::plugins {
 namespace {
 
@@ -79,8 +81,10 @@ thread_local ThreadWord own;
 std::string cuda_failure(int result, const char* call) {
   const auto code = static_cast<cudaError_t>(result);
   if (code == cudaSuccess) return {};
-  return std::string("[NeuralMemory] expected ") + call + " to succeed but got " + cudaGetErrorName(code) + " (" +
-         cudaGetErrorString(code) + "); do check the GPU and its driver with nvidia-smi";
+  return kernels::failure(
+      "NeuralMemory", "E0713",
+      std::string("CUDA call failed: ") + call + ": " + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ")",
+      "check the GPU and its driver with nvidia-smi");
 }
 
 DeviceScope::DeviceScope(int ordinal) {

@@ -1,4 +1,4 @@
-// What nodes on a GPU need beside the kernel: the right device, scratch memory, and a word for what the device finds.
+// The device of a node on a GPU, its scratch memory, and its status word.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@ struct CUmemPoolHandle_st;
 
 namespace titans::plugins {
 
-// "[NeuralMemory] expected ... but got ...", or an empty string where `result`, a cudaError_t, is none.
+// The error of a CUDA call, or an empty string if `result`, a cudaError_t, is a success.
 std::string cuda_failure(int result, const char* call);
 
 // Makes a device the thread's current one for the life of the object. Throws std::runtime_error.

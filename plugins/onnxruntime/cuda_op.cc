@@ -1,7 +1,8 @@
-// The operator for ONNX Runtime's CUDA provider. Calls are put into the provider's stream and not waited for.
+// The memory operators for ONNX Runtime's CUDA provider. Calls are enqueued in the provider's stream. ChunkNeuralMemory
+// has no CUDA kernel: its nodes are refused.
 #include "plugins/kernels/neural_memory_cuda.h"
 #include "plugins/onnxruntime/cuda_device.h"
-#include "plugins/onnxruntime/neural_memory_op.h"
+#include "plugins/onnxruntime/memory_op.h"
 
 namespace titans::plugins {
 namespace {
@@ -20,11 +21,14 @@ int ordinal_of(const OrtApi& api, const OrtKernelInfo& info) {
   return ordinal;
 }
 
-// One node of a session.
-class CudaNode {
+// The kernel of one node of a session.
+class CudaNodeKernel {
  public:
-  CudaNode(const OrtApi& api, const OrtKernelInfo& info, DType values)
-      : api_(api), configuration_(read_configuration(api, info)), values_(values), ordinal_(ordinal_of(api, info)) {
+  CudaNodeKernel(const OrtApi& api, const OrtKernelInfo& info, DType values)
+      : api_(api),
+        configuration_(read_configuration<Configuration>(api, info)),
+        values_(values),
+        ordinal_(ordinal_of(api, info)) {
     const DeviceScope scope(ordinal_);
     CudaDevice device;
     std::string error = CudaDevice::current(device);
@@ -35,10 +39,10 @@ class CudaNode {
   OrtStatus* compute(OrtKernelContext& context) noexcept {
     return guarded(api_, [&] {
       const DeviceScope scope(ordinal_);
-      // Of values, the device tells when the work is done: here of calls that this thread has made before.
+      // The device reports wrong values when its work is done: here those of earlier calls of this thread.
       check(api_, take_cuda_error());
       const Operands operands = read_operands(api_, context, configuration_, values_);
-      // The shapes are read before the kernel has checked them.
+      // Shapes are used before the kernel checks them.
       check(api_, check_operands(configuration_, operands, values_));
       void* raw = nullptr;
       check(api_.KernelContext_GetGPUComputeStream(&context, &raw));
@@ -59,25 +63,42 @@ class CudaNode {
   std::unique_ptr<CudaKernel> kernel_;
 };
 
-std::atomic<std::size_t> CudaNode::made{0};
+std::atomic<std::size_t> CudaNodeKernel::made{0};
 
-class CudaOp final : public NeuralMemoryOp {
+// Refuses to be made.
+class NoChunkKernel {
  public:
-  explicit CudaOp(ONNXTensorElementDataType values) : NeuralMemoryOp("CUDAExecutionProvider", values) {
-    compute_with<CudaNode>();
+  NoChunkKernel(const OrtApi& api, const OrtKernelInfo& /*info*/, DType /*values*/) {
+    check(api,
+          failure(ChunkConfiguration::kOperator, "E0712", "not supported on a GPU: the operator has no CUDA kernel",
+                  "build an engine with titans-export build, or open the session with memory_kernel=\"off\""));
+  }
+  OrtStatus* compute(OrtKernelContext& /*context*/) noexcept { return nullptr; }
+
+  inline static std::atomic<std::size_t> made{0};
+};
+
+template <class Configuration, class NodeKernel>
+class CudaOp final : public MemoryOp {
+ public:
+  explicit CudaOp(ONNXTensorElementDataType values) : MemoryOp(Configuration(), "CUDAExecutionProvider", values) {
+    compute_with<NodeKernel>();
   }
 };
+using TokenOp = CudaOp<Configuration, CudaNodeKernel>;
+using ChunkOp = CudaOp<ChunkConfiguration, NoChunkKernel>;
 
 }  // namespace
 
 std::vector<const OrtCustomOp*> cuda_ops() {
-  static const CudaOp float32(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-  static const CudaOp float16(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
-  static const CudaOp bfloat16(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
-  return {&float32, &float16, &bfloat16};
+  static const TokenOp float32(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  static const TokenOp float16(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+  static const TokenOp bfloat16(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
+  static const ChunkOp chunk(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  return {&float32, &float16, &bfloat16, &chunk};
 }
 
-std::size_t cuda_nodes_made() { return CudaNode::made.load(); }
+std::size_t cuda_kernels_made() { return CudaNodeKernel::made.load(); }
 
 std::string cuda_target(int ordinal, std::string& error) {
   try {

@@ -28,10 +28,10 @@ Tensor view(const OrtApi& api, OrtValue& value) {
   return tensor;
 }
 
-// One node of a session.
-class Node {
+// The kernel of one node of a session.
+class NodeKernel {
  public:
-  Node(const OrtApi& api, const OrtKernelInfo& info) : api_(api) {
+  NodeKernel(const OrtApi& api, const OrtKernelInfo& info) : api_(api) {
     std::string error;
     kernel_ = CpuKernel::create(iterations(info), {}, error);
     check(api, error);
@@ -54,7 +54,7 @@ class Node {
   }
 
  private:
-  // The session's own threads, as many as it has been given.
+  // The session's own threads.
   struct Threads {
     const OrtApi& api;
     OrtKernelContext& context;
@@ -67,11 +67,11 @@ class Node {
 
   std::int64_t iterations(const OrtKernelInfo& info) const {
     std::int64_t value = kDefaultIterations;
-    if (OrtStatus* status = api_.KernelInfoGetAttribute_int64(&info, "iterations", &value)) api_.ReleaseStatus(status);
+    NodeAttributes(api_, info, kOperator).read("iterations", value);
     return value;
   }
 
-  // Those that the node wants, of the shapes that the residuals ask for; should those be wrong, the kernel says so.
+  // The node's outputs, with shapes from the residuals. The kernel's check refuses wrong ones.
   void add_outputs(OrtKernelContext& context, Operands& operands) const {
     const Tensor& residuals = operands[kResiduals];
     if (residuals.rank != 4) return;
@@ -83,7 +83,7 @@ class Node {
     if (outputs > kBeta - kInputs) operands[kBeta] = output(context, kBeta, 3, {batch, tokens, streams, 0});
   }
 
-  // Absent where the node does not want it.
+  // Absent if the node has no such output.
   Tensor output(OrtKernelContext& context, Operand which, int rank, const std::array<std::int64_t, 4>& shape) const {
     OrtValue* value = nullptr;
     check(
@@ -119,12 +119,12 @@ struct Op final : OrtCustomOp {
     GetStartVersion = [](const OrtCustomOp*) { return kVersion; };
     GetEndVersion = [](const OrtCustomOp*) { return kVersion; };
     CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-      return guarded(*api, [&] { *kernel = new Node(*api, *info); });
+      return guarded(*api, [&] { *kernel = new NodeKernel(*api, *info); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      return static_cast<Node*>(kernel)->compute(*context);
+      return static_cast<NodeKernel*>(kernel)->compute(*context);
     };
-    KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
+    KernelDestroy = [](void* kernel) { delete static_cast<NodeKernel*>(kernel); };
   }
 };
 

@@ -1,4 +1,4 @@
-// ai.titans::HyperConnection as ONNX Runtime asks about custom operators.
+// ai.titans::HyperConnection as a custom operator of ONNX Runtime.
 #pragma once
 
 #include <onnxruntime_c_api.h>

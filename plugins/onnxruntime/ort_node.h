@@ -1,11 +1,15 @@
-// What nodes of every device share: ONNX Runtime's errors, a node's attributes and its tensors.
+// ONNX Runtime's errors, a node's attributes and its tensors, for nodes of either memory operator on any device.
 #pragma once
 
 #include <onnxruntime_c_api.h>
 
 #include <exception>
 #include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
+#include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
 
 namespace titans::plugins {
@@ -14,7 +18,7 @@ namespace titans::plugins {
 template <typename Object>
 using Handle = std::unique_ptr<Object, void (*)(Object*)>;
 
-// Carries a status through code that knows exceptions.
+// Carries a status as an exception.
 struct Failure {
   OrtStatus* status;
 };
@@ -28,7 +32,7 @@ inline void check(const OrtApi& api, const std::string& error) {
   if (!error.empty()) throw Failure{api.CreateStatus(ORT_INVALID_ARGUMENT, error.c_str())};
 }
 
-// Runs `body`, and returns what it throws as a status: nothing may be thrown into ONNX Runtime.
+// Runs `body`, and returns its exceptions as a status: nothing may be thrown into ONNX Runtime.
 template <typename Body>
 OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
   try {
@@ -41,11 +45,44 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
   }
 }
 
-// What the node's attributes say. Throws where they say nothing that a kernel computes.
-kernels::Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info);
+// Reads attributes of a node by name. Each read() sets a value that is there and returns whether it was, and throws if
+// the attribute has another type.
+class NodeAttributes {
+ public:
+  NodeAttributes(const OrtApi& api, const OrtKernelInfo& info, const char* where)
+      : api_(api), info_(info), where_(where) {}
 
-// The inputs of a call and the outputs that the node wants, allocated. `values` is the type of y.
+  bool read(const char* name, std::string& value) const;
+  bool read(const char* name, std::int64_t& value) const;
+  bool read(const char* name, std::optional<std::int64_t>& value) const;
+  bool read(const char* name, float& value) const;
+  bool read(const char* name, std::vector<std::int64_t>& value) const;
+
+ private:
+  bool found(OrtStatus* status) const;
+  bool refuse_another_type(const char* name) const;
+
+  const OrtApi& api_;
+  const OrtKernelInfo& info_;
+  const char* where_;
+};
+
+// The Configuration or ChunkConfiguration of a node. Throws if its attributes are invalid.
+template <class Configuration>
+Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
+  const NodeAttributes node(api, info, Configuration::kOperator);
+  typename Configuration::Attributes attributes;
+  check(api, kernels::read_all(Configuration::kOperator, kernels::attribute_table(attributes), attributes,
+                               [&](const char* name, auto& value) { return node.read(name, value); }));
+  Configuration configuration;
+  check(api, configure(attributes, configuration));
+  return configuration;
+}
+
+// The inputs of a call and the outputs that the node has, allocated. `values` is the dtype of y.
 kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,
                                 const kernels::Configuration& configuration, kernels::DType values);
+kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,
+                                const kernels::ChunkConfiguration& configuration, kernels::DType values);
 
 }  // namespace titans::plugins

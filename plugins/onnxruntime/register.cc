@@ -1,4 +1,4 @@
-// What ONNX Runtime looks for in a library of custom operators, and what the titans runtime asks it.
+// The entry point of a library of custom operators of ONNX Runtime, and functions for the titans runtime.
 #include <onnxruntime_c_api.h>
 
 #include <cstdio>
@@ -8,9 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/cpu_kernel.h"
 #include "plugins/onnxruntime/hyper_connection_op.h"
-#include "plugins/onnxruntime/neural_memory_op.h"
+#include "plugins/onnxruntime/memory_op.h"
 #include "plugins/onnxruntime/session_entry.h"
 
 #define TITANS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -56,25 +56,30 @@ TITANS_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
     const OrtApi* api = base->GetApi(ORT_API_VERSION);
     if (api != nullptr) return add_domain(*api, *options);
     // The first functions of the interface are the same in every version.
-    const std::string text = "[NeuralMemory] expected ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
-                             " or newer but got " + base->GetVersionString() +
-                             "; do run pip install --upgrade onnxruntime, or build this library for the older one";
+    const std::string text =
+        titans::kernels::failure("NeuralMemory", "E0712",
+                                 "not supported by this ONNX Runtime: expected 1." + std::to_string(ORT_API_VERSION) +
+                                     " or newer, got " + base->GetVersionString(),
+                                 "run pip install --upgrade onnxruntime, or build this library for the older one");
     return base->GetApi(1)->CreateStatus(ORT_FAIL, text.c_str());
   } catch (const std::exception& error) {
     return base->GetApi(1)->CreateStatus(ORT_FAIL, error.what());
   }
 }
 
-// The instruction set that nodes made now run on, or NULL where $TITANS_CPU_TARGET names none of this machine's.
+// The instruction set of kernels that are made now, or NULL if this machine lacks that of $TITANS_CPU_TARGET.
 TITANS_EXPORT const char* titans_onnxruntime_ops_target() {
   const std::string_view target = titans::kernels::chosen_cpu_target();
   return target.empty() ? nullptr : target.data();
 }
 
-// Writes what nodes on that CUDA device run on, "cuda-sm90", and returns 1; or 0, and what is wrong.
+// Writes the target of kernels on that CUDA device, such as "cuda-sm90", and returns 1; or writes an error and returns
+// 0.
 TITANS_EXPORT int titans_onnxruntime_ops_cuda_target([[maybe_unused]] int ordinal, char* text, std::size_t size) {
   std::string target;
-  std::string error = "a library that was built without a CUDA compiler";
+  std::string error =
+      titans::kernels::failure("NeuralMemory", "E0712", "not supported by this build: the library has no CUDA kernel",
+                               "build it with a CUDA compiler");
 #ifdef TITANS_WITH_CUDA
   target = titans::plugins::cuda_target(ordinal, error);
 #endif
@@ -82,16 +87,16 @@ TITANS_EXPORT int titans_onnxruntime_ops_cuda_target([[maybe_unused]] int ordina
   return target.empty() ? 0 : 1;
 }
 
-// How many nodes the process has made on each device.
+// How many kernels the process has made on each device.
 TITANS_EXPORT void titans_onnxruntime_ops_made(std::size_t* cpu, std::size_t* cuda) {
-  *cpu = titans::plugins::cpu_nodes_made();
+  *cpu = titans::plugins::cpu_kernels_made();
   *cuda = 0;
 #ifdef TITANS_WITH_CUDA
-  *cuda = titans::plugins::cuda_nodes_made();
+  *cuda = titans::plugins::cuda_kernels_made();
 #endif
 }
 
-// Writes what the device found wrong in calls of this thread whose work is done, and returns 1; or 0 where all is well.
+// Writes the error that the device found in finished calls of this thread, and returns 1; or returns 0 without one.
 TITANS_EXPORT int titans_onnxruntime_ops_cuda_error([[maybe_unused]] char* text, [[maybe_unused]] std::size_t size) {
 #ifdef TITANS_WITH_CUDA
   const std::string error = titans::plugins::take_cuda_error();

@@ -30,8 +30,4 @@ void log_error(const char* message) noexcept {
   }
 }
 
-std::string wrong(const std::string& expected, const std::string& got, const std::string& advice) {
-  return "[NeuralMemory] expected " + expected + " but got " + got + "; do " + advice;
-}
-
 }  // namespace titans::plugins

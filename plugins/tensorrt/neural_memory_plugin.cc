@@ -16,10 +16,11 @@ using nvinfer1::DataType;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
+constexpr const char* kOperator = Configuration::kOperator;
 constexpr std::int32_t kDone = 0, kFailed = 1;
 constexpr std::int64_t kStateRank = 3, kValuesRank = 4;
 
-// Runs `body`, which returns what is wrong: nothing may be thrown into TensorRT.
+// Runs `body`, which returns an error or an empty string: nothing may be thrown into TensorRT.
 template <typename Body>
 std::int32_t guarded(Body&& body) noexcept {
   try {
@@ -29,7 +30,7 @@ std::int32_t guarded(Body&& body) noexcept {
   } catch (const std::exception& error) {
     log_error(error.what());
   } catch (...) {
-    log_error("[NeuralMemory] expected no exception but got one of an unknown type; do report it");
+    log_error(failure(kOperator, "E1003", "internal error: an unknown exception", "report it").c_str());
   }
   return kFailed;
 }
@@ -51,7 +52,8 @@ std::string name_of(const CudaDevice& device) {
 
 }  // namespace
 
-NeuralMemoryPlugin::NeuralMemoryPlugin(const Node& node) : node_(node), fields_(node_) {}
+NeuralMemoryPlugin::NeuralMemoryPlugin(const PluginAttributes& attributes)
+    : attributes_(attributes), fields_(attributes_) {}
 
 nvinfer1::IPluginCapability* NeuralMemoryPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
   switch (type) {
@@ -68,7 +70,7 @@ nvinfer1::IPluginCapability* NeuralMemoryPlugin::getCapabilityInterface(nvinfer1
 nvinfer1::IPluginV3* NeuralMemoryPlugin::clone() noexcept {
   NeuralMemoryPlugin* copy = nullptr;
   guarded([&] {
-    auto made = std::make_unique<NeuralMemoryPlugin>(node_);
+    auto made = std::make_unique<NeuralMemoryPlugin>(attributes_);
     made->kernel_ = kernel_;
     made->values_ = values_;
     copy = made.release();
@@ -84,12 +86,12 @@ nvinfer1::IPluginV3* NeuralMemoryPlugin::attachToContext(nvinfer1::IPluginResour
 // ---- what the builder asks ----
 
 std::int32_t NeuralMemoryPlugin::getNbOutputs() const noexcept {
-  return static_cast<std::int32_t>(node_.outputs.size());
+  return static_cast<std::int32_t>(attributes_.outputs.size());
 }
 
 std::int32_t NeuralMemoryPlugin::getAliasedInput(std::int32_t output) noexcept {
-  if (node_.alias != Alias::kDeclared || output < 0 || output != node_.output(kStateOut)) return -1;
-  return node_.input(kState);
+  if (attributes_.alias != Alias::kDeclared || output < 0 || output != attributes_.output(kStateOut)) return -1;
+  return attributes_.input(kState);
 }
 
 std::int32_t NeuralMemoryPlugin::getOutputDataTypes(DataType* out, std::int32_t out_count, const DataType* in,
@@ -97,9 +99,13 @@ std::int32_t NeuralMemoryPlugin::getOutputDataTypes(DataType* out, std::int32_t 
   return guarded([&] {
     std::string problem = check_counts(in_count, out_count);
     if (!problem.empty()) return problem;
-    const DataType q = in[node_.input(kQ)];
-    if (!type_fits(kQ, q, q)) return wrong("q of float32, float16 or bfloat16", "another type", "cast it");
-    for (std::size_t i = 0; i < node_.outputs.size(); ++i) out[i] = node_.outputs[i] == kY ? q : DataType::kFLOAT;
+    const DataType q = in[attributes_.input(kQ)];
+    if (!type_fits(kQ, q, q)) {
+      return failure(kOperator, "E0705", "wrong dtype of q: expected float32, float16 or bfloat16, got another type",
+                     "cast it");
+    }
+    for (std::size_t i = 0; i < attributes_.outputs.size(); ++i)
+      out[i] = attributes_.outputs[i] == kY ? q : DataType::kFLOAT;
     return std::string();
   });
 }
@@ -110,25 +116,25 @@ std::int32_t NeuralMemoryPlugin::getOutputShapes(const nvinfer1::DimsExprs* in, 
   return guarded([&] {
     std::string problem = check_counts(in_count, out_count);
     if (!problem.empty()) return problem;
-    const nvinfer1::DimsExprs &state = in[node_.input(kState)], &q = in[node_.input(kQ)];
-    const auto expect = [&](const char* what, std::int64_t expected, std::int64_t got) {
-      if (problem.empty() && expected != got) {
-        problem = wrong(std::string(what) + " " + std::to_string(expected), std::to_string(got),
-                        "check the model's widths, heads and chunk size");
-      }
+    const nvinfer1::DimsExprs &state = in[attributes_.input(kState)], &q = in[attributes_.input(kQ)];
+    const auto expect = [&](const char* what, std::int64_t wanted, std::int64_t got) {
+      if (!problem.empty() || wanted == got) return;
+      problem = failure(kOperator, "E0706",
+                        std::string("wrong ") + what + ": " + expected(std::to_string(wanted), std::to_string(got)),
+                        "check the model's sizes");
     };
-    const auto expect_last = [&](const char* what, const nvinfer1::DimsExprs& dims, std::int64_t expected) {
+    const auto expect_last = [&](const char* what, const nvinfer1::DimsExprs& dims, std::int64_t wanted) {
       if (!problem.empty()) return;
       const nvinfer1::IDimensionExpr& last = *dims.d[dims.nbDims - 1];
-      if (last.isConstant()) expect(what, expected, last.getConstantValue());
+      if (last.isConstant()) expect(what, wanted, last.getConstantValue());
     };
-    expect("state of rank", kStateRank, state.nbDims);
-    expect("q of rank", kValuesRank, q.nbDims);
-    expect_last("state of rows of", state, RowLayout(node_.configuration).size);
-    expect_last("q of width", q, node_.configuration.widths[0]);
+    expect("rank of state", kStateRank, state.nbDims);
+    expect("rank of q", kValuesRank, q.nbDims);
+    expect_last("row size of state", state, RowLayout(attributes_.configuration).size);
+    expect_last("width of q", q, attributes_.configuration.widths[0]);
     if (!problem.empty()) return problem;
-    for (std::size_t i = 0; i < node_.outputs.size(); ++i) {
-      switch (node_.outputs[i]) {
+    for (std::size_t i = 0; i < attributes_.outputs.size(); ++i) {
+      switch (attributes_.outputs[i]) {
         case kY:
           out[i] = q;
           break;
@@ -154,10 +160,10 @@ bool NeuralMemoryPlugin::supportsFormatCombination(std::int32_t position, const 
     if (!problem.empty() || position < 0 || position >= in_count + out_count) return problem;
     const auto at = static_cast<std::size_t>(position);
     const Operand operand =
-        position < in_count ? node_.inputs[at] : node_.outputs[at - static_cast<std::size_t>(in_count)];
+        position < in_count ? attributes_.inputs[at] : attributes_.outputs[at - static_cast<std::size_t>(in_count)];
     const PluginTensorDesc& tensor = in_out[position].desc;
-    // What stands behind `position` is not set; q stands before all that are to be as it is.
-    const DataType q = operand < kQ ? DataType::kFLOAT : in_out[node_.input(kQ)].desc.type;
+    // Tensors after `position` are not set. q comes before all tensors that must have its dtype.
+    const DataType q = operand < kQ ? DataType::kFLOAT : in_out[attributes_.input(kQ)].desc.type;
     fits = tensor.format == nvinfer1::TensorFormat::kLINEAR && type_fits(operand, tensor.type, q);
     return std::string();
   });
@@ -187,12 +193,12 @@ std::size_t NeuralMemoryPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* 
   guarded([&] {
     std::string problem = check_counts(in_count, out_count);
     if (!problem.empty()) return problem;
-    const DynamicPluginTensorDesc& q = in[node_.input(kQ)];
+    const DynamicPluginTensorDesc& q = in[attributes_.input(kQ)];
     const std::unique_ptr<CudaKernel> kernel =
-        CudaKernel::create(node_.configuration, dtype_of(q.desc.type), node_.built_for, problem);
+        CudaKernel::create(attributes_.configuration, dtype_of(q.desc.type), attributes_.built_for, problem);
     if (kernel == nullptr) return problem;
     bytes = kernel->workspace_bytes(q.max.d[0], q.max.d[1], q.max.d[2]);
-    const int learn = node_.input(kLearn);
+    const int learn = attributes_.input(kLearn);
     if (learn >= 0) bytes += learn_bytes(in[learn].desc.type, q.max.d[0]);
     // TensorRT promises no alignment.
     if (bytes > 0) bytes += kAlignment;
@@ -208,7 +214,7 @@ std::int32_t NeuralMemoryPlugin::onShapeChange(const PluginTensorDesc* in, std::
   return guarded([&] {
     std::string problem = check_counts(in_count, out_count);
     if (problem.empty()) problem = check_descriptions(in, out);
-    if (problem.empty()) problem = prepare(in[node_.input(kQ)]);
+    if (problem.empty()) problem = prepare(in[attributes_.input(kQ)]);
     return problem;
   });
 }
@@ -217,34 +223,37 @@ std::int32_t NeuralMemoryPlugin::enqueue(const PluginTensorDesc* in, const Plugi
                                          const void* const* inputs, void* const* outputs, void* workspace,
                                          cudaStream_t stream) noexcept {
   return guarded([&] {
-    const PluginTensorDesc& q = in[node_.input(kQ)];
+    const PluginTensorDesc& q = in[attributes_.input(kQ)];
     if (kernel_ == nullptr || values_ != dtype_of(q.type)) {
       std::string problem = prepare(q);
       if (!problem.empty()) return problem;
     }
     Operands operands;
-    for (std::size_t i = 0; i < node_.inputs.size(); ++i) {
-      operands[node_.inputs[i]] = tensor_of(in[i], const_cast<void*>(inputs[i]));
+    for (std::size_t i = 0; i < attributes_.inputs.size(); ++i) {
+      operands[attributes_.inputs[i]] = tensor_of(in[i], const_cast<void*>(inputs[i]));
     }
-    for (std::size_t i = 0; i < node_.outputs.size(); ++i) operands[node_.outputs[i]] = tensor_of(out[i], outputs[i]);
-    if (node_.alias == Alias::kTwoBuffers && operands[kStateOut].present() &&
+    for (std::size_t i = 0; i < attributes_.outputs.size(); ++i)
+      operands[attributes_.outputs[i]] = tensor_of(out[i], outputs[i]);
+    if (attributes_.alias == Alias::kTwoBuffers && operands[kStateOut].present() &&
         operands[kStateOut].data == operands[kState].data) {
-      return wrong("state and state_out in two buffers", "one",
-                   "bind two, or build the engine with alias \"declared\" or \"undeclared\"");
+      return failure(kOperator, "E0708", "overlapping buffers: state and state_out with alias \"two-buffers\"",
+                     "bind two buffers, or build the engine with alias \"declared\" or \"undeclared\"");
     }
     auto* free = reinterpret_cast<char*>(align_up(reinterpret_cast<std::uintptr_t>(workspace)));
-    const int learn = node_.input(kLearn);
+    const int learn = attributes_.input(kLearn);
     if (learn >= 0 && in[learn].type != DataType::kBOOL) {
       operands[kLearn].dtype = DType::kBool;
       const std::int64_t streams = q.dims.d[0];
       if (const std::size_t bytes = learn_bytes(in[learn].type, streams); bytes > 0) {
         operands[kLearn].data = free;
         free += bytes;
-        const cudaError_t failure =
+        const cudaError_t copied =
             cudaMemcpy2DAsync(operands[kLearn].data, sizeof(bool), inputs[learn], learn_pitch(in[learn].type),
                               sizeof(bool), static_cast<std::size_t>(streams), cudaMemcpyDeviceToDevice, stream);
-        if (failure != cudaSuccess) {
-          return wrong("to copy learn", cudaGetErrorString(failure), "look for the call before this one that failed");
+        if (copied != cudaSuccess) {
+          return failure(kOperator, "E0713",
+                         std::string("CUDA call failed: copy of learn: ") + cudaGetErrorString(copied),
+                         "look for an earlier call that failed");
         }
       }
     }
@@ -255,10 +264,13 @@ std::int32_t NeuralMemoryPlugin::enqueue(const PluginTensorDesc* in, const Plugi
 // ---- checks ----
 
 std::string NeuralMemoryPlugin::check_counts(std::int32_t in_count, std::int32_t out_count) const {
-  const auto inputs = static_cast<std::int32_t>(node_.inputs.size()), outputs = getNbOutputs();
+  const auto inputs = static_cast<std::int32_t>(attributes_.inputs.size()), outputs = getNbOutputs();
   if (in_count == inputs && out_count == outputs) return {};
-  return wrong(std::to_string(inputs) + " inputs and " + std::to_string(outputs) + " outputs, as its fields say",
-               std::to_string(in_count) + " and " + std::to_string(out_count), "connect what its fields name");
+  return failure(kOperator, "E0714",
+                 "invalid plugin field inputs or outputs: " +
+                     expected(std::to_string(in_count) + " and " + std::to_string(out_count) + " names",
+                              std::to_string(inputs) + " and " + std::to_string(outputs)),
+                 "connect the tensors that the fields name");
 }
 
 std::string NeuralMemoryPlugin::check_descriptions(const PluginTensorDesc* in, const PluginTensorDesc* out) const {
@@ -268,15 +280,15 @@ std::string NeuralMemoryPlugin::check_descriptions(const PluginTensorDesc* in, c
     Tensor& tensor = operands[operand];
     tensor = tensor_of(description, reinterpret_cast<void*>(address));
     if (operand == kLearn && type_fits(kLearn, description.type, description.type)) tensor.dtype = DType::kBool;
-    // Of 8 bytes each, the most that any type has.
+    // 8 bytes each, the most that any dtype has.
     if (tensor.rank <= static_cast<int>(tensor.shape.size())) {
       address += align_up(static_cast<std::size_t>(tensor.elements()) * 8) + kAlignment;
     }
   };
-  for (std::size_t i = 0; i < node_.inputs.size(); ++i) place(node_.inputs[i], in[i]);
-  for (std::size_t i = 0; i < node_.outputs.size(); ++i) place(node_.outputs[i], out[i]);
-  const DataType q = in[node_.input(kQ)].type;
-  return check_operands(node_.configuration, operands, type_fits(kQ, q, q) ? dtype_of(q) : DType::kFloat32);
+  for (std::size_t i = 0; i < attributes_.inputs.size(); ++i) place(attributes_.inputs[i], in[i]);
+  for (std::size_t i = 0; i < attributes_.outputs.size(); ++i) place(attributes_.outputs[i], out[i]);
+  const DataType q = in[attributes_.input(kQ)].type;
+  return check_operands(attributes_.configuration, operands, type_fits(kQ, q, q) ? dtype_of(q) : DType::kFloat32);
 }
 
 std::string NeuralMemoryPlugin::prepare(const PluginTensorDesc& q) {
@@ -286,20 +298,21 @@ std::string NeuralMemoryPlugin::prepare(const PluginTensorDesc& q) {
   const DType values = dtype_of(q.type);
   std::shared_ptr<const CudaKernel> kernel = kernel_;
   if (kernel == nullptr || values_ != values) {
-    kernel = CudaKernel::create(node_.configuration, values, device, problem);
+    kernel = CudaKernel::create(attributes_.configuration, values, device, problem);
     if (kernel == nullptr) return problem;
   }
   // An engine may be opened on another device than it was built on, and a kernel spreads its work by the device.
-  if (node_.built_for.sm != 0 && !same(node_.built_for, device)) {
+  if (attributes_.built_for.sm != 0 && !same(attributes_.built_for, device)) {
     const std::unique_ptr<CudaKernel> builder =
-        CudaKernel::create(node_.configuration, values, node_.built_for, problem);
+        CudaKernel::create(attributes_.configuration, values, attributes_.built_for, problem);
     if (builder == nullptr) return problem;
     const auto need = [&](const CudaKernel& it) { return it.workspace_bytes(q.dims.d[0], q.dims.d[1], q.dims.d[2]); };
     if (need(*kernel) > need(*builder)) {
-      return wrong("a device that needs no more than the " + std::to_string(need(*builder)) +
-                       " bytes of workspace that the engine has for " + name_of(node_.built_for),
-                   name_of(device) + ", which needs " + std::to_string(need(*kernel)),
-                   "build the engine on this device");
+      return failure(kOperator, "E0712",
+                     "not supported on this device: " + name_of(device) + " needs " + std::to_string(need(*kernel)) +
+                         " bytes of workspace, the engine has " + std::to_string(need(*builder)) + " for " +
+                         name_of(attributes_.built_for),
+                     "build the engine on this device");
     }
   }
   kernel_ = std::move(kernel);

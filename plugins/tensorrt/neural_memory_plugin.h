@@ -10,7 +10,7 @@
 #include <NvInferRuntime.h>
 
 #include "plugins/kernels/neural_memory_cuda.h"
-#include "plugins/tensorrt/node.h"
+#include "plugins/tensorrt/plugin_attributes.h"
 
 namespace titans::plugins {
 
@@ -26,7 +26,7 @@ class NeuralMemoryPlugin final : public nvinfer1::IPluginV3,
   using PluginTensorDesc = nvinfer1::PluginTensorDesc;
   using DynamicPluginTensorDesc = nvinfer1::DynamicPluginTensorDesc;
 
-  explicit NeuralMemoryPlugin(const Node& node);
+  explicit NeuralMemoryPlugin(const PluginAttributes& attributes);
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
@@ -61,13 +61,13 @@ class NeuralMemoryPlugin final : public nvinfer1::IPluginV3,
 
  private:
   std::string check_counts(std::int32_t in_count, std::int32_t out_count) const;
-  // Ranks, shapes and types, at addresses that nobody reads.
+  // Ranks, shapes and dtypes, at addresses that are not read.
   std::string check_descriptions(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
-  // Makes the kernel for this device, and sees that the engine has reserved enough for it.
+  // Makes the kernel for this device, and checks that the engine has reserved enough workspace.
   std::string prepare(const PluginTensorDesc& q);
 
-  Node node_;
-  NodeFields fields_;
+  PluginAttributes attributes_;
+  PluginFields fields_;
   // Clones share it: any number of threads may run it.
   std::shared_ptr<const kernels::CudaKernel> kernel_;
   kernels::DType values_ = kernels::DType::kOther;

@@ -1,4 +1,4 @@
-// What TensorRT's registry looks for in a library of plugins.
+// The entry points of a library of plugins for TensorRT's registry.
 #include <exception>
 #include <memory>
 #include <string>
@@ -7,15 +7,14 @@
 
 #include "plugins/tensorrt/logging.h"
 #include "plugins/tensorrt/neural_memory_plugin.h"
-#include "plugins/tensorrt/node.h"
+#include "plugins/tensorrt/plugin_attributes.h"
 
 #define TITANS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace titans::plugins {
 namespace {
 
-// Stands for the device where there is none, so that a plugin can be asked about its workspace: the least that any
-// device of the least architecture has.
+// Without a device, the workspace is computed for the smallest device of the oldest architecture.
 constexpr kernels::CudaDevice kNoDevice{80, 1, 48 * 1024};
 
 class NeuralMemoryCreator final : public nvinfer1::IPluginCreatorV3One {
@@ -23,26 +22,28 @@ class NeuralMemoryCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::IPluginV3* createPlugin(const char* /*name*/, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase phase) noexcept override {
     try {
-      Node node;
-      const std::string problem =
-          fields == nullptr ? wrong("fields", "none", "give the node's attributes") : read_fields(*fields, node);
+      PluginAttributes attributes;
+      const std::string problem = fields == nullptr
+                                      ? kernels::failure("NeuralMemory", "E0703", "missing attribute: no plugin fields",
+                                                         "give the node's attributes")
+                                      : read_fields(*fields, attributes);
       if (!problem.empty()) {
         log_error(problem.c_str());
         return nullptr;
       }
-      if (phase == nvinfer1::TensorRTPhase::kBUILD && !kernels::CudaDevice::current(node.built_for).empty()) {
-        node.built_for = kNoDevice;
+      if (phase == nvinfer1::TensorRTPhase::kBUILD && !kernels::CudaDevice::current(attributes.built_for).empty()) {
+        attributes.built_for = kNoDevice;
       }
-      return std::make_unique<NeuralMemoryPlugin>(node).release();
+      return std::make_unique<NeuralMemoryPlugin>(attributes).release();
     } catch (const std::exception& error) {
       log_error(error.what());
     } catch (...) {
-      log_error("[NeuralMemory] expected no exception but got one of an unknown type; do report it");
+      log_error(kernels::failure("NeuralMemory", "E1003", "internal error: an unknown exception", "report it").c_str());
     }
     return nullptr;
   }
 
-  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &NodeFields::names(); }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &PluginFields::names(); }
   const char* getPluginName() const noexcept override { return kPluginName; }
   const char* getPluginVersion() const noexcept override { return kPluginVersion; }
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }

@@ -5,7 +5,6 @@
 #include <fstream>
 #include <iterator>
 #include <new>
-#include <stdexcept>
 
 namespace titans::kernels {
 namespace {
@@ -38,7 +37,8 @@ CaseFile::CaseFile(const std::string& path) {
   const std::string raw((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   std::uint64_t length = 0;
   if (raw.size() < sizeof(length)) {
-    throw std::runtime_error("[case] expected a safetensors file but got " + path + "; do write one");
+    throw_error(failure("case", "E1001", "a file cannot be read: " + path + " is not a safetensors file",
+                        "write the case again"));
   }
   std::memcpy(&length, raw.data(), sizeof(length));
   const json header = json::parse(raw.substr(sizeof(length), length));
@@ -47,6 +47,7 @@ CaseFile::CaseFile(const std::string& path) {
     if (name == "__metadata__") {
       calls = std::stoul(entry.at("calls").get<std::string>());
       attributes = json::parse(entry.at("attributes").get<std::string>());
+      op = entry.value("operator", op);
       continue;
     }
     Tensor tensor;
@@ -59,30 +60,6 @@ CaseFile::CaseFile(const std::string& path) {
     std::memcpy(tensor.data, data + begin, end - begin);
     tensors[name] = tensor;
   }
-}
-
-Attributes CaseFile::node_attributes() const {
-  Attributes a;
-  a.mode = attributes.at("mode");
-  a.widths = attributes.at("widths").get<std::vector<std::int64_t>>();
-  a.chunk_size = attributes.at("chunk_size");
-  a.schedule = attributes.at("schedule");
-  a.activation = attributes.at("activation");
-  a.residual = attributes.value("residual", a.residual);
-  a.layer_norm = attributes.value("layer_norm", a.layer_norm);
-  a.memory_dtype = attributes.value("memory_dtype", a.memory_dtype);
-  a.gates = attributes.value("gates", a.gates);
-  a.rounding = attributes.value("rounding", a.rounding);
-  a.seed = attributes.value("seed", a.seed);
-  if (attributes.contains("batch_size")) a.batch_size = attributes.at("batch_size").get<std::int64_t>();
-  a.loss_scale = attributes.value("loss_scale", a.loss_scale);
-  a.keys_per_token = attributes.value("keys_per_token", a.keys_per_token);
-  a.lookahead = attributes.value("lookahead", a.lookahead);
-  a.norm_weight = attributes.value("norm_weight", a.norm_weight);
-  a.momentum_order = attributes.value("momentum_order", a.momentum_order);
-  a.grad_clamp = attributes.value("grad_clamp", a.grad_clamp);
-  a.orthogonalise = attributes.value("orthogonalise", a.orthogonalise);
-  return a;
 }
 
 Operands CaseFile::inputs(std::size_t call) const {

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "plugins/kernels/failure.h"
 #include "plugins/tools/device_memory.h"
 
 namespace titans::kernels {
@@ -10,8 +11,10 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("[cuda] expected ") + what + " to work but got " + cudaGetErrorName(error) +
-                           ", " + cudaGetErrorString(error) + "; do check device, driver and memory");
+  throw std::runtime_error(failure("cuda", "E0713",
+                                   std::string("CUDA call failed: ") + what + ": " + cudaGetErrorName(error) + ", " +
+                                       cudaGetErrorString(error),
+                                   "check device, driver and memory"));
 }
 
 }  // namespace

@@ -1,22 +1,23 @@
 // Runs the bare kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
 //
-//   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--before]
+//   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--initial-weights]
 //                     [--time REPEATS]
 //   neural_memory_run --list-targets
 //
-// CASE is as case_file.h says. The state goes from call to call, in one buffer or, with --two-buffers, from one of two
-// to the other. OUT receives float32: each call's y and, after an update, its stats, with --before also that output; at
-// last the state. With --time all calls are repeated, the state flowing on, and stdout has the nanoseconds of each.
+// case_file.h describes CASE. The state goes from call to call, in one buffer or, with --two-buffers, from one of two
+// to the other. OUT receives float32: each call's y and, after an update, its stats, with --initial-weights also that
+// output; at last the state. With --time all calls are repeated with the state carried on, and stdout has the
+// nanoseconds of each. Target "textbook" is the kernel of neural_memory_textbook.h.
 #include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <iostream>
-#include <stdexcept>
 #include <string>
 
 #include <nlohmann/json.hpp>
 
-#include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/cpu_kernel.h"
+#include "plugins/kernels/neural_memory_textbook.h"
 #include "plugins/tools/case_file.h"
 #include "plugins/tools/spin_pool.h"
 
@@ -28,7 +29,7 @@ using namespace titans::kernels;
 struct Options {
   std::string input, output, target;
   std::size_t threads = 1, repeats = 0;
-  bool two_buffers = false, before = false;
+  bool two_buffers = false, initial_weights = false;
 };
 
 Options parse_options(int argc, char** argv) {
@@ -37,7 +38,7 @@ Options parse_options(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const auto value = [&]() -> std::string {
-      if (i + 1 == argc) throw std::runtime_error("expected a value after " + word + " but got none; do give one");
+      if (i + 1 == argc) throw_error(failure("run", "E0103", "missing value of " + word, "give one"));
       return argv[++i];
     };
     if (word == "--target") {
@@ -48,15 +49,13 @@ Options parse_options(int argc, char** argv) {
       options.repeats = std::stoul(value());
     } else if (word == "--two-buffers") {
       options.two_buffers = true;
-    } else if (word == "--before") {
-      options.before = true;
+    } else if (word == "--initial-weights") {
+      options.initial_weights = true;
     } else {
       positional.push_back(word);
     }
   }
-  if (positional.size() != 2) {
-    throw std::runtime_error("expected CASE and OUT but got other arguments; do give two files");
-  }
+  if (positional.size() != 2) throw_error(failure("run", "E0103", "missing argument CASE or OUT", "give two files"));
   options.input = positional[0];
   options.output = positional[1];
   return options;
@@ -66,13 +65,27 @@ void write(std::ofstream& out, const Tensor& tensor) {
   out.write(tensor.as<char>(), static_cast<std::streamsize>(tensor.elements()) * 4);
 }
 
-void run(const Options& options) {
-  const CaseFile c(options.input);
-  Configuration configuration;
-  std::string error = configure(c.node_attributes(), configuration);
-  if (!error.empty()) throw std::runtime_error(error);
-  const std::unique_ptr<CpuKernel> kernel = CpuKernel::create(configuration, options.target, error);
-  if (kernel == nullptr) throw std::runtime_error(error);
+std::unique_ptr<CpuKernel> make_kernel(const Configuration& configuration, const Options& options) {
+  std::string error;
+  auto kernel = options.target == kTextbookTarget ? make_textbook_kernel(configuration, error)
+                                                  : CpuKernel::create(configuration, options.target, error);
+  throw_error(error);
+  return kernel;
+}
+std::unique_ptr<CpuKernel> make_kernel(const ChunkConfiguration& configuration, const Options& options) {
+  std::string error;
+  auto kernel = CpuKernel::create(configuration, options.target, error);
+  throw_error(error);
+  return kernel;
+}
+
+bool updates(const Configuration& configuration) { return configuration.mode == Mode::kUpdate; }
+bool updates(const ChunkConfiguration& /*configuration*/) { return true; }
+
+template <class Configuration>
+void run(const CaseFile& c, const Options& options) {
+  const auto configuration = c.configuration<Configuration>();
+  const std::unique_ptr<CpuKernel> kernel = make_kernel(configuration, options);
   SpinPool pool(options.threads);
 
   Tensor state = c.tensors.at("state");
@@ -81,7 +94,7 @@ void run(const Options& options) {
   if (options.two_buffers) next.data = second.data();
   std::ofstream out(options.output, std::ios::binary);
   json times = json::array();
-  const bool update = configuration.mode == Mode::kUpdate;
+  const bool update = updates(configuration);
   std::vector<Operands> calls(c.calls);
   std::vector<std::unique_ptr<HostBuffer>> results;
   for (std::size_t call = 0; call < c.calls; ++call) {
@@ -93,11 +106,13 @@ void run(const Options& options) {
     if (!update) continue;
     results.push_back(std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1]) * kStatCount * 4));
     operands[kStats] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], kStatCount});
-    if (!options.before) continue;
-    const std::int64_t chunks = configuration.chunks(q.shape[2]), weights = configuration.all_elements();
-    results.push_back(
-        std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1] * chunks * weights) * 4));
-    operands[kInitialWeights] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], chunks, weights});
+    if (!options.initial_weights) continue;
+    if constexpr (std::is_same_v<Configuration, ChunkConfiguration>) {
+      const std::int64_t chunks = configuration.chunks(q.shape[2]), weights = configuration.all_elements();
+      results.push_back(
+          std::make_unique<HostBuffer>(static_cast<std::size_t>(q.shape[0] * q.shape[1] * chunks * weights) * 4));
+      operands[kInitialWeights] = float_tensor(results.back()->data(), {q.shape[0], q.shape[1], chunks, weights});
+    }
   }
   for (std::size_t repeat = 0; repeat < std::max<std::size_t>(options.repeats, 1); ++repeat) {
     json each = json::array();
@@ -105,9 +120,9 @@ void run(const Options& options) {
       operands[kState] = state;
       if (update) operands[kStateOut] = next;
       const auto start = std::chrono::steady_clock::now();
-      error = kernel->run(operands, pool.parallel());
+      const std::string error = kernel->run(operands, pool.parallel());
       const auto taken = std::chrono::steady_clock::now() - start;
-      if (!error.empty()) throw std::runtime_error(error);
+      throw_error(error);
       each.push_back(std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count());
       if (update) std::swap(state, next);
       if (repeat != 0) continue;
@@ -119,8 +134,9 @@ void run(const Options& options) {
     times.push_back(each);
   }
   write(out, state);
-  if (!out.flush())
-    throw std::runtime_error("expected to write " + options.output + " but could not; do check the disk");
+  if (!out.flush()) {
+    throw_error(failure("run", "E1001", "a file cannot be written: " + options.output, "check the disk"));
+  }
   if (options.repeats != 0) {
     std::cout << json{{"target", kernel->target()}, {"threads", options.threads}, {"ns", times}}.dump() << "\n";
   }
@@ -134,7 +150,9 @@ int main(int argc, char** argv) {
       for (const std::string_view target : cpu_targets()) std::cout << target << "\n";
       return 0;
     }
-    run(parse_options(argc, argv));
+    const Options options = parse_options(argc, argv);
+    const CaseFile c(options.input);
+    c.op == ChunkConfiguration::kOperator ? run<ChunkConfiguration>(c, options) : run<Configuration>(c, options);
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";
     return 1;

@@ -3,11 +3,11 @@
 //   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--misaligned] [--keep-going] [--time REPEATS
 //   [--graph]] neural_memory_run_cuda --device
 //
-// CASE is as case_file.h says; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
+// case_file.h describes CASE; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
 // update, its stats; at last the state. With --time all calls together are repeated that often, the state flowing on,
 // with --graph as one CUDA graph, and stdout has the nanoseconds of each. Stdout has a line of JSON: device, placement
 // of the last call. --misaligned puts the state 4 bytes beyond where memory begins. --device prints the device alone.
-// With --keep-going values that are not allowed are no failure: what the kernel says of them is in the line of JSON.
+// With --keep-going wrong values do not end the program: the kernel's error is in the line of JSON.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -39,7 +39,7 @@ Options parse_options(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word == "--time") {
-      if (i + 1 == argc) throw std::runtime_error("[run] expected a value after --time but got none; do give one");
+      if (i + 1 == argc) throw_error(failure("run", "E0103", "missing value of --time", "give one"));
       options.repeats = std::stoul(argv[++i]);
     } else if (word == "--two-buffers") {
       options.two_buffers = true;
@@ -53,9 +53,7 @@ Options parse_options(int argc, char** argv) {
       positional.push_back(word);
     }
   }
-  if (positional.size() != 2) {
-    throw std::runtime_error("[run] expected CASE and OUT but got other arguments; do give two files");
-  }
+  if (positional.size() != 2) throw_error(failure("run", "E0103", "missing argument CASE or OUT", "give two files"));
   options.input = positional[0];
   options.output = positional[1];
   return options;
@@ -69,19 +67,22 @@ json describe(const CudaDevice& device) {
 
 CudaDevice current_device() {
   CudaDevice device;
-  const std::string error = CudaDevice::current(device);
-  if (!error.empty()) throw std::runtime_error(error);
+  throw_error(CudaDevice::current(device));
   return device;
 }
 
 class Runner {
  public:
   explicit Runner(const Options& options) : options_(options), case_(options.input), device_(current_device()) {
-    std::string error = configure(case_.node_attributes(), configuration_);
-    if (!error.empty()) throw std::runtime_error(error);
+    if (case_.op != Configuration::kOperator) {
+      throw_error(failure(case_.op.c_str(), "E0712", "not supported on a GPU: the operator has no CUDA kernel",
+                          "run it with neural_memory_run"));
+    }
+    configuration_ = case_.configuration<Configuration>();
     values_ = case_.tensors.at("0.q").dtype;
+    std::string error;
     kernel_ = CudaKernel::create(configuration_, values_, device_, error);
-    if (kernel_ == nullptr) throw std::runtime_error(error);
+    throw_error(error);
     prepare();
   }
 
@@ -92,13 +93,14 @@ class Runner {
       enqueue(call);
       synchronize();
       status_->download(&status);
-      if (status != 0 && !options_.keep_going) throw std::runtime_error(CudaKernel::status_message(status));
+      if (status != 0 && !options_.keep_going) throw_error(CudaKernel::status_message(status));
       write(out, call[kY]);
       if (update_) write(out, call[kStats]);
     }
     write(out, state_);
-    if (!out.flush())
-      throw std::runtime_error("[run] expected to write " + options_.output + " but could not; do check the disk");
+    if (!out.flush()) {
+      throw_error(failure("run", "E1001", "a file cannot be written: " + options_.output, "check the disk"));
+    }
     const Tensor& q = calls_.back()[kQ];
     json report{{"device", describe(device_)}, {"placement", kernel_->placement(q.shape[0], q.shape[1], q.shape[2])}};
     if (status != 0) report["status"] = CudaKernel::status_message(status);
@@ -163,7 +165,7 @@ class Runner {
     if (update_) operands[kStateOut] = next_;
     const std::string error =
         kernel_->run(operands, workspace_->data(), static_cast<std::int32_t*>(status_->data()), work_stream());
-    if (!error.empty()) throw std::runtime_error(error);
+    throw_error(error);
     if (update_) std::swap(state_, next_);
   }
 

@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/cpu_kernel.h"
 
 namespace titans::kernels {
 

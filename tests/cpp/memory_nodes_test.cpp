@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
 #include "test_bundle.h"
 #include "wire.h"
@@ -90,8 +91,7 @@ TEST(StateFlow, AReaderThatTheUpdateNeedsThroughHyperConnections) {
 
 TEST(StateFlow, AMemoryThatReadsTheWeightsBeforeAnothersChunks) {
   const auto chunk = [](const Names& inputs, const std::string& y, const std::string& next, const std::string& before) {
-    return node("ai.titans", "NeuralMemory", inputs, {y, next, "", before},
-                text_attribute("mode", "update") + text_attribute("gates", "chunk"));
+    return node("ai.titans", "ChunkNeuralMemory", inputs, {y, next, "", before}, text_attribute("schedule", "any"));
   };
   const std::string first = chunk({"other", "x"}, "y", "other_next", "before");
   const std::string second = chunk({"state", "y", "before"}, "logits", "next", "");
@@ -247,9 +247,16 @@ TEST(MemoryAttributes, UnknownOnesAreRefusedWhereverTheyStand) {
     core::check_memory_attributes(core::read_nodes(bytes, "m.onnx"), "m.onnx");
   };
   check(model(good + plain("Softmax", {"x"}, {"z"}, text_attribute("axis", "1"))));
-  std::string known;
-  for (const std::string_view name : kernels::kAttributeNames) known += text_attribute(std::string(name), "1");
-  check(model(node("ai.titans", "NeuralMemory", {"state"}, {"y"}, known)));
+  const auto check_all = [&](const char* op, const auto& table) {
+    std::string known;
+    for (const auto& row : table) known += text_attribute(row.name, "1");
+    check(model(node("ai.titans", op, {"state"}, {"y"}, known)));
+    return known;
+  };
+  check_all("NeuralMemory", kernels::kAttributes);
+  const std::string of_chunks = check_all("ChunkNeuralMemory", kernels::kChunkAttributes);
+  const std::string other = node("ai.titans", "NeuralMemory", {"state"}, {"y"}, of_chunks);
+  expect_error(TITANS_UNSUPPORTED, {"m.onnx", "NeuralMemory", "batch_size"}, [&] { check(model(other)); });
   for (const std::string& bytes :
        {model(good + bad), model(good + within), model(good) + field(25, field(7, bad.substr(2)))}) {
     expect_error(TITANS_UNSUPPORTED,

@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/cpu_kernel.h"
 #include "tensorrt_plugin_floats.h"
 
 extern "C" __attribute__((visibility("default"))) TitansDouble& titans_double() {

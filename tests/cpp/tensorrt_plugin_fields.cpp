@@ -8,17 +8,7 @@ using namespace nvinfer1;
 
 Fields::Fields(const kernels::Attributes& a, const std::string& inputs, const std::string& outputs,
                const std::string& alias) {
-  set_text("mode", a.mode);
-  set_text("schedule", a.schedule);
-  set_text("activation", a.activation);
-  set_text("memory_dtype", a.memory_dtype);
-  set_text("gates", a.gates);
-  set_text("rounding", a.rounding);
-  set_int32("widths", {a.widths.begin(), a.widths.end()});
-  set_int32("residual", {static_cast<std::int32_t>(a.residual)});
-  set_int32("layer_norm", {static_cast<std::int32_t>(a.layer_norm)});
-  set_int32("chunk_size", {static_cast<std::int32_t>(a.chunk_size)});
-  set_int32("seed", {static_cast<std::int32_t>(a.seed)});
+  kernels::write_all(kernels::kAttributes, a, [this](const char* name, const auto& value) { set_value(name, value); });
   set_text("alias", alias);
   set_text("inputs", inputs);
   set_text("outputs", outputs);
@@ -55,6 +45,18 @@ void Fields::set_int64(const std::string& name, const std::vector<std::int64_t>&
 
 void Fields::set_float(const std::string& name, float value) {
   set(name, PluginFieldType::kFLOAT32, 1, &value, sizeof(value));
+}
+
+void Fields::set_value(const std::string& name, const std::string& value) { set_text(name, value); }
+void Fields::set_value(const std::string& name, std::int64_t value) {
+  set_int32(name, {static_cast<std::int32_t>(value)});
+}
+void Fields::set_value(const std::string& name, const std::optional<std::int64_t>& value) {
+  if (value) set_value(name, *value);
+}
+void Fields::set_value(const std::string& name, float value) { set_float(name, value); }
+void Fields::set_value(const std::string& name, const std::vector<std::int64_t>& values) {
+  set_int32(name, {values.begin(), values.end()});
 }
 
 void Fields::remove(const std::string& name) {

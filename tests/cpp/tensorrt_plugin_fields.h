@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,12 @@ class Fields {
   void set_int32(const std::string& name, const std::vector<std::int32_t>& values);
   void set_int64(const std::string& name, const std::vector<std::int64_t>& values);
   void set_float(const std::string& name, float value);
+  // As the parser writes an attribute of this type.
+  void set_value(const std::string& name, const std::string& value);
+  void set_value(const std::string& name, std::int64_t value);
+  void set_value(const std::string& name, const std::optional<std::int64_t>& value);
+  void set_value(const std::string& name, float value);
+  void set_value(const std::string& name, const std::vector<std::int64_t>& values);
   void remove(const std::string& name);
   bool has(const std::string& name) const;
 

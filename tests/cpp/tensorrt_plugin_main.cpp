@@ -227,7 +227,7 @@ void run(const Options& options) {
   if (void* found = library.find(kTitansDouble)) {
     reinterpret_cast<TitansDoubleFunction>(found)().device = {80, 1, 48 * 1024};
   }
-  const Attributes attributes = file.node_attributes();
+  const Attributes attributes = file.read<Attributes>(Configuration::kOperator, kAttributes);
   const bool update = attributes.mode == "update";
   const Tensor& fresh = file.tensors.at("state");
   const PluginTensorDesc pool = tensor(DataType::kFLOAT, shape(fresh));

@@ -9,7 +9,7 @@
 
 #include <gtest/gtest.h>
 
-#include "plugins/kernels/neural_memory_cpu.h"
+#include "plugins/kernels/cpu_kernel.h"
 #include "tensorrt_plugin_double.h"
 #include "tensorrt_plugin_runner.h"
 

@@ -65,8 +65,7 @@ TEST_P(PluginLibrary, NamesTheFieldsThatTheParserShallPass) {
   const nvinfer1::PluginFieldCollection* known = library.creator().getFieldNames();
   for (std::int32_t i = 0; i < known->nbFields; ++i) names.insert(known->fields[i].name);
   std::set<std::string> expected{"alias", "inputs", "outputs"};
-  // Of the others none has a meaning where gates is what the plugin takes.
-  for (std::size_t i = 0; i < kCommonAttributes; ++i) expected.emplace(kAttributeNames[i]);
+  for (const auto& row : kAttributes) expected.emplace(row.name);
   EXPECT_EQ(names, expected);
 }
 
@@ -168,7 +167,7 @@ TEST_P(PluginLibrary, AnEngineKeepsAllThatTheNodeIs) {
   inputs.push_back({DataType::kFLOAT, {3, 6}, {3, 6}, {3, 6}});
   const Built b = build(library, Fields(a, names, "y,state_out", "declared"), inputs, false);
   for (const char* part :
-       {"mode=update", "schedule=any", "activation=gelu", "memory_dtype=bfloat16", "gates=token", "widths=6x10x6",
+       {"mode=update", "schedule=any", "activation=gelu", "memory_dtype=bfloat16", "rounding=nearest", "widths=6x10x6",
         "residual=1", "layer_norm=1", "chunk_size=4", "alias=declared",
         "inputs=state,q,k,v,step_size,momentum,forget_gate,fill,learn,norm_scale", "outputs=y,state_out "}) {
     EXPECT_NE((b.timing_cache_id + " ").find(part), std::string::npos) << b.timing_cache_id;
@@ -191,7 +190,7 @@ TEST_P(PluginLibrary, TakesFieldsAsOthersWriteThem) {
   other.set_int64("widths", {6, 10, 6});
   other.set_int64("chunk_size", {4});
   other.set_text("mode", "update", false);
-  for (const char* name : {"memory_dtype", "gates", "rounding", "seed", "residual", "layer_norm"}) other.remove(name);
+  for (const char* name : {"memory_dtype", "rounding", "seed", "residual", "layer_norm"}) other.remove(name);
   EXPECT_EQ(built(other).timing_cache_id, built(fields()).timing_cache_id);
 }
 
@@ -221,45 +220,55 @@ TEST_P(PluginLibrary, RefusesWrongFieldsByName) {
     EXPECT_EQ(create(from), nullptr) << words;
     expect_message(words);
   };
-  expect("field mode but got none", [](Fields& f) { f.remove("mode"); });
-  expect("field widths but got none", [](Fields& f) { f.remove("widths"); });
-  expect("field inputs but got none", [](Fields& f) { f.remove("inputs"); });
-  expect("field mode of characters but got field type 5", [](Fields& f) { f.set_int32("mode", {1}); });
-  expect("field widths of int32 or int64 but got field type 6", [](Fields& f) { f.set_text("widths", "6,6"); });
-  expect("field chunk_size of int32 or int64 but got field type 1", [](Fields& f) { f.set_float("chunk_size", 4.0F); });
-  expect("one value in field chunk_size but got 2", [](Fields& f) { f.set_int32("chunk_size", {4, 4}); });
-  expect("attribute mode to be \"update\" or \"read\"", [](Fields& f) { f.set_text("mode", "write"); });
-  expect("2 to 4 widths but got 1", [](Fields& f) { f.set_int32("widths", {6}); });
-  expect("chunk_size in [1,", [](Fields& f) { f.set_int32("chunk_size", {0}); });
-  expect("residual to be 0 or 1 but got 2", [](Fields& f) { f.set_int32("residual", {2}); });
-  expect("attribute memory_dtype to be", [](Fields& f) { f.set_text("memory_dtype", "int4"); });
-  expect("attribute rounding to be \"nearest\" or \"stochastic\"", [](Fields& f) { f.set_text("rounding", "up"); });
-  expect("rounding to be \"nearest\" with memory_dtype", [](Fields& f) { f.set_text("rounding", "error_feedback"); });
-  expect("seed to be left out with rounding \"nearest\"", [](Fields& f) { f.set_int32("seed", {3}); });
-  expect("one value in field seed but got 2", [](Fields& f) { f.set_int32("seed", {4, 4}); });
-  expect("field alias to be \"declared\" or \"undeclared\" or \"two-buffers\" but got \"both\"",
+  expect("missing attribute: mode", [](Fields& f) { f.remove("mode"); });
+  expect("missing attribute: widths", [](Fields& f) { f.remove("widths"); });
+  expect("missing attribute: plugin field inputs", [](Fields& f) { f.remove("inputs"); });
+  expect("invalid plugin field mode: expected characters, got field type 5",
+         [](Fields& f) { f.set_int32("mode", {1}); });
+  expect("invalid plugin field widths: expected int32 or int64, got field type 6",
+         [](Fields& f) { f.set_text("widths", "6,6"); });
+  expect("invalid plugin field chunk_size: expected int32 or int64, got field type 1",
+         [](Fields& f) { f.set_float("chunk_size", 4.0F); });
+  expect("invalid plugin field chunk_size: expected one value, got 2",
+         [](Fields& f) { f.set_int32("chunk_size", {4, 4}); });
+  expect("invalid attribute mode: expected \"update\" or \"read\", got \"write\"",
+         [](Fields& f) { f.set_text("mode", "write"); });
+  expect("invalid attribute widths: expected 2 to 4 values, got 1", [](Fields& f) { f.set_int32("widths", {6}); });
+  expect("invalid attribute chunk_size: expected [1,", [](Fields& f) { f.set_int32("chunk_size", {0}); });
+  expect("invalid attribute residual: expected 0 or 1, got 2", [](Fields& f) { f.set_int32("residual", {2}); });
+  expect("invalid attribute memory_dtype: expected", [](Fields& f) { f.set_text("memory_dtype", "int4"); });
+  expect("invalid attribute rounding: expected \"nearest\" or \"stochastic\"",
+         [](Fields& f) { f.set_text("rounding", "up"); });
+  expect("memory_dtype \"float32\" needs rounding \"nearest\"",
+         [](Fields& f) { f.set_text("rounding", "error_feedback"); });
+  expect("seed needs rounding \"stochastic\", got \"nearest\"", [](Fields& f) { f.set_int32("seed", {3}); });
+  expect("invalid plugin field seed: expected one value, got 2", [](Fields& f) { f.set_int32("seed", {4, 4}); });
+  expect("invalid plugin field alias: expected \"declared\" or \"undeclared\" or \"two-buffers\", got \"both\"",
          [](Fields& f) { f.set_text("alias", "both"); });
-  expect("fields that this plugin knows but got \"loss_scale\"", [](Fields& f) { f.set_float("loss_scale", 0.5F); });
-  expect("gates \"token\", which this plugin computes but got \"chunk\"; do build the engine with titans-export build",
-         [](Fields& f) { f.set_text("gates", "chunk"); });
-  expect("attribute gates to be \"token\" or \"chunk\"", [](Fields& f) { f.set_text("gates", "block"); });
-  expect("no modulation in field inputs",
+  expect("invalid plugin field \"loss_scale\"", [](Fields& f) { f.set_float("loss_scale", 0.5F); });
+  expect("invalid plugin field \"gates\"", [](Fields& f) { f.set_text("gates", "chunk"); });
+  expect("invalid plugin field inputs: expected names of operands, separated by commas, got \"modulation\"",
          [](Fields& f) { f.set_text("inputs", "state,q,k,v,step_size,momentum,forget_gate,fill,modulation"); });
-  expect("in field inputs but got \"w\"", [](Fields& f) { f.set_text("inputs", "state,q,w"); });
-  expect("in field outputs but got \"state\"", [](Fields& f) { f.set_text("outputs", "y,state"); });
-  expect("in field inputs but got \"\"", [](Fields& f) { f.set_text("inputs", ""); });
-  expect("in the operator's order, each once, in field inputs", [](Fields& f) { f.set_text("inputs", "q,state"); });
-  expect("in the operator's order, each once, in field outputs", [](Fields& f) { f.set_text("outputs", "y,y"); });
-  expect("fill in field inputs but got none",
+  expect("invalid plugin field inputs: expected names of operands, separated by commas, got \"w\"",
+         [](Fields& f) { f.set_text("inputs", "state,q,w"); });
+  expect("invalid plugin field outputs: expected names of operands, separated by commas, got \"state\"",
+         [](Fields& f) { f.set_text("outputs", "y,state"); });
+  expect("invalid plugin field inputs: expected names of operands, separated by commas, got \"\"",
+         [](Fields& f) { f.set_text("inputs", ""); });
+  expect("invalid plugin field inputs: expected operands in the operator's order, each once",
+         [](Fields& f) { f.set_text("inputs", "q,state"); });
+  expect("invalid plugin field outputs: expected operands in the operator's order, each once",
+         [](Fields& f) { f.set_text("outputs", "y,y"); });
+  expect("missing operand: fill in field inputs",
          [](Fields& f) { f.set_text("inputs", "state,q,k,v,step_size,momentum,forget_gate"); });
-  expect("state_out in field outputs but got none", [](Fields& f) { f.set_text("outputs", "y"); });
-  expect("no fill in field inputs with mode \"update\", schedule \"aligned\"",
+  expect("missing operand: state_out in field outputs", [](Fields& f) { f.set_text("outputs", "y"); });
+  expect("unexpected operand: fill in field inputs with mode \"update\", schedule \"aligned\"",
          [](Fields& f) { f.set_text("schedule", "aligned"); });
-  expect("no k in field inputs with mode \"read\"", [](Fields& f) { f.set_text("mode", "read"); });
-  expect("norm_scale in field inputs but got none", [](Fields& f) { f.set_int32("layer_norm", {1}); });
-  expect("3 values in field built_for but got 1", [](Fields& f) { f.set_int32("built_for", {87}); });
+  expect("unexpected operand: k in field inputs with mode \"read\"", [](Fields& f) { f.set_text("mode", "read"); });
+  expect("missing operand: norm_scale in field inputs", [](Fields& f) { f.set_int32("layer_norm", {1}); });
+  expect("invalid plugin field built_for: expected 3 values, got 1", [](Fields& f) { f.set_int32("built_for", {87}); });
   EXPECT_EQ(library.creator().createPlugin("layer", nullptr, TensorRTPhase::kBUILD), nullptr);
-  expect_message("fields but got none");
+  expect_message("missing attribute: no plugin fields");
 }
 
 TEST_P(PluginLibrary, RefusesWrongTensorsAtBuildTime) {
@@ -276,19 +285,20 @@ TEST_P(PluginLibrary, RefusesWrongTensorsAtBuildTime) {
   const auto all = [](Range& range, std::vector<std::int64_t> shape) {
     range.least = range.typical = range.most = shape;
   };
-  expect("9 inputs and 3 outputs, as its fields say but got 8 and 3", [](auto& inputs) { inputs.pop_back(); });
-  expect("state of rank 3 but got 2", [&](auto& inputs) { all(inputs[0], {2, 3}); });
-  expect("q of rank 4 but got 3", [&](auto& inputs) { all(inputs[1], {2, 3, 6}); });
-  expect("q of width 6 but got 5", [&](auto& inputs) { all(inputs[1], {2, 3, 9, 5}); });
-  expect("state of rows of 384 but got 368", [&](auto& inputs) { all(inputs[0], {2, 3, 368}); });
+  expect("expected 8 and 3 names, got 9 and 3", [](auto& inputs) { inputs.pop_back(); });
+  expect("wrong rank of state: expected 3, got 2", [&](auto& inputs) { all(inputs[0], {2, 3}); });
+  expect("wrong rank of q: expected 4, got 3", [&](auto& inputs) { all(inputs[1], {2, 3, 6}); });
+  expect("wrong width of q: expected 6, got 5", [&](auto& inputs) { all(inputs[1], {2, 3, 9, 5}); });
+  expect("wrong row size of state: expected 384, got 368", [&](auto& inputs) { all(inputs[0], {2, 3, 368}); });
   expect("supportsFormatCombination failed", [](auto& inputs) { inputs[2].type = DataType::kHALF; });
-  expect("q of float32, float16 or bfloat16", [](auto& inputs) { inputs[1].type = DataType::kINT8; });
+  expect("wrong dtype of q: expected float32, float16 or bfloat16",
+         [](auto& inputs) { inputs[1].type = DataType::kINT8; });
   // With no size left open all of them are compared.
-  expect("k of shape (2, 3, 9, 6) but got (2, 3, 8, 6)", [&](auto& inputs) {
+  expect("wrong shape of k: expected (2, 3, 9, 6), got (2, 3, 8, 6)", [&](auto& inputs) {
     for (Range& input : inputs) input.least = input.most;
     all(inputs[2], {2, 3, 8, 6});
   });
-  expect("momentum of shape (2, 3, 9) but got (2, 2, 9)", [&](auto& inputs) {
+  expect("wrong shape of momentum: expected (2, 3, 9), got (2, 2, 9)", [&](auto& inputs) {
     for (Range& input : inputs) input.least = input.most;
     all(inputs[5], {2, 2, 9});
   });
@@ -298,7 +308,7 @@ TEST_P(PluginLibrary, AnEngineNamesWhatItsFieldsLack) {
   Fields kept = built(fields()).engine;
   kept.remove("inputs");
   EXPECT_EQ(create(kept, TensorRTPhase::kRUNTIME), nullptr);
-  expect_message("field inputs but got none");
+  expect_message("missing attribute: plugin field inputs");
 }
 
 }  // namespace

@@ -285,7 +285,7 @@ def test_threads_buffers_and_the_optional_output_change_no_bit(target: Target, n
 def test_kernels_for_gpus_refuse_it(target: Target, tmp_path: Path) -> None:
     case = _case("mlp2")
     with pytest.raises(
-        RuntimeError, match=r'\[NeuralMemory\] expected gates "token" on a GPU but got "chunk"; do build'
+        RuntimeError, match=r"\[ChunkNeuralMemory\] not supported on a GPU: .*\. Fix: run it with .*\(TITANS-E0712\)"
     ):
         run_node(target, tmp_path, case.node, case.rows(), case.calls([4]))
 
@@ -431,30 +431,29 @@ def test_a_node_goes_on_from_its_state_in_place() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gates": "block"}, 'gates to be "token" or "chunk" but got "block"'),
-        ({"batch_size": 6}, "batch_size to be 0 or a multiple of chunk_size, 4,"),
-        ({"batch_size": 8.0}, "attribute batch_size of the type that"),
-        ({"loss_scale": 1}, "attribute loss_scale of the type that"),
-        ({"loss_scale": 0.0}, "loss_scale to be finite and above 0"),
-        ({"norm_weight": "fast"}, 'layer_norm to be 1 with norm_weight "fast"'),
-        ({"gates": "token"}, 'loss_scale to be left out with gates "token"'),
+        ({"batch_size": 6}, "contradicting attributes: batch_size must be 0 or a multiple of chunk_size 4, got 6"),
+        ({"batch_size": 8.0}, "invalid attribute batch_size: wrong type"),
+        ({"loss_scale": 1}, "invalid attribute loss_scale: wrong type"),
+        ({"loss_scale": 0.0}, "invalid attribute loss_scale: expected a finite number above 0"),
+        ({"norm_weight": "fast"}, 'contradicting attributes: norm_weight "fast" needs layer_norm 1, got 0'),
+        ({"schedule": "some"}, 'invalid attribute schedule: expected "aligned" or "any", got "some"'),
     ],
 )
 def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str, Any], words: str) -> None:
     case = _case("mlp2")
-    with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected .*{words}"):
+    with pytest.raises(Exception, match=rf"\[ChunkNeuralMemory\] {words}.*\. Fix: export the model again"):
         make_session(make_model(_feeds(case), case.node | change))
 
 
-def test_before_is_refused_of_a_memory_whose_gates_are_of_a_token() -> None:
+def test_initial_weights_is_an_output_of_this_operator_alone() -> None:
     case = _case("mlp2")
-    node = {name: value for name, value in case.node.items() if name not in ("gates", "loss_scale")}
     feeds = _feeds(case)
-    row = 6 * 10 * 4 + 4 * (6 + 10 + 10 + 6) + 4 + 4 + 3  # W and S, left and right, coefficients
-    feeds["state"] = np.zeros((2, 2, -(-row // 16) * 16), np.float32)
-    model = onnx.load_from_string(make_model(feeds, node, initial_weights=(2, 2, 5, 120)))
-    with pytest.raises(Exception, match=r'\[NeuralMemory\] expected no initial_weights with gates "token" but got one'):
-        make_session(model.SerializeToString()).run(None, feeds)
+    model = onnx.load_from_string(make_model(feeds, case.node, initial_weights=_before_shape(case)))
+    make_session(model.SerializeToString())
+    [node] = model.graph.node
+    node.op_type = "NeuralMemory"
+    with pytest.raises(Exception, match=r"NeuralMemory.*output"):
+        make_session(model.SerializeToString())
 
 
 def test_flat_weights_split_as_they_were_joined() -> None:

@@ -247,8 +247,8 @@ def test_a_stream_with_bad_values_is_left_alone_and_others_go_on(
         bad[operand][1] = wrong[operand]
     else:
         bad[operand][1, 2, size - 1] = math.inf
-    words = "finite" if operand in GATES else "its range"
-    with pytest.raises(RuntimeError, match=rf"\[NeuralMemory\] expected {operand} .*{words}.* but got .*; do "):
+    words = "gate not finite" if operand in GATES else "value out of range"
+    with pytest.raises(RuntimeError, match=rf"\[NeuralMemory\] {words}: {operand} of a stream.*\. Fix: "):
         run_kernel(target, tmp_path, spec, pool, [bad])
     result = run_kernel(target, tmp_path, spec, pool, [bad], options=("--keep-going",))
     assert operand in json.loads(result.report)["status"]
@@ -266,7 +266,7 @@ def test_two_streams_in_one_slot_are_refused(target: Target, tmp_path: Path) -> 
     [call] = _calls(case, [4])
     call["slots"] = torch.tensor([0, 2, 2])
     rows = initial_rows(spec, case.weights)
-    with pytest.raises(RuntimeError, match="expected slots within"):
+    with pytest.raises(RuntimeError, match="value out of range: slots of a stream"):
         run_kernel(target, tmp_path, spec, rows, [call])
 
 
@@ -276,9 +276,9 @@ def test_shapes_are_checked_before_anything_runs(target: Target, tmp_path: Path)
     case = Case(spec, length=4)
     [call] = _calls(case, [4])
     rows = initial_rows(spec, case.weights)
-    with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] expected step_size of shape"):
+    with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] wrong shape of step_size: expected"):
         run_kernel(target, tmp_path, spec, rows, [{**call, "step_size": call["step_size"][..., :2]}])
-    with pytest.raises(RuntimeError, match=r"expected whole chunks of 8 tokens"):
+    with pytest.raises(RuntimeError, match=r"incomplete chunk: .* needs a multiple of 8 tokens, got 4"):
         run_kernel(target, tmp_path, spec, rows, [{n: x for n, x in call.items() if n != "fill"}], aligned=True)
 
 
@@ -293,8 +293,8 @@ def test_gpus_that_are_too_old_or_rows_too_large_are_refused(tmp_path: Path) -> 
         return str(caught.value)
 
     old = attempt("75:40:65536", 6)
-    assert re.match(r"\[NeuralMemory\] expected a GPU of compute capability 8.0 .* but got 7.5; do", old)
-    assert "expected a packed row of at most" in attempt("90:132:232448", 12_000)
+    assert re.match(r"\[NeuralMemory\] not supported on this GPU: .* capability 8.0 .*, got 7.5\. Fix: run", old)
+    assert "elements of a packed row, got " in attempt("90:132:232448", 12_000)
 
 
 @pytest.mark.skipif(not CUDA.exists(), reason=f"no {CUDA}: make kernels, with nvcc installed")
@@ -302,7 +302,7 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     done = subprocess.run([str(CUDA), "--device"], capture_output=True, text=True)
     if done.returncode == 0:
         pytest.skip("this machine has a GPU")
-    assert re.match(r"\[NeuralMemory\] expected CUDA .* but got cudaError\w+, .*; do ", done.stderr)
+    assert re.match(r"\[NeuralMemory\] CUDA call failed: cudaError\w+: .*\. Fix: check device", done.stderr)
 
 
 # The most registers a thread may have for the blocks that shall share a multiprocessor: 65536 / (256 threads x blocks).

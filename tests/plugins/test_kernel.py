@@ -382,6 +382,6 @@ def test_a_target_of_another_machine_is_refused(tmp_path: Path) -> None:
     spec = KINDS["linear"]
     case = Case(spec, length=8)
     command = parameters[0].values[0].command
-    with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] expected an instruction set .* but got sse9; do set"):
+    with pytest.raises(RuntimeError, match=r"\[NeuralMemory\] not supported on .*, got sse9\. Fix: set"):
         target = Target("sse9", command, ("--target", "sse9"))
         run_kernel(target, tmp_path, spec, initial_rows(spec, case.weights), _calls(case, [8]))

@@ -687,20 +687,20 @@ def test_unknown_storages_are_refused(memory_dtype: str, rounding: str) -> None:
     [
         (
             {"memory_dtype": "int4"},
-            'memory_dtype to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"',
+            'attribute memory_dtype: expected "float32" or "bfloat16" or "float16" or "int8" or "fp8", got "int4"',
         ),
         (
             {"memory_dtype": "int8", "rounding": "up"},
-            'rounding to be "nearest" or "stochastic" or "error_feedback" but got "up"',
+            'invalid attribute rounding: expected "nearest" or "stochastic" or "error_feedback", got "up"',
         ),
         (
             {"rounding": "error_feedback"},
-            'rounding to be "nearest" with memory_dtype "float32" but got "error_feedback"',
+            'contradicting attributes: memory_dtype "float32" needs rounding "nearest", got "error_feedback"',
         ),
-        ({"memory_dtype": "int8", "seed": 3}, 'seed to be left out with rounding "nearest" but got 3'),
+        ({"memory_dtype": "int8", "seed": 3}, 'seed needs rounding "stochastic", got "nearest"'),
         (
             {"memory_dtype": "int8", "rounding": "stochastic", "seed": 2**32},
-            "seed in [0, 4294967295] but got 4294967296",
+            "invalid attribute seed: expected [0, 4294967295], got 4294967296",
         ),
     ],
 )

@@ -121,9 +121,9 @@ def test_buffers_reach_the_kernel_as_they_are_bound_and_wrong_ones_are_refused()
     memory = np.concatenate([feeds["state"].ravel(), np.zeros(64, np.float32)])
     before, start = memory.copy(), memory.ctypes.data
     for state, state_out, words in (
-        (start, start + 4, "expected state_out in memory of its own, or exactly that of state"),
-        (start, start + memory.nbytes // 2 // 64 * 64, "expected state_out in memory of its own"),
-        (start + 2, start + 2, "expected state aligned to 4 bytes"),
+        (start, start + 4, r"overlapping buffers: state_out and state\. Fix: bind one buffer to both"),
+        (start, start + memory.nbytes // 2 // 64 * 64, "overlapping buffers: state_out and state"),
+        (start + 2, start + 2, "wrong memory layout of state: the address is not aligned to 4 bytes"),
     ):
         with pytest.raises(Exception, match=rf"\[NeuralMemory\] {words}"):
             session.run_with_iobinding(_bind(session, feeds, state, state_out))
@@ -133,9 +133,9 @@ def test_buffers_reach_the_kernel_as_they_are_bound_and_wrong_ones_are_refused()
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("fill", np.array([0, 8]), r"fill in \[0, 8\) but got 8 for stream 1"),
-        ("momentum", np.full((2, 3, 8), np.nan, np.float32), "momentum to be finite but got -?nan at stream 0"),
-        ("forget_gate", np.full((2, 3, 8), np.inf, np.float32), "forget_gate to be finite but got inf"),
+        ("fill", np.array([0, 8]), r"value out of range: fill of stream 1: expected \[0, 8\), got 8"),
+        ("momentum", np.full((2, 3, 8), np.nan, np.float32), "gate not finite: momentum is -?nan at stream 0"),
+        ("forget_gate", np.full((2, 3, 8), np.inf, np.float32), "gate not finite: forget_gate is inf"),
     ],
 )
 def test_wrong_values_are_refused_and_the_state_stays(name: str, value: npt.NDArray[Any], words: str) -> None:
@@ -143,7 +143,7 @@ def test_wrong_values_are_refused_and_the_state_stays(name: str, value: npt.NDAr
     feeds = make_feeds(Case(spec, 8))
     session = make_session(make_model(feeds, attributes(spec, "update", False)))
     state = feeds["state"].copy()
-    with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected {words}.*; do "):
+    with pytest.raises(Exception, match=rf"\[NeuralMemory\] {words}.*\. Fix: "):
         session.run_with_iobinding(_bind(session, feeds | {name: value}, state.ctypes.data, state.ctypes.data))
     assert np.array_equal(state, feeds["state"])
 
@@ -158,28 +158,28 @@ def test_wrong_shapes_are_refused_at_run_time_too() -> None:
     session = make_session(model.SerializeToString())
     session.run(None, feeds)
     for name, bad, words in (
-        ("k", feeds["k"][..., :5], r"k of shape \(2, 3, 8, 6\) but got \(2, 3, 8, 5\)"),
-        ("state", feeds["state"][..., :-16], r"state of shape"),
-        ("momentum", feeds["momentum"][:1], r"momentum of shape \(2, 3, 8\)"),
+        ("k", feeds["k"][..., :5], r"wrong shape of k: expected \(2, 3, 8, 6\), got \(2, 3, 8, 5\)"),
+        ("state", feeds["state"][..., :-16], r"wrong shape of state: expected"),
+        ("momentum", feeds["momentum"][:1], r"wrong shape of momentum: expected \(2, 3, 8\)"),
     ):
-        with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected {words}"):
+        with pytest.raises(Exception, match=rf"\[NeuralMemory\] {words}"):
             session.run(None, feeds | {name: np.ascontiguousarray(bad)})
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"mode": "write"}, 'attribute mode to be "update" or "read" but got "write"'),
-        ({"activation": "relu"}, 'activation to be "silu" or "gelu" but got "relu"'),
-        ({"widths": [6, 10]}, "the first of widths to equal the last"),
+        ({"mode": "write"}, 'invalid attribute mode: expected "update" or "read", got "write"'),
+        ({"activation": "relu"}, 'invalid attribute activation: expected "silu" or "gelu", got "relu"'),
+        ({"widths": [6, 10]}, "contradicting attributes: widths must begin and end with the same value"),
         (
             {"memory_dtype": "int4"},
-            'memory_dtype to be "float32" or "bfloat16" or "float16" or "int8" or "fp8" but got "int4"',
+            'attribute memory_dtype: expected "float32" or "bfloat16" or "float16" or "int8" or "fp8", got "int4"',
         ),
-        ({"chunk_size": 0}, "chunk_size in"),
-        ({"residual": 1.0}, "attribute residual of the type that"),
-        ({"memory_dtype": 16}, "attribute memory_dtype of the type that"),
-        ({"activation": None}, 'activation to be "silu" or "gelu" but got ""'),
+        ({"chunk_size": 0}, "invalid attribute chunk_size: expected"),
+        ({"residual": 1.0}, "invalid attribute residual: wrong type"),
+        ({"memory_dtype": 16}, "invalid attribute memory_dtype: wrong type"),
+        ({"activation": None}, "missing attribute: activation"),
     ],
 )
 def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str, Any], words: str) -> None:
@@ -191,7 +191,7 @@ def test_wrong_attributes_are_refused_when_the_model_is_loaded(change: dict[str,
         words = words.replace('"write"', '"writes"')
     else:
         model = make_model(feeds, {name: value for name, value in (node | change).items() if value is not None})
-    with pytest.raises(Exception, match=rf"\[NeuralMemory\] expected .*{words}"):
+    with pytest.raises(Exception, match=rf"\[NeuralMemory\] {words}.*\. Fix: export"):
         make_session(model)
 
 
@@ -215,7 +215,7 @@ def test_the_instruction_set_can_be_forced_and_a_wrong_one_is_refused(monkeypatc
     assert worst((torch.from_numpy(plain[0]), torch.from_numpy(best[0]))) < TOLERANCE
     assert not all(np.array_equal(a, b) for a, b in zip(plain, best, strict=True)), "both ran the same code"
     monkeypatch.setenv("TITANS_CPU_TARGET", "mmx")
-    with pytest.raises(Exception, match=r"expected an instruction set of this processor .* but got mmx"):
+    with pytest.raises(Exception, match=r"not supported on this processor: .*, got mmx"):
         make_session(model)
 
 

@@ -171,7 +171,7 @@ def test_the_program_says_what_is_wrong(built: Built, tmp_path: Path) -> None:
               metadata={"calls": "1", "attributes": json.dumps(node)})  # fmt: skip
     done = _run([program, "--cpu", str(file), str(tmp_path / "out.bin"), "--plugin", str(built.double)])
     assert done.returncode == 1
-    assert re.search(r"\[NeuralMemory\] expected state of rows of \d+ but got 16; do ", done.stderr)
+    assert re.search(r"\[NeuralMemory\] wrong row size of state: expected \d+, got 16\. Fix: ", done.stderr)
 
 
 PRELUDE = """
@@ -264,7 +264,6 @@ def test_tensorrt_rtx_loads_the_library(registered: Built, library: str) -> None
     assert set(said["fields"].split()) == {
         *node,
         "memory_dtype",
-        "gates",
         "rounding",
         "seed",
         "alias",
@@ -274,7 +273,7 @@ def test_tensorrt_rtx_loads_the_library(registered: Built, library: str) -> None
     assert said["plugin"] == "ai.titans NeuralMemory 1"
     assert said["outputs"] == "2"
     assert "alias=declared" in said["id"] and "widths=32x32" in said["id"]
-    assert said["error"].startswith("[NeuralMemory] expected field mode but got none; do ")
+    assert said["error"].startswith("[NeuralMemory] missing attribute: mode. Fix: ")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
 
 namespace titans::core {
@@ -15,7 +16,13 @@ namespace {
 constexpr std::size_t kStateOutput = 1;  // as docs/operator.md numbers them
 
 bool is_standard(const Node& node) { return node.domain.empty() || node.domain == "ai.onnx"; }
-bool is_memory(const Node& node) { return node.domain == "ai.titans" && node.op_type == "NeuralMemory"; }
+bool is_token_memory(const Node& node) {
+  return node.domain == "ai.titans" && node.op_type == kernels::Configuration::kOperator;
+}
+bool is_chunk_memory(const Node& node) {
+  return node.domain == "ai.titans" && node.op_type == kernels::ChunkConfiguration::kOperator;
+}
+bool is_memory(const Node& node) { return is_token_memory(node) || is_chunk_memory(node); }
 // Each of its outputs needs the values of all its inputs.
 bool is_hyper_connection(const Node& node) { return node.domain == "ai.titans" && node.op_type == "HyperConnection"; }
 
@@ -27,7 +34,8 @@ std::optional<std::string_view> written_over(const Node& node) {
                        [&](const auto& attribute) { return attribute.first == name && attribute.second == value; });
   };
   if (is_memory(node)) {
-    if (node.outputs.size() <= kStateOutput || !is_set_to("mode", "update")) return std::nullopt;
+    const bool updates = is_chunk_memory(node) || is_set_to("mode", "update");
+    if (node.outputs.size() <= kStateOutput || !updates) return std::nullopt;
     return node.outputs[kStateOutput];
   }
   const bool scatters = node.op_type == "ScatterElements" || node.op_type == "ScatterND";
@@ -43,14 +51,14 @@ bool may_ignore_values(const Node& node) {
   return !is_standard(node) || std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
 }
 
-void check_attributes(const Node& node, std::string_view file_name) {
-  constexpr auto& kKnown = kernels::kAttributeNames;
+template <class Table>
+void check_attributes(const Node& node, const Table& table, std::string_view file_name) {
   for (const auto& [name, value] : node.attributes) {
-    if (std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end()) continue;
+    if (kernels::has_attribute(table, name)) continue;
     std::string known;
-    for (const std::string_view one : kKnown) known += text(known.empty() ? "" : ", ", one);
+    for (const auto& row : table) known += text(known.empty() ? "" : ", ", row.name);
     throw Error(TITANS_UNSUPPORTED, "E0608", file_name,
-                text("unknown attribute ", quoted(name), " of NeuralMemory; known are ", known),
+                text("unknown attribute ", quoted(name), " of ", node.op_type, "; known are ", known),
                 "export the bundle again, or install a newer titans runtime");
   }
 }
@@ -60,7 +68,8 @@ void check_attributes(const Node& node, std::string_view file_name) {
 void check_memory_attributes(const GraphNodes& graph, std::string_view file_name) {
   for (const auto* nodes : {&graph.nodes, &graph.inner}) {
     for (const Node& node : *nodes) {
-      if (is_memory(node)) check_attributes(node, file_name);
+      if (is_token_memory(node)) check_attributes(node, kernels::kAttributes, file_name);
+      if (is_chunk_memory(node)) check_attributes(node, kernels::kChunkAttributes, file_name);
     }
   }
 }

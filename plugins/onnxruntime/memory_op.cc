@@ -1,4 +1,4 @@
-#include "plugins/onnxruntime/neural_memory_op.h"
+#include "plugins/onnxruntime/memory_op.h"
 
 namespace titans::plugins {
 namespace {
@@ -13,12 +13,13 @@ bool holds_values(std::size_t input) { return input == kQ || input == kK || inpu
 
 }  // namespace
 
-NeuralMemoryOp::NeuralMemoryOp(const char* provider, ONNXTensorElementDataType values)
-    : OrtCustomOp{}, provider_(provider), values_(values) {
+MemoryOp::MemoryOp(const char* name, std::size_t inputs, std::size_t outputs, const char* provider,
+                   ONNXTensorElementDataType values)
+    : OrtCustomOp{}, name_(name), provider_(provider), inputs_(inputs), outputs_(outputs), values_(values) {
   version = ORT_API_VERSION;
-  GetName = [](const OrtCustomOp*) { return "NeuralMemory"; };
-  GetExecutionProviderType = [](const OrtCustomOp* op) { return static_cast<const NeuralMemoryOp*>(op)->provider_; };
-  GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kInputs; };
+  GetName = [](const OrtCustomOp* op) { return static_cast<const MemoryOp*>(op)->name_; };
+  GetExecutionProviderType = [](const OrtCustomOp* op) { return static_cast<const MemoryOp*>(op)->provider_; };
+  GetInputTypeCount = [](const OrtCustomOp* op) -> std::size_t { return static_cast<const MemoryOp*>(op)->inputs_; };
   GetInputType = [](const OrtCustomOp* op, std::size_t input) {
     switch (input) {
       case kFill:
@@ -28,18 +29,17 @@ NeuralMemoryOp::NeuralMemoryOp(const char* provider, ONNXTensorElementDataType v
       case kLearn:
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
       default:
-        return holds_values(input) ? static_cast<const NeuralMemoryOp*>(op)->values_
-                                   : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        return holds_values(input) ? static_cast<const MemoryOp*>(op)->values_ : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
   };
   GetInputCharacteristic = [](const OrtCustomOp*, std::size_t input) {
     return input <= kQ ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  // In the memory of the provider's device, the small ones too: kernels read them there.
+  // In the memory of the provider's device: kernels read even the small ones there.
   GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
-  GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kOperands - kY; };
+  GetOutputTypeCount = [](const OrtCustomOp* op) -> std::size_t { return static_cast<const MemoryOp*>(op)->outputs_; };
   GetOutputType = [](const OrtCustomOp* op, std::size_t output) {
-    return output == 0 ? static_cast<const NeuralMemoryOp*>(op)->values_ : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return output == 0 ? static_cast<const MemoryOp*>(op)->values_ : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   };
   GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t output) {
     return output == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
@@ -55,7 +55,7 @@ NeuralMemoryOp::NeuralMemoryOp(const char* provider, ONNXTensorElementDataType v
   ReleaseMayInplace = [](int*, int*) {};
 }
 
-DType NeuralMemoryOp::values() const {
+DType MemoryOp::values() const {
   switch (values_) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
       return DType::kFloat16;

@@ -1,14 +1,13 @@
-// One head of the operator: retrieval and update of its memory over the tokens of a call (docs/operator.md has the
+// One head with gates per token: retrieval and update of its memory over the tokens of a call (docs/operator.md has the
 // equations; names are those of the packed row). Compiled once for each instruction set.
 //
-// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matrix
-// products; a single token is a handful of passes over W and S. Inside a chunk W and S are only read.
+// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matmuls; a single token is a handful of passes over W and S. Inside a chunk W and S are only read.
 
-#if defined(TITANS_HEAD_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef TITANS_HEAD_INL_H_
-#undef TITANS_HEAD_INL_H_
+#if defined(TITANS_TOKEN_GATES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_TOKEN_GATES_INL_H_
+#undef TITANS_TOKEN_GATES_INL_H_
 #else
-#define TITANS_HEAD_INL_H_
+#define TITANS_TOKEN_GATES_INL_H_
 #endif
 
 #include <algorithm>
@@ -18,20 +17,20 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "plugins/kernels/chunk_update-inl.h"
 #include "plugins/kernels/codec-inl.h"
-#include "plugins/kernels/cpu_head.h"
-#include "plugins/kernels/fold-inl.h"
 #include "plugins/kernels/gemv-inl.h"
 #include "plugins/kernels/product-inl.h"
 #include "plugins/kernels/rows-inl.h"
+#include "plugins/kernels/token_gates.h"
 #include "plugins/kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-class HeadRun {
+class TokenRun {
  public:
-  HeadRun(const Plan& plan, const Head& head, Scratch& scratch)
+  TokenRun(const TokenPlan& plan, const Head& head, TokenScratch& scratch)
       : c_(plan.configuration),
         layout_(plan.layout),
         head_(head),
@@ -41,7 +40,7 @@ class HeadRun {
         depth_(c_.depth),
         chunk_(static_cast<std::size_t>(c_.chunk_size)),
         width_(static_cast<std::size_t>(c_.widths[0])),
-        around_{c_.layer_norm, c_.residual, head.norm_scale, width_, scratch.scores} {}
+        output_{c_.layer_norm, c_.residual, head.norm_scale, width_, scratch.scores} {}
 
   void update() {
     const auto tokens = static_cast<std::size_t>(head_.tokens);
@@ -77,11 +76,11 @@ class HeadRun {
       const float* x = head_.q;
       for (int i = 0; i < depth_; ++i) {
         float* h = scratch_.x[static_cast<std::size_t>(i & 1)];
-        codec_.gemv(Pass::kOne, Gemv{stored_w(i), {}, x, nullptr, nullptr, h, nullptr});
+        codec_.gemv(Pass::kW, Gemv{stored_w(i), {}, x, nullptr, nullptr, h, nullptr});
         if (i + 1 < depth_) activate_row(c_.activation, h, out(i), h, nullptr);
         x = h;
       }
-      finish_row(around_, x, head_.q, head_.y);
+      finish_row(output_, x, head_.q, head_.y);
       return;
     }
     unpack_weights();
@@ -102,7 +101,7 @@ class HeadRun {
         }
         x = next;
       }
-      for (std::size_t t = 0; t < count; ++t) finish_row(around_, x[t], q + t * width_, head_.y + (done + t) * width_);
+      for (std::size_t t = 0; t < count; ++t) finish_row(output_, x[t], q + t * width_, head_.y + (done + t) * width_);
     }
   }
 
@@ -131,18 +130,18 @@ class HeadRun {
 
   void open_rows() {
     for (int i = 0; i < depth_; ++i) {
-      left_[i] = {field(layout_.left[index(i)]), in(i)};
-      right_[i] = {field(layout_.right[index(i)]), out(i)};
+      layer_input_[i] = {field(layout_.layer_input[index(i)]), in(i)};
+      output_grad_[i] = {field(layout_.output_grad[index(i)]), out(i)};
     }
   }
 
   void whole_rows(std::size_t done) {
     for (int i = 0; i < depth_; ++i) {
-      left_[i] = {scratch_.left[index(i)], padded(in(i))};
-      right_[i] = {scratch_.right[index(i)], padded(out(i))};
+      layer_input_[i] = {scratch_.layer_input[index(i)], padded(in(i))};
+      output_grad_[i] = {scratch_.output_grad[index(i)], padded(out(i))};
     }
     // The keys serve where they are; nothing writes to them.
-    left_[0] = {const_cast<float*>(head_.k) + done * width_, width_};
+    layer_input_[0] = {const_cast<float*>(head_.k) + done * width_, width_};
   }
 
   void load_coefficients(std::size_t fill) {
@@ -206,12 +205,12 @@ class HeadRun {
     retrieve(done, fill, count, head_.learn ? fill + count : fill);
   }
 
-  // left and right of tokens that learn nothing: anything finite, as it counts zero times.
+  // Rows of tokens that learn nothing: any finite value, as its coefficient is 0.
   void no_surprise(std::size_t fill, std::size_t count) {
     for (int i = 0; i < depth_; ++i) {
       for (std::size_t t = fill; t < fill + count; ++t) {
-        fill_row(left_[i][t], 0.0F, in(i));
-        fill_row(right_[i][t], 0.0F, out(i));
+        fill_row(layer_input_[i][t], 0.0F, in(i));
+        fill_row(output_grad_[i][t], 0.0F, out(i));
       }
     }
   }
@@ -219,30 +218,30 @@ class HeadRun {
   void surprise(std::size_t done, std::size_t fill, std::size_t count) {
     const float* k = head_.k + done * width_;
     const float* v = head_.v + done * width_;
-    if (left_[0].data + fill * left_[0].stride != k) {
-      for (std::size_t t = 0; t < count; ++t) std::memcpy(left_[0][fill + t], k + t * width_, width_ * sizeof(float));
+    if (layer_input_[0].data + fill * layer_input_[0].stride != k) {
+      for (std::size_t t = 0; t < count; ++t) std::memcpy(layer_input_[0][fill + t], k + t * width_, width_ * sizeof(float));
     }
     const int last = depth_ - 1;
     for (int i = 0; i < last; ++i) {
-      const Rows next{left_[i + 1][fill], left_[i + 1].stride};
+      const Rows next{layer_input_[i + 1][fill], layer_input_[i + 1].stride};
       const Rows derivative{scratch_.derivative[index(i)], padded(out(i))};
-      const Product products[] = {{left_[i][fill], left_[i].stride, weights_w(i), out(i), in(i)}};
+      const Product products[] = {{layer_input_[i][fill], layer_input_[i].stride, weights_w(i), out(i), in(i)}};
       activated(c_.activation, products, count, out(i),
                 [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                   store(act.value, next[row] + column, n);
                   store(act.derivative, derivative[row] + column, n);
                 });
     }
-    const Rows error{right_[last][fill], right_[last].stride};
-    const Product products[] = {{left_[last][fill], left_[last].stride, weights_w(last), out(last), in(last)}};
+    const Rows error{output_grad_[last][fill], output_grad_[last].stride};
+    const Product products[] = {{layer_input_[last][fill], layer_input_[last].stride, weights_w(last), out(last), in(last)}};
     plain(products, count, out(last), error);
-    for (std::size_t t = 0; t < count; ++t) loss_ += error_row(around_, error[t], k + t * width_, v + t * width_);
+    for (std::size_t t = 0; t < count; ++t) stats_.loss += error_row(output_, error[t], k + t * width_, v + t * width_);
     for (int i = last; i > 0; --i) {
       const std::size_t stride = padded(in(i));
       transpose(weights_w(i), out(i), in(i), out(i), scratch_.transposed, stride);
-      const Rows to{right_[i - 1][fill], right_[i - 1].stride};
+      const Rows to{output_grad_[i - 1][fill], output_grad_[i - 1].stride};
       const Rows derivative{scratch_.derivative[index(i - 1)], padded(in(i))};
-      const Product backward[] = {{right_[i][fill], right_[i].stride, scratch_.transposed, stride, out(i)}};
+      const Product backward[] = {{output_grad_[i][fill], output_grad_[i].stride, scratch_.transposed, stride, out(i)}};
       multiply<Part::kAll>(backward, count, in(i), 0,
                            [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                              store(hn::Mul(sum, load(derivative[row] + column, n)), to[row] + column, n);
@@ -250,7 +249,7 @@ class HeadRun {
     }
   }
 
-  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x left^T) right.
+  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x layer_input^T) output_grad.
   // `rows`: how many of the chunk's tokens may have learned.
   void retrieve(std::size_t done, std::size_t fill, std::size_t count, std::size_t rows) {
     const float* q = head_.q + done * width_;
@@ -263,15 +262,15 @@ class HeadRun {
     const std::size_t stride = padded(chunk_);
     const Rows a{scratch_.rows_a, stride}, scores{scratch_.scores, stride};
     for (int i = 0; i < depth_; ++i) {
-      transpose(left_[i].data, left_[i].stride, rows, in(i), scratch_.transposed, stride);
-      const Product with_left[] = {{x.data, x.stride, scratch_.transposed, stride, in(i)}};
-      multiply<Part::kLower>(with_left, count, rows, fill,
+      transpose(layer_input_[i].data, layer_input_[i].stride, rows, in(i), scratch_.transposed, stride);
+      const Product with_inputs[] = {{x.data, x.stride, scratch_.transposed, stride, in(i)}};
+      multiply<Part::kLower>(with_inputs, count, rows, fill,
                              [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                                store(hn::Neg(hn::Mul(sum, load(a[row] + column, n))), scores[row] + column, n);
                              });
       const Product products[] = {{x_beta.data, x_beta.stride, weights_w(i), out(i), in(i)},
                                   {x_f.data, x_f.stride, weights_s(i), out(i), in(i)},
-                                  {scores.data, stride, right_[i].data, right_[i].stride, rows, true, fill}};
+                                  {scores.data, stride, output_grad_[i].data, output_grad_[i].stride, rows, true, fill}};
       const std::size_t side = static_cast<std::size_t>(i & 1);
       const Rows next{scratch_.x[side], padded(out(i))};
       if (i + 1 < depth_) {
@@ -289,7 +288,7 @@ class HeadRun {
       }
       x = next;
     }
-    for (std::size_t t = 0; t < count; ++t) finish_row(around_, x[t], q + t * width_, head_.y + (done + t) * width_);
+    for (std::size_t t = 0; t < count; ++t) finish_row(output_, x[t], q + t * width_, head_.y + (done + t) * width_);
   }
 
   // ---- one token: `at` of the call, row `fill` of the chunk ----
@@ -305,25 +304,25 @@ class HeadRun {
     scale_row(q, beta_, width_, x_beta);
     scale_row(q, f_, width_, x_f);
     if (head_.learn) {
-      std::memcpy(left_[0][fill], k, width_ * sizeof(float));
-      float* z = last == 0 ? right_[0][fill] : left_[1][fill];
-      codec_.gemv(Pass::kTwoMore, Gemv{stored_w(0), stored_s(0), x_beta, x_f, left_[0][fill], x, z});
+      std::memcpy(layer_input_[0][fill], k, width_ * sizeof(float));
+      float* z = last == 0 ? output_grad_[0][fill] : layer_input_[1][fill];
+      codec_.gemv(Pass::kWTwiceS, Gemv{stored_w(0), stored_s(0), x_beta, x_f, layer_input_[0][fill], x, z});
       for (int i = 0; i < last; ++i) {
-        activate_row(c_.activation, left_[i + 1][fill], out(i), left_[i + 1][fill], scratch_.derivative[index(i)]);
-        z = i + 1 == last ? right_[last][fill] : left_[i + 2][fill];
-        codec_.gemv(Pass::kOne, Gemv{stored_w(i + 1), {}, left_[i + 1][fill], nullptr, nullptr, z, nullptr});
+        activate_row(c_.activation, layer_input_[i + 1][fill], out(i), layer_input_[i + 1][fill], scratch_.derivative[index(i)]);
+        z = i + 1 == last ? output_grad_[last][fill] : layer_input_[i + 2][fill];
+        codec_.gemv(Pass::kW, Gemv{stored_w(i + 1), {}, layer_input_[i + 1][fill], nullptr, nullptr, z, nullptr});
       }
-      loss_ += error_row(around_, right_[last][fill], k, head_.v + at * width_);
+      stats_.loss += error_row(output_, output_grad_[last][fill], k, head_.v + at * width_);
       for (int i = last; i > 0; --i) {
-        float* to = right_[i - 1][fill];
-        codec_.gemv_transposed(stored_w(i), right_[i][fill], to);
+        float* to = output_grad_[i - 1][fill];
+        codec_.gemv_transposed(stored_w(i), output_grad_[i][fill], to);
         const float* derivative = scratch_.derivative[index(i - 1)];
         each_vector(in(i), [&](std::size_t j, std::size_t n)
                                HWY_ATTR { store(hn::Mul(load(to + j, n), load(derivative + j, n)), to + j, n); });
       }
     } else {
       no_surprise(fill, 1);
-      codec_.gemv(Pass::kTwo, Gemv{stored_w(0), stored_s(0), x_beta, x_f, nullptr, x, nullptr});
+      codec_.gemv(Pass::kWAndS, Gemv{stored_w(0), stored_s(0), x_beta, x_f, nullptr, x, nullptr});
     }
     const std::size_t rows = head_.learn ? fill + 1 : fill;
     add_surprises(0, rows, q, x);
@@ -332,22 +331,22 @@ class HeadRun {
       scale_row(x, beta_, in(i), x_beta);
       scale_row(x, f_, in(i), x_f);
       float* h = scratch_.x[index(i & 1)];
-      codec_.gemv(Pass::kTwo, Gemv{stored_w(i), stored_s(i), x_beta, x_f, nullptr, h, nullptr});
+      codec_.gemv(Pass::kWAndS, Gemv{stored_w(i), stored_s(i), x_beta, x_f, nullptr, h, nullptr});
       add_surprises(i, rows, x, h);
       x = h;
     }
-    finish_row(around_, x, q, head_.y + at * width_);
+    finish_row(output_, x, q, head_.y + at * width_);
   }
 
-  // h <- h - sum_s a_s (x . left_s) right_s over the chunk's first `rows` tokens.
+  // h <- h - sum_s a_s (x . layer_input_s) output_grad_s over the chunk's first `rows` tokens.
   void add_surprises(int i, std::size_t rows, const float* x, float* h) {
-    gemv_transposed<Float32>(plain_matrix(left_[i].data, rows, in(i)), x, scratch_.scores);
+    gemv_transposed<Float32>(plain_matrix(layer_input_[i].data, rows, in(i)), x, scratch_.scores);
     each_vector(rows, [&](std::size_t s, std::size_t n) HWY_ATTR {
       store(hn::Mul(load(scratch_.scores + s, n), load(scratch_.a + s, n)), scratch_.scores + s, n);
     });
     float* sum = scratch_.transposed;
-    const Stored right = plain_matrix(right_[i].data, rows, out(i));
-    gemv<Float32>(Pass::kOne, Gemv{right, {}, scratch_.scores, nullptr, nullptr, sum, nullptr});
+    const Stored gradients = plain_matrix(output_grad_[i].data, rows, out(i));
+    gemv<Float32>(Pass::kW, Gemv{gradients, {}, scratch_.scores, nullptr, nullptr, sum, nullptr});
     each_vector(out(i), [&](std::size_t j, std::size_t n)
                             HWY_ATTR { store(hn::Sub(load(h + j, n), load(sum + j, n)), h + j, n); });
   }
@@ -356,46 +355,45 @@ class HeadRun {
 
   void close_chunk() {
     const bool untouched = beta_ == 1.0F && f_ == 0.0F && m_ == 1.0F && all_zero(scratch_.e) && all_zero(scratch_.a);
-    const bool guarded = head_.update_limit != nullptr, waits = guarded || !codec_.direct;
+    const bool guarded = head_.update_limit != nullptr, staged = guarded || !codec_.direct;
     float squares = 0.0F;
-    for (int i = 0; i < depth_ && !untouched; ++i) squares += fold(i, waits);
+    for (int i = 0; i < depth_ && !untouched; ++i) squares += update_layer(i, staged);
     const float norm = std::sqrt(squares);
     const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
-    if (commit && waits && !untouched) commit_weights();
+    if (commit && staged && !untouched) commit_weights();
     std::memset(scratch_.e, 0, chunk_ * sizeof(float));
     std::memset(scratch_.a, 0, chunk_ * sizeof(float));
     m_ = beta_ = 1.0F;
     f_ = 0.0F;
     store_coefficients();
-    if (!(norm <= update_norm_) && !std::isnan(update_norm_)) update_norm_ = norm;  // a NaN stays
-    (commit ? committed_ : rejected_) += 1.0F;
+    stats_.close_chunk(norm, commit);
   }
 
   bool all_zero(const float* values) const {
     return std::all_of(values, values + chunk_, [](float x) { return x == 0.0F; });
   }
 
-  // Folds layer i, in place or to where the result waits.
-  float fold(int i, bool waits) {
+  // Updates layer i, in place or in scratch if `staged`. Returns the squared norm of the change of W.
+  float update_layer(int i, bool staged) {
     const std::size_t stride = padded(out(i));
     for (std::size_t s = 0; s < chunk_; ++s) {
-      scale_row(right_[i][s], -scratch_.a[s], out(i), scratch_.right_a + s * stride);
-      scale_row(right_[i][s], -scratch_.e[s], out(i), scratch_.right_e + s * stride);
+      scale_row(output_grad_[i][s], -scratch_.a[s], out(i), scratch_.grad_a + s * stride);
+      scale_row(output_grad_[i][s], -scratch_.e[s], out(i), scratch_.grad_e + s * stride);
     }
     const float *w = weights_w(i), *s = weights_s(i);
-    float* w_next = waits ? scratch_.w_next[index(i)] : weights_w(i);
-    float* s_next = waits ? scratch_.s_next[index(i)] : weights_s(i);
+    float* w_next = staged ? scratch_.w_next[index(i)] : weights_w(i);
+    float* s_next = staged ? scratch_.s_next[index(i)] : weights_s(i);
     if (c_.rounding == Rounding::kErrorFeedback) {
       rounded_.add_error(i, false, w, w_next);
       rounded_.add_error(i, true, s, s_next);
       w = w_next;
       s = s_next;
     }
-    return fold_layer(Fold{in(i), out(i), chunk_, left_[i].data, left_[i].stride, scratch_.right_a, scratch_.right_e,
+    return HWY_NAMESPACE::update_layer(ChunkUpdate{in(i), out(i), chunk_, layer_input_[i].data, layer_input_[i].stride, scratch_.grad_a, scratch_.grad_e,
                            stride, beta_, f_, m_, w, s, w_next, s_next});
   }
 
-  // Takes what waits into the state.
+  // Stores the staged update in the state.
   void commit_weights() {
     for (int i = 0; i < depth_; ++i) {
       float *w_next = scratch_.w_next[index(i)], *s_next = scratch_.s_next[index(i)];
@@ -411,37 +409,30 @@ class HeadRun {
   }
 
  public:
-  void write_stats() const {
-    if (head_.stats == nullptr) return;
-    head_.stats[0] = loss_;
-    head_.stats[1] = update_norm_;
-    head_.stats[2] = committed_;
-    head_.stats[3] = rejected_;
-  }
+  void write_stats() const { stats_.write(head_.stats); }
 
  private:
   const Configuration& c_;
   const RowLayout& layout_;
   const Head& head_;
-  Scratch& scratch_;
+  TokenScratch& scratch_;
   const Codec& codec_;
   Rounded rounded_;
   int depth_;
   std::size_t chunk_, width_;
-  Around around_;
-  Rows left_[kMaxDepth], right_[kMaxDepth];
+  OutputNorm output_;
+  Rows layer_input_[kMaxDepth], output_grad_[kMaxDepth];
   float m_ = 1.0F, f_ = 0.0F, beta_ = 1.0F;
   bool unpacked_ = false;
-  float loss_ = 0.0F, update_norm_ = 0.0F, committed_ = 0.0F, rejected_ = 0.0F;
+  HeadStats stats_;
 };
 
-inline void update_head(const Plan& plan, const Head& head, Scratch& scratch) {
-  HeadRun run(plan, head, scratch);
+inline void run_token_head(const TokenPlan& plan, const Head& head, TokenScratch& scratch) {
+  TokenRun run(plan, head, scratch);
+  if (plan.configuration.mode == Mode::kRead) return run.read();
   run.update();
   run.write_stats();
 }
-
-inline void read_head(const Plan& plan, const Head& head, Scratch& scratch) { HeadRun(plan, head, scratch).read(); }
 
 }  // namespace titans::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

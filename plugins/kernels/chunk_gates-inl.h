@@ -1,15 +1,15 @@
-// One head of the operator with gates = "chunk" (docs/operator.md has the equations; names are those of the packed
+// One head with gates per chunk (docs/chunk-operator.md has the equations; names are those of the packed
 // row). Compiled once for each instruction set.
 //
-// Between two chunk_updates W is only read, for the queries of up to a chunk of tokens at once; keys, values and step
-// sizes wait in the packed row, or stay where they are when a call brings the whole chunk. A fold is one forward and
-// backward pass over the chunk's keys and then, tensor by tensor, one pass over the outer products with S and W.
+// Between two chunk updates W is only read, for the queries of up to a chunk of tokens at once. Keys, values and step
+// sizes are kept in the packed row, or are read from the operands if a call has the whole chunk. A chunk update is one
+// forward and backward pass over the chunk's keys and then, per tensor, one pass over the outer products with S and W.
 
-#if defined(TITANS_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef TITANS_CHUNK_INL_H_
-#undef TITANS_CHUNK_INL_H_
+#if defined(TITANS_CHUNK_GATES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TITANS_CHUNK_GATES_INL_H_
+#undef TITANS_CHUNK_GATES_INL_H_
 #else
-#define TITANS_CHUNK_INL_H_
+#define TITANS_CHUNK_GATES_INL_H_
 #endif
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 #include <cstring>
 
 #include "hwy/highway.h"
+#include "plugins/kernels/chunk_gates.h"
 #include "plugins/kernels/codec-inl.h"
-#include "plugins/kernels/cpu_head.h"
 #include "plugins/kernels/gemv-inl.h"
 #include "plugins/kernels/newton_schulz-inl.h"
 #include "plugins/kernels/outer-inl.h"
@@ -33,7 +33,7 @@ namespace titans::kernels::HWY_NAMESPACE {
 
 class ChunkRun {
  public:
-  ChunkRun(const Plan& plan, const Head& head, Scratch& scratch)
+  ChunkRun(const ChunkPlan& plan, const ChunkHead& head, ChunkScratch& scratch)
       : c_(plan.configuration),
         layout_(plan.layout),
         head_(head),
@@ -73,18 +73,7 @@ class ChunkRun {
     retrieve(answered, tokens - answered);
   }
 
-  void read() {
-    const auto tokens = static_cast<std::size_t>(head_.tokens), rows = scratch_.rows;
-    for (std::size_t done = 0; done < tokens; done += rows) retrieve(done, HWY_MIN(rows, tokens - done));
-  }
-
-  void write_stats() const {
-    if (head_.stats == nullptr) return;
-    head_.stats[0] = loss_;
-    head_.stats[1] = update_norm_;
-    head_.stats[2] = committed_;
-    head_.stats[3] = rejected_;
-  }
+  void write_stats() const { stats_.write(head_.stats); }
 
  private:
   std::size_t in(int layer) const { return static_cast<std::size_t>(c_.in(layer)); }
@@ -100,12 +89,12 @@ class ChunkRun {
     unpacked_ = true;
     for (int p = 0; p < c_.tensors(); ++p) {
       codec_.unpack(rounded_.field(p, false), w_ + offset(p));
-      if (c_.mode == Mode::kUpdate && c_.momentum) codec_.unpack(rounded_.field(p, true), s_ + offset(p));
+      if (c_.momentum) codec_.unpack(rounded_.field(p, true), s_ + offset(p));
     }
   }
 
-  // What stands around the network with this gamma, if that is a fast weight.
-  Around around(const float* gamma) const {
+  // The LayerNorm with this gamma, if gamma is a fast weight.
+  OutputNorm output_norm(const float* gamma) const {
     const float* scale = head_.norm_scale;
     if (c_.fast_norm()) {
       const Vector one = hn::Set(Floats(), 1.0F);
@@ -113,7 +102,7 @@ class ChunkRun {
                               HWY_ATTR { store(hn::Add(load(gamma + i, n), one), scratch_.scale + i, n); });
       scale = scratch_.scale;
     }
-    return {c_.layer_norm, c_.residual, scale, width_, scratch_.scores};
+    return {c_.layer_norm, c_.residual, scale, width_, scratch_.row};
   }
 
   // Takes `count` tokens of the call from `at` into rows of the open chunk.
@@ -139,13 +128,13 @@ class ChunkRun {
       codec_.unpack(rounded_.field(depth_, false), scratch_.scale);
       gamma = scratch_.scale;
     }
-    const Around around = this->around(gamma);
+    const OutputNorm output = output_norm(gamma);
     Rows x{const_cast<float*>(q), width_};
     for (int i = 0; i < depth_; ++i) {
       const Rows next{scratch_.x[index(i & 1)], padded(out(i))};
       const float* w = w_ + offset(i);
       if (count == 1) {
-        codec_.gemv(Pass::kOne, Gemv{rounded_.field(i, false), {}, x.data, nullptr, nullptr, next.data, nullptr});
+        codec_.gemv(Pass::kW, Gemv{rounded_.field(i, false), {}, x.data, nullptr, nullptr, next.data, nullptr});
         if (i + 1 < depth_) activate_row(c_.activation, next.data, out(i), next.data, nullptr);
       } else {
         const Product products[] = {{x.data, x.stride, w, out(i), in(i)}};
@@ -159,14 +148,14 @@ class ChunkRun {
       }
       x = next;
     }
-    for (std::size_t t = 0; t < count; ++t) finish_row(around, x[t], q + t * width_, y + t * width_);
+    for (std::size_t t = 0; t < count; ++t) finish_row(output, x[t], q + t * width_, y + t * width_);
   }
 
   // ---- the end of a chunk, whose last token is `done` - 1 ----
 
   void complete(std::size_t done, bool whole) {
     unpack_weights();
-    if (head_.before != nullptr) std::memcpy(head_.before + chunks_ * elements_, w_, elements_ * sizeof(float));
+    if (head_.initial_weights != nullptr) std::memcpy(head_.initial_weights + chunks_ * elements_, w_, elements_ * sizeof(float));
     const std::size_t chunk = chunks_++;
     if (!head_.learn) return;
     const std::size_t first = (done - chunk_) * keys_per_token_;
@@ -179,15 +168,15 @@ class ChunkRun {
     const bool guarded = head_.update_limit != nullptr;
     eta_ = c_.momentum ? head_.momentum[done - 1] : 0.0F;
     keep_ = 1.0F - head_.forget_gate[done - 1];
-    const bool waits = guarded || !codec_.direct;
-    w_next_ = waits ? scratch_.weights_next : w_;
-    s_next_ = waits ? scratch_.surprise_next : s_;
+    const bool staged = guarded || !codec_.direct;
+    w_next_ = staged ? scratch_.weights_next : w_;
+    s_next_ = staged ? scratch_.surprise_next : s_;
     float squares = 0.0F;
-    for (int p = 0; p < c_.tensors(); ++p) squares += fold(p, done - 1, rows);
+    for (int p = 0; p < c_.tensors(); ++p) squares += update_tensor(p, done - 1, rows);
     const float norm = std::sqrt(squares);
     const bool commit = !guarded || norm <= *head_.update_limit;  // false for NaN
     if (commit) {
-      if (waits) commit_weights();
+      if (staged) commit_weights();
       if (c_.counts_batch() && (head_.fill + static_cast<std::int64_t>(done)) % c_.batch_size == 0) {
         for (int p = 0; p < c_.tensors(); ++p) {
           std::memcpy(field(layout_.g[index(p)]), field(layout_.w[index(p)]),
@@ -195,11 +184,10 @@ class ChunkRun {
         }
       }
     }
-    if (!(norm <= update_norm_) && !std::isnan(update_norm_)) update_norm_ = norm;  // a NaN stays
-    (commit ? committed_ : rejected_) += 1.0F;
+    stats_.close_chunk(norm, commit);
   }
 
-  // Takes what waits into the state.
+  // Stores the staged update in the state.
   void commit_weights() {
     if (codec_.direct) {
       std::memcpy(w_, w_next_, elements_ * sizeof(float));
@@ -231,40 +219,40 @@ class ChunkRun {
     return scratch_.point;
   }
 
-  // The gradient of the loss, in factors: that of matrix i is left_i^T right_i, that of gamma is in scratch.
+  // The gradient of the loss, in factors: that of matrix i is layer_input_i^T output_grad_i, that of gamma is in scratch.
   void differentiate(const float* weights, const float* k, const float* v, const float* theta, std::size_t rows) {
     const int last = depth_ - 1;
-    left_[0] = {const_cast<float*>(k), width_};
+    layer_input_[0] = {const_cast<float*>(k), width_};
     for (int i = 0; i < depth_; ++i) {
-      if (i > 0) left_[i] = {scratch_.left[index(i)], padded(in(i))};
-      right_[i] = {scratch_.right[index(i)], padded(out(i))};
+      if (i > 0) layer_input_[i] = {scratch_.layer_input[index(i)], padded(in(i))};
+      output_grad_[i] = {scratch_.output_grad[index(i)], padded(out(i))};
     }
     for (int i = 0; i < last; ++i) {
       const Rows derivative{scratch_.derivative[index(i)], padded(out(i))};
-      const Product products[] = {{left_[i].data, left_[i].stride, weights + offset(i), out(i), in(i)}};
+      const Product products[] = {{layer_input_[i].data, layer_input_[i].stride, weights + offset(i), out(i), in(i)}};
       activated(c_.activation, products, rows, out(i),
                 [&](const Activated& act, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
-                  store(act.value, left_[i + 1][row] + column, n);
+                  store(act.value, layer_input_[i + 1][row] + column, n);
                   store(act.derivative, derivative[row] + column, n);
                 });
     }
-    const Product products[] = {{left_[last].data, left_[last].stride, weights + offset(last), out(last), in(last)}};
-    plain(products, rows, out(last), right_[last]);
-    const Around around = this->around(weights + offset(depth_));
+    const Product products[] = {{layer_input_[last].data, layer_input_[last].stride, weights + offset(last), out(last), in(last)}};
+    plain(products, rows, out(last), output_grad_[last]);
+    const OutputNorm output = output_norm(weights + offset(depth_));
     float* gamma = c_.fast_norm() ? scratch_.gamma_gradient : nullptr;
     if (gamma != nullptr) fill_row(gamma, 0.0F, width_);
     for (std::size_t r = 0; r < rows; ++r) {
-      loss_ += c_.loss_scale *
-               error_row(around, right_[last][r], k + r * width_, v + r * width_, c_.loss_scale * theta[r], gamma);
+      stats_.loss += c_.loss_scale *
+               error_row(output, output_grad_[last][r], k + r * width_, v + r * width_, c_.loss_scale * theta[r], gamma);
     }
     for (int i = last; i > 0; --i) {
       const std::size_t stride = padded(in(i));
       transpose(weights + offset(i), out(i), in(i), out(i), scratch_.transposed, stride);
       const Rows derivative{scratch_.derivative[index(i - 1)], padded(in(i))};
-      const Product backward[] = {{right_[i].data, right_[i].stride, scratch_.transposed, stride, out(i)}};
+      const Product backward[] = {{output_grad_[i].data, output_grad_[i].stride, scratch_.transposed, stride, out(i)}};
       multiply<Part::kAll>(backward, rows, in(i), 0,
                            [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
-                             store(hn::Mul(sum, load(derivative[row] + column, n)), right_[i - 1][row] + column, n);
+                             store(hn::Mul(sum, load(derivative[row] + column, n)), output_grad_[i - 1][row] + column, n);
                            });
     }
   }
@@ -278,21 +266,21 @@ class ChunkRun {
       return;
     }
     const std::size_t columns = out(p);
-    multiply_outer(Outer{left_[p].data, left_[p].stride, right_[p].data, right_[p].stride, rows}, in(p), columns,
+    multiply_outer(Outer{layer_input_[p].data, layer_input_[p].stride, output_grad_[p].data, output_grad_[p].stride, rows}, in(p), columns,
                    [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
                        HWY_ATTR { body(sum, row * columns + column, n); });
   }
 
-  // What grad_clamp makes of a gradient of that norm, as a factor.
+  // The factor that grad_clamp applies to a gradient of that norm.
   float clamped(float norm) const {
     if (norm == 0.0F) return 1.0F;
     const float half = c_.grad_clamp / 2.0F;
     return (std::tanh(norm / half) * half + half) / norm;
   }
 
-  // Updates tensor p of W and S, in place or where a guarded fold waits. Returns the squared Frobenius norm of what W
-  // changes by.
-  float fold(int p, std::size_t token, std::size_t rows) {
+  // Updates tensor p of W and S, in place or in scratch if the update is guarded. Returns the squared Frobenius norm of
+  // the change of W.
+  float update_tensor(int p, std::size_t token, std::size_t rows) {
     const Floats d;
     float by = head_.modulation == nullptr
                    ? -1.0F
@@ -324,11 +312,11 @@ class ChunkRun {
       squares = hn::MulAdd(change, change, squares);
       store(made, w_next + at, n);
     };
-    float* waiting = s_next != nullptr ? s_next : scratch_.update;
+    float* moved = s_next != nullptr ? s_next : scratch_.update;
     each_gradient(p, rows, [&](Vector g, std::size_t at, std::size_t n) HWY_ATTR {
       Vector update = hn::Mul(scale, g);
       if (s != nullptr) update = hn::MulAdd(eta, load(s + at, n), update);
-      if (s != nullptr || orthogonal) store(update, waiting + at, n);
+      if (s != nullptr || orthogonal) store(update, moved + at, n);
       if (orthogonal) {
         squares = hn::MulAdd(update, update, squares);
       } else {
@@ -337,7 +325,7 @@ class ChunkRun {
     });
     if (!orthogonal) return hn::ReduceSum(d, squares);
     const float norm = std::sqrt(hn::ReduceSum(d, squares));
-    const Rows update = orthogonalise(waiting, in(p), out(p), norm, c_.orthogonalise, scratch_);
+    const Rows update = orthogonalise(moved, in(p), out(p), norm, c_.orthogonalise, scratch_);
     squares = hn::Zero(d);
     for (std::size_t i = 0; i < in(p); ++i) {
       each_vector(out(p),
@@ -346,10 +334,10 @@ class ChunkRun {
     return hn::ReduceSum(d, squares);
   }
 
-  const Configuration& c_;
-  const RowLayout& layout_;
-  const Head& head_;
-  Scratch& scratch_;
+  const ChunkConfiguration& c_;
+  const ChunkRowLayout& layout_;
+  const ChunkHead& head_;
+  ChunkScratch& scratch_;
   const Codec& codec_;
   Rounded rounded_;
   int depth_;
@@ -357,21 +345,17 @@ class ChunkRun {
   float *w_, *s_;  // all weights and all surprise in float32: the state itself, or copies of it
   std::size_t offsets_[kMaxTensors + 1] = {};
   bool unpacked_ = false;
-  Rows left_[kMaxDepth], right_[kMaxDepth];
+  Rows layer_input_[kMaxDepth], output_grad_[kMaxDepth];
   float eta_ = 0.0F, keep_ = 1.0F;
   float *w_next_ = nullptr, *s_next_ = nullptr;
   std::size_t chunks_ = 0;  // that this call has completed
-  float loss_ = 0.0F, update_norm_ = 0.0F, committed_ = 0.0F, rejected_ = 0.0F;
+  HeadStats stats_;
 };
 
-inline void update_chunk_head(const Plan& plan, const Head& head, Scratch& scratch) {
+inline void run_chunk_head(const ChunkPlan& plan, const ChunkHead& head, ChunkScratch& scratch) {
   ChunkRun run(plan, head, scratch);
   run.update();
   run.write_stats();
-}
-
-inline void read_chunk_head(const Plan& plan, const Head& head, Scratch& scratch) {
-  ChunkRun(plan, head, scratch).read();
 }
 
 }  // namespace titans::kernels::HWY_NAMESPACE
