@@ -377,7 +377,7 @@ def _check_covered(values: Mapping[str, Any], present: Collection[str]) -> None:
         name = "norm_weight"
     if name is not None:
         problem = f"no function body for a node with this {name}"
-        raise UsageError("E0721", CHUNK_NEURAL_MEMORY.name, problem, "write the body by hand, or leave it out")
+        raise UsageError("E0720", CHUNK_NEURAL_MEMORY.name, problem, "write the body by hand, or leave it out")
 
 
 def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[..., tuple[Tensor, ...]]:

@@ -7,7 +7,7 @@ kernels' alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def _check(memory_dtype: str) -> None:
         raise _invalid("memory_dtype", MEMORY_DTYPES, memory_dtype)
 
 
-def _invalid(name: str, allowed: Sequence[str], got: str) -> TitansError:
+def _invalid(name: str, allowed: Iterable[str], got: str) -> TitansError:
     problem = f"invalid attribute {name}: expected one of {', '.join(allowed)}, got {got}"
     return TitansError("E0701", "memory_dtype", problem, "choose one of them")
 

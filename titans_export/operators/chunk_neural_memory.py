@@ -8,7 +8,7 @@ CHUNK_NEURAL_MEMORY = Operator(
         *INPUTS,
         Input("modulation", optional=True),
         Input("previous", optional=True),
-        Input("previous_gate", optional=True),
+        Input("previous_gate"),  # with `previous`
     ),
     (*OUTPUTS, "initial_weights"),
     (

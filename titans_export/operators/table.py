@@ -85,8 +85,8 @@ class Operator:
         known = [entry.name for entry in self.attributes]
         unknown = [name for name in values if name not in known]
         if unknown:
-            problem = f"unknown attribute {unknown[0]}: known are {', '.join(known)}"
-            raise UsageError("E0720", self.name, problem, "export the checkpoint again")
+            problem = f"invalid attribute {unknown[0]}: known are {', '.join(known)}"
+            raise UsageError("E0701", self.name, problem, "export the checkpoint again")
         full = {**self.defaults, **values}
         missing = [name for name in known if name not in full]
         if missing:
