@@ -502,23 +502,31 @@ TEST_P(NeuralMemoryKernel, RunsOnSeveralThreadsAtOnce) {
   EXPECT_EQ(wrong, 0);
 }
 
-// All instruction sets agree with the textbook kernel to rounding: none of them leaves out a lane.
-TEST_P(NeuralMemoryKernel, AgreesWithTheTextbookOne) {
+// All instruction sets agree with two other kernels to rounding: none of them leaves out a lane.
+TEST_P(NeuralMemoryKernel, AgreesWithThePlainAndTheTextbookOne) {
   for (const std::vector<std::int64_t>& widths : {std::vector<std::int64_t>{6, 6}, {6, 33, 6}, {6, 17, 40, 6}}) {
     Attributes a = attributes();
     a.widths = widths;
     a.chunk_size = 5;
     const Configuration c = configured(a);
+    const RowLayout layout(c);
+    std::string error;
     for (const std::int64_t tokens : {1, 2, 11}) {
-      Call textbook(c, tokens), other(c, tokens);
-      std::string error;
+      Call plain(c, tokens), textbook(c, tokens), other(c, tokens);
+      EXPECT_EQ(make(c, "plain")->run(plain.operands, alone()), "");
       EXPECT_EQ(make_textbook_kernel(c, error)->run(textbook.operands, alone()), "");
       EXPECT_EQ(make(c, GetParam())->run(other.operands, alone()), "");
+      // Rows of no token of the open chunk may hold anything. The textbook kernel writes more of them.
+      const auto is_row = [&](Operand operand, std::size_t i) {
+        const std::int64_t at = static_cast<std::int64_t>(i) % layout.size;
+        return operand == kStateOut && at >= layout.layer_input[0] && at < layout.e;
+      };
       for (const Operand operand : {kY, kStateOut}) {
-        for (std::size_t i = 0; i < textbook.values(operand).size(); ++i) {
-          ASSERT_NEAR(textbook.values(operand)[i], other.values(operand)[i],
-                      2e-4 * (1 + std::abs(textbook.values(operand)[i])))
-              << kOperandNames[operand] << " " << i;
+        for (std::size_t i = 0; i < plain.values(operand).size(); ++i) {
+          const float found = other.values(operand)[i];
+          ASSERT_NEAR(plain.values(operand)[i], found, 2e-4 * (1 + std::abs(found))) << kOperandNames[operand] << i;
+          if (is_row(operand, i)) continue;
+          ASSERT_NEAR(textbook.values(operand)[i], found, 2e-4 * (1 + std::abs(found))) << kOperandNames[operand] << i;
         }
       }
     }

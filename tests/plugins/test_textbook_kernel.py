@@ -36,11 +36,9 @@ def test_ragged_streams_and_freezing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["aligned", "tokens", "blocks"])
 def test_the_guard(way: str, tmp_path: Path) -> None:
-    fast.test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(TEXTBOOK, tmp_path, way=way, memory_dtype="float32")
+    fast.test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(TEXTBOOK, way, "float32", tmp_path)
 
 
 def test_another_memory_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"expected memory_dtype \"float32\", got another\. Fix: .*TITANS-E0712"):
-        fast.test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(
-            TEXTBOOK, tmp_path, way="tokens", memory_dtype="bfloat16"
-        )
+        fast.test_guard_drops_a_chunk_that_is_too_large_or_not_a_number(TEXTBOOK, "tokens", "bfloat16", tmp_path)
