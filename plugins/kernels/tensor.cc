@@ -14,9 +14,9 @@ constexpr std::array<std::size_t, 6> kDTypeBytes{4, 8, 1, 2, 2, 1};
 const char* name_of(DType dtype) { return kDTypeNames[static_cast<std::size_t>(dtype)]; }
 std::size_t bytes_of(DType dtype) { return kDTypeBytes[static_cast<std::size_t>(dtype)]; }
 
-std::string check_layout(const char* where, const Tensor& tensor, const std::string& name) {
+std::string check_layout(const char* where, const Tensor& tensor, const char* name) {
   const auto wrong = [&](const std::string& problem, const char* fix) {
-    return failure(where, "E0707", "wrong memory layout of " + name + ": " + problem, fix);
+    return failure(where, "E0707", "wrong memory layout of " + std::string(name) + ": " + problem, fix);
   };
   const auto rank = static_cast<std::size_t>(tensor.rank);
   if (tensor.strides != nullptr && tensor.elements() > 0) {
@@ -51,19 +51,21 @@ std::string shape_text(const std::int64_t* values, std::size_t count) {
   return out + ")";
 }
 
-std::string check_rank(const char* where, const std::string& name, const Tensor& tensor, int rank, const char* fix) {
+std::string check_rank(const char* where, const char* name, const Tensor& tensor, int rank, const char* fix) {
   if (tensor.rank == rank) return {};
-  return failure(where, "E0706",
-                 "wrong rank of " + name + ": " + expected(std::to_string(rank), std::to_string(tensor.rank)), fix);
+  return failure(
+      where, "E0706",
+      "wrong rank of " + std::string(name) + ": " + expected(std::to_string(rank), std::to_string(tensor.rank)), fix);
 }
 
-std::string check_tensor(const char* where, const std::string& name, const Tensor& tensor, DType dtype, int rank,
+std::string check_tensor(const char* where, const char* name, const Tensor& tensor, DType dtype, int rank,
                          const std::array<std::int64_t, 4>& shape, bool required) {
   if (!tensor.present()) {
-    return required ? failure(where, "E0703", "missing operand: " + name, "connect it") : std::string();
+    return required ? failure(where, "E0703", "missing operand: " + std::string(name), "connect it") : std::string();
   }
   if (tensor.dtype != dtype) {
-    return failure(where, "E0705", "wrong dtype of " + name + ": " + expected(name_of(dtype), name_of(tensor.dtype)),
+    return failure(where, "E0705",
+                   "wrong dtype of " + std::string(name) + ": " + expected(name_of(dtype), name_of(tensor.dtype)),
                    "cast it");
   }
   std::string problem = check_rank(where, name, tensor, rank, "reshape it");
@@ -71,7 +73,7 @@ std::string check_tensor(const char* where, const std::string& name, const Tenso
   if (!std::equal(shape.begin(), shape.begin() + rank, tensor.shape.begin())) {
     const auto count = static_cast<std::size_t>(rank);
     return failure(where, "E0706",
-                   "wrong shape of " + name + ": " +
+                   "wrong shape of " + std::string(name) + ": " +
                        expected(shape_text(shape.data(), count), shape_text(tensor.shape.data(), count)),
                    "check the model's sizes");
   }

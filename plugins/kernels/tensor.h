@@ -31,9 +31,9 @@ std::string shape_text(const std::int64_t* values, std::size_t count);
 
 // Presence, dtype, rank, shape, strides and alignment of an operand. Returns an error as failure.h has it, or an empty
 // string. `where`: the operator's name.
-std::string check_tensor(const char* where, const std::string& name, const Tensor& tensor, DType dtype, int rank,
+std::string check_tensor(const char* where, const char* name, const Tensor& tensor, DType dtype, int rank,
                          const std::array<std::int64_t, 4>& shape, bool required);
-std::string check_rank(const char* where, const std::string& name, const Tensor& tensor, int rank, const char* fix);
+std::string check_rank(const char* where, const char* name, const Tensor& tensor, int rank, const char* fix);
 
 // Whether two tensors share a byte, and the error of outputs that do.
 bool overlap(const Tensor& a, const Tensor& b);
