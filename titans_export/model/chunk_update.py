@@ -1,6 +1,6 @@
-"""One chunk of a memory with one gate a chunk: its structure, its packed row, and the chunk update of docs/operator.md.
+"""The update of one chunk with gates per chunk: structure, packed row and equations (docs/chunk-operator.md).
 
-Of C tokens, when the last one has come, with the gates of that last token:
+When the last of a chunk's C tokens has come, with the gates of that token:
 
     G = d/dWg sum over the chunk of theta_r scale ||M_Wg(k_r) - v_r||^2      at the gradient point Wg, by weight tensor
     U = -mu clamp(G)                                                         momentary surprise

@@ -1,4 +1,4 @@
-"""Low-precision memories (docs/operator.md, "Memory dtype"): packing to the nearest and unpacking.
+"""Low-precision memories (docs/memory-common.md): packing to the nearest and unpacking.
 
 In NumPy, on rows as they come out of a state file or a runtime. Rounding with noise or with kept errors is the
 kernels' alone.

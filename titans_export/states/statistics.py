@@ -190,7 +190,7 @@ def _norms(values: Heads) -> Norms:
 
 
 def _open_chunk(state: SavedState, memory: str) -> NDArray[np.float64] | None:
-    """||W' - W|| of each head, with W' = beta W + f S - sum_s a_s left_s^T right_s (docs/operator.md)."""
+    """||W' - W|| of each head, with W' = beta W + f S - sum_s a_s g_s (docs/operator.md)."""
     fields = {name: state.fields.get(f"{memory}.{name}") for name in ("a", "f", "beta")}
     if any(value is None for value in fields.values()):
         return None
