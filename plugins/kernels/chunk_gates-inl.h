@@ -155,7 +155,8 @@ class ChunkRun {
 
   void complete(std::size_t done, bool whole) {
     unpack_weights();
-    if (head_.initial_weights != nullptr) std::memcpy(head_.initial_weights + chunks_ * elements_, w_, elements_ * sizeof(float));
+    if (head_.initial_weights != nullptr)
+      std::memcpy(head_.initial_weights + chunks_ * elements_, w_, elements_ * sizeof(float));
     const std::size_t chunk = chunks_++;
     if (!head_.learn) return;
     const std::size_t first = (done - chunk_) * keys_per_token_;
@@ -219,7 +220,8 @@ class ChunkRun {
     return scratch_.point;
   }
 
-  // The gradient of the loss, in factors: that of matrix i is layer_input_i^T output_grad_i, that of gamma is in scratch.
+  // The gradient of the loss, in factors: that of matrix i is layer_input_i^T output_grad_i, that of gamma is in
+  // scratch.
   void differentiate(const float* weights, const float* k, const float* v, const float* theta, std::size_t rows) {
     const int last = depth_ - 1;
     layer_input_[0] = {const_cast<float*>(k), width_};
@@ -236,24 +238,25 @@ class ChunkRun {
                   store(act.derivative, derivative[row] + column, n);
                 });
     }
-    const Product products[] = {{layer_input_[last].data, layer_input_[last].stride, weights + offset(last), out(last), in(last)}};
+    const Product products[] = {
+        {layer_input_[last].data, layer_input_[last].stride, weights + offset(last), out(last), in(last)}};
     plain(products, rows, out(last), output_grad_[last]);
     const OutputNorm output = output_norm(weights + offset(depth_));
     float* gamma = c_.fast_norm() ? scratch_.gamma_gradient : nullptr;
     if (gamma != nullptr) fill_row(gamma, 0.0F, width_);
     for (std::size_t r = 0; r < rows; ++r) {
-      stats_.loss += c_.loss_scale *
-               error_row(output, output_grad_[last][r], k + r * width_, v + r * width_, c_.loss_scale * theta[r], gamma);
+      stats_.loss += c_.loss_scale * error_row(output, output_grad_[last][r], k + r * width_, v + r * width_,
+                                               c_.loss_scale * theta[r], gamma);
     }
     for (int i = last; i > 0; --i) {
       const std::size_t stride = padded(in(i));
       transpose(weights + offset(i), out(i), in(i), out(i), scratch_.transposed, stride);
       const Rows derivative{scratch_.derivative[index(i - 1)], padded(in(i))};
       const Product backward[] = {{output_grad_[i].data, output_grad_[i].stride, scratch_.transposed, stride, out(i)}};
-      multiply<Part::kAll>(backward, rows, in(i), 0,
-                           [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
-                             store(hn::Mul(sum, load(derivative[row] + column, n)), output_grad_[i - 1][row] + column, n);
-                           });
+      multiply<Part::kAll>(
+          backward, rows, in(i), 0, [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+            store(hn::Mul(sum, load(derivative[row] + column, n)), output_grad_[i - 1][row] + column, n);
+          });
     }
   }
 
@@ -266,9 +269,11 @@ class ChunkRun {
       return;
     }
     const std::size_t columns = out(p);
-    multiply_outer(Outer{layer_input_[p].data, layer_input_[p].stride, output_grad_[p].data, output_grad_[p].stride, rows}, in(p), columns,
-                   [&](Vector sum, std::size_t row, std::size_t column, std::size_t n)
-                       HWY_ATTR { body(sum, row * columns + column, n); });
+    multiply_outer(
+        Outer{layer_input_[p].data, layer_input_[p].stride, output_grad_[p].data, output_grad_[p].stride, rows}, in(p),
+        columns, [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
+          body(sum, row * columns + column, n);
+        });
   }
 
   // The factor that grad_clamp applies to a gradient of that norm.

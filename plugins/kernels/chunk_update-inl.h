@@ -1,6 +1,8 @@
-// The chunk update: the surprises of a chunk go into W and S, in one pass over both. Compiled once for each instruction set.
+// The chunk update: the surprises of a chunk go into W and S, in one pass over both. Compiled once for each instruction
+// set.
 //
-//   W <- beta W + f S - sum_s a_s layer_input_s^T output_grad_s          S <- m S - sum_s e_s layer_input_s^T output_grad_s
+//   W <- beta W + f S - sum_s a_s layer_input_s^T output_grad_s          S <- m S - sum_s e_s layer_input_s^T
+//   output_grad_s
 //
 // A tile of W and the same tile of S stay in registers over all tokens s of the chunk, and each is read and written
 // once.

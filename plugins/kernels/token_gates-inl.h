@@ -1,7 +1,8 @@
 // One head with gates per token: retrieval and update of its memory over the tokens of a call (docs/operator.md has the
 // equations; names are those of the packed row). Compiled once for each instruction set.
 //
-// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matmuls; a single token is a handful of passes over W and S. Inside a chunk W and S are only read.
+// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matmuls; a
+// single token is a handful of passes over W and S. Inside a chunk W and S are only read.
 
 #if defined(TITANS_TOKEN_GATES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_TOKEN_GATES_INL_H_
@@ -219,7 +220,8 @@ class TokenRun {
     const float* k = head_.k + done * width_;
     const float* v = head_.v + done * width_;
     if (layer_input_[0].data + fill * layer_input_[0].stride != k) {
-      for (std::size_t t = 0; t < count; ++t) std::memcpy(layer_input_[0][fill + t], k + t * width_, width_ * sizeof(float));
+      for (std::size_t t = 0; t < count; ++t)
+        std::memcpy(layer_input_[0][fill + t], k + t * width_, width_ * sizeof(float));
     }
     const int last = depth_ - 1;
     for (int i = 0; i < last; ++i) {
@@ -233,7 +235,8 @@ class TokenRun {
                 });
     }
     const Rows error{output_grad_[last][fill], output_grad_[last].stride};
-    const Product products[] = {{layer_input_[last][fill], layer_input_[last].stride, weights_w(last), out(last), in(last)}};
+    const Product products[] = {
+        {layer_input_[last][fill], layer_input_[last].stride, weights_w(last), out(last), in(last)}};
     plain(products, count, out(last), error);
     for (std::size_t t = 0; t < count; ++t) stats_.loss += error_row(output_, error[t], k + t * width_, v + t * width_);
     for (int i = last; i > 0; --i) {
@@ -249,8 +252,8 @@ class TokenRun {
     }
   }
 
-  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x layer_input^T) output_grad.
-  // `rows`: how many of the chunk's tokens may have learned.
+  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x layer_input^T)
+  // output_grad. `rows`: how many of the chunk's tokens may have learned.
   void retrieve(std::size_t done, std::size_t fill, std::size_t count, std::size_t rows) {
     const float* q = head_.q + done * width_;
     Rows x{const_cast<float*>(q), width_};
@@ -268,9 +271,10 @@ class TokenRun {
                              [&](Vector sum, std::size_t row, std::size_t column, std::size_t n) HWY_ATTR {
                                store(hn::Neg(hn::Mul(sum, load(a[row] + column, n))), scores[row] + column, n);
                              });
-      const Product products[] = {{x_beta.data, x_beta.stride, weights_w(i), out(i), in(i)},
-                                  {x_f.data, x_f.stride, weights_s(i), out(i), in(i)},
-                                  {scores.data, stride, output_grad_[i].data, output_grad_[i].stride, rows, true, fill}};
+      const Product products[] = {
+          {x_beta.data, x_beta.stride, weights_w(i), out(i), in(i)},
+          {x_f.data, x_f.stride, weights_s(i), out(i), in(i)},
+          {scores.data, stride, output_grad_[i].data, output_grad_[i].stride, rows, true, fill}};
       const std::size_t side = static_cast<std::size_t>(i & 1);
       const Rows next{scratch_.x[side], padded(out(i))};
       if (i + 1 < depth_) {
@@ -308,7 +312,8 @@ class TokenRun {
       float* z = last == 0 ? output_grad_[0][fill] : layer_input_[1][fill];
       codec_.gemv(Pass::kWTwiceS, Gemv{stored_w(0), stored_s(0), x_beta, x_f, layer_input_[0][fill], x, z});
       for (int i = 0; i < last; ++i) {
-        activate_row(c_.activation, layer_input_[i + 1][fill], out(i), layer_input_[i + 1][fill], scratch_.derivative[index(i)]);
+        activate_row(c_.activation, layer_input_[i + 1][fill], out(i), layer_input_[i + 1][fill],
+                     scratch_.derivative[index(i)]);
         z = i + 1 == last ? output_grad_[last][fill] : layer_input_[i + 2][fill];
         codec_.gemv(Pass::kW, Gemv{stored_w(i + 1), {}, layer_input_[i + 1][fill], nullptr, nullptr, z, nullptr});
       }
@@ -389,8 +394,9 @@ class TokenRun {
       w = w_next;
       s = s_next;
     }
-    return HWY_NAMESPACE::update_layer(ChunkUpdate{in(i), out(i), chunk_, layer_input_[i].data, layer_input_[i].stride, scratch_.grad_a, scratch_.grad_e,
-                           stride, beta_, f_, m_, w, s, w_next, s_next});
+    return HWY_NAMESPACE::update_layer(ChunkUpdate{in(i), out(i), chunk_, layer_input_[i].data, layer_input_[i].stride,
+                                                   scratch_.grad_a, scratch_.grad_e, stride, beta_, f_, m_, w, s,
+                                                   w_next, s_next});
   }
 
   // Stores the staged update in the state.

@@ -257,8 +257,8 @@ PluginFields::PluginFields(const PluginAttributes& attributes) {
   add("outputs", join(attributes.outputs));
   const CudaDevice& device = attributes.built_for;
   if (device.sm != 0)
-    add(kBuiltFor, std::vector<std::int64_t>{device.sm, device.multiprocessors,
-                                             static_cast<std::int64_t>(device.shared_bytes)});
+    add(kBuiltFor,
+        std::vector<std::int64_t>{device.sm, device.multiprocessors, static_cast<std::int64_t>(device.shared_bytes)});
   collection_.nbFields = static_cast<std::int32_t>(fields_.size());
   collection_.fields = fields_.data();
 }

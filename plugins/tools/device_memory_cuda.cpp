@@ -11,10 +11,10 @@ namespace {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(failure("cuda", "E0713",
-                                   std::string("CUDA call failed: ") + what + ": " + cudaGetErrorName(error) + ", " +
-                                       cudaGetErrorString(error),
-                                   "check device, driver and memory"));
+  throw std::runtime_error(failure(
+      "cuda", "E0713",
+      std::string("CUDA call failed: ") + what + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error),
+      "check device, driver and memory"));
 }
 
 }  // namespace

@@ -260,7 +260,8 @@ TEST(MemoryAttributes, UnknownOnesAreRefusedWhereverTheyStand) {
   for (const std::string& bytes :
        {model(good + bad), model(good + within), model(good) + field(25, field(7, bad.substr(2)))}) {
     expect_error(TITANS_UNSUPPORTED,
-                 {"m.onnx", "NeuralMemory", "mode, schedule, widths", "unknown attribute \"network\"", "export the bundle again"},
+                 {"m.onnx", "NeuralMemory", "mode, schedule, widths", "unknown attribute \"network\"",
+                  "export the bundle again"},
                  [&] { check(bytes); });
   }
 }
