@@ -115,7 +115,7 @@ def test_int4_of_too_few_bytes(quantised_bundle: Make, tmp_path: Path) -> None:
         entry["shape"][0] -= 64
 
     path = damaged(quantised_bundle(RECIPES["int4"]), tmp_path / "b", shorten)
-    with pytest.raises(titans_runtime.Error, match=r"\.int4 of ONNX element type 22 .*, got uint8 \["):
+    with pytest.raises(titans_runtime.Error, match=r"\.int4: expected ONNX element type 22 .*, got uint8 \["):
         titans_runtime.Session(path)
 
 
