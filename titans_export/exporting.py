@@ -80,10 +80,11 @@ def _state_tensors(model: StreamModel) -> list[records.StateTensor]:
             dtype="float32",
             shape=tuple(initial.shape),
             role=given.role,
-            layout=tuple(records.LayoutField(**field._asdict()) for field in given.layout),
+            layout=given.layout,
             written=records.WrittenRows.from_json(given.written) if given.written is not None else None,
             chunk=given.chunk,
             rows=records.StreamRows.from_json(given.rows) if given.rows is not None else None,
+            operator=given.operator,
         )
         found.append(entry)
     return found

@@ -301,12 +301,21 @@ class Tokenizer(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutField(Entry):
-    """A field of a packed memory row: `shape` elements from the 32-bit word `offset` of the last dimension on."""
+    """A field of a packed memory row: `shape` elements from the 32-bit word `offset` of the last dimension on.
+
+    kind: what it holds (row_fields.WRITTEN has the kinds). written: by every token, by the i-th token of a chunk its
+    row i, or by the token that completes a chunk. of: the field whose rounding error it holds. at_start: its values at
+    a chunk's start.
+    """
 
     name: Text
     offset: Annotated[int, integer(0)]
     shape: Shape
     dtype: Annotated[str, word(*MEMORY_DTYPES)] = "float32"
+    kind: Annotated[str | None, string] = None
+    written: Annotated[str, word("token", "row", "chunk")] = "token"
+    of: Annotated[str | None, string] = None
+    at_start: Annotated[int | None, integer(0, 1)] = None
 
     @property
     def words(self) -> int:
@@ -336,6 +345,7 @@ class StateTensor(Entry):
     """A tensor that a stream carries from call to call, of shape (1, ...) for one stream.
 
     input, output: the graph input that takes it and the graph output with its successor. role: memory, conv or cache.
+    operator: the operator that updates a memory.
     """
 
     name: Text
@@ -348,6 +358,7 @@ class StateTensor(Entry):
     written: Annotated[WrittenRows | None, WrittenRows.from_json] = None
     chunk: Annotated[int | None, integer(1, _LARGEST)] = None
     rows: Annotated[StreamRows | None, StreamRows.from_json] = None
+    operator: Annotated[str | None, string] = None
 
     def check(self, path: str) -> None:
         """Compares the keys with the shape and the role."""

@@ -22,11 +22,11 @@ from titans_calibration.observe import WINDOW, NotFiniteError, Observations, Obs
 from titans_calibration.source import Source
 from titans_export.errors import BundleError
 from titans_export.files import replacing_file
+from titans_export.row_fields import STORED_KINDS
 from titans_export.running import Arrays, BundleRunner
 
 SAVE_SECONDS = 10.0
 _VERSION = 1  # of the work file
-_MEMORY_FIELDS = ("W", "S", "G", "gamma")
 
 Range = tuple[float, float]
 
@@ -161,7 +161,7 @@ class _Run:
         for entry in self._states:
             row = self.state[entry.name]
             for part in entry.layout:
-                if not part.name.startswith(_MEMORY_FIELDS):
+                if part.kind not in STORED_KINDS:
                     continue
                 values = row[..., part.offset : part.offset + int(np.prod(part.shape))]
                 low, high = float(values.min()), float(values.max())

@@ -331,7 +331,7 @@ TEST_F(GuardedStream, NumbersAreThoseOfWAndS) {
     std::vector<std::pair<std::size_t, std::vector<float>>> before;
     for (std::size_t index = 0; index < session_->memories().size(); ++index) {
       const std::string& name = session_->memories()[index].name;
-      if (name.find(".W0") != std::string::npos) before.emplace_back(index, read(index));
+      if (name.find(".kernel") != std::string::npos) before.emplace_back(index, read(index));
     }
     stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0);
     for (const auto& [index, old] : before) {

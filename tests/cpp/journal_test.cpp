@@ -17,9 +17,8 @@ namespace {
 using core::Stream;
 using Tokens = std::vector<std::int32_t>;
 
-// What a token within a chunk may change: the coefficients, and all of what is no packed row.
-constexpr std::size_t kTokenBytes =
-    kPackedHeads * (kPackedRow - kPackedCoefficients) * sizeof(float) + kPackedOtherBytes;
+// What a token within a chunk may change: the coefficients, and the whole memory without chunks.
+constexpr std::size_t kTokenBytes = kPackedHeads * kPackedCoefficientWords * sizeof(float) + kPackedOtherBytes;
 constexpr std::size_t kAllBytes = kPackedHeads * kPackedRow * sizeof(float) + kPackedOtherBytes;
 
 Tokens some_tokens(std::size_t count) {
@@ -50,7 +49,7 @@ class JournalTest : public testing::Test {
       std::vector<float> values(field.elements);
       stream.read_memory(index, values.data(), values.size());
       const bool is_chunk =
-          field.name.find("layer_input") != std::string::npos || field.name.find("output_grad") != std::string::npos;
+          field.name.find("seen") != std::string::npos || field.name.find("wanted") != std::string::npos;
       for (auto head = values.begin(); head != values.end(); head += static_cast<std::ptrdiff_t>(field.extent)) {
         all.insert(all.end(), head, head + (is_chunk ? fill : static_cast<std::ptrdiff_t>(field.extent)));
       }
@@ -225,12 +224,17 @@ TEST_P(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
   for (const std::uint64_t tokens : {4, 5, 6, 50}) EXPECT_EQ(saved(12, tokens), kPeriod * kToken);
 }
 
-// A state of two rows of 16 whose layout says nothing is amiss, unless `change` sees to it.
+// Two rows of 16 words in chunks of 4, changed by `change`; the bytes saved for a token within a chunk.
 template <typename Change>
 std::size_t bytes_saved_within_a_chunk(Change&& change) {
+  using core::Written;
   core::StateTensor state{"memory", "in", "out", core::DType::kFloat32, {1, 2, 16}, 128, "memory", {}};
-  state.layout = {{"W0", 0, {2}}, {"layer_input0", 2, {4}}, {"e", 6, {3}}, {"a", 9, {3}}, {"m", 12, {}},
-                  {"f", 13, {}},  {"beta", 14, {}}};
+  state.chunk = 4;
+  state.layout = {{"w", 0, {2}, core::FieldDtype::kFloat32, "weights", Written::kChunk},
+                  {"rows", 2, {4}, core::FieldDtype::kFloat32, "open_chunk", Written::kRow},
+                  {"x", 6, {3}},
+                  {"y", 9, {3}},
+                  {"z", 14, {}}};
   change(state);
   FakeTraffic traffic;
   FakeBuffer live(state.bytes, traffic);
@@ -242,33 +246,19 @@ std::size_t bytes_saved_within_a_chunk(Change&& change) {
   return traffic.bytes_copied;
 }
 
-TEST(Journal, OnlyAPackedRowIsSavedInParts) {
+TEST(Journal, SavesTheFieldsThatATokenWrites) {
   using core::StateTensor;
-  EXPECT_EQ(bytes_saved_within_a_chunk([](StateTensor&) {}), 2 * 10 * sizeof(float));
-  // A count of chunk_updates belongs to them, and what is stored in fewer bits takes fewer words than it has elements.
-  const auto counted = [](StateTensor& state) { state.layout.push_back({"chunk_updates", 15, {}}); };
-  EXPECT_EQ(bytes_saved_within_a_chunk(counted), 2 * 10 * sizeof(float));
-  const auto stored = [](StateTensor& state) {
-    state.layout[1] = {"layer_input0", 2, {8}, core::FieldDtype::kBFloat16};
-  };
-  EXPECT_EQ(bytes_saved_within_a_chunk(stored), 2 * 10 * sizeof(float));
-  const std::vector<void (*)(StateTensor&)> changes{
-      [](StateTensor& state) { state.role = "cache"; },
-      [](StateTensor& state) { state.layout.clear(); },
-      [](StateTensor& state) { state.layout.pop_back(); },
-      [](StateTensor& state) { state.layout[6].name = "gamma"; },
-      [](StateTensor& state) { std::swap(state.layout[2], state.layout[3]); },
-      [](StateTensor& state) { state.layout[3].offset = 8; },
-      [](StateTensor& state) { state.layout[3].shape = {2}; },
-      [](StateTensor& state) { state.layout[2].shape = {1, 3}; },
-      [](StateTensor& state) { state.layout[5].shape = {1}; },
-      [](StateTensor& state) { state.layout[6].offset = 15; },
-      [](StateTensor& state) { state.layout[1].offset = 3; },
-      [](StateTensor& state) { state.layout.erase(state.layout.begin(), state.layout.begin() + 2); },
-      [](StateTensor& state) { state.layout.push_back({"S0", 15, {1}}); },
-      [](StateTensor& state) { state.layout.push_back({"chunk_updates", 14, {}}); },
-  };
-  for (std::size_t i = 0; i < changes.size(); ++i) EXPECT_EQ(bytes_saved_within_a_chunk(changes[i]), 128U) << i;
+  using core::Written;
+  const auto words = [](auto&& change) { return bytes_saved_within_a_chunk(change) / 2 / sizeof(float); };
+  EXPECT_EQ(words([](StateTensor&) {}), 7U);
+  EXPECT_EQ(words([](StateTensor& state) { std::reverse(state.layout.begin(), state.layout.end()); }), 7U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].written = Written::kChunk; }), 4U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[0].written = Written::kToken; }), 9U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].offset = 7; }), 5U);  // overlapping fields are saved once
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[2] = {"x", 6, {3}, core::FieldDtype::kBFloat16}; }), 6U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout.clear(); }), 0U);
+  // A tensor that promises no chunks is saved whole.
+  EXPECT_EQ(words([](StateTensor& state) { state.chunk.reset(); }), 16U);
 }
 
 TEST(Journal, AMemoryWithOneGateAChunkIsSavedWhereOneEnds) {

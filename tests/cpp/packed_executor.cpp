@@ -130,18 +130,25 @@ class PackedExecutor final : public core::Executor {
   PackedControl& control_;
 };
 
+json coefficient(const char* name, std::size_t offset, const json& shape, int at_start) {
+  return {{"name", name},          {"offset", offset},   {"shape", shape},
+          {"kind", "coefficient"}, {"written", "token"}, {"at_start", at_start}};
+}
+
+// No field has a name that any operator uses: what the runtime does with a row follows from kinds alone.
 json packed_layout() {
-  const std::array<std::pair<const char*, std::size_t>, 6> vectors{
-      {{"W0", kW}, {"S0", kS}, {"layer_input0", kLeft}, {"output_grad0", kRight}, {"e", kE}, {"a", kA}}};
-  json layout = json::array();
-  for (const auto& [name, offset] : vectors) {
-    layout.push_back({{"name", name}, {"offset", offset}, {"shape", {offset < kLeft ? 2 : kPackedChunk}}});
-  }
-  const std::array<std::pair<const char*, std::size_t>, 3> numbers{{{"m", kM}, {"f", kF}, {"beta", kBeta}}};
-  for (const auto& [name, offset] : numbers) {
-    layout.push_back({{"name", name}, {"offset", offset}, {"shape", json::array()}});
-  }
-  return layout;
+  const json two{2}, chunk{kPackedChunk}, number = json::array();
+  return json::array({
+      {{"name", "kernel"}, {"offset", kW}, {"shape", two}, {"kind", "weights"}, {"written", "chunk"}},
+      {{"name", "velocity"}, {"offset", kS}, {"shape", two}, {"kind", "surprise"}, {"written", "chunk"}},
+      {{"name", "seen"}, {"offset", kLeft}, {"shape", chunk}, {"kind", "open_chunk"}, {"written", "row"}},
+      {{"name", "wanted"}, {"offset", kRight}, {"shape", chunk}, {"kind", "open_chunk"}, {"written", "row"}},
+      coefficient("late", kE, chunk, 0),
+      coefficient("early", kA, chunk, 0),
+      coefficient("inertia", kM, number, 1),
+      coefficient("drift", kF, number, 0),
+      coefficient("keep", kBeta, number, 1),
+  });
 }
 
 }  // namespace
@@ -149,7 +156,8 @@ json packed_layout() {
 void write_packed_bundle(const std::filesystem::path& folder) {
   json manifest = manifest_json();
   json other = manifest["state"][0];
-  manifest["state"][0].update({{"shape", {1, kPackedHeads, kPackedRow}}, {"layout", packed_layout()}});
+  manifest["state"][0].update(
+      {{"shape", {1, kPackedHeads, kPackedRow}}, {"chunk", kPackedChunk}, {"layout", packed_layout()}});
   other.update({{"name", "layers.1.memory"}, {"input", "other"}, {"output", "other.next"}});
   manifest["state"].insert(manifest["state"].begin() + 1, other);
   manifest["graphs"] = json::array();

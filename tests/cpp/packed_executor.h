@@ -23,7 +23,8 @@ inline constexpr std::int64_t kPackedChunk = 4;
 inline constexpr std::size_t kPackedHeads = 2;
 inline constexpr std::size_t kPackedRow = 32;           // elements
 inline constexpr std::size_t kPackedCoefficients = 12;  // where they start
-inline constexpr std::size_t kPackedOtherBytes = 16;    // of the memory of another layout
+inline constexpr std::size_t kPackedCoefficientWords = 11;
+inline constexpr std::size_t kPackedOtherBytes = 16;  // of the memory of another layout
 
 struct PackedControl {
   int fail_at = -1;  // the call that fails, counted from 0

@@ -73,8 +73,8 @@ TEST_P(StateTest, ARestoredStreamGoesOnAtAnyCut) {
     for (const core::StateKey* key : {static_cast<const core::StateKey*>(nullptr), &kKey}) {
       Stream stream(session_);
       feed(stream, part(0, cut));
-      save_state(file_, *session_, stream.state(), key);
-      Stream restored(session_, load_state(file_, *session_, key));
+      save_state(file_, session_->state_schema(), stream.state(), key);
+      Stream restored(session_, load_state(file_, session_->state_schema(), key));
       EXPECT_EQ(restored.position(), cut);
       EXPECT_EQ(restored.last_output(), stream.last_output());  // zeros of a fresh one
       ASSERT_EQ(feed(restored, part(cut, kTokens.size())), expected_tail(cut)) << cut;
@@ -88,8 +88,8 @@ TEST_P(StateTest, AFrozenStreamStaysFrozen) {
   Stream stream(session_);
   stream.set_learning(false);
   feed(stream, part(0, 3));
-  save_state(file_, *session_, stream.state(), nullptr);
-  EXPECT_FALSE(Stream(session_, load_state(file_, *session_, nullptr)).learning());
+  save_state(file_, session_->state_schema(), stream.state(), nullptr);
+  EXPECT_FALSE(Stream(session_, load_state(file_, session_->state_schema(), nullptr)).learning());
 }
 
 TEST_P(StateTest, AStateThatCannotBeTakenChangesNothing) {
@@ -163,7 +163,7 @@ class StateFileTest : public testing::Test {
     session_ = open_fake_session(folder_.path() / "model", control_);
     Stream stream(session_);
     feed(stream, kTokens);
-    save_state(file_, *session_, stream.state(), nullptr);
+    save_state(file_, session_->state_schema(), stream.state(), nullptr);
     content_ = read_file(file_);
   }
 
@@ -191,7 +191,7 @@ class StateFileTest : public testing::Test {
   void refused(titans_status status, const std::vector<std::string>& words) const {
     std::vector<std::string> all = words;
     all.emplace_back("one.tstate");
-    expect_error(status, all, [&] { load_state(file_, *session_, nullptr); });
+    expect_error(status, all, [&] { load_state(file_, session_->state_schema(), nullptr); });
   }
 
   TemporaryFolder folder_;
@@ -206,7 +206,7 @@ TEST_F(StateFileTest, TensorsAreAligned) {
   std::memcpy(&length, content_.data(), sizeof(length));
   EXPECT_EQ((8 + length) % 64, 0U);
   write_sealed(header(), data());
-  EXPECT_EQ(load_state(file_, *session_, nullptr).position, kTokens.size());
+  EXPECT_EQ(load_state(file_, session_->state_schema(), nullptr).position, kTokens.size());
 }
 
 TEST_F(StateFileTest, CutAtEveryLength) {
@@ -228,7 +228,7 @@ TEST_F(StateFileTest, EveryByteAltered) {
       altered[at] = static_cast<char>(altered[at] ^ flip);
       write_file(file_, altered);
       try {
-        load_state(file_, *session_, nullptr);
+        load_state(file_, session_->state_schema(), nullptr);
         ADD_FAILURE() << "byte " << at << " flipped by " << flip;
       } catch (const core::Error& error) {
         // Where it is a digit of the version the file is one of a newer version.
@@ -319,46 +319,48 @@ TEST_F(StateFileTest, AnotherModel) {
   write_bundle(other.path(), manifest);
   const auto session = open_fake_session(other.path(), control_);
   expect_error(TITANS_FAILED, {"expected other (weights abc123)", "fake (weights "},
-               [&] { load_state(file_, *session, nullptr); });
+               [&] { load_state(file_, session->state_schema(), nullptr); });
   // Another bundle of the same checkpoint is the same model, whatever its files.
-  save_state(file_, *session, Stream(session).state(), nullptr);
+  save_state(file_, session->state_schema(), Stream(session).state(), nullptr);
   TemporaryFolder third;
   manifest["model"]["name"] = "other-quantised";
   write_bundle(third.path(), manifest);
   write_file(third.path() / "weights.safetensors",
              safetensors(R"({"E": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})", float_bytes({9, 9})));
   write_manifest(third.path(), manifest);
-  EXPECT_EQ(load_state(file_, *open_fake_session(third.path(), control_), nullptr).position, 0U);
+  EXPECT_EQ(load_state(file_, open_fake_session(third.path(), control_)->state_schema(), nullptr).position, 0U);
   manifest["model"]["source"]["weights_sha256"] = "abc124";
   write_manifest(third.path(), manifest);
   expect_error(TITANS_FAILED, {"expected other-quantised (weights abc124)", "other (weights abc123)"},
-               [&] { load_state(file_, *open_fake_session(third.path(), control_), nullptr); });
+               [&] { load_state(file_, open_fake_session(third.path(), control_)->state_schema(), nullptr); });
 }
 
 TEST_F(StateFileTest, Encrypted) {
   Stream stream(session_);
   feed(stream, part(0, 4));
-  save_state(file_, *session_, stream.state(), &kKey);
+  save_state(file_, session_->state_schema(), stream.state(), &kKey);
   const std::string sealed = read_file(file_);
   EXPECT_EQ(sealed.substr(0, 8), "TITANSE1");
   EXPECT_EQ(sealed.find("titans-state"), std::string::npos);
-  save_state(file_, *session_, stream.state(), &kKey);
+  save_state(file_, session_->state_schema(), stream.state(), &kKey);
   EXPECT_NE(read_file(file_).substr(8, 12), sealed.substr(8, 12)) << "a nonce is used once";
   expect_error(TITANS_INVALID_ARGUMENT, {"one.tstate", "no key was given"},
-               [&] { load_state(file_, *session_, nullptr); });
+               [&] { load_state(file_, session_->state_schema(), nullptr); });
   core::StateKey wrong = kKey;
   wrong[31] ^= 1;
-  expect_error(TITANS_FAILED, {"one.tstate", "wrong key"}, [&] { load_state(file_, *session_, &wrong); });
+  expect_error(TITANS_FAILED, {"one.tstate", "wrong key"},
+               [&] { load_state(file_, session_->state_schema(), &wrong); });
   for (std::size_t at = 0; at < sealed.size(); ++at) {
     std::string altered = sealed;
     altered[at] = static_cast<char>(altered[at] ^ 1);
     write_file(file_, altered);
-    expect_error(TITANS_FAILED, {"one.tstate"}, [&] { load_state(file_, *session_, &kKey); });
+    expect_error(TITANS_FAILED, {"one.tstate"}, [&] { load_state(file_, session_->state_schema(), &kKey); });
     write_file(file_, sealed.substr(0, at));
-    expect_error(TITANS_FAILED, {"one.tstate"}, [&] { load_state(file_, *session_, &kKey); });
+    expect_error(TITANS_FAILED, {"one.tstate"}, [&] { load_state(file_, session_->state_schema(), &kKey); });
   }
   write_file(file_, content_);
-  expect_error(TITANS_FAILED, {"a key was given", "without encryption"}, [&] { load_state(file_, *session_, &kKey); });
+  expect_error(TITANS_FAILED, {"a key was given", "without encryption"},
+               [&] { load_state(file_, session_->state_schema(), &kKey); });
 }
 
 TEST_F(StateFileTest, ASizeBeyondThisModelIsNotRead) {
@@ -413,9 +415,9 @@ TEST_F(StateFileTest, WhatAKilledWriterLeftIsRemoved) {
   const std::filesystem::path aside = file_.string() + ".tmp";
   write_file(aside, "half a state");
   Stream stream(session_);
-  save_state(file_, *session_, stream.state(), nullptr);
+  save_state(file_, session_->state_schema(), stream.state(), nullptr);
   EXPECT_FALSE(std::filesystem::exists(aside));
-  EXPECT_EQ(load_state(file_, *session_, nullptr).position, 0U);
+  EXPECT_EQ(load_state(file_, session_->state_schema(), nullptr).position, 0U);
   EXPECT_EQ(std::filesystem::status(file_).permissions(),
             std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
 }
@@ -431,7 +433,7 @@ TEST_F(StateFileTest, AWriterWaitsForTheOneBefore) {
     released = true;
     ::close(held);
   });
-  save_state(file_, *session_, Stream(session_).state(), nullptr);
+  save_state(file_, session_->state_schema(), Stream(session_).state(), nullptr);
   other.join();
   EXPECT_TRUE(released);
 }
@@ -443,8 +445,8 @@ TEST_F(StateFileTest, ManyWritersOfOneFile) {
       Stream stream(session_);
       feed(stream, part(0, writer + 1));
       for (int i = 0; i < 20; ++i) {
-        save_state(file_, *session_, stream.state(), nullptr);
-        const StreamState read = load_state(file_, *session_, nullptr);
+        save_state(file_, session_->state_schema(), stream.state(), nullptr);
+        const StreamState read = load_state(file_, session_->state_schema(), nullptr);
         EXPECT_GE(read.position, 1U);
         EXPECT_LE(read.position, 4U + kTokens.size());
       }
@@ -464,14 +466,23 @@ TEST_F(StateFileTest, AFailedSaveLeavesTheOldFile) {
   EXPECT_EQ(read_file(file_), content_);
   const StreamState state = Stream(session_).state();
   expect_error(TITANS_FAILED, {"x.tstate", "No such file", "folder"},
-               [&] { save_state(folder_.path() / "none" / "x.tstate", *session_, state, nullptr); });
+               [&] { save_state(folder_.path() / "none" / "x.tstate", session_->state_schema(), state, nullptr); });
   expect_error(TITANS_INVALID_ARGUMENT, {"without a file name"},
-               [&] { save_state(folder_.path() / "", *session_, state, nullptr); });
-  expect_error(TITANS_FAILED, {"model"}, [&] { save_state(folder_.path() / "model", *session_, state, nullptr); });
+               [&] { save_state(folder_.path() / "", session_->state_schema(), state, nullptr); });
+  expect_error(TITANS_FAILED, {"model"},
+               [&] { save_state(folder_.path() / "model", session_->state_schema(), state, nullptr); });
   EXPECT_FALSE(std::filesystem::exists(folder_.path() / "model.tmp"));
 }
 
 // ---- another dtype ----
+
+core::MemoryField error_of(const char* rounded, core::Shape shape, core::FieldDtype dtype) {
+  return {std::string("lost.") + rounded, 0, std::move(shape), dtype, "rounding_error", core::Written::kChunk, rounded};
+}
+
+core::MemoryField update_count() {
+  return {"number", 0, {}, core::FieldDtype::kFloat32, "update_count", core::Written::kChunk};
+}
 
 // A tensor of one row: the fields one after the other.
 core::StateTensor memory_of(const std::vector<core::MemoryField>& fields) {
@@ -522,8 +533,8 @@ TEST(StateConversion, KeptErrorsCount) {
   const auto wide = memory_of({{"W0", 0, {1, 2}}, {"gamma", 0, {2}}});
   const auto kept = memory_of({{"W0", 0, {1, 2}, FieldDtype::kBFloat16},
                                {"gamma", 0, {2}, FieldDtype::kBFloat16},
-                               {"EW0", 0, {1, 2}, FieldDtype::kBFloat16},
-                               {"EW_gamma", 0, {2}, FieldDtype::kBFloat16}});
+                               error_of("W0", {1, 2}, FieldDtype::kBFloat16),
+                               error_of("gamma", {2}, FieldDtype::kBFloat16)});
   const std::vector<float> values{1.00390625F, -1.01171875F, 0.1F, 3.0F};
   const std::vector<float> there = convert(wide, values, kept);
   EXPECT_EQ(values_of(kept, there, 0), (std::vector<float>{1.0F, -1.015625F}));
@@ -541,8 +552,8 @@ TEST(StateConversion, KeptErrorsCount) {
 TEST(StateConversion, TheSameStorageKeepsItsBits) {
   const auto nearest = memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}});
   const auto feedback =
-      memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"EW0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}});
-  const auto stochastic = memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}, {"chunk_updates", 0, {}}});
+      memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, error_of("W0", {1, 33}, FieldDtype::kInt8), {"a", 0, {1}}});
+  const auto stochastic = memory_of({{"W0", 0, {1, 33}, FieldDtype::kInt8}, {"a", 0, {1}}, update_count()});
   std::vector<float> row(nearest.bytes / sizeof(float));
   for (std::size_t i = 0; i + 1 < row.size(); ++i) {
     const std::uint32_t bits = 0x3F400000U + static_cast<std::uint32_t>(i * 0x01020304U);
@@ -560,7 +571,7 @@ TEST(StateConversion, TheSameStorageKeepsItsBits) {
   EXPECT_EQ(counted.back(), 0.0F);
   counted.back() = 7.0F;
   EXPECT_EQ(convert(stochastic, counted, stochastic).back(), 7.0F);
-  const auto narrower = memory_of({{"W0", 0, {1, 33}, FieldDtype::kBFloat16}, {"a", 0, {1}}, {"chunk_updates", 0, {}}});
+  const auto narrower = memory_of({{"W0", 0, {1, 33}, FieldDtype::kBFloat16}, {"a", 0, {1}}, update_count()});
   EXPECT_EQ(convert(stochastic, counted, narrower).back(), 7.0F);
 }
 
@@ -575,6 +586,19 @@ TEST(StateConversion, AnotherModel) {
   two = one;
   two.layout.clear();
   EXPECT_NE(core::difference(one, two), std::nullopt);
+  two = one;
+  two.layout[0].kind = "surprise";
+  EXPECT_NE(core::difference(one, two), std::nullopt);
+  // Rounding errors of no field, of another shape or of another error, and a count of more than one word.
+  core::MemoryField counts = update_count();
+  counts.shape = {2};
+  for (const core::MemoryField& field :
+       {error_of("none", {1, 2}, FieldDtype::kFloat32), error_of("W0", {2, 1}, FieldDtype::kFloat32),
+        error_of("lost.W0", {1, 2}, FieldDtype::kFloat32), counts}) {
+    const auto hostile = memory_of({{"W0", 0, {1, 2}}, {"a", 0, {2}}, field});
+    EXPECT_NE(core::difference(one, hostile), std::nullopt) << field.of;
+    EXPECT_NE(core::difference(hostile, one), std::nullopt) << field.of;
+  }
 }
 
 }  // namespace

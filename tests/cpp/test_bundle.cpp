@@ -52,7 +52,8 @@ json manifest_json() {
     "state": [
       {"name": "layers.0.memory", "input": "memory", "output": "memory.next", "dtype": "float32", "shape": [1, 1, 4],
        "role": "memory",
-       "layout": [{"name": "W0", "offset": 0, "shape": [1, 2]}, {"name": "S0", "offset": 2, "shape": [2]}]},
+       "layout": [{"name": "W0", "offset": 0, "shape": [1, 2], "kind": "weights"},
+                  {"name": "S0", "offset": 2, "shape": [2], "kind": "surprise"}]},
       {"name": "layers.0.last", "input": "last", "output": "last.next", "dtype": "float32", "shape": [1, 1],
        "role": "cache"}],
     "graphs": [

@@ -159,8 +159,8 @@ TEST(Wipe, WhatTheCoreKeepsAndCopies) {
       const core::StateKey key{1, 2, 3};
       for (const core::StateKey* one : {static_cast<const core::StateKey*>(nullptr), &key}) {
         if (one != nullptr && !core::has_crypto()) continue;
-        save_state(file, *session, stream.state(), one);
-        stream.set_state(load_state(file, *session, one));
+        save_state(file, session->state_schema(), stream.state(), one);
+        stream.set_state(load_state(file, session->state_schema(), one));
         core::read_state(file, one);
       }
       stream.reset();

@@ -226,7 +226,8 @@ class TestMemory:
                                 ("b.c.W0", (1, 1, 2, 2)))
         }  # fmt: skip
         moved = {name: values + np.float32(0.5) for name, values in fields.items()}
-        first, second = distances(7, moved, fields)
+        kinds = {"W": "weights", "g": "weights", "S": "surprise", "E": "rounding_error", "l": "open_chunk"}
+        first, second = distances(7, moved, fields, {name: kinds[name.rpartition(".")[2][0]] for name in fields})
         w = np.concatenate([fields[name].ravel() for name in ("a.W0", "a.W1", "a.gamma")]).astype(np.float64)
         s = fields["a.S0"].ravel().astype(np.float64)
         assert (first.layer, first.position, second.layer) == ("a", 7, "b.c")
@@ -238,8 +239,8 @@ class TestMemory:
 
     def test_of_zeros(self) -> None:
         zeros, ones = ({"a.W0": np.full((1, 1, 2, 2), value, np.float32)} for value in (0, 1))
-        assert distances(0, zeros, zeros)[0].weights == 0
-        assert distances(0, ones, zeros)[0].weights == np.inf
+        assert distances(0, zeros, zeros, {"a.W0": "weights"})[0].weights == 0
+        assert distances(0, ones, zeros, {"a.W0": "weights"})[0].weights == np.inf
 
     def test_positions_and_layers(self, base: Any, other: Any) -> None:
         found = compare(base, {"x": other}, TOKENS, window=64).drifts["x"]

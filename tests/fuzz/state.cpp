@@ -76,8 +76,8 @@ void use(const std::shared_ptr<core::Session>& session, const core::StreamState&
   stream.set_state(state);
   check(same(stream.state(), state), "the state that was set");
   const std::filesystem::path path = scratch() / "again.tstate";
-  core::save_state(path, *session, stream.state(), nullptr, core::Durability::kProcess);
-  check(same(core::load_state(path, *session, nullptr), state), "what was saved");
+  core::save_state(path, session->state_schema(), stream.state(), nullptr, core::Durability::kProcess);
+  check(same(core::load_state(path, session->state_schema(), nullptr), state), "what was saved");
   const std::int32_t tokens[] = {1, 2, 3};
   try {
     stream.feed(tokens, std::size(tokens), TITANS_OUTPUT_NONE, nullptr, 0);
@@ -92,7 +92,7 @@ void read(const std::shared_ptr<core::Session>& session, const std::string& cont
   write(path, content);
   core::StreamState state;
   try {
-    state = core::load_state(path, *session, key);
+    state = core::load_state(path, session->state_schema(), key);
   } catch (const core::Error& error) {
     check_error(error);
     return;

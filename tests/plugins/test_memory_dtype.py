@@ -35,13 +35,14 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from titans_export.errors import TitansError
-from titans_export.manifest import LayoutField
 from titans_export.model import memory_dtype as packing
 from titans_export.model.chunk_update import ChunkMemorySpec, chunk_layout
 from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import memory_layout
+from titans_export.model.packed_row import Layout
 from titans_export.operators import CHUNK_NEURAL_MEMORY
+from titans_export.row_fields import RowField
 
 targets = pytest.mark.parametrize("target", cpu_targets())
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
@@ -650,13 +651,8 @@ def test_layouts_are_those_of_the_kernel(memory_dtype: str, rounding: str, tmp_p
         expected = [name for name, _, _ in row_fields(node)]
         gammas = {"W2": "gamma", "G2": "G_gamma", "S2": "S_gamma", "EW2": "EW_gamma", "ES2": "ES_gamma"}
         assert names == [gammas.get(name, name) for name in expected]
-        plain = layout.from_shapes(
-            [(f.name, f.shape) for f in layout.fields if f.name[0] != "E" and f.name != "chunk_updates"]
-        )
-        assert packing.stored_layout(plain.fields, memory_dtype, rounding) == (
-            tuple(LayoutField(**field._asdict()) for field in layout.fields),
-            layout.size,
-        )
+        plain = [RowField.from_layout(f) for f in layout.fields if f.kind not in ("rounding_error", "update_count")]
+        assert packing.stored_layout(Layout.of(plain).fields, memory_dtype, rounding) == (layout.fields, layout.size)
 
 
 def test_a_row_packs_and_unpacks_with_its_errors() -> None:

@@ -36,7 +36,6 @@ ROOMS: dict[str, set[str]] = {
     "backends/onnxruntime": {"base", "bundle", "backends", "cuda"},
     "backends/tensorrt": {"base", "bundle", "backends", "cuda"},
 }
-EXCEPTIONS = {("runtime/src/state/state_file.h", "session/session.h")}
 # The headers of each framework, by the one folder of runtime/src/backends that may include them.
 FRAMEWORKS = {
     "onnxruntime": re.compile(r"onnxruntime"),
@@ -180,16 +179,15 @@ def test_rooms_include_only_the_rooms_that_they_may() -> None:
     source = ROOT / "runtime" / "src"
     ours = {path.relative_to(source).as_posix() for path in source.rglob("*.h")}
     found = [(path, name) for path, name in _includes("runtime/src") if not name.startswith(("titans/", "plugins/"))]
-    wrong, excepted = [], set()
+    wrong = []
     for path, name in found:
         room = _room(str(Path(path).relative_to("runtime/src")))
         assert room in ROOMS, f"{path} is in no room of the table"
         if name not in ours or _room(name) in {room, *ROOMS[room]}:
             continue
-        (excepted.add if (path, name) in EXCEPTIONS else wrong.append)((path, name))
+        wrong.append((path, name))
     assert {_room(name) for _, name in found if name in ours} >= set(ROOMS) - {"api"}
     assert not wrong
-    assert excepted == EXCEPTIONS, "an exception that nothing needs"
 
 
 def test_includes_of_the_runtime_name_their_room() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import TEXT, invoke, spawn
-from state_files import memory_entry, write_rows, write_state
+from state_files import kind_of, memory_entry, write_rows, write_state
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 
@@ -114,6 +114,10 @@ def test_a_row_of_the_open_chunk_counts_once_it_is_used(tmp_path: Path) -> None:
     result.check_failure(3, "2 NaN in memory.layer_input0, head 1")
 
 
+def _field(name: str, offset: int, shape: list[int], dtype: str) -> dict[str, Any]:
+    return {"name": name, "offset": offset, "shape": shape, "dtype": dtype, "kind": kind_of(name)}
+
+
 def _blocks(memory_dtype: str, large: int, one: int) -> np.ndarray:
     """A row with W0 and S0 of 2 x 32 each: codes in 16 words, two bfloat16 scales in one more."""
     raw = np.zeros((1, 1, 48 * 4), np.uint8)
@@ -127,7 +131,10 @@ def _blocks(memory_dtype: str, large: int, one: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("memory_dtype", "large", "one", "value"), [("int8", 127, 1, 127), ("fp8", 0x7E, 0x38, 448)])
 def test_saturation_of_blocks(memory_dtype: str, large: int, one: int, value: int, tmp_path: Path) -> None:
-    layout = [{"name": n, "offset": at, "shape": [2, 32], "dtype": memory_dtype} for n, at in (("W0", 0), ("S0", 17))]
+    layout = [
+        {"name": n, "offset": at, "shape": [2, 32], "dtype": memory_dtype, "kind": kind_of(n)}
+        for n, at in (("W0", 0), ("S0", 17))
+    ]
     entry = memory_entry("memory", layout, 1, 48)
     kept = {"dtype": memory_dtype, "rounding": "nearest", "seed": 0}
     path = write_rows(tmp_path / "blocks.tstate", [entry], {"memory": _blocks(memory_dtype, large, one)}, memory=kept)
@@ -145,7 +152,10 @@ def test_saturation_of_blocks(memory_dtype: str, large: int, one: int, value: in
 def test_saturation_of_float16(tmp_path: Path) -> None:
     row = np.zeros((1, 1, 16), np.float32)
     row.view(np.float16)[0, 0, :8] = [65504, -65504, 1, 0, 2, 0, 0, 0]
-    fields = [{"name": n, "offset": at, "shape": [1, 4], "dtype": "float16"} for n, at in (("W0", 0), ("S0", 2))]
+    fields = [
+        {"name": n, "offset": at, "shape": [1, 4], "dtype": "float16", "kind": kind_of(n)}
+        for n, at in (("W0", 0), ("S0", 2))
+    ]
     kept = {"dtype": "float16", "rounding": "nearest", "seed": 0}
     path = write_rows(tmp_path / "half.tstate", [memory_entry("memory", fields, 1, 16)], {"memory": row}, memory=kept)
     (memory,) = invoke("inspect", path, "--json").json()["memories"]
@@ -345,7 +355,10 @@ def test_states_of_one_model_in_two_storages(tmp_path: Path) -> None:
     whole = write_state(tmp_path / "whole.tstate", {"memory": {"W0": values, "S0": 0 * values}})
     row = np.zeros((1, 1, 16), np.float32)
     row.view(np.float16)[0, 0, :4] = [1, 2, -3, 0.625]
-    fields = [{"name": n, "offset": at, "shape": [1, 4], "dtype": "float16"} for n, at in (("W0", 0), ("S0", 2))]
+    fields = [
+        {"name": n, "offset": at, "shape": [1, 4], "dtype": "float16", "kind": kind_of(n)}
+        for n, at in (("W0", 0), ("S0", 2))
+    ]
     kept = {"dtype": "float16", "rounding": "nearest", "seed": 0}
     half = write_rows(tmp_path / "half.tstate", [memory_entry("memory", fields, 1, 16)], {"memory": row}, memory=kept)
     facts = invoke("diff", whole, half, "--tolerance", 0.04, "--json").json()

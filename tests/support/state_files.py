@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,29 @@ from safetensors.numpy import save
 Fields = Mapping[str, np.ndarray]
 
 
+def kind_of(name: str) -> str:
+    """The kind of a field of the operators' rows, by its name."""
+    for pattern, kind in (
+        (r"W\d+|gamma", "weights"), (r"G(\d+|_gamma)", "gradient_point"), (r"S(\d+|_gamma)", "surprise"),
+        (r"E[WS].*", "rounding_error"), (r"[eamf]|beta", "coefficient"), (r"chunk_updates", "update_count"),
+    ):  # fmt: skip
+        if re.fullmatch(pattern, name):
+            return kind
+    return "open_chunk"
+
+
 def layout_of(fields: Fields) -> tuple[list[dict[str, Any]], int]:
     """A float32 row's layout and words; each field is (heads, *shape)."""
     layout, offset = [], 0
     for name, values in fields.items():
-        layout.append({"name": name, "offset": offset, "shape": list(values.shape[1:])})
+        layout.append({"name": name, "offset": offset, "shape": list(values.shape[1:]), "kind": kind_of(name)})
         offset += int(np.prod(values.shape[1:]))
     return layout, -(-offset // 16) * 16
 
 
 def memory_entry(name: str, layout: Sequence[Mapping[str, Any]], heads: int, words: int) -> dict[str, Any]:
-    return {"name": name, "role": "memory", "dtype": "float32", "shape": [1, heads, words], "layout": list(layout)}
+    entry = {"name": name, "role": "memory", "dtype": "float32", "shape": [1, heads, words], "layout": list(layout)}
+    return entry | ({"operator": "NeuralMemory"} if any(field["name"] == "e" for field in layout) else {})
 
 
 def write_state(path: Path, memories: Mapping[str, Fields], others: Fields | None = None, **metadata: Any) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,20 @@ from .metrics import MemoryDistance
 
 Fields = Mapping[str, NDArray[np.float32]]  # as titans_runtime.Stream.memory gives them
 
-# Fields of a packed row that form a layer's W, and those that form its S (docs/operator.md).
-_WEIGHTS, _SURPRISE = re.compile(r"W\d+|gamma"), re.compile(r"S\d+|S_gamma")
+Kinds = Mapping[str, str | None]  # a field's full name to its kind
 
 
-def distances(position: int, got: Fields, reference: Fields) -> list[MemoryDistance]:
+def kinds_of(info: Mapping[str, Any]) -> Kinds:
+    """The kind of every field of the memories, from a session's info."""
+    return {f"{state['name']}.{field}": kind for state in info["state"] for field, kind in state["fields"].items()}
+
+
+def distances(position: int, got: Fields, reference: Fields, kinds: Kinds) -> list[MemoryDistance]:
     """The distance of each layer's memory, in the order of the fields."""
     layers = dict.fromkeys(name.rpartition(".")[0] for name in reference)
     found = []
     for layer in layers:
-        weights, surprise = (_pair(got, reference, layer, pattern) for pattern in (_WEIGHTS, _SURPRISE))
+        weights, surprise = (_pair(got, reference, layer, kinds, kind) for kind in ("weights", "surprise"))
         if weights is None:
             continue
         found.append(
@@ -40,11 +44,9 @@ def distances(position: int, got: Fields, reference: Fields) -> list[MemoryDista
     return found
 
 
-def _pair(got: Fields, reference: Fields, layer: str, pattern: re.Pattern[str]) -> tuple[float, float, float] | None:
-    """Relative distance and both norms of the fields that match the pattern; None without any."""
-    names = [
-        name for name in reference if name.rpartition(".")[0] == layer and pattern.fullmatch(name.rpartition(".")[2])
-    ]
+def _pair(got: Fields, reference: Fields, layer: str, kinds: Kinds, kind: str) -> tuple[float, float, float] | None:
+    """Relative distance and both norms of a layer's fields of that kind; None without any."""
+    names = [name for name in reference if name.rpartition(".")[0] == layer and kinds.get(name) == kind]
     if not names:
         return None
     squares = np.zeros(3)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError, UsageError
-from .memory import Fields, distances
+from .memory import Fields, distances, kinds_of
 from .metrics import Drift, Floats, Meter, ReferenceOutputs, uniform
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def compare(
         )
     part = None if bits_tolerance is None else bits_tolerance / 100
     meters = {name: Meter(logits, reference.output_size, window, tolerance, part) for name in candidates}
+    kinds = kinds_of(reference.info)
     reference_seconds, before, position, looked = 0.0, uniform(reference.output_size), 0, 0
     with ExitStack() as stack:
         reference_stream = stack.enter_context(closing(reference.stream()))
@@ -87,7 +88,7 @@ def compare(
                 looked = position
                 memory = reference_stream.memory()
                 for name, stream in streams.items():
-                    meters[name].drift.memory += distances(position, _memory(stream, memory, name), memory)
+                    meters[name].drift.memory += distances(position, _memory(stream, memory, name), memory, kinds)
             progress(len(block))
     for meter in meters.values():
         meter.close()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..row_fields import RowField
 from .fast_networks import NetworkSpec, Weights, pull
 from .packed_row import Layout
 
@@ -83,13 +84,17 @@ def _names(spec: ChunkMemorySpec, letter: str) -> list[str]:
 def chunk_layout(spec: ChunkMemorySpec) -> Layout:
     """W | gradient point | S of each order | the open chunk's k, v and step sizes | padding."""
     shapes = spec.network.shapes
-    fields = list(shapes.items())
-    if spec.keeps_point:
-        fields += zip(_names(spec, "G"), shapes.values(), strict=True)
-    for letter in _surprise_letters(spec):
-        fields += zip(_names(spec, letter), shapes.values(), strict=True)
+    fields = [RowField(name, shape, "weights") for name, shape in shapes.items()]
+    kinds = [("G", "gradient_point")] if spec.keeps_point else []
+    kinds += [(s, "higher_surprise" if order else "surprise") for order, s in enumerate(_surprise_letters(spec))]
+    for letter, kind in kinds:
+        fields += [
+            RowField(name, shape, kind) for name, shape in zip(_names(spec, letter), shapes.values(), strict=True)
+        ]
     rows, width = spec.rows, spec.network.width
-    return Layout.from_shapes([*fields, ("k", (rows, width)), ("v", (rows, width)), ("theta", (rows,))])
+    for name, shape in (("k", (rows, width)), ("v", (rows, width)), ("theta", (rows,))):
+        fields.append(RowField(name, shape, "open_chunk"))
+    return Layout.of(fields)
 
 
 def _surprise_letters(spec: ChunkMemorySpec) -> list[str]:

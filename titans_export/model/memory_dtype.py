@@ -6,7 +6,6 @@ kernels' alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ..dtypes import BLOCK, MEMORY_DTYPES, SCALED, PackedField, field_words, matrix
 from ..errors import TitansError
 from ..manifest import LayoutField
+from ..row_fields import STORED_KINDS, RowField, rounding_error_of
 
 ROUNDINGS = ("nearest", "stochastic", "error_feedback")
 ROW_ALIGNMENT = 16  # words: a head's row starts on a 64-byte line
@@ -23,9 +23,6 @@ ROW_ALIGNMENT = 16  # words: a head's row starts on a 64-byte line
 _LARGEST = {memory_dtype: np.float32(MEMORY_DTYPES[memory_dtype]) for memory_dtype in SCALED}
 _SMALLEST_BLOCK = np.float32(2.0**-100)
 _NAN_SCALE = 0x7FC0
-
-# Fields that a memory_dtype concerns: W0, gamma, their gradient point and their surprise.
-_WEIGHTS = re.compile(r"([WGS]\d+|gamma|[GS]_gamma)")
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
@@ -151,43 +148,39 @@ def unpack(packed: Words, shape: Sequence[int], memory_dtype: str) -> Floats:
     return values.astype(np.float32).reshape(*lead, *shape)
 
 
-def is_stored(name: str) -> bool:
-    """Whether a memory_dtype concerns the field of that name in a float32 row."""
-    return _WEIGHTS.fullmatch(name) is not None
+def place_fields(
+    fields: Sequence[RowField], memory_dtype: str, rounding: str = "nearest"
+) -> tuple[tuple[LayoutField, ...], int]:
+    """The layout of a row in `memory_dtype`, with the fields that the rounding adds, and the row's words.
 
-
-def stored_shapes(
-    shapes: Sequence[tuple[str, tuple[int, ...]]], memory_dtype: str, rounding: str
-) -> list[tuple[str, tuple[int, ...], str]]:
-    """Names, shapes and memory_dtypes of a row's fields in order, from the names and shapes of the row in float32."""
+    fields: those of the float32 row, in order.
+    """
     _check(memory_dtype)
     if rounding not in ROUNDINGS:
         raise _invalid("rounding", ROUNDINGS, rounding)
     if memory_dtype == "float32" and rounding != "nearest":
         problem = f'contradicting attributes: rounding "{rounding}" with memory_dtype "float32"'
         raise TitansError("E0702", "memory_dtype", problem, "choose another memory_dtype")
-    weights = [(name, shape, memory_dtype) for name, shape in shapes if is_stored(name)]
-    rest = [(name, shape, "float32") for name, shape in shapes if not is_stored(name)]
+    stored = [field for field in fields if field.kind in STORED_KINDS]
+    rest = [field for field in fields if field.kind not in STORED_KINDS]
     if rounding == "error_feedback":
-        for letter in "WS":
-            for name, shape, _ in weights.copy():
-                if name[0] == letter or (letter == "W" and name == "gamma"):
-                    weights.append((f"EW_{name}" if name == "gamma" else f"E{name}", shape, memory_dtype))
+        for kind in ("weights", "surprise"):
+            stored += [rounding_error_of(field) for field in fields if field.kind == kind]
     if rounding == "stochastic":
-        rest.append(("chunk_updates", (), "float32"))
-    return weights + rest
+        rest.append(RowField("chunk_updates", (), "update_count"))
+    placed: list[LayoutField] = []
+    offset = 0
+    for field, dtype in [*((f, memory_dtype) for f in stored), *((f, "float32") for f in rest)]:
+        placed.append(field.at(offset, dtype))
+        offset += placed[-1].words
+    return tuple(placed), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def stored_layout(
-    layout: Sequence[PackedField], memory_dtype: str, rounding: str = "nearest"
+    layout: Sequence[LayoutField], memory_dtype: str, rounding: str = "nearest"
 ) -> tuple[tuple[LayoutField, ...], int]:
     """The layout of a row in `memory_dtype`, from the layout of the same row in float32, and the row's words."""
-    fields: list[LayoutField] = []
-    offset = 0
-    for name, shape, kept in stored_shapes([(field.name, field.shape) for field in layout], memory_dtype, rounding):
-        fields.append(LayoutField(name=name, offset=offset, shape=shape, dtype=kept))
-        offset += fields[-1].words
-    return tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return place_fields([RowField.from_layout(field) for field in layout], memory_dtype, rounding)
 
 
 def unpack_row(row: Floats, layout: Sequence[PackedField]) -> dict[str, Floats]:
@@ -201,7 +194,7 @@ def unpack_row(row: Floats, layout: Sequence[PackedField]) -> dict[str, Floats]:
     }
 
 
-def pack_row(fields: Mapping[str, Floats], layout: Sequence[PackedField], size: int) -> Floats:
+def pack_row(fields: Mapping[str, Floats], layout: Sequence[LayoutField], size: int) -> Floats:
     """Fields, each (..., *shape), to packed rows (..., size), rounded to nearest; zeros for a missing field.
 
     With error feedback, missing error fields become the rounding errors of W and S.
@@ -210,10 +203,10 @@ def pack_row(fields: Mapping[str, Floats], layout: Sequence[PackedField], size: 
     first = next(iter(fields))
     lead = np.shape(fields[first])[: np.ndim(fields[first]) - len(shapes[first])]
     raw = np.zeros((*lead, size), np.uint32)
-    lost: dict[str, Floats] = {}
+    lost: dict[str, Floats] = {}  # by the field that was rounded
     for field in layout:
         name, shape, memory_dtype = field.name, field.shape, field.dtype
-        value = fields.get(name, lost.get(name))
+        value = fields.get(name, lost.get(field.of or ""))
         if value is None:
             continue
         values = np.asarray(value, np.float32).reshape(*lead, *matrix(shape))
@@ -221,7 +214,5 @@ def pack_row(fields: Mapping[str, Floats], layout: Sequence[PackedField], size: 
         begin = field.offset
         raw[..., begin : begin + packed.shape[-1]] = packed
         if memory_dtype != "float32":
-            lost["EW_gamma" if name == "gamma" else f"E{name}"] = values.reshape(*lead, *shape) - unpack(
-                packed, shape, memory_dtype
-            )
+            lost[name] = values.reshape(*lead, *shape) - unpack(packed, shape, memory_dtype)
     return raw.view(np.float32)

@@ -61,7 +61,11 @@ class Titans(StreamModel):
             if role == "cache" and self.config.variant == "mac":
                 first, segment = self.config.persistent, self.config.window
                 written = {"axis": 2, "first": [first, first + segment], "period": segment}
-            facts[name] = StateInfo(role, layout if role == "memory" else (), written)
+            if role == "memory":
+                chunk = self.config.memory.chunk
+                facts[name] = StateInfo(role, layout, chunk=chunk, operator="NeuralMemory")
+            else:
+                facts[name] = StateInfo(role, written=written)
         return facts
 
     def initial_state(self, batch: int) -> StreamState:

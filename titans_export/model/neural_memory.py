@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..operators import NEURAL_MEMORY
+from ..row_fields import RowField
 from . import exported
 from .layers import Step
 from .memory import CachedChunk, Gates, MemorySpec, State, chunk_update, coefficients, read, surprise
@@ -25,13 +26,14 @@ STATS = ("surprise", "update_norm", "committed", "rejected")
 def memory_layout(spec: MemorySpec, memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
     """The packed row: W | S | rows of the open chunk | their coefficients | padding."""
     c = spec.chunk_size
-    shapes: list[tuple[str, tuple[int, ...]]] = []
-    shapes += [(f"W{i}", s) for i, s in enumerate(spec.shapes)]
-    shapes += [(f"S{i}", s) for i, s in enumerate(spec.shapes)]
+    fields = [RowField(f"W{i}", s, "weights") for i, s in enumerate(spec.shapes)]
+    fields += [RowField(f"S{i}", s, "surprise") for i, s in enumerate(spec.shapes)]
     for i, (width_in, width_out) in enumerate(spec.shapes):
-        shapes += [(f"layer_input{i}", (c, width_in)), (f"output_grad{i}", (c, width_out))]
-    shapes += [("e", (c,)), ("a", (c,)), ("m", ()), ("f", ()), ("beta", ())]
-    return Layout.from_shapes(shapes, memory_dtype, rounding)
+        fields.append(RowField(f"layer_input{i}", (c, width_in), "open_chunk"))
+        fields.append(RowField(f"output_grad{i}", (c, width_out), "open_chunk"))
+    fields += [RowField(name, (c,), "coefficient", at_start=0) for name in "ea"]
+    fields += [RowField(name, (), "coefficient", at_start=start) for name, start in (("m", 1), ("f", 0), ("beta", 1))]
+    return Layout.of(fields, memory_dtype, rounding)
 
 
 def initial_rows(spec: MemorySpec, weights: list[Tensor]) -> Tensor:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dtypes import field_words
-from .memory_dtype import ROW_ALIGNMENT, stored_shapes
-
-
-class Field(NamedTuple):
-    """A field of a packed row: words [offset, offset + words). Only float32 has one word per element."""
-
-    name: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    @property
-    def words(self) -> int:
-        """32-bit words of the field."""
-        return field_words(self.shape, self.dtype)
+from ..manifest import LayoutField
+from ..row_fields import RowField
+from .memory_dtype import place_fields, stored_layout
 
 
 @dataclass(frozen=True)
@@ -35,25 +22,19 @@ class Layout:
     all of them there is memory_dtype.py.
     """
 
-    fields: tuple[Field, ...]
+    fields: tuple[LayoutField, ...]
     size: int
     memory_dtype: str = "float32"
     rounding: str = "nearest"
 
     @staticmethod
-    def from_shapes(
-        shapes: list[tuple[str, tuple[int, ...]]], memory_dtype: str = "float32", rounding: str = "nearest"
-    ) -> Layout:
-        """The fields one after the other, and what the rounding adds to them."""
-        fields, offset = [], 0
-        for name, shape, kept in stored_shapes(shapes, memory_dtype, rounding):
-            fields.append(Field(name, offset, shape, kept))
-            offset += fields[-1].words
-        return Layout(tuple(fields), -(-offset // ROW_ALIGNMENT) * ROW_ALIGNMENT, memory_dtype, rounding)
+    def of(fields: Sequence[RowField], memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
+        """The float32 row's fields one after the other, and those that the rounding adds."""
+        return Layout(*place_fields(fields, memory_dtype, rounding), memory_dtype, rounding)
 
     def stored(self, memory_dtype: str, rounding: str = "nearest") -> Layout:
-        """That of the same row in another memory_dtype, from one of memory_dtype "float32"."""
-        return Layout.from_shapes([(f.name, f.shape) for f in self.fields], memory_dtype, rounding)
+        """The layout of the same row in another memory dtype. Only for a float32 layout."""
+        return Layout(*stored_layout(self.fields, memory_dtype, rounding), memory_dtype, rounding)
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
         """(..., R) to the fields by name, each (..., *shape)."""

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..manifest import LayoutField
 from ..schedule import calls
 from .layers import StreamState
-from .packed_row import Field
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,19 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateInfo:
-    """What the manifest says of a state tensor beside its shape.
+    """The manifest's entry of a state tensor beside its name and shape; the keys are those of docs/bundle.md.
 
-    role: "memory" (holds W and S), "conv" or "cache". layout: the fields of a packed memory row. As docs/bundle.md has
-    them: written, which rows of a cache a token writes; chunk, after how many rows a memory changes; rows, what a row
-    is, where it is no token.
+    role: "memory", "conv" or "cache". layout: the fields of a packed memory row. written: the rows of a cache that a
+    token writes. chunk: rows of a memory's chunk. rows: the rows of a stream, if they are not its tokens. operator:
+    the operator that updates a memory.
     """
 
     role: str
-    layout: tuple[Field, ...] = ()
+    layout: tuple[LayoutField, ...] = ()
     written: dict[str, Any] | None = None
     chunk: int | None = None
     rows: dict[str, int] | None = None
+    operator: str | None = None
 
 
 @dataclass(frozen=True)

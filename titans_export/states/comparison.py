@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .reading import SURPRISE, WEIGHTS, SavedState, StateError
-from .statistics import by_head, fields_of
+from ..row_fields import STORED_KINDS
+from .reading import SavedState, StateError
+from .statistics import by_head
 
 # Fields of some memory dtypes and roundings only; all others are in every row.
-_DTYPE_SPECIFIC = re.compile(r"E[WS].*|chunk_updates")
-_SHOWN = re.compile(r"[WGS]\d+|([GS]_)?gamma")
+_OF_ROUNDING = ("rounding_error", "update_count")
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,8 @@ def _words(shape: tuple[int, ...] | None) -> str:
 def _logical_shapes(state: SavedState) -> dict[str, tuple[int, ...]]:
     memories = state.memories()
     shapes = {e.name: state.tensors[e.name].shape for e in state.entries if e.name not in memories}
-    own = {name: values.shape for name, values in state.fields.items()}
-    return shapes | {
-        name: shape for name, shape in own.items() if not _DTYPE_SPECIFIC.fullmatch(name.rpartition(".")[2])
-    }
+    skipped = {name for memory in memories for name in state.fields_of(memory, *_OF_ROUNDING)}
+    return shapes | {name: values.shape for name, values in state.fields.items() if name not in skipped}
 
 
 def _identical(a: SavedState, b: SavedState) -> bool:
@@ -110,7 +107,7 @@ def _identical(a: SavedState, b: SavedState) -> bool:
 
 def _pairs(a: SavedState, b: SavedState) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
     """W, S and G of memories and the other tensors, by name."""
-    names = [name for name in a.fields if _SHOWN.fullmatch(name.rpartition(".")[2])]
+    names = [name for memory in a.memories() for name in a.fields_of(memory, *STORED_KINDS)]
     others = [entry.name for entry in a.entries if entry.name not in a.memories()]
     return [(n, a.fields[n].astype(np.float64), b.fields[n].astype(np.float64)) for n in names] + [
         (n, a.tensors[n].astype(np.float64), b.tensors[n].astype(np.float64)) for n in others
@@ -126,14 +123,14 @@ def _field(name: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> FieldDi
 def _compare_memory(a: SavedState, b: SavedState, memory: str) -> MemoryComparison:
     found: list[Distance | None] = []
     farthest = (0, 0.0)
-    for pattern in (WEIGHTS, SURPRISE):
-        names = fields_of(a.fields, memory, pattern)
+    for kind in ("weights", "surprise"):
+        names = a.fields_of(memory, kind)
         x, y = by_head(a.fields, names), by_head(b.fields, names)
         if x is None or y is None:
             found.append(None)
             continue
         found.append(_distance(x, y))
-        if pattern is WEIGHTS:
+        if kind == "weights":
             heads = [_distance(one, other).distance for one, other in zip(x, y, strict=True)]
             farthest = max(enumerate(heads), key=lambda head: head[1])
     weights, surprise = found

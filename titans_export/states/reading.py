@@ -20,9 +20,6 @@ from ..manifest import Entry, LayoutField, array, integer, string, word
 MAGIC = b"TITANSE1"  # an encrypted state file begins with it
 KEY_BYTES = 32
 
-# Fields of a packed row that form W, and those that form S (docs/operator.md).
-WEIGHTS, SURPRISE = re.compile(r"W\d+|gamma"), re.compile(r"S\d+|S_gamma")
-
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 
@@ -40,6 +37,7 @@ class SavedTensor(Entry):
     shape: Annotated[tuple[int, ...], array(integer(0))]
     role: Annotated[str, string]
     layout: Annotated[tuple[LayoutField, ...], array(LayoutField.from_json)] = ()
+    operator: Annotated[str | None, string] = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,14 @@ class SavedState:
     def layout(self, memory: str) -> tuple[LayoutField, ...]:
         """The fields of a memory's row."""
         return next(entry.layout for entry in self.entries if entry.name == memory)
+
+    def operator(self, memory: str) -> str | None:
+        """The operator that updates a memory, such as "NeuralMemory"; None if the file names none."""
+        return next(entry.operator for entry in self.entries if entry.name == memory)
+
+    def fields_of(self, memory: str, *kinds: str) -> list[str]:
+        """The full names of a memory's fields of these kinds, in the row's order."""
+        return [f"{memory}.{field.name}" for field in self.layout(memory) if field.kind in kinds]
 
 
 def read_key(path: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,9 @@ from numpy.typing import NDArray
 
 from ..dtypes import BLOCK, MEMORY_DTYPES, SCALED, matrix
 from ..manifest import LayoutField
-from .reading import SURPRISE, WEIGHTS, Floats, SavedState, StateError
-
-# What a fold computes with. Rows of an open chunk count only where its coefficients say so, and are looked at apart.
-_FOLDED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma|[eamf]|beta")
-_STORED = re.compile(r"E?[WGS]\d+|(E?[WGS]_)?gamma")
+from ..row_fields import STORED_KINDS
+from .open_chunk import open_chunk_change, used_rows
+from .reading import Floats, SavedState, StateError
 
 Heads = NDArray[np.float64]  # (heads, elements)
 
@@ -95,7 +92,7 @@ def find_not_finite(state: SavedState) -> list[NotFinite]:
             found.append(_count(name, state.tensors[name], heads=False))
             continue
         for field in entry.layout:
-            values = _computed_with(state, name, field.name)
+            values = _computed_with(state, name, field)
             if values is not None:
                 found.append(_count(f"{name}.{field.name}", values, heads=True))
     if "last_output" in state.tensors:
@@ -127,11 +124,6 @@ def fresh_memory(bundle: Path, state: SavedState) -> dict[str, Floats]:
     }
 
 
-def fields_of(fields: Mapping[str, Floats], memory: str, pattern: re.Pattern[str]) -> list[str]:
-    """The names of a memory's fields that the pattern names."""
-    return [name for name in fields if _split(name)[0] == memory and pattern.fullmatch(_split(name)[1])]
-
-
 def by_head(fields: Mapping[str, Floats], names: Sequence[str]) -> Heads | None:
     """The fields side by side, float64 (heads, elements); None without any."""
     if not names:
@@ -139,25 +131,20 @@ def by_head(fields: Mapping[str, Floats], names: Sequence[str]) -> Heads | None:
     return np.concatenate([fields[name].astype(np.float64).reshape(fields[name].shape[1], -1) for name in names], -1)
 
 
-def _split(name: str) -> tuple[str, str]:
-    memory, _, field = name.rpartition(".")
-    return memory, field
-
-
 def _short(sha256: object) -> str:
     return str(sha256)[:12]
 
 
 def _describe(state: SavedState, memory: str, fresh: Mapping[str, Floats] | None) -> MemoryInfo:
-    names = fields_of(state.fields, memory, WEIGHTS)
+    names = state.fields_of(memory, "weights")
     weights = by_head(state.fields, names)
     if weights is None:
         raise StateError("E0454", "state", f"memory without weights: {memory}", "save the stream again")
-    surprise = by_head(state.fields, fields_of(state.fields, memory, SURPRISE))
+    surprise = by_head(state.fields, state.fields_of(memory, "surprise"))
     initial = by_head(fresh, names) if fresh is not None and set(names) <= set(fresh) else None
     sizes = np.linalg.norm(weights, axis=1)
     moved = None if initial is None else np.linalg.norm(weights - initial, axis=1)
-    change = _open_chunk(state, memory)
+    change = open_chunk_change(state.operator(memory), _row(state, memory))
     return MemoryInfo(
         name=memory,
         heads=len(weights),
@@ -189,53 +176,23 @@ def _norms(values: Heads) -> Norms:
     )
 
 
-def _open_chunk(state: SavedState, memory: str) -> NDArray[np.float64] | None:
-    """||W' - W|| of each head, with W' = beta W + f S - sum_s a_s g_s (docs/operator.md)."""
-    fields = {name: state.fields.get(f"{memory}.{name}") for name in ("a", "f", "beta")}
-    if any(value is None for value in fields.values()):
-        return None
-    a, f, beta = (np.asarray(value, np.float64)[0] for value in fields.values())
-    squares = np.zeros(len(beta))
-    for name in fields_of(state.fields, memory, re.compile(r"W\d+")):
-        index = _split(name)[1][1:]
-        before, now, surprise = (
-            _with_error(state, memory, field, errors)
-            for field, errors in ((f"W{index}", False), (f"W{index}", True), (f"S{index}", True))
-        )
-        left, right = (_computed_with(state, memory, f"{side}{index}") for side in ("layer_input", "output_grad"))
-        if left is None or right is None:
-            return None
-        sums = np.einsum("hs,hsr,hsc->hrc", a, left[0].astype(np.float64), right[0].astype(np.float64))
-        after = beta[:, None, None] * now + f[:, None, None] * surprise - sums
-        # Between chunks nothing is folded, so errors that are kept stay where they are.
-        idle = (a == 0).all(1) & (beta == 1) & (f == 0)
-        squares += np.where(idle, 0.0, np.square(after - before).sum((1, 2)))
-    norms: NDArray[np.float64] = np.sqrt(squares)
-    return norms
+def _row(state: SavedState, memory: str) -> dict[str, Floats]:
+    """A memory's fields by their names in the row, each (heads, *shape)."""
+    return {field.name: state.fields[f"{memory}.{field.name}"][0] for field in state.layout(memory)}
 
 
-def _with_error(state: SavedState, memory: str, field: str, errors: bool) -> NDArray[np.float64]:
-    """A matrix of each head, (heads, rows, columns), with what its rounding left where that is kept."""
-    values: NDArray[np.float64] = state.fields[f"{memory}.{field}"][0].astype(np.float64)
-    error = state.fields.get(f"{memory}.E{field}") if errors else None
-    if error is not None:
-        values += error[0]
-    return values
+def _computed_with(state: SavedState, memory: str, field: LayoutField) -> Floats | None:
+    """The values of a field that the stream will read: rows of the open chunk that nothing reads are 0.
 
-
-def _computed_with(state: SavedState, memory: str, field: str) -> Floats | None:
-    """A field as far as anything reads it: of an open chunk's rows those that have a coefficient, 0 for the others.
-
-    None for what says nothing by itself: the keys and values of chunks with one set of gates, a count, padding.
+    None for a field whose values mean nothing by themselves: a count, or a field without a kind.
     """
-    values = state.fields.get(f"{memory}.{field}")
-    if values is None or _FOLDED.fullmatch(field):
+    values = state.fields[f"{memory}.{field.name}"]
+    if field.kind in (*STORED_KINDS, "higher_surprise", "rounding_error", "coefficient"):
         return values
-    e, a = state.fields.get(f"{memory}.e"), state.fields.get(f"{memory}.a")
-    if e is None or a is None or not re.fullmatch(r"(layer_input|output_grad)\d+", field):
+    if field.kind != "open_chunk":
         return None
-    used = (e != 0) | (a != 0)
-    return np.where(used[..., None], values, np.float32(0))
+    used = used_rows(state.operator(memory), _row(state, memory))
+    return None if used is None else np.where(used[None, ..., None], values, np.float32(0))
 
 
 def _count(name: str, values: NDArray[Any], heads: bool) -> NotFinite:
@@ -247,7 +204,8 @@ def _count(name: str, values: NDArray[Any], heads: bool) -> NotFinite:
 
 
 def _saturation(state: SavedState, memory: str) -> Saturation:
-    stored = [field for field in state.layout(memory) if _STORED.fullmatch(field.name)]
+    kinds = (*STORED_KINDS, "rounding_error")
+    stored = [field for field in state.layout(memory) if field.kind in kinds]
     dtype = next((field.dtype for field in stored if field.dtype != "float32"), "float32")
     counts = np.zeros(5)  # elements, at the limit, zeros, blocks, dead blocks
     for field in stored:

@@ -298,7 +298,7 @@ titans_status titans_stream_save(const titans_stream* stream, const char* path, 
     const StateOptions read = read_options(options);
     const core::Stream::Use use(*stream->stream);
     std::vector<core::Bytes> copies;
-    core::save_state(path, stream->stream->session(), stream->stream->view(copies), read.get());
+    core::save_state(path, stream->stream->session().state_schema(), stream->stream->view(copies), read.get());
   });
 }
 
@@ -310,7 +310,7 @@ titans_status titans_session_restore(titans_session* session, const char* path, 
     require(session, "session");
     require(path, "path");
     const StateOptions read = read_options(options);
-    const core::StreamState state = core::load_state(path, *session->session, read.get());
+    const core::StreamState state = core::load_state(path, session->session->state_schema(), read.get());
     *stream = new titans_stream{std::make_unique<core::Stream>(session->session, state)};
   });
 }

@@ -1,6 +1,7 @@
 #include "bundle/manifest.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <set>
 #include <utility>
@@ -68,6 +69,7 @@ StateTensor read_state(const JsonReader& entry) {
     if (state.role != "memory") chunk->fail("no chunk, as role is not memory");
   }
   state.rows = read_rows(entry);
+  if (const std::optional<JsonReader> op = entry.find("operator")) state.op = op->string();
   if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
   return state;
 }
@@ -160,6 +162,22 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
   }
 }
 
+constexpr std::array<std::string_view, 3> kWrittenNames{"token", "row", "chunk"};
+
+// What a field holds and when it is written; a field without these keys is of no kind and written by every token.
+void read_kind(const JsonReader& entry, MemoryField& field) {
+  if (const std::optional<JsonReader> kind = entry.find("kind")) field.kind = kind->string();
+  if (const std::optional<JsonReader> of = entry.find("of")) field.of = of->string();
+  if (const std::optional<JsonReader> written = entry.find("written")) {
+    const auto* const found = std::find(kWrittenNames.begin(), kWrittenNames.end(), written->string());
+    if (found == kWrittenNames.end()) written->fail("token, row or chunk");
+    field.written = static_cast<Written>(found - kWrittenNames.begin());
+  }
+  if (const std::optional<JsonReader> start = entry.find("at_start")) {
+    field.at_start = static_cast<float>(start->integer(0, 1));
+  }
+}
+
 // What a bundle says whose memories are in fewer bits.
 std::string read_memory(const JsonReader& document) {
   const std::optional<JsonReader> quantization = document.find("quantization");
@@ -169,6 +187,8 @@ std::string read_memory(const JsonReader& document) {
 }
 
 }  // namespace
+
+std::string_view written_name(Written written) { return kWrittenNames[static_cast<std::size_t>(written)]; }
 
 std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape) {
   std::vector<MemoryField> layout;
@@ -181,6 +201,7 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
       if (!known) dtype->fail("a dtype that this runtime knows: " + field_dtype_names());
       memory.dtype = *known;
     }
+    read_kind(field, memory);
     const std::optional<std::size_t> bytes = tensor_bytes(memory.shape, DType::kFloat32);
     const auto row = static_cast<std::size_t>(shape.back());
     const std::size_t words = bytes ? field_words(memory.dtype, memory.shape) : row + 1;

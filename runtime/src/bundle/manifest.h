@@ -15,13 +15,34 @@ namespace titans::core {
 
 inline constexpr std::int64_t kSchemaVersion = 2;
 
+// When a field of a packed row is written, in a memory that has chunks.
+enum class Written : std::uint8_t {
+  kToken,  // by every token
+  kRow,    // row i by the i-th token of a chunk; nothing reads the row before
+  kChunk,  // by the token that completes a chunk
+};
+
+// The kinds of fields that the runtime uses; other kinds are passed through.
+namespace field_kinds {
+inline constexpr std::string_view kWeights = "weights";
+inline constexpr std::string_view kSurprise = "surprise";
+inline constexpr std::string_view kRoundingError = "rounding_error";
+inline constexpr std::string_view kUpdateCount = "update_count";
+}  // namespace field_kinds
+
 // One field of a packed memory row.
 struct MemoryField {
   std::string name;
   std::size_t offset;  // in words of 32 bits, within the last dimension
   Shape shape;
   FieldDtype dtype = FieldDtype::kFloat32;
+  std::string kind = {};  // empty: unknown
+  Written written = Written::kToken;
+  std::string of = {};                           // of a rounding error: the field that was rounded
+  std::optional<float> at_start = std::nullopt;  // of a field written by every token: its values at a chunk's start
 };
+
+std::string_view written_name(Written written);
 
 // The rows of a stream: one for each token, and `longterm` more after every `segment` tokens, which a token takes with
 // its own.
@@ -50,9 +71,10 @@ struct StateTensor {
   std::string role;
   std::vector<MemoryField> layout;
   std::optional<WrittenRows> written = std::nullopt;
-  // A memory's, where between multiples of so many rows nothing changes but what the open chunk keeps of its rows.
+  // Rows of a memory's chunk. Within a chunk, only fields written by every token and rows of the open chunk change.
   std::optional<std::uint64_t> chunk = std::nullopt;
   StreamRows rows = {};  // that `written` and `chunk` count
+  std::string op = {};   // the operator that updates a memory; empty: unknown
 };
 
 // What users call a field: "layers.0.memory.W0".

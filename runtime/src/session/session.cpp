@@ -97,11 +97,14 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
   json state = json::array();
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
     const StateTensor& tensor = manifest.state[index];
+    json fields = json::object();
+    for (const MemoryField& field : tensor.layout) fields[field.name] = field.kind;
     state.push_back({{"name", tensor.name},
                      {"role", tensor.role},
                      {"dtype", dtype_info(tensor.dtype).name},
                      {"shape", tensor.shape},
-                     {"in_place", executor.in_place(index)}});
+                     {"in_place", executor.in_place(index)},
+                     {"fields", fields}});
   }
   const bool tokens = manifest.input_kind == InputKind::kTokens;
   const json input{{"kind", input_kind_name(manifest.input_kind)},
@@ -180,10 +183,11 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
       executor_(std::move(executor)),
       memories_(list_memories(bundle_->manifest())),
       info_(describe(*bundle_, *executor_, options, device_info, choice)),
+      state_schema_(bundle_->manifest(), options.backend, options.device),
       batch_thread_count_(options.batch_threads) {
   for (const StateTensor& state : manifest().state) {
     if (state.role != "memory") continue;
-    const std::uint64_t chunk = rows_of_chunk(state);
+    const std::uint64_t chunk = state.chunk.value_or(1);
     const auto same = std::find_if(folded_.begin(), folded_.end(), [&](const FoldedRows& one) {
       return one.chunk == chunk && one.rows.segment == state.rows.segment && one.rows.longterm == state.rows.longterm;
     });
@@ -200,7 +204,7 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
                 text("expected a memory_budget of at least one stream, ", least, " bytes, got ", options.memory_budget),
                 "give more, or 0 for no limit");
   }
-  cache_ = std::make_unique<StateCache>(*this, metrics_, options.memory_budget, options.spill_dir);
+  cache_ = std::make_unique<StateCache>(state_schema_, metrics_, options.memory_budget, options.spill_dir);
 }
 
 std::string Session::metrics_text() const {

@@ -12,6 +12,7 @@
 #include "session/engine_choice.h"
 #include "session/metrics.h"
 #include "session/state_cache.h"
+#include "state/state_schema.h"
 
 namespace titans::core {
 
@@ -52,6 +53,8 @@ class Session {
   const Bundle& bundle() const { return *bundle_; }
   Executor& executor() const { return *executor_; }
   const std::string& info() const { return info_; }
+  // The model and tensors that the state files of its streams have.
+  const StateSchema& state_schema() const { return state_schema_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
   Metrics& metrics() { return metrics_; }
   // Prometheus' text, with the name of the bundle's folder.
@@ -91,6 +94,7 @@ class Session {
   std::unique_ptr<Executor> executor_;  // reads the bundle's mappings: destroyed before them
   std::vector<MemoryView> memories_;
   std::string info_;
+  StateSchema state_schema_;
   struct FoldedRows {
     std::uint64_t chunk;
     StreamRows rows;

@@ -12,9 +12,9 @@
 
 namespace titans::core {
 
-StateCache::StateCache(const Session& session, Metrics& metrics, std::uint64_t budget,
+StateCache::StateCache(const StateSchema& schema, Metrics& metrics, std::uint64_t budget,
                        const std::filesystem::path& spill_dir)
-    : session_(session), metrics_(metrics), budget_(budget), folder_(spill_dir) {}
+    : schema_(schema), metrics_(metrics), budget_(budget), folder_(spill_dir) {}
 
 StateCache::Handle::Handle(StateCache* cache, Spillable& owner) : cache_(cache), owner_(owner) {
   if (cache_ == nullptr) return;
@@ -157,7 +157,7 @@ void StateCache::spill_oldest(Lock& lock) {
   std::size_t written = 0;
   Failure failure;
   try {
-    for (const StreamState& part : handle.owner_.copy_out()) folder_.write(session_, handle.id_, written++, part);
+    for (const StreamState& part : handle.owner_.copy_out()) folder_.write(schema_, handle.id_, written++, part);
   } catch (...) {
     failure = current_failure();
   }
@@ -198,7 +198,7 @@ void StateCache::return_to_system([[maybe_unused]] std::uint64_t freed) {
 void StateCache::read_back(Handle& handle, std::size_t parts) {
   std::vector<StreamState> states;
   states.reserve(parts);
-  for (std::size_t part = 0; part < parts; ++part) states.push_back(folder_.read(session_, handle.id_, part));
+  for (std::size_t part = 0; part < parts; ++part) states.push_back(folder_.read(schema_, handle.id_, part));
   handle.owner_.take_back(std::move(states));
 }
 

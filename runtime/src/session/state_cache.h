@@ -19,8 +19,6 @@
 
 namespace titans::core {
 
-class Session;
-
 // A stream as the cache moves it.
 class Spillable {
  public:
@@ -34,7 +32,7 @@ class Spillable {
 
 class StateCache {
  public:
-  StateCache(const Session& session, Metrics& metrics, std::uint64_t budget, const std::filesystem::path& spill_dir);
+  StateCache(const StateSchema& schema, Metrics& metrics, std::uint64_t budget, const std::filesystem::path& spill_dir);
   StateCache(const StateCache&) = delete;
   StateCache& operator=(const StateCache&) = delete;
 
@@ -92,7 +90,7 @@ class StateCache {
   void read_back(Handle& handle, std::size_t parts);
   void remove_files(std::uint64_t id, std::size_t parts) noexcept;
 
-  const Session& session_;
+  const StateSchema& schema_;
   Metrics& metrics_;
   const std::uint64_t budget_;
   const SpillFolder folder_;

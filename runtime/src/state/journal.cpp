@@ -1,9 +1,7 @@
 #include "state/journal.h"
 
 #include <algorithm>
-#include <array>
-#include <optional>
-#include <string_view>
+#include <utility>
 
 namespace titans::core {
 namespace {
@@ -20,37 +18,25 @@ void copy(Buffer& to, const Buffer& from, const std::vector<Stripe>& places, std
 
 }  // namespace
 
-std::optional<OpenChunk> find_open_chunk(const StateTensor& state) {
-  constexpr std::array<std::string_view, 5> kCoefficients{"e", "a", "m", "f", "beta"};
-  const bool counted = !state.layout.empty() && state.layout.back().name == "chunk_updates";
-  const std::size_t count = state.layout.size() - (counted ? 1 : 0);
-  if (state.role != "memory" || count <= kCoefficients.size()) return std::nullopt;
-  const std::size_t first = count - kCoefficients.size();
-  const Shape& tokens = state.layout[first].shape;
-  if (tokens.size() != 1 || tokens[0] < 1) return std::nullopt;
-  const OpenChunk chunk{static_cast<std::size_t>(tokens[0]), state.layout[first].offset};
-  std::size_t offset = chunk.coefficients;
-  for (std::size_t i = 0; i < kCoefficients.size(); ++i) {
-    const MemoryField& field = state.layout[first + i];
-    const bool each_token = i < 2;  // e and a; the others are numbers
-    if (field.name != kCoefficients[i] || field.offset != offset || field.shape != (each_token ? tokens : Shape())) {
-      return std::nullopt;
+std::vector<Words> words_written_by_token(const StateTensor& state) {
+  const auto row = static_cast<std::size_t>(state.shape.back());
+  if (!state.chunk) return {{0, row}};
+  std::vector<Words> fields;
+  for (const MemoryField& field : state.layout) {
+    if (field.written == Written::kToken) {
+      fields.push_back({field.offset, field.offset + field_words(field.dtype, field.shape)});
     }
-    offset += each_token ? chunk.rows : 1;
   }
-  if (counted && state.layout.back().offset != offset) return std::nullopt;
-  const bool others_before = std::all_of(
-      state.layout.begin(), state.layout.begin() + static_cast<std::ptrdiff_t>(first), [&](const MemoryField& field) {
-        const std::optional<std::size_t> elements = tensor_bytes(field.shape, DType::kInt8);
-        return elements && field.offset + field_words(field.dtype, field.shape) <= chunk.coefficients;
-      });
-  return others_before ? std::optional(chunk) : std::nullopt;
-}
-
-std::uint64_t rows_of_chunk(const StateTensor& state) {
-  if (state.chunk) return *state.chunk;
-  const std::optional<OpenChunk> chunk = find_open_chunk(state);
-  return chunk ? chunk->rows : 1;
+  std::sort(fields.begin(), fields.end(), [](const Words& a, const Words& b) { return a.begin < b.begin; });
+  std::vector<Words> joined;
+  for (const Words& field : fields) {
+    if (joined.empty() || field.begin > joined.back().end) {
+      joined.push_back(field);
+    } else {
+      joined.back().end = std::max(joined.back().end, field.end);
+    }
+  }
+  return joined;
 }
 
 void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
@@ -70,16 +56,18 @@ void Journal::watch(const StateTensor& state, Buffer& live, Buffer& backup) {
   const auto row = static_cast<std::size_t>(state.shape.back());
   const std::size_t pitch = row * element;
   const std::size_t rows = pitch == 0 ? 0 : state.bytes / pitch;
-  // Of a state that is something else, every token may change everything.
-  OpenChunk chunk = find_open_chunk(state).value_or(OpenChunk{1, row});
-  if (state.chunk) chunk = {static_cast<std::size_t>(*state.chunk), row};
-  const std::size_t split = chunk.coefficients * element;
-  entries_.push_back({&live,
-                      &backup,
-                      chunk.rows,
-                      state.rows,
-                      {{0, split, pitch, rows}, false},
-                      {{split, pitch - split, pitch, rows}, false}});
+  Entry entry{&live, &backup, state.chunk.value_or(1), state.rows, {}, {}};
+  const auto add = [&](Part& part, std::size_t begin, std::size_t end) {
+    if (begin < end) part.stripes.push_back({begin * element, (end - begin) * element, pitch, rows});
+  };
+  std::size_t at = 0;
+  for (const Words& words : words_written_by_token(state)) {
+    add(entry.chunkwise, at, words.begin);
+    add(entry.tokenwise, words.begin, words.end);
+    at = words.end;
+  }
+  add(entry.chunkwise, at, row);
+  entries_.push_back(std::move(entry));
 }
 
 void Journal::begin() {
@@ -141,12 +129,13 @@ void Journal::save(Cache& cache, std::uint64_t begin, std::uint64_t end) {
 
 void Journal::save(const Entry& entry, Part& part) {
   if (part.saved) return;
-  if (part.stripe.bytes > 0) entry.backup->copy_stripe_from(*entry.live, part.stripe);
+  for (const Stripe& stripe : part.stripes) entry.backup->copy_stripe_from(*entry.live, stripe);
   part.saved = true;
 }
 
 void Journal::restore(const Entry& entry, const Part& part) {
-  if (part.saved && part.stripe.bytes > 0) entry.live->copy_stripe_from(*entry.backup, part.stripe);
+  if (!part.saved) return;
+  for (const Stripe& stripe : part.stripes) entry.live->copy_stripe_from(*entry.backup, stripe);
 }
 
 void Journal::move_to(const BufferMap& moved) {

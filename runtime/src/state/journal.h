@@ -1,10 +1,9 @@
 // What a failed call is undone from: copies of those parts of the state in place that it may have overwritten.
 //
-// While a chunk is open a call changes only the coefficients at the end of each packed row, and appends to the rows of
-// the chunk beyond its fill, where nothing is read that the position does not say is there. W and S change when a chunk
-// is complete (docs/operator.md). So a token within a chunk costs a copy of the coefficients, which are a small part.
-// Rows with one gate a chunk have no coefficients, and cost nothing then. Of a cache whose manifest says which rows a
-// token writes, those rows are saved.
+// The manifest lists when each field of a packed row is written (docs/bundle.md). While a chunk is open, a call changes
+// the fields written by every token, a small part, and appends rows that nothing has read yet. So a token within a
+// chunk saves the former alone. All other fields are saved when a call completes a chunk. A cache saves the rows that
+// the manifest says a token writes.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +15,13 @@
 
 namespace titans::core {
 
-// The part of a packed row that its open chunk has: the coefficients of its tokens.
-struct OpenChunk {
-  std::size_t rows;          // of the stream
-  std::size_t coefficients;  // where they start in a row, in elements
+// Part of a packed row: words [begin, end).
+struct Words {
+  std::size_t begin, end;
 };
 
-// What the layout says of the open chunk; nothing unless it is a packed row that ends with e, a, m, f and beta, one
-// after the other, perhaps a count of chunk_updates, and has everything else before them.
-std::optional<OpenChunk> find_open_chunk(const StateTensor& state);
-
-// The rows of the stream after which a memory changes; 1 where nothing says so.
-std::uint64_t rows_of_chunk(const StateTensor& state);
+// The parts of a row that every token writes, ascending and disjoint: the whole row for a tensor without chunks.
+std::vector<Words> words_written_by_token(const StateTensor& state);
 
 // What has taken the place of buffers that are gone.
 using BufferMap = std::map<const Buffer*, Buffer*>;
@@ -58,16 +52,16 @@ class Journal {
 
  private:
   struct Part {
-    Stripe stripe;
-    bool saved;
+    std::vector<Stripe> stripes;
+    bool saved = false;
   };
   struct Entry {
     Buffer* live;
     Buffer* backup;
     std::uint64_t chunk;  // rows of the stream
     StreamRows rows;
-    Part chunkwise;  // changes with the token that completes a chunk; up to the coefficients
-    Part tokenwise;  // changes with every token; from the coefficients on
+    Part chunkwise;  // written by the token that completes a chunk, and rows of the open chunk
+    Part tokenwise;  // written by every token
   };
 
   struct Cache {

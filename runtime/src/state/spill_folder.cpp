@@ -154,12 +154,12 @@ SpillFolder::Key SpillFolder::make_key() {
 
 fs::path SpillFolder::file(std::uint64_t id, std::size_t part) const { return path_ / text(id, '-', part, ".tstate"); }
 
-void SpillFolder::write(const Session& session, std::uint64_t id, std::size_t part, const StreamState& state) const {
-  save_state(file(id, part), session, state, key_.get(), Durability::kProcess);
+void SpillFolder::write(const StateSchema& schema, std::uint64_t id, std::size_t part, const StreamState& state) const {
+  save_state(file(id, part), schema, state, key_.get(), Durability::kProcess);
 }
 
-StreamState SpillFolder::read(const Session& session, std::uint64_t id, std::size_t part) const {
-  return load_state(file(id, part), session, key_.get());
+StreamState SpillFolder::read(const StateSchema& schema, std::uint64_t id, std::size_t part) const {
+  return load_state(file(id, part), schema, key_.get());
 }
 
 void SpillFolder::remove(std::uint64_t id, std::size_t part) const noexcept {

@@ -11,11 +11,10 @@
 #include <memory>
 
 #include "state/state_crypto.h"
+#include "state/state_schema.h"
 #include "state/stream_state.h"
 
 namespace titans::core {
-
-class Session;
 
 class SpillFolder {
  public:
@@ -26,8 +25,8 @@ class SpillFolder {
   SpillFolder& operator=(const SpillFolder&) = delete;
 
   // Part `part` of what a stream keeps, whose `id` is of this folder alone. What fails leaves no file.
-  void write(const Session& session, std::uint64_t id, std::size_t part, const StreamState& state) const;
-  StreamState read(const Session& session, std::uint64_t id, std::size_t part) const;
+  void write(const StateSchema& schema, std::uint64_t id, std::size_t part, const StreamState& state) const;
+  StreamState read(const StateSchema& schema, std::uint64_t id, std::size_t part) const;
   void remove(std::uint64_t id, std::size_t part) const noexcept;
 
   const std::filesystem::path& path() const { return path_; }

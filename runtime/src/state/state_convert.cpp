@@ -12,21 +12,30 @@ namespace {
 
 using Layout = std::vector<MemoryField>;
 
-constexpr std::string_view kChunkUpdates = "chunk_updates";
-
 const MemoryField* find_field(const Layout& layout, std::string_view name) {
   const auto found = std::find_if(layout.begin(), layout.end(), [&](const auto& field) { return field.name == name; });
   return found == layout.end() ? nullptr : &*found;
 }
 
-// The field that keeps what rounding has taken from `name` (docs/operator.md, "Storage").
-std::string error_name(std::string_view name) { return name == "gamma" ? "EW_gamma" : "E" + std::string(name); }
+bool is_error(const MemoryField& field) { return field.kind == field_kinds::kRoundingError; }
+bool is_count(const MemoryField& field) { return field.kind == field_kinds::kUpdateCount; }
 
-// Whether the rounding has added the field to what the memory is.
-bool is_added(const Layout& layout, const MemoryField& field) {
-  if (field.name == kChunkUpdates) return true;
-  return std::any_of(layout.begin(), layout.end(),
-                     [&](const MemoryField& other) { return error_name(other.name) == field.name; });
+// The field that keeps the rounding error of `name`; NULL without one.
+const MemoryField* find_error(const Layout& layout, std::string_view name) {
+  const auto found = std::find_if(layout.begin(), layout.end(),
+                                  [&](const auto& field) { return is_error(field) && field.of == name; });
+  return found == layout.end() ? nullptr : &*found;
+}
+
+// Whether only some roundings have the field.
+bool is_added(const MemoryField& field) { return is_error(field) || is_count(field); }
+
+// Whether a rounding error is of a field of its own shape, and a count is one word.
+bool is_sound(const Layout& layout, const MemoryField& field) {
+  if (is_count(field)) return field.shape.empty() && field.dtype == FieldDtype::kFloat32;
+  if (!is_error(field)) return true;
+  const MemoryField* rounded = find_field(layout, field.of);
+  return rounded != nullptr && !is_added(*rounded) && rounded->shape == field.shape;
 }
 
 // Whether it is rows of fields in 32-bit words, which may lie elsewhere in another bundle.
@@ -56,8 +65,8 @@ void pack(const MemoryField& field, const Floats& values, float* row) {
 
 void convert_field(const Layout& from, const float* in, const Layout& to, const MemoryField& field, float* out) {
   const MemoryField& source = *find_field(from, field.name);
-  const MemoryField* lost = find_field(from, error_name(field.name));
-  const MemoryField* errors = find_field(to, error_name(field.name));
+  const MemoryField* lost = find_error(from, field.name);
+  const MemoryField* errors = find_error(to, field.name);
   // Packed again, blocks with a scale would be rounded a second time.
   const bool keeps_bits = source.dtype == field.dtype && (lost == nullptr || errors != nullptr);
   if (keeps_bits) {
@@ -92,14 +101,10 @@ std::optional<std::string> difference(const StateTensor& from, const StateTensor
   if (!std::equal(from.shape.begin(), from.shape.end() - 1, to.shape.begin())) return found;
   for (const auto& [one, other] : {std::pair(&from.layout, &to.layout), std::pair(&to.layout, &from.layout)}) {
     for (const MemoryField& field : *one) {
-      // Of their own field's shape alone is what is kept of its errors read and written.
-      const bool fits = std::all_of(one->begin(), one->end(), [&](const MemoryField& other) {
-        return error_name(other.name) != field.name || other.shape == field.shape;
-      });
-      if (!fits) return text("a field ", field.name, " ", shape_text(field.shape));
-      if (is_added(*one, field)) continue;
+      if (!is_sound(*one, field)) return text("a field ", field.name, " ", shape_text(field.shape));
+      if (is_added(field)) continue;
       const MemoryField* same = find_field(*other, field.name);
-      if (same != nullptr && same->shape == field.shape) continue;
+      if (same != nullptr && same->shape == field.shape && same->kind == field.kind) continue;
       const MemoryField* got = find_field(from.layout, field.name);
       return got == nullptr ? text("no field ", field.name) : text("a field ", field.name, " ", shape_text(got->shape));
     }
@@ -122,11 +127,10 @@ void convert_state(const StateTensor& from, const std::byte* in, const StateTens
     const float* from_start = source + row * from_row;
     float* to_start = target + row * to_row;
     for (const MemoryField& field : to.layout) {
-      if (!is_added(to.layout, field)) {
+      if (!is_added(field)) {
         convert_field(from.layout, from_start, to.layout, field, to_start);
-      } else if (const MemoryField* kept =
-                     field.name == kChunkUpdates ? find_field(from.layout, kChunkUpdates) : nullptr) {
-        to_start[field.offset] = from_start[kept->offset];
+      } else if (const MemoryField* kept = is_count(field) ? find_field(from.layout, field.name) : nullptr) {
+        if (is_count(*kept)) to_start[field.offset] = from_start[kept->offset];
       }
     }
   }

@@ -68,49 +68,33 @@ std::string created_now() {
   return buffer.data();
 }
 
-// What decides whether a state is of this model: the hash of its checkpoint, which bundles of other quantisation share;
-// of a bundle that tells none, that of its weights.
-json model_of(const Manifest& manifest) {
-  const json model = json::parse(manifest.model);
-  json out{{"name", nullptr}, {"variant", nullptr}, {"weights_sha256", nullptr}};
-  for (const char* key : {"name", "variant"}) {
-    if (model.is_object() && model.contains(key)) out[key] = model[key];
-  }
-  const json source = model.is_object() ? model.value("source", json()) : json();
-  if (source.is_object() && source.contains("weights_sha256")) out["weights_sha256"] = source["weights_sha256"];
-  const auto weights = manifest.files.find(manifest.weights_file);
-  if (!out["weights_sha256"].is_string() && weights != manifest.files.end()) {
-    out["weights_xxh3_128"] = weights->second.hash;
-  }
-  return out;
-}
-
 json describe(const StateTensor& state) {
   json entry{
       {"name", state.name}, {"role", state.role}, {"dtype", dtype_info(state.dtype).name}, {"shape", state.shape}};
   for (const MemoryField& field : state.layout) {
     json one{{"name", field.name}, {"offset", field.offset}, {"shape", field.shape}};
     if (field.dtype != FieldDtype::kFloat32) one["dtype"] = field_dtype_name(field.dtype);
+    if (!field.kind.empty()) one.update({{"kind", field.kind}, {"written", written_name(field.written)}});
+    if (!field.of.empty()) one["of"] = field.of;
     entry["layout"].push_back(std::move(one));
   }
+  if (!state.op.empty()) entry["operator"] = state.op;
   return entry;
 }
 
-json metadata_of(const Session& session, const StateView& state) {
-  const Manifest& manifest = session.manifest();
-  const json info = json::parse(session.info());
+json metadata_of(const StateSchema& schema, const StateView& state) {
   json states = json::array();
-  for (const StateTensor& tensor : manifest.state) states.push_back(describe(tensor));
+  for (const StateTensor& tensor : schema.tensors) states.push_back(describe(tensor));
   return {{"format", kFormat},
           {"schema_version", std::to_string(kStateSchema)},
           {"producer", "titans-runtime " TITANS_VERSION},
           {"created", created_now()},
-          {"model", model_of(manifest).dump()},
+          {"model", schema.model},
           {"position", std::to_string(state.position)},
           {"learning", state.learning ? "true" : "false"},
-          {"memory", manifest.memory},
-          {"backend", info.at("backend")},
-          {"device", info.at("device")},
+          {"memory", schema.memory},
+          {"backend", schema.backend},
+          {"device", schema.device},
           {"state", states.dump()},
           {kHashKey, std::string(kHashDigits, '0')}};
 }
@@ -121,7 +105,7 @@ struct Part {
 };
 
 // The tensors in their order in the file, and what the header says of them.
-std::vector<Part> list_parts(const Manifest& manifest, const StateView& state, json& header) {
+std::vector<Part> list_parts(const StateSchema& schema, const StateView& state, json& header) {
   struct Entry {
     std::string name;
     DType dtype;
@@ -129,8 +113,8 @@ std::vector<Part> list_parts(const Manifest& manifest, const StateView& state, j
     Part part;
   };
   std::vector<Entry> entries;
-  for (std::size_t i = 0; i < manifest.state.size(); ++i) {
-    const StateTensor& tensor = manifest.state[i];
+  for (std::size_t i = 0; i < schema.tensors.size(); ++i) {
+    const StateTensor& tensor = schema.tensors[i];
     if (tensor.name == kLastOutput || tensor.name == kMetadata) {
       throw Error(TITANS_UNSUPPORTED, "E0410", "state", text("state files reserve the tensor name ", tensor.name),
                   "export the bundle with another name for the tensor");
@@ -363,9 +347,9 @@ std::string title(const json& model) {
               weights.empty() ? "unknown" : weights.substr(0, 12), ")");
 }
 
-void check_model(const JsonReader& metadata, const Manifest& manifest, const std::string& name) {
+void check_model(const JsonReader& metadata, const StateSchema& schema, const std::string& name) {
   const json got = read_header(name, [&] { return JsonReader::parse(metadata.at("model").string(), name); });
-  const json expected = model_of(manifest);
+  const json expected = json::parse(schema.model);
   const char* decides = expected["weights_sha256"].is_string() ? "weights_sha256" : "weights_xxh3_128";
   const auto found = got.find(decides);
   const auto wanted = expected.find(decides);
@@ -432,10 +416,9 @@ void check_content(const StateFile& file, const std::string& name) {
   }
 }
 
-StreamState to_state(const StateFile& file, const Session& session, const std::string& name) {
-  const Manifest& manifest = session.manifest();
+StreamState to_state(const StateFile& file, const StateSchema& schema, const std::string& name) {
   const JsonReader metadata(file.metadata, name);
-  check_model(metadata, manifest, name);
+  check_model(metadata, schema, name);
   const std::vector<StateTensor> kept = read_header(name, [&] { return read_states(metadata, name); });
   const auto fail = [&](const StateTensor& state, std::string_view got) {
     throw Error(TITANS_FAILED, "E0407", name,
@@ -446,7 +429,7 @@ StreamState to_state(const StateFile& file, const Session& session, const std::s
   StreamState state;
   state.position = read_header(name, [&] { return read_position(metadata); });
   state.learning = read_header(name, [&] { return read_learning(metadata); });
-  for (const StateTensor& wanted : manifest.state) {
+  for (const StateTensor& wanted : schema.tensors) {
     const auto found =
         std::find_if(kept.begin(), kept.end(), [&](const StateTensor& one) { return one.name == wanted.name; });
     if (found == kept.end()) fail(wanted, "none");
@@ -456,15 +439,15 @@ StreamState to_state(const StateFile& file, const Session& session, const std::s
     convert_state(*found, view.data, wanted, out.data());
   }
   for (const StateTensor& one : kept) {
-    const bool known = std::any_of(manifest.state.begin(), manifest.state.end(),
+    const bool known = std::any_of(schema.tensors.begin(), schema.tensors.end(),
                                    [&](const StateTensor& wanted) { return one.name == wanted.name; });
     if (!known) fail(one, "a bundle without it");
   }
-  state.last_output.assign(session.output_size(), 0.0F);
+  state.last_output.assign(schema.outputs, 0.0F);
   if (state.position == 0) return state;
   StateTensor output{};
   output.dtype = DType::kFloat32;
-  output.shape = {static_cast<std::int64_t>(session.output_size())};
+  output.shape = {static_cast<std::int64_t>(schema.outputs)};
   const TensorView& view = find_tensor(file, std::string(kLastOutput), output, name);
   std::memcpy(state.last_output.data(), view.data, view.bytes);
   return state;
@@ -472,10 +455,10 @@ StreamState to_state(const StateFile& file, const Session& session, const std::s
 
 }  // namespace
 
-void save_state(const std::filesystem::path& path, const Session& session, const StateView& state, const StateKey* key,
-                Durability durability) {
-  json header{{kMetadata, metadata_of(session, state)}};
-  std::vector<Part> parts = list_parts(session.manifest(), state, header);
+void save_state(const std::filesystem::path& path, const StateSchema& schema, const StateView& state,
+                const StateKey* key, Durability durability) {
+  json header{{kMetadata, metadata_of(schema, state)}};
+  std::vector<Part> parts = list_parts(schema, state, header);
   const std::string head = build_head(header, parts);
   parts.insert(parts.begin(), {head.data(), head.size()});
   FileAside file(path, durability);
@@ -487,13 +470,11 @@ void save_state(const std::filesystem::path& path, const Session& session, const
   file.commit();
 }
 
-StreamState load_state(const std::filesystem::path& path, const Session& session, const StateKey* key) {
+StreamState load_state(const std::filesystem::path& path, const StateSchema& schema, const StateKey* key) {
   const std::string name = name_of(path);
-  std::uint64_t most = session.output_size() * sizeof(float);
-  for (const StateTensor& state : session.manifest().state) most += state.bytes;
   const StateFile file =
-      verify(open_envelope(read_whole_file(path, kMostHeader + kMostGrowth * most), key, name), name);
-  return to_state(file, session, name);
+      verify(open_envelope(read_whole_file(path, kMostHeader + kMostGrowth * schema.bytes()), key, name), name);
+  return to_state(file, schema, name);
 }
 
 Bytes read_state(const std::filesystem::path& path, const StateKey* key) {

@@ -5,20 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <string_view>
 
 #include "base/error.h"
 
 namespace titans::core {
 namespace {
-
-bool is_numbered(std::string_view name, std::string_view letters) {
-  return name.size() > letters.size() && name.substr(0, letters.size()) == letters &&
-         name.find_first_not_of("0123456789", letters.size()) == std::string_view::npos;
-}
-
-bool is_weight(std::string_view name) { return is_numbered(name, "W") || name == "gamma"; }
-bool is_surprise(std::string_view name) { return is_numbered(name, "S") || name == "S_gamma"; }
 
 // Sums of squares in double, which floats cannot overflow: such a sum is finite exactly where all of them are.
 constexpr std::size_t kLanes = 8;
@@ -85,24 +76,36 @@ Guard::Guard(const Session& session, const titans_guard& limits)
     Memory memory{};
     memory.state = index;
     memory.name = &state.name;
-    memory.open = find_open_chunk(state);
-    memory.chunk = rows_of_chunk(state);
-    memory.known = memory.open || state.chunk;
+    memory.chunk = state.chunk.value_or(1);
+    memory.known = state.chunk.has_value();
     memory.rows = state.rows;
     memory.row = static_cast<std::size_t>(state.shape.back());
     memory.heads = state.bytes / sizeof(float) / memory.row;
+    if (memory.known) memory.resets = resets_of(state);
     for (const MemoryField& field : state.layout) {
-      if (!is_weight(field.name) && !is_surprise(field.name)) continue;
+      const bool surprise = field.kind == field_kinds::kSurprise;
+      if (!surprise && field.kind != field_kinds::kWeights) continue;
       std::size_t extent = 1;
       for (const std::int64_t dimension : field.shape) extent *= static_cast<std::size_t>(dimension);
       const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
-      memory.fields.push_back({field.offset, extent, columns, field.dtype, is_surprise(field.name)});
+      memory.fields.push_back({field.offset, extent, columns, field.dtype, surprise});
     }
     // Of a memory in a form that is not ours, all numbers are weights.
     if (memory.fields.empty()) memory.fields.push_back({0, memory.row, memory.row, FieldDtype::kFloat32, false});
     memories_.push_back(std::move(memory));
   }
   report_.layer = report_.head = -1;
+}
+
+// Empty unless every field that each token writes has a value at a chunk's start.
+std::vector<Guard::Reset> Guard::resets_of(const StateTensor& state) {
+  std::vector<Reset> resets;
+  for (const MemoryField& field : state.layout) {
+    if (field.written != Written::kToken) continue;
+    if (!field.at_start || field.dtype != FieldDtype::kFloat32) return {};
+    resets.push_back({field.offset, field_words(field.dtype, field.shape), *field.at_start});
+  }
+  return resets;
 }
 
 void Guard::watch(std::size_t state, Buffer& live, Buffer& backup) {
@@ -117,7 +120,7 @@ void Guard::set_checkpoint(std::uint64_t position, std::size_t set) {
   vectors_.clear();
   journal_.begin();
   droppable_ = std::any_of(memories_.begin(), memories_.end(), [&](const Memory& memory) {
-    return memory.open && memory.rows.before(position) % memory.chunk != 0;
+    return !memory.resets.empty() && memory.rows.before(position) % memory.chunk != 0;
   });
 }
 
@@ -272,17 +275,14 @@ std::string Guard::describe(const Violation& violation) const {
 
 void Guard::drop_open_chunk(const BufferSet& state, std::size_t set) {
   for (const Memory& memory : memories_) {
-    if (!memory.open || memory.rows.before(position_) % memory.chunk == 0) continue;
+    if (memory.resets.empty() || memory.rows.before(position_) % memory.chunk == 0) continue;
     std::vector<float> rows(memory.row * memory.heads);
     Buffer& buffer = *state[memory.state];
     buffer.download(reinterpret_cast<std::byte*>(rows.data()));
     for (std::size_t head = 0; head < memory.heads; ++head) {
-      // e and a, then m, f and beta: as at a chunk's start.
-      float* coefficients = rows.data() + head * memory.row + memory.open->coefficients;
-      std::fill_n(coefficients, 2 * memory.open->rows, 0.0F);
-      coefficients += 2 * memory.open->rows;
-      coefficients[0] = coefficients[2] = 1;
-      coefficients[1] = 0;
+      for (const Reset& reset : memory.resets) {
+        std::fill_n(rows.data() + head * memory.row + reset.offset, reset.extent, reset.value);
+      }
     }
     buffer.upload(reinterpret_cast<const std::byte*>(rows.data()));
   }

@@ -99,13 +99,19 @@ class Guard {
     FieldDtype dtype;
     bool surprise;  // of S; else of W
   };
+  // Words of a row and their value at a chunk's start.
+  struct Reset {
+    std::size_t offset, extent;
+    float value;
+  };
+  static std::vector<Reset> resets_of(const StateTensor& state);
   struct Memory {
     std::size_t state;
     const std::string* name;
     std::uint64_t chunk;
     bool known;  // says after how many rows it changes
     StreamRows rows;
-    std::optional<OpenChunk> open;
+    std::vector<Reset> resets;  // make the open chunk empty; none where that cannot be done
     std::size_t row, heads;
     std::vector<Field> fields;
   };

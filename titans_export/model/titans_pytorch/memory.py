@@ -133,8 +133,9 @@ class NeuralMemoryLayer(nn.Module):
 
     def state_info(self) -> dict[str, StateInfo]:
         # Only a node is known to leave everything else as it is.
-        chunk = self.spec.chunk_size if self.spec.fused else None
-        facts = {"memory": StateInfo("memory", chunk_layout(self.spec).fields, chunk=chunk)}
+        chunk, operator = (self.spec.chunk_size, "ChunkNeuralMemory") if self.spec.fused else (None, None)
+        layout = chunk_layout(self.spec).fields
+        facts = {"memory": StateInfo("memory", layout, chunk=chunk, operator=operator)}
         if self.spec.chunk_size > 1:
             facts |= {name: StateInfo("conv") for name in self._pools()}
         return facts

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...row_fields import RowField
 from .. import exported
 from ..layers import CausalConv, Linear, StreamState
 from ..packed_row import Layout
@@ -89,7 +90,13 @@ class SegmentMemory(nn.Module):
         self.gates = Linear(dim, 3 * dim, bias=True)  # forget gate, step size, momentum
         self.out = Linear(dim, dim)
         self.initial = nn.ParameterList(torch.zeros(shape) for shape in shapes)
-        self.layout = Layout.from_shapes([(f"{x}{i}", shape) for x in "WS" for i, shape in enumerate(shapes)])
+        self.layout = Layout.of(
+            [
+                RowField(f"{letter}{i}", shape, kind)
+                for letter, kind in (("W", "weights"), ("S", "surprise"))
+                for i, shape in enumerate(shapes)
+            ]
+        )
 
     def initial_state(self, batch: int) -> StreamState:
         dim, segment = self.options.dim, self.options.segment
