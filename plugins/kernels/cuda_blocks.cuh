@@ -1,9 +1,13 @@
-// Mode update for calls of several tokens: blocks of up to plan.rows tokens as matrix products, W and S staying with
-// the block of threads from the first token of the call to the last. Equations and names are those of docs/operator.md.
+// Mode update for calls of several tokens. Equations and names are those of docs/operator.md.
 //
-// Where several blocks share a head, each holds a part of the last layer's input (and of the output of the layer
-// before), so that what the network's last layer gives is a sum over them: they meet twice for a block of tokens, once
-// for the error, once for the answer.
+// The call is cut into blocks of up to plan.rows tokens, and each block is a handful of matmuls per layer on the tensor
+// cores. W and S move between global and shared memory once per call: 8 bytes per weight in and 8 out with float32.
+// They stay in shared memory in between. A warp computes tiles of a result, and a thread holds a few elements of each
+// tile.
+//
+// Several thread blocks may share a head. Each then holds a slice of the last layer's inputs, and of the previous
+// layer's outputs. The network's output is a sum over the blocks, so they synchronize twice per block of tokens: once
+// for the error and once for the answer.
 #pragma once
 
 #include "plugins/kernels/cuda_call.cuh"
@@ -11,7 +15,7 @@
 
 namespace titans::kernels::cuda {
 
-// Rows that tiles may ask for beyond the last: that one again.
+// Clamps the row index: tiles may read past the last row, and get the last row again.
 template <class V>
 struct AlongRowsUpTo {
   const V* data;
@@ -22,7 +26,7 @@ struct AlongRowsUpTo {
   }
 };
 
-// kShared: all but what is exchanged is in shared memory.
+// kShared: everything except the exchange area is in shared memory.
 template <class In, bool kShared>
 class BlocksRun {
   using V = Operand<In>;
@@ -79,7 +83,7 @@ class BlocksRun {
       }
     }
     store(start, fill);
-    // Padding has no answer, but no garbage either.
+    // Padding tokens get the answer 0.
     if (group_.rank == 0) {
       for (int i = tokens * m_.width + thread_index(); i < c_.tokens * m_.width; i += kThreads) {
         y_out_[i] = to_value<In>(0.0F);
@@ -102,7 +106,7 @@ class BlocksRun {
   __device__ V* layer_input(int i) const { return locate<V, kShared>(c_, plan_.layer_input[i]); }
   __device__ V* output_grad(int i) const { return locate<V, kShared>(c_, plan_.output_grad[i]); }
   __device__ V* x(int i) const { return locate<V, kShared>(c_, plan_.x[i]); }
-  // Strides follow from what the largest part holds, so that all blocks have the same.
+  // Strides follow from the largest part, so that all blocks use the same.
   __device__ int columns_in(int i) const { return i == last_ ? plan_.share : m_.widths[i]; }
   __device__ int columns_out(int i) const { return i == last_ - 1 ? plan_.share : m_.widths[i + 1]; }
   __device__ int stride_in(int i) const { return stride_of(columns_in(i), sizeof(V)); }
@@ -135,7 +139,7 @@ class BlocksRun {
     sync_block();
   }
 
-  // A warp takes a row.
+  // One warp per row.
   __device__ void load_weights(float* to, const Field& field, int i) {
     const Part p = part(i);
     const int stride = stride_w(i), rows = pad(columns_in(i));
@@ -145,7 +149,7 @@ class BlocksRun {
     const bool async = kShared && m_.memory_dtype == MemoryDtype::kFloat32 && fours &&
                        reinterpret_cast<std::uintptr_t>(first) % (kFour * sizeof(float)) == 0;
     for (int r = warp_index(); r < rows; r += kWarps) {
-      const int whole = fours && r < p.in ? p.out : 0;  // columns that go four at a time
+      const int whole = fours && r < p.in ? p.out : 0;  // columns loaded four at a time
 #pragma unroll 2
       for (int j = lane_index() * kFour; j < whole; j += kWarpSize * kFour) {
         if (async) {
@@ -178,7 +182,7 @@ class BlocksRun {
   __device__ void store(int start, int fill) {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
-      // In another memory dtype the chunk update has written them.
+      // Other memory dtypes are written by the chunk update.
       for (int r = warp_index(); changed_ && m_.memory_dtype == MemoryDtype::kFloat32 && r < p.in; r += kWarps) {
         const int first = (p.in_begin + r) * m_.widths[i + 1] + p.out_begin, from = r * stride_w(i);
         for (int j = lane_index(); j < p.out; j += kWarpSize) {
@@ -187,7 +191,7 @@ class BlocksRun {
         }
       }
       const int first = closed_ ? 0 : start;
-      // What every block holds whole, the first one stores.
+      // All blocks hold the same copy, so the first one stores it.
       if (i == last_ || group_.rank == 0) {
         store_rows(layer_input(i), stride_in(i), row_ + m_.layer_input[i], m_.widths[i], p.in_begin, p.in, first, fill);
       }
@@ -250,7 +254,8 @@ class BlocksRun {
     }
   }
 
-  // Queries, and with learning keys, to where products find them. With one layer each block has its columns of them.
+  // Copies queries, and keys if the tokens learn, to the matmul operands. With one layer, each block takes its slice of
+  // columns.
   __device__ void take_rows(int done, int fill, int count) {
     const Part p = part(0);
     const int stride_q = stride_of(columns_in(0), sizeof(V));
@@ -261,8 +266,8 @@ class BlocksRun {
     }
   }
 
-  // Products over the chunk's rows go in steps: what lies between the last row and the end of its step must count
-  // nothing, whatever an earlier chunk has left there.
+  // Matmuls over the chunk's rows go in steps. Rows between the last one and the end of its step must be zero, because
+  // an earlier chunk may have left data there.
   __device__ void clear_tail(int end) {
     const int tail = min_of(up_to_step(end), chunk_pad_) - end;
     for (int i = 0; i < m_.depth; ++i) {
@@ -271,7 +276,7 @@ class BlocksRun {
     }
   }
 
-  // Rows of tokens that learn nothing: any finite value, as its coefficient is 0.
+  // Rows of tokens that learn nothing may hold any finite value, because their coefficient is 0.
   __device__ void no_surprise(int done, int fill, int count) {
     for (int i = 0; i < m_.depth; ++i) {
       clear(layer_input(i) + fill * stride_in(i), count * stride_in(i));
@@ -279,7 +284,7 @@ class BlocksRun {
     }
     take_rows(done, fill, count);
     clear_tail(fill + count);
-    sync_group(group_);  // others may still read what this block gave for the tokens before
+    sync_group(group_);  // others may still read this block's part for the previous tokens
   }
 
   __device__ AlongRowsUpTo<V> rows_of(V* data, int stride, int fill, int count) const {
@@ -305,7 +310,7 @@ class BlocksRun {
                 AlongColumns<float>{w(last_), stride_w(last_)},
                 [&](int t, int j, float z) { result_[t * m_.width + j] = z; });
     sync_group(group_);
-    // The sum goes where no other block reads.
+    // The sum is written to memory that no other block reads.
     float* sums = group_.size > 1 ? partial_y_ : result_;
     for (int t = warp_index(); t < count; t += kWarps) {
       float* f = sums + t * m_.width;
@@ -335,8 +340,8 @@ class BlocksRun {
     return to_value<V>(at <= fill + t ? -rows_a_[t * chunk_pad_ + at] * product : 0.0F);
   }
 
-  // y_t = M_(W_t)(q_t), every layer as the sum of three matmuls: beta (x W) + f (x S) - (a o x layer_input^T)
-  // output_grad.
+  // y_t = M_(W_t)(q_t). Each layer is the sum of three matmuls:
+  //   beta (x W) + f (x S) - (a o x layer_input^T) output_grad.
   __device__ void retrieve(int done, int fill, int count) {
     const int rows = fill + count, stride = stride_scores();
     for (int i = 0; i <= last_; ++i) {
@@ -385,7 +390,7 @@ class BlocksRun {
     sync_block();
   }
 
-  // Of a head that several blocks share, each finishes some rows: [begin, end).
+  // If several blocks share the head, each finishes the rows [begin, end).
   __device__ void sum_answers(int fill, int count, int& begin, int& end) {
     const int rows = fill + count, stride = stride_scores(), columns = up_to_step(rows);
     const int each = (count + group_.size - 1) / group_.size;
@@ -415,7 +420,7 @@ class BlocksRun {
     closed_ = true;
   }
 
-  // W and S of the chunk's end. Returns this thread's part of the square of what that does to W.
+  // W and S after the chunk. Returns this thread's part of the squared change of W.
   __device__ float chunk_update(bool write) {
     const bool feedback = m_.rounding == Rounding::kErrorFeedback;
     float squares = 0.0F;
@@ -452,7 +457,7 @@ class BlocksRun {
     return squares;
   }
 
-  // W and S to what their memory_dtype holds, there and here. A warp takes a block of a row.
+  // Rounds W and S to the memory dtype, in the packed row and in shared memory. A warp takes one scale block of a row.
   __device__ void round_weights() {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
@@ -477,7 +482,7 @@ class BlocksRun {
   Group& group_;
   int last_, chunk_pad_;
   float *reduction_, *theta_, *eta_, *keep_, *rows_f_, *rows_beta_, *rows_a_;
-  float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
+  float *result_, *partial_y_, *partial_scores_, *norm_;  // in the exchange area
   V *q_, *scores_;
   float* row_ = nullptr;
   NoiseSource noise_source_;

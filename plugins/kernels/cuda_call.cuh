@@ -1,4 +1,4 @@
-// One launch as its kernels see it: operands, where the block keeps things, and the checks of values.
+// One launch as its kernels see it: operands, memory placement, and the checks of values.
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
@@ -23,14 +23,14 @@ struct Call {
   void* y;
   float* stats;
   std::int32_t* status;
-  unsigned* counters;     // one for each group
-  std::byte* workspaces;  // one part for each block
+  unsigned* counters;     // one per group
+  std::byte* workspaces;  // one part per block
   int streams, heads, tokens, pool;
 };
 
 // One head of one stream.
 struct Item {
-  int stream, head, index;  // index: of the head among all streams' heads
+  int stream, head, index;  // index: the head's index among all streams' heads
   __device__ Item(const Call& call, int work) : stream(work / call.heads), head(work % call.heads), index(work) {}
 };
 
@@ -39,7 +39,7 @@ __device__ inline Group make_group(const Call& call) {
   return {size, block_index() % size, call.counters + index, 0};
 }
 
-// With kShared it is known to be shared memory, which the compiler then has shorter instructions for.
+// kShared: the compiler may assume shared memory, which has shorter load and store instructions.
 template <class T, bool kShared = false>
 __device__ T* locate(const Call& call, const Place& place) {
   if constexpr (kShared) return reinterpret_cast<T*>(shared_memory() + place.offset);
@@ -49,10 +49,9 @@ __device__ T* locate(const Call& call, const Place& place) {
   return reinterpret_cast<T*>(base + place.offset);
 }
 
-// The sum over the group of a float in each block's exchange, given where it is in one's own; in the order of the
-// ranks.
+// The sum over the group of one float in each block's exchange area, in rank order. `own` points to this block's float.
 __device__ inline float sum_over_group(const Call& call, const Group& group, const float* own) {
-  float parts[kMostBlocks] = {};  // all on their way before the first is used
+  float parts[kMostBlocks] = {};  // all loads are issued before the first is used
   const bool shared = call.plan.exchange.shared;
   const std::ptrdiff_t apart = call.plan.workspace_bytes;
 #pragma unroll
@@ -71,7 +70,7 @@ __device__ inline float sum_over_group(const Call& call, const Group& group, con
   return sum;
 }
 
-// Of the block, in the same order every time; every thread gets it. `words`: kWarps of shared memory.
+// The sum over the block, in a fixed order; every thread receives it. `words`: kWarps floats of shared memory.
 __device__ inline float sum_over_block(float value, float* words) {
   value = sum_over_warp(value);
   sync_block();
@@ -82,7 +81,7 @@ __device__ inline float sum_over_block(float value, float* words) {
   return sum;
 }
 
-// What status says: 1 + the operand that is wrong. The slots of one stream: twice that of another.
+// The status word: 1 + the index of an invalid operand, or 0. Two streams with the same slot are an error too.
 __device__ inline int wrong_operand(const Call& c, const Item& item) {
   const auto outside = [&](const std::int64_t* values, std::int64_t end) {
     return values != nullptr && (values[item.stream] < 0 || values[item.stream] >= end);
@@ -100,7 +99,7 @@ __device__ inline int wrong_operand(const Call& c, const Item& item) {
   if (!c.model.update) return 0;
   const int valid = c.valid == nullptr ? c.tokens : static_cast<int>(c.valid[item.stream]);
   if (c.model.aligned && valid % c.model.chunk != 0) return 1 + kValid;
-  // All heads of the stream, so that they agree.
+  // All heads of the stream are checked, so that its blocks agree.
   const std::int64_t first = static_cast<std::int64_t>(item.stream) * c.heads * c.tokens;
   const float* gates[] = {c.step_size + first, c.momentum + first, c.forget_gate + first};
   bool bad[3] = {};
@@ -116,7 +115,7 @@ __device__ inline int wrong_operand(const Call& c, const Item& item) {
   return 1 + kForgetGate;
 }
 
-// Whether the values of the item's stream are valid. If not, its answers are NaN and its state is left alone.
+// Whether the values of the item's stream are valid. If not, its answers become NaN and its state stays unchanged.
 template <class V>
 __device__ bool check_item(const Call& c, const Group& group, const Item& item) {
   const int wrong = wrong_operand(c, item);
@@ -136,7 +135,7 @@ __device__ inline float* row_of(const Call& c, const Item& item) {
   return c.state + (slot * c.heads + item.head) * c.model.row;
 }
 
-// The part of layer i's weights that a block holds: rows [in_begin, in_begin + in), columns [out_begin, ...).
+// A block's part of layer i's weights: rows [in_begin, in_begin + in), columns [out_begin, out_begin + out).
 struct Part {
   int in_begin, in, out_begin, out;
 };
@@ -154,7 +153,7 @@ __device__ inline Part part_of(const Model& m, int share, int rank, int i) {
   return part;
 }
 
-// The source of the noise of a chunk update: the head and its number of chunk updates so far.
+// The seeds of a chunk update's noise: the head and its number of earlier chunk updates.
 struct NoiseSource {
   std::uint32_t head = 0, chunk_updates = 0;
 };
@@ -162,13 +161,13 @@ __device__ inline NoiseSource noise_source_of(const Model& m, const float* row, 
   const bool counts = m.rounding == Rounding::kStochastic;
   return {static_cast<std::uint32_t>(item.head), counts ? bits_of(row[m.chunk_updates]) : 0U};
 }
-// One thread does it, for all blocks of the group.
+// One thread stores the count for all blocks of the group.
 __device__ inline void store_chunk_updates(const Model& m, float* row, std::uint32_t chunk_updates) {
   if (m.rounding == Rounding::kStochastic) row[m.chunk_updates] = float_of(chunk_updates);
 }
 
-// A block of a row of W or S at the end of a chunk, as store_block takes it: to the packed row, with what rounding has
-// taken from it where that is kept. Returns the lane's element as it then is.
+// Rounds one scale block of a row of W or S at the end of a chunk and writes it to the packed row (see store_block).
+// Writes the rounding error too if the row keeps it. Returns the lane's rounded element.
 __device__ inline float keep_block(const Model& m, const NoiseSource& source, float* row, int i, bool of_s, int r,
                                    int j, bool inside, float x) {
   const bool stochastic = m.rounding == Rounding::kStochastic;
@@ -198,7 +197,7 @@ __device__ inline Activated activate(const Model& m, float z) {
   return {z * gate, gate * (1.0F + z * (1.0F - gate))};
 }
 
-// Mean and reciprocal standard deviation of a row that a warp holds, as LayerNorm takes them.
+// LayerNorm's mean and reciprocal standard deviation of a row. A warp holds the row.
 struct Moments {
   float mean, reciprocal;
 };
@@ -210,7 +209,7 @@ __device__ inline Moments moments(const float* row, int size) {
   return {mean, 1.0F / square_root(sum_over_warp(squares) / static_cast<float>(size) + kLayerNormEpsilon)};
 }
 
-// A warp's row: y = M(x) from f(x), norm and residual.
+// One warp computes one row y = M(x) from f(x), with norm and residual.
 template <class V>
 __device__ void finish_row(const Model& m, const float* f, const V* x, const float* norm_scale, V* y) {
   const Moments norm = m.layer_norm ? moments(f, m.width) : Moments{0.0F, 1.0F};
@@ -222,8 +221,8 @@ __device__ void finish_row(const Model& m, const float* f, const V* x, const flo
   }
 }
 
-// A warp's row: the loss || M(k) - v ||^2 from f = f(k), which becomes the loss's gradient at f's output and goes to
-// `gradient` too. The loss is every lane's.
+// One warp computes one row's loss || M(k) - v ||^2 from f = f(k), and replaces f by the loss's gradient at f's output.
+// The gradient is also written to `gradient`. Every lane receives the loss.
 template <class V, class G>
 __device__ float error_row(const Model& m, float* f, const V* k, const V* v, const float* norm_scale, G* gradient) {
   const Moments norm = m.layer_norm ? moments(f, m.width) : Moments{0.0F, 1.0F};
@@ -248,7 +247,7 @@ __device__ float error_row(const Model& m, float* f, const V* k, const V* v, con
   sum = sum_over_warp(sum) / static_cast<float>(m.width);
   sum_unit = sum_over_warp(sum_unit) / static_cast<float>(m.width);
   for (int j = lane_index(); j < m.width; j += kWarpSize) {
-    // The slope once more, as it was.
+    // Recomputes `slope` instead of storing it.
     const float unit = (f[j] - norm.mean) * norm.reciprocal;
     float out = unit * norm_scale[j];
     if (m.residual) out += to_float(k[j]);
@@ -259,11 +258,11 @@ __device__ float error_row(const Model& m, float* f, const V* k, const V* v, con
   return loss;
 }
 
-// What a call counts for one head, the same in every thread.
+// A head's statistics of one call, the same in every thread.
 struct Counts {
   float loss = 0.0F, update_norm = 0.0F, committed = 0.0F, rejected = 0.0F;
   __device__ void close(float norm, bool commit) {
-    if (!(norm <= update_norm) && !is_nan(update_norm)) update_norm = norm;  // a NaN stays
+    if (!(norm <= update_norm) && !is_nan(update_norm)) update_norm = norm;  // keeps a NaN
     (commit ? committed : rejected) += 1.0F;
   }
   __device__ void store(float* stats) const {
@@ -274,20 +273,20 @@ struct Counts {
   }
 };
 
-// Of the open chunk at its last token: e and a of each token in the block's memory, the others in every thread.
+// Coefficients of the open chunk at its last token. e and a have one value per token, in the block's memory; every
+// thread has a copy of the others.
 struct Coefficients {
   float *e = nullptr, *a = nullptr;
   float m = 1.0F, f = 0.0F, beta = 1.0F;
 };
 
-// The end of a chunk: commits it unless its update is too large, and starts the next. chunk_update(write) computes W
-// and S of the chunk's end, writes them if it shall, and returns this thread's part of the square of what that does to
-// W. `words` are kWarps of the block's memory, `exchanged` a float of its exchange. Returns whether W and S have
-// changed.
+// Ends a chunk: commits it unless its update is too large, and starts the next one. chunk_update(write) computes the
+// new W and S, writes them if `write`, and returns this thread's part of the squared change of W. `words`: kWarps
+// floats of the block's memory. `exchanged`: one float of its exchange area. Returns whether W and S have changed.
 template <class Update>
 __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, const float* limit, float* words,
                             float* exchanged, Counts& counts, const Update& chunk_update) {
-  // Frobenius norm over all layers and blocks.
+  // The Frobenius norm over all layers and blocks.
   const auto norm_of = [&](float squares) {
     float sum = sum_over_block(squares, words);
     if (group.size > 1) {
@@ -307,7 +306,7 @@ __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, co
   if (limit == nullptr) {
     if (touched) norm = norm_of(chunk_update(true));
   } else {
-    // An update that is too large must never have been written, so its size is found first.
+    // A rejected update must never be written, so a first pass only computes its norm.
     if (touched) norm = norm_of(chunk_update(false));
     commit = norm <= *limit;  // false for NaN
     if (touched && commit) chunk_update(true);
@@ -321,7 +320,7 @@ __device__ bool close_chunk(const Call& c, Group& group, Coefficients& chunk, co
   return touched && commit;
 }
 
-// The groups of a launch take turns with the heads of all streams.
+// The launch's groups loop over the heads of all streams.
 template <class In, class Run>
 __device__ void run_items(const Call& call) {
   Group group = make_group(call);

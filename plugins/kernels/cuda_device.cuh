@@ -1,6 +1,6 @@
-// What the kernels take from CUDA: threads, barriers, groups of blocks, matrix instructions, launches. Kernels are
-// written against this file alone, so that the tests can run them on a CPU (tests/cuda_emulation), where every thread
-// is a fiber and what is here is done in plain C++.
+// The CUDA primitives that the kernels use: threads, barriers, groups of blocks, matrix instructions, launches. Kernels
+// depend on CUDA only through this file. The tests replace it to run them on a CPU (tests/cuda_emulation): each thread
+// is a fiber there, and the primitives are plain C++.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,13 +17,13 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarpSize = 32;
 inline constexpr int kWarps = kThreads / kWarpSize;
 
-// The blocks that share a head. With clusters they see each other's shared memory and meet at the hardware's barrier;
-// before sm_90 they meet at a counter in global memory, which needs them all to be resident.
+// The blocks that share a head. In a cluster they read each other's shared memory and use the hardware's barrier.
+// Before sm_90 they synchronize on a counter in global memory, so all of them must be resident.
 struct Group {
   int size;
   int rank;
   unsigned* counter;  // starts at 0; null with a cluster
-  unsigned arrivals;  // that the counter shows when the next barrier is complete
+  unsigned arrivals;  // the counter's value when the next barrier completes
 };
 
 // A launch of `groups` groups of `size` blocks.
@@ -31,12 +31,12 @@ struct Launch {
   int groups;
   int size;
   std::size_t shared_bytes;
-  std::size_t most_shared_bytes;  // of any launch on this device
+  std::size_t most_shared_bytes;  // the device's limit for any launch
   bool cluster;
 };
 
-// An operand of matrix products with float16's precision and float32's range, as surprises fall below what float16 can
-// hold. Values of type float16 are worked on as these, those of bfloat16 as they are, float32 as the sum of two.
+// A matmul operand with float16's precision and float32's range, because small surprises underflow in float16. The
+// operand is Tf32 for float16 values, bfloat16 for bfloat16 values, and the sum of two TF32 for float32 values.
 struct Tf32 {
   float value;
 };
@@ -67,9 +67,9 @@ __device__ inline int lane_index() { return thread_index() % kWarpSize; }
 __device__ inline int warp_index() { return thread_index() / kWarpSize; }
 
 __device__ inline void sync_block() { __syncthreads(); }
-// A barrier that tells every thread whether any of them says yes.
+// A barrier that also returns whether any thread passed true.
 __device__ inline bool any_in_block(bool yes) { return __syncthreads_or(static_cast<int>(yes)) != 0; }
-// The same for every lane, and in the same order every time.
+// Every lane receives the sum, which is computed in a fixed order.
 __device__ inline float sum_over_warp(float value) {
 #pragma unroll
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xFFFFFFFFU, value, lanes);
@@ -87,8 +87,7 @@ __device__ inline std::byte* shared_memory() {
   return reinterpret_cast<std::byte*>(bytes);
 }
 
-// What a block wrote before this barrier, into its shared memory or global memory, the others of its group see after
-// it.
+// A barrier for the group. Writes to shared and global memory before it are visible to the group's blocks after it.
 __device__ inline void sync_group(Group& group) {
   if (group.size == 1) {
     __syncthreads();
@@ -110,7 +109,7 @@ __device__ inline void sync_group(Group& group) {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster.
+// The address of `own` in the shared memory of the cluster's block `rank`.
 __device__ inline const float* in_rank(const float* own, [[maybe_unused]] int rank) {
 #if __CUDA_ARCH__ >= 900
   std::uint64_t there;
@@ -121,10 +120,11 @@ __device__ inline const float* in_rank(const float* own, [[maybe_unused]] int ra
 #endif
 }
 
-// Written by another block: past the L1 cache, which knows nothing of that.
+// Another block wrote the value, so the load bypasses the L1 cache, which is not coherent.
 __device__ inline float load_from_group(const float* global) { return __ldcg(global); }
 
-// 16 bytes on their way into shared memory, both ends aligned to that; there after wait_for_copies and a barrier.
+// Starts an asynchronous copy of 16 bytes into shared memory. Both addresses are aligned to 16. The data is visible
+// after wait_for_copies and a barrier.
 __device__ inline void copy_16(float* shared, const float* global) {
   const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -166,11 +166,11 @@ __device__ inline float square_root(float x) { return sqrtf(x); }
 __device__ inline float absolute(float x) { return fabsf(x); }
 __device__ inline float smaller_of(float x, float y) { return fminf(x, y); }
 __device__ inline float whole_below(float x) { return floorf(x); }
-__device__ inline float nearest_whole(float x) { return rintf(x); }  // of two the even one
+__device__ inline float nearest_whole(float x) { return rintf(x); }  // ties to even
 __device__ inline std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 
-// ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8), a word holding one float or two bfloat16 ----
+// ---- matrix instructions: D (16x8) += A (16 x 4 words) B (4 words x 8); a word is one float or two bfloat16 ----
 
 template <class V>
 struct WordOf {
@@ -217,12 +217,12 @@ __device__ inline void multiply_add<Tf32>(float (&d)[4], const float (&a)[4], co
   for (int i = 0; i < 2; ++i) rounded_b[i] = round_tf32(b[i]);
   multiply_add_tf32(d, rounded_a, rounded_b);
 }
-// A float as the sum of two of 11 bits, which leaves 2^-22 of it.
+// Splits a float into a sum of two TF32 values of 11 bits, with a relative error of 2^-22.
 __device__ inline void split_tf32(float x, std::uint32_t& high, std::uint32_t& low) {
   high = round_tf32(x);
   low = round_tf32(x - __uint_as_float(high));
 }
-// Float32 through TF32: three of the four products of the parts, the small ones first.
+// A float32 matmul from TF32: three of the four partial products, the small ones first.
 template <>
 __device__ inline void multiply_add<float>(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
   std::uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
@@ -230,7 +230,7 @@ __device__ inline void multiply_add<float>(float (&d)[4], const float (&a)[4], c
   for (int i = 0; i < 4; ++i) split_tf32(a[i], a_high[i], a_low[i]);
 #pragma unroll
   for (int i = 0; i < 2; ++i) split_tf32(b[i], b_high[i], b_low[i]);
-  // By themselves first: what the instruction adds to, it truncates.
+  // The small terms get their own sum, because the instruction truncates its accumulator.
   float sum[4] = {};
   multiply_add_tf32(sum, a_low, b_high);
   multiply_add_tf32(sum, a_high, b_low);
@@ -248,7 +248,7 @@ inline std::string describe(cudaError_t error) {
                  "check device, driver and memory");
 }
 
-// The most blocks, 8, 4, 2 or 1, that a cluster of such a kernel can have; small GPUs and parts of them have less room.
+// The largest cluster of this kernel: 8, 4, 2 or 1 blocks. Small GPUs and MIG slices have room for less.
 inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
@@ -266,7 +266,7 @@ inline cudaError_t query_clusters(const void* kernel, CudaDevice& device) {
     config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return cudaSuccess;
-    cudaGetLastError();  // a size that there cannot be is no failure
+    cudaGetLastError();  // an unsupported cluster size is not an error
   }
   return cudaSuccess;
 }
@@ -306,7 +306,7 @@ std::string launch(void (*kernel)(Parameters), const Launch& launch, const Param
   }
   config.attrs = &attribute;
   config.numAttrs = launch.size > 1 ? 1 : 0;
-  // The same for every launch: it belongs to the function, and another thread may be about to launch it.
+  // Always the device's limit: the setting belongs to the function, and other threads may launch it concurrently.
   const cudaError_t allowed =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(launch.most_shared_bytes));

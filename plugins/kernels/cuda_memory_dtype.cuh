@@ -1,4 +1,4 @@
-// W and S as a packed row holds them: read, rounded and written as docs/operator.md says under MemoryDtype.
+// Reads, rounds and writes W and S in a packed row. docs/operator.md defines the formats under MemoryDtype.
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
@@ -14,9 +14,9 @@ __device__ inline bool is_finite(float x) { return x - x == 0.0F; }
 __device__ inline bool is_nan(float x) { return x != x; }
 __device__ inline float infinity() { return __builtin_inff(); }
 
-// ---- reading: all memory_dtypes by the same few instructions, as branches would keep loads apart ----
+// ---- reading: the same few instructions for all memory dtypes, because branches would separate the loads ----
 
-// What element bits stand for, without a scale. Bits above those of the element count nothing.
+// The value of an element's bits, without a scale. Bits above the element are ignored.
 __device__ inline float decode(const Decoder& d, std::uint32_t bits) {
   const std::uint32_t placed = (bits & d.magnitude) << d.magnitude_shift | (bits & d.sign) << d.sign_shift;
   const float value = float_of(placed ^ d.flip) * d.factor + d.offset;
@@ -40,7 +40,7 @@ struct alignas(16) Four {
   float v[4];
 };
 
-// Of columns j to j + 3; j and the field's columns are multiples of 4, so they begin with a word of the row.
+// Columns j to j + 3. j and the number of columns are multiples of 4, so they begin at a word of the row.
 __device__ inline Four load_four(const Model& m, const float* row, const Field& field, int r, int j) {
   const float* from = row + field.elements + ((r * field.columns + j) >> m.decoder.word_shift);
   const int per_word = m.decoder.per_word;
@@ -60,32 +60,32 @@ __device__ inline Four load_four(const Model& m, const float* row, const Field& 
 
 // ---- rounding ----
 
-// Of a magnitude: to a whole number, to the nearest or by the noise.
+// Rounds a magnitude to a whole number: to the nearest, or stochastically.
 __device__ inline float round_whole(float z, bool stochastic, std::uint32_t noise) {
   if (!stochastic) return nearest_whole(z);
   const float low = whole_below(z), u = static_cast<float>(noise >> 8) * 0x1p-24F;
   return u < z - low ? low + 1.0F : low;
 }
 
-// A float32's bits without the last `count`, which only say whether it goes up: at a half to what is even, or by the
-// noise.
+// Rounds off the last `count` bits of a float32: to the nearest with ties to even, or stochastically.
 __device__ inline std::uint32_t round_bits(std::uint32_t bits, int count, bool stochastic, std::uint32_t noise) {
   const std::uint32_t rest = (1U << count) - 1U;
   const std::uint32_t up = stochastic ? rest - (noise >> (32 - count)) : (rest >> 1) + (bits >> count & 1U);
   return (bits + up) & ~rest;
 }
 
-// A magnitude as the bits of an element: the nearest one that is not too large, or by the noise one of its neighbours.
+// Encodes a magnitude, clamped to the largest value: to the nearest element, or stochastically to one of its
+// neighbours.
 __device__ inline std::uint32_t round_element(const Encoder& e, float z, bool stochastic, std::uint32_t noise) {
   if (is_nan(z)) return e.nan;
-  // One more than the largest subnormal number has the bits of the least normal one.
+  // If this rounds up past the largest subnormal, the result is the encoding of the smallest normal number.
   if (z < e.least_normal) return static_cast<std::uint32_t>(round_whole(z * e.per_least, stochastic, noise));
   const std::uint32_t bits = (round_bits(bits_of(z), e.lost_bits, stochastic, noise) >> e.lost_bits) - e.biases;
   return bits < e.most ? bits : e.most;
 }
 
-// A block of one row of W or S, a column to each lane of a warp, `inside` where there is one: writes it to the packed
-// row and returns the lane's element as it then is.
+// Writes one scale block of a row of W or S to the packed row. Each lane of the warp has one column; `inside` is false
+// beyond the last. Returns the lane's rounded element.
 __device__ inline float store_block(const Model& m, float* row, const Field& field, int r, int j, bool inside,
                                     bool stochastic, const NoiseKeys& keys, float x) {
   const int index = r * field.columns + j;

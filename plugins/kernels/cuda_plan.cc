@@ -14,7 +14,7 @@ constexpr int kBestFitness = 2;
 
 constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Gives out shared memory as long as there is some, then workspace. What is asked for first gets shared memory first.
+// Allocates shared memory until it is used up, then workspace. Earlier requests get shared memory first.
 class Placer {
  public:
   explicit Placer(std::size_t shared_bytes) : left_(shared_bytes / kAlignment * kAlignment) {}
@@ -45,13 +45,13 @@ std::size_t matrix(int rows, int columns, int element_bytes) {
 
 std::size_t floats(int count) { return static_cast<std::size_t>(count) * sizeof(float); }
 
-// Columns and rows of layer i that one block holds.
+// The numbers of rows and of columns of layer i that one block holds.
 int held_in(const Model& m, const Plan& plan, int i) { return i == m.depth - 1 ? plan.share : m.widths[i]; }
 int held_out(const Model& m, const Plan& plan, int i) { return i == m.depth - 2 ? plan.share : m.widths[i + 1]; }
 
 int widest(const Model& m) { return *std::max_element(m.widths, m.widths + m.depth + 1); }
 
-// Other blocks of the group read it: in shared memory only where they are a cluster.
+// Other blocks of the group read the exchange area. Only a cluster can read shared memory.
 Place place_exchange(const Plan& plan, int count, Placer& placer) {
   return plan.blocks > 1 && !plan.cluster ? placer.place_in_workspace(floats(count)) : placer.place(floats(count));
 }
@@ -77,14 +77,14 @@ void place_blocks(const Model& m, int operand_bytes, Plan& plan, Placer& placer)
 }
 
 void place_token(const Model& m, Plan& plan, Placer& placer) {
-  // Rows of the token: k, q, output_grad of each layer, x of each layer, derivatives; and partial sums of warps.
+  // The token's vectors: k, q, output_grad and x of each layer, derivatives. Also the partial sums of warps.
   const int widths = pad(widest(m));
   plan.vectors = placer.place(floats(kReductionWords + (3 + 4 * m.depth) * widths + 3 * pad(m.chunk)));
   plan.coefficients = placer.place(floats(3 * 8 * std::max(widths, pad(m.chunk))));
   plan.exchange = place_exchange(plan, 2 * m.width + pad(m.chunk) + kReductionWords, placer);
   Placer all = placer;
   const auto weights = [&](int i) { return floats(held_in(m, plan, i) * held_out(m, plan, i)); };
-  // W of later layers is read three times, everything else once.
+  // W of later layers is read three times, everything else once, so it is placed first.
   for (int i = m.depth - 1; i >= 0; --i) plan.w[i] = all.place(weights(i));
   for (int i = 0; i < m.depth; ++i) plan.s[i] = all.place(weights(i));
   plan.staged = all.workspace() == placer.workspace();
@@ -98,13 +98,13 @@ void place_read(const Model& m, int operand_bytes, Plan& plan, Placer& placer) {
   for (int i = 0; i + 1 < m.depth; ++i) plan.x[i] = placer.place(matrix(plan.rows, m.widths[i + 1], operand_bytes));
 }
 
-// What two blocks can have of a multiprocessor's shared memory each, of which the system takes its own part.
+// The shared memory that each of two blocks on a multiprocessor can have. The system reserves some per block.
 std::size_t half_of(const CudaDevice& device) {
   constexpr std::size_t kReserved = 1024;
   return (device.shared_bytes + kReserved) / 2 - kReserved;
 }
 
-// Everything that a kernel places, but for what is exchanged.
+// Whether everything except the exchange area is in shared memory.
 bool in_shared(const Model& m, const Plan& plan) {
   bool all = plan.staged && plan.vectors.shared && plan.coefficients.shared && plan.q.shared && plan.scores.shared;
   for (int i = 0; i < m.depth; ++i) {
@@ -135,14 +135,14 @@ Plan plan_for(const Model& m, const CudaDevice& device, const Request& request, 
   }
   plan.shared = in_shared(m, plan);
   plan.shared_bytes = static_cast<std::uint32_t>(placer.shared());
-  // Elements that are read where they are stored want more registers than two blocks can have.
+  // Reading elements in place takes more registers than two blocks per multiprocessor can have.
   const bool two = request.kind == Kind::kToken && plan.shared && placer.shared() <= half_of(device);
   plan.resident = two ? 2 : 1;
   plan.workspace_bytes = static_cast<std::uint32_t>(round_up(placer.workspace(), kWorkspaceAlignment));
   return plan;
 }
 
-// Whether `blocks` blocks can share a head, each with a part of it.
+// Whether `blocks` blocks can share a head, with a nonempty part each.
 bool can_share(const Model& m, Kind kind, int blocks) {
   if (blocks == 1) return true;
   return kind != Kind::kRead && m.depth <= 2 && m.share(blocks) * (blocks - 1) < m.widths[m.depth - 1];
@@ -153,7 +153,7 @@ int rows_of(const Model& m, const Request& request) {
   return request.kind == Kind::kRead ? kMostRows : std::min(kMostRows, pad(m.chunk));
 }
 
-// Whether W and S, which are used most, have found a place in shared memory, and then whether everything else has.
+// Ranks a plan: 2 if everything is in shared memory, 1 if W and S are, because they are used most.
 int fitness(const Model& m, const Plan& plan) {
   if (plan.shared) return kBestFitness;
   bool state = plan.staged;
@@ -235,14 +235,14 @@ Model make_model(const Configuration& c) {
   return m;
 }
 
-// What a block may take of a multiprocessor's shared memory, best first. Single tokens only stream through theirs, so
-// of two side by side one copies while the other computes.
+// Shared memory per block to try, best first. A one-token call only streams W and S through it, so two blocks per
+// multiprocessor are better: one copies while the other computes.
 std::array<std::size_t, 2> budgets(const CudaDevice& device, Kind kind) {
   return {kind == Kind::kToken ? half_of(device) : device.shared_bytes, device.shared_bytes};
 }
 
-// The fewest blocks whose shared memory holds what is used most; and more where that leaves the device's
-// multiprocessors without work. Fewer rows where the last kilobytes are missing.
+// Chooses the fewest blocks whose shared memory holds W and S. Takes more if multiprocessors would stay idle, and fewer
+// rows if only a few kilobytes are missing.
 Plan make_plan(const Model& m, const CudaDevice& device, const Request& request) {
   const bool resident_only = device.sm < kFirstClusterSm;
   const int most = resident_only ? std::max(device.multiprocessors, 1) : device.most_cluster;

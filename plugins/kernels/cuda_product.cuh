@@ -1,15 +1,15 @@
-// Matrix products of a block, a warp per tile of the result, with what follows applied while it is in registers.
+// Matmuls of a thread block. A warp computes a tile of the result, and an epilogue runs while the tile is in registers.
 //
-// Matrices are told by accessors: word(i, k) is what the matrix instruction wants of row i of A, or of column i of B,
-// at depth k. Buffers are padded (cuda_plan.h), so that tiles need no bounds: what lies beyond rows and columns is
-// computed and dropped, what lies beyond the depth is zero.
+// Accessors describe the operands. word(i, k) is the register word of row i of A, or of column i of B, at depth k.
+// Buffers are padded (cuda_plan.h), so tiles need no bounds checks. Results beyond the rows and columns are computed
+// and dropped; elements beyond the depth are zero.
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
 
 namespace titans::kernels::cuda {
 
-// Words along the depth: how far apart two lie, and how deep one instruction goes.
+// The depth of one word, and of one matrix instruction.
 template <class V>
 inline constexpr int kWordDepth = sizeof(float) / sizeof(V);
 template <class V>
@@ -56,7 +56,7 @@ struct AlongColumns {
   }
 };
 
-// Another's elements times one factor for each depth.
+// Multiplies another accessor's elements by a factor per depth.
 template <class Of>
 struct ScaledAlongDepth {
   Of of;
@@ -71,12 +71,12 @@ struct ScaledAlongDepth {
 inline constexpr int kTileRows = 32;
 inline constexpr int kTileColumns = 16;
 
-// A warp's tile of a result, float32 in registers.
+// A warp's tile of the result, in float32 registers.
 struct Tile {
   static constexpr int kM = kTileRows / 16, kN = kTileColumns / 8;
   float v[kM][kN][4] = {};
 
-  // Adds A B over depths [0, depth), rounded up to what an instruction takes.
+  // Adds A B over depths [0, depth), rounded up to whole instructions.
   template <class V, class A, class B>
   __device__ void add(int row, int column, int depth, const A& a, const B& b) {
     const int g = lane_index() / 4, t = lane_index() % 4 * kWordDepth<V>;
@@ -89,7 +89,7 @@ struct Tile {
     }
   }
 
-  // Adds A B here and A C to another tile.
+  // Adds A B to this tile and A C to the other; A is loaded once.
   template <class V, class A, class B, class C>
   __device__ void add_pair(Tile& other, int row, int column, int depth, const A& a, const B& b, const C& c) {
     const int g = lane_index() / 4, t = lane_index() % 4 * kWordDepth<V>;
@@ -103,7 +103,7 @@ struct Tile {
     }
   }
 
-  // use(row, column, value, value of another tile) of each element that this thread holds.
+  // Calls use(row, column, value, value of the other tile) for each element that this thread holds.
   template <class Use>
   __device__ void each_with(const Tile& other, int row, int column, const Use& use) const {
     const int g = lane_index() / 4, t = lane_index() % 4 * 2;
@@ -123,7 +123,7 @@ struct Tile {
     each_with(*this, row, column, [&](int i, int j, float value, float) { use(i, j, value); });
   }
 
-  // Each element becomes use(row, value, value of another tile).
+  // Replaces each element by use(row, value, value of the other tile).
   template <class Use>
   __device__ void combine(int row, const Tile& other, const Use& use) {
     const int g = lane_index() / 4;
@@ -166,7 +166,7 @@ struct Tile {
   }
 };
 
-// body(row, column) for each tile of a result, the warps taking turns.
+// Calls body(row, column) for each tile of a result. Tiles are dealt out to the warps.
 template <class Body>
 __device__ void each_tile(int rows, int columns, const Body& body) {
   const int across = (columns + kTileColumns - 1) / kTileColumns;
@@ -176,7 +176,7 @@ __device__ void each_tile(int rows, int columns, const Body& body) {
   }
 }
 
-// use(row, column, value) of each element of A B with row < rows and column < columns.
+// Calls use(row, column, value) for each element of A B with row < rows and column < columns.
 template <class V, class A, class B, class Use>
 __device__ void multiply(int rows, int columns, int depth, const A& a, const B& b, const Use& use) {
   each_tile(rows, columns, [&](int row, int column) {

@@ -1,4 +1,6 @@
-// Mode read: the network over some rows of queries, with W where it is stored.
+// Mode read: y = M_W(q) with fixed weights. A thread block takes plan.rows queries of one head and runs them through
+// the network as matmuls. W is read in place from the packed row, once per block: 4 bytes per weight with float32. A
+// warp computes tiles of each layer's output, then LayerNorm and residual of whole rows.
 #pragma once
 
 #include "plugins/kernels/cuda_call.cuh"
@@ -6,7 +8,7 @@
 
 namespace titans::kernels::cuda {
 
-// A layer's W as B of a product, zero beyond its edges.
+// A layer's W as operand B of a matmul, zero beyond its edges.
 struct StoredWeights {
   const Model* model;
   const float* row;
@@ -21,7 +23,7 @@ struct StoredWeights {
   }
 };
 
-// Each block takes plan.rows queries of a head.
+// Each thread block takes plan.rows queries of a head.
 template <class In>
 __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__ Call call) {
   using V = Operand<In>;

@@ -1,13 +1,17 @@
-// Mode update for calls of one token: inside a chunk W and S are only read, once, and a row is appended; the token that
-// completes the chunk chunk_updates it. All of it is float32 and bound by memory. Equations and names are those of
-// docs/operator.md; how several blocks share a head stands in cuda_blocks.cuh.
+// Mode update for calls of one token, as in decoding. Equations and names are those of docs/operator.md.
+//
+// Inside a chunk, a token only reads W and S and appends a row to the open chunk. The token that completes the chunk
+// also runs the chunk update. The work is float32 and bound by memory bandwidth: a token loads 8 bytes per weight (W
+// and S in float32), and the open chunk's rows. The first layer serves key and query in one pass. In a product with W,
+// each lane sums one column over a warp's rows, and the warps' sums are added in memory. Several blocks may share a
+// head as in cuda_blocks.cuh.
 #pragma once
 
 #include "plugins/kernels/cuda_call.cuh"
 
 namespace titans::kernels::cuda {
 
-// A part of W or S: a copy of it in shared memory, or where it is stored.
+// A part of W or S: a copy in shared memory, or the packed row itself.
 template <bool kShared>
 struct Weights {
   const Model* model;
@@ -21,7 +25,7 @@ struct Weights {
   }
 };
 
-// kShared: W, S and the token's own rows are in shared memory. Otherwise W and S are read where they are stored.
+// kShared: W, S and the token's own rows are in shared memory. Otherwise W and S are read in place from the packed row.
 template <class In, bool kShared>
 class TokenRun {
  public:
@@ -82,7 +86,7 @@ class TokenRun {
 
  private:
   __device__ Part part(int i) const { return part_of(m_, plan_.share, group_.rank, i); }
-  // Rows of this token, of layer i.
+  // This token's vectors, per layer.
   __device__ float* query() const { return rows_; }
   __device__ float* key() const { return rows_ + width_; }
   __device__ float* layer_input(int i) const { return i == 0 ? key() + part(0).in_begin : rows_ + (3 + i) * width_; }
@@ -99,7 +103,7 @@ class TokenRun {
 
   // ---- loops over a matrix ----
 
-  // use(j, sums) for each column, where term(r, j, sums) has added what each row gives. Warps take rows in turns.
+  // Calls use(j, sums) for each column j. term(r, j, sums) adds row r's terms. Each warp sums every kWarps-th row.
   template <int kSums, class Term, class Use>
   __device__ void sum_rows(int rows, int columns, const Term& term, const Use& use) {
     for (int j = lane_index(); j < columns; j += kWarpSize) {
@@ -121,7 +125,7 @@ class TokenRun {
     sync_block();
   }
 
-  // use(r, sum over the columns of term(r, j)) for each row. Warps take rows in turns.
+  // Calls use(r, sum of term(r, j) over the columns j) for each row r. Rows are dealt out to the warps.
   template <class Term, class Use>
   __device__ void sum_columns(int rows, int columns, const Term& term, const Use& use) {
     for (int r = warp_index(); r < rows; r += kWarps) {
@@ -202,7 +206,7 @@ class TokenRun {
     sync_block();
   }
 
-  // Other blocks have long read what is written here: they read before their first barrier.
+  // No barrier is needed before this write: the other blocks have read these values before their first barrier.
   __device__ void store_coefficients() {
     if (group_.rank != 0) return;
     for (int at = thread_index(); at < m_.chunk; at += kThreads) {
@@ -215,8 +219,8 @@ class TokenRun {
     row_[m_.beta] = chunk_.beta;
   }
 
-  // The token's rows, where it learns nothing zeros, to the open chunk's. What every block holds whole, the first one
-  // stores.
+  // Appends the token's vectors to the open chunk, or zeros if it learns nothing. All blocks hold the same copy of some
+  // rows, so the first block stores those.
   __device__ void append() {
     for (int i = 0; i < m_.depth; ++i) {
       const Part p = part(i);
@@ -259,7 +263,7 @@ class TokenRun {
         });
   }
 
-  // z of layer i for the key: activated where another layer follows.
+  // Handles z of layer i for the key. Hidden layers apply the activation.
   __device__ void keep_activation(int i, int j, float z, float* to, float* slope) const {
     if (i == last_) {
       to[j] = z;
@@ -303,7 +307,7 @@ class TokenRun {
     return loss;
   }
 
-  // Row `at` of the open chunk: this token's from where it has just been made.
+  // Row `at` of the open chunk. This token's own row is still in the block's memory.
   __device__ const float* layer_input_row(int i, int at) const {
     return at == fill_ ? layer_input(i) : row_ + m_.layer_input[i] + at * m_.widths[i] + part(i).in_begin;
   }
@@ -311,7 +315,7 @@ class TokenRun {
     return at == fill_ ? output_grad(i) : row_ + m_.output_grad[i] + at * m_.widths[i + 1] + part(i).out_begin;
   }
 
-  // h <- h - sum_s a_s (x . layer_input_s) output_grad_s, the factors of output_grad are scores_.
+  // h <- h - sum_s a_s (x . layer_input_s) output_grad_s. scores_ has the factors of output_grad.
   __device__ void add_surprises(int i, float* h) {
     const float *rows = row_ + m_.output_grad[i] + part(i).out_begin, *own = output_grad(i);
     const int width = m_.widths[i + 1];
@@ -358,8 +362,8 @@ class TokenRun {
 
   // ---- the end of a chunk ----
 
-  // W and S of the chunk's end, written where they are stored. Returns this thread's part of the square of what that
-  // does to W. A warp takes 32 columns of some rows, which share the row of output_grad.
+  // Computes W and S after the chunk and writes them to the packed row. Returns this thread's part of the squared
+  // change of W. A warp takes 32 columns of kRows rows, which share the loads of output_grad.
   __device__ float chunk_update(bool write) {
     constexpr int kRows = 4;
     float squares = 0.0F;
@@ -412,7 +416,7 @@ class TokenRun {
           for (int matrix = 0; write && matrix < 2; ++matrix) {
             keep_block(m_, noise_source_, row_, i, matrix == 1, row, column, inside, matrix == 0 ? now : next);
           }
-          // The next row's to the front, as registers have no index.
+          // Shifts the next row to the front, because registers cannot be indexed.
 #pragma unroll
           for (int n = 0; n + 1 < kRows; ++n) {
             by_a[n] = by_a[n + 1];
@@ -430,7 +434,7 @@ class TokenRun {
   Group& group_;
   int last_, width_, sums_stride_;
   float *reduction_, *rows_, *scores_, *sums_;
-  float *result_, *partial_y_, *partial_scores_, *norm_;  // of the exchange
+  float *result_, *partial_y_, *partial_scores_, *norm_;  // in the exchange area
   float* row_ = nullptr;
   NoiseSource noise_source_;
   bool learn_ = true;

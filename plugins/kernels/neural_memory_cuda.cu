@@ -1,8 +1,9 @@
-// NeuralMemory on an NVIDIA GPU: checks, the plan of a call, and its one launch. Three kernels: calls of several tokens
-// (cuda_blocks.cuh), of one (cuda_token.cuh), and mode read (cuda_read.cuh), each for three types of values.
+// NeuralMemory on an NVIDIA GPU: the checks, the plan of a call, and its single launch. There are three kernels, each
+// for three value types: calls of several tokens (cuda_blocks.cuh), calls of one token (cuda_token.cuh), and mode read
+// (cuda_read.cuh).
 //
-// The idea is that of the CPU's kernel: W and S are loaded once for a call and stay on the chip, in the shared memory
-// of as many blocks as it takes, while a chunk is a handful of matrix products; a single token reads each weight once.
+// The idea is the same as on the CPU. A call loads W and S once and keeps them on the chip, in the shared memory of as
+// many thread blocks as necessary. A chunk is a handful of matmuls; a single token reads each weight once.
 #include "plugins/kernels/neural_memory_cuda.h"
 
 #include <algorithm>
@@ -38,8 +39,8 @@ Kernel kernel_for(Kind kind, bool shared) {
 }
 
 constexpr int kLeastSm = 80;
-constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;   // words: sizes and places stay within 32 bits
-constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, likewise
+constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;   // words: keeps sizes and offsets within 32 bits
+constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, for the same reason
 
 std::string too_large(const char* what, std::int64_t most, std::int64_t got, const char* fix) {
   return failure(Configuration::kOperator, "E0712",
@@ -161,7 +162,7 @@ class NodeKernel final : public CudaKernel {
 }  // namespace
 
 std::string CudaDevice::current(CudaDevice& device) {
-  // Clusters are asked for with the kernel that needs them most.
+  // The cluster size is queried with the kernel that uses the most resources.
   return cuda::query_device(device, reinterpret_cast<const void*>(kernel_for<float>(Kind::kBlocks, true)));
 }
 

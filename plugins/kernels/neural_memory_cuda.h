@@ -1,4 +1,4 @@
-// NeuralMemory on an NVIDIA GPU. This header includes none of CUDA's.
+// NeuralMemory on an NVIDIA GPU. This header needs no CUDA headers.
 #pragma once
 
 #include <cstddef>
@@ -8,45 +8,46 @@
 
 #include "plugins/kernels/neural_memory.h"
 
-struct CUstream_st;  // a cudaStream_t points to one
+struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace titans::kernels {
 
-// The properties that decide where a head's state is kept and over how many blocks a head is spread.
+// The device properties that decide where a head's state is kept and how many blocks share a head.
 struct CudaDevice {
   int sm = 0;  // compute capability times 10: 87, 90, 120
   int multiprocessors = 0;
-  std::size_t shared_bytes = 0;  // that one block can have
-  int most_cluster = 8;          // blocks with that much shared memory each that fit into a cluster; from sm_90 on
+  std::size_t shared_bytes = 0;  // per block, at most
+  int most_cluster = 8;          // blocks of that much shared memory in one cluster, at most; needs sm_90
 
-  // The current device. Returns an error if there is none, or an empty string.
+  // Reads the properties of the current device. Returns an error, or an empty string.
   static std::string current(CudaDevice& device);
 };
 
-// The kernel of one node. Any number of threads may run it at once, with a workspace each.
+// The kernel of one node. Thread-safe if each thread has its own workspace.
 class CudaKernel {
  public:
-  // `values` is the type of q, k, v and y: kFloat32, kFloat16 or kBFloat16. Matmuls take operands of that
-  // precision and add up in float32. Returns null and sets `error` if the device or the dtype is not supported.
+  // `values` is the dtype of q, k, v and y: kFloat32, kFloat16 or kBFloat16. Matmuls take operands of that precision
+  // and accumulate in float32. Returns null and sets `error` if the device or the dtype is not supported.
   static std::unique_ptr<CudaKernel> create(const Configuration& configuration, DType values, const CudaDevice& device,
                                             std::string& error);
   virtual ~CudaKernel() = default;
 
-  // Bytes of device memory that a call of this size needs beside its operands, aligned to 256 bytes. Grows with each.
+  // Bytes of device memory that a call of this size needs beside its operands, aligned to 256 bytes. Monotonic in each
+  // argument.
   virtual std::size_t workspace_bytes(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const = 0;
 
-  // Checks all but the values of the operands, which are in device memory, and puts the work into `stream`: no
-  // allocation, no synchronisation, so a CUDA graph can capture it. Returns an error, with nothing enqueued, or an
-  // empty string. W and S are updated in place if `state` and `state_out` are one buffer, otherwise the pool is copied
-  // first. Results do not depend on timing.
+  // Checks everything except the values of the operands, which are in device memory, and enqueues the work. It neither
+  // allocates nor synchronizes, so a CUDA graph can capture it. Returns an error with nothing enqueued, or an empty
+  // string. W and S are updated in place if `state` and `state_out` are one buffer; otherwise the pool is copied first.
+  // Results are deterministic.
   //
-  // A stream whose fill, valid or slot is out of range, or one of whose gates is not finite, keeps its state, and its y
-  // and stats are NaN. If `status` (one word of device memory, set to 0 by the caller) is given, it then has the
-  // operand: see status_message.
+  // A stream is invalid if its fill, valid or slot is out of range, or if one of its gates is not finite. Its state
+  // stays unchanged, and its y and stats are NaN. `status` is optional: one word of device memory that the caller has
+  // set to 0. It receives the number of an invalid operand (see status_message).
   virtual std::string run(const Operands& operands, void* workspace, std::int32_t* status,
                           CUstream_st* stream) const = 0;
 
-  // How calls of this size are placed, for users and tests: "blocks 4, state shared, rows shared, 148 KiB".
+  // A description of a call's plan, for users and tests: "blocks 4, state shared, rows shared, 148 KiB".
   virtual std::string placement(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const = 0;
 
   // The error of a status word, or an empty string for 0.
