@@ -24,8 +24,8 @@ KernelChoice read_kernel_choice(const std::string& name) {
               "choose auto, require or off");
 }
 
-// Where the vendor's library for a backend lies: the path that `lines` has for it, unless the environment names one,
-// which the backend reads itself. TITANS_TENSORRT serves tensorrt_10 and tensorrt_11.
+// The path of the vendor library for a backend, from `lines`. The environment variable takes precedence; the backend
+// reads it itself. TITANS_TENSORRT serves tensorrt_10 and tensorrt_11.
 std::string hinted_library(const std::string& lines, const std::string& module, const std::string& backend) {
   std::string variable = "TITANS_" + backend;
   std::transform(variable.begin(), variable.end(), variable.begin(),
@@ -44,7 +44,7 @@ std::string hinted_library(const std::string& lines, const std::string& module, 
 
 std::string library_for(const SessionOptions& options, const std::string& module) {
   if (!options.backend_library.empty()) return options.backend_library;
-  // "tensorrt_10" is of the backend tensorrt.
+  // "tensorrt_10" belongs to the backend tensorrt.
   const std::size_t digits = module.find_last_not_of("0123456789");
   const bool numbered = digits + 1 < module.size() && module[digits] == '_';
   return hinted_library(options.libraries, module, numbered ? module.substr(0, digits) : module);
@@ -73,7 +73,7 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
   return memories;
 }
 
-// What a stream allocates: of a state in place one buffer and its backup, else three.
+// Bytes that a stream allocates: two buffers for a tensor updated in place, three for a swapped one.
 std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
   std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
   for (std::size_t index = 0; index < manifest.state.size(); ++index) {
@@ -132,7 +132,7 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
                   {"graphs", graphs},
                   {"state", state},
                   {"tokenizer", json::parse(manifest.tokenizer)}};
-  // A path need not be UTF-8; a description of it must be.
+  // A path may not be UTF-8, but JSON must be.
   return info.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
@@ -209,7 +209,7 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
 
 std::string Session::metrics_text() const {
   std::filesystem::path folder = bundle_->folder();
-  if (!folder.has_filename()) folder = folder.parent_path();  // it ended with a slash
+  if (!folder.has_filename()) folder = folder.parent_path();  // the path ended with a slash
   return metrics_.text(folder.filename().string());
 }
 
@@ -242,7 +242,7 @@ Session::WorkspaceLease::WorkspaceLease(Session& session) : session_(session) {
     }
   }
   workspace_ = session.executor_->make_workspace();
-  // So that giving it back needs no memory and cannot fail.
+  // Reserved here so that returning a workspace cannot fail.
   const std::lock_guard lock(session.mutex_);
   session.idle_.reserve(++session.workspaces_);
 }

@@ -23,29 +23,29 @@ struct SessionOptions {
   std::filesystem::path plugin_dir;  // empty: beside this library
   int threads = 0;
   std::string memory_kernel = "auto";
-  std::string engine;     // of the bundle, to insist on; "none": the plain graphs; empty: by device
-  std::string libraries;  // MODULE=PATH lines: where vendors' libraries lie that nothing else says where to find
-  int batch_threads = 0;  // that streams of one batch run on; 0: as many as there are processors
+  std::string engine;     // required engine of the bundle; "none": the plain graphs; empty: by device
+  std::string libraries;  // MODULE=PATH lines: vendor libraries that neither the caller nor the environment names
+  int batch_threads = 0;  // threads per batch; 0: the number of processors
   std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
-  std::filesystem::path spill_dir;  // where streams beyond the budget go
+  std::filesystem::path spill_dir;  // folder for states beyond the budget
 };
 
-// A field of a memory as users see it: "layers.0.memory.W0", shape (1, heads, rows, columns).
+// A memory field for users: "layers.0.memory.W0", shape (1, heads, rows, columns).
 struct MemoryView {
   std::string name;
   Shape shape;
   std::size_t elements;
-  std::size_t state;    // index of the state tensor that holds it
-  std::size_t offset;   // of the field within the tensor's last dimension
-  std::size_t extent;   // elements of the field within one row
-  std::size_t columns;  // of a matrix, or of a vector as one row
+  std::size_t state;    // index of its state tensor
+  std::size_t offset;   // first word within the tensor's last dimension
+  std::size_t extent;   // elements per row
+  std::size_t columns;  // of a matrix; a vector is one row
   FieldDtype dtype;
 };
 
 class Session {
  public:
   static std::shared_ptr<Session> open(const std::filesystem::path& path, const SessionOptions& options);
-  // `device_info` and `choice` are what the session's info tells.
+  // `device_info` and `choice` are reported by info().
   Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor> executor, const SessionOptions& options,
           const DeviceInfo& device_info = {}, const EngineChoice& choice = {});
 
@@ -53,29 +53,28 @@ class Session {
   const Bundle& bundle() const { return *bundle_; }
   Executor& executor() const { return *executor_; }
   const std::string& info() const { return info_; }
-  // The model and tensors that the state files of its streams have.
+  // The schema of its streams' state files.
   const StateSchema& state_schema() const { return state_schema_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
   Metrics& metrics() { return metrics_; }
-  // Prometheus' text, with the name of the bundle's folder.
+  // Prometheus text, labelled with the name of the bundle's folder.
   std::string metrics_text() const;
-  // Chunks that `tokens` from `position` on complete, of each memory.
+  // The number of chunk updates, over all memories, made by `tokens` tokens from `position`.
   std::uint64_t chunk_updates(std::uint64_t position, std::uint64_t tokens) const;
-  // Index into the manifest's graphs of the one that runs next at `position`, where `remaining` tokens are left.
+  // Index, in the manifest's graphs, of the graph to run at `position` with `remaining` tokens left.
   std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
     return bundle_->graphs()[bundle_->schedule().next_graph(position, remaining)].graph;
   }
-  // Floats of a vector that goes in, or the vocabulary; floats of a row that comes out.
+  // Input: floats per vector, or the vocabulary size. Output: floats per row.
   std::size_t input_size() const { return static_cast<std::size_t>(manifest().input_size); }
   std::size_t output_size() const { return static_cast<std::size_t>(manifest().output_size); }
 
-  // NULL where no budget limits what is in memory.
+  // NULL without a memory budget.
   StateCache* state_cache() const { return cache_.get(); }
-  // The threads of batches, made with the first of these.
+  // The threads for batches, started by the first batch.
   ThreadPool& batch_threads();
 
-  // A workspace for the time of one call into the library. There are as many as calls were ever in flight at once, so
-  // idle streams hold none.
+  // Holds a workspace for one call. The session keeps as many as calls were ever in flight, so idle streams hold none.
   class WorkspaceLease {
    public:
     explicit WorkspaceLease(Session& session);
@@ -91,20 +90,20 @@ class Session {
 
  private:
   std::unique_ptr<const Bundle> bundle_;
-  std::unique_ptr<Executor> executor_;  // reads the bundle's mappings: destroyed before them
+  std::unique_ptr<Executor> executor_;  // reads the bundle's mappings, so it is destroyed first
   std::vector<MemoryView> memories_;
   std::string info_;
   StateSchema state_schema_;
   struct FoldedRows {
     std::uint64_t chunk;
     StreamRows rows;
-    std::uint64_t memories;  // that are folded so
+    std::uint64_t memories;  // memories with this chunk length and these rows
   };
   std::vector<FoldedRows> folded_;
   Metrics metrics_;
   const int batch_thread_count_;
   std::unique_ptr<StateCache> cache_;
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the members below
   std::vector<std::unique_ptr<Workspace>> idle_;
   std::size_t workspaces_ = 0;  // idle or not
   std::unique_ptr<ThreadPool> batch_threads_;

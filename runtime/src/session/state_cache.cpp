@@ -185,7 +185,7 @@ void StateCache::spill_oldest(Lock& lock) {
   metrics_.resident_bytes.subtract(handle.bytes_);
 }
 
-// An allocator keeps what it gets back: where states come and go, the process would grow to a multiple of the budget.
+// The allocator keeps freed memory. As streams come and go, the process would grow to a multiple of the budget.
 void StateCache::return_to_system([[maybe_unused]] std::uint64_t freed) {
 #ifdef __GLIBC__
   constexpr std::uint64_t kLeast = std::uint64_t{8} << 20, kPart = 16;

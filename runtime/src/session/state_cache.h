@@ -94,11 +94,11 @@ class StateCache {
   Metrics& metrics_;
   const std::uint64_t budget_;
   const SpillFolder folder_;
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable moved_;
-  std::list<Handle*> idle_;      // the one used longest ago first
+  std::list<Handle*> idle_;      // least recently used first
   std::uint64_t in_memory_ = 0;  // bytes
-  std::uint64_t leaving_ = 0;    // of these, being spilled
+  std::uint64_t leaving_ = 0;    // the part of in_memory_ that is being spilled
   std::uint64_t next_id_ = 0;
 
   std::atomic<std::uint64_t> freed_{0};  // since memory was last returned to the system

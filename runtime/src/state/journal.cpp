@@ -86,8 +86,8 @@ void Journal::save_for(std::uint64_t position, std::uint64_t tokens) {
   }
 }
 
-// The change writes place after place. Once it comes to another period, the places before its start are next, so then
-// all that is not saved yet is.
+// The change writes consecutive places. When it enters another period it wraps to the places before its start, so
+// everything that is not saved yet is saved.
 void Journal::save_for(Cache& cache, std::uint64_t position, std::uint64_t tokens) const {
   const std::uint64_t start = cache.rows.before(*start_), first = cache.rows.before(position),
                       last = cache.rows.before(position + tokens) - 1;
@@ -119,7 +119,7 @@ void Journal::restore() {
   }
 }
 
-// Saves places [begin, end), which lie at one end of those that are saved.
+// Saves places [begin, end), which adjoin the saved range.
 void Journal::save(Cache& cache, std::uint64_t begin, std::uint64_t end) {
   if (begin >= end) return;
   copy(*cache.backup, *cache.live, cache.places, begin, end);

@@ -1,9 +1,9 @@
-// What a failed call is undone from: copies of those parts of the state in place that it may have overwritten.
+// Undo data for a failed call: copies of the parts of in-place state that the call may overwrite.
 //
-// The manifest lists when each field of a packed row is written (docs/bundle.md). While a chunk is open, a call changes
-// the fields written by every token, a small part, and appends rows that nothing has read yet. So a token within a
-// chunk saves the former alone. All other fields are saved when a call completes a chunk. A cache saves the rows that
-// the manifest says a token writes.
+// The manifest lists when each field of a packed row is written (docs/bundle.md). A call within a chunk changes only
+// the fields written by every token, which are small, and appends rows that nothing has read yet. Only the former are
+// saved. A call that completes a chunk saves all other fields too. A cache saves the rows that the manifest lists for
+// the tokens of the call.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,15 @@
 
 namespace titans::core {
 
-// Part of a packed row: words [begin, end).
+// Words [begin, end) of a packed row.
 struct Words {
   std::size_t begin, end;
 };
 
-// The parts of a row that every token writes, ascending and disjoint: the whole row for a tensor without chunks.
+// The ranges of a row that every token writes, ascending and disjoint. The whole row if the tensor has no chunks.
 std::vector<Words> words_written_by_token(const StateTensor& state);
 
-// What has taken the place of buffers that are gone.
+// Maps replaced buffers to their successors.
 using BufferMap = std::map<const Buffer*, Buffer*>;
 
 inline void move_to(const BufferMap& moved, std::vector<Buffer*>& buffers) {
@@ -34,20 +34,20 @@ inline void move_to(const BufferMap& moved, std::vector<Buffer*>& buffers) {
 
 class Journal {
  public:
-  // `backup` is the journal's own from here on. The buffers outlive it.
+  // The journal owns the content of `backup` from here on. Both buffers must outlive the journal.
   void watch(const StateTensor& state, Buffer& live, Buffer& backup);
 
-  // A change starts, from what the live buffers hold now.
+  // Starts a change from the current content of the live buffers.
   void begin();
-  // Saves what a call that consumes `tokens` >= 1 tokens from `position` on may overwrite, unless this change has saved
-  // it before.
+  // Saves the parts that a call of `tokens` >= 1 tokens at `position` may overwrite, unless this change has saved them
+  // already.
   void save_for(std::uint64_t position, std::uint64_t tokens);
-  // Saves everything that this change has not saved yet.
+  // Saves all parts that this change has not saved yet.
   void save_all();
-  // Puts back what was saved: the live buffers are as they were when the change started.
+  // Restores the live buffers to their content at the start of the change.
   void restore();
 
-  // Goes on with other buffers, which hold the same.
+  // Switches to other buffers with the same content.
   void move_to(const BufferMap& moved);
 
  private:
@@ -58,19 +58,19 @@ class Journal {
   struct Entry {
     Buffer* live;
     Buffer* backup;
-    std::uint64_t chunk;  // rows of the stream
+    std::uint64_t chunk;  // in stream rows
     StreamRows rows;
-    Part chunkwise;  // written by the token that completes a chunk, and rows of the open chunk
+    Part chunkwise;  // written by the token that completes a chunk; includes rows of the open chunk
     Part tokenwise;  // written by every token
   };
 
   struct Cache {
     Buffer* live;
     Buffer* backup;
-    std::uint64_t period;  // rows of the stream
+    std::uint64_t period;  // in stream rows
     StreamRows rows;
-    std::vector<Stripe> places;  // the row of place 0, once for each of the rows that a row of the stream writes
-    std::uint64_t begin, end;    // the places that are saved
+    std::vector<Stripe> places;  // the row of place 0, once per row that a stream row writes
+    std::uint64_t begin, end;    // the saved places
   };
 
   static void save(const Entry& entry, Part& part);
@@ -80,7 +80,7 @@ class Journal {
 
   std::vector<Entry> entries_;
   std::vector<Cache> caches_;
-  std::optional<std::uint64_t> start_;  // the position of this change's first call
+  std::optional<std::uint64_t> start_;  // position of this change's first call
 };
 
 }  // namespace titans::core

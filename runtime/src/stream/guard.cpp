@@ -11,7 +11,7 @@
 namespace titans::core {
 namespace {
 
-// Sums of squares in double, which floats cannot overflow: such a sum is finite exactly where all of them are.
+// Sums of squares in double. Squares of floats cannot overflow it, so the sum is finite exactly if all values are.
 constexpr std::size_t kLanes = 8;
 using Lanes = std::array<double, kLanes>;
 
@@ -50,7 +50,7 @@ double squares_of_change(const float* before, const float* after, std::size_t co
   return total(lanes);
 }
 
-// Keeps NaN, which no comparison does.
+// Propagates NaN, unlike std::max.
 float larger(float a, float b) { return std::isnan(a) || a > b ? a : b; }
 
 }  // namespace
@@ -90,14 +90,14 @@ Guard::Guard(const Session& session, const titans_guard& limits)
       const std::size_t columns = field.shape.empty() ? 1 : static_cast<std::size_t>(field.shape.back());
       memory.fields.push_back({field.offset, extent, columns, field.dtype, surprise});
     }
-    // Of a memory in a form that is not ours, all numbers are weights.
+    // A memory with an unknown layout is treated as weights only.
     if (memory.fields.empty()) memory.fields.push_back({0, memory.row, memory.row, FieldDtype::kFloat32, false});
     memories_.push_back(std::move(memory));
   }
   report_.layer = report_.head = -1;
 }
 
-// Empty unless every field that each token writes has a value at a chunk's start.
+// Empty unless every field written by each token has a known value at the start of a chunk.
 std::vector<Guard::Reset> Guard::resets_of(const StateTensor& state) {
   std::vector<Reset> resets;
   for (const MemoryField& field : state.layout) {
@@ -138,7 +138,7 @@ std::size_t Guard::reach(std::uint64_t position, std::size_t remaining) const {
   for (const Memory& memory : memories_) {
     const std::uint64_t rows = memory.rows.before(position);
     const std::uint64_t end = (rows / memory.chunk + 1) * memory.chunk;
-    // A token has at least one row, so this is enough; where it has more, fewer tokens may be.
+    // Every token has at least one row, so this is an upper bound.
     std::uint64_t tokens = end - rows;
     while (tokens > 1 && memory.rows.before(position + tokens - 1) >= end) --tokens;
     reach = std::min<std::uint64_t>(reach, tokens);
@@ -200,13 +200,13 @@ void Guard::look_at_head(const Memory& memory, std::size_t head, const float* be
   violation.name = memory.name;
 }
 
-// Tokens may be ruled out by a logit of -infinity; anything else is a number.
+// A logit of -infinity rules a token out. Any other value that is not finite is an error.
 bool Guard::output_is_good(const float* output) const {
   const bool logits = session_.manifest().input_kind == InputKind::kTokens;
   float most = -std::numeric_limits<float>::infinity(), sum = 0;
   for (std::size_t i = 0; i < session_.output_size(); ++i) {
     most = std::max(most, output[i]);
-    sum += output[i] * 0.0F;  // NaN where it is not finite
+    sum += output[i] * 0.0F;  // NaN if the value is not finite
   }
   if (!std::isnan(sum)) return true;
   if (!logits || !std::isfinite(most)) return false;
@@ -292,7 +292,7 @@ void Guard::drop_open_chunk(const BufferSet& state, std::size_t set) {
 }
 
 void Guard::remember(std::uint64_t position, const std::int32_t* tokens, const float* vectors, std::size_t count) {
-  // Of what was consumed before the checkpoint nothing is needed.
+  // The input before the checkpoint is not needed.
   const std::size_t skipped = position_ > position ? static_cast<std::size_t>(position_ - position) : 0;
   if (tokens != nullptr) tokens_.insert(tokens_.end(), tokens + skipped, tokens + count);
   if (vectors != nullptr) {

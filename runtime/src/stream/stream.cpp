@@ -77,7 +77,7 @@ Buffer* Stream::add_buffer(std::size_t state) {
   return buffers_.back().known_as;
 }
 
-// Those that were added last, but for `kept`.
+// Drops the newest buffers and keeps the first `kept`.
 void Stream::drop_buffers(std::size_t kept) noexcept {
   while (buffers_.size() > kept) {
     const std::size_t bytes = session_->manifest().state[buffers_.back().state].bytes;
@@ -99,7 +99,7 @@ StreamState Stream::copy_of(const BufferSet& buffers) const {
   return out;
 }
 
-// What no file has to keep: position and learning, which do not take part, and what calls save before they overwrite.
+// Position and learning stay in memory, and the journal saves its parts before each call overwrites them.
 std::vector<StreamState> Stream::copy_out() const {
   std::vector<StreamState> parts;
   parts.push_back(copy_of(sets_[current_]));
@@ -145,7 +145,8 @@ void Stream::take_back(std::vector<StreamState> parts) {
   }
 }
 
-// What of the guard's checkpoint is in buffers: of a state in place, the parts that were overwritten since.
+// The buffers that hold the guard's checkpoint. For a tensor updated in place, its backup holds the parts overwritten
+// since.
 Stream::BufferSet Stream::checkpoint_buffers() const {
   BufferSet buffers = sets_[guard_->set()];
   for (std::size_t state = 0; state < buffers.size(); ++state) {
@@ -235,7 +236,7 @@ std::uint64_t Stream::mark() {
   StreamState now = state();
   const auto found = marks_.find(position_);
   if (found != marks_.end()) {
-    found->second = std::move(now);  // of the same size
+    found->second = std::move(now);  // has the same size
   } else {
     const std::uint64_t bytes = now.bytes();
     handle_.grow(bytes);
@@ -343,7 +344,7 @@ std::uint64_t Stream::state_bytes() const {
   const std::uint64_t output_bytes = session_->output_size() * sizeof(float);
   std::uint64_t mark_bytes = output_bytes;
   for (const StateTensor& state : session_->manifest().state) mark_bytes += state.bytes;
-  // As it is in memory, also where it is not.
+  // Spilled buffers count too.
   return state_bytes_ + output_bytes + marks_.size() * mark_bytes;
 }
 

@@ -17,17 +17,16 @@
 
 namespace titans::core {
 
-// An Error where the bundle's input is of another kind: what is asked for is meant for `kind` alone.
+// Throws an Error unless the bundle's input is of `kind`.
 void require_input(const Manifest& manifest, InputKind kind);
 
-// Whoever calls functions of a stream that many threads may know holds it meanwhile, with a Stream::Use, or with a
-// Stream::ExclusiveUse where the state is not touched.
+// Threads that share a stream hold a Use during each call, or an ExclusiveUse if the call does not touch the state.
 class Stream : private Spillable {
  public:
-  // No other call is in the stream for the life of the object.
+  // Excludes other calls for the life of the object.
   class ExclusiveUse {
    public:
-    // TITANS_INVALID_ARGUMENT where another call is in it: of another thread, or the one that this is made within.
+    // Throws TITANS_INVALID_ARGUMENT if another call is active, from another thread or from a callback of this one.
     explicit ExclusiveUse(const Stream& stream);
     ~ExclusiveUse();
     ExclusiveUse(const ExclusiveUse&) = delete;
@@ -36,7 +35,7 @@ class Stream : private Spillable {
    private:
     const Stream& stream_;
   };
-  // The same, and the state is in memory.
+  // Excludes other calls and keeps the state in memory.
   class Use {
    public:
     explicit Use(const Stream& stream);
@@ -57,11 +56,11 @@ class Stream : private Spillable {
   std::unique_ptr<Stream> fork() const;
   void reset();
 
-  // All of the stream, for a file or a mark.
+  // The complete stream, for a file or a mark.
   StreamState state() const;
-  // The same, for as long as nothing changes it. What does not lie in host memory is copied to `copies`.
+  // The complete stream, valid until it changes. State outside host memory is copied to `copies`.
   StateView view(std::vector<Bytes>& copies) const;
-  // Puts the stream where `state`, one of this model's, says; where that fails it is as it was.
+  // Sets the stream to `state`, which must be of the same model. After an exception the stream is unchanged.
   void set_state(const StreamState& state);
 
   // See titans_stream_mark and its neighbours.
@@ -70,8 +69,8 @@ class Stream : private Spillable {
   void unmark(std::uint64_t position);
   std::vector<std::uint64_t> marks() const;
 
-  // See titans_stream_feed, titans_stream_feed_vectors and titans_stream_score. Any failure leaves the stream as it
-  // was.
+  // See titans_stream_feed, titans_stream_feed_vectors and titans_stream_score. After a failure the stream is
+  // unchanged.
   void feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits, std::size_t capacity);
   void feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs, std::size_t capacity);
   void score(const std::int32_t* tokens, std::size_t count, float* logprobs);
@@ -84,25 +83,25 @@ class Stream : private Spillable {
   void set_guard(const titans_guard& limits);
   titans_guard_report guard_report() const;
   void set_progress(titans_progress_function progress, void* user) { progress_ = {progress, user}; }
-  // From any thread.
+  // May be called from any thread.
   void cancel() noexcept { cancelled_.store(true, std::memory_order_relaxed); }
 
   std::uint64_t state_bytes() const;
-  // Logits, or the vector, after the last token. Meaningless before the first.
+  // The logits or the vector after the last token. Undefined before the first token.
   const std::vector<float>& last_output() const { return last_output_; }
 
   void read_memory(std::size_t index, float* values, std::size_t capacity) const;
   const Session& session() const { return *session_; }
 
  private:
-  // A state tensor that swaps has one buffer in each of three sets: where the running feed began, where it stands, and
-  // where the next call writes. Begin stays untouched until the feed has succeeded, so a failure costs no copy. One
-  // that the engine updates in place has one buffer, in every set, and the journal another. A guard needs one set more,
+  // A swapped state tensor has one buffer in each of three sets: the start of the running feed, the current state, and
+  // the output of the next call. The start is kept until the feed succeeds, so a failure costs no copy. A tensor
+  // updated in place has one buffer, which is in every set, and a backup for the journal. A guard needs a fourth set
   // for its checkpoint.
   static constexpr std::size_t kSets = 3;
   using BufferSet = std::vector<Buffer*>;
 
-  struct Allocate {};  // memory only: reset or fork fills it
+  struct Allocate {};  // allocates only; reset or fork fills the buffers
   Stream(std::shared_ptr<Session> session, Allocate);
 
   std::vector<StreamState> copy_out() const override;
@@ -117,25 +116,25 @@ class Stream : private Spillable {
   using Mark = std::map<std::uint64_t, StreamState>::iterator;
   Mark find_mark(std::uint64_t position);
   void drop_marks(Mark first, Mark end);
-  // One that is neither of these nor the guard's.
+  // A set that is neither `a`, `b` nor the guard's.
   std::size_t free_set(std::size_t a, std::size_t b) const;
   void add_guard_buffers();
-  // The stream has been put elsewhere: the guard's checkpoint is where it stands.
+  // Makes the current state the guard's checkpoint, after the stream was set to another state.
   void rebase_guard();
   void check_tokens(const std::int32_t* tokens, std::size_t count) const;
   void check_vectors(const float* vectors, std::size_t count) const;
 
-  // Runs `change`, which saves in the journal what it overwrites in place; where it throws, that is put back.
+  // Runs `change`, which saves in the journal what it overwrites in place. Restores that if it throws.
   template <typename Change>
   void transact(Change&& change);
-  // What a feed consumes, checked: tokens or vectors, the other NULL.
+  // The checked input of a feed: tokens or vectors; the other is NULL.
   struct Sequence {
     const std::int32_t* tokens;
     const float* vectors;
     std::size_t count;
   };
-  // How far a feed has come: the position and the set of the next call of a graph. It may be before the feed's
-  // beginning, where a guard has gone back to its checkpoint.
+  // The position and set of the next call. The position may precede the feed's start after a guard has restored its
+  // checkpoint.
   struct FeedCursor {
     std::uint64_t position;
     std::size_t set;
@@ -143,27 +142,27 @@ class Stream : private Spillable {
     bool all_saved = false;  // in the journal
     bool checkpoint_moved = false;
   };
-  // What a call at `position` consumes: of the feed's sequence, or before it what the guard remembers.
+  // The next call: from the feed's input, or from the guard's recorded input before it.
   Call next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const;
-  // Runs the call, of `tokens` tokens, and looks at what it made. That it fails is a violation, too, where consuming
-  // the tokens with the memory frozen may help.
+  // Runs the call and checks its result. A failed call counts as a violation if consuming the tokens with the memory
+  // frozen may help.
   Violation run_guarded(const Call& call, std::size_t tokens, Workspace& workspace);
-  // After a call of `tokens` tokens, in which the guard has found something wrong: back to the checkpoint, from where
-  // they are consumed with the memory frozen. Throws where the policy says so, or where that has not helped.
+  // Handles a violation: restores the checkpoint so that the tokens are consumed again with the memory frozen. Throws
+  // if the policy requires it or if freezing has not helped.
   void roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens);
   void report_progress(std::uint64_t done, std::uint64_t total) const;
-  // Consumes the sequence; after each call of a graph sink(first token, how many, workspace), for some tokens perhaps
-  // a second time, the last of which counts.
+  // Consumes the sequence and calls sink(first token, count, workspace) after each graph. Some tokens may be reported
+  // twice; the last report counts.
   template <typename Sink>
   void advance(const Sequence& sequence, Sink&& sink);
-  // That `capacity` floats at `output` have room for what `which` asks for.
+  // Throws an Error unless `output` has room for `which`.
   void check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const;
   void feed(const Sequence& sequence, titans_output which, float* output);
 
   struct OwnBuffer {
     std::size_t state;
     std::unique_ptr<Buffer> buffer;  // NULL while the state is not in memory
-    Buffer* known_as;                // what everything else here has of it
+    Buffer* known_as;                // the address used by the sets, the journal and the guard
   };
 
   std::shared_ptr<Session> session_;
@@ -177,9 +176,9 @@ class Stream : private Spillable {
   std::uint64_t position_ = 0;
   bool learning_ = true;
   std::vector<float> last_output_;
-  std::map<std::uint64_t, StreamState> marks_;  // by their positions
-  std::vector<Buffer*> guard_backups_;          // for each state in place; NULL for one that swaps
-  std::unique_ptr<Guard> guard_;                // also where it is off, once one was set
+  std::map<std::uint64_t, StreamState> marks_;  // by position
+  std::vector<Buffer*> guard_backups_;          // one per state tensor; NULL if it is swapped
+  std::unique_ptr<Guard> guard_;                // stays after it is turned off
   struct Progress {
     titans_progress_function function = nullptr;
     void* user = nullptr;

@@ -1,4 +1,4 @@
-// What a stream consumes: tokens and vectors, in the schedule's calls of graphs, under its guard.
+// Feeds tokens and vectors to a stream: runs the graphs of the schedule under the stream's guard.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,7 +15,7 @@ constexpr std::uint64_t kAlways = std::numeric_limits<std::uint64_t>::max();
 
 float log_probability(const float* logits, std::size_t vocab, std::int32_t token) {
   const float most = finite_maximum(logits, vocab, "score");
-  double sum = 0.0;  // of at least exp(0), so its logarithm is finite
+  double sum = 0.0;  // at least exp(0) = 1, so its logarithm is finite
   for (std::size_t i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(logits[i]) - static_cast<double>(most));
   return static_cast<float>(static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum));
 }
@@ -82,7 +82,7 @@ Violation Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& w
     session_->executor().run(call, workspace);
   } catch (const Error& error) {
     if (!call.learn || error.status() != TITANS_FAILED || guard_->limits().policy == TITANS_GUARD_RAISE) throw;
-    // Kernels refuse gates that are not finite, which a memory that overflows makes of the next layer's.
+    // An overflowing memory gives the next layer gates that are not finite, and kernels reject those.
     Violation violation;
     violation.reason = TITANS_GUARD_CALL;
     violation.failure = error.what();
@@ -121,7 +121,7 @@ void Stream::roll_back(const Violation& violation, FeedCursor& cursor, std::uint
     cursor.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(cursor.frozen_until, end);
   }
   if (guard_->position() < position_ && !cursor.all_saved) {
-    // What lies before this feed will be overwritten, too.
+    // Replaying from the checkpoint also overwrites state from before this feed.
     journal_.restore();
     journal_.save_all();
     cursor.all_saved = true;
@@ -143,7 +143,7 @@ template <typename Sink>
 void Stream::advance(const Sequence& sequence, Sink&& sink) {
   const std::size_t count = sequence.count;
   if (count == 0) return;
-  // Graphs take a position as an int64, and a state file may tell any.
+  // Graphs take the position as an int64, and a state file may hold any value.
   constexpr auto kLast = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   if (count > kLast - position_) {
     throw Error(TITANS_INVALID_ARGUMENT, "E0504", "stream",
@@ -270,7 +270,7 @@ void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprob
   const float first_logprob =
       position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_output_.data(), vocab, tokens[0]);
   advance({tokens, nullptr, count}, [&](std::size_t first, std::size_t rows, Workspace& workspace) {
-    const std::size_t scored = std::min(rows, count - first - 1);  // the row after the last token scores none of these
+    const std::size_t scored = std::min(rows, count - first - 1);  // the last token's row scores none of these tokens
     const float* logits = workspace.output(0, scored);
     for (std::size_t row = 0; row < scored; ++row) {
       const std::size_t next = first + row + 1;
