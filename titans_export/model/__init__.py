@@ -1,5 +1,5 @@
-"""The mathematics of Titans in PyTorch: the memory, attention, and one file per variant; models of other libraries in
-packages of their own. What export needs of any of them is in stream.py.
+"""Titans models in PyTorch: the memory, attention, and one file per variant. Models of other libraries have packages of
+their own. stream.py defines the interface that export needs.
 """
 
 from .config import MemoryConfig, ModelConfig, parse_config, read_config

@@ -1,4 +1,4 @@
-"""Attention over a window: sliding (MAG, MAL) and by segments (MAC). Both carry their keys and values as state."""
+"""Attention over a window: sliding (MAG, MAL) and segmented (MAC). Both keep their keys and values in the state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PHASE_BITS = 32
 
 
 class Rotary(nn.Module):
-    """Rotary positions with phases that are whole multiples of 2^-32 turns.
+    """Rotary positions whose phases are integer multiples of 2^-32 turns.
 
-    A phase accumulates in integers, so the rotation at token 2,000,000,000 is as exact as at token 0; in float32 the
-    product position * frequency would be off by more than a radian long before.
+    Phases accumulate in integers, so the rotation stays exact at token 2,000,000,000. In float32, position * frequency
+    would be off by more than a radian well before that.
     """
 
     increments: Tensor
@@ -29,7 +29,7 @@ class Rotary(nn.Module):
         frequencies = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         increments = (frequencies / (2 * math.pi) * 2**PHASE_BITS).round().to(torch.int64)
         self.register_buffer("increments", increments, persistent=False)
-        # x Q turns each pair (x_i, x_{i + half}) by a quarter: as a product, exact and one node.
+        # x @ quarter_turn rotates each pair (x_i, x_{i + half}) by 90 degrees: exact, and a single node.
         half = torch.eye(head_dim // 2)
         none = torch.zeros_like(half)
         quarter = torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)])
@@ -43,7 +43,9 @@ class Rotary(nn.Module):
         return angle.cos(), angle.sin()
 
     def rotate(self, x: Tensor, angle: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotates the pairs (x_i, x_{i + half}). x: (B, heads, n T, head_dim), the angle's T positions n times over."""
+        """Rotates the pairs (x_i, x_{i + half}). x: (B, heads, n T, head_dim); the angles of T positions repeat n
+        times.
+        """
         cos, sin = angle
         times = x.shape[2] // cos.shape[2]
         if cos.shape[2] > 1 and times > 1:
@@ -52,7 +54,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """What both kinds share: projections, persistent tokens, the softmax."""
+    """The common base: projections, persistent tokens and softmax."""
 
     def __init__(self, dim: int, heads: int, persistent: int) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         return split_heads(x, self.heads)
 
     def first_rows(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the persistent tokens (19), (B, heads, persistent, head_dim). They are not rotated."""
+        """Keys and values of the persistent tokens (19), each (B, heads, persistent, head_dim), not rotated."""
         if self.persistent is None:
             none = self.out.weight.new_zeros(batch, self.heads, 0, self.head_dim)
             return none, none
@@ -76,11 +78,11 @@ class Attention(nn.Module):
         return keys, values
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """q: (B, heads, T, head_dim); keys, values: (B, heads, N, head_dim); seen: (B, T, N) bool, each token seeing at
-        least one. Returns (B, T, dim).
+        """q: (B, heads, T, head_dim); keys, values: (B, heads, N, head_dim); seen: (B, T, N) bool, with at least one
+        True per token. Returns (B, T, dim).
         """
         if torch.compiler.is_exporting():
-            # The exporter's form of what follows guards against tokens that see nothing, at two nodes a layer.
+            # The exporter's own pattern guards against fully masked tokens, which costs two nodes per layer.
             hidden = torch.where(seen, 0.0, -math.inf).to(q.dtype).unsqueeze(1)
             scores = (q * self.head_dim**-0.5) @ keys.transpose(-1, -2) + hidden
             y = scores.softmax(-1) @ values
@@ -91,7 +93,7 @@ class Attention(nn.Module):
 
 
 class SlidingWindowAttention(Attention):
-    """Causal attention in which a token sees itself and the window - 1 tokens before it."""
+    """Causal attention: a token sees itself and the window - 1 tokens before it."""
 
     def __init__(self, dim: int, heads: int, window: int, persistent: int) -> None:
         super().__init__(dim, heads, persistent)
@@ -120,12 +122,11 @@ class SlidingWindowAttention(Attention):
 
 
 class SegmentAttention(Attention):
-    """Attention of MAC: within a segment, a token sees persistent tokens, and what the memory retrieved for, and the
-    tokens themselves, up to its own place (equations 22 and 23, made causal).
+    """Attention of MAC, made causal. Within a segment, a token sees the persistent tokens, and the retrieved rows and
+    the tokens up to its own place (equations 22 and 23).
 
-    keys, values of the state: (B, heads, persistent + 2 segment, head_dim): the persistent tokens' rows, which never
-    change, then the retrieved rows, then the tokens' rows. Rows of the segment before stay until they are overwritten,
-    hidden by their place.
+    keys, values in the state: (B, heads, persistent + 2 segment, head_dim), in the order persistent rows (constant),
+    retrieved rows, token rows. Rows of the previous segment stay until overwritten; the mask hides them.
     """
 
     def __init__(self, dim: int, heads: int, segment: int, persistent: int) -> None:
@@ -138,11 +139,13 @@ class SegmentAttention(Attention):
         return {"keys": torch.cat([keys, empty], 2), "values": torch.cat([values, empty], 2)}
 
     def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, position: Tensor) -> tuple[Tensor, StreamState]:
-        """x, retrieved: (B, T, dim), T one chunk or one token; position: (B,) of the first. Returns y and state."""
+        """x, retrieved: (B, T, dim), T one chunk or one token; position: (B,) of the first token. Returns y (B, T, dim)
+        and the next state.
+        """
         length = x.shape[1]
         place = torch.remainder(position, self.segment).unsqueeze(-1) + torch.arange(length, device=x.device)
         both = torch.cat([retrieved, x], 1)
-        # Everything that is rotated, at once.
+        # One call rotates queries and keys together.
         rotated = self.rotary.rotate(
             torch.cat([self.split(self.key(both)), self.split(self.query(x))], 2),
             self.rotary(place, x.dtype),
@@ -152,7 +155,7 @@ class SegmentAttention(Attention):
         rows = torch.cat([place, place + self.segment], 1) + self.first
         index = rows[:, None, :, None].expand_as(new_keys)
         keys, values = state["keys"].scatter(2, index, new_keys), state["values"].scatter(2, index, new_values)
-        # The place of each row; persistent tokens stand where all see them.
+        # The place of each row; persistent tokens get a place that every token sees.
         places = torch.arange(self.segment, device=x.device)
         seen = F.pad(torch.cat([places, places]), (self.first, 0)) <= place.unsqueeze(-1)
         return self.attend(q, keys, values, seen), {"keys": keys, "values": values}

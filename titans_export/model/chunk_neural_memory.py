@@ -1,8 +1,8 @@
-"""`ai.titans::ChunkNeuralMemory` in PyTorch: the reference, and the node that a model emits when exported.
+"""`ai.titans::ChunkNeuralMemory` in PyTorch: the reference, and the node that exported models contain.
 
-docs/chunk-operator.md is the contract; chunk_update.py has the mathematics and the packed row. The function body is
-traced from the reference, and so are memories that the operator does not cover. Token t is answered by the weights of
-the last complete chunk, its own included: y_t = M_W(q_t).
+docs/chunk-operator.md is the contract; chunk_update.py has the equations and the packed row. The ONNX function body is
+traced from the reference. Memories that the operator does not cover are exported by tracing the reference too. Token t
+reads the weights after the last complete chunk, including a chunk that t completes: y_t = M_W(q_t).
 
 Shapes: packed rows (B, H, R); q (B, H, T, D); k, v (B, H, T u, D); step sizes (B, H, T u); other gates (B, H, T, ...).
 """
@@ -36,9 +36,11 @@ from .neural_memory import STATS
 
 @dataclass(frozen=True)
 class ChunkInputs:
-    """The operator's inputs; shapes above. momentum: (B, H, T, order); modulation: (B, H, T, tensors); combine: (B, H,
-    T, terms); previous: (B, H, N, |W|), N chunks that the call may complete; fill: (B,); learn: (B, T) bool, valid:
-    (B, T) bool, each None for all; limit: (B,); transition: ().
+    """The operator's inputs; see the module for the other shapes.
+
+    momentum: (B, H, T, order). modulation: (B, H, T, tensors). combine: (B, H, T, terms). previous: (B, H, N, |W|), for
+    the N chunks that the call may complete. fill: (B,). learn, valid: (B, T) bool, None for all True. limit: (B,).
+    transition: ().
     """
 
     rows: Tensor
@@ -60,7 +62,7 @@ class ChunkInputs:
 
 
 def _slot(values: Tensor, index: Tensor) -> Tensor:
-    """(B, H, N, size) at index (B,), N small: (B, H, size)."""
+    """Selects from values (B, H, N, size), N small, at index (B,). Returns (B, H, size)."""
     if values.shape[2] == 1:
         return values[:, :, 0]
     slots = torch.arange(values.shape[2], device=index.device)
@@ -69,7 +71,7 @@ def _slot(values: Tensor, index: Tensor) -> Tensor:
 
 
 class ChunkUpdate(NamedTuple):
-    """The outputs. initial_weights: (B, H, N, |W|), W at the start of each chunk that the call completed."""
+    """The outputs. initial_weights: (B, H, N, |W|), W at the start of each completed chunk."""
 
     y: Tensor
     state: Tensor
@@ -80,7 +82,10 @@ class ChunkUpdate(NamedTuple):
 def _committed(
     spec: ChunkMemorySpec, old: State, new: State, losses: Tensor, x: ChunkInputs, done: Tensor | None
 ) -> tuple[State, Tensor]:
-    """The state to keep, and (B, H, 4) numbers as `STATS`. done: (B,) or (B, H) bool, None: all complete and learn."""
+    """The committed state, and metrics (B, H, 4) in the order of `STATS`.
+
+    done: (B,) or (B, H) bool, whether the chunk completes and learns; None for all True.
+    """
     squares = [((a - b) ** 2).flatten(2).sum(-1) for a, b in zip(new.w, old.w, strict=True)]
     norm = torch.stack(squares).sum(0).sqrt()
     surprise = losses.sum(-1)
@@ -93,12 +98,12 @@ def _committed(
 
 
 def _total(numbers: Tensor) -> Tensor:
-    """(chunks, B, H, 4) to (B, H, 4)."""
+    """Sums (chunks, B, H, 4) to (B, H, 4)."""
     return torch.cat([numbers[..., :1].sum(0), numbers[..., 1:2].amax(0), numbers[..., 2:].sum(0)], -1)
 
 
 def _moved(spec: ChunkMemorySpec, fill: Tensor | None, after: int) -> Tensor | None:
-    """Whether the gradient point moves when `after` more tokens have come. (B,) bool, None where it never does."""
+    """Whether the gradient point moves after `after` more tokens: (B,) bool, or None if it never moves."""
     if not (spec.keeps_point and spec.batch_size):
         return None
     assert fill is not None
@@ -106,7 +111,9 @@ def _moved(spec: ChunkMemorySpec, fill: Tensor | None, after: int) -> Tensor | N
 
 
 def update_chunks(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
-    """Whole chunks, every stream at a chunk's start: T = n C. One chunk after the other; exported, one `Scan`."""
+    """Processes whole chunks (T = n C), with every stream at a chunk's start. The chunks run in sequence, as one `Scan`
+    when exported.
+    """
     size, rows = spec.chunk_size, spec.rows
     count = x.q.shape[2] // size
     layout = chunk_layout(spec)
@@ -197,7 +204,10 @@ def _unflatten(spec: ChunkMemorySpec, tensors: list[Tensor]) -> State:
 
 
 def _place(old: Tensor, new: Tensor, place: Tensor, counts: Tensor | None) -> Tensor:
-    """old: (B, H, rows, size) with the rows of new, (B, H, u, size), from `place`, (B,), on. counts: (B,) bool."""
+    """Writes new, (B, H, u, size), into old, (B, H, rows, size), from row `place`, (B,), on.
+
+    counts: (B,) bool, streams to write; None for all.
+    """
     index = torch.arange(old.shape[2], device=old.device)
     for j in range(new.shape[2]):
         at = index == (place + j).unsqueeze(-1)
@@ -207,10 +217,10 @@ def _place(old: Tensor, new: Tensor, place: Tensor, counts: Tensor | None) -> Te
 
 
 def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
-    """Token by token, streams anywhere in their chunks; the chunk update of a full chunk is under an `If`.
+    """Processes token by token, with streams anywhere in their chunks. An `If` guards the update of a full chunk.
 
-    fill counts tokens since the gradient point last moved (or since the chunk's start where it does not, or with every
-    chunk).
+    fill counts tokens since the gradient point last moved. It counts from the chunk's start if the point never moves or
+    moves with every chunk.
     """
     assert x.fill is not None
     size, u, tokens = spec.chunk_size, spec.keys_per_token, x.q.shape[2]
@@ -275,7 +285,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
             old = unpack_state(spec, fields)
             new, losses = chunk_update(spec, old, fields["k"], fields["v"], fields["theta"], gates, moved)
             new, numbers = _committed(spec, old, new, losses, x, learns)
-            # Traced within a loop, where sizes are variables, both branches have to say that theirs are the same.
+            # Sizes are symbolic inside a loop, so both branches must state that theirs are equal.
             packed = layout.pack(fields | state_fields(spec, new))
             return packed.reshape(rows.shape), numbers.reshape(*rows.shape[:2], 4)
 
@@ -296,7 +306,7 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
         y = forward(spec.network, weights, one["q"])
         completed = completed + full.to(completed.dtype)
         if slots > 1:
-            # Slot j follows W until another chunk than the j first ones has been completed.
+            # Slot j holds W until more than j chunks are complete.
             later = torch.arange(slots, device=fill.device) >= completed.unsqueeze(-1)
             before = torch.where(later[:, None, :, None], flat_weights(weights, 2).unsqueeze(2), before)
         return [rows, torch.remainder(after, spec.period), completed, before], [y, numbers]
@@ -309,9 +319,9 @@ def update_open(spec: ChunkMemorySpec, x: ChunkInputs) -> ChunkUpdate:
 
 
 def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) -> ChunkUpdate:
-    """The operator in mode "update", without slots: see the module."""
+    """The operator in mode "update", without slots; shapes as in the module."""
     if x.valid is not None:
-        # Padding may hold anything, NaN too, which no mask multiplies away.
+        # Masking by multiplication would keep NaN, which padding may hold.
         def clean(t: Tensor, times: int) -> Tensor:
             assert x.valid is not None
             on = x.valid.repeat_interleave(times, -1)[:, None, :, None]
@@ -323,7 +333,7 @@ def update_chunk_memory(spec: ChunkMemorySpec, x: ChunkInputs, aligned: bool) ->
 
 
 def attributes(spec: ChunkMemorySpec, aligned: bool) -> dict[str, Any]:
-    """The node's attributes, without those of the memory dtype."""
+    """The node's attributes, except those of the memory dtype."""
     network = spec.network
     return {
         "schedule": "aligned" if aligned else "any",
@@ -369,7 +379,7 @@ def _spec(values: Mapping[str, Any]) -> ChunkMemorySpec:
 
 
 def _check_covered(values: Mapping[str, Any], present: Collection[str]) -> None:
-    """Raises UsageError for inputs and attributes that this reference lacks. The exporter makes no such node."""
+    """Raises UsageError for unsupported inputs and attributes. The exporter never emits them."""
     name = next((name for name in ("valid", "slots", "norm_scale") if name in present), None)
     if name is None and len(set(values["widths"][1:-1])) > 1:
         name = "widths"
@@ -381,7 +391,7 @@ def _check_covered(values: Mapping[str, Any], present: Collection[str]) -> None:
 
 
 def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator with these attributes, all given, as a function of the inputs `present` by name."""
+    """The operator as a function of the inputs named in `present`. `values` has all attributes."""
     _check_covered(values, present)
     spec, aligned = _spec(values), values["schedule"] == "aligned"
 
@@ -410,9 +420,9 @@ def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[.
 def chunk_memory_update(
     spec: ChunkMemorySpec, x: ChunkInputs, position: Tensor, learn: Tensor | None, aligned: bool
 ) -> ChunkUpdate:
-    """Updates and reads the memory: the reference, or a node while exporting. `fill` and `learn` of x are made here.
+    """Updates and reads the memory: the reference, or a node while exporting. Sets `fill` and `learn` of x.
 
-    position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all.
+    position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all True.
     """
     counts = not aligned or spec.transition or spec.period != spec.chunk_size
     fill = torch.remainder(position, spec.period) if counts else None

@@ -1,6 +1,6 @@
 """The update of one chunk with gates per chunk: structure, packed row and equations (docs/chunk-operator.md).
 
-When the last of a chunk's C tokens has come, with the gates of that token:
+The last of a chunk's C tokens triggers the update, with that token's gates:
 
     G = d/dWg sum over the chunk of theta_r scale ||M_Wg(k_r) - v_r||^2      at the gradient point Wg, by weight tensor
     U = -mu clamp(G)                                                         momentary surprise
@@ -30,12 +30,16 @@ NORM_FLOOR = 1e-7
 class ChunkMemorySpec:
     """The structure of one head's memory and of its update.
 
-    batch_size: tokens between moves of the gradient point, a multiple of chunk_size; 0: it stays at the first weights.
-    loss_scale: of the squared error. keys_per_token: u. lookahead: a key is stored with the value after it, the chunk's
-    last key not at all. momentum_order: S^1 accumulates surprise, S^(m+1) accumulates S^m; 0: none. combine: the update
-    is a mix of "momenta", or of "surprise and momenta"; None: the last of them. grad_clamp: maps the norm of each
-    tensor's gradient smoothly into [clamp / 2, clamp]; 0: off. orthogonalise: Newton-Schulz steps on each matrix of the
-    update. transition: the gradient point, and W with it, moves only by that share of the way.
+    batch_size: tokens between moves of the gradient point, a multiple of chunk_size; 0: it stays at the initial
+    weights.
+    loss_scale: factor of the squared error.
+    keys_per_token: u.
+    lookahead: a key is stored with the next value; the chunk's last key is not stored.
+    momentum_order: S^1 accumulates surprise, S^(m+1) accumulates S^m; 0: no momentum.
+    combine: the update is a mix of "momenta", or of "surprise and momenta"; None: the momentum of the highest order.
+    grad_clamp: maps the norm of each tensor's gradient smoothly into [clamp / 2, clamp]; 0: off.
+    orthogonalise: Newton-Schulz steps on each matrix of the update.
+    transition: the gradient point, and W with it, moves by this share of the distance only.
     """
 
     network: NetworkSpec
@@ -52,23 +56,25 @@ class ChunkMemorySpec:
 
     @property
     def fused(self) -> bool:
-        """Whether the operator has it, and so a kernel; otherwise it runs as standard operators."""
+        """Whether the operator, and so a kernel, supports this memory. Otherwise it runs as standard operators."""
         simple = self.momentum_order <= 1 and self.combine is None and not self.transition
         return simple and self.network.kind == "mlp" and self.network.depth <= 3
 
     @property
     def keeps_point(self) -> bool:
-        """Whether the gradient point is another than W, or moves to W by a share, which takes W before its chunk."""
+        """Whether the row stores a gradient point: it differs from W, or moves by a share and needs W from before its
+        chunk.
+        """
         return self.batch_size != self.chunk_size or self.transition
 
     @property
     def period(self) -> int:
-        """What `fill` counts up to."""
+        """The period of `fill`, in tokens."""
         return self.batch_size if self.keeps_point and self.batch_size else self.chunk_size
 
     @property
     def rows(self) -> int:
-        """Keys of a chunk."""
+        """Keys per chunk."""
         return self.chunk_size * self.keys_per_token
 
     def weight_count(self) -> int:
@@ -76,7 +82,7 @@ class ChunkMemorySpec:
 
 
 def _names(spec: ChunkMemorySpec, letter: str) -> list[str]:
-    """Names of W's tensors, or of the gradient point's (G) or of an accumulated surprise's (S, S2, ...)."""
+    """Names of the tensors of W, of the gradient point (G) or of an accumulated surprise (S, S2, ...)."""
     plain = letter.removesuffix("_")
     return [name.replace("W", letter, 1) if name[0] == "W" else f"{plain}_{name}" for name in spec.network.shapes]
 
@@ -102,7 +108,7 @@ def _surprise_letters(spec: ChunkMemorySpec) -> list[str]:
 
 
 class State(NamedTuple):
-    """What a chunk update changes: W, the gradient point where it is another than W, and S by order."""
+    """The tensors that a chunk update changes: W, the gradient point if it differs from W, and S of each order."""
 
     w: Weights
     point: Weights | None
@@ -110,14 +116,14 @@ class State(NamedTuple):
 
 
 def unpack_state(spec: ChunkMemorySpec, fields: dict[str, Tensor]) -> State:
-    """The state in the fields of a packed row."""
+    """Extracts the state from the fields of a packed row."""
     point = [fields[name] for name in _names(spec, "G")] if spec.keeps_point else None
     s = [[fields[name] for name in _names(spec, letter)] for letter in _surprise_letters(spec)]
     return State([fields[name] for name in spec.network.shapes], point, s)
 
 
 def state_fields(spec: ChunkMemorySpec, state: State) -> dict[str, Tensor]:
-    """The fields of a packed row that hold the state."""
+    """The state as fields of a packed row."""
     fields = dict(zip(spec.network.shapes, state.w, strict=True))
     if state.point is not None:
         fields |= zip(_names(spec, "G"), state.point, strict=True)
@@ -127,19 +133,19 @@ def state_fields(spec: ChunkMemorySpec, state: State) -> dict[str, Tensor]:
 
 
 def flat_weights(weights: Weights, lead: int) -> Tensor:
-    """Weight tensors (*lead, *shape), `lead` dimensions first, as one (*lead, |W|)."""
+    """Flattens weight tensors (*lead, *shape), with `lead` leading dimensions, to one (*lead, |W|)."""
     return torch.cat([w.flatten(lead) for w in weights], -1)
 
 
 def _split(spec: ChunkMemorySpec, flat: Tensor) -> Weights:
-    """(..., |W|) to the weight tensors."""
+    """Splits (..., |W|) into the weight tensors."""
     shapes = list(spec.network.shapes.values())
     parts = flat.split([int(torch.Size(shape).numel()) for shape in shapes], -1)
     return [part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def initial_chunk_rows(spec: ChunkMemorySpec, weights: Weights) -> Tensor:
-    """Packed rows (..., R) of a fresh memory with weights W (..., *shape), S = 0 and an empty chunk."""
+    """Packed rows (..., R) of a new memory with weights W (..., *shape), S = 0 and an empty chunk."""
     layout = chunk_layout(spec)
     lead = weights[0].shape[: weights[0].dim() - 2]
     like = weights[0]
@@ -162,8 +168,10 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
 
 
 class Gates(NamedTuple):
-    """Gates of a chunk, of its last token. momentum: (B, H, order); forget: (B, H); modulation: (B, H, tensors);
-    combine: (B, H, terms); previous: the previous layer's weights (B, H, |W|), previous_gate (B, H); transition: ().
+    """Gates of a chunk, taken from its last token.
+
+    momentum: (B, H, order). forget: (B, H). modulation: (B, H, tensors). combine: (B, H, terms). previous: (B, H, |W|),
+    the previous layer's weights. previous_gate: (B, H). transition: ().
     """
 
     momentum: Tensor | None
@@ -176,7 +184,7 @@ class Gates(NamedTuple):
 
 
 def _per_tensor(gate: Tensor, like: Tensor) -> Tensor:
-    """(B, H) against (B, H, *shape)."""
+    """Reshapes (B, H) to broadcast against (B, H, *shape)."""
     return gate.reshape(*gate.shape, *(1,) * (like.dim() - gate.dim()))
 
 
@@ -239,17 +247,17 @@ def chunk_update(
 
 
 def _where(condition: Tensor, yes: Weights, no: Weights) -> Weights:
-    """Per stream. condition: (B,) bool."""
+    """Selects by stream. condition: (B,) bool."""
     return [torch.where(_per_tensor(condition, a), a, b) for a, b in zip(yes, no, strict=True)]
 
 
 def pick(condition: Tensor, yes: State, no: State) -> State:
-    """By stream and head. condition: (B, H) bool."""
+    """Selects by stream and head. condition: (B, H) bool."""
     point = None if yes.point is None or no.point is None else _where(condition, yes.point, no.point)
     s = [_where(condition, a, b) for a, b in zip(yes.s, no.s, strict=True)]
     return State(_where(condition, yes.w, no.w), point, s)
 
 
 def chunk_weights(spec: ChunkMemorySpec, rows: Tensor) -> Tensor:
-    """W of packed rows (B, H, R), flat: (B, H, |W|)."""
+    """W of packed rows (B, H, R), flattened to (B, H, |W|)."""
     return flat_weights(unpack_state(spec, chunk_layout(spec).unpack(rows)).w, 2)

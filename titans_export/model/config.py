@@ -1,4 +1,4 @@
-"""The configuration of a Titans model, as `config.json` holds it."""
+"""The configuration of a Titans model, stored in `config.json`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FORMAT_VERSION = 1
 class MemoryConfig:
     """One memory layer.
 
-    heads, head_dim: memory networks a layer, and the width of their keys, values and queries.
-    depth: 1 for a linear map, 2 or 3 for an MLP; expansion: hidden width over head_dim.
+    heads, head_dim: memory networks per layer, and the width of their keys, values and queries.
+    depth: 1 for a linear map, 2 or 3 for an MLP; expansion: hidden width / head_dim.
     chunk: tokens that share one gradient point. conv: width of the causal convolutions on q, k and v.
-    step_limit: the step size is at most step_limit (1 - momentum) / chunk. With unit keys and a linear memory the
-    update is then a contraction for limits up to 1.
+    step_limit: bounds the step size by step_limit (1 - momentum) / chunk. With unit keys and a linear memory, the
+    update is a contraction for limits up to 1.
     """
 
     heads: int
@@ -47,10 +47,12 @@ class MemoryConfig:
 class ModelConfig:
     """A whole model.
 
-    variant: "mac", "mag", "mal" or "lmm" (the memory alone). dim: width of the residual stream. layers: blocks.
-    memory_layers: indices of the blocks that have a memory, None for all.
-    attention_heads: of width dim / attention_heads. window: tokens that attention sees, the token itself included: the
-    sliding window of MAG and MAL, the segment of MAC. persistent: persistent tokens in front of every attention window.
+    variant: "mac", "mag", "mal" or "lmm" (memory only). dim: width of the residual stream. layers: number of blocks.
+    memory_layers: indices of the blocks with a memory, None for all.
+    attention_heads: each of width dim / attention_heads.
+    window: tokens that attention sees, including the current one: the sliding window of MAG and MAL, the segment of
+    MAC.
+    persistent: persistent tokens in front of every attention window.
     hidden: inner width of the feed-forward network.
     """
 
@@ -104,7 +106,7 @@ class ModelConfig:
         return self.memory_layers is None or layer in self.memory_layers
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form, with its format version."""
+        """The JSON form, including its format version."""
         return {"format": "titans", "format_version": FORMAT_VERSION, **asdict(self)}
 
 
@@ -118,7 +120,7 @@ def _invalid(name: str, expected: str, got: object) -> CheckpointError:
 
 
 def _build(kind: type[_T], values: Any, where: str) -> _T:
-    """A dataclass from a JSON object, with its keys and the types of its values checked."""
+    """Builds a dataclass from a JSON object. Raises CheckpointError for unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise _invalid(where, "an object", values)
     known = {f.name: f for f in fields(kind)}
@@ -135,7 +137,7 @@ def _build(kind: type[_T], values: Any, where: str) -> _T:
 
 
 def parse_config(values: Any) -> ModelConfig:
-    """The configuration from parsed JSON. Raises CheckpointError for the first invalid key."""
+    """Parses the configuration from a JSON value. Raises CheckpointError for the first invalid key."""
     if not isinstance(values, dict):
         raise _invalid("config.json", "a JSON object", values)
     values = dict(values)

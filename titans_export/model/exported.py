@@ -1,4 +1,4 @@
-"""What becomes one construct of an exported graph: an operator's node, an `If`, a `Scan`."""
+"""Helpers that emit one ONNX construct each: an operator's node, an `If`, a `Scan`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def node(
     inputs: Mapping[str, Tensor | None],
     shapes: Sequence[Sequence[int]],
 ) -> tuple[Tensor, ...]:
-    """Emits one node; only while exporting. inputs: by name, None for absent ones. shapes: of the outputs.
+    """Emits one node; only while exporting. inputs: by name, None for absent ones. shapes: those of the outputs.
 
     Outputs have the dtype of the first input.
     """
@@ -47,12 +47,12 @@ def branch(
 ) -> tuple[Tensor, ...]:
     """`yes(*args)` or `no(*args)`: an `If` when exported, a plain branch otherwise.
 
-    token: the place in the call of the token that the condition is about; for callers that replace this function.
+    token: index in the call of the token that the condition refers to; for replacements of this function.
     """
     if torch.compiler.is_exporting():
         from torch._higher_order_ops.cond import cond_op
 
-        # torch.cond would run dynamo over every line first, which doubles the time of tracing.
+        # torch.cond would run dynamo first, which doubles the time of tracing.
         result: tuple[Tensor, ...] = cond_op(condition, yes, no, args)
         return result
     return yes(*args) if bool(condition) else no(*args)
@@ -72,7 +72,7 @@ def scan(step: Step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor
         from torch._higher_order_ops.scan import scan as scan_op
 
         def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            # scan_op refuses outputs that are views of inputs, and carries whose strides change.
+            # scan_op rejects outputs that are views of inputs, and carries whose strides change.
             new, out = step(c, x, 0)
             return [_copy(t) for t in new], [_copy(t) for t in out]
 

@@ -1,8 +1,8 @@
-"""Memory networks whose weights are fast: the forward pass, and the gradient of every weight by hand.
+"""Memory networks with fast weights: the forward pass and the gradient of every weight, derived by hand.
 
-A network is a list of weight tensors, each (..., *shape), applied to rows (..., R, D); the dots are any leading
-dimensions, such as (streams, heads). `pull` returns M(x) and a function from dL/dM(x) to the gradients of all weights:
-what autograd would give, as standard operators that any exporter takes.
+A network is a list of weight tensors, each (..., *shape), applied to rows (..., R, D). The leading dimensions are
+arbitrary, such as (streams, heads). `pull` returns M(x) and a function from dL/dM(x) to the gradients of all weights.
+The gradients equal those of autograd, but use standard operators that any exporter accepts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ KINDS = ("mlp", "gated-residual", "factorized", "swiglu")
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """kind: one of `KINDS`. width: D of its rows. hidden: inner width, or the rank of "factorized". depth: its layers
-    or blocks. activation: of the MLP. residual: M(x) = x + f(x). norm: f's output goes through a LayerNorm scaled by
-    gamma + 1, gamma being a fast weight.
+    """kind: one of `KINDS`.
+    width: D of its rows.
+    hidden: inner width, or the rank of "factorized".
+    depth: number of layers or blocks.
+    activation: of the MLP.
+    residual: M(x) = x + f(x).
+    norm: applies a LayerNorm with scale gamma + 1 to f's output; gamma is a fast weight.
     """
 
     kind: str
@@ -40,7 +44,7 @@ class NetworkSpec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The weight tensors in order, gammas last."""
+        """Shapes of the weight tensors in order, gammas last."""
         d, h = self.width, self.hidden
         blocks: list[tuple[int, ...]] = []
         if self.kind == "mlp":
@@ -103,7 +107,7 @@ def _mlp(spec: NetworkSpec, weights: Weights, x: Tensor) -> _Block:
 
 
 def _gated_residual(weights: Weights, x: Tensor) -> _Block:
-    """One block: x + sigmoid([y, x] Wg) (y - x) with y = gelu(x W1) W2."""
+    """One block: x + sigmoid([y, x] Wg) (y - x), y = gelu(x W1) W2."""
     w1, w2, wg = weights
     top, bottom = wg.split(x.shape[-1], -2)
     pre = x @ w1
@@ -141,7 +145,7 @@ def _factorized(weights: Weights, x: Tensor, first: bool) -> _Block:
 
 
 def _swiglu(weights: Weights, x: Tensor) -> _Block:
-    """One block: x + (a gelu(g)) W2 with [a, g] = x W1."""
+    """One block: x + (a gelu(g)) W2, [a, g] = x W1."""
     w1, w2 = weights
     a, gate = (x @ w1).chunk(2, -1)
     bent = F.gelu(gate)
@@ -156,7 +160,7 @@ def _swiglu(weights: Weights, x: Tensor) -> _Block:
 
 
 def _norm(gamma: Tensor, x: Tensor) -> _Block:
-    """LayerNorm without shift, scaled by gamma + 1."""
+    """LayerNorm without shift, with scale gamma + 1."""
     centred = x - x.mean(-1, keepdim=True)
     reciprocal = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + LAYER_NORM_EPS)
     unit, scale = centred * reciprocal, (gamma + 1).unsqueeze(-2)
@@ -170,7 +174,7 @@ def _norm(gamma: Tensor, x: Tensor) -> _Block:
 
 
 def pull(spec: NetworkSpec, weights: Weights, x: Tensor) -> Pull:
-    """M(x), (..., R, D), and the function from dL/dM(x) to dL/dweight, in the order of `spec.shapes`."""
+    """M(x), (..., R, D), and the function from dL/dM(x) to dL/dweight in the order of `spec.shapes`."""
     matrices = weights[: len(spec.shapes) - spec.norm - (spec.kind == "swiglu")]
     blocks = []
     if spec.kind == "mlp":

@@ -1,5 +1,5 @@
 """Residual streams mixed by a hyper-connection: the reference in eager mode, one `ai.titans::HyperConnection` node when
-it is exported. docs/hyper-connection.md defines the operator.
+exported. docs/hyper-connection.md defines the operator.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Mixed = tuple[Tensor, Tensor, Tensor | None]
 
 
 def has_beta(streams: int, columns: int) -> bool:
-    """Whether a projection of that many columns also gives beta."""
+    """Whether a projection with this many columns also yields beta."""
     return columns == streams + 2
 
 
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """The transpose of exp(logits), (..., S, S), its columns and then its rows divided by their sums, so many times:
-    nearly doubly stochastic.
+    """The transpose of exp(logits), (..., S, S), made nearly doubly stochastic. Each iteration divides columns, then
+    rows, by their sums.
     """
-    # Softmax is the first division of columns.
+    # The softmax is the first division by column sums.
     mix = _normalise_rows(torch.softmax(logits.transpose(-1, -2), -1))
     for _ in range(iterations - 1):
         mix = normalise(mix)
@@ -35,9 +35,9 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
 
 def normalise(mix: Tensor) -> Tensor:
-    """One more iteration on `sinkhorn`'s transpose."""
-    # No column needs the floor: divided by its sum it had an entry of at least 1 / S, and no row's sum, by which that
-    # was divided next, is above S.
+    """One more iteration on the transpose that `sinkhorn` returns."""
+    # Column sums need no floor: each column has an entry of at least 1 / S after its division, and the row sums that
+    # divide it next are at most S.
     return _normalise_rows(mix / mix.sum(-1, keepdim=True))
 
 
@@ -53,11 +53,11 @@ def hyper_connection_reference(
     weight: Tensor | None = None,
     iterations: int = ITERATIONS,
 ) -> Mixed:
-    """What a node computes, in the dtype of its inputs."""
+    """The reference, computed in the dtype of the inputs."""
     streams = residuals.shape[2]
     if branch is not None and weight is not None:
         residuals = residuals + weight.unsqueeze(-1) * branch.unsqueeze(2)
-    # Dividing the products instead of the streams is the same in fewer divisions.
+    # Dividing the matmuls instead of the streams gives the same result with fewer divisions.
     norm = torch.linalg.vector_norm(residuals, dim=-1, keepdim=True).clamp(min=EPS)
     logits = residuals @ projection / norm + bias
     read = torch.sigmoid(logits[..., 0])
@@ -74,9 +74,11 @@ def hyper_connection(
     weight: Tensor | None = None,
     iterations: int = ITERATIONS,
 ) -> Mixed:
-    """The branch's input (B, T, D), the mixed streams (B, T, S, D) and, where the projection has S + 2 columns, beta
-    (B, T, S), the weights of the branch's output. residuals: (B, T, S, D). projection: (D, S + 1 or S + 2). bias: (S,
-    the same). branch, weight: the output (B, T, D) of the branch before and its beta; given together.
+    """Returns the branch's input (B, T, D), the mixed streams (B, T, S, D), and beta (B, T, S), the weights of the
+    branch's output, or None. Only a projection with S + 2 columns yields beta.
+
+    residuals: (B, T, S, D). projection: (D, S + 1 or S + 2). bias: (S, S + 1 or S + 2). branch, weight: the previous
+    branch's output (B, T, D) and its beta; both or neither.
     """
     if not torch.compiler.is_exporting():
         return hyper_connection_reference(residuals, projection, bias, branch, weight, iterations)

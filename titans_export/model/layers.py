@@ -1,4 +1,4 @@
-"""Small parts that every variant shares. Weights are (in, out), y = x W: an exported graph holds no transposes."""
+"""Layers that all variants share. Weights are (in, out) and y = x W, so exported graphs need no transposes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ StreamState = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """Where in its stream each row of a call stands.
+    """Position of each stream in a call.
 
-    position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call starts at a chunk's
-    start and holds whole chunks; otherwise it holds a single token.
+    position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call holds whole chunks from
+    a chunk's start; otherwise it holds a single token.
     """
 
     position: Tensor
@@ -41,15 +41,13 @@ class Linear(nn.Module):
 
 
 def flat(x: Tensor) -> Tensor:
-    """(..., D) to (N, D). Products of two dimensions with a bias are one node of ONNX Runtime; with three it puts a
-    Reshape before and after each.
-    """
+    """(..., D) to (N, D). ONNX Runtime runs a 2-D matmul with bias as one node, and adds two Reshapes to a 3-D one."""
     return x.reshape(-1, x.shape[-1])
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. `shape` is the weight's: (D,), or (heads, D) for x of
-    (B, heads, T, D).
+    """x / rms(x) * weight over the last dimension. The weight has `shape`: (D,), or (heads, D) for x of (B, heads, T,
+    D).
     """
 
     def __init__(self, *shape: int) -> None:
@@ -60,14 +58,15 @@ class RMSNorm(nn.Module):
         if self.weight.dim() == 1:
             return _rms_norm(x, NORM_EPS, self.weight)
         size = x.shape[-1]
-        # A weight per head comes after a constant one, which is not 1, as a product with 1 would be taken out.
+        # The norm node takes a constant scale, and the per-head weight multiplies its output. The constant must not be
+        # 1, because the optimiser would remove a multiplication by 1.
         scale = x.new_full((size,), size**-0.5)
         y: Tensor = _rms_norm(x, NORM_EPS, scale) * (self.weight * size**0.5).unsqueeze(-2)
         return y
 
 
 def _rms_norm(x: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """x / rms(x) * weight, weight (D,), written as ONNX Runtime recognises it: it runs as one node there."""
+    """x / rms(x) * weight, weight (D,), in a form that ONNX Runtime fuses into one node."""
     return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -78,7 +77,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, T, heads * D) to (B, heads, T, D). Of a single token nothing has to move, so its graph has no transpose."""
+    """(B, T, heads * D) to (B, heads, T, D). A single token needs no transpose, so decode graphs have none."""
     batch, length, width = x.shape
     if length == 1:
         return x.reshape(batch, heads, 1, width // heads)
@@ -94,7 +93,7 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def row_index(places: Tensor, heads: int) -> Tensor:
-    """(B, n) int64, rows of a cache, as `write_rows` takes them for every head: (B, heads, n, 3)."""
+    """Expands cache rows (B, n) int64 to the indices of `write_rows` for every head: (B, heads, n, 3)."""
     batch, count = places.shape
     stream = torch.arange(batch, device=places.device)[:, None, None].expand(-1, heads, count)
     head = torch.arange(heads, device=places.device)[None, :, None].expand(batch, -1, count)
@@ -102,8 +101,9 @@ def row_index(places: Tensor, heads: int) -> Tensor:
 
 
 def write_rows(cache: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """cache, (B, heads, N, D), with rows (B, heads, n, D) at their stream, head and row, (B, heads, n, 3). Exported it
-    is a ScatterND, which copies whole rows where a ScatterElements goes from element to element.
+    """Writes rows (B, heads, n, D) into cache (B, heads, N, D) at index (B, heads, n, 3): stream, head and row.
+
+    Exported as a ScatterND, which copies whole rows; ScatterElements would copy single elements.
     """
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic("ScatterND", [cache, index, rows], dtype=cache.dtype, shape=cache.shape)

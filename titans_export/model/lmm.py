@@ -1,4 +1,4 @@
-"""LMM: the long-term memory alone."""
+"""LMM: the long-term memory without attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .memory_layer import MemoryLayer
 
 
 class LMMBlock(nn.Module):
-    """x + M(x), then x + FFN(x). A block without a memory is only the second half."""
+    """x + M(x), then x + FFN(x). A block without a memory has the second step only."""
 
     def __init__(self, config: ModelConfig, memory: bool) -> None:
         super().__init__()

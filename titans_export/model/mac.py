@@ -1,8 +1,9 @@
 """MAC: memory as context (equations 21 to 25), made causal.
 
-Chunk by chunk, the chunk dividing the segment: h is read from the memory as of the chunk's start (21), attention sees
-persistent tokens, h and tokens of the segment up to each token's own place (22, 23), its output y updates the memory
-(24), and o = y (x) M_t(y) (25). The paper reads h once per segment; a smaller chunk only makes h newer.
+Each chunk takes these steps; the chunk size divides the segment. h is read from the memory at the chunk's start (21).
+Attention sees persistent tokens, and h and tokens of the segment up to each token's own place (22, 23). Its output y
+updates the memory (24), and o = y (x) M_t(y) (25). The paper reads h once per segment; smaller chunks read it more
+recently.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .memory_layer import MemoryLayer
 
 
 def _pieces(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
-    """x in pieces of `size` along a dimension. One piece is x itself: a split of one would stay in the graph."""
+    """Splits x into pieces of `size` along `dim`. A single piece is x itself, which avoids a Split node."""
     return (x,) if x.shape[dim] == size else x.split(size, dim)
 
 
 class MACBlock(nn.Module):
-    """x + o, then x + FFN(x). A block without a memory has plain segment attention, with zeros as retrieved."""
+    """x + o, then x + FFN(x). A block without a memory has plain segment attention with zeros as retrieved rows."""
 
     def __init__(self, config: ModelConfig, memory: bool) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """MAG: memory as a gate on sliding-window attention (equations 26 to 28).
 
-o = y (x) M(x): attention and memory read the same input; both are normalised with learned weights, and the memory's
-side goes through a sigmoid. Persistent tokens: see mal.py.
+o = y (x) M(x). Attention and memory read the same input. Both outputs are normalised with learned weights, and the
+memory's goes through a sigmoid. For persistent tokens see mal.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .memory_layer import MemoryLayer
 
 
 class Gating(nn.Module):
-    """The product of equations 25 and 28: norm(y) * sigmoid(norm(m)), then an output projection."""
+    """The gate of equations 25 and 28: norm(y) * sigmoid(norm(m)), then an output projection."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """MAL: memory as a layer, before sliding-window attention (equations 29 to 31).
 
-The persistent tokens of equation 29 stand before the attention window only. Before the memory they would do no more
-than set its initial weights, which are learned anyway.
+The persistent tokens of equation 29 precede the attention window only. In front of the memory they would only set its
+initial weights, which are learned anyway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .memory_layer import MemoryLayer
 
 
 class MALBlock(nn.Module):
-    """x + M(x), then x + attention(x), then x + FFN(x). A block without a memory leaves out the first."""
+    """x + M(x), then x + attention(x), then x + FFN(x). A block without a memory omits the first step."""
 
     def __init__(self, config: ModelConfig, memory: bool) -> None:
         super().__init__()

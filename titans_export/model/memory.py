@@ -1,4 +1,4 @@
-"""The neural long-term memory: the mathematics of Titans (arXiv 2501.00663, sections 3.1 and 3.2).
+"""The neural long-term memory: the equations of Titans (arXiv 2501.00663, sections 3.1 and 3.2).
 
 Rows are tokens and y = x W. A memory is a network M_W of depth 1 (a linear map) to 3, whose weights W are trained while
 the model runs. With k, v, q of token t, the step size theta_t, the momentum eta_t and the forget gate alpha_t:
@@ -9,13 +9,13 @@ the model runs. With k, v, q of token t, the step size theta_t, the momentum eta
     W_t = (1 - alpha_t) W_{t-1} + S_t                 update with forgetting               (13)
     y_t = M_{W_t}(q_t)                                retrieval                            (15)
 
-W0 are the weights at the start of the token's chunk: a chunk shares one gradient point (16). The same function is given
-three times: `recurrence` token by token as above; `chunk_update` for a whole chunk as matrix products; `CachedChunk`
-for one token at a time with W and S untouched until the chunk is full. A token that is not `active` (frozen memory,
-padding) leaves W and S as they are.
+W0 are the weights at the start of the token's chunk: all tokens of a chunk share this gradient point (16). Three forms
+compute the same function. `recurrence` goes token by token. `chunk_update` computes a whole chunk with matmuls.
+`CachedChunk` takes one token at a time and leaves W and S unchanged until the chunk is full. A token that is not
+`active` (frozen memory, padding) leaves W and S unchanged.
 
-Shapes: weights are lists with one tensor (..., in, out) per layer, tokens (..., T, D), gates (..., T), `active` (...,
-T), where ... are any equal or broadcastable leading dimensions, such as (streams, heads).
+Shapes: weights are lists with one tensor (..., in, out) per layer; tokens (..., T, D); gates and `active` (..., T). The
+leading dimensions are equal or broadcastable, such as (streams, heads).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class MemorySpec:
     widths: layer widths from input to output, such as (64, 64) for a linear map or (64, 256, 64) for an MLP of depth 2.
     activation: between layers, "silu" or "gelu" (exact, with erf).
     residual: M(x) = x + f(x) instead of f(x).
-    layer_norm: f's output goes through a LayerNorm whose scale is given to each call and does not learn at test time.
+    layer_norm: applies a LayerNorm to f's output. Its scale is an argument of each call and does not learn at
+    inference.
     chunk_size: tokens that share one gradient point.
     """
 
@@ -60,7 +61,7 @@ class MemorySpec:
 
     @property
     def weights(self) -> int:
-        """Number of fast weights of one head."""
+        """Number of fast weights per head."""
         return sum(i * o for i, o in self.shapes)
 
 
@@ -84,7 +85,7 @@ def _normalise(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finish(spec: MemorySpec, f: Tensor, x: Tensor, norm_scale: Tensor | None) -> Tensor:
-    """What stands around the network f: M(x) from f(x)."""
+    """M(x) from f(x): applies the LayerNorm and the residual."""
     if spec.layer_norm:
         assert norm_scale is not None
         f = _normalise(f)[0] * norm_scale.unsqueeze(-2)
@@ -92,7 +93,7 @@ def _finish(spec: MemorySpec, f: Tensor, x: Tensor, norm_scale: Tensor | None) -
 
 
 def read(spec: MemorySpec, weights: Sequence[Tensor], q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
-    """Retrieval y = M_W(q), equation 15, from fixed weights. norm_scale: (..., D) with layer_norm, else None."""
+    """Retrieval y = M_W(q), equation 15, with fixed weights. norm_scale: (..., D) with layer_norm, else None."""
     h = q
     for i, w in enumerate(weights):
         h = h @ w
@@ -102,7 +103,7 @@ def read(spec: MemorySpec, weights: Sequence[Tensor], q: Tensor, norm_scale: Ten
 
 
 class Surprise(NamedTuple):
-    """The momentary surprise of every token in factors: g of layer i is layer_input[i]^T output_grad[i]."""
+    """The momentary surprise of every token in factored form: g of layer i is layer_input[i]^T output_grad[i]."""
 
     layer_input: list[Tensor]  # (..., T, in): the layer's input at W0
     output_grad: list[Tensor]  # (..., T, out): the loss's gradient at the layer's output
@@ -133,9 +134,9 @@ def surprise(
 
 
 class Gates(NamedTuple):
-    """Per token: step size theta, momentum eta, forget gate alpha, each (..., T), and whether the token counts.
+    """Per token: step size theta, momentum eta and forget gate alpha, each (..., T).
 
-    `active` is 1 or 0 in the gates' dtype, or None for all 1.
+    active: (..., T), 1 or 0 in the gates' dtype, or None for all 1.
     """
 
     step_size: Tensor
@@ -144,7 +145,7 @@ class Gates(NamedTuple):
     active: Tensor | None = None
 
     def masked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """theta, eta, 1 - alpha and the mask, such that an inactive token is the identity on W and S."""
+        """theta, eta, 1 - alpha and the mask. An inactive token becomes the identity on W and S."""
         keep = 1 - self.forget
         if self.active is None:
             return self.step_size, self.momentum, keep, torch.ones_like(keep)
@@ -161,7 +162,7 @@ class Gates(NamedTuple):
 
 
 class State(NamedTuple):
-    """Fast weights W and accumulated surprise S of one memory, one tensor (..., in, out) per layer each."""
+    """Fast weights W and accumulated surprise S of one memory, each a list with one tensor (..., in, out) per layer."""
 
     w: list[Tensor]
     s: list[Tensor]
@@ -176,7 +177,7 @@ def recurrence(
     gates: Gates,
     norm_scale: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """The equations token by token, W and S updated on every token: the definition that the other forms equal."""
+    """The equations token by token, with W and S updated on every token. This form defines the others."""
     (w, s), origin, out = state, state.w, []
     theta, eta, keep, on = gates.masked()
     for t in range(q.shape[-2]):
@@ -197,9 +198,11 @@ def recurrence(
 
 
 class Coefficients(NamedTuple):
-    """How W_t and S_t of a chunk follow from the chunk's start and its surprises:
+    """Coefficients of W_t and S_t in terms of the chunk's initial state and its surprises:
 
-    S_t = m_t S_0 - sum_s e[t, s] g_s        W_t = beta_t W_0 + f_t S_0 - sum_s a[t, s] g_s
+        S_t = m_t S_0 - sum_s e[t, s] g_s        W_t = beta_t W_0 + f_t S_0 - sum_s a[t, s] g_s
+
+    The sums run over the tokens s <= t of the chunk.
     """
 
     a: Tensor  # (..., C, C) lower triangular
@@ -210,9 +213,9 @@ class Coefficients(NamedTuple):
 
 
 def _running_products(factors: Tensor) -> Tensor:
-    """(..., C) -> (..., C, C): entry [t, s] is the product of factors over (s, t], 1 on the diagonal, 0 above it.
+    """(..., C) to (..., C, C): entry [t, s] is the product of factors over (s, t], 1 on the diagonal, 0 above it.
 
-    By doubling, with products only: exact where factors are 0, unlike ratios of cumulative products.
+    Uses doubling and multiplications only, so it is exact for factors of 0, unlike ratios of cumulative products.
     """
     size = factors.shape[-1]
     below = torch.ones(size, size, dtype=torch.bool, device=factors.device).tril(-1)
@@ -225,11 +228,11 @@ def _running_products(factors: Tensor) -> Tensor:
 
 
 def coefficients(gates: Gates) -> Coefficients:
-    """The chunk's coefficients from its gates; `gates` holds whole chunks, (..., C)."""
+    """The coefficients of whole chunks; gates have shape (..., C)."""
     theta, eta, keep, on = gates.masked()
     e, kept = _running_products(eta), _running_products(keep)
     b = kept * on.unsqueeze(-2)
-    # The first column holds products over tokens 1..t; token 0's own factor completes the product from the start.
+    # The first column holds products over tokens 1..t; token 0's own factor completes the product.
     m = e[..., :, 0] * eta[..., :1]
     beta = kept[..., :, 0] * keep[..., :1]
     theta = theta.unsqueeze(-2)
@@ -245,7 +248,7 @@ def chunk_update(
     c: Coefficients,
     norm_scale: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    """One chunk as matrix products. Returns retrievals (..., C, D), the state after the chunk, and losses (..., C)."""
+    """One chunk with matmuls. Returns retrievals (..., C, D), the state after the chunk, and losses (..., C)."""
     g = surprise(spec, state.w, k, v, norm_scale)
     beta, f = c.beta.unsqueeze(-1), c.f.unsqueeze(-1)
     last_a, last_e = c.a[..., -1, :, None], c.e[..., -1, :, None]
@@ -269,10 +272,10 @@ def chunked(
     gates: Gates,
     norm_scale: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor]:
-    """Whole chunks one after the other, and a shorter last one if T is no multiple of the chunk. T >= 1."""
+    """Processes T >= 1 tokens in chunks; the last chunk may be shorter. Returns as `chunk_update`, for all T tokens."""
     size = spec.chunk_size
     out, losses = [], []
-    # split, not indexing: the backward pass of an index fills a whole zero tensor for every chunk.
+    # split, because the backward pass of indexing fills a zero tensor of full size for every chunk.
     for q_c, k_c, v_c, g_c in zip(
         q.split(size, -2), k.split(size, -2), v.split(size, -2), gates.chunks(size), strict=True
     ):
@@ -284,10 +287,10 @@ def chunked(
 
 @dataclass
 class CachedChunk:
-    """The open chunk of cached decoding: the surprises so far in factors, and their coefficients at the last token.
+    """The open chunk of cached decoding: surprises so far in factored form, and their coefficients at the last token.
 
-    layer_input, output_grad: per layer (..., C, in) and (..., C, out); rows beyond the last token are zero or unused.
-    e, a: (..., C), the rows e[t, :] and a[t, :] of `Coefficients`; m, f, beta: (...).
+    layer_input, output_grad: per layer (..., C, in) and (..., C, out); rows after the last token are zero or unused. e,
+    a: (..., C), the rows e[t, :] and a[t, :] of `Coefficients`; m, f, beta: (...).
     """
 
     layer_input: list[Tensor]
@@ -299,7 +302,7 @@ class CachedChunk:
     beta: Tensor
 
     def append(self, at: Tensor, g: Surprise, theta: Tensor, eta: Tensor, keep: Tensor, on: Tensor) -> CachedChunk:
-        """The chunk with one more token. at: (..., C) bool, true at its row; gates: (...), as of `Gates.masked`."""
+        """Appends one token. at: (..., C) bool, True at the token's row; gates: (...), from `Gates.masked`."""
         row = at.unsqueeze(-1)
         left = [torch.where(row, new, old) for new, old in zip(g.layer_input, self.layer_input, strict=True)]
         right = [torch.where(row, new, old) for new, old in zip(g.output_grad, self.output_grad, strict=True)]
@@ -309,7 +312,7 @@ class CachedChunk:
         return CachedChunk(left, right, e, a, m, keep * self.f + on * m, keep * self.beta)
 
     def read(self, spec: MemorySpec, state: State, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
-        """y = M_{W_t}(q), with W_t = beta W - sum of the cached surprises never formed. q: (..., 1, D)."""
+        """y = M_{W_t}(q), without forming W_t. It computes beta W minus the cached surprises. q: (..., 1, D)."""
         beta, f, a = self.beta[..., None, None], self.f[..., None, None], self.a.unsqueeze(-2)
         h = q
         for i, (w, s) in enumerate(zip(state.w, state.s, strict=True)):
@@ -318,7 +321,7 @@ class CachedChunk:
         return _finish(spec, h, q, norm_scale)
 
     def update(self, state: State) -> State:
-        """W and S after the cached tokens: what a full chunk leaves for the next one."""
+        """W and S after the cached tokens: the initial state of the next chunk."""
         beta, f, m = (x[..., None, None] for x in (self.beta, self.f, self.m))
         left_t = [x.transpose(-1, -2) for x in self.layer_input]
         w = [

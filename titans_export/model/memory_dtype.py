@@ -1,7 +1,6 @@
-"""Low-precision memories (docs/memory-common.md): packing to the nearest and unpacking.
+"""Low-precision memories (docs/memory-common.md): packing with rounding to nearest, and unpacking.
 
-In NumPy, on rows as they come out of a state file or a runtime. Rounding with noise or with kept errors is the
-kernels' alone.
+Uses NumPy, on rows from a state file or a runtime. Stochastic rounding and error feedback exist in the kernels only.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def _invalid(name: str, allowed: Iterable[str], got: str) -> TitansError:
 
 
 def _to_words(elements: NDArray[Any]) -> Words:
-    """(..., n) of 8 or 16 bits to (..., words), filled up with zeros."""
+    """(..., n) elements of 8 or 16 bits to (..., words), zero-padded."""
     per_word = 4 // elements.dtype.itemsize
     missing = -elements.shape[-1] % per_word
     filled = np.concatenate([elements, np.zeros((*elements.shape[:-1], missing), elements.dtype)], -1)
@@ -64,7 +63,7 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
 
 
 def _e4m3(magnitude: Floats) -> NDArray[np.uint8]:
-    """Codes of finite magnitudes, without a sign."""
+    """E4M3 codes of finite magnitudes, without sign."""
     _, exponent = np.frexp(magnitude)  # of [0.5, 1)
     exponent = np.clip(np.where(magnitude > 0, exponent - 1, -6), -6, 8)
     steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)
@@ -81,14 +80,14 @@ def _from_e4m3(codes: NDArray[np.uint8]) -> Floats:
 
 
 def _blocks(values: NDArray[Any]) -> NDArray[Any]:
-    """(..., r, c) to (..., r, blocks, BLOCK), filled up with zeros."""
+    """(..., r, c) to (..., r, blocks, BLOCK), zero-padded."""
     missing = -values.shape[-1] % BLOCK
     filled = np.concatenate([values, np.zeros((*values.shape[:-1], missing), values.dtype)], -1)
     return filled.reshape(*values.shape[:-1], -1, BLOCK)
 
 
 def _scales(blocks: Floats, largest: np.float32) -> NDArray[np.uint16]:
-    """A bfloat16 for each block, rounded up so that nothing clips."""
+    """One bfloat16 scale per block, rounded up so that no value clips."""
     top = np.abs(blocks).max(-1)
     finite = np.isfinite(blocks).all(-1)
     exact = (np.where(finite, top, 0) / largest).astype(np.float32)
@@ -99,7 +98,7 @@ def _scales(blocks: Floats, largest: np.float32) -> NDArray[np.uint16]:
 
 
 def pack(values: Floats, memory_dtype: str) -> Words:
-    """(..., rows, columns) to the words of a field, (..., n), each value to the nearest."""
+    """(..., rows, columns) to the words of a field, (..., n). Each value is rounded to nearest."""
     _check(memory_dtype)
     values = np.ascontiguousarray(values, np.float32)
     lead, (rows, columns) = values.shape[:-2], values.shape[-2:]
@@ -151,9 +150,9 @@ def unpack(packed: Words, shape: Sequence[int], memory_dtype: str) -> Floats:
 def place_fields(
     fields: Sequence[RowField], memory_dtype: str, rounding: str = "nearest"
 ) -> tuple[tuple[LayoutField, ...], int]:
-    """The layout of a row in `memory_dtype`, with the fields that the rounding adds, and the row's words.
+    """The layout of a row in `memory_dtype` and its size in words. Adds the fields that the rounding needs.
 
-    fields: those of the float32 row, in order.
+    fields: the fields of the float32 row, in order.
     """
     _check(memory_dtype)
     if rounding not in ROUNDINGS:
@@ -179,12 +178,12 @@ def place_fields(
 def stored_layout(
     layout: Sequence[LayoutField], memory_dtype: str, rounding: str = "nearest"
 ) -> tuple[tuple[LayoutField, ...], int]:
-    """The layout of a row in `memory_dtype`, from the layout of the same row in float32, and the row's words."""
+    """The layout of a row in `memory_dtype` and its size in words, from the float32 layout of the same row."""
     return place_fields([RowField.from_layout(field) for field in layout], memory_dtype, rounding)
 
 
 def unpack_row(row: Floats, layout: Sequence[PackedField]) -> dict[str, Floats]:
-    """Packed rows (..., R) to their fields, each (..., *shape); `chunk_updates` keeps its bits."""
+    """Unpacks rows (..., R) into fields, each (..., *shape). `chunk_updates` keeps its bits."""
     raw = np.ascontiguousarray(row, np.float32).view(np.uint32)
     return {
         field.name: unpack(
@@ -195,7 +194,7 @@ def unpack_row(row: Floats, layout: Sequence[PackedField]) -> dict[str, Floats]:
 
 
 def pack_row(fields: Mapping[str, Floats], layout: Sequence[LayoutField], size: int) -> Floats:
-    """Fields, each (..., *shape), to packed rows (..., size), rounded to nearest; zeros for a missing field.
+    """Packs fields, each (..., *shape), into rows (..., size), rounded to nearest. Missing fields become zeros.
 
     With error feedback, missing error fields become the rounding errors of W and S.
     """

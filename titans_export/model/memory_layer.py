@@ -1,4 +1,4 @@
-"""A memory layer: from tokens to q, k, v and gates, through the memory, back to tokens (sections 3.1 and 4.4)."""
+"""A memory layer: projects tokens to q, k, v and gates, runs the memory, and projects back (sections 3.1 and 4.4)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .neural_memory import initial_rows, memory_read, memory_update
 
 
 class MemoryLayer(nn.Module):
-    """Memory of `heads` networks over a stream of (B, T, dim), updated by its input and read by it.
+    """`heads` memory networks over a stream (B, T, dim). The input updates the memory and then reads it.
 
-    k, v and q go through a causal convolution and SiLU, q and k are l2-normalised, the retrieval is normalised per head
-    and gated. With `context`, `retrieve` reads the memory of a chunk's start for other tokens (MAC, equation 21).
+    k, v and q go through a causal convolution and SiLU; q and k are l2-normalised. The retrieval is normalised per head
+    and gated. With `context`, `retrieve` reads the memory at the chunk's start for other tokens (MAC, equation 21).
     """
 
     def __init__(self, dim: int, config: MemoryConfig, context: bool = False) -> None:
@@ -58,7 +58,7 @@ class MemoryLayer(nn.Module):
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step size, momentum and forget gate, each (B, heads, T)."""
         assert self.gates.bias is not None
-        # sigmoid(-momentum) is 1 - eta: the steps that momentum adds up over a chunk stay below step_limit together.
+        # sigmoid(-momentum) is 1 - eta. The factor keeps the steps that momentum sums over a chunk below step_limit.
         weight = torch.cat([self.gates.weight, -self.gates.weight.chunk(3, -1)[1]], -1)
         bias = torch.cat([self.gates.bias, -self.gates.bias.chunk(3)[1]])
         gates = torch.sigmoid(x @ weight + bias)
@@ -67,7 +67,7 @@ class MemoryLayer(nn.Module):
         return step * rest * (self.config.step_limit / self.config.chunk), momentum, forget
 
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        """Updates the memory with x (B, T, dim), reads W_t for token t. Returns (B, T, dim) and the next state."""
+        """Updates the memory with x (B, T, dim) and reads W_t for token t. Returns (B, T, dim) and the next state."""
         qkv, conv = self.conv(self.qkv(x), state["conv"])
         heads = self.config.heads
         qk, v = split_heads(F.silu(qkv), 3 * heads).split([2 * heads, heads], 1)
@@ -77,12 +77,12 @@ class MemoryLayer(nn.Module):
         return out, {**state, "memory": rows, "conv": conv}
 
     def context_queries(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """The queries of equation 21 for x (B, T, dim): (B, heads, T, D), and the next state."""
+        """The queries of equation 21 for x (B, T, dim). Returns (B, heads, T, D) and the next state."""
         q, conv = self.context_conv(self.context_query(x), state["context_conv"])
         return unit(split_heads(F.silu(q), self.config.heads)), {**state, "context_conv": conv}
 
     def retrieve(self, q: Tensor, state: StreamState) -> Tensor:
-        """h of equation 21, from the memory as of the open chunk's start, nothing updated: (B, T, dim)."""
+        """h of equation 21, (B, T, dim), read from the memory at the open chunk's start. Nothing is updated."""
         y = memory_read(self.spec, state["memory"], q, norm_scale=self.norm_scale)
         out: Tensor = self.context_out(join_heads(self.context_norm(y)))
         return out

@@ -1,4 +1,4 @@
-"""A Titans language model of any variant: embedding, blocks, head; in parallel for training and as an exact stream."""
+"""A Titans language model of any variant: embedding, blocks and head. Runs in parallel or as a stream."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ BLOCKS = {"lmm": LMMBlock, "mac": MACBlock, "mag": MAGBlock, "mal": MALBlock}
 class Titans(StreamModel):
     """The model that a `ModelConfig` describes.
 
-    `forward` is what training uses: whole sequences from a fresh memory. `step` advances streams by whole chunks or by
-    one token and returns their next state; `feed` advances them by any number of tokens. All three agree.
+    `forward` serves training: whole sequences from a new memory. `step` advances streams by whole chunks or one token
+    and returns their next state. `feed` advances them by any number of tokens. All three give equal outputs.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,7 +44,7 @@ class Titans(StreamModel):
         return self.config.to_json()
 
     def graphs(self, chunks_per_call: int) -> list[Graph]:
-        """Prefill by `chunks_per_call` chunks, by one chunk, and decoding by one token."""
+        """Graphs for prefill by `chunks_per_call` chunks, prefill by one chunk, and decoding by one token."""
         chunk = self.config.memory.chunk
         graphs = [Graph("decode", 1)]
         if chunk > 1:
@@ -69,7 +69,7 @@ class Titans(StreamModel):
         return facts
 
     def initial_state(self, batch: int) -> StreamState:
-        """State of `batch` fresh streams, by name: "layers.0.memory" and so on, batch first."""
+        """State of `batch` new streams by name, such as "layers.0.memory". The batch is the first dimension."""
         state: StreamState = {}
         for i, layer in enumerate(self.layers):
             own: StreamState = layer.initial_state(batch)  # type: ignore[operator]  # ModuleList forgets the class
@@ -83,8 +83,8 @@ class Titans(StreamModel):
         return ((position + 1) % self.config.memory.chunk == 0,)
 
     def step(self, tokens: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        """tokens: (B, T) int64, T as `step` says. Returns logits (B, T, vocab), row t following token t, and the
-        state.
+        """tokens: (B, T) int64, with T as `step` requires. Returns logits (B, T, vocab) and the next state; row t
+        predicts the token after t.
         """
         x = F.embedding(tokens, self.embedding)
         following: StreamState = {}
@@ -96,9 +96,9 @@ class Titans(StreamModel):
         return self.head(self.norm(x)), following
 
     def forward(self, tokens: Tensor, learn: bool = True, rows: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Logits of whole sequences, each from a fresh memory. tokens: (B, T) int64, any T >= 1.
+        """Logits of whole sequences, each from a new memory. tokens: (B, T) int64, T >= 1.
 
-        learn: False freezes the memory. rows: the positions wanted, all if None. Returns (B, T or len(rows), vocab).
+        learn: False freezes the memory. rows: positions to return, None for all. Returns (B, T or len(rows), vocab).
         """
         batch, length = tokens.shape
         padded = F.pad(tokens, (0, -length % self.config.memory.chunk))

@@ -1,7 +1,7 @@
-"""`ai.titans::NeuralMemory` in PyTorch: its packed row, the reference, and the node that a model emits when exported.
+"""`ai.titans::NeuralMemory` in PyTorch: its packed row, the reference, and the node that exported models contain.
 
-docs/operator.md is the contract; memory.py has the mathematics. The ONNX function body is traced from the reference,
-and every kernel is compared with it.
+docs/operator.md is the contract; memory.py has the equations. The ONNX function body is traced from the reference, and
+tests compare every kernel with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def memory_layout(spec: MemorySpec, memory_dtype: str = "float32", rounding: str
 
 
 def initial_rows(spec: MemorySpec, weights: list[Tensor]) -> Tensor:
-    """Packed rows (..., R) of a fresh memory with weights W, S = 0 and an empty chunk."""
+    """Packed rows (..., R) of a new memory with weights W, S = 0 and an empty chunk."""
     lead = weights[0].shape[:-2]
     zeros = [torch.zeros_like(w) for w in weights]
     return _pack_aligned(spec, State(weights, zeros), lead)
@@ -81,7 +81,7 @@ def _pack_open(spec: MemorySpec, state: State, chunk: CachedChunk) -> Tensor:
 
 
 def read_memory(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
-    """mode "read": y = M_W(q) with W as of the open chunk's start, nothing updated.
+    """mode "read": y = M_W(q) with W at the open chunk's start. Nothing is updated.
 
     state: (B, H, R) packed rows; q: (B, H, T, D); norm_scale: (H, D) with layer_norm. Returns (B, H, T, D).
     """
@@ -89,7 +89,9 @@ def read_memory(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor |
 
 
 class Update(NamedTuple):
-    """What mode "update" gives: retrievals y (B, H, T, D), packed rows (B, H, R), numbers (B, H, 4) as `STATS`."""
+    """Outputs of mode "update": retrievals y (B, H, T, D), packed rows (B, H, R), metrics (B, H, 4) in the order of
+    `STATS`.
+    """
 
     y: Tensor
     state: Tensor
@@ -100,10 +102,12 @@ class Update(NamedTuple):
 class Inputs:
     """The operator's inputs. q, k, v: (B, H, T, D); gates: (B, H, T).
 
-    active: (B, T) float, 1 where the token is valid and the stream learns; None for all. valid: (B, T) float, 1 where
-    the token counts at all (a frozen token fills its place in the chunk, an invalid one does not); None for all.
-    norm_scale: (H, D) or None. update_limit: (B,) or None; a chunk whose update has a larger Frobenius norm (all layers
-    of a head together), or is not finite, is not committed.
+    active: (B, T) float, 1 if the token is valid and the stream learns; None for all 1.
+    valid: (B, T) float, None for all 1. A frozen token (valid, not active) fills its place in the chunk; an invalid
+    token does not.
+    norm_scale: (H, D) or None.
+    update_limit: (B,) or None. A chunk is not committed if its update is not finite or has a larger Frobenius norm,
+    over all layers of a head.
     """
 
     state: Tensor
@@ -125,13 +129,13 @@ class Inputs:
 
 
 def _norm(new: State, old: State) -> Tensor:
-    """Frobenius norm of what a chunk did to W, per stream and head: (B, H)."""
+    """Frobenius norm of a chunk's change of W, by stream and head: (B, H)."""
     squares = [((a - b) ** 2).sum((-1, -2)) for a, b in zip(new.w, old.w, strict=True)]
     return torch.stack(squares).sum(0).sqrt()
 
 
 def _guard(new: State, old: State, limit: Tensor | None) -> tuple[State, Tensor, Tensor]:
-    """The state to commit, the update's norm and whether it is committed (1 or 0), the latter two (B, H)."""
+    """The state to commit, the update's norm (B, H), and whether it is committed (1 or 0), (B, H)."""
     norm = _norm(new, old)
     if limit is None:
         return new, norm, torch.ones_like(norm)
@@ -144,8 +148,8 @@ def _guard(new: State, old: State, limit: Tensor | None) -> tuple[State, Tensor,
 def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
     """mode "update", schedule "aligned": every stream at a chunk's start and T a multiple of the chunk.
 
-    Also takes a last chunk that is shorter (training, or the tail of a text); the returned state then holds W and S of
-    that chunk's end as if it were complete, which no stream may continue from.
+    Also accepts a shorter last chunk, for training and the tail of a text. The returned W and S then treat that chunk
+    as complete; no stream may continue from them.
     """
     lead = x.state.shape[:-1]
     state = _weights(spec, memory_layout(spec).unpack(x.state))
@@ -175,9 +179,9 @@ def update_aligned(spec: MemorySpec, x: Inputs) -> Update:
 
 
 def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
-    """mode "update", schedule "any": token by token in the cached form, with an update at each chunk's end.
+    """mode "update", schedule "any": token by token in cached form, with an update at each chunk's end.
 
-    fill: (B,) int64, tokens already in each stream's open chunk, in [0, chunk). Streams may differ.
+    fill: (B,) int64, tokens in each stream's open chunk, in [0, chunk). Streams may differ.
     """
     fields = memory_layout(spec).unpack(x.state)
     state, chunk = _weights(spec, fields), _open_chunk(spec, fields)
@@ -201,7 +205,7 @@ def update_tokens(spec: MemorySpec, x: Inputs, fill: Tensor) -> Update:
             this = full.to(norm.dtype).unsqueeze(-1)
             updated = _pack_aligned(spec, new, norm.shape)
             rows = torch.where(full[:, None, None], updated, rows)
-            # where, not a product: a stream whose chunk is not full must not see another's NaN, nor its own.
+            # where, because a multiplication would spread NaN from streams whose chunk is not full.
             norm = torch.where(full.unsqueeze(-1), norm, torch.zeros_like(norm))
             return rows, torch.stack([norm, this * good, this * (1 - good)], -1)
 
@@ -237,18 +241,18 @@ def neural_memory_update(
     update_limit: Tensor | None = None,
     norm_scale: Tensor | None = None,
 ) -> Update:
-    """mode "update" with the operator's own inputs, in their order; fill None means schedule "aligned".
+    """mode "update" with the operator's own inputs, in their order. fill None selects schedule "aligned".
 
-    state: (P, H, R), a pool with a row per slot; slots: (B,) int64, each stream's row, all different, None for 0..B-1
-    with P = B. fill, valid: (B,) int64; learn: (B,) bool; update_limit: (B,) float. The other shapes are those of
-    `Inputs`. Returns the whole pool with the rows of `slots` updated.
+    state: (P, H, R), a pool with one row per slot; slots: (B,) int64, distinct, the row of each stream, None for 0..B-1
+    with P = B. fill, valid: (B,) int64; learn: (B,) bool; update_limit: (B,) float. Other shapes as in `Inputs`.
+    Returns the whole pool with the rows of `slots` updated.
     """
     rows = state if slots is None else state[slots]
     counts = None
     if valid is not None:
         inside = torch.arange(q.shape[-2], device=q.device) < valid.unsqueeze(-1)
         counts = inside.to(q.dtype)
-        # Padding may hold anything, NaN too, which no mask multiplies away.
+        # Masking by multiplication would keep NaN, which padding may hold.
         tokens = inside[:, None, :, None]
         q, k, v = (torch.where(tokens, x, torch.zeros_like(x)) for x in (q, k, v))
     active = counts
@@ -270,7 +274,7 @@ def neural_memory_read(
 
 
 def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
-    """The node's attributes, without those of the memory dtype."""
+    """The node's attributes, except those of the memory dtype."""
     return {
         "mode": mode,
         "schedule": "aligned" if aligned else "any",
@@ -283,7 +287,7 @@ def attributes(spec: MemorySpec, mode: str, aligned: bool) -> dict[str, Any]:
 
 
 def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator with these attributes, all given, as a function of the inputs `present` by name."""
+    """The operator as a function of the inputs named in `present`. `values` has all attributes."""
     spec = MemorySpec(
         tuple(values["widths"]),
         values["activation"],
@@ -333,7 +337,7 @@ def memory_update(
 
 
 def memory_read(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
-    """Reads the memory as of the open chunk's start: the reference, or a node while exporting. Returns (B, H, T, D)."""
+    """Reads the memory at the open chunk's start: the reference, or a node while exporting. Returns (B, H, T, D)."""
     if torch.compiler.is_exporting():
         inputs = {"state": state, "q": q, "norm_scale": norm_scale}
         return exported.node(NEURAL_MEMORY, attributes(spec, "read", False), inputs, (q.shape,))[0]

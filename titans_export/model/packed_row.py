@@ -1,4 +1,4 @@
-"""The packed row of a memory: one row of 32-bit words per (slot, head), cut into fields."""
+"""The packed row of a memory: one row of 32-bit words per (slot, head), divided into fields."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .memory_dtype import place_fields, stored_layout
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the fields lie in one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding.
+    """The fields of one (slot, head) row: W | S | rows of the open chunk | their coefficients | padding.
 
-    memory_dtype, rounding: the operator's attributes. Only float32 rows can be packed and unpacked here; for
-    all of them there is memory_dtype.py.
+    memory_dtype, rounding: the operator's attributes. This class packs and unpacks float32 rows only; memory_dtype.py
+    handles the others.
     """
 
     fields: tuple[LayoutField, ...]
@@ -29,15 +29,15 @@ class Layout:
 
     @staticmethod
     def of(fields: Sequence[RowField], memory_dtype: str = "float32", rounding: str = "nearest") -> Layout:
-        """The float32 row's fields one after the other, and those that the rounding adds."""
+        """Lays out the float32 row's fields in order, followed by those that the rounding adds."""
         return Layout(*place_fields(fields, memory_dtype, rounding), memory_dtype, rounding)
 
     def stored(self, memory_dtype: str, rounding: str = "nearest") -> Layout:
-        """The layout of the same row in another memory dtype. Only for a float32 layout."""
+        """The layout of the same row in another memory dtype. Requires a float32 layout."""
         return Layout(*stored_layout(self.fields, memory_dtype, rounding), memory_dtype, rounding)
 
     def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """(..., R) to the fields by name, each (..., *shape)."""
+        """Splits rows (..., R) into fields by name, each (..., *shape)."""
         assert self.memory_dtype == "float32", "memory_dtype.unpack_row has the others"
         lead = rows.shape[:-1]
         sizes = [math.prod(f.shape) for f in self.fields]
@@ -45,7 +45,7 @@ class Layout:
         return {f.name: part.reshape(*lead, *f.shape) for f, part in zip(self.fields, parts, strict=False)}
 
     def pack(self, fields: dict[str, Tensor]) -> Tensor:
-        """The fields, each (..., *shape), to (..., R)."""
+        """Joins fields, each (..., *shape), to rows (..., R)."""
         assert self.memory_dtype == "float32", "memory_dtype.pack_row has the others"
         first = self.fields[0]
         lead = fields[first.name].shape[: fields[first.name].dim() - len(first.shape)]

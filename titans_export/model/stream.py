@@ -1,4 +1,4 @@
-"""What a model has to be, for export, verification and benchmarks, whatever format its checkpoint came in."""
+"""The interface of a model for export, verification and benchmarks, independent of its checkpoint format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layers import StreamState
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of the schedule: it consumes `tokens` tokens where position % stride is one of `offsets`."""
+    """A graph of the schedule. It consumes `tokens` tokens and may start where position % stride is in `offsets`."""
 
     name: str
     tokens: int
@@ -26,7 +26,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What goes in, or comes out, per token: token ids below `size`, logits or float vectors of width `size`."""
+    """An input or output per token: a token id below `size`, or `size` logits, or a float vector of width `size`."""
 
     kind: Literal["tokens", "logits", "vectors"]
     name: str
@@ -35,11 +35,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateInfo:
-    """The manifest's entry of a state tensor beside its name and shape; the keys are those of docs/bundle.md.
+    """The manifest's entry of a state tensor, without name and shape; docs/bundle.md defines the keys.
 
-    role: "memory", "conv" or "cache". layout: the fields of a packed memory row. written: the rows of a cache that a
-    token writes. chunk: rows of a memory's chunk. rows: the rows of a stream, if they are not its tokens. operator:
-    the operator that updates a memory.
+    role: "memory", "conv" or "cache".
+    layout: fields of a packed memory row.
+    written: cache rows that a token writes.
+    chunk: rows per chunk of a memory.
+    rows: rows of a stream, if they differ from its tokens.
+    operator: the operator that updates a memory.
     """
 
     role: str
@@ -72,35 +75,35 @@ class StreamModel(nn.Module, ABC):
 
     @abstractmethod
     def config_json(self) -> dict[str, Any]:
-        """The configuration, for the manifest."""
+        """The configuration as stored in the manifest."""
 
     @abstractmethod
     def graphs(self, chunks_per_call: int) -> list[Graph]:
-        """The schedule, most tokens first. Every position has a graph of one token."""
+        """The schedule's graphs, in descending order of tokens. A decode graph covers every position."""
 
     @abstractmethod
     def initial_state(self, batch: int) -> StreamState:
-        """State of `batch` fresh streams by name, batch first."""
+        """State of `batch` new streams by name. The batch is the first dimension."""
 
     @abstractmethod
     def state_info(self) -> dict[str, StateInfo]:
-        """By the names of `initial_state`."""
+        """Entries by the names of `initial_state`."""
 
     @abstractmethod
     def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
-        """inputs: (B, T) int64 or (B, T, size) float. Returns outputs (B, T, size), row t after token t, and the state
-        at position + T.
+        """inputs: (B, T) int64 or (B, T, size) float. Returns outputs (B, T, size), row t for token t, and the state at
+        position + T.
         """
 
     @abstractmethod
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
-        """Of a call that is not aligned to chunks, whether each of its rows completes one: what an exported graph asks
-        at run time. Of an aligned one: anything.
+        """Whether each row of the call completes a chunk, for calls that are not aligned to chunks. An exported graph
+        decides this at run time. The result is arbitrary for aligned calls.
         """
 
     @torch.no_grad()
     def feed(self, inputs: Tensor, state: StreamState, position: int, learn: bool = True) -> tuple[Tensor, StreamState]:
-        """Streams on by any number of tokens T >= 0, by the schedule. Returns (B, T, size) and the state there."""
+        """Advances streams by T >= 0 tokens along the schedule. Returns outputs (B, T, size) and the next state."""
         batch, length = inputs.shape[:2]
         out = []
         learning = torch.full((batch,), learn, device=inputs.device)
