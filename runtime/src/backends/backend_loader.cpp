@@ -13,13 +13,13 @@ namespace {
 
 struct Backend {
   std::string_view name;
-  std::string_view devices;  // whose plain graphs it runs unless the caller insists on another, empty: none
+  std::string_view devices;  // devices whose plain graphs it runs by default; empty: none
 };
 
 constexpr std::array<Backend, 3> kBackends{{{"onnxruntime", "cpu cuda"}, {"tensorrt", ""}, {"tensorrt_rtx", ""}}};
 
-// Found when the library is loaded: the loader's name for it may be relative to a folder that the program leaves, or a
-// link whose folder has no backends.
+// Resolved at load time: the loader's path may be relative to a folder that the program leaves, or a link whose folder
+// has no backends.
 const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&default_backend));
 
 }  // namespace

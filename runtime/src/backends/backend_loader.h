@@ -8,17 +8,17 @@
 
 namespace titans::core {
 
-// The backend that runs plain graphs on a device of that kind, "cpu" or "cuda".
+// The default backend for plain graphs on a device kind, "cpu" or "cuda".
 std::string default_backend(const std::string& device_kind);
 
-// An Error unless there is a backend of that name.
+// Throws an Error if no backend has that name.
 void check_backend(const std::string& name);
 
-// Loads libtitans_backend_MODULE.so from `plugin_dir`, or from beside this library where that is empty. It stays loaded
-// until the process ends: vendor libraries do not survive being unloaded.
+// Loads libtitans_backend_MODULE.so from `plugin_dir`, or from beside this library if it is empty. It stays loaded
+// until the process ends, because vendor libraries do not survive unloading.
 const BackendEntry& load_backend(const std::string& module, const std::filesystem::path& plugin_dir);
 
-// What that backend finds of its vendor's library; where the backend itself is missing, that is why not.
+// The vendor library that the backend finds. A missing backend is reported in `why_not`.
 LibraryInfo find_library(const std::string& module, const std::filesystem::path& plugin_dir,
                          const std::string& library);
 

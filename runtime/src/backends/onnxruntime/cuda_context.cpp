@@ -1,5 +1,5 @@
-// State, weights and outputs in the memory of a GPU, on ONNX Runtime's CUDA provider. The addresses are the driver's,
-// so they stay while a stream lives, whatever ONNX Runtime's own allocators do.
+// State, weights and outputs in GPU memory, for ONNX Runtime's CUDA provider. The memory comes from the driver, so
+// addresses are stable whatever ONNX Runtime's allocators do.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -40,11 +40,11 @@ class CudaBuffer final : public StateBuffer {
       : stream_(stream),
         memory_(stream, state.bytes),
         value_(view_tensor(library, info, memory_.data(), state.bytes, state.dtype, state.shape)) {}
-  // Work on it may be under way.
+  // Work on the buffer may still be running.
   ~CudaBuffer() override {
     try {
       stream_.synchronize();
-    } catch (const Error&) {  // the device is lost, and the memory with it
+    } catch (const Error&) {  // the device is lost, so its memory is too
     }
   }
 
@@ -56,7 +56,7 @@ class CudaBuffer final : public StateBuffer {
     cuda::copy_to_host(stream_, host, memory_.address(), memory_.size());
     stream_.synchronize();
   }
-  // Copies on the device are ordered among each other, and waited for before a graph runs.
+  // Device copies are ordered in one stream. A graph run waits for them.
   void copy_from(const Buffer& other) override {
     cuda::copy_on_device(stream_, memory_.address(), address_of(other), memory_.size());
   }
@@ -73,8 +73,7 @@ class CudaBuffer final : public StateBuffer {
   OrtHandle<OrtValue> value_;
 };
 
-// Rows come to the host one call at a time, and only those that are asked for. Where host and device share their
-// memory, the graph writes them where the host reads.
+// Copies only the requested rows to the host. With unified memory, the graph writes directly to host-visible memory.
 class CudaOutput final : public OutputMemory {
  public:
   CudaOutput(const OrtMemoryInfo& info, const cuda::Stream& stream, std::size_t bytes, bool shared)
@@ -128,15 +127,15 @@ class CudaContext final : public DeviceContext {
     check(api.CreateCUDAProviderOptions(&raw));
     const OrtHandle<OrtCUDAProviderOptionsV2> provider(raw, api.ReleaseCUDAProviderOptions);
     const std::string ordinal = std::to_string(device_.ordinal);
-    // Products in TF32 are further from the reference than bundles promise.
+    // TF32 matmuls exceed the error bounds that bundles promise.
     const std::array<const char*, 2> keys{"device_id", "use_tf32"};
     const std::array<const char*, 2> values{ordinal.c_str(), "0"};
     check(api.UpdateCUDAProviderOptions(raw, keys.data(), values.data(), keys.size()));
     check(api.SessionOptionsAppendExecutionProvider_CUDA_V2(&options, raw));
   }
 
-  // On the device, so that all graphs read one copy: ONNX Runtime takes what already lies where it wants it, and reads
-  // from the bundle's file what it wants on the host.
+  // Weights are on the device, so all graphs share one copy. For a weight needed on the host, ONNX Runtime reads the
+  // bundle's file.
   OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
                                    const Shape& shape) override {
     weights_.push_back(std::make_unique<cuda::DeviceMemory>(stream_, tensor.bytes));

@@ -1,4 +1,4 @@
-// The ONNX Runtime backend: one session per graph, all of them over the same weights.
+// The ONNX Runtime backend: one session per graph over shared weights.
 #include <algorithm>
 #include <map>
 #include <set>
@@ -49,7 +49,7 @@ class OrtExecutor final : public Executor {
     return memory_nodes_ == 0 ? std::string(MemoryKernel::kNone) : memory_kernel_.name();
   }
 
-  // Only with our kernel: without it everything is as ONNX Runtime alone would have it.
+  // Only with our kernel. Without it, ONNX Runtime's own behaviour is unchanged.
   bool in_place(std::size_t state) const override { return in_place_[state]; }
 
   std::unique_ptr<Buffer> allocate(std::size_t state) override { return context_->allocate(manifest_.state[state]); }
@@ -74,7 +74,7 @@ class OrtExecutor final : public Executor {
   }
 
  private:
-  // ONNX has no operators that could look into other dtypes.
+  // ONNX has no operators that decode other memory dtypes.
   void require_float32_memories(KernelChoice choice) const {
     for (const StateTensor& state : manifest_.state) {
       for (const MemoryField& field : state.layout) {
@@ -98,8 +98,8 @@ class OrtExecutor final : public Executor {
 
   void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
     const SessionShare share{library_, bundle, weights_, *prepacked_, *context_, memory_kernel_, threads};
-    // Threads that go on spinning after a call are in the way of another graph's. So only those of a graph do that
-    // decodes all tokens, where a call is short and waking threads would cost most.
+    // Threads that spin after a call slow the next graph down. So only the decode graph's threads spin, and only if it
+    // decodes every token. Its calls are short, so waking threads would cost most there.
     const EngineGraph& decoding = bundle.graphs()[bundle.schedule().decoding_graph()];
     const auto singles = std::count_if(bundle.graphs().begin(), bundle.graphs().end(), [&](const EngineGraph& each) {
       return manifest_.graphs[each.graph].tokens == 1;
@@ -116,7 +116,7 @@ class OrtExecutor final : public Executor {
     memory_kernel_.open_on_gpu(nodes, entry.file, open_session);
   }
 
-  // What a graph may point into: these have been checked against the manifest.
+  // Files that a graph may reference. They have been checked against the manifest.
   static std::set<std::string, std::less<>> weights_files(const Bundle& bundle) {
     std::set<std::string, std::less<>> files{bundle.manifest().weights_file};
     if (bundle.engine() != nullptr && !bundle.engine()->weights_file.empty()) {
@@ -138,7 +138,7 @@ class OrtExecutor final : public Executor {
     for (const EngineGraph& graph : bundle.graphs()) {
       for (const auto& [name, declared] : shared_initializers(bundle, graph)) {
         const auto [known, added] = shapes.emplace(name, declared.shape);
-        if (known->second != declared.shape) {  // which only the bytes of int4 leave open
+        if (known->second != declared.shape) {  // int4 bytes alone do not determine the shape
           throw Error(TITANS_FAILED, "E0207", graph.file,
                       text("initialiser ", name, ": expected shape ", shape_text(known->second),
                            " as in the other graphs, got ", shape_text(declared.shape)),
@@ -164,12 +164,12 @@ class OrtExecutor final : public Executor {
   const Manifest& manifest_;
   const std::unique_ptr<DeviceContext> context_;
   const MemoryKernel memory_kernel_;
-  std::vector<bool> in_place_;    // one for each of the manifest's state
-  std::size_t memory_nodes_ = 0;  // of all graphs, where the kernel is used
+  std::vector<bool> in_place_;    // one per state tensor of the manifest
+  std::size_t memory_nodes_ = 0;  // of all graphs, if the kernel is used
   OrtHandle<OrtMemoryInfo> host_;
-  OrtHandle<OrtPrepackedWeightsContainer> prepacked_;                // outlives the sessions
-  std::map<std::string, OrtHandle<OrtValue>, std::less<>> weights_;  // as these do
-  std::map<std::size_t, OrtHandle<OrtSession>> sessions_;            // by the manifest's graph
+  OrtHandle<OrtPrepackedWeightsContainer> prepacked_;                // must outlive the sessions
+  std::map<std::string, OrtHandle<OrtValue>, std::less<>> weights_;  // must outlive the sessions
+  std::map<std::size_t, OrtHandle<OrtSession>> sessions_;            // by index in the manifest's graphs
   std::vector<const char*> input_names_;
   std::vector<const char*> output_names_;
 };

@@ -10,7 +10,7 @@ namespace {
 
 using Files = std::set<std::string, std::less<>>;
 
-// Numbers of the fields, from onnx.proto.
+// Field numbers from onnx.proto.
 constexpr std::uint64_t kModelGraph = 7;
 constexpr std::uint64_t kModelTraining = 20;
 constexpr std::uint64_t kModelFunctions = 25;
@@ -35,7 +35,7 @@ constexpr std::uint64_t kTensorExternal = 13;
 constexpr std::uint64_t kEntryKey = 1;
 constexpr std::uint64_t kEntryValue = 2;
 
-// More than any parser of ONNX files takes: theirs stop at 100 messages within each other, three for each subgraph.
+// Deeper than ONNX parsers accept: they stop at 100 nested messages, and a subgraph takes three.
 constexpr int kDeepest = 40;
 constexpr std::size_t kLongestQuote = 60;
 

@@ -1,4 +1,4 @@
-// The files that a graph file sends its reader to.
+// Checks the external data files of a graph file.
 #pragma once
 
 #include <set>
@@ -7,8 +7,8 @@
 
 namespace titans::core {
 
-// Throws an Error that names `file_name` where a tensor of the model, wherever it stands, has its data in a file that
-// is none of `files`. ONNX Runtime opens what it is told there: a path, which may lead anywhere.
+// Throws an Error, naming `file_name`, if any tensor of the model stores its data in a file outside `files`. ONNX
+// Runtime opens the paths in a model, and these may point anywhere.
 void check_external_data(std::string_view model, std::string_view file_name,
                          const std::set<std::string, std::less<>>& files);
 

@@ -6,7 +6,7 @@
 namespace titans::core {
 namespace {
 
-// Numbers of the fields, from onnx.proto.
+// Field numbers from onnx.proto.
 constexpr std::uint64_t kModelGraph = 7;
 constexpr std::uint64_t kModelFunctions = 25;
 constexpr std::uint64_t kFunctionNode = 7;
@@ -23,7 +23,7 @@ constexpr std::uint64_t kAttributeText = 4;
 constexpr std::uint64_t kAttributeGraph = 6;
 constexpr std::uint64_t kAttributeGraphs = 11;
 
-// More than any parser of ONNX files takes: theirs stop at 100 messages within each other, three for each subgraph.
+// Deeper than ONNX parsers accept: they stop at 100 nested messages, and a subgraph takes three.
 constexpr int kDeepest = 40;
 
 std::string_view value_name(WireMessage value) {
@@ -34,7 +34,7 @@ std::string_view value_name(WireMessage value) {
   return name;
 }
 
-// Reads what is within a node or a function: the nodes there, and each name that is used.
+// Reads the nodes inside a node's subgraphs or a function, and all names that they use.
 class InnerReader {
  public:
   InnerReader(std::vector<Node>& nodes, std::vector<std::string_view>& used) : nodes_(nodes), used_(used) {}

@@ -21,8 +21,8 @@ struct Signature {
 
 using Signatures = std::map<std::string, Signature>;
 
-// Whether the tensor is what a graph declares. Safetensors has no type of four bits: two such numbers are one uint8 of
-// a tensor with one dimension.
+// True if the tensor matches the graph's declaration. Safetensors has no 4-bit type, so an int4 weight is a
+// one-dimensional uint8 tensor with two elements per byte.
 bool matches(const Initializer& wanted, const TensorView& weight) {
   if (wanted.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4) {
     return wanted.type == static_cast<std::int64_t>(ort_type(weight.dtype)) && wanted.shape == weight.shape;
@@ -50,19 +50,20 @@ OrtHandle<OrtSessionOptions> make_options(const SessionShare& share, const Engin
   check(api.SetSessionGraphOptimizationLevel(raw, ORT_ENABLE_ALL));
   check(api.SetIntraOpNumThreads(raw, share.threads));
   check(api.SetDeterministicCompute(raw, true));
-  // What has been looked into is ONNX: a name that ends with .ort must not have it read as something else.
+  // The file was checked as ONNX, so a name ending in .ort must not select another format.
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigLoadModelFormat, "ONNX"));
-  // Threads of the graph that decodes wait for the next token by spinning too; those of the others stop with the call.
+  // The decode graph's threads spin until the next token. Those of other graphs stop with the call.
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigAllowIntraOpSpinning, "1"));
   check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsConfigForceSpinningStop, spin ? "0" : "1"));
   if (has_weights_of(DType::kInt8, share.bundle, graph)) {
-    // Products of one input round it each for itself: made one node again, they would not be found as quantised.
+    // Matmuls that share an input each quantise it. If these nodes are merged, ONNX Runtime no longer recognises the
+    // matmuls as quantised.
     check(
         api.AddSessionConfigEntry(raw, kOrtSessionOptionsDisableSpecifiedOptimizers, "CommonSubexpressionElimination"));
   }
   if (has_weights_of(DType::kFloat8E4M3, share.bundle, graph)) {
-    // No CPU multiplies float8. Treated as any other operators, those that dequantise weights run once, when the
-    // session opens, not in every call.
+    // CPUs have no float8 matmul. With this setting the dequantisation is constant-folded once when the session opens,
+    // not in every call.
     check(api.AddSessionConfigEntry(raw, kOrtSessionOptionsDisableQuantQDQ, "1"));
   }
   share.context.add_provider(*raw);
@@ -96,7 +97,7 @@ Signatures read_signatures(const OrtLibrary& library, const OrtSession& session,
   const auto check = [&](OrtStatus* status) {
     library.check(status, "cannot read a graph's inputs and outputs", kFix);
   };
-  OrtAllocator* allocator = nullptr;  // ONNX Runtime's own, not released
+  OrtAllocator* allocator = nullptr;  // owned by ONNX Runtime
   check(api.GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
   check((inputs ? api.SessionGetInputCount : api.SessionGetOutputCount)(&session, &count));

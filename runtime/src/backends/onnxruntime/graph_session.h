@@ -12,25 +12,24 @@
 
 namespace titans::core {
 
-// What all sessions of an engine have in common.
+// Shared by all sessions of an executor.
 struct SessionShare {
   const OrtLibrary& library;
   const Bundle& bundle;
-  // Initialisers by name: every session reads the same memory.
+  // Initialisers by name. All sessions use the same memory.
   const std::map<std::string, OrtHandle<OrtValue>, std::less<>>& weights;
-  // Weights that kernels have rearranged for themselves, kept once for all sessions.
+  // Weights prepacked by kernels, stored once for all sessions.
   OrtPrepackedWeightsContainer& prepacked;
   const DeviceContext& context;
   const MemoryKernel& memory_kernel;
   int threads;
 };
 
-// The weights of the graph that all sessions share, as its file declares them, each with a tensor of the bundle that is
-// such a one.
+// The graph's shared weights as its file declares them. Each is checked against its tensor in the bundle.
 std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, const EngineGraph& graph);
 
-// Opens the graph from its file and checks that its inputs and outputs are those that the manifest promises. Idle
-// threads of a session that may spin wait busily for a while, which is fast and takes a processor: let only one do so.
+// Opens a graph file and checks its inputs and outputs against the manifest. With `spin`, idle threads busy-wait for
+// the next call. That is fast but occupies processors, so only one session should use it.
 OrtHandle<OrtSession> open_graph(const SessionShare& share, const EngineGraph& graph, bool spin);
 
 }  // namespace titans::core

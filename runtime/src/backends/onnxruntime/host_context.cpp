@@ -1,4 +1,4 @@
-// Everything in host memory, on ONNX Runtime's CPU provider.
+// State, weights and outputs in host memory, for ONNX Runtime's CPU provider.
 #include <cstring>
 #include <utility>
 
@@ -52,7 +52,7 @@ class HostContext final : public DeviceContext {
   void add_provider(OrtSessionOptions&) const override {}
   OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
                                    const Shape& shape) override {
-    // ONNX Runtime wants a pointer to what it could write and never writes initialisers; the pages are read-only.
+    // The API takes a mutable pointer but never writes initialisers. The pages are read-only.
     return view_tensor(library_, *host_, const_cast<std::byte*>(tensor.data), tensor.bytes, type, shape);
   }
   std::unique_ptr<StateBuffer> allocate(const StateTensor& state) override {

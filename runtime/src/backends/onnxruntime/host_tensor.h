@@ -1,4 +1,4 @@
-// Host memory and the OrtValues that look at it.
+// Host memory and OrtValues that view it.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +11,14 @@ namespace titans::core {
 
 ONNXTensorElementDataType ort_type(DType dtype);
 
-// An OrtValue over memory that somebody else owns.
+// An OrtValue over memory that it does not own.
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
                                 ONNXTensorElementDataType type, const Shape& shape);
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
                                 DType dtype, const Shape& shape);
 
-// Memory on a cache line of its own: ONNX Runtime's kernels are fastest there, and streams share no line. Zeroed, and
-// again before it goes back.
+// Memory aligned to cache lines. ONNX Runtime's kernels are fastest there, and streams do not share lines. Zeroed when
+// allocated and again when freed.
 class HostMemory {
  public:
   explicit HostMemory(std::size_t bytes);

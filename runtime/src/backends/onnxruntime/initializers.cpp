@@ -8,7 +8,7 @@
 namespace titans::core {
 namespace {
 
-// Numbers of the fields, from onnx.proto.
+// Field numbers from onnx.proto.
 constexpr std::uint64_t kModelGraph = 7;
 constexpr std::uint64_t kGraphInitializer = 5;
 constexpr std::uint64_t kTensorDims = 1;
@@ -19,7 +19,7 @@ std::pair<std::string, Initializer> read_tensor(WireMessage tensor) {
   std::pair<std::string, Initializer> out;
   while (tensor.next()) {
     if (tensor.is_bytes(kTensorName)) out.first = std::string(tensor.bytes());
-    // An enumeration has 32 bits; a parser drops the others.
+    // An enumeration has 32 bits. Parsers drop the others.
     if (tensor.is_number(kTensorType)) out.second.type = static_cast<std::int32_t>(tensor.number());
     if (tensor.is_number(kTensorDims)) out.second.shape.push_back(tensor.number());
     if (tensor.is_bytes(kTensorDims)) {

@@ -1,5 +1,5 @@
-// What a graph file says of its initialisers. ONNX Runtime takes any tensor in an initialiser's stead and computes with
-// it as if it were of the declared type, so somebody has to look.
+// The initialisers that a graph file declares. ONNX Runtime accepts any tensor as an initialiser and treats it as the
+// declared type, so the caller must check the types.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 namespace titans::core {
 
 struct Initializer {
-  std::int64_t type = 0;  // a TensorProto.DataType, whose numbers are those of ONNXTensorElementDataType
+  std::int64_t type = 0;  // a TensorProto.DataType; same values as ONNXTensorElementDataType
   Shape shape;
 };
 
-// The initialisers of the main graph by name, names and shapes only. Throws an Error that names `file_name` where
-// `model` is no ONNX model or declares one name twice.
+// The main graph's initialisers by name: types and shapes, no data. Throws an Error, naming `file_name`, if `model` is
+// not an ONNX model or declares a name twice.
 std::map<std::string, Initializer> read_initializers(std::string_view model, std::string_view file_name);
 
 }  // namespace titans::core

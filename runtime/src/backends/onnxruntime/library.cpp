@@ -35,7 +35,7 @@ void* open_first(const std::vector<std::string>& names) {
 
 const OrtLibrary& OrtLibrary::load(const std::string& path) {
   static std::mutex mutex;
-  // Never destroyed: the order in which a process takes down its libraries is not ours to know.
+  // Never destroyed, because the order of destruction at process exit is unspecified.
   static auto& loaded = *new std::map<std::vector<std::string>, std::unique_ptr<const OrtLibrary>>;
   const std::lock_guard lock(mutex);
   auto& library = loaded[candidates(path)];
@@ -55,7 +55,7 @@ OrtLibrary::OrtLibrary(const std::string& path) {
     throw Error(TITANS_UNSUPPORTED, "E0604", "onnxruntime",
                 text("expected ONNX Runtime 1.", ORT_API_VERSION, " or newer, got ", version_), kFix);
   }
-  // What ONNX Runtime has to say comes back as a status; its log would only repeat that on stderr.
+  // ONNX Runtime returns failures as statuses. Its log would only repeat them on stderr.
   check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "titans", &env_), "cannot create an environment", kFix);
 }
 

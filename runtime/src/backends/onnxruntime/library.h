@@ -1,4 +1,4 @@
-// ONNX Runtime's shared library, found and loaded at run time: nothing here is linked against it.
+// ONNX Runtime's shared library, loaded at run time. Nothing here is linked against it.
 #pragma once
 
 #include <memory>
@@ -11,21 +11,21 @@
 
 namespace titans::core {
 
-// An ONNX Runtime object and the function of its API that releases it.
+// An ONNX Runtime object with the API function that releases it.
 template <typename Object>
 using OrtHandle = std::unique_ptr<Object, void (*)(Object*)>;
 
 class OrtLibrary {
  public:
-  // Loads `path`, or searches where it is empty: $TITANS_ONNXRUNTIME, then the loader's own path. A library once loaded
-  // stays until the process ends, and all engines share its environment.
+  // Loads `path`. If it is empty, tries $TITANS_ONNXRUNTIME, then the loader's search path. A loaded library stays
+  // until the process ends, and all executors share its environment.
   static const OrtLibrary& load(const std::string& path);
 
   const OrtApi& api() const { return *api_; }
   OrtEnv& env() const { return *env_; }
   const std::string& version() const { return version_; }
 
-  // Throws "`problem`: MESSAGE" if ONNX Runtime reports a failure.
+  // Throws "`problem`: MESSAGE" if `status` is a failure.
   void check(OrtStatus* status, std::string_view problem, std::string_view fix,
              titans_status failure = TITANS_FAILED) const;
 

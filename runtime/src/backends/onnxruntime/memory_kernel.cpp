@@ -19,7 +19,7 @@ constexpr const char* kFileName = "libtitans_onnxruntime_ops.so";
 constexpr std::string_view kFix = R"(install runtime and kernels of the same version, or pass memory_kernel="off")";
 constexpr std::size_t kTextBytes = 1024;
 
-// Only for its address.
+// Its address identifies this library.
 void here() {}
 
 const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&here));
@@ -29,7 +29,7 @@ std::string library_text(const std::filesystem::path& path) {
 }
 
 void* open(const std::filesystem::path& path) {
-  // Never closed, as ONNX Runtime's own is not: sessions may outlive whoever opened them.
+  // Never closed, like ONNX Runtime's library: sessions may outlive their owner.
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime", text("cannot open ", library_text(path), ": ", ::dlerror()),
@@ -47,7 +47,7 @@ Function find(void* library, const std::filesystem::path& path, const char* symb
   return found;
 }
 
-// The instruction set that the kernel has chosen.
+// The instruction set that the kernel selected.
 std::string cpu_target(void* library, const std::filesystem::path& path) {
   const char* target = find<const char* (*)()>(library, path, "titans_onnxruntime_ops_target")();
   if (target == nullptr) {
@@ -65,7 +65,7 @@ std::string cpu_target(void* library, const std::filesystem::path& path) {
 MemoryKernel::MemoryKernel(KernelChoice choice, int cuda_ordinal) {
   if (choice == KernelChoice::kOff) return;
   const std::filesystem::path path = kThisLibrary.parent_path() / kFileName;
-  std::error_code ignored;  // what cannot be looked at is not there
+  std::error_code ignored;  // an inaccessible file counts as missing
   if (std::filesystem::exists(path, ignored)) {
     handle_ = open(path);
     library_ = path;
@@ -106,7 +106,7 @@ void MemoryKernel::register_in(OrtSessionOptions& options, const OrtLibrary& lib
 void MemoryKernel::open_on_gpu(const GraphNodes& graph, std::string_view file_name,
                                const std::function<void()>& open) const {
   if (count_made_ == nullptr) return open();
-  // The library counts for the whole process.
+  // The library's counters are per process.
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   std::size_t cpu_before = 0, cpu = 0, gpu_before = 0, gpu = 0;

@@ -1,4 +1,4 @@
-// Our kernel for NeuralMemory nodes: a library of custom operators that ONNX Runtime loads, beside this backend's own.
+// Our kernel for NeuralMemory nodes: a custom operator library beside this backend.
 #pragma once
 
 #include <filesystem>
@@ -14,22 +14,22 @@ namespace titans::core {
 
 class MemoryKernel {
  public:
-  // Loads the library unless `choice` is off. Throws where it is required and missing, and where it is there and of no
-  // use on the CUDA device of that number (-1: on the CPU): a slow run would not tell why.
+  // Loads the library unless `choice` is off. Throws if it is required but missing, or if it is installed but unusable
+  // on that CUDA device (-1: the CPU). Otherwise a slow run would give no reason.
   MemoryKernel(KernelChoice choice, int cuda_ordinal);
 
   static constexpr std::string_view kNone = "standard-operators";
 
   bool used() const { return !library_.empty(); }
-  // "cpu-avx512", "cuda-sm90", or "standard-operators" where the kernel is not used.
+  // "cpu-avx512", "cuda-sm90", or "standard-operators" without the kernel.
   const std::string& name() const { return name_; }
-  // From here on NeuralMemory nodes of a session with these options run on the kernel, if it is used.
+  // Makes sessions with these options run NeuralMemory nodes on the kernel, if it is used.
   void register_in(OrtSessionOptions& options, const OrtLibrary& library) const;
 
-  // Runs `open`, which opens a session on `graph`. Throws unless every NeuralMemory node of it is on the GPU: for one
-  // on the CPU, ONNX Runtime would copy the whole state there and back in each call, without a word.
+  // Runs `open`, which opens a session on `graph`. Throws unless all its NeuralMemory nodes are on the GPU. For a node
+  // on the CPU, ONNX Runtime would silently copy the whole state to the host and back in each call.
   void open_on_gpu(const GraphNodes& graph, std::string_view file_name, const std::function<void()>& open) const;
-  // What the GPU found wrong in the calls of this thread, whose work is done, or an empty string.
+  // The error that the GPU reported for finished calls of this thread, or an empty string.
   std::string take_gpu_error() const;
 
  private:

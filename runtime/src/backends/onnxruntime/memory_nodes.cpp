@@ -13,7 +13,7 @@
 namespace titans::core {
 namespace {
 
-constexpr std::size_t kStateOutput = 1;  // as docs/operator.md numbers them
+constexpr std::size_t kStateOutput = 1;  // numbered in docs/operator.md
 
 bool is_standard(const Node& node) { return node.domain.empty() || node.domain == "ai.onnx"; }
 bool is_token_memory(const Node& node) {
@@ -23,10 +23,10 @@ bool is_chunk_memory(const Node& node) {
   return node.domain == "ai.titans" && node.op_type == kernels::ChunkConfiguration::kOperator;
 }
 bool is_memory(const Node& node) { return is_token_memory(node) || is_chunk_memory(node); }
-// Each of its outputs needs the values of all its inputs.
+// All its outputs depend on the values of all its inputs.
 bool is_hyper_connection(const Node& node) { return node.domain == "ai.titans" && node.op_type == "HyperConnection"; }
 
-// The output that is input 0 written over, where the node is right on one buffer for both.
+// The output that may share the buffer of input 0; none if the node needs two buffers.
 std::optional<std::string_view> written_over(const Node& node) {
   if (node.inputs.empty()) return std::nullopt;
   const auto is_set_to = [&](std::string_view name, std::string_view value) {
@@ -42,8 +42,8 @@ std::optional<std::string_view> written_over(const Node& node) {
   return scatters && is_standard(node) && node.outputs.size() == 1 ? std::optional(node.outputs[0]) : std::nullopt;
 }
 
-// Whether the node's outputs can be had without its inputs' values: ONNX Runtime knows shapes and types before it runs
-// anything, and takes out what asks for nothing else. Of what is not standard, functions included, nothing is known.
+// True if the outputs may not depend on the values of the inputs. ONNX Runtime infers shapes and types before it runs
+// and removes nodes that need nothing else. Nonstandard operators and functions are assumed to be such nodes.
 bool may_ignore_values(const Node& node) {
   constexpr std::array<std::string_view, 7> kIgnorant{
       "Shape", "Size", "CastLike", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Dropout"};
@@ -105,9 +105,9 @@ const Node* StateFlow::producer(std::string_view value) const {
   return makers != makers_.end() && makers->second.size() == 1 ? makers->second.front() : nullptr;
 }
 
-// Whether the writer's state is that input, updated by no, one or more nodes before it.
+// True if the writer's state is that input, possibly updated by other memory nodes before it.
 bool StateFlow::leads_to(std::string_view input, const Node& writer) const {
-  std::unordered_set<const Node*> passed;  // a file may hold a circle
+  std::unordered_set<const Node*> passed;  // a malformed graph may have a cycle
   const Node* node = &writer;
   while (passed.insert(node).second) {
     const std::string_view state = node->inputs[0];
@@ -118,14 +118,14 @@ bool StateFlow::leads_to(std::string_view input, const Node& writer) const {
   return false;
 }
 
-// The nodes that have run when the writer starts, because it needs what they make.
+// The nodes that the writer depends on, which therefore run before it.
 StateFlow::Nodes StateFlow::before(const Node& writer) const {
   Nodes found;
   std::vector<const Node*> open{&writer};
   while (!open.empty()) {
     const Node* node = open.back();
     open.pop_back();
-    // What a subgraph captures is left out: ONNX Runtime drops the branch of an If that it knows is never taken.
+    // Captured values are left out: ONNX Runtime removes an If branch that is never taken.
     for (const std::string_view value : node->inputs) {
       const Node* maker = producer(value);
       if (maker == nullptr || !found.insert(maker).second) continue;
@@ -135,8 +135,8 @@ StateFlow::Nodes StateFlow::before(const Node& writer) const {
   return found;
 }
 
-// Whether nobody reads the old state who might run after the writer has started. Any node but ours is somebody: what it
-// makes of the state may be a view of it, such as a Reshape's, that others read later.
+// True if every reader of the old state runs before the writer starts. Other nodes may return a view of the state, such
+// as a Reshape, that is read later.
 bool StateFlow::readers_come_first(std::string_view input, const Node& writer) const {
   const auto readers = readers_.find(input);
   if (readers == readers_.end()) return true;

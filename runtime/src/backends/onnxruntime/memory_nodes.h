@@ -1,4 +1,4 @@
-// The nodes of a graph that write a state: which of them are right on one buffer, and what our kernel takes of its own.
+// Finds the nodes of a graph that may update a state in place, and checks the kernel's nodes.
 #pragma once
 
 #include <cstddef>
@@ -11,22 +11,23 @@
 
 namespace titans::core {
 
-// Throws an Error that names `file_name` where a NeuralMemory node, wherever it stands, has an attribute that the
-// kernel does not know: ONNX Runtime drops such attributes without a word.
+// Throws an Error, naming `file_name`, if any NeuralMemory node has an attribute that the kernel lacks. ONNX Runtime
+// drops such attributes silently.
 void check_memory_attributes(const GraphNodes& graph, std::string_view file_name);
 
-// How many NeuralMemory nodes a session on the graph has, when it runs them on the kernel.
+// The number of NeuralMemory nodes in a session that runs them on the kernel.
 std::size_t count_memory_nodes(const GraphNodes& graph);
 
-// Answers whether one buffer may be input and output of a graph. Two operators are right on one buffer: the kernel's,
-// and ScatterElements, which ONNX Runtime itself lets write over its input. What is left to prove is that nobody else
-// looks at the old state after it has been written.
+// Decides whether a graph input and output may share a buffer.
+//
+// Two operators may write over their input: the kernel's, and ScatterElements, for which ONNX Runtime itself allows it.
+// In addition, no other node may read the old state after it is overwritten.
 class StateFlow {
  public:
-  // `graph` outlives this.
+  // `graph` must outlive this object.
   explicit StateFlow(const GraphNodes& graph);
 
-  // Whether one buffer is right for graph input `input` and graph output `output`, whichever order the nodes run in.
+  // True if `input` and `output` may share a buffer in every execution order.
   bool in_place(std::string_view input, std::string_view output) const;
 
  private:

@@ -1,5 +1,5 @@
-// The protocol buffers' wire format, in which ONNX files are written. Enough of it to look into files that may hold
-// anything.
+// A reader for the protocol buffers wire format of ONNX files. It is limited to the parts needed here and safe on
+// malformed files.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace titans::core {
 
-// Reads one message field by field. What it gives are views of the bytes it was made of.
+// Reads one message field by field. Results are views of the input bytes.
 class WireMessage {
  public:
-  // `file_name` is for error texts.
+  // `file_name` appears in errors.
   WireMessage(std::string_view bytes, std::string_view file_name) : rest_(bytes), file_name_(file_name) {}
 
-  // Goes to the next field; false at the end. Throws an Error where the bytes are no message.
+  // Advances to the next field; false at the end. Throws an Error if the bytes are not a message.
   bool next();
 
   bool is_number(std::uint64_t field) const { return field_ == field && wire_ == Wire::kVarint; }
@@ -22,7 +22,7 @@ class WireMessage {
   std::string_view bytes() const { return bytes_; }
   WireMessage message() const { return {bytes_, file_name_}; }
 
-  // Goes to the next number, where this message is a packed list of numbers.
+  // Advances to the next number of a packed list.
   bool next_packed();
 
   [[noreturn]] void fail(std::string_view problem) const;

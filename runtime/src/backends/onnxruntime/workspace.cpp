@@ -6,7 +6,7 @@
 namespace titans::core {
 namespace {
 
-// The first graph consumes most tokens.
+// Graphs are sorted, so the first one consumes most tokens.
 std::size_t most_tokens(const Manifest& manifest) { return static_cast<std::size_t>(manifest.graphs[0].tokens); }
 
 }  // namespace

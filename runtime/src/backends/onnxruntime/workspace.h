@@ -1,4 +1,4 @@
-// What one call of a graph binds: tokens or vectors, position and learn in host memory, the state's buffers, the
+// The values bound for one call: tokens or vectors, position and learn flag in host memory, the state buffers and the
 // output.
 #pragma once
 
@@ -15,13 +15,13 @@ class OrtWorkspace final : public Workspace {
   const float* output(std::size_t first_row, std::size_t rows) override;
   void bind(const Call& call);
 
-  // What bind has set.
+  // Set by bind.
   const std::vector<const OrtValue*>& inputs() const { return inputs_; }
   std::vector<OrtValue*>& outputs() { return outputs_; }
 
  private:
   const Manifest& manifest_;
-  std::size_t row_bytes_;  // of the output
+  std::size_t row_bytes_;  // of one output row
   HostMemory input_;
   std::unique_ptr<OutputMemory> output_;
   HostMemory position_;

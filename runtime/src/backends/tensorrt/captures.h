@@ -1,5 +1,5 @@
-// Recorded calls. What is recorded reads and writes the very addresses that it was recorded with, so each set of them
-// has its own: one for a stream whose state is in place, up to six for one whose buffers swap.
+// Captured CUDA graphs of calls. A capture is bound to its buffer addresses, so each set of addresses needs its own:
+// one for a stream with state in place, up to six for a stream with swapped buffers.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ class Captures {
  public:
   using Key = std::vector<CUdeviceptr>;
 
-  // The recording for these addresses; NULL where there is none yet, and `wanted` says whether to make one: from the
-  // second call on, as the first has to run without. A full store makes room only where a recording has long not been
-  // used: with many streams some stay recorded and the others do without.
+  // The recording for these addresses, or NULL. `wanted` is set if the caller should record one, which is from the
+  // second call on because the first must run normally. A full store replaces only recordings unused for a long time.
+  // With many streams, some stay recorded and the others run normally.
   cuda::GraphExec* find(const Key& key, bool& wanted);
   void add(const Key& key, std::unique_ptr<cuda::GraphExec> recording);
 
@@ -36,7 +36,7 @@ class Captures {
 
   std::uint64_t calls_ = 0;
   std::map<Key, Recording> recordings_;
-  std::map<Key, std::uint64_t> seen_;  // without a recording, and when
+  std::map<Key, std::uint64_t> seen_;  // addresses without a recording, and their last call
 };
 
 }  // namespace titans::core

@@ -1,4 +1,4 @@
-// State in the memory of the device, and the copies of it.
+// State in device memory and its copies.
 #pragma once
 
 #include <atomic>
@@ -9,15 +9,15 @@
 
 namespace titans::core {
 
-// The copies of all buffers of an engine are put into one stream; a call waits for those before it. A call has finished
-// when it returns, so copies need not wait for calls.
+// The stream for copies of all buffers of an executor. A call waits for earlier copies. Calls are complete when they
+// return, so copies need not wait for calls.
 class Copies {
  public:
   explicit Copies(const cuda::Context& context) : stream_(context) {}
 
   const cuda::Stream& stream() const { return stream_; }
   void count() noexcept { done_.fetch_add(1, std::memory_order_release); }
-  // How many were made, to see whether there are new ones to wait for.
+  // The number of copies so far; a workspace compares it to detect new ones.
   std::uint64_t made() const noexcept { return done_.load(std::memory_order_acquire); }
 
  private:

@@ -1,5 +1,5 @@
-// The backend for TensorRT, and with TITANS_TENSORRT_RTX for TensorRT-RTX: an engine for each graph, state and output
-// on the device, decoding as one recorded launch.
+// The backend for TensorRT, and with TITANS_TENSORRT_RTX for TensorRT-RTX. Each graph has an engine. State and output
+// are on the device, and decoding replays a captured CUDA graph.
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -80,14 +80,14 @@ class DeviceExecutor final : public Executor {
     }
   }
 
-  // The vendor's objects want their context to be current when they are destroyed.
+  // Vendor objects must be destroyed with their context current.
   void close() noexcept {
     warm_.reset();
     graphs_.clear();
     runtime_.reset();
   }
 
-  // A registry of the runtime's own: another runtime in this process may have another plugin of that name.
+  // Each runtime has its own registry, because other runtimes in the process may have a plugin of the same name.
   void load_plugin() {
     const PluginLibrary plugin = find_plugin_library();
     if (!plugin.why_not.empty()) {
@@ -103,9 +103,8 @@ class DeviceExecutor final : public Executor {
     }
   }
 
-  // Decodes the same token from the same state three times: as it is, recorded, and from the recording. So an engine
-  // that does not run is told now, and a recording is used only where it gives the same numbers. All graphs of one
-  // token.
+  // Decodes one token from the same state three times per decode graph: normally, while recording, and from the
+  // recording. A broken engine fails here, and recordings are used only if they give the same numbers.
   void rehearse() {
     const Manifest& manifest = bundle_.manifest();
     warm_ = std::make_unique<DeviceWorkspace>(share_);
@@ -121,7 +120,7 @@ class DeviceExecutor final : public Executor {
     const bool tokens = manifest.input_kind == InputKind::kTokens;
     bool same = true;
     std::size_t recordable = 0;
-    std::string on_host;  // the graphs that are not
+    std::string on_host;  // graphs that cannot be recorded
     for (const EngineGraph& entry : bundle_.graphs()) {
       const Graph& graph = manifest.graphs[entry.graph];
       if (graph.tokens != 1) continue;
@@ -165,12 +164,12 @@ class DeviceExecutor final : public Executor {
   cuda::Context context_;
   Copies copies_;
   Recording recording_;
-  std::unique_ptr<nvinfer1::IRuntime> runtime_;       // outlives its engines
-  std::vector<std::unique_ptr<GraphEngine>> graphs_;  // by the manifest's graphs, NULL for one that the engine lacks
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;       // must outlive its engines
+  std::vector<std::unique_ptr<GraphEngine>> graphs_;  // by index in the manifest's graphs; NULL if the engine lacks it
   WorkspaceShare share_;
   std::string cuda_graphs_;
-  std::mutex mutex_;                       // guards what follows
-  std::unique_ptr<DeviceWorkspace> warm_;  // of the rehearsal, until somebody takes it
+  std::mutex mutex_;                       // guards the members below
+  std::unique_ptr<DeviceWorkspace> warm_;  // from rehearse(); taken by the first caller
 };
 
 std::unique_ptr<Executor> open_executor(const Bundle& bundle, const ExecutorOptions& options) {

@@ -1,4 +1,4 @@
-// One graph of the bundle as the vendor's compiler made it, deserialised: weights and kernels on the device.
+// One graph of the bundle as a deserialised engine with weights and kernels on the device.
 #pragma once
 
 #include <memory>
@@ -12,16 +12,16 @@ namespace titans::core {
 
 class GraphEngine {
  public:
-  // Compares names, types and shapes of inputs and outputs with the manifest. All of it outlives the engine.
+  // Checks names, types and shapes of inputs and outputs against the manifest. All arguments must outlive the engine.
   GraphEngine(nvinfer1::IRuntime& runtime, const Bundle& bundle, const EngineGraph& graph);
 
   const Graph& graph() const { return graph_; }
-  // Whether the tokens or vectors, the position or the flag is wanted in host memory: the vendor computes shapes from
-  // it while work is enqueued, so such work cannot be recorded.
+  // True if the engine reads this input from host memory to compute shapes while it enqueues work. Such work cannot be
+  // captured.
   bool on_host(const std::string& input) const;
   bool any_on_host() const { return !on_host_.empty(); }
 
-  // With the scratch memory that it needs. Any number of them, each for one thread at a time.
+  // Makes a context with its scratch memory. Each context is for one thread at a time.
   std::unique_ptr<nvinfer1::IExecutionContext> make_context();
 
  private:

@@ -33,7 +33,7 @@ void* open_first(const std::vector<std::string>& names) {
 
 const VendorLibrary& VendorLibrary::load(const std::string& path) {
   static std::mutex mutex;
-  // Never destroyed: the order in which a process takes down its libraries is not ours to know.
+  // Never destroyed, because the order of destruction at process exit is unspecified.
   static auto& loaded = *new std::map<std::vector<std::string>, std::unique_ptr<const VendorLibrary>>;
   const std::lock_guard lock(mutex);
   auto& library = loaded[candidates(path)];
@@ -65,7 +65,7 @@ VendorLibrary::VendorLibrary(const std::string& path) {
 std::unique_ptr<nvinfer1::IRuntime> VendorLibrary::make_runtime() const {
   VendorLogger::clear();
 #ifdef TITANS_TENSORRT_RTX
-  const int code = version_code_;  // what its own headers would say
+  const int code = version_code_;  // the value in the library's own headers
 #else
   const int code = NV_TENSORRT_VERSION;
 #endif

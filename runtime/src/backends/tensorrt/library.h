@@ -1,4 +1,4 @@
-// The vendor's shared library, found and loaded at run time: nothing here is linked against it.
+// The vendor library, loaded at run time. Nothing here is linked against it.
 #pragma once
 
 #include <memory>
@@ -11,12 +11,12 @@ namespace titans::core {
 
 class VendorLibrary {
  public:
-  // Loads `path`, or searches where it is empty: the environment's variable, then the loader's own path. A library once
-  // loaded stays until the process ends. TITANS_UNSUPPORTED where there is none that fits.
+  // Loads `path`. If it is empty, tries the environment variable, then the loader's search path. A loaded library stays
+  // until the process ends. Throws TITANS_UNSUPPORTED if no compatible library is found.
   static const VendorLibrary& load(const std::string& path);
 
   const std::string& version() const { return version_; }  // "10.3.0"
-  // Needs a device.
+  // Requires a device.
   std::unique_ptr<nvinfer1::IRuntime> make_runtime() const;
 
  private:

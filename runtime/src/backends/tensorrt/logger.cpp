@@ -3,7 +3,7 @@
 namespace titans::core {
 namespace {
 
-constexpr std::size_t kMostBytes = 2000;  // of a text; the first errors tell the cause
+constexpr std::size_t kMostBytes = 2000;  // longest text; the first errors show the cause
 
 thread_local std::string said;
 
@@ -21,7 +21,7 @@ void VendorLogger::log(Severity severity, const char* message) noexcept {
     if (!said.empty()) said += " | ";
     said += message;
   } catch (...) {
-    said.clear();  // no memory for the text
+    said.clear();  // out of memory for the text
   }
 }
 

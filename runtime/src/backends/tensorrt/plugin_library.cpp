@@ -16,7 +16,7 @@ constexpr std::string_view kPluginName = "NeuralMemory";
 
 const std::filesystem::path kThisLibrary = library_that_holds(reinterpret_cast<const void*>(&find_plugin_library));
 
-// The version of the creator that makes NeuralMemory; empty where the library has none.
+// The version of the NeuralMemory creator; empty if the library has none.
 std::string version_in(void* library) {
   using GetCreators = nvinfer1::IPluginCreatorInterface* const* (*)(std::int32_t& count);
   const auto get_creators = reinterpret_cast<GetCreators>(::dlsym(library, "getCreators"));

@@ -8,12 +8,12 @@ namespace titans::core {
 
 struct PluginLibrary {
   std::filesystem::path path;
-  std::string version;  // of the plugin NeuralMemory, empty: not known
-  std::string why_not;  // why it cannot be used, empty: it can
+  std::string version;  // version of the NeuralMemory plugin; empty: unknown
+  std::string why_not;  // why it is unusable; empty: usable
 };
 
-// Looks for it; the library stays loaded until the process ends. TensorRT-RTX takes no plugins in its networks, so for
-// that there is none.
+// Finds the plugin library, which stays loaded until the process ends. TensorRT-RTX networks cannot use plugins, so it
+// has none.
 PluginLibrary find_plugin_library();
 
 }  // namespace titans::core

@@ -9,9 +9,9 @@
 namespace titans::core {
 namespace {
 
-// The vendor wants each tensor to begin at a multiple of this.
+// TensorRT requires this alignment for every tensor.
 constexpr std::size_t kAlignment = 256;
-// Where the inputs lie in their block.
+// Offsets of the inputs in their block.
 constexpr std::size_t kPosition = 0;
 constexpr std::size_t kLearn = kAlignment;
 constexpr std::size_t kInput = 2 * kAlignment;
@@ -48,7 +48,7 @@ DeviceWorkspace::DeviceWorkspace(const WorkspaceShare& share)
 
 DeviceWorkspace::~DeviceWorkspace() {
   try {
-    // The vendor's objects want their context to be current when they are destroyed.
+    // Vendor objects must be destroyed with their context current.
     const cuda::Context::Scope scope(share_.context);
     contexts_.clear();
   } catch (...) {  // NOLINT: a broken context has nothing left to free
@@ -64,8 +64,8 @@ void DeviceWorkspace::run(const Call& call) {
     launch(call);
   } catch (...) {
     try {
-      stream_.synchronize();  // what was enqueued before the failure writes state
-    } catch (...) {           // the first failure is the one to tell
+      stream_.synchronize();  // work enqueued before the failure writes state
+    } catch (...) {           // report the first failure
     }
     throw;
   }

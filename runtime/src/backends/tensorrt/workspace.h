@@ -1,4 +1,4 @@
-// What one call needs beside state: contexts, a stream, the inputs and the output.
+// The resources of one call: contexts, a stream, the inputs and the output.
 #pragma once
 
 #include <atomic>
@@ -12,8 +12,8 @@
 
 namespace titans::core {
 
-// Whether calls of one token are recorded and launched as one. Shared by all workspaces of an engine; once a recording
-// has failed nobody tries again.
+// Whether single-token calls are captured as CUDA graphs. All workspaces share it; after one failed capture no further
+// attempt is made.
 class Recording {
  public:
   bool on() const noexcept { return on_.load(std::memory_order_relaxed); }
@@ -23,15 +23,15 @@ class Recording {
   std::atomic<bool> on_{true};
 };
 
-// What all workspaces of an engine share. It outlives them.
+// Shared by all workspaces of an executor, which it must outlive.
 struct WorkspaceShare {
   const Manifest& manifest;
   const cuda::Context& context;
   Copies& copies;
   Recording& recording;
-  // By the manifest's graphs, NULL for one that the engine lacks.
+  // By index in the manifest's graphs; NULL if the engine lacks the graph.
   std::vector<std::unique_ptr<GraphEngine>>& graphs;
-  // The device reads the inputs and writes the output where the host has them, so none are copied.
+  // Host and device share memory, so inputs and output are not copied.
   bool unified;
 };
 
@@ -39,12 +39,12 @@ class DeviceWorkspace final : public Workspace {
  public:
   explicit DeviceWorkspace(const WorkspaceShare& share);
   ~DeviceWorkspace() override;
-  // Returns when the results are there; nothing of the call runs on when it throws.
+  // Returns after the results are complete. After an exception no work of the call is still running.
   void run(const Call& call);
   const float* output(std::size_t first_row, std::size_t rows) override;
 
   std::size_t recorded() const { return captures_.size(); }
-  // Why the last attempt to record failed.
+  // Why the last capture failed.
   const std::string& why_not_recorded() const { return why_not_; }
 
  private:
@@ -62,14 +62,14 @@ class DeviceWorkspace final : public Workspace {
   cuda::Event copied_;
   std::uint64_t copies_seen_ = 0;
   std::size_t input_bytes_;
-  cuda::PinnedMemory inputs_;                          // position, flag, tokens or vectors
-  std::unique_ptr<cuda::DeviceMemory> device_inputs_;  // the same on the device, none where memory is unified
+  cuda::PinnedMemory inputs_;                          // position, learn flag, tokens or vectors
+  std::unique_ptr<cuda::DeviceMemory> device_inputs_;  // device copy; NULL with unified memory
   std::unique_ptr<cuda::DeviceMemory> device_output_;
-  std::unique_ptr<cuda::PinnedMemory> unified_output_;  // instead of it
-  cuda::PinnedMemory last_row_;                         // of a call of one token
-  std::unique_ptr<cuda::PinnedMemory> rows_;            // of other calls, as many as were ever asked for
-  bool decoded_ = false;                                // the last call was of one token
-  std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // made when first needed
+  std::unique_ptr<cuda::PinnedMemory> unified_output_;                  // replaces device_output_ with unified memory
+  cuda::PinnedMemory last_row_;                                         // output of a single-token call
+  std::unique_ptr<cuda::PinnedMemory> rows_;                            // output rows of other calls; grows on demand
+  bool decoded_ = false;                                                // the last call had one token
+  std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // created on first use
   Captures captures_;
   std::string why_not_;
 };
