@@ -1,6 +1,5 @@
-// Attribute tables. An operator's table has one row per attribute: its name, its member in the struct of raw values,
-// its member in the configuration, and the values that are allowed. Every adapter reads and writes attributes through
-// it.
+// Attribute tables: one row per attribute of an operator. A row has the name, the member in the struct of raw values,
+// the member in the configuration, and the allowed values. Every adapter reads and writes attributes through the table.
 #pragma once
 
 #include <algorithm>
@@ -19,12 +18,12 @@
 
 namespace titans::kernels {
 
-// The values that an attribute may have. Make one with the functions below.
+// The allowed values of an attribute. Use the functions below to make one.
 struct Allowed {
-  const char* const* names = nullptr;  // of a choice
-  std::size_t count = 0;               // of the names, or the most values of a list
-  std::int64_t least = 0, most = 0;    // of whole numbers
-  bool zero = false;                   // whether a real number may be 0
+  const char* const* names = nullptr;  // of an enumeration
+  std::size_t count = 0;               // number of names, or maximum length of a list
+  std::int64_t least = 0, most = 0;    // bounds of an integer
+  bool zero = false;                   // whether a float may be 0
 };
 
 template <std::size_t kCount>
@@ -39,7 +38,7 @@ constexpr Allowed up_to(std::size_t values, std::int64_t least, std::int64_t mos
 constexpr Allowed above_zero() { return {}; }
 constexpr Allowed at_least_zero() { return {nullptr, 0, 0, 0, true}; }
 
-// Each decode() stores an allowed raw value in the configuration, and otherwise returns "expected X, got Y".
+// Each decode() checks a raw value and stores it in the configuration, or returns "expected X, got Y".
 
 inline std::string expected(const std::string& wanted, const std::string& got) {
   return "expected " + wanted + ", got " + got;
@@ -71,7 +70,7 @@ std::string decode(const Allowed& allowed, std::int64_t raw, Integer& to) {
   return {};
 }
 
-// Left out: configure() sets the default.
+// configure() sets the default of a missing value.
 inline std::string decode(const Allowed& allowed, const std::optional<std::int64_t>& raw, std::int64_t& to) {
   return raw ? decode(allowed, *raw, to) : std::string();
 }
@@ -99,7 +98,7 @@ std::string decode(const Allowed& allowed, const std::vector<std::int64_t>& raw,
 
 enum class Presence : std::uint8_t { kRequired, kOptional };
 
-// A row. An optional attribute that is left out keeps the value that the struct of raw values begins with.
+// A row of the table. A missing optional attribute keeps its initial value in the struct of raw values.
 template <class Attributes, class Configuration>
 struct Attribute {
   using Member =
@@ -142,8 +141,8 @@ std::string decode_all(const Table& table, const Attributes& attributes, Configu
   return {};
 }
 
-// Reads all attributes: read(name, value) sets a value that is there and returns whether it was. Returns an error where
-// a required one is missing.
+// Reads all attributes. read(name, value) sets the value if the attribute is present, and returns whether it is.
+// Returns an error if a required attribute is missing.
 template <class Table, class Attributes, class Read>
 std::string read_all(const char* where, const Table& table, Attributes& attributes, const Read& read) {
   for (const auto& row : table) {

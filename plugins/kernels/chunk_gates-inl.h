@@ -1,9 +1,10 @@
-// One head with gates per chunk (docs/chunk-operator.md has the equations; names are those of the packed
-// row). Compiled once for each instruction set.
+// One head with gates per chunk. Equations and names are those of docs/chunk-operator.md. Compiled once per instruction
+// set.
 //
-// Between two chunk updates W is only read, for the queries of up to a chunk of tokens at once. Keys, values and step
-// sizes are kept in the packed row, or are read from the operands if a call has the whole chunk. A chunk update is one
-// forward and backward pass over the chunk's keys and then, per tensor, one pass over the outer products with S and W.
+// W is constant between two chunk updates, so the queries of up to a chunk of tokens are answered together. Keys,
+// values and step sizes wait in the packed row, or are read from the operands if the call has the whole chunk. A chunk
+// update is a forward and a backward pass over the chunk's keys. Then, for each tensor, one pass over the outer
+// products updates S and W. It reads and writes each of them once: 16 bytes per weight in float32.
 
 #if defined(TITANS_CHUNK_GATES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_CHUNK_GATES_INL_H_
@@ -64,7 +65,7 @@ class ChunkRun {
       done += count;
       fill += count;
       if (fill < chunk_) break;
-      // The token that completes a chunk is answered by the weights that contain it.
+      // The token that completes a chunk is answered with the updated weights.
       retrieve(answered, done - 1 - answered);
       answered = done - 1;
       complete(done, whole);
@@ -80,10 +81,10 @@ class ChunkRun {
   std::size_t out(int layer) const { return static_cast<std::size_t>(c_.out(layer)); }
   std::size_t index(int layer) const { return static_cast<std::size_t>(layer); }
   float* field(std::int64_t offset) const { return head_.row + offset; }
-  // Where a tensor begins among all weights.
+  // A tensor's offset among all weights.
   std::size_t offset(int tensor) const { return offsets_[tensor]; }
 
-  // Makes float32 copies of W and S, where the row holds them otherwise.
+  // Makes float32 copies of W and S if the row has another memory dtype.
   void unpack_weights() {
     if (codec_.direct || unpacked_) return;
     unpacked_ = true;
@@ -93,7 +94,7 @@ class ChunkRun {
     }
   }
 
-  // The LayerNorm with this gamma, if gamma is a fast weight.
+  // The output norm with this gamma, if gamma is a fast weight.
   OutputNorm output_norm(const float* gamma) const {
     const float* scale = head_.norm_scale;
     if (c_.fast_norm()) {
@@ -105,7 +106,7 @@ class ChunkRun {
     return {c_.layer_norm, c_.residual, scale, width_, scratch_.row};
   }
 
-  // Takes `count` tokens of the call from `at` into rows of the open chunk.
+  // Copies `count` tokens of the call, from token `at`, into the open chunk.
   void keep(std::size_t at, std::size_t fill, std::size_t count) {
     const std::size_t from = at * keys_per_token_, to = fill * keys_per_token_, rows = count * keys_per_token_;
     std::memcpy(field(layout_.k) + to * width_, head_.k + from * width_, rows * width_ * sizeof(float));
@@ -151,7 +152,7 @@ class ChunkRun {
     for (std::size_t t = 0; t < count; ++t) finish_row(output, x[t], q + t * width_, y + t * width_);
   }
 
-  // ---- the end of a chunk, whose last token is `done` - 1 ----
+  // ---- the end of a chunk; its last token is `done` - 1 ----
 
   void complete(std::size_t done, bool whole) {
     unpack_weights();
@@ -188,7 +189,7 @@ class ChunkRun {
     stats_.close_chunk(norm, commit);
   }
 
-  // Stores the staged update in the state.
+  // Writes the staged update to the state.
   void commit_weights() {
     if (codec_.direct) {
       std::memcpy(w_, w_next_, elements_ * sizeof(float));
@@ -220,8 +221,8 @@ class ChunkRun {
     return scratch_.point;
   }
 
-  // The gradient of the loss, in factors: that of matrix i is layer_input_i^T output_grad_i, that of gamma is in
-  // scratch.
+  // The gradient of the loss, in factors: matrix i has the gradient layer_input_i^T output_grad_i. Gamma's gradient is
+  // in scratch.
   void differentiate(const float* weights, const float* k, const float* v, const float* theta, std::size_t rows) {
     const int last = depth_ - 1;
     layer_input_[0] = {const_cast<float*>(k), width_};
@@ -260,7 +261,7 @@ class ChunkRun {
     }
   }
 
-  // Calls body(gradient, where among the tensor's elements, how many count) for each vector of tensor p's gradient.
+  // Calls body(gradient, index in the tensor, count of valid lanes) for each vector of tensor p's gradient.
   template <class Body>
   HWY_INLINE void each_gradient(int p, std::size_t rows, const Body& body) {
     if (p == depth_) {
@@ -276,7 +277,7 @@ class ChunkRun {
         });
   }
 
-  // The factor that grad_clamp applies to a gradient of that norm.
+  // The factor by which grad_clamp scales a gradient of this norm.
   float clamped(float norm) const {
     if (norm == 0.0F) return 1.0F;
     const float half = c_.grad_clamp / 2.0F;
@@ -347,13 +348,13 @@ class ChunkRun {
   Rounded rounded_;
   int depth_;
   std::size_t chunk_, keys_per_token_, width_, elements_;
-  float *w_, *s_;  // all weights and all surprise in float32: the state itself, or copies of it
+  float *w_, *s_;  // all of W and S in float32: the state itself, or copies
   std::size_t offsets_[kMaxTensors + 1] = {};
   bool unpacked_ = false;
   Rows layer_input_[kMaxDepth], output_grad_[kMaxDepth];
   float eta_ = 0.0F, keep_ = 1.0F;
   float *w_next_ = nullptr, *s_next_ = nullptr;
-  std::size_t chunks_ = 0;  // that this call has completed
+  std::size_t chunks_ = 0;  // completed by this call
   HeadStats stats_;
 };
 

@@ -1,4 +1,4 @@
-// Gates per chunk on the CPU: what the code of every instruction set shares.
+// Gates per chunk on the CPU: types shared by the code of all instruction sets.
 #pragma once
 
 #include <array>
@@ -17,15 +17,16 @@ struct ChunkPlan {
 struct ChunkScratch : ScratchMemory {
   explicit ChunkScratch(const ChunkConfiguration& configuration);
 
-  // Per layer, of the chunk's keys: its inputs, the loss's gradient at its outputs, the activation's derivative.
+  // Per layer, for the chunk's keys: the layer's inputs, the loss's gradient at its outputs, the activation's
+  // derivative.
   std::array<float*, kMaxDepth> layer_input{}, output_grad{}, derivative{};
-  std::array<float*, 2> x{};  // of retrieval
+  std::array<float*, 2> x{};  // inputs of two successive layers in retrieval
   float* row = nullptr;
   float* transposed = nullptr;                                                // W^T
   float *scale = nullptr, *gamma_gradient = nullptr;                          // of the LayerNorm
-  float *point = nullptr, *weights_next = nullptr, *surprise_next = nullptr;  // of all weights
+  float *point = nullptr, *weights_next = nullptr, *surprise_next = nullptr;  // all weights each
   float *weights = nullptr, *surprise = nullptr;  // float32 copies of a low-precision memory
-  float* update = nullptr;                        // of one matrix
+  float* update = nullptr;                        // one matrix
   std::array<float*, 2> iterate{};                // of Newton-Schulz
   std::array<float*, 4> square{};
 };

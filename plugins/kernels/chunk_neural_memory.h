@@ -1,5 +1,5 @@
-// The operator ai.titans::ChunkNeuralMemory, whose gates are per chunk: attributes, configuration, packed row and
-// checks. docs/chunk-operator.md is the contract; names, shapes and equations are from there.
+// The operator ai.titans::ChunkNeuralMemory, with gates per chunk: attributes, configuration, packed row and checks.
+// docs/chunk-operator.md is the specification; names, shapes and equations are from there.
 #pragma once
 
 #include <array>
@@ -12,12 +12,12 @@
 
 namespace titans::kernels {
 
-// Whether the LayerNorm's scale is an input of each call, or part of W.
+// Whether the LayerNorm's scale is an input, or a part of W.
 enum class NormWeight : std::uint8_t { kSlow, kFast };
 inline constexpr std::array kNormWeights{"slow", "fast"};
 
 struct ChunkAttributes : MemoryAttributes {
-  std::optional<std::int64_t> batch_size;  // left out: chunk_size
+  std::optional<std::int64_t> batch_size;  // default: chunk_size
   float loss_scale = 1.0F;
   std::int64_t keys_per_token = 1;
   std::int64_t lookahead = 0;
@@ -39,19 +39,19 @@ struct ChunkConfiguration : MemoryConfiguration {
   NormWeight norm_weight = NormWeight::kSlow;
   bool momentum = true;
   float grad_clamp = 0.0F;         // 0: off
-  std::int64_t orthogonalise = 0;  // steps of Newton-Schulz
+  std::int64_t orthogonalise = 0;  // Newton-Schulz steps
 
   bool fast_norm() const { return norm_weight == NormWeight::kFast; }
   int tensors() const { return depth + (fast_norm() ? 1 : 0); }
-  // Elements of all weight tensors.
+  // The number of elements of all weight tensors.
   std::int64_t all_elements() const;
-  std::int64_t keys() const { return chunk_size * keys_per_token; }  // of a chunk
-  // Whether the gradient point is another than W.
+  std::int64_t keys() const { return chunk_size * keys_per_token; }  // per chunk
+  // Whether the gradient point differs from W.
   bool keeps_point() const { return batch_size != chunk_size; }
   bool counts_batch() const { return keeps_point() && batch_size != 0; }
-  // `fill` counts up to it.
+  // `fill` counts up to this.
   std::int64_t period() const { return counts_batch() ? batch_size : chunk_size; }
-  // The most chunks that a call of `tokens` completes.
+  // The maximum number of chunks that a call of `tokens` completes.
   std::int64_t chunks(std::int64_t tokens) const { return (tokens + chunk_size - 1) / chunk_size; }
 };
 
@@ -76,13 +76,13 @@ inline constexpr auto kChunkAttributes =
 constexpr const auto& attribute_table(const ChunkAttributes& /*of*/) { return kChunkAttributes; }
 
 struct ChunkRowLayout : WeightLayout {
-  std::array<std::int64_t, kMaxTensors> g{};  // the gradient point, if it is another than W
+  std::array<std::int64_t, kMaxTensors> g{};  // the gradient point, if it differs from W
   std::int64_t k = 0, v = 0, theta = 0;       // of the open chunk
 
   explicit ChunkRowLayout(const ChunkConfiguration& configuration);
 };
 
-// The checks return an error as failure.h has it, or an empty string. neural_memory.h describes them.
+// The checks return a formatted error (failure.h), or an empty string. neural_memory.h describes them.
 std::string configure(const ChunkAttributes& attributes, ChunkConfiguration& configuration);
 std::string check_operands(const ChunkConfiguration& configuration, const Operands& operands,
                            DType values = DType::kFloat32);

@@ -1,11 +1,11 @@
-// ChunkNeuralMemory on the CPU, compiled once for each instruction set (Highway's foreach_target). chunk_gates-inl.h
+// ChunkNeuralMemory on the CPU. Compiled once per instruction set (Highway's foreach_target). chunk_gates-inl.h
 // computes one head.
 
 #include "plugins/kernels/cpu_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "plugins/kernels/chunk_neural_memory_cpu.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
-// The following may include this file again, so foreach_target.h comes first.
+// These headers include this file again, so foreach_target.h comes first.
 #include "hwy/highway.h"
 #include "plugins/kernels/chunk_gates-inl.h"
 

@@ -1,11 +1,10 @@
-// The chunk update: the surprises of a chunk go into W and S, in one pass over both. Compiled once for each instruction
-// set.
+// The chunk update adds a chunk's surprises to W and S, in one pass over both. Compiled once per instruction set.
 //
-//   W <- beta W + f S - sum_s a_s layer_input_s^T output_grad_s          S <- m S - sum_s e_s layer_input_s^T
-//   output_grad_s
+//   W <- beta W + f S - sum_s a_s layer_input_s^T output_grad_s
+//   S <- m S - sum_s e_s layer_input_s^T output_grad_s
 //
-// A tile of W and the same tile of S stay in registers over all tokens s of the chunk, and each is read and written
-// once.
+// A tile of W and the same tile of S stay in registers over all tokens s of the chunk. Each is read and written once:
+// 16 bytes per weight, for 4 FLOP per weight and token.
 
 #if defined(TITANS_CHUNK_UPDATE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_CHUNK_UPDATE_INL_H_
@@ -27,13 +26,13 @@ struct ChunkUpdate {
   const float* layer_input;  // tokens x in
   std::size_t input_stride;
   const float* grad_a;  // tokens x out, rows of output_grad times -a
-  const float* grad_e;  // tokens x out, rows of output_grad times -e
+  const float* grad_e;  // tokens x out, the rows of output_grad times -a
   std::size_t grad_stride;
   float beta, f, m;
-  const float* w;  // in x out, as are the others
+  const float* w;  // in x out, like the others
   const float* s;
-  float* w_next;  // may be w
-  float* s_next;  // may be s
+  float* w_next;  // may be equal to w
+  float* s_next;  // may be equal to s
 };
 
 #if HWY_TARGET == HWY_AVX2
@@ -43,7 +42,7 @@ inline constexpr int kUpdateVectors = 2;
 #endif
 inline constexpr int kUpdateRows = 4;
 
-// Returns, lane by lane, the squares of what the tile of W changes by.
+// Returns the squared change of the tile of W, lane by lane.
 template <int kRows, int kVectors, bool kTail>
 HWY_INLINE Vector update_tile(const ChunkUpdate& update, std::size_t row, std::size_t column, std::size_t tail) {
   const Floats d;
@@ -107,7 +106,7 @@ HWY_INLINE Vector update_panel(const ChunkUpdate& update, std::size_t column, st
   return change;
 }
 
-// Updates one layer. Returns the squared Frobenius norm of what W changes by.
+// Updates one layer. Returns the squared Frobenius norm of the change of W.
 inline float update_layer(const ChunkUpdate& update) {
   constexpr std::size_t kColumns = kUpdateVectors * kLanes;
   Vector change = hn::Zero(Floats());

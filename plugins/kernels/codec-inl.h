@@ -1,4 +1,5 @@
-// A head's matrices by memory dtype, and their rounding at the end of a chunk. Compiled once for each instruction set.
+// Reads a head's matrices in their memory dtype, and rounds them at the end of a chunk. Compiled once per instruction
+// set.
 
 #if defined(TITANS_CODEC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_CODEC_INL_H_
@@ -23,7 +24,7 @@ namespace titans::kernels::HWY_NAMESPACE {
 
 // Operations on a head's matrices, by memory dtype.
 struct Codec {
-  bool direct;  // the row has them in float32
+  bool direct;  // the row has float32, which is used in place
   void (*gemv)(Pass pass, const Gemv& g);
   void (*gemv_transposed)(const Stored& w, const float* x, float* y);
   void (*unpack)(const Stored& from, float* to);
@@ -49,14 +50,14 @@ inline const Codec& codec_of(MemoryDtype memory_dtype) {
   }
 }
 
-// Rounds W and S into a row at a committed chunk update, one weight tensor after the other.
+// Rounds W and S into a row when a chunk update is committed, one weight tensor after the other.
 class Rounded {
  public:
   Rounded(const MemoryConfiguration& configuration, const WeightLayout& layout, const Codec& codec, float* row,
           std::uint32_t head)
       : c_(configuration), layout_(layout), codec_(codec), row_(row), head_(head) {}
 
-  // next = values + their last rounding error. The chunk update starts from it with error feedback.
+  // next = values + their last rounding error. With error feedback, the chunk update starts from this sum.
   void add_error(int tensor, bool surprise, const float* values, float* next) const {
     codec_.unpack(error(tensor, surprise), next);
     each_vector(static_cast<std::size_t>(c_.elements(tensor)), [&](std::size_t i, std::size_t n) HWY_ATTR {
@@ -64,7 +65,7 @@ class Rounded {
     });
   }
 
-  // Stores `next`, whose values are then `kept`; `next` is used up.
+  // Rounds `next` into the row and writes the rounded values to `kept`. Overwrites `next`.
   void store_tensor(int tensor, bool surprise, float* next, float* kept) const {
     Noise noise;
     if (c_.rounding == Rounding::kStochastic) {
@@ -78,7 +79,7 @@ class Rounded {
     codec_.pack(next, error(tensor, surprise), Noise(), next);
   }
 
-  // After all tensors of a committed chunk.
+  // Counts the chunk update, after all tensors of a committed chunk.
   void count() const {
     if (c_.rounding != Rounding::kStochastic) return;
     const std::uint32_t after = chunk_updates() + 1;

@@ -1,4 +1,4 @@
-// The core of both CPU kernels: sizes of scratch memory, one head's part of a call, and the loop over the heads.
+// The core of both CPU kernels: scratch sizes, one head's part of a call, and its statistics.
 #pragma once
 
 #include <array>
@@ -15,11 +15,11 @@ namespace titans::kernels {
 
 inline constexpr std::size_t kCacheLine = 64;
 
-// A row of scratch: whole vectors of any instruction set, and one cache line more, so that the rows of a matrix do not
-// all fall into the same few sets of the cache.
+// The stride of a scratch row: whole vectors of any instruction set, plus one cache line. Without the extra line, the
+// rows of a matrix would compete for a few sets of the cache.
 constexpr std::size_t padded(std::size_t width) { return (width + 15) / 16 * 16 + 16; }
 
-// Rows or columns of a matrix that is padded to whole tiles of any instruction set.
+// A size rounded up to whole tiles of any instruction set.
 inline constexpr std::size_t kTileRowBlock = 16;
 constexpr std::size_t whole_tiles(std::size_t size) {
   return (size + kTileRowBlock - 1) / kTileRowBlock * kTileRowBlock;
@@ -28,7 +28,7 @@ constexpr std::size_t whole_tiles(std::size_t size) {
 // One thread's scratch for one head. Matrices are row-major with stride padded(columns).
 class ScratchMemory {
  protected:
-  // Members to point at new memory, and how many floats each needs.
+  // Pointers to set, and the number of floats that each needs.
   using Wanted = std::vector<std::pair<float**, std::size_t>>;
   void allocate(const Wanted& wanted) {
     constexpr std::size_t kLine = kCacheLine / sizeof(float);
@@ -52,30 +52,30 @@ class ScratchMemory {
 
 // One head of one stream in one call.
 struct Head {
-  float* row;  // packed, updated in place
+  float* row;  // packed row, updated in place
   std::uint32_t index;
-  const float* q;  // tokens x D, as are k, v and y; k and v have keys_per_token rows per token
+  const float* q;  // tokens x D, like k, v and y; k and v have keys_per_token rows per token
   const float* k;
   const float* v;
   const float* step_size;  // one per key
-  const float* momentum;   // one per token, as forget_gate
+  const float* momentum;   // one per token, like forget_gate
   const float* forget_gate;
   const float* norm_scale;  // D, or null
   float* y;
-  std::int64_t tokens;  // that count
+  std::int64_t tokens;  // without padding
   std::int64_t fill;
   bool learn;
-  const float* update_limit;  // null: every chunk is committed
-  float* stats;               // kStatCount of them, or null
+  const float* update_limit;  // null: commits every chunk
+  float* stats;               // kStatCount values, or null
 };
 
-// A head's sums for the output `stats`.
+// A head's statistics for the output `stats`.
 struct HeadStats {
   float loss = 0.0F, update_norm = 0.0F, committed = 0.0F, rejected = 0.0F;
 
-  // Of a chunk whose update has this norm.
+  // Records a chunk whose update has this norm.
   void close_chunk(float norm, bool commit) {
-    if (!(norm <= update_norm) && update_norm == update_norm) update_norm = norm;  // a NaN stays
+    if (!(norm <= update_norm) && update_norm == update_norm) update_norm = norm;  // keeps a NaN
     (commit ? committed : rejected) += 1.0F;
   }
   void write(float* stats) const {

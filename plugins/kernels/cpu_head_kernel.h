@@ -1,4 +1,4 @@
-// A CPU kernel as a loop over the heads of all streams, for either memory operator.
+// A CPU kernel that runs one task per head and stream. Both memory operators use it.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace titans::kernels {
 
-// Scratch memory for as many heads as ever ran at once.
+// Reusable scratch: one allocation per head that ran at the same time.
 template <class Scratch, class Configuration>
 class ScratchPool {
  public:
@@ -34,7 +34,7 @@ class ScratchPool {
         }
       }
       scratch_ = std::make_unique<Scratch>(pool.configuration_);
-      // So that giving it back needs no memory.
+      // Reserves now, so that returning the scratch cannot fail.
       const std::lock_guard lock(pool.mutex_);
       pool.idle_.reserve(++pool.made_);
     }
@@ -58,18 +58,18 @@ class ScratchPool {
   std::size_t made_ = 0;
 };
 
-// A head's part of the operands, for head `index` % H of stream `index` / H.
+// The operands of head `index` % H of stream `index` / H.
 class HeadOperands {
  public:
   HeadOperands(const Operands& operands, std::int64_t index)
       : operands_(operands), index_(index), heads_(operands[kQ].shape[1]), stream_(index / heads_) {}
 
-  // `size` numbers, or null if the operand is absent.
+  // The head's part of an operand with `size` elements per head, or null if the operand is absent.
   float* part(Operand which, std::int64_t size) const {
     return operands_[which].present() ? operands_[which].as<float>() + index_ * size : nullptr;
   }
 
-  // Sets what both operators have. `row`: words of a packed row.
+  // Sets the members that both operators have. `row`: the length of a packed row in words.
   void fill(Head& head, std::int64_t row, std::int64_t keys_per_token, bool update) const {
     const std::int64_t all = operands_[kQ].shape[2], width = operands_[kQ].shape[3], h = index_ % heads_;
     const std::int64_t keys = all * keys_per_token;
@@ -101,7 +101,7 @@ class HeadOperands {
   std::int64_t index_, heads_, stream_;
 };
 
-// `Regime` has the types Configuration, Plan, Head and Scratch, and fill(head, plan, head_operands, operands).
+// `Regime` provides the types Configuration, Plan, Head and Scratch, and fill(head, plan, head_operands, operands).
 template <class Regime>
 class HeadKernel final : public CpuKernel {
  public:
@@ -135,7 +135,7 @@ class HeadKernel final : public CpuKernel {
     const Operands& operands;
     std::atomic<bool> out_of_memory;
 
-    // Runs on a thread of the caller, which catches no exceptions.
+    // Runs on a thread of the caller, which does not catch exceptions.
     static void run_head(void* context, std::size_t index) {
       Call& call = *static_cast<Call*>(context);
       const FlushSubnormals flush;
@@ -150,7 +150,7 @@ class HeadKernel final : public CpuKernel {
   void run_head(const Operands& operands, std::int64_t index) const {
     typename Regime::Head head{};
     Regime::fill(head, plan_, HeadOperands(operands, index), operands);
-    // Padding has the answer 0.
+    // Padding tokens get the answer 0.
     const std::int64_t all = operands[kQ].shape[2], width = operands[kQ].shape[3];
     std::fill(head.y + head.tokens * width, head.y + all * width, 0.0F);
     const typename Pool::Lease scratch(scratch_);

@@ -10,14 +10,14 @@ namespace titans::kernels {
 namespace {
 
 #if HWY_ARCH_X86
-// Not every compiler's __builtin_cpu_supports has it.
+// Some compilers' __builtin_cpu_supports does not have f16c.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 #endif
 
-// What the instruction sets need has the names of Highway's targets.
+// The CPU features of each target, in namespaces with Highway's target names.
 namespace N_AVX3 {
 [[maybe_unused]] bool supported() {
 #if HWY_ARCH_X86

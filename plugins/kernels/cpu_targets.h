@@ -1,4 +1,4 @@
-// The instruction sets that kernels are compiled for. Included before hwy/foreach_target.h.
+// The instruction sets that kernels are compiled for. Include before hwy/foreach_target.h.
 #pragma once
 
 #define HWY_DISABLED_TARGETS (~(HWY_AVX3 | HWY_AVX2 | HWY_NEON_WITHOUT_AES | HWY_EMU128 | HWY_SCALAR))
@@ -28,7 +28,7 @@
 #define TITANS_PLAIN(function)
 #endif
 
-// The elements of an array: name and address of the function for each target, the best first.
+// Array elements for each target: its name and the function's address. Best first.
 #define TITANS_EACH_TARGET(function) \
   TITANS_AVX512(function) TITANS_AVX2(function) TITANS_NEON(function) TITANS_PLAIN(function)
 
@@ -46,7 +46,7 @@ struct TargetFunction {
   Function function;
 };
 
-// The target's function, or null and an error. An empty `target` is chosen_cpu_target().
+// The target's function, or null and an error. An empty `target` means chosen_cpu_target().
 template <typename Function, std::size_t kCount>
 const TargetFunction<Function>* find_target(const TargetFunction<Function> (&all)[kCount], const char* where,
                                             std::string_view target, std::string& error) {

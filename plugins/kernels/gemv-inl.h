@@ -1,5 +1,6 @@
-// Products of single rows with W and S, which is what decoding is: each element is loaded once for all rows that want
-// it. Compiled once for each instruction set.
+// Vector-matrix products with W and S, which dominate decoding. They are bound by memory bandwidth, so one pass over a
+// matrix serves all vectors that multiply it. A vector of accumulators holds several columns of the result while the
+// pass goes down the rows. Compiled once per instruction set.
 
 #if defined(TITANS_GEMV_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_GEMV_INL_H_
@@ -17,15 +18,15 @@
 HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 
-// What one pass over matrices computes.
+// The results of one pass over the matrices.
 enum class Pass {
   kW,        // y = sum_i by_w[i] W[i]
   kWAndS,    // y = sum_i by_w[i] W[i] + by_s[i] S[i]
-  kWTwiceS,  // the same, and z = sum_i also_w[i] W[i]
+  kWTwiceS,  // also z = sum_i also_w[i] W[i]
 };
 
 struct Gemv {
-  Stored w, s;  // of one shape
+  Stored w, s;  // of the same shape
   const float* by_w;
   const float* by_s;
   const float* also_w;
@@ -62,7 +63,7 @@ HWY_INLINE void gemv_panel(const Gemv& g, std::size_t column, std::size_t tail) 
   }
 }
 
-// The same of whole blocks that share scales: those go into the rows, not into each element.
+// The same for scale blocks. A scale is applied to the factor of its row, once per block instead of once per element.
 template <Pass kPass, int kBlocks, class MemoryDtype>
 HWY_INLINE void gemv_blocks(const Gemv& g, std::size_t block) {
   const Floats d;
@@ -137,7 +138,7 @@ void gemv(Pass pass, const Gemv& g) {
   }
 }
 
-// y[i] = W[i] . x for each of W's rows.
+// y[i] = W[i] . x for each row of W.
 template <class MemoryDtype>
 void gemv_transposed(const Stored& stored, const float* x, float* y) {
   const Floats d;

@@ -1,5 +1,5 @@
-// The operator ai.titans::HyperConnection: operands and checks. docs/hyper-connection.md is the
-// contract; names, shapes and equations are from there.
+// The operator ai.titans::HyperConnection: operands and checks. docs/hyper-connection.md is the specification; names,
+// shapes and equations are from there.
 #pragma once
 
 #include <array>
@@ -15,14 +15,14 @@ inline constexpr const char* kOperator = "HyperConnection";
 inline constexpr std::int64_t kMaxStreams = 16;
 inline constexpr std::int64_t kDefaultIterations = 20;
 
-// The operator's inputs and outputs in their order.
+// The operator's inputs and outputs in order.
 enum Operand : std::size_t {
   kResiduals,
   kProjection,
   kBias,
-  kBranch,  // optional, with weight
+  kBranch,  // optional, together with weight
   kWeight,
-  kInputs,  // how many inputs there are
+  kInputs,  // number of inputs
   kInput = kInputs,
   kResidualsOut,
   kBeta,  // optional, if the projection has its column
@@ -34,10 +34,10 @@ inline constexpr std::array<const char*, kOperands> kOperandNames{"residuals", "
 
 using Operands = std::array<Tensor, kOperands>;
 
-// The checks return an error as failure.h has it, or an empty string.
+// The checks return a formatted error (failure.h), or an empty string.
 
 std::string check_iterations(std::int64_t iterations);
-// Ranks, shapes, dtypes, layout, alignment and aliasing of the operands. Reads none of their values.
+// Checks ranks, shapes, dtypes, layout, alignment and aliasing of the operands, without reading their values.
 std::string check_operands(const Operands& operands);
 
 }  // namespace titans::kernels::hyper_connection

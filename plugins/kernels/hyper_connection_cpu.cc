@@ -1,14 +1,14 @@
-// HyperConnection on the CPU. A token's streams are read twice: for their norms and products with the projection, whose
-// few columns lie side by side in a vector, and for the mixture. Between the two come the exponentials and Sinkhorn's
-// iterations of a block of tokens, a token in each lane.
+// HyperConnection on the CPU. A token's residual streams are read twice: first for their norms and the matmul with the
+// projection, then for the mixture. The projection has few columns, which lie side by side in a vector. In between, a
+// block of tokens computes exponentials and Sinkhorn's iterations, with a token in each lane.
 //
-// This file is compiled once for each instruction set (Highway's foreach_target).
+// Compiled once per instruction set (Highway's foreach_target).
 
 #include "plugins/kernels/cpu_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "plugins/kernels/hyper_connection_cpu.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
-// What includes this file again comes first.
+// Headers that include this file again come first.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -25,14 +25,14 @@ namespace titans::kernels::hyper_connection {
 // The operands of one call, row-major.
 struct Call {
   const float *residuals, *projection, *bias;
-  const float *branch, *weight;  // null: none
+  const float *branch, *weight;  // null if absent
   float *input, *residuals_out;
-  float* beta;  // null: not wanted
+  float* beta;  // null if not requested
   std::size_t tokens, streams, width, columns;
   std::int64_t iterations;
 };
 
-// The code of one instruction set: tokens [block * tokens_in_block, ...).
+// The functions of one instruction set. They process tokens [block * tokens_in_block, ...).
 struct CpuFunctions {
   void (*mix)(const Call& call, std::size_t block);
   std::size_t tokens_in_block;
@@ -51,10 +51,10 @@ using hyper_connection::kMaxStreams;
 
 inline constexpr float kEps = 1e-12F;
 inline constexpr std::size_t kMost = kMaxStreams;  // streams
-// Floats of each stream that are looked at together; a multiple of every vector.
+// Floats per stream that are processed together; a multiple of every vector's size.
 inline constexpr std::size_t kStrip = 256;
 
-// The columns of the projection, and the tokens of a block.
+// The lanes of the projection's columns, and the tokens of a block.
 using Columns = hn::CappedTag<float, 8>;
 inline constexpr std::size_t kColumnLanes = HWY_MAX_LANES_D(Columns);
 inline constexpr std::size_t kMostColumns = (kMost + 2 + kColumnLanes - 1) / kColumnLanes * kColumnLanes;
@@ -68,7 +68,7 @@ HWY_INLINE TokenVector sigmoid_of_tokens(TokenVector x) {
   return hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(x), hn::Set(d, 88.0F)))));
 }
 
-// Floats [i, i + count) of a stream with the branch's output added.
+// Floats [i, i + n) of a stream, plus the branch's output.
 template <bool kHasBranch>
 HWY_INLINE Vector load_stream(const float* stream, const float* branch, Vector weight, std::size_t i, std::size_t n) {
   const Vector x = load(stream + i, n);
@@ -76,7 +76,7 @@ HWY_INLINE Vector load_stream(const float* stream, const float* branch, Vector w
 }
 
 // products[s * kMostColumns + c] += sum over d of strips[s * kStrip + d] * projection[d * columns + c], for kStreams
-// streams and the columns of one vector. Of the rows, the first `whole` may be read beyond their end.
+// streams and the columns of one vector. The first `whole` rows may be read past their end.
 template <std::size_t kStreams>
 void add_products(const float* strips, const float* projection, std::size_t size, std::size_t whole,
                   std::size_t columns, std::size_t count, float* products) {
@@ -104,7 +104,7 @@ void add_products(const float* strips, const float* projection, std::size_t size
   }
 }
 
-// The logits of a token: to logits[(s * columns + c) * kBlock].
+// Writes the logits of a token to logits[(s * columns + c) * kBlock].
 template <bool kHasBranch, class Streams>
 void project_token(const Call& call, Streams streams, std::size_t token, float* logits) {
   HWY_ALIGN float strips[kMost * kStrip];
@@ -129,7 +129,7 @@ void project_token(const Call& call, Streams streams, std::size_t token, float* 
     for (std::size_t c = 0; c < columns; c += kColumnLanes) {
       const std::size_t count = std::min(columns - c, kColumnLanes);
       const float* projection = call.projection + start * columns + c;
-      // A vector from row i on ends at the last within the projection.
+      // A vector may be loaded from row i if it ends within the projection.
       const std::size_t left = (call.width - start) * columns - c;
       const std::size_t whole = left < kColumnLanes ? 0 : std::min(size, (left - kColumnLanes) / columns + 1);
       std::size_t s = 0;
@@ -149,7 +149,7 @@ void project_token(const Call& call, Streams streams, std::size_t token, float* 
   }
 }
 
-// exp(mix) with its columns and then its rows divided by their sums, so many times. mix[s * streams + t].
+// exp(mix), then `iterations` times: divides the columns by their sums, then the rows. Layout: mix[s * streams + t].
 template <class Streams>
 HWY_INLINE void sinkhorn(Streams streams, std::int64_t iterations, TokenVector* mix) {
   const Tokens d;
@@ -165,7 +165,7 @@ HWY_INLINE void sinkhorn(Streams streams, std::int64_t iterations, TokenVector* 
     for (std::size_t t = 0; t < streams; ++t) {
       auto sum = mix[t];
       for (std::size_t s = 1; s < streams; ++s) sum = hn::Add(sum, mix[s * streams + t]);
-      // Never below the floor: a column has an entry of at least 1 / S^2.
+      // The sum never falls below the floor, because a column has an entry of at least 1 / S^2.
       const auto factor = hn::Div(one, sum);
       for (std::size_t s = 0; s < streams; ++s) mix[s * streams + t] = hn::Mul(mix[s * streams + t], factor);
     }
@@ -178,7 +178,8 @@ HWY_INLINE void sinkhorn(Streams streams, std::int64_t iterations, TokenVector* 
   }
 }
 
-// A token's outputs: output 0 is the branch's input, 1 + t is stream t. weights[output * streams + s].
+// Writes a token's outputs. Output 0 is the branch's input, output 1 + t is stream t. Layout: weights[output * streams
+// + s].
 template <bool kHasBranch, class Streams>
 void mix_token(const Call& call, Streams streams, std::size_t token, const float* weights) {
   const float* residuals = call.residuals + token * streams * call.width;
@@ -205,7 +206,7 @@ void mix_token(const Call& call, Streams streams, std::size_t token, const float
   });
 }
 
-// `streams` is a number, or the type of one that the code is made for.
+// `streams` is a number, or an integral_constant for which the code is specialized.
 template <bool kHasBranch, class Streams>
 void mix_block(const Call& call, Streams streams, std::size_t block) {
   const Tokens d;
@@ -243,7 +244,7 @@ void mix_block(const Call& call, Streams streams, std::size_t block) {
 
 template <bool kHasBranch>
 void choose_streams(const Call& call, std::size_t block) {
-  // What titans-pytorch's models have by default.
+  // The default of titans-pytorch's models.
   if (call.streams == 4) return mix_block<kHasBranch>(call, std::integral_constant<std::size_t, 4>(), block);
   mix_block<kHasBranch>(call, call.streams, block);
 }
@@ -284,7 +285,7 @@ class Kernel final : public CpuKernel {
                static_cast<std::size_t>(o[kProjection].shape[1]), iterations_}};
     const std::size_t blocks = (work.call.tokens + functions_.tokens_in_block - 1) / functions_.tokens_in_block;
     if (blocks == 1) {
-      Work::mix_block(&work, 0);  // one token takes less time than asking others to help
+      Work::mix_block(&work, 0);  // one token takes less time than waking other threads
     } else {
       parallel.run(parallel.pool, blocks, &Work::mix_block, &work);
     }

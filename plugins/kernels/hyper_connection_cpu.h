@@ -1,4 +1,4 @@
-// HyperConnection on the CPU: one kernel for each instruction set, chosen at run time as for the memory operators.
+// HyperConnection on the CPU: a kernel per instruction set, chosen at run time as for the memory operators.
 #pragma once
 
 #include <memory>
@@ -10,16 +10,16 @@
 
 namespace titans::kernels::hyper_connection {
 
-// The kernel of one node. Any number of threads may run it at once.
+// The kernel of one node. Thread-safe.
 class CpuKernel {
  public:
-  // `target` is one of cpu_targets(); empty: chosen_cpu_target(). Returns null and sets `error` if there is no
-  // such target, or if the number of iterations is wrong.
+  // `target` is one of cpu_targets(); an empty one means chosen_cpu_target(). Returns null and sets `error` if the
+  // target is not supported or the number of iterations is invalid.
   static std::unique_ptr<CpuKernel> create(std::int64_t iterations, std::string_view target, std::string& error);
   virtual ~CpuKernel() = default;
 
-  // Checks the operands and computes. Returns an error, with nothing written, or an empty string.
-  // Results do not depend on the number of threads.
+  // Checks the operands and computes. Returns an error with nothing written, or an empty string. Results do not depend
+  // on the number of threads.
   virtual std::string run(const Operands& operands, const Parallel& parallel) const = 0;
 };
 

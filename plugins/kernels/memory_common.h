@@ -1,6 +1,6 @@
-// The core that the two memory operators share: ai.titans::NeuralMemory (gates per token, neural_memory.h) and
+// The common core of the two memory operators: ai.titans::NeuralMemory (gates per token, neural_memory.h) and
 // ai.titans::ChunkNeuralMemory (gates per chunk, chunk_neural_memory.h). It has the common attributes and sizes, the
-// weight fields of a packed row, the operands and their checks. docs/operator.md is the contract.
+// weight fields of a packed row, the operands and their checks. docs/operator.md is the specification.
 #pragma once
 
 #include <array>
@@ -20,9 +20,9 @@ inline constexpr int kMaxTensors = kMaxDepth + 1;  // the matrices, and the Laye
 
 enum class Schedule : std::uint8_t { kAligned, kAny };
 enum class Activation : std::uint8_t { kSilu, kGelu };
-// How a packed row holds the weights and the surprise. Arithmetic is always float32.
+// The dtype of weights and surprise in a packed row. Arithmetic is always float32.
 enum class MemoryDtype : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp8 };
-// How weights and surprise are rounded to the memory dtype at the end of each committed chunk.
+// The rounding of weights and surprise to the memory dtype at the end of each committed chunk.
 enum class Rounding : std::uint8_t { kNearest, kStochastic, kErrorFeedback };
 
 inline constexpr std::array kSchedules{"aligned", "any"};
@@ -34,23 +34,23 @@ inline constexpr std::int64_t kLargestWidth = 1 << 20;  // keeps every size far 
 inline constexpr std::int64_t kLargestChunk = 1 << 20;
 inline constexpr std::int64_t kLargestSeed = 0xFFFFFFFF;
 
-// Elements along a matrix's last dimension that share a scale, with memory dtype "int8" or "fp8".
+// Consecutive elements of a matrix row that share a scale, with memory dtype "int8" or "fp8".
 inline constexpr std::int64_t kScaleBlock = 32;
-// The largest value of each: a block's largest element is scaled to it.
+// The largest value of each dtype. A block's largest element is scaled to it.
 inline constexpr float kLargestInt8 = 127.0F, kLargestFp8 = 448.0F;
-// A block whose largest value is below this is stored as zeros, so that no scale is subnormal.
+// A block whose largest magnitude is smaller is stored as zeros, so that no scale is subnormal.
 inline constexpr float kSmallestBlock = 0x1p-100F;
 
 constexpr bool has_scales(MemoryDtype memory_dtype) {
   return memory_dtype == MemoryDtype::kInt8 || memory_dtype == MemoryDtype::kFp8;
 }
-// 32-bit words of a matrix's elements, which come first, and of the whole field.
+// 32-bit words of a matrix's elements, and of the whole field. The elements come first in the field.
 std::int64_t element_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns);
 std::int64_t memory_dtype_words(MemoryDtype memory_dtype, std::int64_t rows, std::int64_t columns);
 
 // ---- attributes ----
 
-// The attributes of both operators, as a node has them.
+// The raw attributes of both operators, as a node has them.
 struct MemoryAttributes {
   std::string schedule;
   std::vector<std::int64_t> widths;
@@ -63,11 +63,11 @@ struct MemoryAttributes {
   std::int64_t seed = 0;
 };
 
-// The same, decoded.
+// The decoded attributes.
 struct MemoryConfiguration {
   Schedule schedule = Schedule::kAny;
   int depth = 1;
-  std::array<std::int64_t, kMaxDepth + 1> widths{};  // depth + 1 of them
+  std::array<std::int64_t, kMaxDepth + 1> widths{};  // depth + 1 values
   Activation activation = Activation::kSilu;
   bool residual = false;
   bool layer_norm = false;
@@ -80,7 +80,7 @@ struct MemoryConfiguration {
   std::int64_t out(int layer) const { return widths[static_cast<std::size_t>(layer) + 1]; }
   std::int64_t weights(int layer) const { return in(layer) * out(layer); }
 
-  // The weight tensors in their order: the matrices, then gamma if it is a fast weight. Gamma is one row.
+  // The weight tensors in order: the matrices, then gamma if it is a fast weight. Gamma is one row.
   std::int64_t elements(int tensor) const { return tensor < depth ? weights(tensor) : widths[0]; }
   std::int64_t columns(int tensor) const { return tensor < depth ? out(tensor) : widths[0]; }
   std::int64_t rows(int tensor) const { return tensor < depth ? in(tensor) : 1; }
@@ -88,7 +88,7 @@ struct MemoryConfiguration {
   std::int64_t words(int tensor) const { return memory_dtype_words(memory_dtype, rows(tensor), columns(tensor)); }
 };
 
-// The rows of both operators' tables.
+// The rows that both operators' tables share.
 template <class Attributes, class Configuration>
 constexpr auto memory_attribute_rows() {
   using Row = Attribute<Attributes, Configuration>;
@@ -107,13 +107,13 @@ constexpr auto memory_attribute_rows() {
       Row::template row<&A::seed, &C::seed>("seed", kOptional, between(0, kLargestSeed))};
 }
 
-// Checks of common attributes that depend on each other, after decode_all(). Sets `depth`.
+// Checks common attributes that depend on each other. Call it after decode_all(). Sets `depth`.
 std::string finish_memory(const char* where, const MemoryAttributes& attributes, MemoryConfiguration& configuration);
 
 // ---- the packed row ----
 
-// Where fields of a packed row lie, in 32-bit words from its start: those of W, one after the other without gaps, and
-// those of S and of their rounding errors likewise.
+// Offsets of the fields of a packed row, in 32-bit words from its start. The fields of W are contiguous, and so are
+// those of S and of their rounding errors.
 struct WeightLayout {
   std::array<std::int64_t, kMaxTensors> w{}, s{};
   std::array<std::int64_t, kMaxTensors> ew{}, es{};  // rounding "error_feedback"
@@ -127,13 +127,13 @@ struct WeightLayout {
     size += words;
   }
   void place_tensors(const MemoryConfiguration& c, int tensors, Tensors& field);
-  // The last field, and padding to a multiple of 16 words.
+  // Adds the last field, and padding to a multiple of 16 words.
   void finish(const MemoryConfiguration& c);
 };
 
 // ---- operands ----
 
-// Inputs and outputs of both operators in their order. NeuralMemory has the first 13 inputs and the first 3 outputs,
+// The inputs and outputs of both operators in order. NeuralMemory has the first 13 inputs and the first 3 outputs,
 // ChunkNeuralMemory has all.
 enum Operand : std::size_t {
   kState,
@@ -152,7 +152,7 @@ enum Operand : std::size_t {
   kModulation,
   kPrevious,
   kPreviousGate,
-  kInputs,  // how many inputs there are
+  kInputs,  // number of inputs
   kY = kInputs,
   kStateOut,
   kStats,           // optional
@@ -172,9 +172,9 @@ using Operands = std::array<Tensor, kOperands>;
 // The number of stats: surprise, update_norm, committed, rejected.
 inline constexpr std::int64_t kStatCount = 4;
 
-// The checks return an error as failure.h has it, or an empty string.
+// The checks return a formatted error (failure.h), or an empty string.
 
-// Shape, dtype and presence that an operand must have.
+// The required shape, dtype and presence of an operand.
 struct Expectation {
   Operand which;
   DType dtype;
@@ -182,14 +182,14 @@ struct Expectation {
   int rank;
   bool required;
 };
-// An operand that must be left out if `refused`.
+// An operand that must be absent if `refused`.
 struct Refusal {
   Operand which;
   bool refused;
   const char* reason;
 };
 
-// What the common expectations depend on beside the sizes of q and state.
+// Inputs of the common expectations beside the sizes of q and state.
 struct OperandNeeds {
   std::int64_t row;  // words of a packed row
   std::int64_t keys_per_token = 1;
@@ -202,15 +202,15 @@ std::array<Expectation, kCommonOperands> common_expectations(const MemoryConfigu
                                                              DType values, const OperandNeeds& needs);
 std::string check_expected(const char* where, const Operands& operands, const Expectation* all, std::size_t count);
 std::string check_refused(const char* where, const Operands& operands, const Refusal* all, std::size_t count);
-// With schedule "aligned" a call has whole chunks.
+// With schedule "aligned", a call has whole chunks.
 std::string check_whole_chunks(const char* where, const MemoryConfiguration& c, const Operands& operands);
 std::string check_aliasing(const char* where, const Operands& operands);
 
-// Ranges of fill (below `period`), valid and slots, in host memory.
+// Checks the ranges of fill (below `period`), valid and slots, which are in host memory.
 std::string check_indices(const char* where, const Operands& operands, std::int64_t period);
-// With schedule "aligned", that fill and valid are whole chunks.
+// With schedule "aligned", checks that fill and valid are whole chunks.
 std::string check_aligned_values(const char* where, const MemoryConfiguration& c, const Operands& operands);
-// A gate's values, of which each token has `per_token`, are finite for tokens that count.
+// Checks that a gate's values are finite for valid tokens. Each token has `per_token` values.
 struct Gate {
   Operand which;
   std::int64_t per_token;

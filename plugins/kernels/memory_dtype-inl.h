@@ -1,5 +1,5 @@
-// The memory dtypes of a packed row: matrices are read as vectors of float32, and float32 is packed with the rounding
-// of docs/operator.md. Compiled once for each instruction set.
+// The memory dtypes of a packed row. Matrices are read as vectors of float32, and written with the rounding of
+// docs/operator.md. Compiled once per instruction set.
 
 #if defined(TITANS_MEMORY_DTYPE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_MEMORY_DTYPE_INL_H_
@@ -28,7 +28,7 @@ inline constexpr std::uint16_t kNanScale = 0x7FC0;
 inline constexpr std::size_t kBlock = static_cast<std::size_t>(kScaleBlock);
 static_assert(kBlock % kLanes == 0, "a vector lies in one block");
 
-// A matrix in a packed row, without gaps between its rows; scales, where it has them, follow in words of their own.
+// A matrix in a packed row, without gaps between its rows. Scales, if the dtype has them, follow in their own words.
 struct Stored {
   void* elements;
   std::uint16_t* scales;
@@ -37,12 +37,12 @@ struct Stored {
   std::size_t blocks() const { return (columns + kBlock - 1) / kBlock; }
 };
 
-// A matrix of float32, as a packed row's other fields are.
+// A float32 matrix, as in a packed row's other fields.
 inline Stored plain_matrix(const float* data, std::size_t rows, std::size_t columns) {
   return {const_cast<float*>(data), nullptr, rows, columns};
 }
 
-// The field of a weight tensor at `offset` words of a row.
+// The field of a weight tensor, `offset` words into a row.
 inline Stored stored_tensor(const MemoryConfiguration& c, float* row, std::int64_t offset, int tensor) {
   float* begin = row + offset;
   float* scales = begin + element_words(c.memory_dtype, c.rows(tensor), c.columns(tensor));
@@ -50,7 +50,7 @@ inline Stored stored_tensor(const MemoryConfiguration& c, float* row, std::int64
           static_cast<std::size_t>(c.columns(tensor))};
 }
 
-// Noise of the elements of one field at one chunk update. Without it values are rounded to the nearest.
+// The noise of one field's elements at one chunk update. When off, values are rounded to the nearest.
 struct Noise {
   bool on = false;
   NoiseKeys keys;
@@ -71,7 +71,8 @@ HWY_INLINE hn::Vec<Integers> noise_bits(const Noise& noise, std::size_t element)
   return hn::BitCast(Integers(), hn::ShiftRight<8>(mix_bits(hn::Xor(first, hn::Set(d, noise.keys.second)))));
 }
 
-// Magnitudes in steps of an element's last bit to whole ones. `element`: where the first of them lies in its field.
+// Rounds magnitudes, in units of an element's last bit, to whole numbers. `element`: the first one's index in its
+// field.
 HWY_INLINE Vector round_steps(Vector steps, const Noise& noise, std::size_t element) {
   const Floats d;
   if (!noise.on) return hn::Round(steps);
@@ -80,7 +81,7 @@ HWY_INLINE Vector round_steps(Vector steps, const Noise& noise, std::size_t elem
   return hn::Add(low, hn::IfThenElseZero(hn::Lt(u, above), hn::Set(d, 1.0F)));
 }
 
-// e of 2^e <= magnitude < 2^(e + 1), or `least` where that is less.
+// The exponent e with 2^e <= magnitude < 2^(e + 1), but at least `least`.
 HWY_INLINE hn::Vec<Integers> exponents(Vector magnitude, int least) {
   const Integers d;
   const auto biased = hn::ShiftRight<23>(hn::BitCast(d, magnitude));
@@ -104,7 +105,7 @@ HWY_INLINE hn::Vec<From> load_elements(From d, const hn::TFromD<From>* from, std
 
 // ---- elements without a scale ----
 
-// A memory dtype has its element's type, elements as float32, and float32 rounded to elements.
+// A memory dtype has an element type, load() to float32, and pack(), which rounds float32 to elements.
 struct Float32 {
   using Element = float;
   static constexpr bool kScaled = false;
@@ -123,7 +124,7 @@ struct BFloat16 {
     const auto raw = load_elements(Half(), from, count);
     return hn::BitCast(Floats(), hn::ShiftLeft<16>(hn::PromoteTo(Bits(), raw)));
   }
-  // Returns what is stored.
+  // Returns the stored values.
   static HWY_INLINE Vector pack(Vector v, const Noise& noise, std::size_t element, std::uint16_t* to,
                                 std::size_t count) {
     const Bits d;
@@ -173,12 +174,12 @@ struct Int8 {
   using Element = std::int8_t;
   static constexpr bool kScaled = true;
   static constexpr float kLargest = kLargestInt8;
-  static constexpr float kUnit = 1.0F;  // of what load() gives
+  static constexpr float kUnit = 1.0F;  // the scale of load()'s values
   using Quarter = hn::Rebind<std::int8_t, Floats>;
   static HWY_INLINE Vector load(const std::int8_t* from, std::size_t count) {
     return hn::ConvertTo(Floats(), hn::PromoteTo(Integers(), load_elements(Quarter(), from, count)));
   }
-  // Of values in units of the scale.
+  // The values are in units of the scale.
   static HWY_INLINE Vector pack(Vector v, const Noise& noise, std::size_t element, std::int8_t* to, std::size_t count) {
     const Vector whole = hn::Min(round_steps(hn::Abs(v), noise, element), hn::Set(Floats(), kLargest));
     const auto code = hn::NearestInt(hn::CopySign(whole, v));
@@ -192,7 +193,7 @@ struct Fp8 {
   static constexpr bool kScaled = true;
   static constexpr float kLargest = kLargestFp8;
   using Quarter = hn::Rebind<std::uint8_t, Floats>;
-  // As float16 the bits are 2^-8 of the value, subnormal ones too.
+  // Interpreted as float16, the bits give 2^-8 of the value, subnormal numbers included.
   static constexpr float kUnit = 256.0F;
   static HWY_INLINE Vector load(const std::uint8_t* from, std::size_t count) {
     const hn::Rebind<std::uint16_t, Floats> d;
@@ -210,7 +211,7 @@ struct Fp8 {
     const Vector whole = round_steps(steps, noise, element);
     const Vector rounded =
         hn::Min(hn::Mul(whole, power_of_two(hn::Sub(exponent, hn::Set(d, 3)))), hn::Set(Floats(), kLargest));
-    // 8 steps to an exponent, and where they are 16 the next one's first.
+    // An exponent has 8 steps. 16 of them are the first step of the next exponent.
     const auto base = hn::ShiftLeft<3>(hn::Add(exponent, hn::Set(d, 6)));
     const auto code = hn::Min(hn::Add(base, hn::NearestInt(whole)), hn::Set(d, 0x7E));
     const auto sign = hn::ShiftRight<24>(hn::And(hn::BitCast(Bits(), v), hn::Set(Bits(), 0x80000000)));
@@ -228,7 +229,7 @@ HWY_INLINE float from_bfloat16(std::uint16_t bits) {
   return value;
 }
 
-// Elements of a matrix, for loops that read it.
+// The elements of a matrix, for loops that read it.
 template <class MemoryDtype>
 struct View {
   explicit View(const Stored& stored)
@@ -243,7 +244,7 @@ struct View {
     if constexpr (MemoryDtype::kScaled) return hn::Mul(v, scale(row, column / kBlock));
     return v;
   }
-  // Elements as they are, and what those of a block are multiplied by.
+  // Elements without their scale, and the factor of a block.
   HWY_INLINE Vector unscaled(std::size_t row, std::size_t column, std::size_t count) const {
     return MemoryDtype::load(elements + row * columns + column, count);
   }
@@ -270,7 +271,7 @@ void unpack_matrix(const Stored& from, float* to) {
   }
 }
 
-// The scale of a block and what its values are multiplied by.
+// A block's scale and the reciprocal that its values are multiplied by.
 struct Scale {
   std::uint16_t bits;
   float value, reciprocal;
@@ -293,7 +294,7 @@ HWY_INLINE Scale block_scale(const float* values, std::size_t count, float large
   return {up, from_bfloat16(up), 1.0F / from_bfloat16(up)};
 }
 
-// Rounds a matrix of float32 into the row. `kept`, which may be `from`, receives what is stored.
+// Rounds a float32 matrix into the row. Writes the stored values to `kept`, which may be `from`.
 template <class MemoryDtype>
 void pack_matrix(const float* from, const Stored& to, const Noise& noise, float* kept) {
   auto* elements = static_cast<typename MemoryDtype::Element*>(to.elements);

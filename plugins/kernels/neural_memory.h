@@ -1,5 +1,5 @@
-// The operator ai.titans::NeuralMemory, whose gates are per token: attributes, configuration, packed row and checks.
-// docs/operator.md is the contract; names, shapes and equations are from there.
+// The operator ai.titans::NeuralMemory, with gates per token: attributes, configuration, packed row and checks.
+// docs/operator.md is the specification; names, shapes and equations are from there.
 #pragma once
 
 #include <array>
@@ -33,22 +33,22 @@ inline constexpr auto kAttributes =
 constexpr const auto& attribute_table(const Attributes& /*of*/) { return kAttributes; }
 
 struct RowLayout : WeightLayout {
-  // Of the open chunk: each layer's inputs and the loss's gradient at its output.
+  // The open chunk: each layer's inputs and the loss's gradients at its outputs.
   std::array<std::int64_t, kMaxDepth> layer_input{}, output_grad{};
   std::int64_t e = 0, a = 0, m = 0, f = 0, beta = 0;
 
   explicit RowLayout(const Configuration& configuration);
 };
 
-// The checks return an error as failure.h has it, or an empty string.
+// The checks return a formatted error (failure.h), or an empty string.
 
 std::string configure(const Attributes& attributes, Configuration& configuration);
-// Ranks, shapes, dtypes, layout, alignment and aliasing of the operands. Reads none of their values. `values` is the
-// dtype that q, k, v and y must have.
+// Checks ranks, shapes, dtypes, layout, alignment and aliasing of the operands, without reading their values. `values`:
+// the dtype that q, k, v and y must have.
 std::string check_operands(const Configuration& configuration, const Operands& operands,
                            DType values = DType::kFloat32);
-// Ranges of fill, valid and slots, and that gates of tokens that count are finite. The operands, checked before, are in
-// host memory.
+// Checks the ranges of fill, valid and slots, and that the gates of valid tokens are finite. The operands have passed
+// check_operands and are in host memory.
 std::string check_values(const Configuration& configuration, const Operands& operands);
 
 }  // namespace titans::kernels

@@ -1,17 +1,20 @@
-// NeuralMemory on the CPU. A head's W and S (tens to hundreds of KiB) stay in a core's cache from the first token of a
-// call to the last, and are only read between two chunk updates. A whole chunk is a few small matmuls per layer, whose
-// masks, gates and activations are applied while the result is in registers (token_gates-inl.h). One token is one pass
-// over S and, per layer, one (the first) or three over W, of which all but one find it in the cache. Per head and
-// token, chunk 64, that is 57 kFLOP for a linear memory of 64 and 442 kFLOP for an MLP 64-256-64, or 49 and 345 KiB
-// moved if tokens come one by one.
+// NeuralMemory on the CPU. Compiled once per instruction set (Highway's foreach_target). neural_memory_textbook.cc has
+// the same computation without optimizations.
 //
-// This file is compiled once for each instruction set (Highway's foreach_target).
+// A head's W and S (tens to hundreds of KiB) stay in a core's cache for the whole call. They are only read between two
+// chunk updates. A whole chunk is a few small matmuls per layer. Masks, gates and activations are applied while the
+// result is in registers (token_gates-inl.h).
+//
+// A single token needs one pass over S and, per layer, one (the first) or three over W. All but one of these passes hit
+// the cache. With chunks of 64, a head and token cost:
+//   linear memory of 64:  57 kFLOP; 49 KiB moved if tokens come one by one
+//   MLP 64-256-64:        442 kFLOP; 345 KiB moved
 
 #include "plugins/kernels/cpu_targets.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "plugins/kernels/neural_memory_cpu.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
-// The following may include this file again, so foreach_target.h comes first.
+// These headers include this file again, so foreach_target.h comes first.
 #include "hwy/highway.h"
 #include "plugins/kernels/token_gates-inl.h"
 

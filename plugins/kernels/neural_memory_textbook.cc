@@ -25,7 +25,8 @@ Activated activate(Activation activation, float z) {
   return {z * below, below + z * std::exp(-0.5F * z * z) / std::sqrt(2.0F * 3.14159265F)};
 }
 
-// One head of one stream. Between two chunk updates the row's W and S stay as at the chunk's start: W_0 and S_0.
+// One head of one stream. The row's W and S are W_0 and S_0, the values at the chunk's start, until the next chunk
+// update.
 class TextbookHead {
  public:
   TextbookHead(const TokenPlan& plan, const Head& head) : c_(plan.configuration), layout_(plan.layout), head_(head) {}
@@ -84,8 +85,8 @@ class TextbookHead {
   }
   float scale(std::size_t j) const { return c_.layer_norm ? head_.norm_scale[j] : 1.0F; }
 
-  // The surprise is the gradient of l = || M_(W_0)(k) - v ||^2. In layer i it is layer_input_i^T output_grad_i, which
-  // become row `at` of the open chunk. Returns l.
+  // The surprise is the gradient of l = || M_(W_0)(k) - v ||^2. In layer i it is layer_input_i^T output_grad_i. Both
+  // factors become row `at` of the open chunk. Returns l.
   float surprise(std::int64_t t, std::int64_t at) const {
     const float *k = head_.k + t * c_.widths[0], *v = head_.v + t * c_.widths[0];
     const Matrices weights = combine(1.0F, 0.0F, nullptr);
@@ -115,7 +116,7 @@ class TextbookHead {
     return loss;
   }
 
-  // by_w W_0 + by_s S_0 - sum_r by_row[r] surprise_r over the open chunk, per layer. Rows of factor 0 may hold
+  // by_w W_0 + by_s S_0 - sum_r by_row[r] surprise_r over the open chunk, per layer. Rows with factor 0 may hold
   // anything.
   Matrices combine(float by_w, float by_s, const float* by_row) const {
     Matrices all;
@@ -135,7 +136,7 @@ class TextbookHead {
     return all;
   }
 
-  // Takes token t of the call, with gates theta (step_size), eta (momentum) and alpha (forget_gate). Returns W_t.
+  // Processes token t of the call, with gates theta (step_size), eta (momentum) and alpha (forget_gate). Returns W_t.
   //   S_t = eta S_(t-1) - theta surprise_t             W_t = (1 - alpha) W_(t-1) + S_t
   // Both are linear in W_0, S_0 and the chunk's surprises, so it is enough to keep their coefficients:
   //   S_t = m S_0 - sum_r e_r surprise_r               W_t = beta W_0 + f S_0 - sum_r a_r surprise_r

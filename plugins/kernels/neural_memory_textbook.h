@@ -1,5 +1,5 @@
-// NeuralMemory as a textbook has it: one head at a time, float32, without vectors, threads or scratch reuse. It is the
-// first file to read about the kernels. The fast kernels compute the same and are tested against it.
+// NeuralMemory in its plainest form: one head at a time, float32, no vectors, no threads, no reuse of scratch. Read
+// this kernel first. The fast kernels compute the same function and are tested against it.
 #pragma once
 
 #include <memory>

@@ -1,13 +1,13 @@
-// Newton-Schulz iteration towards the nearest semi-orthogonal matrix. Compiled once for each instruction set.
+// Newton-Schulz iteration towards the nearest semi-orthogonal matrix. Compiled once per instruction set.
 //
-// The iterate is kept upright, Y of large x small, as X^T where X is wider than high. A step is
+// The iterate Y is always tall, large x small: it is X^T if X is wide. A step is
 //
 //   A = Y^T Y          P = a I + b A + c A A          Y <- Y P
 //
-// and a few steps at once are Y <- Y P1 P2 P3, where the next step's A is A P P: what is small x small takes less work
-// than what is large x small, and as it all commutes it is symmetric, so that half of it is computed. Of three steps
-// the result is as close to the exact one as step by step; from four on rounding of A shows. Rows and columns are
-// padded with zeros, which stay zeros, to whole tiles.
+// Several steps are combined as Y <- Y P1 P2 P3, and the next step's A is A P P. The small x small matmuls cost less
+// than the large x small ones. They are symmetric, because the factors commute, so only half of each is computed. Three
+// combined steps are as accurate as separate ones; with four, the rounding of A becomes visible. Rows and columns are
+// zero-padded to whole tiles, and the padding stays zero.
 
 #if defined(TITANS_NEWTON_SCHULZ_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_NEWTON_SCHULZ_INL_H_
@@ -35,7 +35,7 @@ inline constexpr float kNormFloor = 1e-7F;
 
 inline constexpr std::int64_t kStepsAtOnce = 3;
 
-// What steps multiply Y by: symmetric matrices of `size` x `size`, of which `used` x `used` are not padding.
+// The matrices by which steps multiply Y. They are symmetric, `size` x `size`; `used` x `used` is without padding.
 class Powers {
  public:
   Powers(const ChunkScratch& scratch, std::size_t size, std::size_t used, std::size_t stride)
@@ -47,10 +47,10 @@ class Powers {
         all_(scratch.square[2]),
         spare_(scratch.square[3]) {}
 
-  // A = Y^T Y of `rows` rows.
+  // A = Y^T Y, for Y of `rows` rows.
   void gram(const float* y, std::size_t rows) { multiply_into(gram_, Outer{y, stride_, y, stride_, rows}); }
 
-  // Takes another step into all(), and A to the next unless this is the last.
+  // Multiplies another step into all(), and advances A to the next step unless this is the last.
   void step(bool first, bool last) {
     const Floats d;
     const Vector b = hn::Set(d, kNewtonSchulzB), c = hn::Set(d, kNewtonSchulzC);
@@ -89,7 +89,7 @@ class Powers {
   float *gram_, *step_, *all_, *spare_;
 };
 
-// `matrix` (in x out, without gaps), whose Frobenius norm is `norm`, after `steps` steps, in scratch.
+// Returns `matrix` after `steps` steps, in scratch. `matrix` is in x out without gaps; `norm` is its Frobenius norm.
 inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, float norm, std::int64_t steps,
                           const ChunkScratch& scratch) {
   static_assert(kTileRowBlock % kTileRows == 0 && kTileRowBlock % kSymmetricBlock == 0);
@@ -97,7 +97,7 @@ inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, 
   const std::size_t large = upright ? in : out, small = upright ? out : in;
   const std::size_t rows = whole_tiles(large), columns = whole_tiles(small), stride = padded(small);
   float *y = scratch.iterate[0], *next = scratch.iterate[1];
-  // As PyTorch's clamp, a NaN is no number to fall back from.
+  // Like PyTorch's clamp, this keeps a NaN.
   const float by = 1.0F / (norm < kNormFloor ? kNormFloor : norm);
   if (upright) {
     for (std::size_t i = 0; i < large; ++i) scale_row(matrix + i * small, by, small, y + i * stride);
@@ -110,7 +110,7 @@ inline Rows orthogonalise(const float* matrix, std::size_t in, std::size_t out, 
     std::memset(y + i * stride + begin, 0, (columns - begin) * sizeof(float));
   }
   for (std::int64_t remaining = steps; remaining > 0;) {
-    // Two and two rather than three and one.
+    // Splits four steps into two and two rather than three and one.
     const std::int64_t group = remaining == 4 ? 2 : HWY_MIN(remaining, kStepsAtOnce);
     Powers powers{scratch, columns, small, stride};
     powers.gram(y, large);

@@ -1,5 +1,5 @@
-// Sums of outer products, A^T B with both row-major, whose results go to an epilogue while they are in registers.
-// Compiled once for each instruction set.
+// Sums of outer products: A^T B with both row-major. An epilogue receives the results while they are in registers.
+// Compiled once per instruction set.
 
 #if defined(TITANS_OUTER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_OUTER_INL_H_
@@ -74,7 +74,7 @@ HWY_INLINE void outer_panel(const Outer& p, std::size_t rows, std::size_t column
   for (; row < rows; ++row) outer_tile<1, kVectors, kTail>(p, row, column, tail, epilogue);
 }
 
-// A^T B, rows x columns, vector by vector to epilogue(vector, row, column, how many of it count).
+// Computes A^T B, rows x columns. Calls epilogue(vector, row, column, count of valid lanes) for each vector.
 template <class Epilogue>
 HWY_INLINE void multiply_outer(const Outer& p, std::size_t rows, std::size_t columns, const Epilogue& epilogue) {
   std::size_t column = 0;
@@ -90,12 +90,12 @@ HWY_INLINE void multiply_outer(const Outer& p, std::size_t rows, std::size_t col
 
 // ---- symmetric results ----
 
-// Rows of a tile, which is one vector wide: the narrower, the less of what is known already is computed.
+// Rows of a tile, which is one vector wide. Small tiles compute fewer elements that symmetry already gives.
 inline constexpr std::size_t kSymmetricRows = kLanes == 16 ? 16 : 8;
 // Sizes are multiples of this.
 inline constexpr std::size_t kSymmetricBlock = 16;
 
-// A^T B where that is symmetric: the tiles on and below the diagonal. `size` is a multiple of kSymmetricBlock.
+// Computes a symmetric A^T B: the tiles on and below the diagonal. `size` is a multiple of kSymmetricBlock.
 template <class Epilogue>
 HWY_INLINE void multiply_symmetric(const Outer& p, std::size_t size, const Epilogue& epilogue) {
   for (std::size_t column = 0; column < size; column += kLanes) {
@@ -105,7 +105,7 @@ HWY_INLINE void multiply_symmetric(const Outer& p, std::size_t size, const Epilo
   }
 }
 
-// Fills what multiply_symmetric has left out.
+// Copies the elements that multiply_symmetric has left out.
 inline void mirror(float* matrix, std::size_t stride, std::size_t size) {
   for (std::size_t column = 0; column + kSymmetricRows < size; column += kSymmetricRows) {
     const std::size_t below = column + kSymmetricRows;

@@ -1,8 +1,8 @@
-// Small matrix products whose results never leave the registers unfinished: a tile accumulates one or more products and
-// hands its vectors to an epilogue, which finishes and stores them. Compiled once for each instruction set.
+// Small matmuls with an epilogue: a tile accumulates one or more matmuls in registers, and the epilogue finishes and
+// stores its vectors. Compiled once per instruction set.
 //
-// A product is A (rows x k) times B (k x columns), both row-major. Sizes are those of one head's memory, so operands
-// lie in the first or second cache and nothing is packed.
+// A matmul is A (rows x k) times B (k x columns), both row-major. The operands have the size of one head's memory and
+// fit in the L1 or L2 cache, so nothing is packed.
 
 #if defined(TITANS_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_PRODUCT_INL_H_
@@ -27,8 +27,8 @@ inline constexpr int kTileRows = 8;  // 32 registers
 inline constexpr int kUnroll = 4;
 #endif
 
-// One product that a tile adds up. Of a triangular one, row i has only the first `first + i + 1` of the k terms; what B
-// holds beyond them is multiplied by zeros of A, which must be there up to the next multiple of kTileRows.
+// One matmul that a tile accumulates. In a triangular one, row i has only the first `first + i + 1` of the k terms. A
+// must have zeros after them, up to the next multiple of kTileRows.
 struct Product {
   const float* a;
   std::size_t a_stride;
@@ -39,7 +39,7 @@ struct Product {
   std::size_t first = 0;
 };
 
-// kSteps terms of the sum. Several at once, so that a row's address is worked out once for all of them.
+// Adds kSteps terms of the sum. A row's address is computed once for all of them.
 template <int kRows, int kVectors, bool kTail, int kSteps>
 HWY_INLINE void steps(const Product& p, const float* HWY_RESTRICT a, const float* HWY_RESTRICT b, std::size_t tail,
                       Vector (&sum)[kRows][kVectors]) {
@@ -65,7 +65,7 @@ HWY_INLINE void steps(const Product& p, const float* HWY_RESTRICT a, const float
   }
 }
 
-// Adds rows x (vectors of columns) of a product to `sum`. With kTail the single vector has `tail` columns.
+// Adds rows x (vectors of columns) of a matmul to `sum`. With kTail, the single vector has `tail` columns.
 template <int kRows, int kVectors, bool kTail>
 HWY_INLINE void accumulate(const Product& p, std::size_t row, std::size_t column, std::size_t tail,
                            Vector (&sum)[kRows][kVectors]) {
@@ -100,8 +100,8 @@ HWY_INLINE void tile(const Product (&products)[kProducts], std::size_t row, std:
   }
 }
 
-// Which elements of a result are wanted: all, or of row i only columns up to `first + i`. What lies above that may be
-// computed too, where a tile covers it.
+// The wanted elements of a result: all, or columns up to `first + i` of row i. Elements above may be computed too, if a
+// tile covers them.
 enum class Part { kAll, kLower };
 
 template <int kVectors, bool kTail, int kProducts, class Epilogue>
@@ -116,7 +116,8 @@ HWY_INLINE void panel(const Product (&products)[kProducts], std::size_t row, std
   for (; row < rows; ++row) tile<1, kVectors, kTail>(products, row, column, tail, epilogue);
 }
 
-// The sum of the products, rows x columns, vector by vector to epilogue(vector, row, column, how many of it count).
+// Computes the sum of the matmuls, rows x columns. Calls epilogue(vector, row, column, count of valid lanes) for each
+// vector.
 template <Part kPart, int kProducts, class Epilogue>
 HWY_INLINE void multiply(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, std::size_t first,
                          const Epilogue& epilogue) {

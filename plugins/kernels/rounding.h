@@ -1,10 +1,10 @@
-// The noise of rounding "stochastic", the same in every kernel: docs/operator.md has its definition. All of it is
-// arithmetic modulo 2^32.
+// The noise of rounding "stochastic", identical in every kernel. docs/operator.md defines it. All arithmetic is modulo
+// 2^32.
 #pragma once
 
 #include <cstdint>
 
-// What CUDA compiles for a GPU too.
+// For functions that CUDA compiles for the GPU too.
 #ifdef __CUDACC__
 #define TITANS_BOTH __host__ __device__
 #else
@@ -22,7 +22,7 @@ TITANS_BOTH constexpr std::uint32_t mix(std::uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// What the elements of one weight tensor's W or S have in common at one fold.
+// The part of the noise that all elements of one tensor's W or S share at one chunk update.
 struct NoiseKeys {
   std::uint32_t first = 0, second = 0;
 };
@@ -34,7 +34,7 @@ TITANS_BOTH constexpr NoiseKeys noise_keys(std::uint32_t seed, std::uint32_t hea
   return {first, mix(first + field)};
 }
 
-// Its upper 24 bits are uniform: u = (noise >> 8) 2^-24.
+// The upper 24 bits are uniform: u = (noise >> 8) 2^-24.
 TITANS_BOTH constexpr std::uint32_t noise(const NoiseKeys& keys, std::uint32_t element) {
   return mix(mix(element ^ keys.first) ^ keys.second);
 }

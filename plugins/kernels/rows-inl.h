@@ -1,4 +1,4 @@
-// Activations, LayerNorm, residual and the loss's gradient of a memory's network, row by row. Compiled once for each
+// Row operations of a memory's network: activations, LayerNorm, residual and the loss's gradient. Compiled once per
 // instruction set.
 
 #if defined(TITANS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -21,22 +21,22 @@ namespace titans::kernels::HWY_NAMESPACE {
 
 inline constexpr float kLayerNormEpsilon = 1e-5F;
 
-// A matrix of some rows, such as the open chunk's layer_input: without gaps in a packed row, padded in scratch.
+// A matrix with a stride, such as the open chunk's layer_input: contiguous in a packed row, padded in scratch.
 struct Rows {
   float* data = nullptr;
   std::size_t stride = 0;
   float* operator[](std::size_t row) const { return data + row * stride; }
 };
 
-// The memory's output M(x) from the network's output f(x): LayerNorm and residual.
+// Computes the memory's output M(x) from the network's output f(x): LayerNorm and residual.
 struct OutputNorm {
   bool layer_norm, residual;
   const float* scale;  // of the LayerNorm
   std::size_t width;
-  float* scratch;  // a row
+  float* scratch;  // one row
 };
 
-// Mean and reciprocal standard deviation of a row, as LayerNorm takes them.
+// LayerNorm's mean and reciprocal standard deviation of a row.
 struct Moments {
   float mean, reciprocal;
 };
@@ -46,14 +46,14 @@ HWY_INLINE Moments moments(const float* z, std::size_t width) {
   const float mean = sum_vectors(width, [&](std::size_t i, std::size_t n) HWY_ATTR { return load(z + i, n); }) / size;
   const Vector means = hn::Set(Floats(), mean);
   const float squares = sum_vectors(width, [&](std::size_t i, std::size_t n) HWY_ATTR {
-    // Lanes beyond the row would add mean^2 each.
+    // Lanes beyond the row must be zero; otherwise each would add mean^2.
     const Vector centred = hn::IfThenElseZero(hn::FirstN(Floats(), n), hn::Sub(load(z + i, n), means));
     return hn::Mul(centred, centred);
   });
   return {mean, 1.0F / std::sqrt(squares / size + kLayerNormEpsilon)};
 }
 
-// y = M(x) from f(x): norm and residual.
+// y = M(x) from f(x), with norm and residual.
 HWY_INLINE void finish_row(const OutputNorm& output, const float* f, const float* x, float* y) {
   const Moments norm = output.layer_norm ? moments(f, output.width) : Moments{0.0F, 1.0F};
   each_vector(output.width, [&](std::size_t i, std::size_t n) HWY_ATTR {
@@ -67,8 +67,8 @@ HWY_INLINE void finish_row(const OutputNorm& output, const float* f, const float
   });
 }
 
-// z = f(k) becomes the gradient of weight || M(k) - v ||^2 at f's output, and what it is at the scale of the LayerNorm
-// is added to `at_scale` where that is wanted. Returns || M(k) - v ||^2.
+// Replaces z = f(k) by the gradient of weight || M(k) - v ||^2 at f's output. Adds the gradient of the LayerNorm's
+// scale to `at_scale` if that is not null. Returns || M(k) - v ||^2.
 HWY_INLINE float error_row(const OutputNorm& output, float* z, const float* k, const float* v, float weight = 1.0F,
                            float* at_scale = nullptr) {
   const Floats d;
@@ -91,7 +91,7 @@ HWY_INLINE float error_row(const OutputNorm& output, float* z, const float* k, c
       sum = hn::Add(sum, gradient);
       sum_unit = hn::MulAdd(gradient, unit, sum_unit);
       if (at_scale != nullptr) store(hn::MulAdd(at_m, unit, load(at_scale + i, n)), at_scale + i, n);
-      // z holds the unit row until the second pass, the gradient is in scratch.
+      // Until the second pass, z holds the normalized row and scratch the gradient.
       store(unit, z + i, n);
       store(gradient, output.scratch + i, n);
     } else {
@@ -120,7 +120,7 @@ inline void activate_row(Activation activation, const float* z, std::size_t size
   });
 }
 
-// ---- products with an epilogue ----
+// ---- matmuls with an epilogue ----
 
 template <int kProducts>
 HWY_INLINE void plain(const Product (&products)[kProducts], std::size_t rows, std::size_t columns, const Rows& to) {

@@ -1,5 +1,5 @@
 // Arithmetic without subnormal numbers. A memory that forgets decays towards them, and processors compute with them
-// many times slower: a stream would slow down the longer it runs.
+// many times slower. A stream would become slower the longer it runs.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace titans::kernels {
 
-// While it lives, this thread takes and gives zero for numbers below the least normal float, 2^-126.
+// While an object lives, its thread flushes inputs and results below the smallest normal float, 2^-126, to zero.
 class FlushSubnormals {
  public:
   FlushSubnormals() : before_(control()) { set_control(before_ | kFlush); }

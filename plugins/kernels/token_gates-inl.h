@@ -1,8 +1,9 @@
-// One head with gates per token: retrieval and update of its memory over the tokens of a call (docs/operator.md has the
-// equations; names are those of the packed row). Compiled once for each instruction set.
+// One head with gates per token: retrieval and update of its memory over the tokens of a call. Equations and names are
+// those of docs/operator.md. Compiled once per instruction set.
 //
-// Tokens go through in blocks that end where the open chunk ends. A block of several tokens is a handful of matmuls; a
-// single token is a handful of passes over W and S. Inside a chunk W and S are only read.
+// Tokens are processed in blocks that end where the open chunk ends. W and S are constant inside a chunk. A block of
+// several tokens is therefore a handful of matmuls, and a single token a handful of passes over W and S.
+// neural_memory_cpu.cc has the FLOP and bytes.
 
 #if defined(TITANS_TOKEN_GATES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_TOKEN_GATES_INL_H_
@@ -85,7 +86,7 @@ class TokenRun {
       return;
     }
     unpack_weights();
-    // Blocks of a chunk, since scratch is made for them.
+    // Scratch is sized for a chunk, so longer calls are cut.
     for (std::size_t done = 0; done < tokens; done += chunk_) {
       const std::size_t count = HWY_MIN(tokens - done, chunk_);
       const float* q = head_.q + done * width_;
@@ -114,7 +115,7 @@ class TokenRun {
   Stored stored_w(int i) const { return rounded_.field(i, false); }
   Stored stored_s(int i) const { return rounded_.field(i, true); }
 
-  // W and S in float32: the state itself, or a copy of it that unpack_weights has made.
+  // W and S in float32: the state itself, or the copies that unpack_weights has made.
   float* weights_w(int i) const { return codec_.direct ? field(layout_.w[index(i)]) : scratch_.w[index(i)]; }
   float* weights_s(int i) const { return codec_.direct ? field(layout_.s[index(i)]) : scratch_.s[index(i)]; }
 
@@ -127,7 +128,7 @@ class TokenRun {
     }
   }
 
-  // ---- where the block's surprises go, and the chunk's coefficients ----
+  // ---- the rows of the block's surprises, and the chunk's coefficients ----
 
   void open_rows() {
     for (int i = 0; i < depth_; ++i) {
@@ -141,7 +142,7 @@ class TokenRun {
       layer_input_[i] = {scratch_.layer_input[index(i)], padded(in(i))};
       output_grad_[i] = {scratch_.output_grad[index(i)], padded(out(i))};
     }
-    // The keys serve where they are; nothing writes to them.
+    // The keys are used in place. They are only read.
     layer_input_[0] = {const_cast<float*>(head_.k) + done * width_, width_};
   }
 
@@ -169,9 +170,9 @@ class TokenRun {
     *field(layout_.beta) = beta_;
   }
 
-  // Takes token `at` of the call, the chunk's token t, into e, a, m, f and beta.
+  // Adds token `at` of the call, which is the chunk's token t, to e, a, m, f and beta.
   void advance(std::size_t at, std::size_t t) {
-    if (!head_.learn) return;  // e and a of the token are zero already
+    if (!head_.learn) return;  // e and a of the token are already zero
     const float eta = head_.momentum[at], keep = 1.0F - head_.forget_gate[at];
     const Vector etas = hn::Set(Floats(), eta), keeps = hn::Set(Floats(), keep);
     float *e = scratch_.e, *a = scratch_.a;
@@ -202,11 +203,11 @@ class TokenRun {
     } else if (count < chunk_) {
       no_surprise(fill, count);
     }
-    // The last tokens that may have learned anything.
+    // Without learning, only the earlier rows may hold surprises.
     retrieve(done, fill, count, head_.learn ? fill + count : fill);
   }
 
-  // Rows of tokens that learn nothing: any finite value, as its coefficient is 0.
+  // Rows of tokens that learn nothing may hold any finite value, because their coefficient is 0.
   void no_surprise(std::size_t fill, std::size_t count) {
     for (int i = 0; i < depth_; ++i) {
       for (std::size_t t = fill; t < fill + count; ++t) {
@@ -252,8 +253,9 @@ class TokenRun {
     }
   }
 
-  // y_t = M_(W_t)(q_t), every layer as one sum of three products: (beta x) W + (f x) S - (a o x layer_input^T)
-  // output_grad. `rows`: how many of the chunk's tokens may have learned.
+  // y_t = M_(W_t)(q_t). Each layer is one sum of three matmuls:
+  //   (beta x) W + (f x) S - (a o x layer_input^T) output_grad.
+  // `rows`: the number of the chunk's tokens that may have learned.
   void retrieve(std::size_t done, std::size_t fill, std::size_t count, std::size_t rows) {
     const float* q = head_.q + done * width_;
     Rows x{const_cast<float*>(q), width_};
@@ -399,7 +401,7 @@ class TokenRun {
                                                    w_next, s_next});
   }
 
-  // Stores the staged update in the state.
+  // Writes the staged update to the state.
   void commit_weights() {
     for (int i = 0; i < depth_; ++i) {
       float *w_next = scratch_.w_next[index(i)], *s_next = scratch_.s_next[index(i)];

@@ -1,4 +1,4 @@
-// Gates per token on the CPU: what the code of every instruction set shares.
+// Gates per token on the CPU: types shared by the code of all instruction sets.
 #pragma once
 
 #include <array>
@@ -17,17 +17,17 @@ struct TokenPlan {
 struct TokenScratch : ScratchMemory {
   explicit TokenScratch(const Configuration& configuration);
 
-  // The open chunk's coefficients at the last token, and of each token of a block: a (C x C), f and beta.
+  // The open chunk's coefficients at the last token, and those of each token of a block: a (C x C), f and beta.
   float *e = nullptr, *a = nullptr, *rows_a = nullptr, *rows_f = nullptr, *rows_beta = nullptr;
-  // Per layer, of a block: layer_input and output_grad as in the packed row, the activation's derivative.
+  // Per layer, for a block: layer_input and output_grad as in the packed row, and the activation's derivative.
   std::array<float*, kMaxDepth> layer_input{}, output_grad{}, derivative{};
-  // Retrieval: x of the layer, beta x, f x; the masked products with layer_input.
+  // For retrieval: the layer's x, beta x and f x; and the masked products with layer_input.
   std::array<float*, 2> x{}, x_beta{}, x_f{};
   float* scores = nullptr;
   float* transposed = nullptr;                       // W^T or layer_input^T
-  float *grad_a = nullptr, *grad_e = nullptr;        // output_grad times -a and -e, of the chunk update
+  float *grad_a = nullptr, *grad_e = nullptr;        // output_grad times -a and -e, for the chunk update
   std::array<float*, kMaxDepth> w{}, s{};            // float32 copies of a low-precision memory
-  std::array<float*, kMaxDepth> w_next{}, s_next{};  // a chunk update that is guarded or has to be rounded
+  std::array<float*, kMaxDepth> w_next{}, s_next{};  // a chunk update that is guarded or must be rounded
 };
 
 using TokenFunction = void (*)(const TokenPlan& plan, const Head& head, TokenScratch& scratch);

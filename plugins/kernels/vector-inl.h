@@ -1,4 +1,4 @@
-// Vectors of floats, and what is done with one row of them. Compiled once for each instruction set.
+// Vectors of floats, and operations on one row of them. Compiled once per instruction set.
 
 #if defined(TITANS_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TITANS_VECTOR_INL_H_
@@ -21,7 +21,7 @@ using Floats = hn::ScalableTag<float>;
 using Vector = hn::Vec<Floats>;
 inline constexpr std::size_t kLanes = HWY_MAX_LANES_D(Floats);
 
-// The first `count` <= kLanes values, and zeros after them.
+// The first `count` <= kLanes values, then zeros.
 HWY_INLINE Vector load(const float* from, std::size_t count) {
   return count == kLanes ? hn::LoadU(Floats(), from) : hn::LoadN(Floats(), from, count);
 }
@@ -34,7 +34,7 @@ HWY_INLINE void store(Vector v, float* to, std::size_t count) {
   }
 }
 
-// Calls body(index, how many count) for each vector of `size` values.
+// Calls body(index, count of valid lanes) for each vector of `size` values.
 template <class Body>
 HWY_INLINE void each_vector(std::size_t size, const Body& body) {
   std::size_t i = 0;
@@ -42,7 +42,7 @@ HWY_INLINE void each_vector(std::size_t size, const Body& body) {
   if (i < size) body(i, size - i);
 }
 
-// The sum of body(index, how many count), lanes beyond the count being zero.
+// The sum of body(index, count of valid lanes). Lanes beyond the count must be zero.
 template <class Body>
 HWY_INLINE float sum_vectors(std::size_t size, const Body& body) {
   Vector sum = hn::Zero(Floats());
@@ -73,7 +73,7 @@ HWY_INLINE void store_block_sum(D d, hn::Vec<D> v, float* to) {
 }
 #endif
 
-// The sums of four vectors, to four places: fewer shuffles than one sum after the other.
+// Stores the sums of four vectors, which takes fewer shuffles than four separate sums.
 HWY_INLINE void store_sums(const Vector (&v)[4], float* to) {
 #if HWY_TARGET == HWY_SCALAR
   for (int i = 0; i < 4; ++i) to[i] = hn::GetLane(v[i]);
@@ -91,7 +91,7 @@ HWY_INLINE void store_sums(const Vector (&v)[4], float* to) {
 #endif
 }
 
-// `to` (columns x rows) becomes the transpose of `from` (rows x columns).
+// Writes the transpose of `from` (rows x columns) to `to` (columns x rows).
 inline void transpose(const float* from, std::size_t from_stride, std::size_t rows, std::size_t columns, float* to,
                       std::size_t to_stride) {
   std::size_t row = 0;
@@ -137,7 +137,7 @@ struct Activated {
 HWY_INLINE Vector sigmoid(Vector z) {
   const Floats d;
   const Vector one = hn::Set(d, 1.0F);
-  // Below -88 the exponential leaves float32's range and the result is zero to it.
+  // Below -88 the exponential overflows float32, and the result rounds to zero.
   const Vector s = hn::Div(one, hn::Add(one, hn::Exp(d, hn::Min(hn::Neg(z), hn::Set(d, 88.0F)))));
   return hn::IfThenZeroElse(hn::Lt(z, hn::Set(d, -88.0F)), s);
 }
@@ -148,8 +148,8 @@ HWY_INLINE Activated silu(Vector z) {
   return {hn::Mul(z, s), hn::Mul(s, hn::MulAdd(z, hn::Sub(one, s), one))};
 }
 
-// The normal distribution's cumulative function, by the rational Chebyshev approximation of erfc in "Numerical
-// Recipes", section 6.2, whose relative error is below 1.2e-7 everywhere.
+// The cumulative distribution function of the normal distribution, from the rational Chebyshev approximation of erfc in
+// "Numerical Recipes", section 6.2. Its relative error is below 1.2e-7 everywhere.
 HWY_INLINE Vector normal_cdf(Vector z) {
   const Floats d;
   const Vector one = hn::Set(d, 1.0F);
@@ -160,7 +160,7 @@ HWY_INLINE Vector normal_cdf(Vector z) {
                         1.00002368F, -1.26551223F}) {
     p = hn::MulAdd(p, t, hn::Set(d, c));
   }
-  // Beyond 13 erfc is zero in float32; the limit keeps the square finite.
+  // Beyond 13, erfc is zero in float32. The limit keeps the square finite.
   const Vector near = hn::Min(x, hn::Set(d, 13.0F));
   const Vector half = hn::Mul(hn::Mul(hn::Set(d, 0.5F), t), hn::Exp(d, hn::NegMulAdd(near, near, p)));
   return hn::IfThenElse(hn::Lt(z, hn::Zero(d)), half, hn::Sub(one, half));
