@@ -87,7 +87,7 @@ double measure(int threads, std::size_t bytes, const Work& work) {
 int main(int argc, char** argv) {
   const int threads = argc > 2 ? std::atoi(argv[1]) : 0;
   if (threads < 1) {
-    std::fprintf(stderr, "[bandwidth] expected THREADS BYTES... but got other arguments; do give numbers\n");
+    std::fprintf(stderr, "[bandwidth] wrong arguments. Fix: give THREADS BYTES... as numbers\n");
     return 2;
   }
   std::printf("{");

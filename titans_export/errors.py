@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import re
 
-_CODE = re.compile(r"E\d{4}")
 _OS_FIXES = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "free some space or choose another place",
@@ -38,14 +36,9 @@ class TitansError(Exception):
     exit_code = 1
 
     def __init__(self, code: str, where: str, problem: str, fix: str) -> None:
-        """`code` is a letter and four digits. `problem` and `fix` have no period at the end; `fix` is imperative."""
-        if _CODE.fullmatch(code):
-            self.code, self.where, self.problem = f"TITANS-{code}", where, problem
-            super().__init__(error_line(code, where, problem, fix))
-            return
-        # The form before there were codes: where, expected, got, remedy.
-        self.code, self.where, self.problem = "", code, problem
-        super().__init__(" ".join(f"[{code}] expected {where} but got {problem}; {fix}".split()))
+        """`code` is E and four digits. `problem` and `fix` have no period at the end; `fix` is imperative."""
+        self.code, self.where, self.problem = f"TITANS-{code}", where, problem
+        super().__init__(error_line(code, where, problem, fix))
 
 
 class CheckpointError(TitansError, ValueError):

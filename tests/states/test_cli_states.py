@@ -367,6 +367,24 @@ def test_states_of_one_model_in_two_storages(tmp_path: Path) -> None:
     assert math.isclose(facts["memories"][0]["weights"]["distance"], 0.125 / math.sqrt(14.390625), rel_tol=1e-9)
 
 
+def test_fields_count_by_their_kind_and_not_by_their_name(tmp_path: Path) -> None:
+    names = {"kernel": "weights", "velocity": "surprise", "seen": "open_chunk", "W0": "coefficient"}
+    fields = [
+        {"name": name, "offset": 2 * at, "shape": [2], "kind": kind} for at, (name, kind) in enumerate(names.items())
+    ]
+    rows = np.zeros((2, 1, 1, 16), np.float32)
+    rows[:, 0, 0, :8] = [[3, 4, 1, 0, 0, 0, 5, 5], [3, 4, 0, 1, 9, 9, 6, 6]]
+    first, second = (
+        write_rows(tmp_path / f"{at}.tstate", [memory_entry("memory", fields, 1, 16)], {"memory": rows[at]})
+        for at in range(2)
+    )
+    result = invoke("diff", first, second, "--json").json()
+    assert [field["name"] for field in result["fields"]] == ["memory.velocity"]
+    assert result["memories"][0]["weights"]["norms"] == [5, 5]
+    assert math.isclose(result["memories"][0]["surprise"]["distance"], math.sqrt(2), rel_tol=1e-9)
+    assert invoke("inspect", first, "--json").json()["memories"][0]["weights"]["norm"] == 5
+
+
 def test_torch_is_not_needed(hand: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     (tmp_path / "onnx.py").write_text("raise ImportError('no onnx here')")

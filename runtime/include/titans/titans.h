@@ -102,8 +102,8 @@ TITANS_API void titans_session_close(titans_session* session);
 /* Properties of the session as one JSON object: bundle, model, device, device_name, engine (name, or null for the plain
  * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
  * as "cpu-avx512", or "standard-operators"), input and output (kind, name, dtype, size), vocab_size (null without
- * tokens), graphs (name, tokens, stride, offsets), state (name, role, dtype, shape, in_place), tokenizer, details (of
- * the backend). Valid as long as the session. */
+ * tokens), graphs (name, tokens, stride, offsets), state (name, role, dtype, shape, in_place, fields: name to kind),
+ * tokenizer, details (of the backend). Valid as long as the session. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 
 /* "tokens" (the outputs are logits) or "vectors" (the outputs are vectors). */

@@ -188,13 +188,13 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
   for (const StateTensor& state : manifest().state) {
     if (state.role != "memory") continue;
     const std::uint64_t chunk = state.chunk.value_or(1);
-    const auto same = std::find_if(folded_.begin(), folded_.end(), [&](const FoldedRows& one) {
+    const auto same = std::find_if(chunk_groups_.begin(), chunk_groups_.end(), [&](const ChunkGroup& one) {
       return one.chunk == chunk && one.rows.segment == state.rows.segment && one.rows.longterm == state.rows.longterm;
     });
-    if (same != folded_.end()) {
+    if (same != chunk_groups_.end()) {
       ++same->memories;
     } else {
-      folded_.push_back({chunk, state.rows, 1});
+      chunk_groups_.push_back({chunk, state.rows, 1});
     }
   }
   if (options.memory_budget == 0) return;
@@ -215,7 +215,7 @@ std::string Session::metrics_text() const {
 
 std::uint64_t Session::chunk_updates(std::uint64_t position, std::uint64_t tokens) const {
   std::uint64_t chunk_updates = 0;
-  for (const FoldedRows& one : folded_) {
+  for (const ChunkGroup& one : chunk_groups_) {
     chunk_updates +=
         one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
   }

@@ -94,12 +94,13 @@ class Session {
   std::vector<MemoryView> memories_;
   std::string info_;
   StateSchema state_schema_;
-  struct FoldedRows {
+  // Memories whose chunks end at the same positions.
+  struct ChunkGroup {
     std::uint64_t chunk;
     StreamRows rows;
-    std::uint64_t memories;  // memories with this chunk length and these rows
+    std::uint64_t memories;
   };
-  std::vector<FoldedRows> folded_;
+  std::vector<ChunkGroup> chunk_groups_;
   Metrics metrics_;
   const int batch_thread_count_;
   std::unique_ptr<StateCache> cache_;
