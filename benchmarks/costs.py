@@ -24,7 +24,7 @@ def weights(widths: Sequence[int]) -> int:
 
 def update_flop(widths: Sequence[int], chunk: int) -> int:
     """A token of mode "update": forward for k; forward for q through W and through S; the chunk's surprises seen by q;
-    the error back through all layers but the first; and the folds of W and S.
+    the error back through all layers but the first; and the chunk updates of W and S.
     """
     forward, back = 2 * weights(widths), 2 * (weights(widths) - widths[0] * widths[1])
     within = sum(2 * chunk * (i + o) for i, o in _layers(widths))
@@ -48,7 +48,7 @@ def state_bytes(widths: Sequence[int]) -> int:
 
 def decode_bytes(widths: Sequence[int], chunk: int) -> float:
     """A token of cached decode, on average over a chunk: W and S are read, and the open chunk's rows up to the token's
-    own; once a chunk the fold reads and writes W and S.
+    own; the chunk update reads and writes W and S.
     """
     return state_bytes(widths) * (1 + 2 / chunk) + row_bytes(widths) * (chunk + 1) / 2
 

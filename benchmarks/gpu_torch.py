@@ -128,7 +128,7 @@ class Prefill(Form):
 
 
 class Decode(Form):
-    """A chunk's tokens one by one in the cached form, and its fold. A pass is one chunk or several."""
+    """A chunk's tokens one by one in the cached form, and its chunk update. A pass is one chunk or several."""
 
     def __init__(self, case: Case, device: str, mode: str | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(case, device, mode, dtype)
@@ -138,7 +138,7 @@ class Decode(Form):
         self._e, self._a, self._mfb = self._zeros(count, chunk), self._zeros(count, chunk), self._zeros(3, count)
         self._places = [torch.tensor([place], device=device) for place in range(chunk)]
         self._token = self._compiled(self._one)
-        self._close = self._compiled(self._fold)
+        self._close = self._compiled(self._update_chunk)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, device=self.device, dtype=self.dtype)
@@ -179,7 +179,7 @@ class Decode(Form):
         """x W for each of N: (N, in), (N, in, out)."""
         return torch.bmm(x.unsqueeze(1), w).squeeze(1)
 
-    def _fold(self) -> None:
+    def _update_chunk(self) -> None:
         m, f, beta = (x[:, None, None] for x in self._mfb.unbind(0))
         for w, s, x, d in zip(self.w, self.s, self._left, self._right, strict=True):
             x_t = x.transpose(1, 2)

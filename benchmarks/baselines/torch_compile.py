@@ -192,7 +192,7 @@ class Decode(Form):
 
 
 class Cached(Decode):
-    """W and S untouched within a chunk: a token's rows are written in place, and a full chunk is folded in place."""
+    """W and S untouched within a chunk: a token's rows are written in place, and a full chunk is updated in place."""
 
     name = "cached, all rows of a chunk"
     step: ClassVar[int | None] = None  # rows that are read: up to the fill, rounded up to this; None: all of them
@@ -206,7 +206,7 @@ class Cached(Decode):
         self.mfb[0] = self.mfb[2] = 1
         self.places = [torch.tensor([i]) for i in range(chunk)]
         self.token = compiled(self._token, **self.options)
-        self.fold = compiled(self._fold, **self.options)
+        self.update_chunk = compiled(self._update_chunk, **self.options)
 
     def state(self) -> list[Tensor]:
         return [*super().state(), *self.left, *self.right, self.e, self.a, self.mfb]
@@ -245,7 +245,7 @@ class Cached(Decode):
             h = F.silu(z) if i < len(w) - 1 else z
         return h
 
-    def _fold(
+    def _update_chunk(
         self,
         w: list[Tensor],
         s: list[Tensor],
@@ -275,7 +275,7 @@ class Cached(Decode):
             began = time.perf_counter_ns()
             y = self.token(*held, *self.operands[t], self.places[place], rows)
             if place == chunk - 1:
-                self.fold(*held)
+                self.update_chunk(*held)
             taken.append(time.perf_counter_ns() - began)
             out.append(y.unsqueeze(1))
         return taken, {"y": out}

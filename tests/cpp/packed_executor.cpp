@@ -51,7 +51,7 @@ float current(const float* row, std::size_t element, std::size_t fill) {
   return w;
 }
 
-void fold(float* row) {
+void update_chunk(float* row) {
   for (std::size_t element = 0; element < 2; ++element) {
     row[kW + element] = current(row, element, kChunk - 1);
     float s = row[kM] * row[kS + element];
@@ -116,7 +116,7 @@ class PackedExecutor final : public core::Executor {
         const float left = surprising == control_.surprising.end() ? token : surprising->second;
         append(row, at, left + static_cast<float>(head), last, call.learn);
         sum += current(row, head, at);
-        if (at + 1 == kChunk) fold(row);
+        if (at + 1 == kChunk) update_chunk(row);
       }
       for (std::size_t v = 0; v < kFakeVocab; ++v) logits.push_back(sum + static_cast<float>(v) * token);
       if (call.learn) other[0] = other[0] / 2 + token;

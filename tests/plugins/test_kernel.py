@@ -293,7 +293,7 @@ def _unpacked(spec: MemorySpec, state: Tensor) -> dict[str, Tensor]:
 
 @targets
 @pytest.mark.parametrize("name", ["linear", "mlp2-norm", "mlp3-silu", "linear-17", "mlp-64-256-64"])
-def test_bfloat16_storage_rounds_at_the_end_of_each_chunk_and_nowhere_else(
+def test_bfloat16_memory_dtype_rounds_at_the_end_of_each_chunk_and_nowhere_else(
     target: Target, name: str, tmp_path: Path
 ) -> None:
     """The oracle: the reference chunk by chunk in float64, W and S rounded to bfloat16 in between by PyTorch."""

@@ -126,7 +126,7 @@ class Dyadic:
     chunk_updates: int = 5
     heads: int = 2
     gates: tuple[tuple[float, float], ...] = ((1.0, 1.0), (0.5, 0.5), (0.25, 0.25), (1.0, 0.0), (1.0, 1.0))
-    memories: list[Kept] = field(default_factory=list)  # after the last fold
+    memories: list[Kept] = field(default_factory=list)  # after the last chunk update
     rows: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -306,7 +306,7 @@ def token_stream(
     for begin in range(0, case.length, spec.chunk_size):
         end, origin = min(begin + spec.chunk_size, case.length), w
         exact = kept.begin(w, s)
-        # Answers are of W and S alone; errors join at the fold.
+        # Answers are of W and S alone; errors join at the chunk update.
         both = [(w, s), exact]
         for t in range(begin, end):
             leaves = [x.clone().requires_grad_() for x in origin]
@@ -538,7 +538,7 @@ def test_a_slow_decay_is_lost_to_the_nearest_and_kept_by_noise_and_by_errors(tar
     assert abs(float(values.mean()) - exact) < bound < 0.01
     kept, errors = _decay(target, tmp_path, "bfloat16", "error_feedback", chunks, alpha)
     for w, error in zip(kept, errors, strict=True):
-        # Each fold loses what an error of at most 2^-9 loses in bfloat16, 2^-9 of it; and float32's own.
+        # Each chunk update loses what an error of at most 2^-9 loses in bfloat16, 2^-9 of it; and float32's own.
         assert float((w + error - exact).abs().max()) < chunks * (2**-18 + 2**-24)
         assert float((w - exact).abs().max()) < 2**-8
     for rounding, limit in (("stochastic", bound * 2), ("error_feedback", chunks * 2**-15)):
@@ -550,7 +550,7 @@ def test_a_slow_decay_is_lost_to_the_nearest_and_kept_by_noise_and_by_errors(tar
 @targets
 @pytest.mark.parametrize("memory_dtype", MEMORY_DTYPES)
 def test_noise_has_no_bias_and_no_memory(target: Target, memory_dtype: str, tmp_path: Path) -> None:
-    """One fold of many equal values between two neighbours: how many go up is binomial."""
+    """One chunk update of many equal values between two neighbours: how many go up is binomial."""
     share = 0.3
     step = {"bfloat16": 2**-7, "float16": 2**-10, "int8": 1 / 64, "fp8": 2**-3}[memory_dtype]
     low = 1 + 3 * step
@@ -586,7 +586,7 @@ def test_noise_has_no_bias_and_no_memory(target: Target, memory_dtype: str, tmp_
         assert abs((draws * other).mean()) < math.sqrt(2 * math.log(2 * SURE) / draws.size)
 
 
-def test_noise_is_uniform_over_fields_and_folds() -> None:
+def test_noise_is_uniform_over_fields_and_chunk_updates() -> None:
     """The hash itself: mean, variance and products of what differs by one in any of its words."""
     count = 2**16
     base = uniforms(0, 0, 0, False, 0, count)
@@ -671,7 +671,7 @@ def test_a_row_packs_and_unpacks_with_its_errors() -> None:
 
 
 @pytest.mark.parametrize(("memory_dtype", "rounding"), [("int4", "nearest"), ("int8", "up"), ("float32", "stochastic")])
-def test_unknown_storages_are_refused(memory_dtype: str, rounding: str) -> None:
+def test_unknown_memory_dtypes_are_refused(memory_dtype: str, rounding: str) -> None:
     with pytest.raises(
         TitansError, match=r"\[memory_dtype\] (invalid attribute|contradicting).*\. Fix: choose .*\(TITANS-E070[12]\)"
     ):

@@ -215,7 +215,7 @@ def test_vectors(tmp_path: Path) -> None:
         ("fp8", "error_feedback"),
     ],
 )
-def test_in_another_storage(
+def test_in_another_memory_dtype(
     small_bundle: Path, quantised_bundle: Callable[..., Path], dtype: str, rounding: str, tmp_path: Path
 ) -> None:
     """To a bundle whose memories are in fewer bits, and back: each field to the nearest, everything else as it is."""

@@ -194,8 +194,8 @@ def test_a_stream_that_has_read(read: tuple[Path, dict[str, np.ndarray]], shared
     assert "|W - F|" in invoke("inspect", path, "--bundle", shared_bundle).out
 
 
-def test_the_open_chunk_is_what_its_fold_changes(shared_bundle: Path, tmp_path: Path) -> None:
-    """Of a chunk of 4, the fourth token frozen: it changes nothing, so the fold is that of the three before."""
+def test_the_open_chunk_is_what_its_update_changes(shared_bundle: Path, tmp_path: Path) -> None:
+    """Of a chunk of 4, the fourth token frozen: it changes nothing, so the chunk update is that of the three before."""
     with rt.Session(shared_bundle, threads=1) as session:
         stream = session.stream()
         stream.feed(TEXT[:103], outputs="none")
@@ -350,7 +350,7 @@ def test_states_of_different_models(hand: Path, read: tuple[Path, dict[str, np.n
     invoke("diff", one, other).check_failure(1, "different shapes of memory.W0")
 
 
-def test_states_of_one_model_in_two_storages(tmp_path: Path) -> None:
+def test_states_of_one_model_in_two_memory_dtypes(tmp_path: Path) -> None:
     values = np.array([[[1, 2, -3, 0.5]]], np.float32)
     whole = write_state(tmp_path / "whole.tstate", {"memory": {"W0": values, "S0": 0 * values}})
     row = np.zeros((1, 1, 16), np.float32)

@@ -172,13 +172,13 @@ class Kept:
         return self._keep("W", w, noisy=False), self._keep("S", s, noisy=False)
 
     def begin(self, w: list[Tensor], s: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What a fold starts from."""
+        """What a chunk update starts from."""
         if self.rounding != "error_feedback":
             return w, s
         return self._with_errors("W", w), self._with_errors("S", s)
 
     def end(self, w: list[Tensor], s: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What the row holds after a committed fold."""
+        """What the row holds after a committed chunk update."""
         kept = self._keep("W", w), self._keep("S", s)
         self.chunk_updates += 1
         return kept

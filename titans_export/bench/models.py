@@ -268,7 +268,7 @@ class _Host:
 
 
 def _decide_branches_on_the_host() -> None:
-    """Lets the host choose whether a chunk is folded, as it knows it from the position.
+    """Lets the host choose whether a chunk is complete, by the position.
 
     The operator asks a tensor, where torch.compile has to break its graph. So it is compiled as two whole graphs, which
     makes it faster than it would be by itself: it is what the runtime is measured against.
