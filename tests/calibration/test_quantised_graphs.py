@@ -482,7 +482,11 @@ def test_noise_is_observed(small_bundle: Path) -> None:
 
 def test_memories_do_not_share_their_noise() -> None:
     names = ("a.memory", "b.memory")
-    layout = [{"name": name, "offset": 1024 * i, "shape": [32, 32]} for i, name in enumerate(("W0", "S0"))]
+    kinds = {"W0": "weights", "S0": "surprise"}
+    layout = [
+        {"name": name, "offset": 1024 * i, "shape": [32, 32], "kind": kind}
+        for i, (name, kind) in enumerate(kinds.items())
+    ]
     state = [state_tensor(name, shape=[1, 1, 2048], layout=layout) for name in names]
     nodes = [
         helper.make_node("NeuralMemory", [n, "q"], [f"{n}.y", f"{n}.next"], domain="ai.titans", mode="update")
@@ -495,7 +499,7 @@ def test_memories_do_not_share_their_noise() -> None:
 
 def test_functions_that_a_loop_calls_stay() -> None:
     """Of a graph whose memories get other nodes, only the memories' functions go."""
-    layout = [{"name": "W0", "offset": 0, "shape": [32, 32]}]
+    layout = [{"name": "W0", "offset": 0, "shape": [32, 32], "kind": "weights"}]
     state = [state_tensor("m", output="n", shape=[1, 1, 1024], layout=layout)]
     opsets = [helper.make_opsetid("", 20)]
     functions = [

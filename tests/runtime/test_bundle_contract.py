@@ -160,7 +160,7 @@ def test_what_both_readers_refuse(copy: Path, change: Any) -> None:
     write_manifest(copy, manifest)
     with pytest.raises(BundleError, match=r"^\[manifest.json\] .+\. Fix: copy or export .+ \(TITANS-E0205\)$"):
         read_bundle(copy)
-    with pytest.raises(rt.Error, match=r"\[manifest.json\] .*expected"):
+    with pytest.raises(rt.Error, match=r"\[manifest.json\] .+\. Fix: .+ \(TITANS-E0205\)$"):
         rt.Session(copy)
 
 

@@ -115,7 +115,7 @@ def test_int4_of_too_few_bytes(quantised_bundle: Make, tmp_path: Path) -> None:
         entry["shape"][0] -= 64
 
     path = damaged(quantised_bundle(RECIPES["int4"]), tmp_path / "b", shorten)
-    with pytest.raises(titans_runtime.Error, match=r"\.int4: expected ONNX element type 22 .*, got uint8 \["):
+    with pytest.raises(titans_runtime.Error, match=r"\.int4: expected int4 .*, got uint8 \["):
         titans_runtime.Session(path)
 
 
@@ -154,6 +154,6 @@ def test_inspect_shows_the_quantisation(quantised_bundle: Make) -> None:
 
     path = quantised_bundle(RECIPES["int8"])
     text = CliRunner().invoke(main, ["inspect", str(path)])
-    assert text.exit_code == 0 and "quantised by the recipe int8" in text.output and "in int8" in text.output
+    assert text.exit_code == 0 and "quantised with recipe int8" in text.output and "in int8" in text.output
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).output)
     assert facts["quantization"]["formats"]["int8"] >= 5

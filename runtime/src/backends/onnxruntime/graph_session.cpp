@@ -142,8 +142,7 @@ void check_signatures(const Signatures& expected, const Signatures& found, std::
       fail(name, text("shape ", shape_text(signature.shape)), shape_text(entry->second.shape));
     }
     if (entry->second.type != signature.type) {
-      fail(name, text("ONNX element type ", static_cast<int>(signature.type)),
-           text(static_cast<int>(entry->second.type)));
+      fail(name, ort_type_name(signature.type), ort_type_name(entry->second.type));
     }
   }
   for (const auto& [name, signature] : found) {
@@ -166,7 +165,7 @@ std::map<std::string, Initializer> shared_initializers(const Bundle& bundle, con
     const Initializer& wanted = entry->second;
     if (!matches(wanted, weight)) {
       throw Error(TITANS_FAILED, "E0207", "weights",
-                  text(name, ": expected ONNX element type ", wanted.type, " ", shape_text(wanted.shape), " as in ",
+                  text(name, ": expected ", ort_type_name(wanted.type), " ", shape_text(wanted.shape), " as in ",
                        graph.file, ", got ", dtype_info(weight.dtype).name, " ", shape_text(weight.shape)),
                   "export the bundle again");
     }

@@ -26,6 +26,13 @@ constexpr std::array<ONNXTensorElementDataType, kDTypes.size()> kOrtTypes{
 
 ONNXTensorElementDataType ort_type(DType dtype) { return kOrtTypes[static_cast<std::size_t>(dtype)]; }
 
+std::string ort_type_name(std::int64_t type) {
+  for (std::size_t i = 0; i < kOrtTypes.size(); ++i) {
+    if (kOrtTypes[i] == type) return std::string(kDTypes[i].name);
+  }
+  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4 ? "int4" : text("ONNX element type ", type);
+}
+
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
                                 ONNXTensorElementDataType type, const Shape& shape) {
   OrtValue* value = nullptr;

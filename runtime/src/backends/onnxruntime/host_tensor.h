@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <string>
 
 #include "backends/onnxruntime/library.h"
 #include "base/tensor.h"
@@ -10,6 +11,8 @@
 namespace titans::core {
 
 ONNXTensorElementDataType ort_type(DType dtype);
+// The name of an ONNX element type, such as float32, for errors.
+std::string ort_type_name(std::int64_t type);
 
 // An OrtValue over memory that it does not own.
 OrtHandle<OrtValue> view_tensor(const OrtLibrary& library, const OrtMemoryInfo& host, void* data, std::size_t bytes,
