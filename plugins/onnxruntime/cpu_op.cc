@@ -7,7 +7,7 @@ namespace {
 
 using namespace titans::kernels;
 
-// The session's own threads.
+// The session's thread pool.
 struct Threads {
   const OrtApi& api;
   OrtKernelContext& context;

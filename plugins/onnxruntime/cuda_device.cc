@@ -18,7 +18,7 @@ void check_cuda(cudaError_t result, const char* call) {
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-// One pool for each device, which keeps what it once had. It lives as long as the process.
+// One memory pool per device. It keeps freed memory for reuse, and lives as long as the process.
 cudaMemPool_t pool_of(int ordinal) {
   static std::mutex mutex;
   static auto& pools = *new std::map<int, cudaMemPool_t>;
@@ -36,7 +36,7 @@ cudaMemPool_t pool_of(int ordinal) {
   return pools[ordinal] = pool;
 }
 
-// Words go from a thread that ends to one that begins, and their memory is never freed: work may still write there.
+// Status words are reused by later threads and never freed, because pending work may still write to them.
 class StatusWords {
  public:
   std::int32_t* take() {

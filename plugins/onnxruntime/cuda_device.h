@@ -1,4 +1,4 @@
-// The device of a node on a GPU, its scratch memory, and its status word.
+// A node's device on a GPU, its scratch memory, and its status word.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,10 @@ struct CUmemPoolHandle_st;
 
 namespace titans::plugins {
 
-// The error of a CUDA call, or an empty string if `result`, a cudaError_t, is a success.
+// The error of a CUDA call, or an empty string on success. `result`: a cudaError_t.
 std::string cuda_failure(int result, const char* call);
 
-// Makes a device the thread's current one for the life of the object. Throws std::runtime_error.
+// Makes a device the thread's current one while the object lives. Throws std::runtime_error.
 class DeviceScope {
  public:
   explicit DeviceScope(int ordinal);
@@ -22,12 +22,12 @@ class DeviceScope {
   DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
-  int before_ = -1;  // -1: it was the same
+  int before_ = -1;  // -1: unchanged
 };
 
-// Device memory that a call needs until its work is done, in the order of its stream: taken when this is made, given
-// back when it is destroyed, though the work may not have begun. What ONNX Runtime's own allocators give back may go at
-// once to a call on another stream.
+// Scratch memory of a call, allocated and freed in the order of its stream. The destructor may run before the call's
+// work has begun. ONNX Runtime's allocators are not stream-ordered: they may hand freed memory to another stream at
+// once.
 class Scratch {
  public:
   Scratch(int ordinal, std::size_t bytes, CUstream_st* stream);
@@ -41,10 +41,10 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// The word that kernels write for the calls of this thread, in host memory that every device sees: a word that is
-// there when the work has been done, without a copy and without waiting.
+// The status word that kernels write for this thread's calls. It is in host memory that every device can write, so
+// reading it after the work takes neither a copy nor a wait.
 std::int32_t* thread_status();
-// What it holds, and 0 from now on.
+// Returns the status word and resets it to 0.
 std::int32_t take_thread_status();
 
 }  // namespace titans::plugins

@@ -1,5 +1,5 @@
 // The memory operators for ONNX Runtime's CUDA provider. Calls are enqueued in the provider's stream. ChunkNeuralMemory
-// has no CUDA kernel: its nodes are refused.
+// has no CUDA kernel, so its nodes are rejected.
 #include "plugins/kernels/neural_memory_cuda.h"
 #include "plugins/onnxruntime/cuda_device.h"
 #include "plugins/onnxruntime/memory_op.h"
@@ -9,12 +9,12 @@ namespace {
 
 using namespace titans::kernels;
 
-// The device of the session's provider.
+// The CUDA device of the session's provider.
 int ordinal_of(const OrtApi& api, const OrtKernelInfo& info) {
   OrtAllocator* raw = nullptr;
   check(api.KernelInfoGetAllocator(&info, OrtMemTypeDefault, &raw));
   const Handle<OrtAllocator> allocator(raw, api.ReleaseAllocator);
-  const OrtMemoryInfo* memory = nullptr;  // the allocator's
+  const OrtMemoryInfo* memory = nullptr;  // owned by the allocator
   check(api.AllocatorGetInfo(raw, &memory));
   int ordinal = 0;
   check(api.MemoryInfoGetId(memory, &ordinal));
@@ -39,10 +39,10 @@ class CudaNodeKernel {
   OrtStatus* compute(OrtKernelContext& context) noexcept {
     return guarded(api_, [&] {
       const DeviceScope scope(ordinal_);
-      // The device reports wrong values when its work is done: here those of earlier calls of this thread.
+      // The device reports invalid values when its work is done. This throws the errors of the thread's earlier calls.
       check(api_, take_cuda_error());
       const Operands operands = read_operands(api_, context, configuration_, values_);
-      // Shapes are used before the kernel checks them.
+      // The code below uses the shapes before the kernel checks them.
       check(api_, check_operands(configuration_, operands, values_));
       void* raw = nullptr;
       check(api_.KernelContext_GetGPUComputeStream(&context, &raw));
@@ -65,7 +65,7 @@ class CudaNodeKernel {
 
 std::atomic<std::size_t> CudaNodeKernel::made{0};
 
-// Refuses to be made.
+// The constructor always throws.
 class NoChunkKernel {
  public:
   NoChunkKernel(const OrtApi& api, const OrtKernelInfo& /*info*/, DType /*values*/) {

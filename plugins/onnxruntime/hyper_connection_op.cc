@@ -54,7 +54,7 @@ class NodeKernel {
   }
 
  private:
-  // The session's own threads.
+  // The session's thread pool.
   struct Threads {
     const OrtApi& api;
     OrtKernelContext& context;
@@ -71,7 +71,7 @@ class NodeKernel {
     return value;
   }
 
-  // The node's outputs, with shapes from the residuals. The kernel's check refuses wrong ones.
+  // The node's outputs. Their shapes follow from the residuals; the kernel's check rejects wrong ones.
   void add_outputs(OrtKernelContext& context, Operands& operands) const {
     const Tensor& residuals = operands[kResiduals];
     if (residuals.rank != 4) return;

@@ -5,7 +5,7 @@
 
 namespace titans::plugins {
 
-// The definition, for the CPU provider alone, which lives as long as the process.
+// The definition, for the CPU provider only. It lives as long as the process.
 const OrtCustomOp* hyper_connection_op();
 
 }  // namespace titans::plugins

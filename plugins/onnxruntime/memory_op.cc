@@ -6,7 +6,7 @@ namespace {
 using namespace titans::kernels;
 
 constexpr int kVersion = 1;  // of the operator's domain
-// The operator's output that may share the buffer of input kState.
+// The output that may share the buffer of input kState.
 constexpr int kStateOutput = kStateOut - kY;
 
 bool holds_values(std::size_t input) { return input == kQ || input == kK || input == kV; }
@@ -35,7 +35,7 @@ MemoryOp::MemoryOp(const char* name, std::size_t inputs, std::size_t outputs, co
   GetInputCharacteristic = [](const OrtCustomOp*, std::size_t input) {
     return input <= kQ ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
-  // In the memory of the provider's device: kernels read even the small ones there.
+  // All inputs are in device memory, because kernels read even the small ones there.
   GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
   GetOutputTypeCount = [](const OrtCustomOp* op) -> std::size_t { return static_cast<const MemoryOp*>(op)->outputs_; };
   GetOutputType = [](const OrtCustomOp* op, std::size_t output) {

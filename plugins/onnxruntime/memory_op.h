@@ -1,5 +1,5 @@
-// ai.titans::NeuralMemory and ai.titans::ChunkNeuralMemory as custom operators of ONNX Runtime: their inputs and
-// outputs, the same on every device.
+// ai.titans::NeuralMemory and ai.titans::ChunkNeuralMemory as custom operators of ONNX Runtime. Inputs and outputs are
+// the same on every device.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -15,17 +15,17 @@ namespace titans::plugins {
 
 inline constexpr const char* kDomain = "ai.titans";
 
-// One of several definitions of an operator: ONNX Runtime chooses by execution provider and dtypes.
+// One definition of an operator. ONNX Runtime chooses among several by execution provider and dtypes.
 class MemoryOp : public OrtCustomOp {
  protected:
-  // Name and operands are those of a Configuration or a ChunkConfiguration.
+  // Takes the operator's name and operands from a Configuration or a ChunkConfiguration.
   template <class Configuration>
   MemoryOp(const Configuration& /*of*/, const char* provider, ONNXTensorElementDataType values)
       : MemoryOp(Configuration::kOperator, Configuration::kInputCount, Configuration::kOutputCount, provider, values) {}
   ~MemoryOp() = default;
 
-  // Sets CreateKernelV2, KernelComputeV2 and KernelDestroy from a class with a constructor of API, information and
-  // dtype of values, and with compute(context).
+  // Sets CreateKernelV2, KernelComputeV2 and KernelDestroy. NodeKernel is constructed from the API, the kernel's
+  // information and the dtype of values, and has compute(context).
   template <typename NodeKernel>
   void compute_with() {
     CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
@@ -50,17 +50,17 @@ class MemoryOp : public OrtCustomOp {
   ONNXTensorElementDataType values_;  // of q, k, v and y
 };
 
-// The definitions, which live as long as the process, and how many kernels the process has made of them.
+// The definitions, which live as long as the process, and the number of kernels made from them.
 std::vector<const OrtCustomOp*> cpu_ops();
 std::size_t cpu_kernels_made();
 
 #ifdef TITANS_WITH_CUDA
 std::vector<const OrtCustomOp*> cuda_ops();
 std::size_t cuda_kernels_made();
-// The target of kernels on that device, such as "cuda-sm90", or an empty text and an error.
+// The target of kernels on the device, such as "cuda-sm90". On failure, empty with `error` set.
 std::string cuda_target(int ordinal, std::string& error);
-// The error that the device found in calls of this thread since the last call of this function, or an empty text. The
-// device must have finished those calls.
+// The error that the device has reported for this thread since the last call, or an empty string. The device must have
+// finished the thread's work.
 std::string take_cuda_error();
 #endif
 

@@ -63,7 +63,7 @@ Operands read_inputs(const OrtApi& api, OrtKernelContext& context) {
   return operands;
 }
 
-// Outputs have the shapes of inputs. The kernel's check refuses wrong ones.
+// Outputs have the shapes of inputs. The kernel's check rejects wrong ones.
 void add_update_outputs(const OrtApi& api, OrtKernelContext& context, std::size_t outputs, Operands& operands) {
   operands[kStateOut] = output(api, context, kStateOut, operands[kState], DType::kFloat32);
   if (outputs <= kStats - kY) return;
@@ -86,7 +86,7 @@ bool NodeAttributes::found(OrtStatus* status) const {
   return status == nullptr;
 }
 
-// An attribute of another type is an error, a missing one is left out.
+// Throws if the attribute has another type; a missing attribute is allowed.
 bool NodeAttributes::refuse_another_type(const char* name) const {
   float real = 0;
   std::int64_t number = 0;
@@ -100,7 +100,7 @@ bool NodeAttributes::refuse_another_type(const char* name) const {
 }
 
 bool NodeAttributes::read(const char* name, std::string& value) const {
-  std::size_t size = 0;  // with the final NUL
+  std::size_t size = 0;  // including the final NUL
   if (!found(api_.KernelInfoGetAttribute_string(&info_, name, nullptr, &size)) || size == 0) {
     return refuse_another_type(name);
   }

@@ -1,4 +1,4 @@
-// ONNX Runtime's errors, a node's attributes and its tensors, for nodes of either memory operator on any device.
+// ONNX Runtime's errors, and a node's attributes and tensors, for both memory operators on any device.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -14,11 +14,11 @@
 
 namespace titans::plugins {
 
-// An ONNX Runtime object and the function of its API that releases it.
+// Owns an ONNX Runtime object and releases it with the API's function.
 template <typename Object>
 using Handle = std::unique_ptr<Object, void (*)(Object*)>;
 
-// Carries a status as an exception.
+// An exception that carries a status.
 struct Failure {
   OrtStatus* status;
 };
@@ -27,12 +27,12 @@ inline void check(OrtStatus* status) {
   if (status != nullptr) throw Failure{status};
 }
 
-// Throws an invalid argument unless `error` is empty.
+// Throws an invalid-argument status unless `error` is empty.
 inline void check(const OrtApi& api, const std::string& error) {
   if (!error.empty()) throw Failure{api.CreateStatus(ORT_INVALID_ARGUMENT, error.c_str())};
 }
 
-// Runs `body`, and returns its exceptions as a status: nothing may be thrown into ONNX Runtime.
+// Runs `body` and converts its exceptions to a status, because ONNX Runtime does not catch exceptions.
 template <typename Body>
 OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
   try {
@@ -45,8 +45,8 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
   }
 }
 
-// Reads attributes of a node by name. Each read() sets a value that is there and returns whether it was, and throws if
-// the attribute has another type.
+// Reads a node's attributes by name. Each read() sets the value if the attribute is present, and returns whether it is.
+// Throws if the attribute has another type.
 class NodeAttributes {
  public:
   NodeAttributes(const OrtApi& api, const OrtKernelInfo& info, const char* where)
@@ -67,7 +67,7 @@ class NodeAttributes {
   const char* where_;
 };
 
-// The Configuration or ChunkConfiguration of a node. Throws if its attributes are invalid.
+// Reads the Configuration or ChunkConfiguration of a node. Throws if its attributes are invalid.
 template <class Configuration>
 Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
   const NodeAttributes node(api, info, Configuration::kOperator);
@@ -79,7 +79,7 @@ Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
   return configuration;
 }
 
-// The inputs of a call and the outputs that the node has, allocated. `values` is the dtype of y.
+// The inputs of a call, and the node's outputs, which are allocated here. `values`: the dtype of y.
 kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,
                                 const kernels::Configuration& configuration, kernels::DType values);
 kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,

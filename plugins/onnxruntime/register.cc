@@ -1,4 +1,4 @@
-// The entry point of a library of custom operators of ONNX Runtime, and functions for the titans runtime.
+// The entry point of the library of custom operators, and functions for the titans runtime.
 #include <onnxruntime_c_api.h>
 
 #include <cstdio>
@@ -26,8 +26,8 @@ std::vector<const OrtCustomOp*> all_ops(bool on_cuda) {
   return ops;
 }
 
-// Sessions refer to the domain for as long as they live, so it is never released. All sessions of one ONNX Runtime on
-// one kind of device share it; a process may hold two.
+// The domain is never released, because sessions refer to it as long as they live. Sessions of one ONNX Runtime on one
+// kind of device share a domain; a process may have two.
 OrtStatus* add_domain(const OrtApi& api, OrtSessionOptions& options) {
   static std::mutex mutex;
   static auto& domains = *new std::map<std::pair<const OrtApi*, bool>, OrtCustomOpDomain*>;
@@ -55,7 +55,7 @@ TITANS_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
   try {
     const OrtApi* api = base->GetApi(ORT_API_VERSION);
     if (api != nullptr) return add_domain(*api, *options);
-    // The first functions of the interface are the same in every version.
+    // The first functions of OrtApi are the same in every version.
     const std::string text =
         titans::kernels::failure("NeuralMemory", "E0712",
                                  "not supported by this ONNX Runtime: expected 1." + std::to_string(ORT_API_VERSION) +
@@ -67,14 +67,14 @@ TITANS_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Ort
   }
 }
 
-// The instruction set of kernels that are made now, or NULL if this machine lacks that of $TITANS_CPU_TARGET.
+// The instruction set of new kernels, or NULL if this machine does not support $TITANS_CPU_TARGET.
 TITANS_EXPORT const char* titans_onnxruntime_ops_target() {
   const std::string_view target = titans::kernels::chosen_cpu_target();
   return target.empty() ? nullptr : target.data();
 }
 
-// Writes the target of kernels on that CUDA device, such as "cuda-sm90", and returns 1; or writes an error and returns
-// 0.
+// Writes the target of kernels on the CUDA device, such as "cuda-sm90", and returns 1. On failure, writes an error and
+// returns 0.
 TITANS_EXPORT int titans_onnxruntime_ops_cuda_target([[maybe_unused]] int ordinal, char* text, std::size_t size) {
   std::string target;
   std::string error =
@@ -87,7 +87,7 @@ TITANS_EXPORT int titans_onnxruntime_ops_cuda_target([[maybe_unused]] int ordina
   return target.empty() ? 0 : 1;
 }
 
-// How many kernels the process has made on each device.
+// The numbers of kernels that the process has made for CPU and CUDA.
 TITANS_EXPORT void titans_onnxruntime_ops_made(std::size_t* cpu, std::size_t* cuda) {
   *cpu = titans::plugins::cpu_kernels_made();
   *cuda = 0;
@@ -96,7 +96,7 @@ TITANS_EXPORT void titans_onnxruntime_ops_made(std::size_t* cpu, std::size_t* cu
 #endif
 }
 
-// Writes the error that the device found in finished calls of this thread, and returns 1; or returns 0 without one.
+// Writes the error of this thread's finished calls and returns 1, or returns 0 if there is no error.
 TITANS_EXPORT int titans_onnxruntime_ops_cuda_error([[maybe_unused]] char* text, [[maybe_unused]] std::size_t size) {
 #ifdef TITANS_WITH_CUDA
   const std::string error = titans::plugins::take_cuda_error();

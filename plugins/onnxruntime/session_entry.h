@@ -1,10 +1,10 @@
-// What the titans runtime tells the library of custom operators about a session, as an entry of its configuration.
+// A configuration entry by which the titans runtime describes the session to the custom operators.
 #pragma once
 
 namespace titans::plugins {
 
-// There, with any value: the session runs on CUDA. An operator that has a kernel for the CPU alone then runs as its
-// function body, on the GPU, where ONNX Runtime would copy all of its tensors to the CPU and back.
+// Set, to any value, if the session runs on CUDA. An operator with a CPU kernel only then runs as its function body on
+// the GPU. With the CPU kernel, ONNX Runtime would copy all its tensors to the CPU and back.
 inline constexpr const char* kCudaEntry = "titans.cuda";
 
 }  // namespace titans::plugins

@@ -1,4 +1,4 @@
-// Errors go where TensorRT's own messages go: to the logger that the plugin registry hands to the library.
+// Logs errors to the logger that the plugin registry passes to the library, like TensorRT's own messages.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -7,7 +7,7 @@ namespace titans::plugins {
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-// To standard error if there is no logger.
+// Writes to standard error if there is no logger.
 void log_error(const char* message) noexcept;
 
 }  // namespace titans::plugins

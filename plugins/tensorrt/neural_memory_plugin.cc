@@ -20,7 +20,7 @@ constexpr const char* kOperator = Configuration::kOperator;
 constexpr std::int32_t kDone = 0, kFailed = 1;
 constexpr std::int64_t kStateRank = 3, kValuesRank = 4;
 
-// Runs `body`, which returns an error or an empty string: nothing may be thrown into TensorRT.
+// Runs `body`, which returns an error or an empty string, and catches exceptions, because TensorRT does not.
 template <typename Body>
 std::int32_t guarded(Body&& body) noexcept {
   try {
@@ -83,7 +83,7 @@ nvinfer1::IPluginV3* NeuralMemoryPlugin::attachToContext(nvinfer1::IPluginResour
   return clone();
 }
 
-// ---- what the builder asks ----
+// ---- building ----
 
 std::int32_t NeuralMemoryPlugin::getNbOutputs() const noexcept {
   return static_cast<std::int32_t>(attributes_.outputs.size());
@@ -178,7 +178,7 @@ std::int32_t NeuralMemoryPlugin::configurePlugin(const DynamicPluginTensorDesc* 
     std::vector<PluginTensorDesc> tensors;
     for (std::int32_t i = 0; i < in_count; ++i) tensors.push_back(in[i].desc);
     for (std::int32_t i = 0; i < out_count; ++i) tensors.push_back(out[i].desc);
-    // With sizes left open they are checked when they are known.
+    // Dynamic sizes are checked once they are known.
     for (const PluginTensorDesc& tensor : tensors) {
       if (!concrete(tensor)) return std::string();
     }
@@ -200,7 +200,7 @@ std::size_t NeuralMemoryPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* 
     bytes = kernel->workspace_bytes(q.max.d[0], q.max.d[1], q.max.d[2]);
     const int learn = attributes_.input(kLearn);
     if (learn >= 0) bytes += learn_bytes(in[learn].desc.type, q.max.d[0]);
-    // TensorRT promises no alignment.
+    // TensorRT does not guarantee alignment.
     if (bytes > 0) bytes += kAlignment;
     return std::string();
   });
@@ -280,7 +280,7 @@ std::string NeuralMemoryPlugin::check_descriptions(const PluginTensorDesc* in, c
     Tensor& tensor = operands[operand];
     tensor = tensor_of(description, reinterpret_cast<void*>(address));
     if (operand == kLearn && type_fits(kLearn, description.type, description.type)) tensor.dtype = DType::kBool;
-    // 8 bytes each, the most that any dtype has.
+    // 8 bytes per element, the largest size of any dtype.
     if (tensor.rank <= static_cast<int>(tensor.shape.size())) {
       address += align_up(static_cast<std::size_t>(tensor.elements()) * 8) + kAlignment;
     }
@@ -301,7 +301,7 @@ std::string NeuralMemoryPlugin::prepare(const PluginTensorDesc& q) {
     kernel = CudaKernel::create(attributes_.configuration, values, device, problem);
     if (kernel == nullptr) return problem;
   }
-  // An engine may be opened on another device than it was built on, and a kernel spreads its work by the device.
+  // An engine may be opened on another device than it was built for, and the kernel's plan depends on the device.
   if (attributes_.built_for.sm != 0 && !same(attributes_.built_for, device)) {
     const std::unique_ptr<CudaKernel> builder =
         CudaKernel::create(attributes_.configuration, values, attributes_.built_for, problem);

@@ -1,5 +1,5 @@
-// ai.titans::NeuralMemory as a plugin of TensorRT: describes the operator to the builder, and gives tensors to the CUDA
-// kernel. docs/tensorrt-plugin.md.
+// ai.titans::NeuralMemory as a TensorRT plugin: describes the operator to the builder and passes tensors to the CUDA
+// kernel. See docs/tensorrt-plugin.md.
 #pragma once
 
 #include <cstddef>
@@ -61,14 +61,14 @@ class NeuralMemoryPlugin final : public nvinfer1::IPluginV3,
 
  private:
   std::string check_counts(std::int32_t in_count, std::int32_t out_count) const;
-  // Ranks, shapes and dtypes, at addresses that are not read.
+  // Checks ranks, shapes and dtypes, with placeholder addresses that are never read.
   std::string check_descriptions(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
   // Makes the kernel for this device, and checks that the engine has reserved enough workspace.
   std::string prepare(const PluginTensorDesc& q);
 
   PluginAttributes attributes_;
   PluginFields fields_;
-  // Clones share it: any number of threads may run it.
+  // Shared by clones; the kernel is thread-safe.
   std::shared_ptr<const kernels::CudaKernel> kernel_;
   kernels::DType values_ = kernels::DType::kOther;
 };

@@ -19,7 +19,7 @@ using nvinfer1::PluginFieldType;
 
 constexpr const char* kExport = "export the model again, or build the engine with titans-export build";
 constexpr std::array kAliases{"declared", "undeclared", "two-buffers"};
-// An engine keeps it, no graph has it.
+// Engines store this field; graphs do not have it.
 constexpr const char* kBuiltFor = "built_for";
 
 std::string invalid(const std::string& name, const std::string& problem) {
@@ -35,7 +35,8 @@ const PluginField* find(const PluginFieldCollection& fields, const char* name) {
   return nullptr;
 }
 
-// Reads fields by name. Each read() sets a value that is there and returns whether it was. `error` has the first error.
+// Reads fields by name. Each read() sets the value if the field is present, and returns whether it is. `error` keeps
+// the first error.
 class FieldReader {
  public:
   explicit FieldReader(const PluginFieldCollection& fields) : fields_(fields) {}
@@ -44,7 +45,7 @@ class FieldReader {
     const PluginField* field = look_up(name);
     if (field == nullptr) return false;
     if (field->type != PluginFieldType::kCHAR) return fail(name, expected("characters", type_of(*field)));
-    // TensorRT's parser counts the terminator, other callers do not.
+    // TensorRT's parser counts the terminator; other callers do not.
     const std::string_view raw(static_cast<const char*>(field->data), static_cast<std::size_t>(field->length));
     value = raw.substr(0, raw.find('\0'));
     return true;
@@ -93,13 +94,13 @@ class FieldReader {
   std::string error;
 
  private:
-  // Returns true, so that a wrong field is not also a missing one.
+  // Returns true, so that an invalid field is not reported as missing too.
   bool fail(const std::string& name, const std::string& problem) {
     if (error.empty()) error = invalid(name, problem);
     return true;
   }
 
-  // Null if there is no such field, or one without values.
+  // Returns null if the field is missing or has no values.
   const PluginField* look_up(const char* name) {
     const PluginField* field = find(fields_, name);
     if (field == nullptr || (field->length >= 0 && (field->length == 0 || field->data != nullptr))) return field;
@@ -114,7 +115,7 @@ class FieldReader {
   const PluginFieldCollection& fields_;
 };
 
-// An int32 field holds the seed's 32 bits, which may be a negative number.
+// An int32 field holds the seed's 32 bits, so the value may be negative.
 void unwrap(std::int64_t& seed) {
   if (seed < 0 && seed >= std::numeric_limits<std::int32_t>::min()) seed = static_cast<std::uint32_t>(seed);
 }

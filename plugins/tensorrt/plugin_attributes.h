@@ -1,5 +1,5 @@
-// The attributes of a plugin, which an engine keeps: those of the operator's node, its operands, and how its state is
-// bound. Fields of TensorRT are read and written here and nowhere else.
+// A plugin's attributes, which an engine stores: the node's attributes, its operands, and the binding of its state. All
+// access to TensorRT's fields is here.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ struct PluginAttributes {
   kernels::Attributes node;
   kernels::Configuration configuration;
   Alias alias = Alias::kTwoBuffers;
-  std::vector<kernels::Operand> inputs, outputs;  // in the order of the plugin's tensors, which is the operator's
-  kernels::CudaDevice built_for;                  // the engine reserves its workspace; all 0: not known
+  std::vector<kernels::Operand> inputs, outputs;  // in the plugin's tensor order, which is the operator's
+  kernels::CudaDevice built_for;                  // the engine reserves workspace for it; all 0: unknown
 
-  // The place of an operand among the inputs or outputs, or -1.
+  // The index of an operand among the plugin's inputs or outputs, or -1.
   int input(kernels::Operand operand) const;
   int output(kernels::Operand operand) const;
 };
@@ -37,7 +37,7 @@ struct PluginAttributes {
 // Returns an error, or an empty string.
 std::string read_fields(const nvinfer1::PluginFieldCollection& fields, PluginAttributes& attributes);
 
-// The fields of a plugin, and the same as a line of text.
+// The plugin's fields, also as a line of text.
 class PluginFields {
  public:
   explicit PluginFields(const PluginAttributes& attributes);
@@ -47,7 +47,7 @@ class PluginFields {
   const nvinfer1::PluginFieldCollection& collection() const { return collection_; }
   const std::string& text() const { return text_; }
 
-  // Names and types of the fields that a graph may have.
+  // The names and types of the fields that a graph may have.
   static const nvinfer1::PluginFieldCollection& names();
 
  private:

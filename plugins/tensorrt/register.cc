@@ -1,4 +1,4 @@
-// The entry points of a library of plugins for TensorRT's registry.
+// The entry points of a plugin library for TensorRT's registry.
 #include <exception>
 #include <memory>
 #include <string>

@@ -1,6 +1,6 @@
-// Calls of a memory operator from a safetensors file: `state` and, for each call, its operands by name ("0.q", "0.k",
-// ..., "1.q", ...). Its metadata are `calls`, their number, `operator`, "NeuralMemory" (if left out) or
-// "ChunkNeuralMemory", and `attributes`, the node's attributes as JSON.
+// Calls of a memory operator from a safetensors file. It has `state` and each call's operands by name ("0.q", "0.k",
+// ..., "1.q", ...). The metadata are `calls` (their number), `operator` ("NeuralMemory", which is the default, or
+// "ChunkNeuralMemory") and `attributes` (the node's attributes as JSON).
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 namespace titans::kernels {
 
-// Memory on a cache line, NaN before the first write, so that tests see values that are never written.
+// Memory aligned to a cache line and filled with NaN, so that tests detect values that are never written.
 class HostBuffer {
  public:
   explicit HostBuffer(std::size_t bytes);
@@ -33,17 +33,17 @@ class HostBuffer {
 };
 
 struct CaseFile {
-  // Throws std::runtime_error if it is not a safetensors file.
+  // Throws std::runtime_error if the file is not a safetensors file.
   explicit CaseFile(const std::string& path);
 
-  // The configuration of a Configuration or a ChunkConfiguration, and the attributes it is made from. Throws
+  // The node's configuration, a Configuration or a ChunkConfiguration, and its raw attributes. Both throw
   // std::runtime_error.
   template <class Configuration>
   Configuration configuration() const;
   template <class Attributes, class Table>
   Attributes read(const char* where, const Table& table) const;
 
-  // The inputs of a call without `state`.
+  // The inputs of a call, without `state`.
   Operands inputs(std::size_t call) const;
 
   std::size_t calls = 0;
@@ -53,7 +53,7 @@ struct CaseFile {
   std::map<std::string, HostBuffer> memory;
 };
 
-// A tensor of float32 in the caller's memory.
+// A float32 tensor in the caller's memory.
 Tensor float_tensor(void* data, std::initializer_list<std::int64_t> shape);
 
 inline void throw_error(const std::string& error) {

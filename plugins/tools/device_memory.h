@@ -1,4 +1,4 @@
-// Memory of the device that a CUDA kernel runs on, for the programs that test and time it: a GPU's, or the emulation's.
+// Device memory for the programs that test and time a CUDA kernel, on a GPU or in the emulation.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace titans::kernels {
 
 class DeviceBuffer {
  public:
-  explicit DeviceBuffer(std::size_t bytes);  // bytes of 0xFF
+  explicit DeviceBuffer(std::size_t bytes);  // filled with 0xFF
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
@@ -25,13 +25,13 @@ class DeviceBuffer {
   std::size_t bytes_;
 };
 
-// All that follows throws std::runtime_error with CUDA's words where it fails.
+// All functions below throw std::runtime_error with CUDA's message on failure.
 
 // Waits for the device.
 void synchronize();
-// Nanoseconds of device time that each run of `work` took; with `graph`, captured once and replayed.
+// Nanoseconds of device time per run of `work`. With `graph`, `work` is captured once and replayed.
 std::vector<double> time_on_device(const std::function<void()>& work, std::size_t repeats, bool graph);
-// The stream that `work` puts its launches into.
+// The stream in which `work` must launch.
 CUstream_st* work_stream();
 
 }  // namespace titans::kernels

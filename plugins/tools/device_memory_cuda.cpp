@@ -23,7 +23,7 @@ DeviceBuffer::DeviceBuffer(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
   if (bytes == 0) return;
   check(cudaMalloc(&data_, bytes), "cudaMalloc");
   check(cudaMemset(data_, 0xFF, bytes), "cudaMemset");
-  // The work stream does not wait for the stream that this went into.
+  // The work stream does not wait for the stream of this copy.
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 }
 DeviceBuffer::~DeviceBuffer() { cudaFree(data_); }

@@ -1,13 +1,13 @@
-// Runs the bare kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
+// Runs the bare kernel over calls from a file, for tests against independent oracles and for timing without a runtime.
 //
 //   neural_memory_run CASE.safetensors OUT.bin [--target NAME] [--threads N] [--two-buffers] [--initial-weights]
 //                     [--time REPEATS]
 //   neural_memory_run --list-targets
 //
-// case_file.h describes CASE. The state goes from call to call, in one buffer or, with --two-buffers, from one of two
-// to the other. OUT receives float32: each call's y and, after an update, its stats, with --initial-weights also that
-// output; at last the state. With --time all calls are repeated with the state carried on, and stdout has the
-// nanoseconds of each. Target "textbook" is the kernel of neural_memory_textbook.h.
+// case_file.h describes CASE. The state is carried from call to call in one buffer or, with --two-buffers, alternates
+// between two. OUT receives float32: each call's y and, after an update, its stats and with --initial-weights that
+// output. The final state comes last. With --time, all calls are repeated with the state carried on, and stdout has the
+// nanoseconds of each call. Target "textbook" is the kernel of neural_memory_textbook.h.
 #include <algorithm>
 #include <chrono>
 #include <fstream>

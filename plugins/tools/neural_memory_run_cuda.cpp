@@ -1,13 +1,17 @@
-// Runs the bare CUDA kernel over calls from a file, for tests against outside oracles and for timing without a runtime.
+// Runs the bare CUDA kernel over calls from a file, for tests against independent oracles and for timing without a
+// runtime.
 //
-//   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--misaligned] [--keep-going] [--time REPEATS
-//   [--graph]] neural_memory_run_cuda --device
+//   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--misaligned] [--keep-going]
+//                          [--time REPEATS [--graph]]
+//   neural_memory_run_cuda --device
 //
 // case_file.h describes CASE; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
-// update, its stats; at last the state. With --time all calls together are repeated that often, the state flowing on,
-// with --graph as one CUDA graph, and stdout has the nanoseconds of each. Stdout has a line of JSON: device, placement
-// of the last call. --misaligned puts the state 4 bytes beyond where memory begins. --device prints the device alone.
-// With --keep-going wrong values do not end the program: the kernel's error is in the line of JSON.
+// update, its stats. The final state comes last. Stdout has a line of JSON with the device and the placement of the
+// last call.
+//
+// --time repeats all calls with the state carried on, and stdout has the nanoseconds of each repeat. --graph replays
+// them as one CUDA graph. --misaligned puts the state 4 bytes past the start of its memory. --keep-going puts the
+// kernel's error into the JSON instead of ending the program on invalid values. --device only prints the device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -114,7 +118,7 @@ class Runner {
   }
 
  private:
-  // The tensor in memory of the device, `before` bytes beyond where that begins.
+  // Copies the tensor to device memory, `before` bytes past the start of its buffer.
   void device_copy(Tensor& tensor, std::size_t bytes, std::size_t before = 0) {
     buffers_.push_back(std::make_unique<DeviceBuffer>(before + bytes));
     if (tensor.data != nullptr) {
@@ -169,7 +173,7 @@ class Runner {
     if (update_) std::swap(state_, next_);
   }
 
-  // As float32.
+  // Converts to float32.
   void write(std::ofstream& out, const Tensor& tensor) const {
     const auto count = static_cast<std::size_t>(tensor.elements());
     for (const auto& buffer : buffers_) {

@@ -1,4 +1,5 @@
-// A few threads that wait busily, as those of ONNX Runtime's decode graph do: for measuring a kernel without a runtime.
+// A small pool of spinning threads, like those that run ONNX Runtime's decode graph. It serves to time a kernel without
+// a runtime.
 #pragma once
 
 #include <atomic>
