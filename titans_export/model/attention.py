@@ -29,7 +29,7 @@ class Rotary(nn.Module):
         frequencies = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         increments = (frequencies / (2 * math.pi) * 2**PHASE_BITS).round().to(torch.int64)
         self.register_buffer("increments", increments, persistent=False)
-        # x @ quarter_turn rotates each pair (x_i, x_{i + half}) by 90 degrees: exact, and a single node.
+        # x @ quarter rotates each pair (x_i, x_{i + half}) by 90 degrees: exact, and a single node.
         half = torch.eye(head_dim // 2)
         none = torch.zeros_like(half)
         quarter = torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)])

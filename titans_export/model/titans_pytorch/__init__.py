@@ -1,1 +1,3 @@
-"""Models of titans-pytorch 0.5 as streams: what its parallel forward computes, token by token, at constant cost."""
+"""Models of titans-pytorch 0.5 as streams. They compute the library's parallel forward token by token, at constant
+cost.
+"""

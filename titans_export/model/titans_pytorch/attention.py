@@ -1,11 +1,11 @@
-"""Attention of the library's transformer as a stream: a window of rotated keys is carried, each rotated once.
+"""Attention of the library's transformer as a stream. The state holds a window of keys, each rotated once.
 
-Sliding: a row sees itself and the `window` rows before it. Segmented: itself and the rows of its segment before it.
-Persistent keys and values stand in front of every window; they are not rotated.
+Sliding: a row sees itself and the `window` rows before it. Segmented: a row sees itself and the earlier rows of its
+segment. Persistent keys and values precede every window; they are not rotated.
 
-The state holds the persistent rows, which never change, and behind them a ring: row r of the stream lies at r modulo
-its length, so that a call writes its own rows alone. The ring has room for the rows that a call of one token consumes
-beside those that the first of them sees.
+The state holds the persistent rows, which never change, followed by a ring buffer. Row r of the stream is at index r
+modulo the ring's length, so a call writes only its own rows. The ring also has room for the rows of a one-token call,
+so that writing them keeps every row that the first of them sees.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from .positions import Angle, PairRotary
 
 @dataclass(frozen=True)
 class Window:
-    """What a call's attention layers share.
+    """Data that the attention layers of a call share.
 
-    hidden: (B, 1, T, keys), -infinity where a row does not see a key, else 0; the keys are the persistent ones, the
-    ring's after `places` have been written, and those of the call's other rows. places: (B, heads, n, 3), where the
-    call's first n rows go in the state; last_places: then its last m, if it has more. angle: of the rows;
-    persistent_angle: of queries against persistent keys, where the library's cached decoding has another one.
+    hidden: (B, 1, T, keys), -infinity for masked keys, else 0. The keys are the persistent ones, the ring's after
+    writing `places`, and those of the call's other rows.
+    places: (B, heads, n, 3), state indices of the call's first n rows.
+    last_places: state indices of its last m rows, written later, if the call has more rows.
+    angle: rotation of the rows.
+    persistent_angle: rotation of queries against persistent keys, if the library's cached decoding uses a different
+    one.
     """
 
     hidden: Tensor
@@ -43,12 +46,14 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowRule:
-    """Which rows a row sees, and, to be like the library's cached decoding, from which row on it decoded.
+    """The mask: which rows each row sees, with the deviations of the library's cached decoding.
 
-    The library decodes with positions relative to its cache: persistent keys, which are not rotated, then see queries
-    at another angle than in training; and of segmented attention the cache begins anew where the prompt ended, if that
-    was longer than a segment. decoded_from: the first decoded row; None: as in training, everywhere. at_once: the
-    most rows that a call of one token consumes.
+    The library decodes with positions relative to its cache. Persistent keys are not rotated, so they then see queries
+    at another angle than in training. With segmented attention, the cache restarts at the prompt's end if the prompt is
+    longer than a segment.
+
+    decoded_from: the first decoded row; None: no deviations, as in training. at_once: the most rows that a one-token
+    call consumes.
     """
 
     window: int
@@ -60,7 +65,7 @@ class WindowRule:
 
     @property
     def ring(self) -> int:
-        """Rows carried."""
+        """Length of the ring buffer, in rows."""
         return self.window - (not self.sliding) + self.at_once
 
     def _begin(self, rows: Tensor) -> Tensor:
@@ -74,9 +79,9 @@ class WindowRule:
         return torch.where(rows < start, begin, rows - torch.remainder(rows - start, self.window))
 
     def __call__(self, first: Tensor, count: int, rotary: PairRotary) -> Window:
-        """Of `count` rows from `first`, (B,) int64."""
+        """The window of `count` rows from `first`, (B,) int64."""
         rows = first.unsqueeze(-1) + torch.arange(count, device=first.device)
-        # Rows that are written before any is read; they replace none that one of the call sees.
+        # These rows are written before any read. They replace no row that a row of the call sees.
         early = min(count, self.at_once)
         last = first.unsqueeze(-1) + (early - 1)
         age = torch.remainder(last + torch.arange(self.ring, 0, -1, device=first.device), self.ring)
@@ -84,7 +89,7 @@ class WindowRule:
         if count > early:
             keys = torch.cat([keys, rows[:, early:]], 1)
         begin = self._begin(rows)
-        # Rows before the stream are negative, and no row begins there.
+        # Rows before the stream's start have negative numbers, below every `begin`.
         seen = (keys.unsqueeze(1) >= begin.unsqueeze(-1)) & (keys.unsqueeze(1) <= rows.unsqueeze(-1))
         relative = None
         if self.decoded_from is not None:
@@ -97,14 +102,14 @@ class WindowRule:
 
 
 class StreamAttention(nn.Module):
-    """The library's SegmentedAttention. mixes: later layers mix the first layer's values into theirs."""
+    """The library's SegmentedAttention. mixes: this layer mixes the first layer's values into its own."""
 
     def __init__(self, options: TransformerOptions, rule: WindowRule, mixes: bool) -> None:
         super().__init__()
         self.heads, self.head_dim, self.rule, self.mixes = options.heads, options.dim_head, rule, mixes
         inner = self.heads * self.head_dim
         self.norm = nn.Parameter(torch.ones(options.dim))
-        # Queries, keys, values, and the logits of how much of the first layer's values each head takes.
+        # Queries, keys, values, and per-head logits for mixing in the first layer's values.
         self.qkv = Linear(options.dim, 3 * inner + (self.heads if mixes else 0))
         self.mix_bias = nn.Parameter(torch.zeros(self.heads)) if mixes else None
         self.out = Linear(inner, options.dim)
@@ -128,7 +133,9 @@ class StreamAttention(nn.Module):
     def forward(
         self, x: Tensor, state: StreamState, window: Window, first_values: Tensor | None
     ) -> tuple[Tensor, Tensor, StreamState]:
-        """x: (B, T, dim). Returns the output, this layer's own values (B, heads, T, D), and the next state."""
+        """x: (B, T, dim). Returns the output (B, T, dim), this layer's own values (B, heads, T, D), and the next
+        state.
+        """
         inner = self.heads * self.head_dim
         projected = self.qkv(rms_norm(x, self.norm))
         sizes = [2 * inner, inner] if self.mix_bias is None else [2 * inner, inner, self.heads]
@@ -147,7 +154,7 @@ class StreamAttention(nn.Module):
         return y, own, {"keys": next_keys, "values": next_values}
 
     def _write(self, state: Tensor, new: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """The rows that are looked at, as `Window.hidden` has them, and the next state. new: (B, heads, T, D)."""
+        """The rows that `Window.hidden` covers, and the next state. new: (B, heads, T, D)."""
         early = window.places.shape[2]
         state = write_rows(state, window.places, new[:, :, :early])
         if window.last_places is None:
@@ -157,7 +164,7 @@ class StreamAttention(nn.Module):
         return torch.cat([state, new[:, :, early:]], 2), following
 
     def _scores(self, q: Tensor, plain: Tensor, keys: Tensor, window: Window) -> Tensor:
-        """plain: the queries before their rotation."""
+        """Attention logits. plain: the queries before rotation."""
         scale = self.head_dim**-0.5
         if window.persistent_angle is None:
             whole: Tensor = (q * scale) @ keys.transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""The library's tensors, under its own names, into the models of streams."""
+"""Loads the library's tensors, under the library's names, into stream models."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Tensors = dict[str, Tensor]
 
 
 def library_order(network: NetworkSpec) -> list[str]:
-    """Our names of the memory network's tensors in the order of the library's named_parameters()."""
+    """Our names of the memory network's tensors, in the order of the library's named_parameters()."""
     names = list(network.shapes)
     norm = ["gamma"] if network.norm else []
     inner = [name for name in names if name != "gamma"]
-    if network.kind == "gated-residual":  # the final projection is the module's own, the blocks' come after it
+    if network.kind == "gated-residual":  # the module's own final projection precedes those of the blocks
         inner = [inner[-1], *inner[:-1]]
     return norm + inner
 
 
 def set_linear(linear: Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """weight: (out, in), as nn.Linear has it."""
+    """Sets the parameters of a Linear. weight: (out, in), as in nn.Linear."""
     linear.weight.data.copy_(weight.t())
     if linear.bias is not None and bias is not None:
         linear.bias.data.copy_(bias)
@@ -43,7 +43,7 @@ def _set_norm(norm: HeadNorm | None, gamma: Tensor | None) -> None:
 
 
 def _gate_rows(layer: NeuralMemoryLayer, tensors: Tensors, kind: str) -> Tensor:
-    """Rows of the merged chunk gates: (heads, per head) of weight (..., dim) or of bias (...)."""
+    """Rows of the merged chunk gates: (heads, per head), for weight (..., dim) or bias (...)."""
     heads = layer.options.heads
     names = {
         "forget": "to_decay_factor",
@@ -68,7 +68,7 @@ def _gate_rows(layer: NeuralMemoryLayer, tensors: Tensors, kind: str) -> Tensor:
 
 @torch.no_grad()
 def load_memory(layer: NeuralMemoryLayer, tensors: Tensors) -> None:
-    """tensors: those of one NeuralMemory, its prefix removed."""
+    """tensors: those of one NeuralMemory, without its prefix."""
     options = layer.options
     if layer.retrieve_norm is not None and layer.store_norm is not None:
         layer.retrieve_norm.copy_(tensors["retrieve_norm.weight"])
@@ -99,7 +99,7 @@ def load_memory(layer: NeuralMemoryLayer, tensors: Tensors) -> None:
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with the prefix, without it."""
+    """The tensors whose names begin with the prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -115,7 +115,7 @@ def _load_positions(positions: AxialPositions, tensors: Tensors) -> None:
 
 
 def _load_connection(connection: Connection, tensors: Tensors) -> None:
-    """The norm's scale and the learned scales become part of the projection."""
+    """Folds the norm's scale and the learned scales into the projection."""
     if connection.plain:
         return
     alpha = tensors["dynamic_alpha_fn"][0].double()

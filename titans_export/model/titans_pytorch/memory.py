@@ -1,7 +1,7 @@
-"""NeuralMemory of titans-pytorch 0.5 as a layer of a stream: from vectors to keys, values, queries and gates.
+"""NeuralMemory of titans-pytorch 0.5 as a stream layer: computes keys, values, queries and gates from vectors.
 
-Gates are functions of the mean, or of an attention pool, over the chunk's normed keys' inputs; the last C - 1 of these
-rows are carried, so that the token that completes a chunk finds its whole chunk.
+The gates depend on the mean, or on an attention pool, of the normed key inputs over a chunk. The state holds the last C
+- 1 of these rows, so the token that completes a chunk sees the whole chunk.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def memory_spec(options: MemoryOptions) -> ChunkMemorySpec:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """nn.RMSNorm without an epsilon of its own: the smallest step of the type. weight: (D,)."""
+    """nn.RMSNorm with its default epsilon, that of the dtype. weight: (D,)."""
     return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * weight
 
 
@@ -69,7 +69,7 @@ def per_head(x: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over a head's width with a scale per head. x: (B, heads, T, D)."""
+    """RMSNorm over a head's width, with one scale per head. x: (B, heads, T, D)."""
 
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
@@ -77,13 +77,14 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[-1]
-        # A constant weight that is not 1: a product with 1 would be taken out, and the norm no longer be one node.
+        # The norm node takes a constant weight. It must not be 1, because the optimiser would remove a multiplication
+        # by 1 and the norm would no longer fuse into one node.
         y: Tensor = rms_norm(x, x.new_full((size,), size**-0.5)) * (self.weight * size**0.5)
         return y
 
 
 class NeuralMemoryLayer(nn.Module):
-    """The layer. Its views are (B, T, dim) each; one tensor may be given three times."""
+    """The layer. Its views are (B, T, dim) each; they may be the same tensor."""
 
     def __init__(self, options: MemoryOptions) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class NeuralMemoryLayer(nn.Module):
         self.q_norm = HeadNorm(heads, options.dim_head) if options.qk_rmsnorm else None
         self.k_norm = HeadNorm(heads, options.dim_head) if options.qk_rmsnorm else None
         self.post_norm = HeadNorm(heads, options.dim_head) if options.post_rmsnorm else None
-        # With several heads the query's projection has the retrieval gates behind the queries.
+        # With several heads, the query projection also yields the retrieval gates, after the queries.
         self.query = Linear(dim, inner + (heads if heads > 1 else 0))
         # Keys, then step sizes, then the logits of the pool.
         self.key_sizes = [inner * u, heads * u, dim if options.attn_pool_chunks else 0]
@@ -111,7 +112,7 @@ class NeuralMemoryLayer(nn.Module):
         self.gates = Linear(dim, heads * sum(self.gate_sizes.values()), bias=True)
         self.out = Linear(inner, dim) if heads > 1 else None
         self.transition = nn.Parameter(torch.zeros(())) if options.gated_transition else None
-        # Each with heads in front, or 1 where heads share what they begin with.
+        # Shape (heads, ...), or (1, ...) if the heads share their initial weights.
         self.initial = nn.ParameterList(torch.zeros(heads, *shape) for shape in self.spec.network.shapes.values())
 
     def _terms(self) -> int:
@@ -132,7 +133,7 @@ class NeuralMemoryLayer(nn.Module):
         return ["pool", "pool_logits"] if self.options.attn_pool_chunks else ["pool"]
 
     def state_info(self) -> dict[str, StateInfo]:
-        # Only a node is known to leave everything else as it is.
+        # Only the operator's node guarantees that it changes nothing else in the state.
         chunk, operator = (self.spec.chunk_size, "ChunkNeuralMemory") if self.spec.fused else (None, None)
         layout = chunk_layout(self.spec).fields
         facts = {"memory": StateInfo("memory", layout, chunk=chunk, operator=operator)}
@@ -141,14 +142,16 @@ class NeuralMemoryLayer(nn.Module):
         return facts
 
     def _heads(self, x: Tensor, length: int, per_token: int) -> Tensor:
-        """(B T, heads per_token D), or (B, T, the same), to (B, heads, T per_token, D), head-major. length: T."""
+        """(B T, heads per_token D), or (B, T, heads per_token D), to (B, heads, T per_token, D), head-major. length:
+        T.
+        """
         heads, width = self.options.heads, self.options.dim_head
         if length > 1 and heads > 1:
             x = x.reshape(-1, length, heads, per_token, width).transpose(1, 2)
         return x.reshape(-1, heads, length * per_token, width)
 
     def _pool(self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool) -> tuple[Tensor, StreamState]:
-        """What the gates are computed from, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
+        """The input of the gates, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
         size, length = self.spec.chunk_size, x.shape[1]
         if size == 1:
             return x, {}
@@ -168,7 +171,7 @@ class NeuralMemoryLayer(nn.Module):
         return (windows["pool_logits"].softmax(2) * windows["pool"]).sum(2), following
 
     def _chunk_gates(self, pooled: Tensor, aligned: bool) -> dict[str, Tensor]:
-        """(B, heads, T, ...) of each gate, a chunk's values at all of its tokens."""
+        """Each gate, (B, heads, T, ...), with a chunk's values repeated for all of its tokens."""
         options = self.options
         batch, count, _ = pooled.shape
         raw = self.gates(flat(pooled))
@@ -201,10 +204,10 @@ class NeuralMemoryLayer(nn.Module):
         previous: Tensor | None = None,
     ) -> tuple[Tensor, StreamState, ChunkUpdate]:
         """views: the inputs of queries, keys and values, (B, T, dim) each. position: (B,) int64, of the first row.
+        aligned: the call starts at a chunk's start and holds whole chunks.
+        previous: (B, heads, N, |W|), the previous layer's weights before each chunk that the call may complete.
 
-        aligned: the call starts at a chunk's start and holds whole chunks. previous: (B, heads, N, |W|), the previous
-        layer's weights before each chunk that the call may complete. Returns (B, T, dim), the next state, and what the
-        memory gave.
+        Returns (B, T, dim), the next state, and the memory's update.
         """
         options = self.options
         heads, u, inner = options.heads, options.num_kv_per_token, options.dim_head * options.heads

@@ -1,7 +1,8 @@
-"""What decides the mathematics of a titans-pytorch model: the constructor arguments of version 0.5, by their names.
+"""The options that determine the mathematics of a titans-pytorch model, named as the constructor arguments of version
+0.5.
 
 Arguments that only choose initial values or an implementation (init_*_bias, use_accelerated_scan, use_flex_attn) are
-not here. Nothing here has a default: the importer (checkpoints/titans_pytorch) knows those of the library.
+left out. No option has a default here; the importer (checkpoints/titans_pytorch) supplies the library's defaults.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Literal
 class NetworkOptions:
     """The memory network. kind: MemoryMLP, GatedResidualMemoryMLP, FactorizedMemoryMLP or MemorySwiGluMLP.
 
-    hidden: inner width, of MLPs that have one (int(dim_head * expansion_factor), SwiGLU: int(dim_head *
-    expansion_factor * 2 / 3)); of the factorised one its rank k.
+    hidden: inner width of the MLPs (int(dim_head * expansion_factor), SwiGLU: int(dim_head * expansion_factor * 2 /
+    3)), or the rank k of the factorised network.
     """
 
     kind: Literal["mlp", "gated-residual", "factorized", "swiglu"]
@@ -25,7 +26,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """NeuralMemory's arguments. dim_head is never None here, chunk_size is one number, batch_size None means never."""
+    """NeuralMemory's arguments. dim_head is never None, chunk_size is one number, and batch_size None means never."""
 
     dim: int
     chunk_size: int
@@ -60,9 +61,9 @@ class MemoryOptions:
 class TransformerOptions:
     """MemoryAsContextTransformer's arguments.
 
-    memory: those of each memory layer as the transformer makes them: accept_weight_residual is that of all but the
-    first. neural_memory_layers counts from 1. The memory's chunk_size is neural_memory_segment_len, its
-    batch_size neural_memory_batch_size.
+    memory: the arguments that the transformer gives each memory layer. accept_weight_residual applies to all memory
+    layers but the first. chunk_size is neural_memory_segment_len, batch_size is neural_memory_batch_size.
+    neural_memory_layers: layer numbers, counted from 1.
     """
 
     num_tokens: int
@@ -83,5 +84,5 @@ class TransformerOptions:
     memory: MemoryOptions
 
     def memory_of(self, first: bool) -> MemoryOptions:
-        """The arguments of one memory layer: only those after the first have the previous layer's weights."""
+        """The arguments of one memory layer. Only layers after the first receive the previous layer's weights."""
         return replace(self.memory, accept_weight_residual=self.neural_mem_weight_residual and not first)

@@ -1,7 +1,7 @@
-"""Where rows stand in a stream of tokens with longterm rows between them, and what follows from it.
+"""Row positions in a stream of tokens interleaved with longterm rows, and the embeddings that depend on them.
 
-After every `segment` tokens come `longterm` learned rows. Here they are consumed together with the segment's last
-token: no logits depend on that, and every call of a graph then covers the same rows.
+`longterm` learned rows follow every `segment` tokens. Here they are consumed together with the segment's last token. No
+logits depend on that choice, and it makes every call of a graph cover the same rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Angle = tuple[Tensor, Tensor]
 
 
 def quotient(x: Tensor, divisor: int) -> Tensor:
-    """x // divisor of x >= 0, int64. torch.div would be exported as a division of float32, which is wrong from 2^24 on;
-    floor_divide as nine nodes.
+    """x // divisor for x >= 0, int64. torch.div exports as a float32 division, which is wrong from 2^24 on;
+    floor_divide exports as nine nodes.
     """
     if not torch.compiler.is_exporting():
         return torch.div(x, divisor, rounding_mode="floor")
@@ -28,12 +28,12 @@ def quotient(x: Tensor, divisor: int) -> Tensor:
 
 
 def first_row(position: Tensor, segment: int, longterm: int) -> Tensor:
-    """The row of the token at `position`, (B,) int64, both counted from 0."""
+    """The row of the token at `position`, (B,) int64; both count from 0."""
     return position if not longterm else position + longterm * quotient(position, segment)
 
 
 class AxialPositions(nn.Module):
-    """The library's continuous axial embedding: an MLP of row // size plus another of row % size, here a table."""
+    """The library's continuous axial embedding, stored as a table: MLP(row // size) + MLP(row % size)."""
 
     table: Tensor
 
@@ -46,13 +46,15 @@ class AxialPositions(nn.Module):
         self.register_buffer("table", torch.zeros(size, dim))
 
     def _outer(self, index: Tensor) -> Tensor:
-        """index: (B, n) int64, to (B, n, dim)."""
+        """Embeds index (B, n) int64 to (B, n, dim)."""
         x = index.unsqueeze(-1).to(self.table.dtype)
         y: Tensor = self.last(F.silu(self.middle(F.silu(self.first(x)))))
         return y
 
     def forward(self, first: Tensor, count: int, aligned: bool) -> Tensor:
-        """Of `count` rows from `first`, (B,) int64. aligned: first and count are multiples of size. (B, count, dim)."""
+        """Embeddings of `count` rows from `first`, (B,) int64: (B, count, dim). aligned: first and count are multiples
+        of size.
+        """
         if aligned and count % self.size == 0:
             blocks = torch.arange(count // self.size, device=first.device)
             outer = self._outer(quotient(first, self.size).unsqueeze(-1) + blocks)
@@ -64,8 +66,9 @@ class AxialPositions(nn.Module):
 
 
 class PairRotary(nn.Module):
-    """Rotary positions of neighbouring pairs (x_0, x_1), (x_2, x_3), ...; phases are whole multiples of 2^-32 turns,
-    so that the angle at row 2,000,000,000 is as exact as at row 0.
+    """Rotary positions of neighbouring pairs (x_0, x_1), (x_2, x_3), ....
+
+    Phases are integer multiples of 2^-32 turns, so the angle at row 2,000,000,000 is as exact as at row 0.
     """
 
     increments: Tensor
@@ -74,12 +77,12 @@ class PairRotary(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.register_buffer("increments", torch.zeros(head_dim // 2, dtype=torch.int64), persistent=False)
-        # x Q turns each pair by a quarter: as a product, exact and one node.
+        # x Q rotates each pair by 90 degrees: exact, and a single node.
         turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
         self.register_buffer("quarter", torch.block_diag(*[turn] * (head_dim // 2)), persistent=False)
 
     def set_frequencies(self, frequencies: Tensor) -> None:
-        """Radians per row, (head_dim / 2,)."""
+        """frequencies: (head_dim / 2,), radians per row."""
         turns = frequencies.double() / (2 * math.pi) * 2**PHASE_BITS
         self.increments.copy_(turns.round().to(torch.int64))
 

@@ -20,12 +20,12 @@ from .memory import NeuralMemoryLayer, rms_norm
 from .options import TransformerOptions
 from .positions import AxialPositions, PairRotary, first_row, quotient
 
-MOST_ROWS = 1024  # of one call: beyond it a graph would gain nothing
-LONGEST_PERIOD = 1 << 16  # of places to start, all of which the manifest lists
+MOST_ROWS = 1024  # per call; larger graphs are no faster
+LONGEST_PERIOD = 1 << 16  # of start offsets, all of which the manifest lists
 
 
 class Residuals:
-    """The residual streams on their way: mixed (B, T, S, dim), and the last branch's output, not yet added."""
+    """The residual streams between layers: mixed (B, T, S, dim), and the last branch's output, not yet added."""
 
     def __init__(self, streams: Tensor, branch: Tensor | None = None, weight: Tensor | None = None) -> None:
         self.streams, self.branch, self.weight = streams, branch, weight
@@ -40,8 +40,8 @@ class Residuals:
 
 
 class Connection(nn.Module):
-    """A hyper-connection around one branch; with one stream a plain residual connection. adds: whether the branch's
-    output goes back to the streams.
+    """A hyper-connection around one branch, or a plain residual connection for one stream. adds: whether the branch's
+    output is added to the streams.
     """
 
     def __init__(self, dim: int, streams: int, adds: bool = True) -> None:
@@ -52,7 +52,7 @@ class Connection(nn.Module):
             self.bias = nn.Parameter(torch.zeros(streams, streams + 1 + adds))
 
     def forward(self, x: Residuals) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The branch's input (B, T, dim), the mixed streams, and how the branch's output is weighted in each."""
+        """The branch's input (B, T, dim), the mixed streams, and the weights of the branch's output in each stream."""
         if self.plain:
             added = x.streams if x.branch is None else x.streams + x.branch.unsqueeze(2)
             return added.squeeze(2), added, None
@@ -74,7 +74,9 @@ class FeedForward(nn.Module):
 
 
 class ViewSelector(nn.Module):
-    """Queries', keys' and values' inputs as mixtures of what earlier layers took and gave, weighted token by token."""
+    """Mixes the inputs and outputs of earlier layers into the inputs of queries, keys and values, weighted per
+    token.
+    """
 
     def __init__(self, dim: int, choices: int) -> None:
         super().__init__()
@@ -82,17 +84,17 @@ class ViewSelector(nn.Module):
         self.select = Linear(dim, 3 * choices, bias=True)
 
     def forward(self, x: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, T, dim), the first choice; earlier: the others."""
+        """x: (B, T, dim), the first choice; earlier: the other choices, (B, T, dim) each."""
         batch, length, dim = x.shape
         weights = self.select(flat(rms_norm(x, self.norm))).reshape(batch, length, 3, -1).softmax(-1)
-        # Side by side, and taken apart along the last dimension: stacking would be a node for each choice and view.
+        # Concatenation and a reshape, because stacking would cost one node per choice and view.
         choices = torch.cat([x, *earlier], -1).reshape(batch, length, -1, dim)
         q, k, v = (weights @ choices).reshape(batch, length, 3 * dim).chunk(3, -1)
         return q, k, v
 
 
 class Layer(nn.Module):
-    """Memory (some layers), attention, feed-forward, each within its connection. index counts from 1."""
+    """Memory (in some layers), attention and feed-forward, each in its own connection. index counts from 1."""
 
     def __init__(self, options: TransformerOptions, index: int, memory: NeuralMemoryLayer | None, rule: WindowRule):
         super().__init__()
@@ -117,19 +119,21 @@ class Layer(nn.Module):
 
 
 class _Shared:
-    """What layers hand on within a call."""
+    """Values that layers pass on within a call."""
 
     def __init__(self, call: Call, first: Tensor, count: int, aligned: bool, window: Window) -> None:
         self.call, self.first, self.count, self.aligned, self.window = call, first, count, aligned, window
         self.earlier: list[Tensor] = []  # inputs and outputs of attention and feed-forward
-        self.values: Tensor | None = None  # of the first layer
+        self.values: Tensor | None = None  # those of the first layer
         self.previous: tuple[ChunkMemorySpec, ChunkUpdate] | None = None
 
 
 class MemoryAsContext(StreamModel):
-    """The transformer. decoded_from: None computes what training saw, at every position; a number is the length of the
-    prompt, in tokens, after which everything is computed as the library's cached decoding does, its deviations (of
-    persistent keys, of the second chunk's weight residual, of segmented caches) included.
+    """The transformer.
+
+    decoded_from: None computes the training forward at every position. A number is the prompt's length in tokens. After
+    the prompt, results then match the library's cached decoding, including its deviations (persistent keys, the second
+    chunk's weight residual, segmented caches).
     """
 
     variant = "titans-pytorch-mac"
@@ -167,7 +171,7 @@ class MemoryAsContext(StreamModel):
         self.head = Linear(dim, options.num_tokens)
 
     def _rows_of(self, tokens: int) -> int:
-        """Rows that a prompt of so many tokens takes in the library: no longterm rows after its last token."""
+        """Rows that the library uses for a prompt of this many tokens. No longterm rows follow the last token."""
         return tokens + (tokens - 1) // self.options.segment_len * self.options.num_longterm_mem_tokens
 
     def config_json(self) -> dict[str, Any]:
@@ -175,8 +179,9 @@ class MemoryAsContext(StreamModel):
         return {"class": "MemoryAsContextTransformer", **asdict(self.options), **extra}
 
     def graphs(self, chunks_per_call: int) -> list[Graph]:
-        """By blocks of whole segments whose rows are whole chunks, or by parts of a segment where those are too long;
-        and a token at a time, the last of a segment in a graph of its own where longterm rows follow it.
+        """Returns a block graph and decode graphs. A block holds whole segments whose rows are whole chunks, or a part
+        of a segment if such blocks are too long. The last token of a segment has its own decode graph if longterm rows
+        follow it.
         """
         segment, longterm = self.options.segment_len, self.options.num_longterm_mem_tokens
         block = math.lcm(self.row_segment, self.options.memory.chunk_size) // self.row_segment
@@ -195,13 +200,15 @@ class MemoryAsContext(StreamModel):
         return graphs
 
     def _part(self, period: int) -> Graph | None:
-        """Whole chunks within a segment, for segments too long to be one call; period: after which places repeat."""
+        """Graph of whole chunks within a segment, for segments too long for one call. period: tokens after which the
+        offsets repeat.
+        """
         segment, longterm, chunk = (
             self.options.segment_len,
             self.options.num_longterm_mem_tokens,
             self.options.memory.chunk_size,
         )
-        inside = segment - bool(longterm)  # the last token has longterm rows behind it
+        inside = segment - bool(longterm)  # longterm rows follow the last token
         tokens = min(inside, MOST_ROWS // 4) // chunk * chunk
         if tokens < 2 or period > LONGEST_PERIOD:
             return None
@@ -234,7 +241,7 @@ class MemoryAsContext(StreamModel):
         return {name: replace(value, rows=rows) if name in counts else value for name, value in facts.items()}
 
     def _embed(self, tokens: Tensor, call: Call) -> Tensor:
-        """(B, T) to rows (B, R, dim), the longterm rows in their places."""
+        """Embeds tokens (B, T) into rows (B, R, dim), with the longterm rows in place."""
         segment, longterm = self.options.segment_len, self.options.num_longterm_mem_tokens
         x = F.embedding(tokens, self.embedding)
         batch, length, dim = x.shape
@@ -248,7 +255,7 @@ class MemoryAsContext(StreamModel):
         return torch.cat([x, mems], 2).reshape(batch, -1, dim)
 
     def _token_rows(self, x: Tensor, length: int) -> Tensor:
-        """The rows of tokens, (B, length, dim)."""
+        """Selects the token rows: (B, length, dim)."""
         if x.shape[1] == length:
             return x
         if length == 1:
@@ -260,7 +267,7 @@ class MemoryAsContext(StreamModel):
     def _memory(
         self, layer: Layer, x: Residuals, state: StreamState, shared: _Shared
     ) -> tuple[Residuals, Tensor | None, StreamState]:
-        """The memory's part of a layer: the streams after it, the gate of attention's output, the next state."""
+        """The memory branch of a layer: the streams after it, the gate of attention's output, and the next state."""
         memory, connection = layer.memory, layer.memory_connection
         assert memory is not None and connection is not None
         given, mixed, weight = connection(x)
@@ -277,8 +284,8 @@ class MemoryAsContext(StreamModel):
         return Residuals(mixed, retrieved, weight), None, state
 
     def _previous(self, spec: ChunkMemorySpec, update: ChunkUpdate, own: ChunkMemorySpec, shared: _Shared) -> Tensor:
-        """The previous memory layer's weights before each chunk. The library's decoding takes those after it for the
-        second chunk of a stream.
+        """The previous memory layer's weights before each chunk. The library's decoding uses the weights after it for
+        the second chunk of a stream.
         """
         if self.decoded_row is None or self.decoded_row >= 2 * own.chunk_size:
             return update.initial_weights

@@ -16,7 +16,7 @@ PREFIX = "memory."
 
 
 class VectorMemory(StreamModel):
-    """Takes (T, dim), or (T, 3 dim) with the views of queries, keys and values side by side, and gives (T, dim)."""
+    """Takes (T, dim), or (T, 3 dim) with the views of queries, keys and values side by side. Returns (T, dim)."""
 
     variant = "neural-memory"
 

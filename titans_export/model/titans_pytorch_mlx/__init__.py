@@ -1,1 +1,1 @@
-"""Models of Aedelon's titans-pytorch-mlx (its PyTorch side) as streams: docs/titans-pytorch-mlx.md."""
+"""Models of Aedelon's titans-pytorch-mlx (its PyTorch part) as streams: docs/titans-pytorch-mlx.md."""

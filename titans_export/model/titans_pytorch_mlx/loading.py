@@ -1,4 +1,4 @@
-"""The library's tensors: their names and shapes, and the way into our parameters."""
+"""The library's tensors: names, shapes, and loading into our parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _block_shapes(options: ModelOptions) -> Shapes:
 
 
 def library_shapes(options: ModelOptions) -> Shapes:
-    """Every tensor of the library's state dict; its head.weight is its embed.weight."""
+    """Shapes of all tensors of the library's state dict. Its head.weight is its embed.weight."""
     shapes: Shapes = {"embed.weight": (options.vocab_size, options.dim), "norm.weight": (options.dim,)}
     block = _block_shapes(options)
     for i in range(options.layers):
@@ -53,12 +53,12 @@ def library_shapes(options: ModelOptions) -> Shapes:
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with the prefix, without it."""
+    """The tensors whose names begin with the prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _set(linear: Linear, *weights: Tensor) -> None:
-    """weights: (out, in) each, as nn.Linear has them, their outputs side by side."""
+    """Sets a Linear from weights (out, in), as in nn.Linear, with their outputs side by side."""
     linear.weight.copy_(torch.cat(weights).t())
 
 
@@ -99,7 +99,7 @@ def _load_block(block: Block, tensors: Tensors) -> None:
 
 @torch.no_grad()
 def load_tensors(model: SegmentModel, tensors: Tensors) -> None:
-    """tensors: those of `library_shapes`."""
+    """tensors: those that `library_shapes` lists."""
     model.embedding.copy_(tensors["embed.weight"])
     _set(model.head, tensors["embed.weight"])
     model.norm.weight.copy_(tensors["norm.weight"])

@@ -1,4 +1,4 @@
-"""The memory layer: read with the weights of the segment's start, updated once, when the segment's last token has come.
+"""The memory layer: reads use the weights of the segment's start; the segment's last token triggers one update.
 
 With the layer's input u_t, keys k, values v and queries q of a segment of C tokens:
 
@@ -8,7 +8,7 @@ With the layer's input u_t, keys k, values v and queries q of a segment of C tok
     S = eta S - theta G
     W = (1 - alpha) W + S
 
-Nothing but W and S outlives a segment: the convolutions begin with zeros in each.
+Only W and S persist across segments; the convolutions start from zeros in each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Weights = list[Tensor]
 
 
 def unit(x: Tensor) -> Tensor:
-    """l2 normalisation of the last dimension, as F.normalize: x / max(|x|, floor)."""
+    """l2 normalisation of the last dimension, as in F.normalize: x / max(|x|, floor)."""
     return x / (x * x).sum(-1, keepdim=True).sqrt().clamp(min=UNIT_FLOOR)
 
 
@@ -58,7 +58,7 @@ def read(activation: str, weights: Weights, x: Tensor) -> Tensor:
 
 
 def gradients(activation: str, weights: Weights, k: Tensor, v: Tensor) -> Weights:
-    """Of mean((M_W(k) - v)^2) over tokens and width, stream by stream, by the analytic backward pass."""
+    """Gradients of mean((M_W(k) - v)^2) over tokens and width, per stream, by the analytic backward pass."""
     rows, pre = [k], []
     for i, w in enumerate(weights):
         z = rows[-1] @ w
@@ -76,8 +76,8 @@ def gradients(activation: str, weights: Weights, k: Tensor, v: Tensor) -> Weight
 class SegmentMemory(nn.Module):
     """The layer, over a stream of (B, T, dim).
 
-    State: "memory", packed rows (B, R) of W and S; and of the open segment "sum", its inputs' sum, "pairs", its keys
-    and values side by side, and "conv", the convolutions' last inputs.
+    State: "memory", packed rows (B, R) of W and S. State of the open segment: "sum", the sum of its inputs; "pairs",
+    its keys and values side by side; "conv", the convolutions' last inputs.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -130,7 +130,9 @@ class SegmentMemory(nn.Module):
         return [fields[f"W{i}"] for i in depth], [fields[f"S{i}"] for i in depth]
 
     def _project(self, u: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u: (B, T, dim). Queries (B, T, dim), keys and values (B, T, 2 dim), and the convolutions' next past."""
+        """u: (B, T, dim). Returns queries (B, T, dim), keys and values (B, T, 2 dim), and the next past of the
+        convolutions.
+        """
         x = self.qkv(u)
         if self.conv is not None and self.conv_bias is not None:
             x, past = self.conv(x, self.conv.initial_state(u.shape[0]) if past is None else past)
@@ -139,8 +141,8 @@ class SegmentMemory(nn.Module):
         return unit(q), torch.cat([unit(k), v], -1), past
 
     def _update(self, w: Weights, s: Weights, pairs: Tensor, raw: Tensor) -> tuple[Weights, Weights]:
-        """W and S after a segment with these pairs (B, C, 2 dim), whose mean input the gates' layer takes to `raw`
-        (B, 3 dim).
+        """W and S after a segment with these pairs, (B, C, 2 dim). raw: (B, 3 dim), the gates' layer at the segment's
+        mean input.
         """
         gates = torch.sigmoid(raw).reshape(-1, 3, self.options.dim).mean(-1)
         alpha, theta, eta = gates[:, :, None, None].unbind(1)
@@ -150,7 +152,7 @@ class SegmentMemory(nn.Module):
         return [(1 - alpha) * w_i + s_i for w_i, s_i in zip(w, s, strict=True)], s
 
     def segments(self, u: Tensor, state: StreamState, learn: Tensor | None) -> tuple[Tensor, StreamState]:
-        """Whole segments, T = n C, from a segment's start."""
+        """Processes whole segments, T = n C, from a segment's start."""
         batch, _, dim = u.shape
         size = self.options.segment
         u = u.reshape(-1, size, dim)
@@ -173,10 +175,10 @@ class SegmentMemory(nn.Module):
         return y, following
 
     def part(self, u: Tensor, state: StreamState, place: Tensor, learn: Tensor | None) -> tuple[Tensor, StreamState]:
-        """T tokens of one segment. place: (B,) int64, of the first within it.
+        """Processes T tokens of one segment. place: (B,) int64, of the first token within the segment.
 
-        A token that does not learn leaves a pair of zeros, whose gradient is 0, as M(0) = 0 without biases. Whether the
-        segment updates the memory its last token says.
+        A frozen token stores a pair of zeros. Its gradient is 0, because M(0) = 0 without biases. The last token's
+        `learn` decides whether the segment updates the memory.
         """
         length, size = u.shape[1], self.options.segment
         begins = (place == 0).unsqueeze(-1)
@@ -193,7 +195,7 @@ class SegmentMemory(nn.Module):
         pairs = state["pairs"].scatter(1, index.expand_as(new), new)
         y = read(self.options.activation, self._unpack(state["memory"])[0], q)
 
-        # Parameters that a branch needs are its operands: tracing does not lift what it captures.
+        # Parameters are passed as operands, because tracing does not lift captured tensors of a branch.
         def update(
             rows: Tensor, pairs: Tensor, mean: Tensor, ends: Tensor, weight: Tensor, bias: Tensor
         ) -> tuple[Tensor]:
@@ -213,5 +215,5 @@ class SegmentMemory(nn.Module):
 
 
 def _where(condition: Tensor, yes: Weights, no: Weights) -> Weights:
-    """Per stream. condition: (B,) bool."""
+    """Selects by stream. condition: (B,) bool."""
     return [torch.where(condition[:, None, None], a, b) for a, b in zip(yes, no, strict=True)]

@@ -1,4 +1,4 @@
-"""Language models of titans-pytorch-mlx as streams: every segment as one call of the library's forward treats it."""
+"""Language models of titans-pytorch-mlx as streams. Each segment equals one call of the library's forward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from .attention import SegmentWindowAttention
 from .memory import SegmentMemory
 from .options import ModelOptions
 
-PART = 64  # tokens of the graph for parts of a segment, at most
+PART = 64  # most tokens of the graph for parts of a segment
 
 
 class Block(nn.Module):
-    """lmm: x + M(x), then x + FFN(x). mal: x + M(x), x + attention(x), x + FFN(x). mag: y = x + attention(x), then
-    o = y M(x), then o + FFN(o). Each reads its input normed.
+    """Each step reads its input normed:
+
+        lmm: x + M(x), then x + FFN(x)
+        mal: x + M(x), then x + attention(x), then x + FFN(x)
+        mag: y = x + attention(x), then o = y M(x), then o + FFN(o)
+
+    The variants differ in the order of memory and attention.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -34,7 +39,7 @@ class Block(nn.Module):
                 dim, options.heads, options.segment, options.window, options.persistent, options.rotary
             )
         self.norm_memory = RMSNorm(dim)
-        # Attention and memory of mag read the same.
+        # In mag, attention and memory share one normed input.
         self.norm_attention = RMSNorm(dim) if options.variant == "mal" else None
         self.norm_ff, self.ff = RMSNorm(dim), FeedForward(dim, options.hidden)
 

@@ -1,4 +1,4 @@
-"""What decides the mathematics of a titans-pytorch-mlx model. Nothing here has a default: the importer knows those."""
+"""The options that determine the mathematics of a titans-pytorch-mlx model. The importer supplies all defaults."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ VARIANTS: tuple[Variant, ...] = ("lmm", "mag", "mal")
 class ModelOptions:
     """A whole model.
 
-    segment: tokens of one call of the library's forward: they share a context and one update of the memory. hidden:
-    inner width of the feed-forward network. memory_widths: of the memory network, from input to output. conv: width of
-    the causal convolutions on q, k and v, 0 for none. step_limit, momentum_limit: what the gates are multiplied with.
-    heads, window, persistent, rotary: of the attention; lmm has none and ignores them.
+    segment: tokens per call of the library's forward. They share a context and one memory update.
+    hidden: inner width of the feed-forward network.
+    memory_widths: widths of the memory network, from input to output.
+    conv: width of the causal convolutions on q, k and v, 0 for none.
+    step_limit, momentum_limit: factors of the gates.
+    heads, window, persistent, rotary: of the attention; lmm has no attention and ignores them.
     """
 
     variant: Variant
