@@ -17,14 +17,14 @@ namespace titans::core {
 namespace {
 
 constexpr int kAttempts = 100;
-// write and read take no more at once on Linux.
+// Linux limits read and write to slightly less than 2 GiB per call.
 constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;
 
 std::string name_of(const std::filesystem::path& path) { return path.filename().string(); }
 
 std::string reason(int error) { return std::generic_category().message(error); }
 
-// Calls again what a signal has interrupted.
+// Retries a call interrupted by a signal.
 template <typename Call>
 auto uninterrupted(Call&& call) {
   auto result = call();
@@ -46,18 +46,18 @@ std::string_view fix_for(int error) {
   }
 }
 
-// Waits for whoever is writing this file. Where the file system has no locks nobody is waited for.
+// Waits for another writer of this file. Without file locks there is no waiting.
 void lock(int descriptor) {
   (void)uninterrupted([&] { return ::flock(descriptor, LOCK_EX); });
 }
 
-// Whether the descriptor's file still has a name: whoever found it unlocked has taken it for a killed writer's.
+// True if the descriptor's file still has a name. Another writer may have removed it as abandoned before it was locked.
 bool has_name(int descriptor) {
   struct stat status{};
   return ::fstat(descriptor, &status) == 0 && status.st_nlink > 0;
 }
 
-// Removes the file that `aside` names once its writer is done or dead, unless that has renamed it meanwhile.
+// Removes the file `aside` after its writer has finished or died, unless it was renamed meanwhile.
 void remove_abandoned(const std::filesystem::path& aside) {
   const int descriptor = ::open(aside.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
   struct stat held{};
@@ -130,13 +130,13 @@ void FileAside::commit() {
   if (sync && uninterrupted([&] { return ::fsync(descriptor_); }) != 0) fail("cannot flush the file to disk", errno);
   if (::rename(aside_.c_str(), path_.c_str()) != 0)
     fail(text("cannot rename ", name_of(aside_), " to ", name_of(path_)), errno);
-  // Closed after it has its name, so that the lock lasts as long as the name NAME.tmp.
+  // Closed after the rename, so the lock lasts as long as the name NAME.tmp.
   const int closed = ::close(std::exchange(descriptor_, -1));
   if (closed != 0 && errno != EINTR) fail_in_place("cannot close the file", errno);
   if (!sync) return;
   const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  // A folder that may be written but not read cannot be synchronised, nor on some file systems any.
+  // A folder without read permission cannot be synchronised; some file systems support no folder sync.
   if (descriptor < 0) return;
   const int synced = uninterrupted([&] { return ::fsync(descriptor); });
   const int error = errno;
@@ -158,7 +158,7 @@ Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
     throw Error(TITANS_FAILED, "E1001", name_of(path), text("cannot read ", path.string(), ": ", why),
                 "check the path");
   };
-  // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
+  // Without O_NONBLOCK a named pipe would block here forever.
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) fail(reason(errno));
   struct stat status{};
@@ -176,7 +176,7 @@ Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most) {
     const ssize_t got = uninterrupted(
         [&] { return ::read(file.get(), content.data() + done, std::min(content.size() - done, kMostAtOnce)); });
     if (got < 0) fail(reason(errno));
-    if (got == 0) break;  // it has been cut meanwhile, and what is missing will be missed
+    if (got == 0) break;  // truncated meanwhile; the caller's checks detect it
     done += static_cast<std::size_t>(got);
   }
   content.resize(done);

@@ -1,4 +1,4 @@
-// Files that are there whole or not at all, whenever the process or the machine stops.
+// Files that are replaced atomically, also if the process or machine stops.
 #pragma once
 
 #include <cstddef>
@@ -11,12 +11,12 @@
 
 namespace titans::core {
 
-// Whether a file must outlast a loss of power, which costs waiting for the disk, or only the process.
+// Whether a file must survive power loss, which requires waiting for the disk, or only process exit.
 enum class Durability : std::uint8_t { kPower, kProcess };
 
-// A file being written beside `path` as NAME.tmp, which takes its place when all is written. Without commit() the old
-// file stays as it is and the new one goes. Writers of one path wait for each other. What a killed one has left is
-// removed by the next. The file is the owner's alone (mode 0600).
+// Writes NAME.tmp beside `path` and renames it into place atomically in commit(). Without commit() the old file stays
+// and the new one is removed. Writers of one path wait for each other. A writer removes what a killed one left. The
+// file mode is 0600.
 class FileAside {
  public:
   FileAside(std::filesystem::path path, Durability durability);
@@ -38,7 +38,7 @@ class FileAside {
   int descriptor_ = -1;
 };
 
-// What a regular file of at most `most` bytes holds.
+// The content of a regular file of at most `most` bytes.
 Bytes read_whole_file(const std::filesystem::path& path, std::uint64_t most);
 
 }  // namespace titans::core

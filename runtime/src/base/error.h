@@ -22,7 +22,7 @@ std::string text(const Parts&... parts) {
   return stream.str();
 }
 
-// Folds every run of white space and control characters into one space: error texts are one line.
+// Collapses each run of white space and control characters into one space: error texts are one line.
 inline std::string one_line(std::string_view raw) {
   std::string line;
   for (const char character : raw) {

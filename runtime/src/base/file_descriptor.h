@@ -9,7 +9,7 @@ namespace titans::core {
 
 class FileDescriptor {
  public:
-  // Negative: none, as open() says where it fails.
+  // Negative values are allowed: open() returns them on failure.
   explicit FileDescriptor(int descriptor) : descriptor_(descriptor) {}
   ~FileDescriptor() {
     if (descriptor_ >= 0) ::close(descriptor_);

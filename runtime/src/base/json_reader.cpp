@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::string_view kFix = "export the bundle again";
 constexpr std::size_t kLongestQuote = 60;
-// JSON is read and written recursively, so a file must not choose the depth.
+// JSON is processed recursively, so the depth is limited.
 constexpr std::size_t kDeepest = 64;
 
 // Invalid UTF-8 must not prevent an error text.
@@ -19,8 +19,8 @@ std::string quote(const nlohmann::json& value) {
   return out;
 }
 
-// What a document is refused for before it takes memory. (The library's own callbacks while it parses take time that
-// grows with the square of an object's members.)
+// Validates a document before memory is allocated for it. The parser callbacks of the library take quadratic time in an
+// object's members.
 class Check : public nlohmann::json_sax<nlohmann::json> {
  public:
   explicit Check(std::string_view document) : document_(document) {}
@@ -37,7 +37,7 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
   bool end_object() override { return go_up(); }
   bool end_array() override { return go_up(); }
   bool key(string_t& value) override {
-    // Which of the two counts, readers do not agree on.
+    // Readers disagree about which duplicate key is used.
     if (keys_.back().insert(value).second) return true;
     throw Error(TITANS_FAILED, "E0205", document_, text("key ", quote(value), " twice in one object"), kFix);
   }
@@ -59,7 +59,7 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
   }
 
   std::string_view document_;
-  std::vector<std::unordered_set<std::string>> keys_;  // of the objects and arrays that are open
+  std::vector<std::unordered_set<std::string>> keys_;  // one set per open object or array
 };
 
 }  // namespace
@@ -113,7 +113,7 @@ std::vector<std::pair<std::string, JsonReader>> JsonReader::members() const {
 std::string JsonReader::string() const {
   if (!value_->is_string()) fail("a string");
   std::string out = value_->get<std::string>();
-  // A NUL would cut the name short for every C interface behind us.
+  // A NUL would truncate the name in C interfaces.
   if (out.find('\0') != std::string::npos) fail("a string without NUL");
   return out;
 }

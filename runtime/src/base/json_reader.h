@@ -30,7 +30,7 @@ class JsonReader {
   std::vector<std::pair<std::string, JsonReader>> members() const;  // of an object
 
   std::string string() const;
-  std::string file_name() const;  // a plain name: it cannot lead out of the bundle
+  std::string file_name() const;  // a plain name, which cannot leave the bundle
   std::int64_t integer(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max()) const;
   Shape shape(std::int64_t least_extent) const;
   const nlohmann::json& raw() const { return *value_; }

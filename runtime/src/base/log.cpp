@@ -10,7 +10,7 @@ namespace titans::core {
 namespace {
 
 std::atomic<std::int32_t> wanted{0};
-std::mutex mutex;  // guards what follows, and is held while the function runs: once it is replaced it runs no more
+std::mutex mutex;  // guards the variables below; held while the function runs, so a replaced function is not running
 titans_log_function function_now = nullptr;
 void* user_now = nullptr;
 thread_local bool telling = false;
@@ -42,7 +42,7 @@ void log(std::int32_t level, std::string_view where, std::string_view message) n
     telling = true;
     function_now(user_now, level, line.c_str());
     telling = false;
-  } catch (...) {  // no memory for the text, or a C++ function that throws
+  } catch (...) {  // out of memory, or an exception from a C++ function
     telling = false;
   }
 }

@@ -1,4 +1,4 @@
-// What the library tells an application's log: rare events, never one for each token.
+// The application's log: rare events, never one per token.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace titans::core {
 
 void set_log(titans_log_function function, void* user, std::int32_t level);
 
-// Whether somebody wants messages of that level: asked before one is composed.
+// True if messages of that level are wanted; checked before one is composed.
 bool log_wanted(std::int32_t level) noexcept;
 
-// "[where] message" on one line, to the application. Throws nothing: what cannot be told is dropped, as is what an
-// application's function causes itself.
+// Sends "[where] message" on one line to the application. Never throws: messages that cannot be sent are dropped, and
+// so are messages caused by the application's own log function.
 void log(std::int32_t level, std::string_view where, std::string_view message) noexcept;
 
 }  // namespace titans::core

@@ -23,13 +23,13 @@ namespace {
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path) {
-  // Without O_NONBLOCK a named pipe in place of the file would block here for ever.
+  // Without O_NONBLOCK a named pipe would block here forever.
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
   if (file.get() < 0) fail(path, errno == ELOOP ? "a symbolic link" : std::generic_category().message(errno));
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail(path, std::generic_category().message(errno));
   if (!S_ISREG(status.st_mode)) fail(path, "not a regular file");
-  if (status.st_size == 0) return;  // mmap refuses an empty range
+  if (status.st_size == 0) return;  // mmap rejects an empty range
   size_ = static_cast<std::size_t>(status.st_size);
   void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
   if (address == MAP_FAILED) fail(path, std::generic_category().message(errno));

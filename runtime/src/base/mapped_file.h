@@ -10,7 +10,7 @@ namespace titans::core {
 
 class MappedFile {
  public:
-  // Refuses links and everything that is not a regular file.
+  // Rejects symbolic links and everything except regular files.
   explicit MappedFile(const std::filesystem::path& path);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;

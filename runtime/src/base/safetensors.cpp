@@ -83,7 +83,7 @@ Tensors read_safetensors(std::string_view content, std::string_view file_name) {
       fail(file_name, text("tensor ", name, ": expected the size of ", dtype_info(*dtype).name, " ", shape_text(shape),
                            ", got ", range.end - range.begin, " bytes"));
     }
-    // The content starts aligned, a mapping on a page, so alignment in the file is alignment in memory.
+    // The content is aligned (a mapping starts on a page), so file alignment equals memory alignment.
     if ((data_start + range.begin) % dtype_info(*dtype).bytes != 0) {
       fail(file_name, text("tensor ", name, " is not aligned to its elements: offset ", data_start + range.begin));
     }

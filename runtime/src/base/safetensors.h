@@ -1,4 +1,4 @@
-// Reads the header of a safetensors file without trusting a number in it.
+// Reads safetensors headers and checks every number in them.
 #pragma once
 
 #include <map>
@@ -12,14 +12,14 @@ namespace titans::core {
 
 using Tensors = std::map<std::string, TensorView, std::less<>>;
 
-// Views into `content`, which must outlive them and be aligned to every element. Tensors of types that the runtime does
-// not know are left out.
+// Views into `content`, which must outlive them and be aligned for every element type. Tensors of unknown dtypes are
+// skipped.
 Tensors read_safetensors(std::string_view content, std::string_view file_name);
 inline Tensors read_safetensors(const MappedFile& file, std::string_view file_name) {
   return read_safetensors(file.text(), file_name);
 }
 
-// The header of such a file, JSON text, by its checked length.
+// The JSON header of a safetensors file, after checking its length.
 std::string_view safetensors_header(std::string_view content, std::string_view file_name);
 
 }  // namespace titans::core

@@ -10,12 +10,12 @@ std::filesystem::path library_that_holds(const void* symbol) noexcept {
   Dl_info info{};
   if (::dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return {};
   try {
-    std::error_code unresolved;  // then it stays as the loader names it
+    std::error_code unresolved;  // the loader's path is used then
     const std::filesystem::path path(info.dli_fname);
     const std::filesystem::path resolved = std::filesystem::canonical(path, unresolved);
     return unresolved ? path : resolved;
   } catch (...) {
-    return {};  // no memory while the program starts: the loader's own search path is left
+    return {};  // out of memory at startup: the loader's search path remains
   }
 }
 

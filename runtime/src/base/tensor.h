@@ -1,4 +1,4 @@
-// Element types, shapes, and a view of a tensor that somebody else owns.
+// Element types, shapes, and non-owning tensor views.
 #pragma once
 
 #include <array>
@@ -51,7 +51,7 @@ inline constexpr std::array<DTypeInfo, 14> kDTypes{{{DType::kFloat32, "float32",
                                                     {DType::kBool, "bool", "BOOL", 1},
                                                     {DType::kFloat8E4M3, "float8_e4m3fn", "F8_E4M3", 1}}};
 
-// The table is in the order of the enumeration.
+// The table is in the enumeration's order.
 constexpr const DTypeInfo& dtype_info(DType dtype) { return kDTypes[static_cast<std::size_t>(dtype)]; }
 
 inline std::optional<DType> dtype_named(std::string_view name, std::string_view DTypeInfo::* column) {
@@ -72,7 +72,7 @@ inline std::string shape_text(const Shape& shape) {
   return out + "]";
 }
 
-// Bytes of a tensor of that shape; nothing if a dimension is negative or the product does not fit.
+// Bytes of a tensor of that shape; no value if a dimension is negative or the size overflows.
 inline std::optional<std::size_t> tensor_bytes(const Shape& shape, DType dtype) {
   std::size_t bytes = dtype_info(dtype).bytes;
   for (const std::int64_t dimension : shape) {

@@ -9,7 +9,7 @@ ThreadPool::ThreadPool(std::size_t threads) {
   workers_.reserve(threads - 1);
   try {
     while (workers_.size() + 1 < threads) workers_.emplace_back([this] { work(); });
-  } catch (const std::system_error&) {  // as many as a process may have; the caller's own always works
+  } catch (const std::system_error&) {  // the process has reached its thread limit; the caller's thread always works
   }
 }
 
@@ -37,7 +37,7 @@ void ThreadPool::run(std::size_t count, const std::function<void(std::size_t)>& 
 void ThreadPool::run_one(Job& job, std::unique_lock<std::mutex>& lock) {
   const std::size_t index = job.next++;
   if (job.next == job.count) {
-    // Nobody may find a job whose caller is about to return.
+    // The job is removed because its caller may return and destroy it.
     const auto at = std::find(jobs_.begin(), jobs_.end(), &job);
     if (at != jobs_.end()) jobs_.erase(at);
   }

@@ -1,4 +1,4 @@
-// Threads that wait for work of many equal parts.
+// Threads for work that consists of many equal parts.
 #pragma once
 
 #include <condition_variable>
@@ -13,14 +13,14 @@ namespace titans::core {
 
 class ThreadPool {
  public:
-  // `threads` >= 1 with the one that calls run. Where the system gives fewer, these.
+  // `threads` >= 1 includes the calling thread. The pool is smaller if the system allows fewer.
   explicit ThreadPool(std::size_t threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Calls part(0) to part(count - 1), each once, here and on idle threads, in that order as far as there is one, and
-  // returns when all have returned. `part` throws nothing. From several threads at once, of which each works too.
+  // Calls part(0) to part(count - 1) once each, on this and idle threads, and returns when all have returned. Parts
+  // start in ascending order. `part` must not throw. Threads may call run concurrently; each caller works too.
   void run(std::size_t count, const std::function<void(std::size_t)>& part);
 
   std::size_t threads() const { return workers_.size() + 1; }
@@ -29,18 +29,18 @@ class ThreadPool {
   struct Job {
     const std::function<void(std::size_t)>& part;
     std::size_t count;
-    std::size_t next = 0;      // the first that nobody has begun
-    std::size_t finished = 0;  // how many have returned
+    std::size_t next = 0;      // the first part not started
+    std::size_t finished = 0;  // number of completed parts
   };
 
   void work();
-  // Runs one part of the job, whose next is below its count, with the lock given back meanwhile.
+  // Runs the job's next part, with the lock released meanwhile. Requires next < count.
   void run_one(Job& job, std::unique_lock<std::mutex>& lock);
 
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the members below
   std::condition_variable work_to_do_;
   std::condition_variable part_finished_;
-  std::deque<Job*> jobs_;  // with parts that nobody has begun; they live on the stacks of their callers
+  std::deque<Job*> jobs_;  // jobs with parts not started; each is on its caller's stack
   bool stop_ = false;
   std::vector<std::thread> workers_;
 };

@@ -11,7 +11,7 @@ struct Version {
   int major;
   int minor;
 
-  // Of "10.3.0", "1.32.0.dev1" or "10.13"; nothing of a text that does not begin with two numbers.
+  // Parses "10.3.0", "1.32.0.dev1" or "10.13". No value unless the text begins with two numbers.
   static std::optional<Version> parse(std::string_view source) {
     const auto number = [&]() -> std::optional<int> {
       constexpr int kMost = 99999;

@@ -1,4 +1,4 @@
-// Overwriting memory that held what somebody's stream has learned.
+// Overwrites memory that held learned state.
 #pragma once
 
 #include <cstddef>
@@ -10,21 +10,21 @@
 
 namespace titans::core {
 
-// Zeros that no compiler leaves out, although nobody reads them.
+// Zeroes memory in a way that the compiler cannot remove.
 inline void wipe(void* data, std::size_t bytes) noexcept {
   if (bytes == 0) return;
   std::memset(data, 0, bytes);
   __asm__ __volatile__("" : : "r"(data) : "memory");
 }
 
-// Wipes memory before it goes back: what a stream has learned stays in no freed page. What grows is not filled with
-// zeros first, since it is always overwritten.
+// Wipes memory when it is freed, so no learned state stays in free pages. Growth is not zero-filled, because the
+// content is always overwritten.
 template <typename T>
 struct WipingAllocator {
   using value_type = T;
   WipingAllocator() = default;
   template <typename U>
-  WipingAllocator(const WipingAllocator<U>& /*other*/) noexcept {}  // NOLINT: as allocators convert
+  WipingAllocator(const WipingAllocator<U>& /*other*/) noexcept {}  // NOLINT: allocators convert implicitly
 
   T* allocate(std::size_t count) { return std::allocator<T>().allocate(count); }
   void deallocate(T* data, std::size_t count) noexcept {

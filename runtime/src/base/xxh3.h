@@ -1,4 +1,4 @@
-// XXH3-128 as manifests and state files write it.
+// XXH3-128 hashes as text, for manifests and state files.
 #pragma once
 
 #include <string>

@@ -11,7 +11,7 @@ namespace {
 constexpr std::string_view kFix = "copy or export the bundle again";
 
 Manifest read_manifest(const std::filesystem::path& folder) {
-  std::error_code ignored;  // a folder that cannot be looked at is none
+  std::error_code ignored;  // an inaccessible folder counts as missing
   if (!std::filesystem::is_directory(folder, ignored)) {
     throw Error(TITANS_FAILED, "E0201", "bundle", text("not a bundle: no folder at ", folder.string()),
                 "give the path of a NAME.titans folder");
@@ -49,7 +49,7 @@ Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
       engine_(choose ? choose(manifest_) : nullptr),
       graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs),
       schedule_(listed_graphs(manifest_, graphs_)) {
-  // Backends read graph files themselves; what is checked here is that they are what was exported.
+  // Backends read graph files themselves. This checks that the files are unchanged since export.
   for (const EngineGraph& graph : graphs_) check_file(manifest_, graph.file, MappedFile(folder_ / graph.file));
   if (!manifest_.tokenizer_file.empty()) {
     check_file(manifest_, manifest_.tokenizer_file, MappedFile(folder_ / manifest_.tokenizer_file));
@@ -64,7 +64,7 @@ Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
 }
 
 bool Bundle::needs_weights() const {
-  // A graph file of ONNX points into them, also where the manifest lists none to hand over.
+  // ONNX graph files reference the weights file even if the manifest lists no weights to provide.
   if (engine_ == nullptr || engine_->compiler == "onnxruntime") return true;
   return std::any_of(graphs_.begin(), graphs_.end(), [](const EngineGraph& graph) { return !graph.weights.empty(); });
 }

@@ -9,7 +9,7 @@ namespace titans::core {
 namespace {
 
 constexpr std::array<std::string_view, 5> kNames{"float32", "bfloat16", "float16", "int8", "fp8"};
-constexpr std::size_t kBlock = 32;  // elements along a row that share a scale
+constexpr std::size_t kBlock = 32;  // elements of a row that share a scale
 
 bool has_scales(FieldDtype dtype) { return dtype == FieldDtype::kInt8 || dtype == FieldDtype::kFp8; }
 
@@ -34,11 +34,11 @@ float from_bfloat16(std::uint16_t bits) {
   return value;
 }
 
-// A number of sign, `exponent` bits and `mantissa` bits, without infinities or NaN.
+// Decodes a sign, `exponent` bits and `mantissa` bits, without infinities or NaN.
 float from_small(unsigned bits, int exponent, int mantissa) {
   const int field = static_cast<int>(bits >> mantissa) & ((1 << exponent) - 1);
   const int fraction = static_cast<int>(bits & ((1U << mantissa) - 1));
-  const int least = 2 - (1 << (exponent - 1));  // exponent of the subnormal ones
+  const int least = 2 - (1 << (exponent - 1));  // exponent of subnormals
   const int whole = field == 0 ? fraction : fraction + (1 << mantissa);
   const float value = std::ldexp(static_cast<float>(whole), least + std::max(field, 1) - 1 - mantissa);
   return (bits >> (exponent + mantissa) & 1U) != 0 ? -value : value;
@@ -76,25 +76,25 @@ std::uint16_t to_bfloat16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
 }
 
-// The code without a sign of a finite magnitude, in the format of from_small. What is too large counts as the code that
-// follows the largest. Steps between neighbours are powers of two, so only std::nearbyint rounds, to the nearest even.
+// Encodes a finite magnitude without sign, in the format of from_small. Larger values give the code after the largest.
+// Neighbouring codes differ by powers of two, so only std::nearbyint rounds, to nearest even.
 unsigned to_small(float magnitude, int exponent, int mantissa) {
   const int least = 2 - (1 << (exponent - 1));
   int power = least;
   if (magnitude > 0.0F) power = std::max(std::ilogb(magnitude), least);
   const auto steps = static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, mantissa - power)));
-  // Where the exponent's field is at least 1 its leading bit is in `steps`, and adds one to the field.
+  // For normal numbers `steps` includes the implicit leading bit, which adds one to the exponent field.
   return (static_cast<unsigned>(power - least) << mantissa) + steps;
 }
 
 std::uint16_t to_float16(float value) {
   const auto sign = static_cast<std::uint16_t>(std::signbit(value) ? 0x8000 : 0);
   if (std::isnan(value)) return static_cast<std::uint16_t>(sign | 0x7E00U);
-  const float magnitude = std::min(std::abs(value), 65536.0F);  // infinity's own code follows the largest
+  const float magnitude = std::min(std::abs(value), 65536.0F);  // infinity is the code after the largest
   return static_cast<std::uint16_t>(sign | to_small(magnitude, 5, 10));
 }
 
-// Rounded up, so that nothing clips.
+// Rounded up to prevent clipping.
 std::uint16_t scale_of(const float* values, std::size_t count, float largest) {
   float most = 0.0F;
   for (std::size_t i = 0; i < count; ++i) {
@@ -113,7 +113,7 @@ void pack_scaled(FieldDtype dtype, const float* values, std::size_t extent, std:
       const std::size_t count = std::min(kBlock, columns - start);
       const std::uint16_t scale = scale_of(values + row + start, count, largest);
       put(words + element_words(dtype, extent), block, scale);
-      if (scale == 0 || scale == kNaN) continue;  // elements of zeros
+      if (scale == 0 || scale == kNaN) continue;  // the elements stay zero
       const float reciprocal = 1.0F / from_bfloat16(scale);
       for (std::size_t i = row + start; i < row + start + count; ++i) {
         const float magnitude = std::min(std::abs(values[i]) * reciprocal, largest);

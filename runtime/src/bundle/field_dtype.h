@@ -1,4 +1,4 @@
-// How a field of a packed memory row holds its elements; docs/operator.md has it under "Storage".
+// Encodes and decodes fields of packed memory rows (docs/operator.md, "Storage").
 #pragma once
 
 #include <cstddef>
@@ -15,16 +15,16 @@ enum class FieldDtype : std::uint8_t { kFloat32, kBFloat16, kFloat16, kInt8, kFp
 
 std::optional<FieldDtype> field_dtype_named(std::string_view name);
 std::string_view field_dtype_name(FieldDtype dtype);
-// All of them, for messages.
+// All names, for messages.
 std::string field_dtype_names();
 
-// Words of 32 bits of a field of that shape: a matrix, a vector or a number.
+// 32-bit words of a field of that shape: a matrix, a vector or a scalar.
 std::size_t field_words(FieldDtype dtype, const Shape& shape);
 
-// The values of a field of `extent` elements, in rows of `columns`.
+// Decodes a field of `extent` elements in rows of `columns`.
 void unpack_field(FieldDtype dtype, const float* words, std::size_t extent, std::size_t columns, float* values);
 
-// The words of such a field, each value to the nearest. All of them are written, what fills up the last with zeros.
+// Encodes such a field, rounding to nearest. Writes all its words and pads the last with zeros.
 void pack_field(FieldDtype dtype, const float* values, std::size_t extent, std::size_t columns, float* words);
 
 }  // namespace titans::core

@@ -15,7 +15,7 @@ namespace titans::core {
 namespace {
 
 constexpr std::string_view kWhere = "manifest.json";
-// Parsed, JSON takes many times its size. A model of a hundred layers has a tenth of this.
+// Limits memory: parsed JSON is many times larger. A model of a hundred layers needs a tenth of this.
 constexpr std::size_t kLongest = std::size_t{16} << 20;
 constexpr std::int64_t kLargestSize = std::numeric_limits<std::int32_t>::max();
 
@@ -96,14 +96,14 @@ Graph read_graph(const JsonReader& entry) {
   return graph;
 }
 
-// The file of a tokenizer that is one.
+// The tokenizer's file; empty if it has none.
 std::string read_tokenizer_file(const JsonReader& tokenizer) {
   if (!tokenizer.raw().is_object()) return {};
   const std::optional<JsonReader> kind = tokenizer.find("kind");
   return kind && kind->raw() == "file" ? tokenizer.at("file").file_name() : std::string();
 }
 
-// The scheduler takes the first that fits, so the one with most tokens comes first.
+// The scheduler takes the first graph that fits, so graphs are sorted by descending tokens.
 void sort_graphs(const JsonReader& field, std::vector<Graph>& graphs) {
   std::stable_sort(graphs.begin(), graphs.end(), [](const Graph& a, const Graph& b) { return a.tokens > b.tokens; });
   const std::string missing = missing_of_schedule(graphs);
@@ -134,7 +134,7 @@ void read_output(const JsonReader& output, Manifest& manifest) {
       tokens ? size.integer(manifest.input_size, manifest.input_size) : size.integer(1, kLargestSize);
 }
 
-// Every name that a graph binds must mean one thing.
+// Names bound by graphs must be unique.
 void check_names(const JsonReader& document, const Manifest& manifest) {
   std::set<std::string> inputs{manifest.input, manifest.position_input, manifest.learn_input};
   std::set<std::string> outputs{manifest.output};
@@ -164,7 +164,7 @@ void check_names(const JsonReader& document, const Manifest& manifest) {
 
 constexpr std::array<std::string_view, 3> kWrittenNames{"token", "row", "chunk"};
 
-// What a field holds and when it is written; a field without these keys is of no kind and written by every token.
+// Reads a field's kind and when it is written. Defaults: no kind, written by every token.
 void read_kind(const JsonReader& entry, MemoryField& field) {
   if (const std::optional<JsonReader> kind = entry.find("kind")) field.kind = kind->string();
   if (const std::optional<JsonReader> of = entry.find("of")) field.of = of->string();
@@ -178,7 +178,7 @@ void read_kind(const JsonReader& entry, MemoryField& field) {
   }
 }
 
-// What a bundle says whose memories are in fewer bits.
+// The manifest's section about low-precision memories.
 std::string read_memory(const JsonReader& document) {
   const std::optional<JsonReader> quantization = document.find("quantization");
   const bool listed = quantization && quantization->raw().is_object();
@@ -220,7 +220,7 @@ Manifest Manifest::parse(std::string_view source) {
   const nlohmann::json json = JsonReader::parse(source, kWhere);
   const JsonReader document(json, kWhere);
   require(document.at("format"), "titans-bundle");
-  // Before anything else is read: what a newer version means is not known here.
+  // Checked first, because a newer version may define other fields differently.
   const std::int64_t version = document.at("schema_version").integer(1);
   if (version > kSchemaVersion) {
     throw Error(TITANS_UNSUPPORTED, "E0202", kWhere,

@@ -1,4 +1,4 @@
-// What manifest.json says (docs/bundle.md), checked.
+// The checked contents of manifest.json (docs/bundle.md).
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace titans::core {
 
 inline constexpr std::int64_t kSchemaVersion = 2;
 
-// When a field of a packed row is written, in a memory that has chunks.
+// When a packed row's field is written, in a memory with chunks.
 enum class Written : std::uint8_t {
   kToken,  // by every token
   kRow,    // row i by the i-th token of a chunk; nothing reads the row before
@@ -33,28 +33,28 @@ inline constexpr std::string_view kUpdateCount = "update_count";
 // One field of a packed memory row.
 struct MemoryField {
   std::string name;
-  std::size_t offset;  // in words of 32 bits, within the last dimension
+  std::size_t offset;  // in 32-bit words within the last dimension
   Shape shape;
   FieldDtype dtype = FieldDtype::kFloat32;
   std::string kind = {};  // empty: unknown
   Written written = Written::kToken;
-  std::string of = {};                           // of a rounding error: the field that was rounded
-  std::optional<float> at_start = std::nullopt;  // of a field written by every token: its values at a chunk's start
+  std::string of = {};  // for a rounding error: the rounded field
+  std::optional<float> at_start =
+      std::nullopt;  // for a field written by every token: its value at the start of a chunk
 };
 
 std::string_view written_name(Written written);
 
-// The rows of a stream: one for each token, and `longterm` more after every `segment` tokens, which a token takes with
-// its own.
+// Counts the rows of a stream. Each token adds one row. The last token of each `segment` adds `longterm` more.
 struct StreamRows {
   std::uint64_t segment = 1;
   std::uint64_t longterm = 0;
 
-  // The rows before the token at `position`.
+  // The number of rows before the token at `position`.
   std::uint64_t before(std::uint64_t position) const { return position + longterm * (position / segment); }
 };
 
-// What a row of the stream writes of a cache: the rows first[i] + row % period along `axis`, and nothing else.
+// The cache rows that one stream row writes: first[i] + row % period along `axis`, and no others.
 struct WrittenRows {
   std::size_t axis;
   std::vector<std::size_t> first;
@@ -63,21 +63,21 @@ struct WrittenRows {
 
 struct StateTensor {
   std::string name;
-  std::string input;   // graph input that takes it
-  std::string output;  // graph output that gives its successor
+  std::string input;   // graph input
+  std::string output;  // graph output with its next value
   DType dtype;
   Shape shape;
   std::size_t bytes;
   std::string role;
   std::vector<MemoryField> layout;
   std::optional<WrittenRows> written = std::nullopt;
-  // Rows of a memory's chunk. Within a chunk, only fields written by every token and rows of the open chunk change.
+  // Rows per chunk of a memory. Within a chunk, only fields written by every token and rows of the open chunk change.
   std::optional<std::uint64_t> chunk = std::nullopt;
-  StreamRows rows = {};  // that `written` and `chunk` count
+  StreamRows rows = {};  // the rows counted by `written` and `chunk`
   std::string op = {};   // the operator that updates a memory; empty: unknown
 };
 
-// What users call a field: "layers.0.memory.W0".
+// The field's public name: "layers.0.memory.W0".
 inline std::string field_name(const StateTensor& state, const MemoryField& field) {
   return state.name + "." + field.name;
 }
@@ -87,47 +87,47 @@ struct Graph {
   std::string file;
   std::int64_t tokens;
   std::int64_t stride;
-  std::vector<std::string> weights;         // initialisers that the runtime hands over
-  std::vector<std::int64_t> offsets = {0};  // it may start where position % stride is one of these; ascending
+  std::vector<std::string> weights;         // initialisers that the runtime provides
+  std::vector<std::int64_t> offsets = {0};  // the graph may start if position % stride is one of these; ascending
 };
 
-// What a stream consumes: token ids, or vectors of floats. A vector counts as one token.
+// A stream's input: token ids, or vectors of floats. A vector counts as one token.
 enum class InputKind : std::uint8_t { kTokens, kVectors };
 
 inline std::string_view input_kind_name(InputKind kind) { return kind == InputKind::kTokens ? "tokens" : "vectors"; }
 
-// One graph of an engine, in a file of its own.
+// One graph of an engine, with its file.
 struct EngineGraph {
   std::size_t graph;  // index into the manifest's graphs
   std::string file;
-  std::vector<std::string> weights;  // initialisers that the runtime hands over, of those that the file does not hold
+  std::vector<std::string> weights;  // initialisers outside the file, which the runtime provides
 };
 
-// The library that an engine calls for the memory, under these names.
+// The plugin that an engine calls for the memory.
 struct EnginePlugin {
   std::string name;
   std::string name_space;
   std::string version;
 };
 
-// The bundle's graphs, compiled for a kind of device.
+// The bundle's graphs compiled for a kind of device.
 struct EngineRecord {
   std::string name;
-  std::string target;            // as `titans-export build --target` takes it
-  std::string compiler;          // that is, the backend: "tensorrt", "tensorrt_rtx", "onnxruntime"
+  std::string target;            // as in `titans-export build --target`
+  std::string compiler;          // also the backend: "tensorrt", "tensorrt_rtx", "onnxruntime"
   std::string compiler_version;  // "10.3.0"
   std::string precision;
   std::string device;  // "cpu" or "cuda"
   std::vector<int> sm;
   std::string platform;  // "linux-aarch64"
-  std::string cuda;      // that it was made with, empty on a cpu
-  int driver;            // the least cuDriverGetVersion, 0: any
+  std::string cuda;      // CUDA version of the build; empty for a CPU
+  int driver;            // minimum cuDriverGetVersion; 0: any
   std::string memory;    // "plugin", "standard-operators", "either"
   std::optional<EnginePlugin> plugin;
-  std::string alias;                 // "declared", "undeclared", "two-buffers", empty without a plugin
-  std::vector<bool> state_in_place;  // for each of the manifest's state, whether one buffer serves
-  std::string weights_file;          // a file with weights of its own that are handed over, empty: none
-  std::vector<EngineGraph> graphs;   // most tokens first; at any position one of a single token may start
+  std::string alias;                 // "declared", "undeclared", "two-buffers"; empty without a plugin
+  std::vector<bool> state_in_place;  // per state tensor of the manifest: updated in place
+  std::string weights_file;          // a file with the engine's own weights; empty: none
+  std::vector<EngineGraph> graphs;   // most tokens first; at every position one with a single token may start
 };
 
 struct FileRecord {
@@ -137,30 +137,30 @@ struct FileRecord {
 
 class JsonReader;
 
-// The layout of a state tensor of that shape, as the manifest's `state` or a state file lists it; empty without one.
+// Reads the layout of a state tensor of that shape from the manifest's `state` or a state file. Empty if there is none.
 std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape);
 
 struct Manifest {
   std::string model;           // JSON text, for users
-  std::string memory;          // JSON text, for users: dtype, rounding and seed of memories in fewer bits
+  std::string memory;          // JSON text, for users: dtype, rounding and seed of low-precision memories
   std::string tokenizer;       // JSON text, for users
   std::string tokenizer_file;  // empty: none
   std::string position_input;
   std::string learn_input;
   InputKind input_kind = InputKind::kTokens;
-  std::string input;         // graph input that takes the tokens or vectors
-  std::int64_t input_size;   // floats of a vector; of tokens the vocabulary
-  std::string output;        // graph output that gives logits or vectors
-  std::int64_t output_size;  // floats of one row of it
+  std::string input;         // graph input for tokens or vectors
+  std::int64_t input_size;   // floats per vector, or the vocabulary size
+  std::string output;        // graph output with logits or vectors
+  std::int64_t output_size;  // floats per output row
   std::vector<StateTensor> state;
-  std::vector<Graph> graphs;  // most tokens first; at any position one of a single token may start
+  std::vector<Graph> graphs;  // most tokens first; at every position one with a single token may start
   std::vector<EngineRecord> engines;
   std::string weights_file;
   std::string initial_state_file;
   std::map<std::string, FileRecord> files;
 
   DType input_dtype() const { return input_kind == InputKind::kTokens ? DType::kInt64 : DType::kFloat32; }
-  // Of one token or vector in the graph's input.
+  // Bytes per token or vector in the graph's input.
   std::size_t input_row_bytes() const {
     const std::size_t elements = input_kind == InputKind::kTokens ? 1 : static_cast<std::size_t>(input_size);
     return elements * dtype_info(input_dtype()).bytes;
@@ -173,7 +173,7 @@ struct Manifest {
   static Manifest parse(std::string_view source);
 };
 
-// The graphs that an engine, or a bundle without one, has there to run.
+// The runnable graphs of an engine, or of a bundle without one.
 inline std::vector<Graph> listed_graphs(const Manifest& manifest, const std::vector<EngineGraph>& listed) {
   std::vector<Graph> graphs;
   for (const EngineGraph& graph : listed) graphs.push_back(manifest.graphs[graph.graph]);

@@ -11,9 +11,9 @@
 namespace titans::core {
 namespace {
 
-// What a device, a compiler or an alias of an unknown name is, nobody needs to know who does not choose that engine.
+// Unknown devices, compilers and aliases are accepted here. They matter only if the engine is chosen.
 
-// A field that may be null or absent.
+// An optional field; null counts as absent.
 std::optional<JsonReader> present(const JsonReader& entry, const std::string& key) {
   std::optional<JsonReader> field = entry.find(key);
   if (field && field->raw().is_null()) return std::nullopt;
@@ -62,7 +62,7 @@ void read_memory(const JsonReader& entry, const Manifest& manifest, EngineRecord
   }
   const bool any =
       std::find(engine.state_in_place.begin(), engine.state_in_place.end(), true) != engine.state_in_place.end();
-  // Only a plugin that owns the whole read-modify-write is right on one buffer.
+  // Updating in place is safe only if a plugin performs the whole read-modify-write.
   if (any && (!engine.plugin || engine.alias.empty() || engine.alias == "two-buffers")) {
     in_place->fail("[], as no plugin updates this state in one buffer");
   }

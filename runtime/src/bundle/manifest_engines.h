@@ -1,4 +1,4 @@
-// The manifest's `engines`: which of the graphs are compiled for which device (docs/bundle.md).
+// Reads the manifest's `engines`: graphs compiled for devices (docs/bundle.md).
 #pragma once
 
 #include <vector>
@@ -8,10 +8,10 @@
 
 namespace titans::core {
 
-// The name that no engine has: whoever asks for it wants the plain graphs.
+// Reserved name: requests the plain graphs.
 inline constexpr std::string_view kNoEngine = "none";
 
-// `manifest` has its state and graphs already.
+// Requires `manifest` with state and graphs.
 std::vector<EngineRecord> read_engines(const JsonReader& engines, const Manifest& manifest);
 
 }  // namespace titans::core

@@ -9,10 +9,10 @@
 namespace titans::core {
 namespace {
 
-// Of graphs of a single token together; longer ones are no model's, and would take long to check.
+// Limits the common period of single-token graphs. No model needs longer ones, and checking them is slow.
 constexpr std::int64_t kLongestPeriod = std::int64_t{1} << 20;
 
-// Whether both may start at the same position: two offsets that are equal modulo what their strides have in common.
+// True if both may start at the same position, which requires offsets equal modulo the gcd of the strides.
 bool meet(const Graph& a, const Graph& b) {
   const std::int64_t common = std::gcd(a.stride, b.stride);
   std::set<std::int64_t> residues;
@@ -37,7 +37,7 @@ std::string missing_of_schedule(const std::vector<Graph>& graphs) {
   std::int64_t period = 1;
   for (const Graph& graph : graphs) {
     if (graph.tokens != 1) continue;
-    // The product of two numbers of at most 2^20 fits.
+    // Two factors of at most 2^20 cannot overflow.
     period = graph.stride > kLongestPeriod ? graph.stride : std::lcm(period, graph.stride);
     if (period > kLongestPeriod) {
       return text("graphs with tokens = 1 that repeat within ", kLongestPeriod, " positions");

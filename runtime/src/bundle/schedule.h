@@ -1,4 +1,4 @@
-// Which graph runs next (docs/bundle.md, Schedule).
+// Selects the next graph (docs/bundle.md, Schedule).
 #pragma once
 
 #include <cstddef>
@@ -10,27 +10,27 @@
 
 namespace titans::core {
 
-// What a list of graphs needs to be a schedule and does not have, as an error's expectation; empty where it is one: of
-// equal tokens no two may start at the same position, and at every position one of a single token may.
+// Why a list of graphs is not a schedule, as the expectation of an error; empty if it is one. Graphs with equal tokens
+// must not start at the same position. At every position a single-token graph must be able to start.
 std::string missing_of_schedule(const std::vector<Graph>& graphs);
 
 class Schedule {
  public:
-  // Of graphs that are a schedule, most tokens first.
+  // Requires graphs that form a schedule, most tokens first.
   explicit Schedule(const std::vector<Graph>& graphs);
 
-  // Index of the graph with most tokens that may start at `position` and does not overrun `remaining` >= 1 tokens.
+  // Index of the graph with most tokens that may start at `position` and consumes at most `remaining` >= 1 tokens.
   std::size_t next_graph(std::uint64_t position, std::size_t remaining) const {
-    std::size_t index = 0;  // most tokens first; of those with a single token one may always start
+    std::size_t index = 0;  // most tokens first; a single-token graph can always start
     while (entries_[index].tokens > remaining || !entries_[index].may_start(position)) ++index;
     return index;
   }
 
-  // Index of the graph of a single token that runs most often where single tokens are fed.
+  // Index of the decode graph: the single-token graph that runs most often in decoding.
   std::size_t decoding_graph() const { return decoding_graph_; }
 
  private:
-  // Phases that follow each other: from `begin` on, before `end`.
+  // Consecutive offsets [begin, end).
   struct Span {
     std::uint64_t begin;
     std::uint64_t end;
@@ -46,7 +46,7 @@ class Schedule {
 
     std::uint64_t tokens;
     std::uint64_t stride;
-    std::vector<Span> spans;  // ascending; mostly one
+    std::vector<Span> spans;  // ascending; usually one
   };
   std::vector<Entry> entries_;
   std::size_t decoding_graph_ = 0;
