@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle that has reproduced PyTorch's outputs."""
+"""Exports a checkpoint to a bundle, and verifies that the bundle reproduces PyTorch's outputs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .safetensors_file import write_safetensors
 from .schedule import calls, may_start
 
 TOLERANCE = 1e-4  # absolute, on outputs
-# Memories with orthogonalised updates enlarge rounding errors. If PyTorch in float32 differs from float64 by more than
-# this share of the tolerance, the tolerance grows to that difference divided by the share. A tolerance beyond
-# MOST_OF_RANGE of the largest output is refused: float32 is too imprecise for the model.
+# Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
+# the tolerance, the tolerance becomes that difference divided by the share. A tolerance above MOST_OF_RANGE of the
+# largest output is an error, because float32 is then too imprecise for the model.
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
-GOLDEN_GRID = 2.0**-16  # golden logits are multiples of it, so smaller differences between machines vanish
-ORACLE_POSITIONS = 640  # most positions that run through the library that trained the checkpoint
+GOLDEN_GRID = 2.0**-16  # golden logits are rounded to this, which hides small differences between machines
+ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
 GOLDEN_FLOATS = 1 << 19  # most golden logits
 
 
@@ -42,8 +42,8 @@ GOLDEN_FLOATS = 1 << 19  # most golden logits
 class ExportReport:
     """The result of an export. Errors are the largest absolute differences of outputs over `positions` tokens.
 
-    library_error: of PyTorch in float64 from the library that trained the checkpoint, over up to ORACLE_POSITIONS;
-    None where it is not installed or there is none.
+    library_error: float64 PyTorch against the checkpoint's own library, over at most ORACLE_POSITIONS; None if there is
+    no such library or it is not installed.
     """
 
     bundle: str
@@ -61,7 +61,7 @@ class ExportReport:
 
 
 class Golden(NamedTuple):
-    """Inputs (1, T, ...) of one stream, the outputs (T, size) of float64 PyTorch, and their tolerance."""
+    """Inputs (1, T, ...) of one stream, outputs (T, size) of float64 PyTorch, and the tolerance of the outputs."""
 
     inputs: torch.Tensor
     outputs: NDArray[Any]
@@ -105,7 +105,7 @@ def _graph_entries(graphs: list[Graph], shared: dict[str, list[str]]) -> list[re
 
 
 def _sample_numbers(count: int) -> list[int]:
-    """Numbers below 2^31, equal on every machine: the high bits of a linear congruential generator."""
+    """Pseudorandom numbers below 2^31, equal on every machine: the high bits of a linear congruential generator."""
     values, x = [], 1
     for _ in range(count):
         x = x * 6364136223846793005 + 1442695040888963407 & 0xFFFFFFFFFFFFFFFF
@@ -124,7 +124,7 @@ def sample_inputs(model: StreamModel, count: int) -> torch.Tensor:
 
 
 def _outputs(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
-    """Outputs (T, size) of one stream from a fresh memory, in the model's precision."""
+    """Outputs (T, size) of one stream from a new memory, in the model's precision."""
     return model.feed(inputs, model.initial_state(1), 0)[0][0].detach().numpy()
 
 
@@ -186,7 +186,7 @@ def _tokenizer(checkpoint: Checkpoint) -> records.Tokenizer:
 
 
 def _cuts(graphs: list[Graph], positions: int) -> list[int]:
-    """Lengths of feeds, at least `positions` tokens in all: first every graph runs, then lengths are uneven."""
+    """Lengths of feeds, at least `positions` tokens in total. Every graph runs once, then lengths are uneven."""
     cuts: list[int] = []
     unseen = {graph.name for graph in graphs}
     for graph in graphs:
@@ -206,7 +206,7 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
 
 
 def _run(folder: Path, inputs: NDArray[Any], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
-    """The bundle's outputs in the runtime, fed in the given cuts, and the bytes of a stream's state."""
+    """The bundle's outputs in the runtime, fed in the given cuts, and the bytes of one stream's state."""
     import titans_runtime
 
     with titans_runtime.Session(folder) as session:
@@ -233,7 +233,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    config, bug_compatible: see `LoadOptions`. The rest is that of `export_loaded`.
+    config, bug_compatible: see `LoadOptions`. For the other parameters see `export_loaded`.
     """
     _check_numbers(chunks_per_call, positions)
     check_output(output, overwrite, MANIFEST)
@@ -250,15 +250,15 @@ def export_checkpoint(
 
 
 def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
-    """The absolute tolerance of a bundle's outputs, if float32 PyTorch has the error `own_error`.
+    """The absolute tolerance of a bundle's outputs, given the error `own_error` of float32 PyTorch.
 
-    For vectors below 1 it is relative to the largest. It is rounded up to one digit, so that machines that differ in
-    the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
+    For vectors below 1 it is relative to the largest value. It is rounded up to one digit, so that machines that differ
+    in the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
     """
     largest = float(np.abs(right).max())
     usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
     wanted = own_error / FLOAT32_SHARE
-    # not >, so that NaN raises too
+    # `not <=` instead of `>`, so that NaN raises too
     if not wanted <= max(usual, MOST_OF_RANGE * largest):
         problem = (
             f"float32 is too imprecise for this model: PyTorch in float32 is {own_error:.3g} from float64, "
@@ -271,9 +271,9 @@ def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> f
 
 
 def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
-    """The error of our PyTorch model against the library that trained the checkpoint, None without that library.
+    """The error of our PyTorch model against the checkpoint's own library, or None without that library.
 
-    Raises MismatchError beyond the tolerance.
+    Raises MismatchError if it exceeds the tolerance.
     """
     oracle = checkpoint.oracle() if checkpoint.oracle else None
     if oracle is None:
@@ -309,8 +309,8 @@ def export_module(
 ) -> ExportReport:
     """Exports a live MemoryAsContextTransformer or NeuralMemory of titans-pytorch to the bundle `output`.
 
-    Its constructor's arguments are read back from it. bug_compatible: see `LoadOptions`. The rest is that of
-    `export_loaded`.
+    The constructor's arguments are read from the module. bug_compatible: see `LoadOptions`. For the other parameters
+    see `export_loaded`.
     """
     from .checkpoints.titans_pytorch import from_live
 
@@ -335,10 +335,10 @@ def export_loaded(
 ) -> ExportReport:
     """Exports a loaded checkpoint to the bundle `output`.
 
-    The C++ runtime first runs the bundle over `positions` tokens, or as many as every graph needs to run once. The
-    outputs are compared with PyTorch in float64; the report also has the error of PyTorch in float32. Then the folder
-    is renamed into place. Raises TitansError, and MismatchError if outputs differ by more than `tolerance_of`; then
-    nothing is written.
+    The C++ runtime runs the bundle over `positions` tokens, or more until every graph has run once. The outputs are
+    compared with float64 PyTorch; the report also has the error of float32 PyTorch. Then the folder is renamed into
+    place atomically. Raises TitansError, such as MismatchError if outputs differ by more than `tolerance_of`. An export
+    that fails writes nothing.
     """
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
@@ -365,7 +365,7 @@ def export_loaded(
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts)
         error = np.abs(outputs - float64)
-        # not <=, so that NaN is a mismatch
+        # `not <=` instead of `>`, so that NaN is a mismatch
         if not error.max() <= tolerance:
             bad = int(np.argmax(~(error.max(-1) <= tolerance)))
             problem = (

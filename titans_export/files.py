@@ -1,4 +1,4 @@
-"""Atomic output: files and folders are written under a temporary name and renamed into place."""
+"""Atomic output: files and folders get a temporary name and are renamed into place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _aside(target: Path, make: Callable[[Path, str], Path]) -> Iterator[Path]:
-    """Temporary output beside the target. A lock tells it from the stale output of a killed process."""
+    """Temporary output beside the target. A lock marks it as live; unlocked output is stale, from a killed process."""
     _remove_abandoned(target)
     while True:
         aside = make(target.parent, f".{target.name}.")
@@ -41,7 +41,7 @@ def _aside(target: Path, make: Callable[[Path, str], Path]) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         if aside.exists():
             break
-        os.close(handle)  # another process took it for stale output and removed it
+        os.close(handle)  # another process removed it as stale
     try:
         yield aside
     finally:
@@ -50,7 +50,7 @@ def _aside(target: Path, make: Callable[[Path, str], Path]) -> Iterator[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{ASIDE}"):
-        with suppress(OSError):  # its writer is running, or we may not remove it
+        with suppress(OSError):  # its writer is running, or removal is not permitted
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +74,9 @@ def _make_folder(folder: Path, prefix: str) -> Path:
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """A temporary path. It replaces `target` when the block succeeds and is removed otherwise.
+    """Yields a temporary path. It replaces `target` if the block succeeds, and is removed otherwise.
 
-    Stale temporary output for the same target is removed too. Raises OutputError.
+    Also removes stale temporary output of the same target. Raises OutputError.
     """
     try:
         with _aside(target, _make_file) as aside:
@@ -96,9 +96,9 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 def check_output(target: Path, overwrite: bool, marker: str) -> None:
-    """Raises OutputError if a folder could not become `target`, before any work is done.
+    """Checks that a folder may become `target`, before any work is done. Raises OutputError.
 
-    Only a folder that holds a file named `marker` is ever overwritten, which protects other folders from a typo.
+    Only a folder that holds a file named `marker` may be overwritten, which protects other folders from typos.
     """
     if target.exists() and not overwrite:
         raise OutputError("E1008", "output", f"{target} exists", "give another name or --overwrite")
@@ -112,10 +112,10 @@ def check_output(target: Path, overwrite: bool, marker: str) -> None:
 
 @contextmanager
 def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary folder. It becomes `target` when the block succeeds and is removed otherwise.
+    """Yields a temporary folder. It becomes `target` if the block succeeds, and is removed otherwise.
 
-    An existing target and the new folder are exchanged in one step, so a complete folder has the name at every moment.
-    `check_output` runs before and after the block. Stale temporary output for the same target is removed. Raises
+    An existing target and the new folder are exchanged atomically, so `target` is complete at every moment.
+    `check_output` runs before and after the block. Stale temporary output of the same target is removed. Raises
     OutputError.
     """
     target = target.resolve()
@@ -143,7 +143,7 @@ def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Pat
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Exchanges two folders in one step on Linux, or in two if the file system does not support it."""
+    """Exchanges two folders, in one step on Linux, or in two steps if the file system does not support that."""
     libc = ctypes.CDLL(None, use_errno=True)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:

@@ -1,7 +1,7 @@
-"""Each graph of a bundle in ONNX Runtime against ONNX's NumPy reference, compared by Polygraphy.
+"""Compares each graph of a bundle in ONNX Runtime with ONNX's NumPy reference, using Polygraphy.
 
-The two share no code, so equal outputs confirm the graph. Their inputs are states of a real stream: the fresh one, and
-states along the golden tokens or vectors.
+The two implementations share no code, so equal outputs confirm the graph. Inputs are states of a real stream: the
+initial one, and states along the golden tokens or vectors.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .onnx.files import load_structure, load_weights
 from .running import Arrays, BundleRunner, open_session
 from .schedule import may_start
 
-# Matmuls with block-quantised weights as the graph has them; by default their inputs are rounded to int8.
+# Blockwise quantised matmuls exactly as in the graph. By default ONNX Runtime rounds their inputs to int8.
 _EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """One output of one graph: the largest difference over all states it was fed from."""
+    """One output of one graph: the largest difference over all states tested."""
 
     graph: str
     output: str
@@ -43,12 +43,12 @@ class OutputCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is a number within the tolerance."""
+        """Whether the difference is within the tolerance; False for NaN."""
         return self.max_abs_error <= self.tolerance
 
 
 class ReferenceRunner(BaseRunner):  # type: ignore[misc]
-    """A Polygraphy runner around onnx.reference, an implementation of every operator in NumPy."""
+    """A Polygraphy runner around onnx.reference, which implements every operator in NumPy."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(name="onnx-reference")
@@ -76,12 +76,12 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         return dict(zip(self._evaluator.output_names, outputs, strict=True))
 
     def deactivate_impl(self) -> None:
-        """Lets go of the graph."""
+        """Releases the graph."""
         del self._model, self._evaluator
 
 
 def load_inlined(path: Path) -> onnx.ModelProto:
-    """The graph with its functions written out, as onnx.reference does not tell overloads of a function apart."""
+    """The graph with its functions inlined, because onnx.reference ignores overloads of functions."""
     return load_weights(inliner.inline_local_functions(load_structure(path)), path.parent)
 
 
@@ -132,7 +132,7 @@ class _Samples:
         return self._runner.feeds(graph, inputs, position, self._state(position))
 
     def _state(self, position: int) -> Arrays:
-        """The state at that position, carried on from the nearest known one."""
+        """The state at that position, advanced from the nearest earlier one."""
         at = max(known for known in self._states if known <= position)
         state = self._states[at]
         for call in self._runner.stream(self._inputs[at:position], state, at):

@@ -1,1 +1,1 @@
-"""Engines: a bundle's graphs, compiled for one device each. docs/engines.md."""
+"""Engines: the graphs of a bundle compiled for one device. See docs/engines.md."""

@@ -32,7 +32,7 @@ class Report:
     """The result of a build."""
 
     bundle: str
-    engine: dict[str, Any]  # the manifest's entry as JSON
+    engine: dict[str, Any]  # the manifest's entry, as JSON
     graphs: list[dict[str, Any]]  # graph, file, bytes, layers, engine_layers, warnings, seconds
     estimate: dict[str, int]
     workspace: int
@@ -68,7 +68,7 @@ def build_engine(
     vendor = vendor or _find(plan)
     target = (output or path).resolve()
     reports: list[dict[str, Any]] = []
-    # Beside the bundle, so that what is built is moved, not copied.
+    # Beside the bundle, so that the result can be moved instead of copied.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.build.", dir=target.parent) as name:
         work = Path(name)
         for number, graph in enumerate(plan.graphs, start=1):
@@ -97,7 +97,7 @@ def build_engine(
 
 
 def _find(plan: Plan) -> Any:
-    """The vendor's module, of a release that serves the target. Raises MachineError."""
+    """The vendor's module in a release that supports the target. Raises MachineError."""
     if plan.compiler == TENSORRT:
         vendor = tensorrt.find()
         tensorrt.check(vendor, plan.target)
@@ -112,7 +112,7 @@ def _find(plan: Plan) -> Any:
 def _tensorrt(
     plan: Plan, graph: GraphEntry, vendor: Any, machine: Machine, work: Path, file: Path, step: Progress
 ) -> dict[str, Any]:
-    """Compiles a graph to `file`; returns what the report says of it."""
+    """Compiles a graph to `file`. Returns its entry of the report."""
     request, cache = plan.request, None
     if request.timing_cache is not None:
         cache = request.timing_cache.read_bytes() if request.timing_cache.exists() else b""
@@ -179,7 +179,7 @@ def _entry(plan: Plan, vendor: Any, machine: Machine) -> EngineEntry:
     """The engine's entry of the manifest."""
     target, cuda, driver = plan.target, None, None
     if plan.compiler == TENSORRT:
-        driver = machine.driver  # the one it was built with; older ones were not tried
+        driver = machine.driver  # the driver of the build; older drivers are untested
     elif plan.compiler == RTX:
         driver = tensorrt_rtx.cuda_major() * 1000
     if driver is not None:
@@ -204,14 +204,14 @@ def _entry(plan: Plan, vendor: Any, machine: Machine) -> EngineEntry:
 
 
 def _memory(plan: Plan) -> str:
-    """The kind of code that computes the memory, as the manifest names it."""
+    """The kind of code that computes the memory, as named in the manifest."""
     if plan.compiler == ORT:
         return "either" if plan.bundle.manifest.memory.dtype == "float32" else "kernel"
     return "plugin" if plan.plugin else "standard-operators"
 
 
 def _write(before: Bundle, target: Path, engine: EngineEntry, work: Path, overwrite: bool) -> None:
-    """Replaces the bundle by one with the engine. Other changes since the start of the build are kept."""
+    """Replaces the bundle by one with the engine. Keeps other changes made since the start of the build."""
     bundle = read_bundle(before.path)
     same = target == before.path.resolve()
     changed = [
@@ -233,7 +233,7 @@ def _write(before: Bundle, target: Path, engine: EngineEntry, work: Path, overwr
 
 
 def _take(path: Path, to: Path) -> None:
-    """A copy of what is in the old bundle: ONNX takes no weights from files with several hard links."""
+    """Copies a file of the old bundle, because ONNX rejects weights in files with several hard links."""
     if path.is_dir() and not path.is_symlink():
         shutil.copytree(path, to, symlinks=True)
     else:
@@ -241,7 +241,7 @@ def _take(path: Path, to: Path) -> None:
 
 
 def refusal(plan: Plan) -> str | None:
-    """Why this machine cannot build the plan, or nothing."""
+    """The reason why this machine cannot build the plan, or None."""
     try:
         check_machine(plan, this_machine())
         _find(plan)

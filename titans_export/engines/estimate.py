@@ -1,4 +1,4 @@
-"""How much memory an engine will take, before it is built. docs/engines.md has the formula and what it rests on."""
+"""Estimates an engine's memory before the build. docs/engines.md has the formula and its basis."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ..onnx.initializers import tensor_bytes
 from .targets import Target
 
 MIB, GIB = 1 << 20, 1 << 30
-# Allowances, not measurements: the CUDA context with the vendor's libraries, and the system where memory is shared.
+# Allowances, not measurements: LIBRARIES for the CUDA context and the vendor's libraries, SYSTEM for the operating
+# system on targets with shared memory.
 LIBRARIES, SYSTEM = 512 * MIB, GIB
-# The Python process and, per byte of weights, the parsed graph and the engine. Measured with TensorRT-RTX 1.7.1,
-# without a GPU, on graphs of 4 MiB, 256 MiB and 1 GiB of weights.
+# PROCESS is the Python process; COPIES counts the parsed graph and the engine, per byte of weights. Measured with
+# TensorRT-RTX 1.7.1, without a GPU, on graphs of 4 MiB, 256 MiB and 1 GiB of weights.
 PROCESS, COPIES = 256 * MIB, 2
 _LARGEST_WORKSPACE = 4 * GIB
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `build` counts what is in the target's memory while it builds there; 0 where it is built elsewhere."""
+    """Bytes. `build` is the target's memory that the build uses; 0 if the build runs on another machine."""
 
-    weights: int  # of all graphs, as each engine holds its own
+    weights: int  # of all graphs; each engine has its own copy
     state: int  # of one stream
     activations: int
     workspace: int
@@ -32,12 +33,12 @@ class Estimate:
 
 
 def default_workspace(target: Target) -> int:
-    """The builder's limit where none is given: a quarter of the memory, 4 GiB at most."""
+    """The default limit of the builder: a quarter of the memory, at most 4 GiB."""
     return min(target.memory // 4, _LARGEST_WORKSPACE)
 
 
 def estimate(target: Target, models: Iterable[ModelProto], state: int, workspace: int, here: bool) -> Estimate:
-    """For the graphs in the precision they will have. `here`: the target itself builds."""
+    """The estimate for graphs in their final precision. here: the build runs on the target."""
     weights, activations = [], []
     for model in models:
         weights.append(sum(tensor_bytes(tensor.dims, tensor.data_type) for tensor in model.graph.initializer))
@@ -53,7 +54,7 @@ def estimate(target: Target, models: Iterable[ModelProto], state: int, workspace
 
 
 def live_bytes(graph: GraphProto) -> int:
-    """The most bytes of values that are alive at one moment, in the order of the nodes. Unknown shapes count as 0."""
+    """Peak bytes of live values, with nodes run in order. Values of unknown shape count as 0."""
     sizes = {
         value.name: tensor_bytes(
             [max(d.dim_value, 1) for d in value.type.tensor_type.shape.dim], value.type.tensor_type.elem_type

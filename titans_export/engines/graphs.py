@@ -1,4 +1,4 @@
-"""A bundle's graphs as compilers take them: inlined, or with the memory as a plugin's node."""
+"""Prepares a bundle's graphs for compilers: inlined, or with the memory as a plugin node."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ALIASES = (DECLARED, UNDECLARED, TWO_BUFFERS)
 
 
 def has_kernel(node: onnx.NodeProto) -> bool:
-    """Whether our GPU kernels compute the node. Other memory nodes become standard operators on a GPU."""
+    """Whether one of our GPU kernels computes the node. Other memory nodes become standard operators on a GPU."""
     return bool(node.domain == DOMAIN and node.op_type == NEURAL_MEMORY.name)
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in ONNX's own operators alone. Raises BundleError where one is left that is not."""
+    """The graph with standard ONNX operators only. Raises BundleError for any other operator."""
     inlined = inliner.inline_local_functions(model)
     kept = [entry for entry in inlined.opset_import if entry.domain in ONNX_DOMAINS]
     for node in all_nodes(inlined.graph):
-        # A foreign node would be taken for a plugin, and TensorRT-RTX ends the process when it meets one.
+        # Parsers take a foreign node for a plugin, and TensorRT-RTX then ends the process.
         if node.domain not in ONNX_DOMAINS or not onnx.defs.has(node.op_type):
             raise BundleError(
                 "E0662",
@@ -42,7 +42,9 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def in_place(models: Iterable[onnx.ModelProto], state: Sequence[StateTensor]) -> list[str]:
-    """The state tensors that one buffer may serve as input and output of the memory's plugin, in every graph."""
+    """Names of the state tensors whose input and output may share one buffer in every graph, for the memory's
+    plugin.
+    """
     names = [entry.name for entry in state]
     for model in models:
         names = [entry.name for entry in state if entry.name in names and _may_share(model.graph, entry)]
@@ -50,9 +52,10 @@ def in_place(models: Iterable[onnx.ModelProto], state: Sequence[StateTensor]) ->
 
 
 def _may_share(graph: onnx.GraphProto, entry: StateTensor) -> bool:
-    """Whether memory nodes alone lead from the old state to the new, and everyone else reads before it is overwritten.
+    """Whether only memory nodes lead from the old state to the new one, and every other reader runs before the
+    overwrite.
 
-    Others read before where they are memory nodes themselves and the update needs what they give.
+    Other readers run before it if they are memory nodes and the update depends on their outputs.
     """
     chain = _chain(graph, entry.output)
     if not chain or chain[0].input[0] != entry.input:
@@ -71,7 +74,7 @@ def _may_share(graph: onnx.GraphProto, entry: StateTensor) -> bool:
 
 
 def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
-    """The memory updates that make a value one from the other's rows, in their order."""
+    """The chain of memory updates that leads to a value, in order."""
     makers = makers_of(graph)
     found: list[onnx.NodeProto] = []
     while (node := makers.get(output)) is not None and has_kernel(node) and attribute(node, "mode") == "update":
@@ -83,8 +86,8 @@ def _chain(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
 
 
 def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose memory nodes with a kernel for GPUs stay nodes, with their functions. All other functions become
-    operators of ONNX.
+    """A copy that keeps memory nodes with a GPU kernel, and their functions. Other functions become standard
+    operators.
     """
     result = copy_model(model)
     covered = {node.overload for node in all_nodes(model.graph) if has_kernel(node)}
@@ -94,7 +97,7 @@ def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
         memory = (function.domain, function.name) == (DOMAIN, NEURAL_MEMORY.name) and function.overload in covered
         (kept if memory else others).append(function)
     if others:
-        # The inliner leaves what it finds no function for.
+        # The inliner keeps nodes whose function is missing.
         del result.functions[:]
         result.functions.extend(others)
         result = inliner.inline_local_functions(result)
@@ -104,24 +107,24 @@ def with_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> onnx.ModelProto:
-    """The graph for full TensorRT: memory nodes as its parser gives them to the plugin, and no functions.
+    """The graph for full TensorRT: memory nodes in the form of its plugin, and no functions.
 
-    `shared` are the state inputs that one buffer serves; nodes of any other state have two.
+    shared: the state inputs that use one buffer; nodes of other states use two.
     """
     result = with_kernels(model)
-    # A function of the same name would win over the plugin.
+    # A function of the same name would take precedence over the plugin.
     del result.functions[:]
     used = {name for node in all_nodes(result.graph) for name in node.input} | {v.name for v in result.graph.output}
     updates = [node for node in result.graph.node if has_kernel(node) and attribute(node, "mode") == "update"]
     roots = {node.output[0]: _chain(result.graph, node.output[1])[0].input[0] for node in updates}
-    whole_numbers: dict[str, str] = {}  # of what is bool, which TensorRT does not give to plugins
+    whole_numbers: dict[str, str] = {}  # for bool inputs, which TensorRT does not pass to plugins
     for node in result.graph.node:
         if not has_kernel(node):
             continue
         mode = attribute(node, "mode")
         given = [name for name, value in zip(NEURAL_MEMORY.input_names, node.input, strict=False) if value]
         outputs = [name for name, value in zip(MODES[mode], node.output, strict=False) if value in used]
-        if outputs != list(MODES[mode][: len(outputs)]):  # an unused one between used ones stays
+        if outputs != list(MODES[mode][: len(outputs)]):  # an unused output between used ones stays
             outputs = list(MODES[mode][: 1 + max(MODES[mode].index(name) for name in outputs)])
         own = alias if roots.get(node.output[0]) in shared else TWO_BUFFERS
         present = [value for value in node.input if value]
@@ -144,7 +147,7 @@ def with_plugin(model: onnx.ModelProto, alias: str, shared: Sequence[str]) -> on
                 added[name] = value
         for entry in node.attribute:
             if entry.name == "seed" and seed >= 2**31:
-                entry.i = seed - 2**32  # the plugin's field has its 32 bits as an int32
+                entry.i = seed - 2**32  # the plugin's field holds the 32 bits as int32
         node.attribute.extend(helper.make_attribute(name, value) for name, value in added.items())
     for name, converted in whole_numbers.items():
         makers = [index for index, node in enumerate(result.graph.node) if name in node.output]

@@ -1,4 +1,4 @@
-"""The platform and GPUs of this machine, from the driver."""
+"""The platform and GPUs of this machine, as the driver reports them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of the driver's list."""
+    """One GPU in the driver's list."""
 
     name: str
     sm: int
@@ -22,20 +22,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of a build."""
+    """The machine that builds."""
 
     platform: str
     gpus: list[Gpu] = field(default_factory=list)
-    driver: int | None = None  # the newest CUDA of the driver, such as 12060 for 12.6
+    driver: int | None = None  # the newest CUDA version that the driver supports, such as 12060 for 12.6
 
     def find(self, sm: int) -> Gpu | None:
-        """The first GPU of that compute capability."""
+        """The first GPU with that compute capability, or None."""
         return next((gpu for gpu in self.gpus if gpu.sm == sm), None)
 
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
-    """This machine. Without a driver it has no GPU."""
+    """This machine. The list of GPUs is empty without a driver."""
     name = f"{sys.platform}-{platform.machine()}"
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

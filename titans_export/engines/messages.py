@@ -1,6 +1,6 @@
-"""Callbacks of a vendor's builder: its log, progress and parser errors, and the handling of Ctrl-C.
+"""Callbacks of a vendor's builder: log, progress, parser errors, and Ctrl-C.
 
-No exception may leave a callback, as it would end the process between the vendor's frames.
+Callbacks must not raise, because an exception would end the process inside the vendor's frames.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from ..errors import TitansError
 
 Progress = Callable[[str], None]
-# The message on a machine without a driver, which a build ahead of time does not need.
+# The message on a machine without a driver. Builds ahead of time need no driver.
 _NO_DRIVER = "cudaError 35"
 
 
 class BuildError(TitansError):
-    """A graph that the vendor's parser or builder refuses."""
+    """The vendor's parser or builder rejects a graph."""
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps all messages. Its base class is in the vendor's module."""
+    """Makes a logger that keeps all messages. The base class comes from the vendor's module."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -39,7 +39,7 @@ def make_log(trt: Any) -> Any:
             return [text for severity, text in self.messages if severity in severities]
 
         def first(self) -> str | None:
-            """The first failure."""
+            """The first failure, or None."""
             errors = self.texts("ERROR", "INTERNAL_ERROR")
             return next((text for text in errors if _NO_DRIVER not in text), None)
 
@@ -89,7 +89,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
-    """Reports the builder's progress, and stops it after an interrupt."""
+    """Makes a monitor that reports the builder's progress and stops it after an interrupt."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -103,7 +103,7 @@ def make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) -> 
             try:
                 progress(f"{phase}: {step + 1} of {self.steps.get(phase, step + 1)}")
             except Exception:
-                return False  # such as a closed stderr
+                return False  # for example, stderr is closed
             return not interrupted.is_set()
 
         def phase_finish(self, phase: str) -> None:

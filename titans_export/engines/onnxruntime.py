@@ -1,7 +1,7 @@
 """ONNX Runtime: for the CPU a graph optimised ahead of time, for CUDA the graph in its precision.
 
-Weights stay where they are, in the bundle's weights.safetensors; an engine's file has only what is new. The memory's
-function bodies stay too, so a session runs with our kernel registered or without.
+Weights stay in the bundle's weights.safetensors; an engine's file holds new ones only. The memory's function bodies
+stay too, so sessions run with or without our registered kernel.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from ..onnx.nodes import copy_model
 from ..operators import DOMAIN
 from .quantised import weights_alone
 
-# Formats of weights that no CPU multiplies: a session makes float32 of them when it opens, an engine's file does not.
+# Weight formats without CPU matmuls. A session converts them to float32 when it opens; an engine's file does not.
 EXPANDED = ("float16", "bfloat16", "fp8")
 _DOMAINS = ("", "ai.titans", "com.microsoft")
 
 
 def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
-    """What ONNX Runtime makes of the graph, by rewrites that no instruction set decides: any CPU may run it.
+    """The graph after ONNX Runtime's rewrites that are independent of the instruction set, so that any CPU can run it.
 
-    `format` is that of the bundle's weights.
+    format: the format of the bundle's weights.
     """
     graph = source
     if format == "int8":
         graph = write_graph(weights_alone(load_graph(source)), work / "alone.onnx")
     options = onnxruntime.SessionOptions()
-    # The level above also lays tensors out for the machine it runs on.
+    # The next level also chooses layouts for the machine it runs on.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4
     optimised = work / "optimised.onnx"
     options.optimized_model_filepath = str(optimised)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
-    # With the kernel's operator registered, memory nodes stay nodes; else their functions would be written out.
+    # Registering the kernel's operator keeps memory nodes; otherwise their functions would be inlined.
     options.register_custom_ops_library(str(kernel_library()))
     disabled = []
     if format in EXPANDED:
@@ -63,7 +63,7 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
 
 
 def kernel_library() -> Path:
-    """The library of custom operators beside the runtime. Raises MachineError if it is missing."""
+    """The custom operator library beside the runtime. Raises MachineError if it is missing."""
     from titans_runtime._library import _library_path
 
     path = Path(_library_path()).with_name("libtitans_onnxruntime_ops.so")
@@ -74,7 +74,7 @@ def kernel_library() -> Path:
 
 
 def point_back(model: ModelProto, source: Path) -> ModelProto:
-    """Weights that are the bundle's own become references into its file again."""
+    """Turns weights that the bundle already holds into references to its file."""
     references = initializers_of(load_structure(source).graph)
     values = initializers_of(load_graph(source).graph)
     result = copy_model(model)

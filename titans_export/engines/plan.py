@@ -26,14 +26,14 @@ from .targets import ORT, RTX, TENSORRT, Target, find_target
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SUFFIXES = {TENSORRT: "engine", RTX: "engine", ORT: "onnx"}
 _SHORT = {TENSORRT: "trt", RTX: "rtx", ORT: "ort"}
-TIGHT = 0.75  # fraction of a target's memory beyond which there is a note
+TIGHT = 0.75  # share of a target's memory above which a note is given
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Request:
-    """The user's request. None and empty: the default."""
+    """The user's request. None and empty values select the default."""
 
     target: str
     precision: str | None = None
@@ -58,7 +58,7 @@ class Plan:
     compiler: str
     name: str
     graphs: list[GraphEntry]
-    plugin: bool  # whether the memory's plugin runs some nodes
+    plugin: bool  # the memory's plugin runs some nodes
     alias: str | None
     in_place: list[str]
     workspace: int
@@ -79,7 +79,7 @@ class Plan:
         return self.bundle.path / graph.file
 
     def prepare(self, graph: GraphEntry) -> ModelProto:
-        """The graph in the form that the compiler's parser accepts."""
+        """The graph in a form that the compiler's parser accepts."""
         model = load_graph(self.source(graph))
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
             model = for_compiler(model)
@@ -126,7 +126,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
 
 
 def check_memory(plan: Plan) -> str | None:
-    """A note if the target's memory gets tight. Raises MachineError if it is too small."""
+    """Returns a note if the target's memory is tight. Raises MachineError if it is too small."""
     target, estimated = plan.target, plan.estimate
     need = max(estimated.build, estimated.run)
     what = f"about {_gib(need)} to {'build' if need == estimated.build else 'run'} on {target.name}"
@@ -150,7 +150,7 @@ def check_machine(plan: Plan, machine: Machine) -> None:
 
 
 def where(plan: Plan) -> str:
-    """The machines that can build the engine."""
+    """The kinds of machine that can build the engine."""
     if plan.compiler == TENSORRT:
         return f"on the {plan.target.device} itself, with {plan.target.system or 'TensorRT'}"
     if plan.compiler == RTX:
@@ -194,7 +194,7 @@ def _choose_graphs(bundle: Bundle, wanted: Sequence[str]) -> list[GraphEntry]:
         problem = f"unknown --graph: expected one of {', '.join(names)}, got {unknown[0]}"
         raise UsageError("E0104", "build", problem, "give one of these")
     chosen = [graph for graph in known if not wanted or graph.name in wanted]
-    if missing(chosen):  # all of the bundle's graphs together are a schedule
+    if missing(chosen):  # the bundle's graphs together form a schedule
         singles = [graph.name for graph in known if graph.tokens == 1 and graph not in chosen]
         fix = "add " + " ".join(f"--graph {name}" for name in singles)
         problem = f"{', '.join(wanted)} cannot take one token at every position"

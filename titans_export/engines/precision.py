@@ -1,7 +1,7 @@
-"""Graphs whose matrix products take float16 or bfloat16, and nothing else does.
+"""Lowers the matmuls of a graph to float16 or bfloat16.
 
-The products outside of the memory are most of a model's bytes and time. Norms, softmax, residuals, the state and the
-memory's mathematics stay float32, and so do a graph's inputs and outputs.
+The matmuls outside the memory account for most of a model's bytes and time. Norms, softmax, residuals, the state and
+the memory's mathematics stay float32. A graph's inputs and outputs stay float32 too.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .targets import BF16, FP16, FP32
 
 _FORMATS = {FP32: "float32", FP16: "float16", BF16: "bfloat16"}
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
-_QUERY, _VALUE = 1, 3  # q, k and v among a memory's inputs
-_SCALE_ERROR = 0.01  # bfloat16 holds any number to 0.4 %
+_QUERY, _VALUE = 1, 3  # indices of q and v among a memory's inputs; k lies between
+_SCALE_ERROR = 0.01  # bfloat16 represents any number to 0.4 %
 _LARGEST = {FP16: 65504.0, BF16: 3.3895313892515355e38}
 
 
 class PrecisionError(TitansError):
-    """Weights that the precision cannot hold."""
+    """Weights that the precision cannot represent."""
 
 
 def lower_precision(model: ModelProto, precision: str, memory: bool) -> ModelProto:
-    """The graph in the precision. With `memory` the memory's q, k, v and y are of its type too, as our plugin takes.
+    """The graph in the precision. `memory` also lowers the memory's q, k, v and y, as our plugin requires.
 
-    The model has its weights inside. Raises PrecisionError where one does not fit.
+    The model must hold its weights. Raises PrecisionError if a weight is out of range.
     """
     result = copy_model(model)
     if precision != FP32:
@@ -47,7 +47,7 @@ class _Pass:
         self.types.update({name: tensor.data_type for name, tensor in self.weights.items()})
         self.makers = makers_of(graph)
         self.has_nodes = any(map(is_memory, graph.node))
-        self.low: dict[str, str] = {}  # float32 value to its low twin
+        self.low: dict[str, str] = {}  # float32 value to its low-precision copy
         self.nodes: list[NodeProto] = []
 
     def run(self, memory: bool) -> None:
@@ -64,21 +64,23 @@ class _Pass:
         drop_unread(self.graph)
 
     def _outside(self, node: NodeProto) -> bool:
-        """Whether the product is outside of the memory: where that is no node, only those with weights surely are."""
+        """Whether the matmul is outside the memory. If the memory is inlined, only matmuls with weights are known to
+        be.
+        """
         return self.has_nodes or any(self._is_weight(name) for name in node.input)
 
     def _is_weight(self, name: str) -> bool:
-        """Whether the value is a weight, as it is or from few bits."""
+        """Whether the value is a weight, either directly or after a cast or dequantisation."""
         maker = self.makers.get(name)
         decoded = maker is not None and maker.op_type in ("Cast", "DequantizeLinear") and maker.input[0] in self.weights
         return name in self.weights or decoded
 
     def _is_float32(self, node: NodeProto) -> bool:
-        """Whether it is, as far as the graph says."""
+        """Whether all inputs are float32; those of unknown type count as float32."""
         return all(self.types.get(name, TensorProto.FLOAT) == TensorProto.FLOAT for name in node.input if name)
 
     def _convert(self, node: NodeProto, places: list[int]) -> None:
-        """Inputs at `places` cast down, the first output cast back up under its old name."""
+        """Casts the inputs at `places` down, and the first output back up under its old name."""
         for i in places:
             node.input[i] = self._lowered(node.input[i])
         name = node.output[0]
@@ -101,12 +103,12 @@ class _Pass:
         return self.low[name]
 
     def _stored(self, name: str) -> bool:
-        """Whether it is a weight of the type already."""
+        """Whether the value is a weight that already has the type."""
         return name in self.weights and self.weights[name].data_type == self.element
 
     def _dequantise(self, node: NodeProto, target: str) -> None:
-        """The same from few bits to the type, by scales of the type: a cast in between would keep compilers from seeing
-        a quantised product.
+        """Dequantises directly to the type, with scales of that type. A cast in between would hide the quantised matmul
+        from compilers.
         """
         scale = self.weights[node.input[1]]
         name = f"{scale.name}.{self.precision}"
@@ -133,7 +135,7 @@ class _Pass:
             )
 
     def _unused(self) -> set[str]:
-        """What weights of few bits became that no node reads any more."""
+        """Dequantised values that no node reads any more."""
         used = {name for node in self.nodes for name in node_reads(node)} | {v.name for v in self.graph.output}
         decoders = ("Cast", "DequantizeLinear")
         return {node.output[0] for node in self.nodes if node.op_type in decoders and node.output[0] not in used}
@@ -141,7 +143,7 @@ class _Pass:
     def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
         value = numpy_helper.to_array(tensor)
         largest = float(np.abs(value).max(initial=0.0))
-        if not largest <= _LARGEST[self.precision]:  # which NaN is not either
+        if not largest <= _LARGEST[self.precision]:  # also true for NaN
             raise PrecisionError(
                 "E0661",
                 "build",

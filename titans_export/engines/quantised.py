@@ -1,4 +1,4 @@
-"""Quantised bundles: supported devices and precisions, and changes of their graphs for compilers."""
+"""Quantised bundles: supported devices and precisions, and graph rewrites for compilers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..onnx.nodes import all_nodes, attribute, copy_model, is_memory, makers_of,
 from .graphs import has_kernel
 from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
 
-STORED = {"float16": FP16, "bfloat16": BF16}  # formats of weights that are a precision of engines
-BLOCKS = (128, 64, 32, 16)  # what one scale a channel is written in where activations stay float: kernels take blocks
+STORED = {"float16": FP16, "bfloat16": BF16}  # weight formats that are also engine precisions
+BLOCKS = (128, 64, 32, 16)  # block sizes for per-channel weights with float activations, as kernels need blocks
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
 
 
 def weights_format(quantization: Quantization | None) -> str:
-    """The format of the weights that the recipe quantises, "float32" without a recipe."""
+    """The format of the weights that the recipe quantises; "float32" without a recipe."""
     recipe = quantization.recipe if quantization else {}
     return str(recipe.get("weights", {}).get("format", "float32"))
 
@@ -72,10 +72,10 @@ def check_target(
 
 
 def for_compiler(model: ModelProto) -> ModelProto:
-    """A copy as TensorRT and TensorRT-RTX take it.
+    """A copy that TensorRT and TensorRT-RTX accept.
 
-    They want a quantised table dequantised before rows are gathered from it, and TensorRT-RTX 1.7 builds no int8 in
-    blocks: it gets such weights as float32, so that the numbers are the bundle's all the same.
+    They need a quantised table dequantised before the Gather. TensorRT-RTX 1.7 cannot build blockwise int8, so such
+    weights become float32 with the same values.
     """
     result = copy_model(model)
     graph = result.graph
@@ -94,16 +94,16 @@ def for_compiler(model: ModelProto) -> ModelProto:
 
 
 def weights_alone(model: ModelProto) -> ModelProto:
-    """A copy whose int8 products round no input, their weights in the blocks that kernels of CPUs take.
+    """A copy whose int8 matmuls take unrounded inputs, with weights in the blocks that CPU kernels accept.
 
-    Such a kernel rounds its input for itself, in blocks and as it comes, which is both closer and faster than one scale
-    for all of it: a single token costs reading the weights, and the fewer nodes around them the better.
+    Such a kernel rounds its input in blocks at run time, which is closer and faster than one scale for the whole input.
+    One token costs one read of the weights, so fewer surrounding nodes help most.
     """
     result = copy_model(model)
     graph = result.graph
     weights = initializers_of(graph)
     makers = makers_of(graph)
-    changed: dict[str, str] = {}  # what dequantised a weight, now in blocks
+    changed: dict[str, str] = {}  # dequantised weight to its blockwise form
     added: list[NodeProto] = []
     for node in graph.node:
         if node.op_type != "MatMul":
@@ -129,7 +129,9 @@ def _dequantising(node: NodeProto | None) -> NodeProto | None:
 
 
 def _in_blocks(node: NodeProto, weights: Mapping[str, TensorProto], graph: GraphProto) -> NodeProto | None:
-    """What dequantises the same int8 (K, N) by scales (K / block, N), which are the channels'; None where none can."""
+    """A DequantizeLinear of the same int8 (K, N) with scales (K / block, N), repeated from the channels' scales. None
+    if the weight does not qualify.
+    """
     values, scale = weights[node.input[0]], weights.get(node.input[1])
     if scale is None or values.data_type != TensorProto.INT8 or attribute(node, "axis") != 1 or len(scale.dims) != 1:
         return None
@@ -173,14 +175,14 @@ def _replace_by_float32(node: NodeProto, graph: GraphProto, weights: Mapping[str
 
 
 def _dequantise_first(gather: NodeProto, readers: list[NodeProto], weights: Mapping[str, TensorProto]) -> None:
-    """Gathering from a table, then dequantising, changed into the other order; the two nodes change their parts."""
+    """Swaps a Gather from a table and the DequantizeLinear after it. The two nodes exchange their roles."""
     table = weights[gather.input[0]]
     if table.data_type not in _INTEGERS or len(readers) != 1 or readers[0].op_type != "DequantizeLinear":
         return
     dequantise = readers[0]
     indices, output = gather.input[1], dequantise.output[0]
     scale = dequantise.input[1]
-    # The one that stands first in the graph dequantises.
+    # The earlier node must dequantise, to keep the topological order.
     first = helper.make_node(
         "DequantizeLinear", [table.name, scale], [f"{output}.table"], name=dequantise.name, axis=len(table.dims) - 1
     )

@@ -1,7 +1,7 @@
-"""A Scan with branches in its body, written out: one copy of the body a step.
+"""Unrolls Scans with branches in their bodies: one copy of the body per step.
 
-TensorRT-RTX 1.7 builds If, and Scan as a loop, and small branches within loops. A memory's whole update in such a
-branch it does not ("No nesting relationship").
+TensorRT-RTX 1.7 builds If, Scan as a loop, and small branches within loops. It fails on a memory's whole update in such
+a branch ("No nesting relationship").
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ..onnx.nodes import attributes, copy_model, copy_node, replace_nodes, subgr
 
 
 def unroll_scans(model: ModelProto) -> ModelProto:
-    """A copy whose main graph has no Scan with branches. Raises BundleError where a Scan's length is not known."""
+    """A copy whose main graph has no Scan with branches. Raises BundleError if a Scan's length is unknown."""
     result = copy_model(model)
     if not any(_has_branches(node) for node in result.graph.node):
         return result
-    # Types and shapes alone: the weights stay where they are.
+    # Types and shapes suffice here, so the weights are not loaded.
     known = shape_inference.infer_shapes(result).graph
     lengths = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -61,7 +61,7 @@ class _Unrolling:
         self.initializers: list[TensorProto] = []
 
     def run(self) -> list[NodeProto]:
-        """The nodes in its place."""
+        """The nodes that replace the Scan."""
         nodes: list[NodeProto] = []
         states = list(self.node.input[: self.states])
         steps: list[list[str]] = []
@@ -107,7 +107,7 @@ def _named(tensor: TensorProto, name: str) -> TensorProto:
 
 
 def _renamed(graph: GraphProto, names: dict[str, str], prefix: str) -> list[NodeProto]:
-    """Copies of the graph's nodes by new names; `names` gets those of what they make."""
+    """Copies of the graph's nodes under new names; adds their outputs to `names`."""
     nodes = []
     for node in graph.node:
         copy = copy_node(node)
@@ -124,7 +124,7 @@ def _renamed(graph: GraphProto, names: dict[str, str], prefix: str) -> list[Node
 
 
 def _rename_graph(graph: GraphProto, outer: dict[str, str], prefix: str) -> None:
-    """A branch or another body in place: its own names, and those that it takes from outside."""
+    """Renames a subgraph in place: its own names, and those it captures from outside."""
     names = dict(outer)
     for entry in (*graph.input, *graph.initializer):
         names[entry.name] = prefix + entry.name

@@ -1,4 +1,4 @@
-"""The devices that engines are built for, in one table."""
+"""The table of devices that engines can be built for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import UsageError
 TENSORRT, RTX, ORT = "tensorrt", "tensorrt_rtx", "onnxruntime"
 FP32, FP16, BF16 = "fp32", "fp16", "bf16"
 X86, ARM = "linux-x86_64", "linux-aarch64"
-FP8_FROM = 89  # the first compute capability that multiplies e4m3
+FP8_FROM = 89  # the first compute capability with e4m3 matmuls
 
 _LOW = (FP32, FP16, BF16)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device. `memory_gib` is the least that devices of this name come with."""
+    """A device. memory_gib: the smallest memory of devices with this name."""
 
     name: str
     device: str
@@ -25,18 +25,18 @@ class Target:
     platform: str
     compilers: tuple[str, ...]  # in order of preference
     precisions: tuple[str, ...] = _LOW
-    shared_memory: bool = False  # the CPU's memory is the GPU's
-    tensorrt: tuple[int, int] = (10, 3)  # the first release of full TensorRT for it that this project takes
+    shared_memory: bool = False  # the CPU and the GPU share one memory
+    tensorrt: tuple[int, int] = (10, 3)  # the first release of full TensorRT that this project supports on it
     system: str = ""
 
     @property
     def gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """Whether the target is a GPU."""
         return self.sm is not None
 
     @property
     def memory(self) -> int:
-        """Its memory in bytes."""
+        """The device's memory in bytes."""
         return self.memory_gib << 30
 
 

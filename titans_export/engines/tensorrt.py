@@ -1,4 +1,4 @@
-"""Full TensorRT: the memory is our plugin, and the device itself builds, since the builder times kernels on it."""
+"""Full TensorRT: the memory is our plugin. Builds run on the target itself, because the builder times kernels on it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def find() -> Any:
 
 
 def release(version: str) -> tuple[int, int]:
-    """Major and minor of a version."""
+    """Major and minor version numbers."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
 def check(trt: Any, target: Target) -> None:
-    """Refuses a release that does not serve the target. Raises MachineError."""
+    """Checks that the release supports the target. Raises MachineError."""
     least = target.tensorrt
     found = release(trt.__version__)
     if found < least or found[0] > NEWEST:
@@ -45,7 +45,7 @@ def check(trt: Any, target: Target) -> None:
 
 
 def check_machine(target: Target, machine: Machine) -> None:
-    """Refuses to build where the target is not. Raises MachineError."""
+    """Checks that this machine is the target. Raises MachineError."""
     gpu = machine.find(target.sm or 0)
     if gpu is not None and machine.platform == target.platform:
         return
@@ -64,7 +64,7 @@ def check_machine(target: Target, machine: Machine) -> None:
 
 
 def plugin_library(given: Path | None, major: int) -> Path:
-    """Our plugin library: the given one, that of the environment, or that beside the runtime."""
+    """Path of our plugin library: `given`, else the environment's, else the one beside the runtime."""
     if given is None and ENVIRONMENT in os.environ:
         given = Path(os.environ[ENVIRONMENT])
     name = library_name(major)
@@ -81,7 +81,7 @@ def plugin_library(given: Path | None, major: int) -> Path:
 
 
 def library_name(major: int) -> str:
-    """One library for each major version, as no binary compatibility is promised across them."""
+    """The library's file name. Each major version has its own, because TensorRT guarantees no ABI across them."""
     return f"libtitans_tensorrt_plugin_{major}.so"
 
 

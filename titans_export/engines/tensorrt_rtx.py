@@ -12,7 +12,7 @@ from .machine import Machine
 from .targets import Target
 
 LEAST = (1, 7)
-CAPABILITIES = (80, 86, 89, 120, 121)  # the vendor supports more
+CAPABILITIES = (80, 86, 89, 120, 121)  # supported here; the vendor supports more
 
 
 def find() -> Any:
@@ -44,7 +44,7 @@ def check_target(target: Target) -> None:
 
 
 def check_machine(target: Target, machine: Machine) -> None:
-    """Raises MachineError on another platform than the target's, as engines run on the platform of the build."""
+    """Raises MachineError unless the platform is the target's, because engines run on the platform of their build."""
     if machine.platform != target.platform:
         raise MachineError(
             "E0654",

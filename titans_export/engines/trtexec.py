@@ -1,4 +1,4 @@
-"""The same build as trtexec commands, for builds on the device without Python."""
+"""The build as trtexec commands, for devices without Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREVIEW = "aliasedPluginIO1003"
 
 
 def lines(plan: Plan) -> list[str]:
-    """One command per graph, for the folder of the prepared graphs. Raises UsageError."""
+    """One command per graph, relative to the folder of the prepared graphs. Raises UsageError."""
     if plan.compiler != TENSORRT:
         problem = f"--emit-trtexec is for --compiler tensorrt, not {plan.compiler}"
         raise UsageError("E0102", "build", problem, "build it here instead")
@@ -51,12 +51,12 @@ def _arguments(plan: Plan, graph: str) -> list[str]:
 
 
 def source_name(plan: Plan, graph: str) -> str:
-    """The prepared graph's file."""
+    """File name of the prepared graph."""
     return f"{plan.name}.{graph}.onnx"
 
 
 def write_folder(plan: Plan, folder: Path, overwrite: bool) -> list[Path]:
-    """Writes the prepared graphs and a script with the lines into a new folder; returns what it holds."""
+    """Writes the prepared graphs and a script with the commands into a new folder. Returns the files."""
     text = "\n".join(lines(plan))
     with replacing_folder(folder, overwrite, SCRIPT) as aside:
         for graph in plan.graphs:

@@ -1,6 +1,6 @@
-"""The build steps that TensorRT and TensorRT-RTX share. The vendor's module is a parameter.
+"""Build steps common to TensorRT and TensorRT-RTX. The vendor's module is a parameter.
 
-The log is checked after every step, as some calls log a failure and still return an engine.
+The log is checked after every step, because some calls log a failure and still return an engine.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class Settings:
     """Settings of a build."""
 
     workspace: int | None = None  # bytes
-    timing_cache: bytes | None = None  # empty: a new one
+    timing_cache: bytes | None = None  # empty: start a new one
     profiles: Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]] = field(default_factory=dict)
-    aliased: bool = False  # a plugin declares that an output is its input's buffer
+    aliased: bool = False  # a plugin declares an output that shares its input's buffer
     plugin_library: Path | None = None
     embed_plugin: bool = False
     capabilities: Sequence[int] = ()  # TensorRT-RTX: the compute capabilities to build for
-    open_here: bool = False  # this machine can run the engine, so that it is opened once to list its layers
+    open_here: bool = False  # this machine can run the engine, so it is opened once to list its layers
 
 
 @dataclass
 class Built:
     """An engine and its description."""
 
-    plan: memoryview  # of the vendor's own buffer: a copy would take an engine's size again
-    layers: dict[str, int]  # of the network, by kind
+    plan: memoryview  # view of the vendor's buffer, which avoids a second copy of the engine
+    layers: dict[str, int]  # layers of the network by kind
     engine_layers: list[str] | None  # from the engine's inspector; None if it cannot be opened here
     timing_cache: bytes | None
     warnings: list[str]
@@ -67,7 +67,7 @@ def build_plan(trt: Any, path: Path, settings: Settings, progress: Progress = la
 def build_network(
     trt: Any, builder: Any, network: Any, settings: Settings, log: Any, progress: Progress = lambda text: None
 ) -> Built:
-    """Builds the parsed network. Raises BuildError, also for failures that the vendor only logs."""
+    """Builds the parsed network. Raises BuildError, including for failures that the vendor only logs."""
     config = _configure(trt, builder, network, settings, log)
     layers = Counter(network.get_layer(i).type.name.lower() for i in range(network.num_layers))
     with interruptible() as interrupted:
@@ -91,7 +91,7 @@ def build_network(
 
 
 def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
-    """Reads the graph into the network, and checks that its inputs and outputs are the graph's."""
+    """Parses the graph into the network. Checks that inputs and outputs match the graph's."""
     parser = trt.OnnxParser(network, log)
     parsed = parser.parse_from_file(str(path))
     if not parsed or parser.num_errors:
@@ -112,7 +112,7 @@ def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
 
 def _configure(trt: Any, builder: Any, network: Any, settings: Settings, log: Any) -> Any:
     config = builder.create_builder_config()
-    # TensorFloat-32 keeps 10 bits, which is too few for fp32 and for the memory.
+    # TensorFloat-32 keeps 10 bits of mantissa, too few for fp32 and for the memory.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if settings.capabilities:
@@ -193,7 +193,7 @@ def _load_plugin(registry: Any, path: Path, log: Any) -> None:
 
 
 def _inspect(trt: Any, plan: memoryview, settings: Settings) -> list[str]:
-    """Names of the engine's layers, from the opened engine."""
+    """Layer names from the opened engine."""
     log = make_log(trt)
     runtime = trt.Runtime(log)
     if settings.embed_plugin:
@@ -211,6 +211,6 @@ def _inspect(trt: Any, plan: memoryview, settings: Settings) -> list[str]:
 
 
 def _flag(enumeration: Any, name: str) -> int:
-    """The bit of a creation flag; 0 if a later release dropped it, as it became the default."""
+    """The bit of a creation flag; 0 in releases that dropped the flag because it became the default."""
     member = enumeration.__members__.get(name)
     return 0 if member is None else 1 << int(member)

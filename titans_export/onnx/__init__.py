@@ -1,1 +1,1 @@
-"""From a PyTorch model to ONNX graphs with the memory as one operator."""
+"""Converts PyTorch models to ONNX graphs with the memory as one operator."""

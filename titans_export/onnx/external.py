@@ -1,4 +1,4 @@
-"""The files with the external data of a graph."""
+"""External data files of a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIX = "do not use this bundle unless you trust its author"
 
 
 def check_external_data(path: Path, files: set[str]) -> None:
-    """Raises BundleError unless all tensor data of the graph file lie inside it or in one of `files` beside it."""
+    """Raises BundleError if the graph's tensor data lies outside the graph file and the `files` beside it."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -26,7 +26,7 @@ def check_external_data(path: Path, files: set[str]) -> None:
 
 
 def _locations(model: Any) -> set[str]:
-    """The files with data of tensors anywhere in the model."""
+    """Files with external tensor data, anywhere in the model."""
     import onnx
 
     found: set[str] = set()

@@ -1,7 +1,7 @@
-"""Function bodies of the memory operators: the PyTorch references, traced, as ONNX model-local functions.
+"""Function bodies of the memory operators, as ONNX model-local functions traced from the PyTorch references.
 
-A runtime without our kernels runs the bodies. A body has fixed shapes, so each configuration in a graph gets its own,
-named by the node's `overload`.
+Runtimes without our kernels run the bodies. A body has fixed shapes, so each configuration in a graph has its own. The
+node's `overload` names it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .nodes import attributes
 from .tracing import OPSET, trace
 
 REFERENCES = {NEURAL_MEMORY.name: neural_memory.reference, CHUNK_NEURAL_MEMORY.name: chunk_neural_memory.reference}
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of every input that a node has
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of every input of a node
 
 
 class _Body(nn.Module):
-    """A reference that takes the inputs of one node, in order, and gives its first `outputs` outputs."""
+    """A reference with the inputs of one node, in order, and its first `outputs` outputs."""
 
     def __init__(self, reference: Callable[..., tuple[Tensor, ...]], present: tuple[str, ...], outputs: int) -> None:
         super().__init__()
@@ -42,7 +42,9 @@ def _example(operator: Operator, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def initializers_to_constants(graph: onnx.GraphProto) -> None:
-    """Makes all initialisers constant nodes: functions have none, and inliners fail on those of branches."""
+    """Turns all initialisers into Constant nodes: functions have no initialisers, and inliners fail on those of
+    branches.
+    """
     nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in graph.initializer] + list(graph.node)
     del graph.initializer[:], graph.node[:]
     graph.node.extend(nodes)
@@ -56,7 +58,7 @@ def initializers_to_constants(graph: onnx.GraphProto) -> None:
 def _function(
     operator: Operator, given: tuple[tuple[str, Any], ...], inputs: Shapes, outputs: tuple[str, ...]
 ) -> onnx.FunctionProto:
-    """The body for one configuration. given: the node's attributes."""
+    """The body of one configuration. given: the node's attributes."""
     values, shapes = operator.complete(dict(given)), dict(inputs)
     present = tuple(name for name in operator.input_names if name in shapes)
     body = _Body(REFERENCES[operator.name](values, present), present, len(outputs))
@@ -77,7 +79,9 @@ def _function(
 
 
 def build_memory_function(node_shapes: dict[str, tuple[int, ...]], node: onnx.NodeProto) -> onnx.FunctionProto:
-    """The body for a memory node. node_shapes: of the graph's values. Raises UsageError for unknown attributes."""
+    """The body of a memory node. node_shapes: shape of every value of the graph. Raises UsageError for unknown
+    attributes.
+    """
     operator = MEMORY_OPERATORS[node.op_type]
     names = zip(operator.input_names, node.input, strict=False)
     inputs = tuple((name, node_shapes[value]) for name, value in names if value)

@@ -1,4 +1,4 @@
-"""The static graphs of a model's schedule."""
+"""Exports the static graphs of a model's schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEXT = ".next"
 
 
 class _Call(nn.Module):
-    """One call of a graph with the state as separate inputs and outputs."""
+    """One call of a graph, with separate inputs and outputs for the state tensors."""
 
     def __init__(self, model: StreamModel, names: list[str], graph: Graph) -> None:
         super().__init__()
@@ -41,28 +41,30 @@ BUILDERS = {**dict.fromkeys(MEMORY_OPERATORS, build_memory_function), hyper.OPER
 
 
 def _attach_functions(model: onnx.ModelProto) -> None:
-    """Gives every node of our operators the function body of its configuration, each body once."""
+    """Attaches a function body to every node of our operators; equal configurations share one body."""
     node_shapes = _shapes(model.graph)
     bodies: dict[tuple[str, str], onnx.FunctionProto] = {}
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     for node in model.graph.node:
         if node.domain == DOMAIN:
             if node.op_type == CHUNK_NEURAL_MEMORY.name and node.output[-1] not in used:
-                node.output.pop()  # initial_weights: unused, so no kernel has to copy them
+                node.output.pop()  # initial_weights is unused, so kernels need not copy it
             body = BUILDERS[node.op_type](node_shapes, node)
             node.overload, bodies[body.name, body.overload] = body.overload, body
     model.functions.extend(bodies[name] for name in sorted(bodies))
 
 
 def example_inputs(model: StreamModel, tokens: int) -> Tensor:
-    """Zeros of the shape that a call of so many tokens takes, for one stream."""
+    """Zeros with the shape of a call of this many tokens, for one stream."""
     if model.input.kind == "tokens":
         return torch.zeros(1, tokens, dtype=torch.int64)
     return torch.zeros(1, tokens, model.input.size)
 
 
 def export_graph(model: StreamModel, graph: Graph) -> onnx.ModelProto:
-    """One graph of the schedule, for one stream, its initialisers inside, named `model.` and the parameter's name."""
+    """Exports one graph of the schedule, for one stream. Its initialisers are inside, named `model.` and the
+    parameter's name.
+    """
     state = model.initial_state(1)
     names = list(state)
     position, learn = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Reading and changing the nodes of an ONNX graph. Needs neither PyTorch nor ONNX Runtime."""
+"""Reads and changes the nodes of an ONNX graph. Needs neither PyTorch nor ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from ..operators import DOMAIN, MEMORY_OPERATORS
 
 ONNX_DOMAINS = ("", "ai.onnx")
-_SHAPE_ONLY = frozenset(("Shape", "Size"))  # read no values of their input
+_SHAPE_ONLY = frozenset(("Shape", "Size"))  # operators that do not read their input's values
 
 
 def is_memory(node: NodeProto) -> bool:
@@ -19,12 +19,12 @@ def is_memory(node: NodeProto) -> bool:
 
 
 def is_memory_function(function: FunctionProto) -> bool:
-    """Whether the function is the body of a memory operator."""
+    """Whether the function is a memory operator's body."""
     return bool(function.domain == DOMAIN and function.name in MEMORY_OPERATORS)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
-    """An attribute's value, text as str; `default` if the node lacks it."""
+    """An attribute's value, with text as str; `default` if the node lacks it."""
     for entry in node.attribute:
         if entry.name == name:
             return _value(entry)
@@ -32,7 +32,7 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
-    """All attributes by name, text as str."""
+    """All attributes by name, with text as str."""
     return {entry.name: _value(entry) for entry in node.attribute}
 
 
@@ -42,7 +42,7 @@ def _value(entry: AttributeProto) -> Any:
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs inside a node: a loop's body, the branches of an If."""
+    """The subgraphs of a node: a loop's body, the branches of an If."""
     for entry in node.attribute:
         if entry.HasField("g"):
             yield entry.g
@@ -50,7 +50,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
-    """The nodes of the graphs inside a node, at any depth."""
+    """The nodes inside a node's subgraphs, at any depth."""
     for graph in subgraphs(node):
         yield from all_nodes(graph)
 
@@ -63,7 +63,7 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def node_reads(node: NodeProto) -> set[str]:
-    """Every name that a node reads, also inside its subgraphs."""
+    """All names that a node reads, including those read in its subgraphs."""
     found = set(node.input)
     for inner in subgraphs(node):
         found |= names_read(inner)
@@ -71,7 +71,7 @@ def node_reads(node: NodeProto) -> set[str]:
 
 
 def names_read(graph: GraphProto) -> set[str]:
-    """Every name that the graph or a subgraph reads, outputs included."""
+    """All names that the graph or a subgraph reads, including outputs."""
     found = {value.name for value in graph.output}
     for node in graph.node:
         found |= node_reads(node)
@@ -79,12 +79,12 @@ def names_read(graph: GraphProto) -> set[str]:
 
 
 def makers_of(graph: GraphProto) -> dict[str, NodeProto]:
-    """The node that makes each value of the graph itself."""
+    """The producing node of each value of the graph, without subgraphs."""
     return {name: node for node in graph.node for name in node.output}
 
 
 def readers_of(graph: GraphProto) -> dict[str, list[NodeProto]]:
-    """The nodes of the graph itself that read each value, in order."""
+    """The nodes of the graph that read each value, in order, without subgraphs."""
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in dict.fromkeys(node.input):
@@ -93,7 +93,7 @@ def readers_of(graph: GraphProto) -> dict[str, list[NodeProto]]:
 
 
 def ancestors(graph: GraphProto, node: NodeProto) -> set[str]:
-    """The first outputs of the nodes whose values the node needs. A shape needs no values."""
+    """First outputs of the nodes whose values the node depends on. Reading a shape is no dependency."""
     makers = makers_of(graph)
     found: set[str] = set()
     waiting = [makers[name] for name in node.input if name in makers]
@@ -120,14 +120,14 @@ def copy_node(node: NodeProto) -> NodeProto:
 
 
 def replace_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
-    """Makes `nodes` the graph's nodes; they may be nodes of the graph."""
+    """Makes `nodes` the graph's nodes. They may already belong to the graph."""
     copies = [copy_node(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
 
 
 def replace_functions(model: ModelProto, functions: Iterable[FunctionProto]) -> None:
-    """Makes `functions` the model's functions; they may be functions of the model."""
+    """Makes `functions` the model's functions. They may already belong to the model."""
     copies = [FunctionProto.FromString(function.SerializeToString()) for function in functions]
     del model.functions[:]
     model.functions.extend(copies)

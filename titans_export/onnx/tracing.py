@@ -1,4 +1,4 @@
-"""torch.onnx.export as this project uses it: fixed shapes, quiet, and the same bytes on every machine."""
+"""torch.onnx.export as used in this project: fixed shapes, no output, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 OPSET = 20
-IR_VERSION = 10  # the first with overloads of functions
+IR_VERSION = 10  # the first with function overloads
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's notes on optional packages and its own deprecations are not for the user."""
+    """Hides the exporter's notes on optional packages and its deprecation warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -33,7 +33,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _strip(graph: onnx.GraphProto) -> None:
-    """Removes stack traces and their like, which hold absolute paths of the exporting machine."""
+    """Removes stack traces and similar metadata, which contain absolute paths of the machine."""
     graph.ClearField("metadata_props")
     for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node):
         item.ClearField("metadata_props")
@@ -47,7 +47,7 @@ def _strip(graph: onnx.GraphProto) -> None:
 def trace(
     module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]
 ) -> onnx.ModelProto:
-    """The module as an ONNX model of fixed shapes, stripped of everything that depends on the machine."""
+    """Traces the module to an ONNX model of fixed shapes, without machine-dependent metadata."""
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,

@@ -1,4 +1,4 @@
-"""Weights stored once: the large initialisers of all graphs in one safetensors file that the graphs point into."""
+"""Shares weights: the large initialisers of all graphs are in one safetensors file that the graphs reference."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..safetensors_file import Array, Raw, write_safetensors
 from .initializers import replace_initializers
 from .nodes import subgraphs
 
-SHARED_BYTES = 1024  # smaller initialisers stay inside their graph
+SHARED_BYTES = 1024  # smaller initialisers stay in their graph
 PARAMETER_PREFIX = "model."
-# Safetensors has no numbers of four bits: two of them are one of its bytes.
+# Safetensors lacks 4-bit types, so two int4 values are stored as one byte.
 _RAW: dict[int, str] = {TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "F8_E4M3", TensorProto.INT4: "U8"}
 
 
 def stored(tensor: TensorProto) -> Array | Raw:
-    """The initialiser as weights.safetensors holds it."""
+    """The initialiser in the form stored in weights.safetensors."""
     if tensor.data_type not in _RAW:
         return numpy_helper.to_array(tensor)
     data = tensor.raw_data
@@ -31,10 +31,10 @@ def stored(tensor: TensorProto) -> Array | Raw:
 def share_weights(
     models: dict[str, onnx.ModelProto], path: Path, named: str | None = PARAMETER_PREFIX
 ) -> dict[str, list[str]]:
-    """Moves the large initialisers of the models, by graph name, to `path`, beside which the graphs will lie.
+    """Moves the models' large initialisers to `path`; the graphs will lie in the same folder. models: by graph name.
 
-    Those whose names begin with `named`, parameters, keep them; of others equal ones of different graphs are one, named
-    by its content. What lies in a file already stays there. Returns the names of each graph's shared initialisers.
+    Initialisers whose names begin with `named` (parameters) keep their names. Others are named by content, so equal
+    ones merge. Initialisers already in a file stay there. Returns the shared initialisers' names by graph.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
@@ -66,7 +66,7 @@ def share_weights(
 
 
 def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
-    """Reads of the old names become reads of the new, also where a branch or a loop's body captures them."""
+    """Renames reads of initialisers, including captured ones in subgraphs."""
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         for inner in subgraphs(node):
@@ -76,7 +76,7 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
 
 
 def _drop_twins(graph: onnx.GraphProto) -> None:
-    """Keeps one initialiser of each name: constants of equal content have become one."""
+    """Removes duplicates of a name, which result from equal constants."""
     unique = {tensor.name: tensor for tensor in graph.initializer}
     kept = [unique[name] for name in dict.fromkeys(t.name for t in graph.initializer)]
     if len(kept) < len(graph.initializer):

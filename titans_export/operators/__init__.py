@@ -1,6 +1,6 @@
-"""The contracts of the memory operators as tables: inputs, outputs and attributes. Imports neither PyTorch nor ONNX.
+"""Tables of the memory operators' contracts: inputs, outputs and attributes. Imports neither PyTorch nor ONNX.
 
-docs/operator.md and docs/chunk-operator.md define what the entries mean.
+docs/operator.md and docs/chunk-operator.md define the entries.
 """
 
 from .chunk_neural_memory import CHUNK_NEURAL_MEMORY

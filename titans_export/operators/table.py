@@ -1,4 +1,4 @@
-"""The form of an operator's table, and the entries that both memory operators share."""
+"""The structure of an operator's table, and the entries that both memory operators share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Final
 from ..errors import UsageError
 
 DOMAIN, VERSION = "ai.titans", 1
-REQUIRED: Final = object()  # the default of an attribute that every node has
+REQUIRED: Final = object()  # the default of attributes that every node must have
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input. dtype: its element type. optional: a node may leave it out whatever its attributes are."""
+    """An input. dtype: its element type. optional: a node may omit it regardless of the attributes."""
 
     name: str
     dtype: str = "float32"
@@ -23,9 +23,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute. default: its value when a node leaves it out.
+    """An attribute. default: the value if a node omits it.
 
-    label: what precedes the value in a function body's name. flag: 0 or 1; the name has the label alone, or nothing.
+    label: the prefix of the value in a function body's name. flag: 0 or 1; the name has the label alone, or nothing.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of the domain: inputs and outputs in the node's order, and attributes by name."""
+    """One operator of the domain: inputs and outputs in order, and attributes by name."""
 
     name: str
     inputs: tuple[Input, ...]
@@ -52,12 +52,12 @@ class Operator:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The inputs' names in order."""
+        """Names of the inputs, in order."""
         return tuple(entry.name for entry in self.inputs)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The attributes that a node may leave out, with their defaults."""
+        """Defaults of the attributes that a node may omit."""
         return {entry.name: entry.default for entry in self.attributes if entry.default is not REQUIRED}
 
     def dtype(self, name: str) -> str:
@@ -69,19 +69,19 @@ class Operator:
         return [entry.name for entry in self.inputs if entry.optional and entry.name in present]
 
     def operands(self, present: Container[str]) -> list[str]:
-        """Input names in a node's order: empty for those that are absent, cut off after the last one present."""
+        """Input names in order: empty for absent ones, truncated after the last one present."""
         names = [name if name in present else "" for name in self.input_names]
         while names and not names[-1]:
             names.pop()
         return names
 
     def given(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes without those at their defaults."""
+        """The attributes that differ from their defaults."""
         defaults = self.defaults
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def complete(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A node's attributes with defaults filled in. Raises UsageError for unknown and missing ones."""
+        """A node's attributes with defaults filled in. Raises UsageError for unknown or missing attributes."""
         known = [entry.name for entry in self.attributes]
         unknown = [name for name in values if name not in known]
         if unknown:
@@ -94,14 +94,14 @@ class Operator:
         return {name: full[name] for name in known}
 
     def overload(self, values: Mapping[str, Any], shape: tuple[int, ...], extras: list[str]) -> str:
-        """A function body's name: `update_aligned_b1_h4_t64_w32x32_silu_c64_learn`.
+        """The name of a function body: `update_aligned_b1_h4_t64_w32x32_silu_c64_learn`.
 
-        shape: (B, H, T, ...). extras: optional inputs and outputs. Attributes at their defaults have no word.
+        shape: (B, H, T, ...). extras: optional inputs and outputs. Attributes at their defaults are omitted.
         """
         given = self.given(values)
         words = {entry.name: entry.word(given[entry.name]) for entry in self.attributes if entry.name in given}
         if values.get("mode") == "read":
-            del words["schedule"]  # it has no meaning there
+            del words["schedule"]  # has no effect there
         first = [words.pop(name) for name in ("mode", "schedule") if name in words]
         sizes = [f"{letter}{size}" for letter, size in zip("bht", shape, strict=False)]
         return "_".join(word for word in (*first, *sizes, *words.values(), *extras) if word)
@@ -124,7 +124,7 @@ INPUTS = (
     Input("norm_scale"),
 )
 OUTPUTS = ("y", "state_out", "stats")
-STATE, STATE_OUT = 0, 1  # places of the packed rows among inputs and outputs
+STATE, STATE_OUT = 0, 1  # indices of the packed rows among inputs and outputs
 NETWORK = (
     Attribute("schedule"),
     Attribute("widths", label="w"),
