@@ -1,4 +1,4 @@
-// The C interface: checks pointers and turns exceptions into statuses.
+// The C interface: checks pointers and converts exceptions to statuses.
 #include "titans/titans.h"
 
 #include <algorithm>
@@ -56,13 +56,13 @@ void require(const void* pointer, std::string_view name) {
   }
 }
 
-// A null pointer is right for an empty array.
+// An empty array may be a null pointer.
 void require_array(const void* pointer, std::size_t count, std::string_view name) {
   if (count > 0) require(pointer, name);
 }
 
-// Where a struct of the first version ends. Smaller ones have never been; of larger ones what is not known is not read.
-// A field that a later version adds is read only where struct_size covers it, and has its default elsewhere.
+// The ends of struct versions. Smaller sizes are rejected; unknown later fields are ignored. A field of a later version
+// is read only if struct_size covers it and has its default otherwise.
 constexpr std::size_t kFirstSessionOptions = offsetof(titans_session_options, threads) + sizeof(std::int32_t);
 constexpr std::size_t kMemoryKernelEnd = offsetof(titans_session_options, memory_kernel) + sizeof(const char*);
 constexpr std::size_t kEngineEnd = offsetof(titans_session_options, engine) + sizeof(const char*);
@@ -106,7 +106,7 @@ void require_room(std::size_t needed, std::size_t capacity, std::string_view wha
                     core::text("expected room for ", needed, " ", what, ", got ", capacity), "pass a larger buffer");
 }
 
-// The key of the application's, copied for as long as the call needs it.
+// A copy of the application's key for the duration of the call.
 class StateOptions {
  public:
   StateOptions() = default;
@@ -185,7 +185,7 @@ std::vector<core::BatchItem> read_items(const titans_feed* items, std::size_t co
   return out;
 }
 
-// Runs what `read` makes of the arguments, and tells all statuses whatever happens.
+// Runs the items that `read` returns and always sets all statuses.
 template <typename Read>
 titans_status run_batch(titans_session* session, std::size_t count, titans_status* statuses, Read&& read) noexcept {
   bool told = false;
@@ -229,11 +229,11 @@ const char* titans_session_info(const titans_session* session) {
 
 int32_t titans_session_vocab_size(const titans_session* session) {
   if (session == nullptr || session->session->manifest().input_kind != core::InputKind::kTokens) return 0;
-  return static_cast<std::int32_t>(session->session->manifest().input_size);  // the manifest's fit
+  return static_cast<std::int32_t>(session->session->manifest().input_size);  // manifest sizes fit in int32
 }
 
 const char* titans_session_input_kind(const titans_session* session) {
-  // A literal, which ends with NUL.
+  // A string literal, so it ends with NUL.
   return session == nullptr ? "" : core::input_kind_name(session->session->manifest().input_kind).data();
 }
 

@@ -24,7 +24,7 @@ std::string driver_path() {
 
 const Driver* Driver::load(std::string& why_not) {
   static std::mutex mutex;
-  // Never destroyed: the order in which a process takes down its libraries is not ours to know.
+  // Never destroyed, because the order of destruction at process exit is unspecified.
   static auto& loaded = *new std::map<std::string, std::unique_ptr<const Driver>>;
   const std::lock_guard lock(mutex);
   const std::string path = driver_path();
@@ -32,7 +32,7 @@ const Driver* Driver::load(std::string& why_not) {
   if (known != loaded.end()) return known->second.get();
   std::unique_ptr<Driver> driver(new Driver);
   why_not = driver->open(path);
-  if (!why_not.empty()) return nullptr;  // and looked for again next time
+  if (!why_not.empty()) return nullptr;  // not cached, so the next call tries again
   return loaded.emplace(path, std::move(driver)).first->second.get();
 }
 
@@ -77,7 +77,7 @@ int Driver::device_count() const {
 std::string Driver::describe(CUresult result) const {
   const char* name = nullptr;
   const char* meaning = nullptr;
-  // A driver older than cuda.h may not know the code; the number is left then.
+  // An older driver may not recognise the code; the text then has the number only.
   if (cuGetErrorName(result, &name) != CUDA_SUCCESS) name = nullptr;
   if (cuGetErrorString(result, &meaning) != CUDA_SUCCESS) meaning = nullptr;
   if (name == nullptr) return text("error ", static_cast<int>(result));

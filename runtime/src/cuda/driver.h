@@ -1,8 +1,8 @@
-// The CUDA driver's functions, opened at run time: nothing is linked against CUDA, and a machine without it does
-// without.
+// The CUDA driver's functions, loaded at run time. Nothing is linked against CUDA, so the runtime works on machines
+// without it.
 //
-// Compiled where cuda.h is found (TITANS_CUDA_INCLUDE). cuda.h turns some names into others of a fixed version, such as
-// cuMemAlloc into cuMemAlloc_v2; the members of Driver carry the names that result, so both ways of writing work.
+// Compiled only if cuda.h is found (TITANS_CUDA_INCLUDE). cuda.h maps some names to versioned ones, such as cuMemAlloc
+// to cuMemAlloc_v2. The members of Driver have the mapped names, so both spellings work.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@
 
 namespace titans::core::cuda {
 
-// Only what drivers of CUDA 12.0 and newer have under the names that cuda.h of 12.0 up to 13.x gives them.
+// Functions that drivers of CUDA 12.0 and newer export under the names in cuda.h 12.0 to 13.x.
 #define TITANS_CUDA_FUNCTIONS(X) \
   X(cuInit)                      \
   X(cuDriverGetVersion)          \
@@ -54,13 +54,13 @@ namespace titans::core::cuda {
 
 class Driver {
  public:
-  // The driver of $TITANS_CUDA_DRIVER, or the loader's libcuda.so.1, initialised. It stays loaded until the process
-  // ends. Where there is none, or no device, NULL, and `why_not` says what was found instead.
+  // The initialised driver from $TITANS_CUDA_DRIVER or the loader's libcuda.so.1. It stays loaded until the process
+  // ends. Returns NULL and sets `why_not` if there is no driver or no device.
   static const Driver* load(std::string& why_not);
-  // The same, or an Error with TITANS_UNSUPPORTED.
+  // Like load, but throws an Error with TITANS_UNSUPPORTED.
   static const Driver& require();
 
-  // The newest CUDA that this driver serves, as cuDriverGetVersion has it: 12060 is 12.6.
+  // The newest CUDA version that the driver supports, as in cuDriverGetVersion: 12060 is 12.6.
   int version() const;
   int device_count() const;
 
@@ -76,7 +76,7 @@ class Driver {
  private:
   static constexpr std::string_view kFix = "check the device with nvidia-smi, and start the program again";
   Driver() = default;
-  // What is wrong with the library at `path`, or an empty string.
+  // Returns why the library at `path` is unusable, or an empty string.
   std::string open(const std::string& path);
 };
 

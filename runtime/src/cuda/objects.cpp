@@ -28,13 +28,13 @@ int attribute(const Driver& driver, CUdevice_attribute which, CUdevice device) {
   return value;
 }
 
-// What destructors get back is not looked at: where the context is broken there is nothing left to free.
+// Destructors ignore errors: a broken context has nothing left to free.
 template <typename Free>
 void free_in(const Context& context, Free&& free) noexcept {
   try {
     const Context::Scope scope(context);
     static_cast<void>(free(context.driver()));
-  } catch (...) {  // NOLINT: a context that cannot be made current holds nothing any more
+  } catch (...) {  // NOLINT: a context that cannot be made current holds no resources
   }
 }
 
@@ -69,7 +69,7 @@ Context::Context(const Driver& driver, int ordinal) : driver_(driver) {
   driver_.check(driver_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
 }
 
-// What it returns is not looked at either.
+// The result is ignored for the same reason.
 Context::~Context() { static_cast<void>(driver_.cuDevicePrimaryCtxRelease(device_)); }
 
 Context::Scope::Scope(const Context& context) : driver_(context.driver_) {
@@ -124,7 +124,7 @@ void Event::synchronize() const {
 DeviceMemory::DeviceMemory(const Stream& stream, std::size_t bytes) : stream_(stream), size_(bytes) {
   const Context::Scope scope(stream.context());
   const Driver& driver = stream.context().driver();
-  // None of length 0 is given out.
+  // cuMemAlloc rejects 0 bytes.
   driver.check(driver.cuMemAlloc(&address_, bytes == 0 ? 1 : bytes), text("cuMemAlloc of ", bytes, " bytes"));
   try {
     driver.check(driver.cuMemsetD8Async(address_, 0, bytes, stream.get()), "cuMemsetD8Async");
@@ -203,7 +203,7 @@ void copy_stripe(const Stream& stream, CUdeviceptr to, CUdeviceptr from, const S
 GraphExec::Recording::Recording(const Stream& stream, std::string& why_not) : stream_(stream), why_not_(why_not) {
   const Context::Scope scope(stream.context());
   const Driver& driver = stream.context().driver();
-  // Of this thread alone: what others do meanwhile, such as allocating, is their own.
+  // Captures this thread only, so other threads may allocate meanwhile.
   const CUresult begun = driver.cuStreamBeginCapture(stream.get(), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
   running_ = begun == CUDA_SUCCESS;
   if (!running_) why_not_ = text("cuStreamBeginCapture: ", driver.describe(begun));

@@ -1,7 +1,7 @@
-// What a backend keeps on a CUDA device, each freed by its owner. All of it belongs to the device's primary context,
-// which CUDA's own runtime, TensorRT and ONNX Runtime use too.
+// RAII owners of CUDA driver objects. All belong to the device's primary context, which the CUDA runtime, TensorRT and
+// ONNX Runtime also use.
 //
-// Functions of the driver want the context to be current on the calling thread: each member here sees to it itself.
+// Driver functions need the context current on the calling thread. Each member here ensures that itself.
 #pragma once
 
 #include <cstddef>
@@ -23,10 +23,10 @@ struct DeviceInfo {
   int driver_version;  // cuDriverGetVersion
 };
 
-// "cuda" is device 0, "cuda:N" device N. An Error where `device` is neither, or there is no such device.
+// "cuda" is device 0, "cuda:N" device N. Throws an Error for other strings and missing devices.
 DeviceInfo find_device(const Driver& driver, const std::string& device);
 
-// The primary context of a device, kept as long as somebody holds it.
+// The primary context of a device, retained for the life of the object.
 class Context {
  public:
   Context(const Driver& driver, int ordinal);
@@ -55,7 +55,7 @@ class Context {
 
 class Event;
 
-// Ordered work. One that no implicit synchronisation with the default stream holds up.
+// A non-blocking CUDA stream, which does not synchronise with the default stream.
 class Stream {
  public:
   explicit Stream(const Context& context);
@@ -65,7 +65,7 @@ class Stream {
   CUstream get() const { return stream_; }
   const Context& context() const { return context_; }
   void synchronize() const;
-  // What is put into the stream from now on starts when what `event` stands for has finished.
+  // Later work in the stream waits for `event`.
   void wait_for(const Event& event) const;
 
  private:
@@ -88,8 +88,8 @@ class Event {
   CUevent event_ = nullptr;
 };
 
-// Memory of the device, zeroed, and again before it goes back; the stream outlives it, and all work on it is in that
-// stream or has finished.
+// Device memory, zeroed when allocated and again when freed. The stream must outlive it, and all work on it must be in
+// that stream or finished.
 class DeviceMemory {
  public:
   DeviceMemory(const Stream& stream, std::size_t bytes);
@@ -106,7 +106,7 @@ class DeviceMemory {
   CUdeviceptr address_ = 0;
 };
 
-// Host memory that the device reads and writes directly, zeroed, and again before it goes back.
+// Page-locked host memory that the device can access, zeroed when allocated and again when freed.
 class PinnedMemory {
  public:
   PinnedMemory(const Context& context, std::size_t bytes);
@@ -115,7 +115,7 @@ class PinnedMemory {
   PinnedMemory& operator=(const PinnedMemory&) = delete;
   std::size_t size() const { return size_; }
   std::byte* data() const { return data_; }
-  // Where the device sees it: on one that shares its memory with the host, no copy is needed.
+  // The device's address for it. With unified memory no copy is needed.
   CUdeviceptr device_address() const { return device_address_; }
 
  private:
@@ -125,18 +125,18 @@ class PinnedMemory {
   CUdeviceptr device_address_ = 0;
 };
 
-// Copies put into a stream; the caller synchronises. Host memory that is not pinned may be reused when they return.
+// Enqueue copies; the caller synchronises. Host memory that is not pinned may be reused after the call.
 void copy_to_device(const Stream& stream, CUdeviceptr to, const void* from, std::size_t bytes);
 void copy_to_host(const Stream& stream, void* to, CUdeviceptr from, std::size_t bytes);
 void copy_on_device(const Stream& stream, CUdeviceptr to, CUdeviceptr from, std::size_t bytes);
-// A stripe, from where it lies in the tensor at `from` to the same place of the one at `to`: one copy for all rows.
+// Copies a stripe to the same place of another tensor, as one copy for all rows.
 void copy_stripe(const Stream& stream, CUdeviceptr to, CUdeviceptr from, const Stripe& stripe);
 
-// Work recorded from a stream, launched as one.
+// Captured work that is launched as one CUDA graph.
 class GraphExec {
  public:
-  // Records what `enqueue` puts into the stream; nothing of it runs. NULL where the work cannot be recorded, with the
-  // reason in `why_not`; what `enqueue` throws is such a reason too.
+  // Captures the work that `enqueue` puts into the stream without running it. Returns NULL and sets `why_not` if the
+  // work cannot be captured or `enqueue` throws.
   template <typename Enqueue>
   static std::unique_ptr<GraphExec> capture(const Stream& stream, std::string& why_not, Enqueue&& enqueue) {
     Recording recording(stream, why_not);
@@ -155,7 +155,7 @@ class GraphExec {
   void launch(const Stream& stream) const;
 
  private:
-  // Ends the recording whatever happens: a stream left in it would take no more work.
+  // Always ends the capture: a stream still capturing would accept no other work.
   class Recording {
    public:
     Recording(const Stream& stream, std::string& why_not);

@@ -1,4 +1,4 @@
-// What this machine has: the device that a session is to run on.
+// Describes the device that a session runs on.
 #pragma once
 
 #include <map>
@@ -10,15 +10,15 @@ namespace titans::core {
 
 struct DeviceInfo {
   std::string kind;      // "cpu" or "cuda"
-  std::string name;      // as the vendor has it, empty for a cpu
+  std::string name;      // vendor's name; empty for a CPU
   std::string platform;  // "linux-aarch64"
-  int sm = 0;            // compute capability times 10, 0 for a cpu
-  int driver = 0;        // cuDriverGetVersion, 0 for a cpu
-  // By the module of the backend (engine_choice.h), for those that somebody asked about.
+  int sm = 0;            // compute capability times 10; 0 for a CPU
+  int driver = 0;        // cuDriverGetVersion; 0 for a CPU
+  // By backend module (engine_choice.h); only modules that were examined.
   std::map<std::string, LibraryInfo> libraries;
 };
 
-// Of "cpu", "cuda" or "cuda:N", without libraries. An Error where there is no such device.
+// Describes "cpu", "cuda" or "cuda:N", without libraries. Throws an Error if there is no such device.
 DeviceInfo find_device_info(const std::string& device);
 
 }  // namespace titans::core

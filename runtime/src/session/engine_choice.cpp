@@ -12,7 +12,7 @@
 namespace titans::core {
 namespace {
 
-// Compilers, the fastest first: full TensorRT runs our plugin, TensorRT-RTX its own kernels.
+// Compilers by descending speed: TensorRT runs our plugin, TensorRT-RTX its own kernels.
 constexpr std::array<std::string_view, 3> kCompilers{"tensorrt", "tensorrt_rtx", "onnxruntime"};
 
 std::size_t rank(const EngineRecord& engine) {
@@ -22,7 +22,7 @@ std::size_t rank(const EngineRecord& engine) {
 
 // Why an engine does not fit.
 struct Mismatch {
-  int depth;  // the number of checks passed: the deepest mismatch belongs to the nearest engine
+  int depth;  // the number of checks passed; the deepest mismatch belongs to the nearest engine
   std::string problem;
   std::string fix;
 };
@@ -32,7 +32,7 @@ class CompatibilityCheck {
   CompatibilityCheck(const DeviceInfo& device_info, const EngineRequest& request)
       : device_info_(device_info), request_(request) {}
 
-  // Nothing where the engine fits.
+  // No value if the engine fits.
   std::optional<Mismatch> look_at(const EngineRecord& engine) const {
     using Check = std::optional<Mismatch> (CompatibilityCheck::*)(const EngineRecord&) const;
     constexpr std::array<Check, 9> kChecks{
@@ -48,12 +48,12 @@ class CompatibilityCheck {
     return std::nullopt;
   }
 
-  // Whether all fits that can be told without a backend.
+  // True if all checks pass that need no backend.
   bool fits_device(const EngineRecord& engine) const {
     return !device(engine) && !requested(engine) && !platform(engine) && !sm(engine);
   }
 
-  // The command that makes an engine for this device.
+  // The command that builds an engine for this device.
   std::string build_for_this_device() const {
     const std::string_view target = target_name();
     return target.empty() ? text("run titans-export build ", request_.bundle, " with a target of sm ", device_info_.sm,
@@ -66,11 +66,11 @@ class CompatibilityCheck {
     return text("run titans-export build ", request_.bundle, " --target ", engine.target);
   }
 
-  // Devices that `titans-export build --target` has a name for, where the capability alone does not tell.
+  // Devices with their own name in `titans-export build --target`, where the compute capability is ambiguous.
   std::string_view target_name() const {
     struct Target {
       int sm;
-      std::string_view word;  // in the device's name
+      std::string_view word;  // part of the device's name
       std::string_view target;
     };
     constexpr std::array<Target, 13> kTargets{{{80, "A100", "a100"},
@@ -154,7 +154,7 @@ class CompatibilityCheck {
     if (installed.empty()) return std::nullopt;
     const std::optional<Version> wanted = Version::parse(engine.compiler_version);
     const std::optional<Version> got = Version::parse(installed);
-    // ONNX Runtime reads what older releases of it wrote; TensorRT promises that of none.
+    // ONNX Runtime reads models of its older releases. TensorRT does not promise that.
     const bool fits = wanted && got && wanted->major == got->major &&
                       (engine.compiler == "onnxruntime" ? got->minor >= wanted->minor : got->minor == wanted->minor);
     if (fits) return std::nullopt;
@@ -245,7 +245,7 @@ std::vector<std::string> modules_to_look_at(const Manifest& manifest, const Devi
     const bool meant = request.engine.empty() || request.engine == engine.name;
     const std::string module = module_of(engine);
     const bool known = std::find(modules.begin(), modules.end(), module) != modules.end();
-    // No library is opened by a name that only the bundle knows.
+    // Libraries are opened only under names from kCompilers, never under names from the bundle alone.
     const bool ours = rank(engine) < kCompilers.size();
     if (meant && ours && !known && check.fits_device(engine)) modules.push_back(module);
   }
@@ -280,7 +280,7 @@ EngineChoice choose_engine(const Manifest& manifest, const DeviceInfo& device_in
     if (fitting.size() > 1) choice.reason += text("; the first of ", fitting.size(), " engines that fit");
     return choice;
   }
-  // Whoever names ONNX Runtime means the plain graphs where no engine is its.
+  // A request for ONNX Runtime selects the plain graphs if no engine uses ONNX Runtime.
   const bool plain_requested = request.backend == plain_backend;
   const bool any_for_kind = std::any_of(manifest.engines.begin(), manifest.engines.end(),
                                         [&](const EngineRecord& engine) { return engine.device == device_info.kind; });

@@ -9,7 +9,8 @@
 namespace titans::core {
 namespace {
 
-// Prometheus' buckets: powers of four of a nanosecond, 1 us to 69 s. Finer ones would be a series each on its server.
+// Prometheus buckets: powers of four, 1 us to 69 s. Each bucket is a series on the server, so finer ones would be
+// costly.
 constexpr unsigned kFirstExponent = 10, kLastExponent = 36, kExponentStep = 2;
 
 std::string escape_label(std::string_view value) {
@@ -51,7 +52,7 @@ class Exposition {
       bound << std::ldexp(1e-9, static_cast<int>(exponent));
       sample("titans_call_seconds_bucket", durations.below(exponent), label + ",le=\"" + bound.str() + "\"");
     }
-    // Counted once, as calls end meanwhile.
+    // Read once, because calls end concurrently.
     const std::uint64_t count = durations.count();
     sample("titans_call_seconds_bucket", count, label + ",le=\"+Inf\"");
     sample("titans_call_seconds_sum", durations.sum(), label);
@@ -111,7 +112,7 @@ double DurationHistogram::quantile(double quantile) const {
       std::max<std::uint64_t>(1, static_cast<std::uint64_t>(std::ceil(quantile * static_cast<double>(total))));
   std::size_t bucket = 0;
   for (std::uint64_t seen = counts[0]; seen < wanted && bucket + 1 < kBuckets; seen += counts[bucket]) ++bucket;
-  // The middle of the bucket, but never beyond what was measured.
+  // The middle of the bucket, limited to the longest measured duration.
   const auto first = static_cast<double>(first_of(bucket));
   const double width = bucket < 8 ? 1.0 : std::ldexp(1.0, static_cast<int>(bucket / 8) - 1);
   return std::min((first + width / 2) * 1e-9, longest());

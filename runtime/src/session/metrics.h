@@ -1,4 +1,4 @@
-// What a session counts of its streams, without a lock: every call of every thread adds to it.
+// A session's counters, updated without locks by every call of every thread.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@
 
 namespace titans::core {
 
-// A number that many threads add to. Nobody derives an order of events from it, so additions are relaxed.
+// A counter shared by threads. No order of events is derived from it, so operations are relaxed.
 class Counter {
  public:
   void add(std::uint64_t amount = 1) noexcept { value_.fetch_add(amount, std::memory_order_relaxed); }
@@ -25,23 +25,22 @@ class Counter {
   std::atomic<std::uint64_t> value_{0};
 };
 
-// Durations in nanoseconds, in buckets an eighth as wide as the power of two that they begin with: what is read from
-// them is right to 1/16.
+// A histogram of durations in nanoseconds. Each power of two has eight buckets, so results are accurate to 1/16.
 class DurationHistogram {
  public:
   static constexpr std::size_t kBuckets = 8 * 62;  // up to 2^64
 
   void add(std::uint64_t nanoseconds) noexcept;
-  // Seconds that the part `quantile` of all durations does not exceed; 0 where there is none.
+  // The quantile in seconds; 0 without durations.
   double quantile(double quantile) const;
   double longest() const noexcept { return static_cast<double>(longest_.load(std::memory_order_relaxed)) * 1e-9; }
   double sum() const noexcept { return static_cast<double>(sum_.value()) * 1e-9; }
   std::uint64_t count() const;
-  // How many are shorter than 2^`exponent` nanoseconds, 3 <= exponent < 64.
+  // The number of durations below 2^`exponent` nanoseconds, 3 <= exponent < 64.
   std::uint64_t below(unsigned exponent) const;
 
   static std::size_t bucket_of(std::uint64_t nanoseconds) noexcept;
-  static std::uint64_t first_of(std::size_t bucket) noexcept;  // the shortest duration in it
+  static std::uint64_t first_of(std::size_t bucket) noexcept;  // shortest duration of the bucket
 
  private:
   std::array<std::atomic<std::uint64_t>, kBuckets> buckets_{};
@@ -51,25 +50,25 @@ class DurationHistogram {
 
 struct Metrics {
   Counter streams;        // open now
-  Counter tokens;         // consumed by calls that succeeded
-  Counter chunk_updates;  // chunks that those completed, of each memory
-  Counter rollbacks;      // chunks that a guard took back
+  Counter tokens;         // consumed by successful calls
+  Counter chunk_updates;  // chunk updates by these calls, over all memories
+  Counter rollbacks;      // chunks undone by a guard
   Counter cancelled;      // calls
-  Counter failed;         // calls that began to work
+  Counter failed;         // calls that failed after they started work
   Counter spilled;
   Counter restored;
   Counter state_bytes;      // of all open streams
-  Counter resident_bytes;   // of these, what is in memory
-  DurationHistogram steps;  // calls of one token
-  DurationHistogram feeds;  // of several
+  Counter resident_bytes;   // the part in memory
+  DurationHistogram steps;  // single-token calls
+  DurationHistogram feeds;  // longer calls
 
-  // `into->struct_size` says how much of it is written.
+  // Writes only the first `into->struct_size` bytes.
   void read(titans_metrics* into) const;
-  // Prometheus' text format 0.0.4, every sample with the label bundle.
+  // Prometheus text format 0.0.4. Every sample has the label bundle.
   std::string text(std::string_view bundle) const;
 };
 
-// One call of a stream. It counts as failed unless told otherwise.
+// One call of a stream. It counts as failed unless succeeded or cancelled is called.
 class MeasuredCall {
  public:
   explicit MeasuredCall(Metrics& metrics) : metrics_(metrics), start_(std::chrono::steady_clock::now()) {}

@@ -34,25 +34,26 @@ bool ends_with(std::string_view name, std::string_view end) {
   return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
 }
 
-// A folder itself, not what a link points to: others may write where ours is.
+// Opens a folder without following a link, because others may write to the parent.
 FileDescriptor open_folder(const fs::path& path) {
   return FileDescriptor(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
 }
 
-// The folder's lock, which `flags` may let it make; -1 where somebody has it, or there is none, with errno.
+// Takes the folder's lock; `flags` may allow creating it. Returns -1 with errno if it is missing or held by another
+// process.
 int take_lock(const FileDescriptor& folder, int flags) {
   FileDescriptor lock(::openat(folder.get(), kLock, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, S_IRUSR | S_IWUSR));
   if (lock.get() < 0) return -1;
   struct stat status{};
-  // Without a name it is the lock of a folder that is being removed.
+  // An unlinked lock belongs to a folder that is being removed.
   const bool taken =
       ::flock(lock.get(), LOCK_EX | LOCK_NB) == 0 && ::fstat(lock.get(), &status) == 0 && status.st_nlink > 0;
   errno = EWOULDBLOCK;
   return taken ? lock.release() : -1;
 }
 
-// Of a folder whose lock we have: our own files and no other, the lock last. What cannot be removed stays, and is tried
-// again by the next session.
+// Removes our files, and no others, from a folder whose lock we hold; the lock last. The next session retries files
+// that cannot be removed.
 void remove_folder(const fs::path& path, const FileDescriptor& folder) {
   const int own = ::dup(folder.get());
   DIR* listing = own < 0 ? nullptr : ::fdopendir(own);
@@ -70,7 +71,7 @@ void remove_folder(const fs::path& path, const FileDescriptor& folder) {
   ::rmdir(path.c_str());
 }
 
-// The folder of a process that is gone, if it is one.
+// Removes the folder if its process has ended.
 void remove_leftover(const fs::path& path) {
   const FileDescriptor folder = open_folder(path);
   struct stat status{};
@@ -80,7 +81,7 @@ void remove_leftover(const fs::path& path) {
     log(TITANS_LOG_INFO, "spill", text("removing what a session that did not end has left: ", path.string()));
     remove_folder(path, folder);
   } else if (errno == ENOENT) {
-    ::rmdir(path.c_str());  // its process ended before it had a lock, or will make another
+    ::rmdir(path.c_str());  // its process ended before locking it, or will create another
   }
 }
 
@@ -109,7 +110,7 @@ SpillFolder::SpillFolder(const fs::path& parent) : key_(make_key()), process_(::
               "choose a spill_dir on a local disk");
 }
 
-// Whether it is there and locked: one that has no lock yet looks like a dead process's for a moment.
+// True if the folder exists and is locked. Until it is locked, another session may take it for a dead process's folder.
 bool SpillFolder::make_own(const fs::path& parent) {
   std::string pattern = (fs::absolute(parent) / (std::string(kPrefix) + "XXXXXX")).string();
   if (::mkdtemp(pattern.data()) == nullptr) {
@@ -131,7 +132,7 @@ SpillFolder::~SpillFolder() {
     try {
       const FileDescriptor folder = open_folder(path_);
       if (folder.get() >= 0) remove_folder(path_, folder);
-    } catch (const std::exception&) {  // no memory for names: what stays is as a killed process's
+    } catch (const std::exception&) {  // out of memory for names: the next session removes the rest
     }
   }
   ::close(lock_);
@@ -166,7 +167,7 @@ void SpillFolder::remove(std::uint64_t id, std::size_t part) const noexcept {
   if (::getpid() != process_) return;
   try {
     ::unlink(file(id, part).c_str());
-  } catch (const std::exception&) {  // no memory for its name: it goes with the folder
+  } catch (const std::exception&) {  // out of memory for the name: removed with the folder
   }
 }
 

@@ -1,8 +1,8 @@
-// A folder of a session's own for states that are not in memory.
+// A session's private folder for spilled states.
 //
-// It is PARENT/titans-spill-XXXXXX, with a name that no other process has, and holds state files, encrypted with a key
-// that is only in this process's memory, and the file "lock", which is locked as long as the process lives. What a
-// killed one has left can be read by nobody, and goes when the next session opens with the same parent.
+// The folder is PARENT/titans-spill-XXXXXX, with a unique name. It holds state files, encrypted with a key that exists
+// only in this process's memory, and a file "lock", which is locked while the process lives. Files left by a killed
+// process are unreadable. The next session with the same parent removes them.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ class SpillFolder {
   SpillFolder(const SpillFolder&) = delete;
   SpillFolder& operator=(const SpillFolder&) = delete;
 
-  // Part `part` of what a stream keeps, whose `id` is of this folder alone. What fails leaves no file.
+  // Writes part `part` of stream `id`, which is unique in this folder. A failed write leaves no file.
   void write(const StateSchema& schema, std::uint64_t id, std::size_t part, const StreamState& state) const;
   StreamState read(const StateSchema& schema, std::uint64_t id, std::size_t part) const;
   void remove(std::uint64_t id, std::size_t part) const noexcept;
@@ -41,10 +41,10 @@ class SpillFolder {
   bool make_own(const std::filesystem::path& parent);
   std::filesystem::path file(std::uint64_t id, std::size_t part) const;
 
-  Key key_;  // NULL where the machine has no libcrypto
+  Key key_;  // NULL without libcrypto
   std::filesystem::path path_;
   int lock_ = -1;
-  int process_ = 0;  // of a fork()'s two, the folder is the parent's
+  int process_ = 0;  // after fork() the folder belongs to the parent
 };
 
 }  // namespace titans::core

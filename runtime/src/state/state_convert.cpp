@@ -20,17 +20,17 @@ const MemoryField* find_field(const Layout& layout, std::string_view name) {
 bool is_error(const MemoryField& field) { return field.kind == field_kinds::kRoundingError; }
 bool is_count(const MemoryField& field) { return field.kind == field_kinds::kUpdateCount; }
 
-// The field that keeps the rounding error of `name`; NULL without one.
+// The field with the rounding error of `name`; NULL if there is none.
 const MemoryField* find_error(const Layout& layout, std::string_view name) {
   const auto found = std::find_if(layout.begin(), layout.end(),
                                   [&](const auto& field) { return is_error(field) && field.of == name; });
   return found == layout.end() ? nullptr : &*found;
 }
 
-// Whether only some roundings have the field.
+// True for fields that exist only with some rounding modes.
 bool is_added(const MemoryField& field) { return is_error(field) || is_count(field); }
 
-// Whether a rounding error is of a field of its own shape, and a count is one word.
+// True if a rounding error has the shape of its field, and a count is one word.
 bool is_sound(const Layout& layout, const MemoryField& field) {
   if (is_count(field)) return field.shape.empty() && field.dtype == FieldDtype::kFloat32;
   if (!is_error(field)) return true;
@@ -38,7 +38,7 @@ bool is_sound(const Layout& layout, const MemoryField& field) {
   return rounded != nullptr && !is_added(*rounded) && rounded->shape == field.shape;
 }
 
-// Whether it is rows of fields in 32-bit words, which may lie elsewhere in another bundle.
+// True if the tensor has rows of fields in 32-bit words, whose offsets may differ between bundles.
 bool is_packed(const StateTensor& state) { return !state.layout.empty() && state.dtype == DType::kFloat32; }
 
 bool same_layout(const Layout& a, const Layout& b) {
@@ -67,11 +67,11 @@ void convert_field(const Layout& from, const float* in, const Layout& to, const 
   const MemoryField& source = *find_field(from, field.name);
   const MemoryField* lost = find_error(from, field.name);
   const MemoryField* errors = find_error(to, field.name);
-  // Packed again, blocks with a scale would be rounded a second time.
+  // Packing again would round blocks with a scale a second time.
   const bool keeps_bits = source.dtype == field.dtype && (lost == nullptr || errors != nullptr);
   if (keeps_bits) {
     std::copy_n(in + source.offset, field_words(field.dtype, field.shape), out + field.offset);
-    if (lost == nullptr) return;  // the errors are zeros, as the row was
+    if (lost == nullptr) return;  // the errors stay zero
     if (lost->dtype == errors->dtype) {
       std::copy_n(in + lost->offset, field_words(errors->dtype, errors->shape), out + errors->offset);
     } else {

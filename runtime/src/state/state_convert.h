@@ -1,4 +1,4 @@
-// A state tensor as one bundle keeps it, made into what another bundle of the same model keeps.
+// Converts a state tensor between bundles of the same model.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,13 @@
 
 namespace titans::core {
 
-// Why a tensor kept as `from` is none of the model that keeps it as `to`; nothing where it is. Storage and what the
-// rounding adds (kept errors, a count of chunk_updates) may differ, and so where fields lie.
+// Why `from` and `to` are not the same tensor of one model; no value if they are. Memory dtype, field offsets, rounding
+// errors and the count of chunk updates may differ.
 std::optional<std::string> difference(const StateTensor& from, const StateTensor& to);
 
-// Writes to.bytes at `out` from the from.bytes at `in`, of two that do not differ. A field in the same dtype keeps
-// its bits; of another one its value, the kept errors added, is rounded to the nearest, and errors become what that
-// loses. A count of chunk_updates that was not kept starts at 0.
+// Converts from.bytes at `in` to to.bytes at `out`. difference(from, to) must be empty. A field with the same dtype
+// keeps its bits. Otherwise the value plus its stored rounding error is rounded to nearest, and the new rounding error
+// is stored. A missing count of chunk updates starts at 0.
 void convert_state(const StateTensor& from, const std::byte* in, const StateTensor& to, std::byte* out);
 
 }  // namespace titans::core

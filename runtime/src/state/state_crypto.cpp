@@ -13,10 +13,10 @@
 namespace titans::core {
 namespace {
 
-// From openssl/evp.h, the same in 1.1 and 3.
+// From openssl/evp.h; same values in 1.1 and 3.
 constexpr int kGetTag = 0x10;
 constexpr int kSetTag = 0x11;
-// Lengths are int there.
+// OpenSSL takes lengths as int.
 constexpr std::size_t kMostAtOnce = std::size_t{1} << 30;
 static_assert(kMostAtOnce <= std::numeric_limits<int>::max());
 
@@ -40,7 +40,7 @@ void find(void* library, const char* name, const std::string& from, Function& fu
 }
 
 Functions open_functions() {
-  // The environment's is for a library elsewhere, and for tests.
+  // TITANS_LIBCRYPTO selects a library elsewhere, also in tests.
   const char* named = std::getenv("TITANS_LIBCRYPTO");
   std::vector<std::string> names{"libcrypto.so.3", "libcrypto.so.1.1", "libcrypto.so"};
   if (named != nullptr && *named != '\0') names = {named};
@@ -56,7 +56,7 @@ Functions open_functions() {
                 text("encryption needs libcrypto: ", why == nullptr ? "not found" : why),
                 "install OpenSSL 1.1 or 3 (Debian and Ubuntu: apt install libssl3), or save without a key");
   }
-  // Never closed: it registers what runs when the process ends.
+  // Never closed, because it registers exit handlers.
   Functions functions{};
   find(library, "RAND_bytes", name, functions.random);
   find(library, "EVP_aes_256_gcm", name, functions.aes_256_gcm);
@@ -70,7 +70,7 @@ Functions open_functions() {
 }
 
 const Functions& crypto() {
-  static const Functions functions = open_functions();  // where that throws, the next call tries again
+  static const Functions functions = open_functions();  // retried by the next call if it throws
   return functions;
 }
 

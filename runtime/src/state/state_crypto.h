@@ -1,4 +1,4 @@
-// AES-256-GCM of the machine's libcrypto (OpenSSL 1.1 or 3), opened at its first use: nothing is linked against it.
+// AES-256-GCM from the system's libcrypto (OpenSSL 1.1 or 3), loaded at first use. Nothing is linked against it.
 #pragma once
 
 #include <array>
@@ -14,24 +14,24 @@ inline constexpr std::size_t kTagBytes = 16;
 
 using StateKey = std::array<std::uint8_t, kKeyBytes>;
 
-// Of libcrypto's own generator. TITANS_UNSUPPORTED where there is no libcrypto.
+// Uses libcrypto's generator. Throws TITANS_UNSUPPORTED without libcrypto.
 void fill_random(void* data, std::size_t bytes);
-// Whether libcrypto is there.
+// True if libcrypto is available.
 bool has_crypto() noexcept;
 
-// Turns bytes into as many others, in order; then the tag says whether they are what was encrypted.
+// Encrypts or decrypts a byte sequence in order. The tag then authenticates it.
 class Cipher {
  public:
   enum class Direction : std::uint8_t { kEncrypt, kDecrypt };
 
-  // `associated` is authenticated beside what follows.
+  // `associated` is authenticated but not encrypted.
   Cipher(Direction direction, const StateKey& key, const std::uint8_t* nonce, const void* associated,
          std::size_t associated_bytes);
 
   void update(const std::byte* from, std::size_t bytes, std::byte* to);
-  // After the last update, of what was encrypted.
+  // The tag of encrypted data. Call after the last update.
   std::array<std::uint8_t, kTagBytes> tag();
-  // The same of what was decrypted: nothing of that may be believed before this is true.
+  // Checks the tag of decrypted data. Do not use the data unless this returns true.
   bool matches(const std::uint8_t* tag);
 
  private:

@@ -36,9 +36,9 @@ constexpr std::size_t kHashDigits = 32;
 constexpr std::size_t kLengthBytes = 8;
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kEnvelope = kEncrypted.size() + kNonceBytes + kTagBytes;
-constexpr std::size_t kBlock = std::size_t{1} << 20;  // that is encrypted at once
-// What a header may take beside the tensors, as much as a manifest, which describes the same; and by how much a memory
-// in another dtype may be larger than ours.
+constexpr std::size_t kBlock = std::size_t{1} << 20;  // bytes encrypted per call
+// Limits a file's size beyond our tensors. A header may be as large as a manifest, which describes the same tensors. A
+// memory in another dtype may be larger than ours by this factor.
 constexpr std::uint64_t kMostHeader = std::uint64_t{16} << 20;
 constexpr std::uint64_t kMostGrowth = 8;
 constexpr std::string_view kRestore = "restore an older copy of the file";
@@ -53,11 +53,11 @@ class Hash {
   std::string digits() const { return hex_digits(XXH3_128bits_digest(state_.data())); }
 
  private:
-  // It has some of what was hashed.
+  // The hash state contains some of the hashed data.
   std::vector<XXH3_state_t, WipingAllocator<XXH3_state_t>> state_;
 };
 
-// ---- what is written ----
+// ---- writing ----
 
 std::string created_now() {
   const std::time_t now = std::time(nullptr);
@@ -104,7 +104,7 @@ struct Part {
   std::size_t bytes;
 };
 
-// The tensors in their order in the file, and what the header says of them.
+// Lists the tensors in file order and adds them to the header.
 std::vector<Part> list_parts(const StateSchema& schema, const StateView& state, json& header) {
   struct Entry {
     std::string name;
@@ -128,7 +128,7 @@ std::vector<Part> list_parts(const StateSchema& schema, const StateView& state, 
                        {static_cast<std::int64_t>(size)},
                        {state.last_output, size * sizeof(float)}});
   }
-  // Largest elements first, so that each is aligned without a gap.
+  // Sorted by descending element size, so that all are aligned without gaps.
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return dtype_info(a.dtype).bytes > dtype_info(b.dtype).bytes;
   });
@@ -144,14 +144,14 @@ std::vector<Part> list_parts(const StateSchema& schema, const StateView& state, 
   return parts;
 }
 
-// Where in a file's first bytes the digits of its hash are: after their key.
+// Offset of the hash digits, which follow their key in the first bytes of a file.
 std::size_t find_digits(std::string_view content, std::string_view digits) {
   const std::string key = text('"', kHashKey, '"');
   const std::size_t named = content.find(key);
   return named == std::string_view::npos ? named : content.find(digits, named + key.size());
 }
 
-// The length of the header, and the header, filled up so that the tensors are aligned; the hash is right.
+// The header with its length, padded to align the tensors and with the final hash.
 std::string build_head(const json& header, const std::vector<Part>& parts) {
   std::string source = header.dump();
   source.resize((kLengthBytes + source.size() + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
@@ -171,7 +171,7 @@ void write_encrypted(FileAside& file, const std::vector<Part>& parts, const Stat
   Cipher cipher(Cipher::Direction::kEncrypt, key, nonce.data(), kEncrypted.data(), kEncrypted.size());
   file.append(kEncrypted.data(), kEncrypted.size());
   file.append(nonce.data(), nonce.size());
-  // Most states are small, and what is taken here is wiped.
+  // Most states are small, and the block is wiped afterwards, so it is no larger than needed.
   std::size_t largest = 0;
   for (const Part& part : parts) largest = std::max(largest, part.bytes);
   Bytes block(std::min(kBlock, largest));
@@ -187,13 +187,13 @@ void write_encrypted(FileAside& file, const std::vector<Part>& parts, const Stat
   file.append(tag.data(), tag.size());
 }
 
-// ---- what is read ----
+// ---- reading ----
 
 std::string_view text_of(const Bytes& content) {
   return {reinterpret_cast<const char*>(content.data()), content.size()};
 }
 
-// Undoes the encryption.
+// Decrypts the file if it is encrypted.
 Bytes open_envelope(Bytes content, const StateKey* key, const std::string& name) {
   const bool encrypted = text_of(content).substr(0, kEncrypted.size()) == kEncrypted;
   if (!encrypted && key == nullptr) return content;
@@ -222,7 +222,7 @@ Bytes open_envelope(Bytes content, const StateKey* key, const std::string& name)
   return plain;
 }
 
-// A verified state file in memory: what it says, apart from any model.
+// A verified state file in memory, before comparison with a model.
 struct StateFile {
   Bytes content;
   json metadata;
@@ -233,7 +233,7 @@ struct StateFile {
   throw Error(TITANS_FAILED, "E0404", name, text("damaged state file: ", detail), kRestore);
 }
 
-// What reads JSON and safetensors knows bundles alone, and advises to export them again.
+// Rewords errors of the JSON and safetensors readers, whose fix is to export the bundle again.
 template <typename Read>
 auto read_header(const std::string& name, Read&& read) {
   try {
@@ -305,12 +305,13 @@ StateFile verify(Bytes content, const std::string& name) {
   const bool described = metadata != header.end() && metadata->is_object();
   file.metadata = described ? std::move(*metadata) : json::object();
   const JsonReader reader(header, name);
-  // Of a newer version it is not known how to check it, so this comes first; and a cut file should be called one.
+  // The format version is checked first, because a newer version may need other checks. The size is checked before the
+  // hash, so that a truncated file is reported as truncated.
   check_format(JsonReader(file.metadata, name), name);
   check_size(reader, kLengthBytes + source.size(), whole.size(), name);
   check_hash(whole, JsonReader(file.metadata, name), name);
   file.tensors = read_header(name, [&] { return read_safetensors(whole, name); });
-  // Those of types that are not known are left out there.
+  // read_safetensors skips tensors of unknown dtypes.
   if (file.tensors.size() + 1 != header.size()) fail_damaged(name, "it has tensors of unknown dtypes");
   return file;
 }
@@ -319,7 +320,7 @@ std::uint64_t read_position(const JsonReader& metadata) {
   const JsonReader field = metadata.at("position");
   const std::string digits = field.string();
   std::uint64_t value = 0;
-  // Graphs take it as an int64.
+  // Graphs take the position as an int64.
   constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   bool good = !digits.empty() && digits.size() <= 19;
   for (const char digit : digits) {
@@ -361,7 +362,7 @@ void check_model(const JsonReader& metadata, const StateSchema& schema, const st
 }
 
 std::vector<StateTensor> read_states(const JsonReader& metadata, const std::string& name) {
-  // The text is an array; what reads it wants an object.
+  // JsonReader::parse requires an object, so the array is wrapped in one.
   const json wrapped = JsonReader::parse(text("{\"state\":", metadata.at("state").string(), "}"), name);
   std::vector<StateTensor> states;
   for (const JsonReader& entry : JsonReader(wrapped, name).at("state").items()) {
@@ -396,7 +397,7 @@ const TensorView& find_tensor(const StateFile& file, const std::string& tensor, 
   return view;
 }
 
-// What any model's state file has, for those who read it without the model.
+// Checks that apply to state files of all models, for readers without the model.
 void check_content(const StateFile& file, const std::string& name) {
   const JsonReader metadata(file.metadata, name);
   const std::uint64_t position = read_header(name, [&] { return read_position(metadata); });
@@ -479,7 +480,7 @@ StreamState load_state(const std::filesystem::path& path, const StateSchema& sch
 
 Bytes read_state(const std::filesystem::path& path, const StateKey* key) {
   const std::string name = name_of(path);
-  // No model tells how large it may be. An encrypted one is in memory twice.
+  // The size limit is half of memory, because there is no model to compare with and decryption needs a second copy.
   const auto most = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES) / 2 * ::sysconf(_SC_PAGE_SIZE));
   StateFile file = verify(open_envelope(read_whole_file(path, most), key, name), name);
   check_content(file, name);

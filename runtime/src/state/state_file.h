@@ -1,4 +1,4 @@
-// State files: what docs/state.md defines, written and read.
+// Writes and reads state files (docs/state.md).
 #pragma once
 
 #include <filesystem>
@@ -14,10 +14,10 @@ namespace titans::core {
 void save_state(const std::filesystem::path& path, const StateSchema& schema, const StateView& state,
                 const StateKey* key, Durability durability = Durability::kPower);
 
-// Reads a state file for a stream of that schema, whose memories may have another dtype than the file's.
+// Reads a state file for a stream of that schema. The memory dtype may differ from the file's.
 StreamState load_state(const std::filesystem::path& path, const StateSchema& schema, const StateKey* key);
 
-// The safetensors file in it, with everything checked that needs no model.
+// Returns the contained safetensors file after all checks that need no model.
 Bytes read_state(const std::filesystem::path& path, const StateKey* key);
 
 }  // namespace titans::core

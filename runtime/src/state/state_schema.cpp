@@ -10,7 +10,8 @@ namespace {
 
 using nlohmann::json;
 
-// The hash of the checkpoint, which bundles of other quantisation share, or else that of the bundle's weights.
+// Uses the hash of the checkpoint, which is shared by bundles of other quantisation, or else the hash of the bundle's
+// weights.
 json model_of(const Manifest& manifest) {
   const json model = json::parse(manifest.model);
   json out{{"name", nullptr}, {"variant", nullptr}, {"weights_sha256", nullptr}};

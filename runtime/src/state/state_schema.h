@@ -1,4 +1,4 @@
-// What a state file must match: the model and the state tensors of a bundle, apart from any session.
+// The model and state tensors that a state file must match, independent of a session.
 #pragma once
 
 #include <cstddef>
@@ -17,9 +17,9 @@ struct StateSchema {
   std::string backend;  // recorded in files, not compared
   std::string device;
   std::vector<StateTensor> tensors;
-  std::size_t outputs;  // floats of the last output
+  std::size_t outputs;  // floats of the last output row
 
-  // The most bytes that a state's tensors take in memory.
+  // Bytes of a state's tensors in memory.
   std::uint64_t bytes() const;
 };
 

@@ -1,4 +1,4 @@
-// What one stream is, in host memory and apart from any session.
+// The content of one stream in host memory, independent of a session.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,8 @@ namespace titans::core {
 struct StreamState {
   std::uint64_t position = 0;
   bool learning = true;
-  Floats last_output;          // as many as a row of the output has; meaningless at position 0
-  std::vector<Bytes> tensors;  // one for each of the manifest's state
+  Floats last_output;          // one output row; undefined at position 0
+  std::vector<Bytes> tensors;  // one per state tensor of the manifest
 
   std::uint64_t bytes() const {
     std::uint64_t sum = last_output.size() * sizeof(float);
@@ -22,7 +22,7 @@ struct StreamState {
   }
 };
 
-// The same where it lies, for writing it out without a copy. What it points to outlives it.
+// A non-owning view of a stream's content, to write it without a copy.
 struct StateView {
   StateView() = default;
   StateView(const StreamState& state)  // NOLINT: a state is a view of itself
@@ -37,7 +37,7 @@ struct StateView {
   bool learning = true;
   const float* last_output = nullptr;
   std::size_t outputs = 0;
-  std::vector<const std::byte*> tensors;  // one for each of the manifest's state, of its size
+  std::vector<const std::byte*> tensors;  // one per state tensor of the manifest
 };
 
 }  // namespace titans::core

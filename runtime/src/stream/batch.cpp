@@ -36,7 +36,7 @@ void check_streams(const Session& session, const std::vector<BatchItem>& items) 
 
 void run_item(const BatchItem& item) {
   const Stream::Use use(*item.stream);
-  const bool none = item.tokens == nullptr && item.vectors == nullptr;  // of an empty sequence
+  const bool none = item.tokens == nullptr && item.vectors == nullptr;  // an empty sequence
   if (none ? item.stream->session().manifest().input_kind == InputKind::kVectors : item.vectors != nullptr) {
     item.stream->feed_vectors(item.vectors, item.count, item.which, item.output, item.capacity);
   } else {

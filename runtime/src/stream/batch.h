@@ -1,4 +1,4 @@
-// One call for many streams, side by side on the session's threads.
+// Feeds many streams in one call, in parallel on the session's threads.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace titans::core {
 
-// As Stream::feed and Stream::feed_vectors take it: tokens or vectors, the other NULL.
+// The arguments of Stream::feed or Stream::feed_vectors: tokens or vectors; the other is NULL.
 struct BatchItem {
   Stream* stream;
   const std::int32_t* tokens;
@@ -23,12 +23,12 @@ struct BatchItem {
   std::size_t capacity;
 };
 
-// Feeds each stream its own, in any order and at the same time. One that fails stays as it was and stops no other: what
-// it says is in its place of the result, and TITANS_OK is in that of one that succeeded. An Error, before anything
-// runs, where a stream is NULL, of another session, or there twice.
+// Feeds each stream, in any order and in parallel. A failed stream is unchanged and does not stop the others. The
+// result has one entry per item: its failure, or TITANS_OK. Throws an Error before anything runs if a stream is NULL,
+// belongs to another session, or occurs twice.
 std::vector<Failure> run_batch(Session& session, const std::vector<BatchItem>& items);
 
-// Throws what the first of those that failed says, and how many others did; nothing where none failed.
+// Throws the first failure, with the number of others. Does nothing if there is none.
 void require_success(const std::vector<Failure>& outcomes);
 
 }  // namespace titans::core

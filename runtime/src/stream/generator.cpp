@@ -27,7 +27,7 @@ Generator::Generator(Stream& stream, const Sampling& sampling, std::int64_t max_
 std::optional<std::int32_t> Generator::next() {
   const bool at_limit = max_tokens_ >= 0 && count_ >= static_cast<std::uint64_t>(max_tokens_);
   if (stopped_ || at_limit) return std::nullopt;
-  require_consumed(stream_);  // it may have been reset since
+  require_consumed(stream_);  // the stream may have been reset since
   const std::int32_t token = sampler_.sample(stream_.last_output(), count_);
   if (std::find(stop_tokens_.begin(), stop_tokens_.end(), token) != stop_tokens_.end()) {
     stopped_ = true;

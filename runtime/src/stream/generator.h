@@ -1,4 +1,4 @@
-// Continues a stream with tokens of its own.
+// Generates tokens and feeds them back to a stream.
 #pragma once
 
 #include <optional>
@@ -11,10 +11,10 @@ namespace titans::core {
 
 class Generator {
  public:
-  // `max_tokens` < 0: no limit. The stream outlives the generator.
+  // `max_tokens` < 0: no limit. The stream must outlive the generator.
   Generator(Stream& stream, const Sampling& sampling, std::int64_t max_tokens, std::vector<std::int32_t> stop_tokens);
 
-  // The next token, which the stream has consumed; nothing at the end. A failed call draws the same token again.
+  // The next token, already fed to the stream; no value at the end. A retry after a failed call draws the same token.
   std::optional<std::int32_t> next();
   const Stream& stream() const { return stream_; }
 

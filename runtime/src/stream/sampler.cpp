@@ -17,7 +17,7 @@ void require(bool holds, std::string_view expected, double got) {
 
 }  // namespace
 
-// SplitMix64, whose index-th output needs none of those before it.
+// SplitMix64 gives the index-th output without the earlier ones.
 double uniform(std::uint64_t seed, std::uint64_t index) {
   std::uint64_t z = seed + (index + 1) * 0x9e3779b97f4a7c15ULL;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -61,13 +61,13 @@ std::int32_t Sampler::sample(const std::vector<float>& logits, std::uint64_t ind
     rest -= candidate.weight;
     last_possible = candidate.token;
   }
-  return last_possible;  // only where rounding carried the draw past the end
+  return last_possible;  // reached only if rounding moved the draw past the end
 }
 
-// Among equal logits the smaller token comes first, so that the same logits give the same candidates everywhere.
+// Ties are ordered by token, so equal logits give the same candidates everywhere.
 void Sampler::keep_top_k() {
   const bool limits = sampling_.top_k > 0 && static_cast<std::size_t>(sampling_.top_k) < candidates_.size();
-  if (!limits && sampling_.top_p >= 1.0) return;  // no filter asks for an order
+  if (!limits && sampling_.top_p >= 1.0) return;  // no filter needs an order
   const std::size_t kept = limits ? static_cast<std::size_t>(sampling_.top_k) : candidates_.size();
   const auto end = candidates_.begin() + static_cast<std::ptrdiff_t>(kept);
   std::partial_sort(candidates_.begin(), end, candidates_.end(), [](const Candidate& a, const Candidate& b) {
@@ -76,7 +76,7 @@ void Sampler::keep_top_k() {
   candidates_.resize(kept);
 }
 
-// The fewest most likely candidates that together have top_p of what top_k left.
+// Keeps the smallest set of top candidates with probability top_p of those that top_k kept.
 void Sampler::keep_top_p() {
   if (sampling_.top_p >= 1.0) return;
   double total = 0.0;

@@ -16,7 +16,7 @@ struct Sampling {
   std::uint64_t seed = 0;
 };
 
-// A number in [0, 1) that depends on seed and index alone, the same on every machine.
+// A number in [0, 1) determined by seed and index, identical on all machines.
 double uniform(std::uint64_t seed, std::uint64_t index);
 
 class Sampler {
@@ -30,7 +30,7 @@ class Sampler {
   struct Candidate {
     float logit;
     std::int32_t token;
-    double weight;  // probability, up to one factor common to all
+    double weight;  // unnormalised probability
   };
 
   void keep_top_k();
@@ -38,7 +38,7 @@ class Sampler {
   void keep_min_p();
 
   Sampling sampling_;
-  std::vector<Candidate, WipingAllocator<Candidate>> candidates_;  // kept to spare its allocation
+  std::vector<Candidate, WipingAllocator<Candidate>> candidates_;  // reused between calls
 };
 
 }  // namespace titans::core
