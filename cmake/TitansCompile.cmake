@@ -1,4 +1,4 @@
-# The options that all our own targets are compiled with: titans_compile(TARGET).
+# Compile options. titans_compile(TARGET) applies the warnings to one of our targets.
 set(titans_warnings -Wall -Wextra -Wpedantic -Wconversion)
 if(TITANS_WARNINGS_AS_ERRORS)
   list(APPEND titans_warnings -Werror)

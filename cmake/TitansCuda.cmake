@@ -1,10 +1,10 @@
-# With TITANS_CUDA: nvcc, the GPUs to compile for, and titans_cuda_compile(TARGET).
+# With TITANS_CUDA: finds nvcc, lists the GPU architectures, and defines titans_cuda_compile(TARGET).
 if(NOT TITANS_CUDA)
   return()
 endif()
 
 if(CMAKE_CROSSCOMPILING)
-  # A toolkit has the libraries of its own processor alone. Its headers are those of all, but nvcc does not find them.
+  # A toolkit has libraries for its own processor only. Its headers fit all processors, but nvcc does not find them.
   set(TITANS_CUDART "" CACHE PATH "Folder of the target's libcudart_static.a, see tools/fetch_aarch64 --cuda")
   if(NOT EXISTS ${TITANS_CUDART}/libcudart_static.a)
     message(FATAL_ERROR "[cmake] expected the target's libcudart_static.a but got none; do run tools/fetch_aarch64 --cuda "
@@ -21,15 +21,15 @@ if(NOT CMAKE_CUDA_COMPILER)
   message(FATAL_ERROR "[cmake] expected nvcc for TITANS_CUDA but got none; do install a CUDA toolkit, put nvcc on PATH or "
                       "pass -DCMAKE_CUDA_COMPILER=/path/to/nvcc")
 endif()
-# What each target makes is listed below.
+# titans_cuda_compile sets the architectures of each target.
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 find_package(CUDAToolkit REQUIRED)
 
-# Code for each of these; and PTX that newer GPUs compile when they first meet it. It is that of sm_90, as it asks for
-# clusters, which every GPU from there on has, and all older ones run code of their own.
+# Binary code for each architecture, and PTX that newer GPUs compile at first use. The PTX is for sm_90, because it uses
+# clusters. All GPUs since sm_90 have them, and older GPUs have binary code.
 set(titans_architectures 80 86 87 89 90a)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND titans_architectures 100 120)
@@ -45,7 +45,7 @@ set(TITANS_CUDA_EXCEPT "" CACHE STRING "Compute capabilities of this list to lea
 list(REMOVE_ITEM TITANS_CUDA_ARCHITECTURES "" ${TITANS_CUDA_EXCEPT})
 option(TITANS_CUDA_PTX "Add PTX for GPUs that are newer than all of these" ON)
 
-# The compiler's report of registers, shared memory and spills is kept in TARGET.ptxas.txt.
+# Compiles TARGET for all architectures. TARGET.ptxas.txt reports registers, shared memory and spills.
 function(titans_cuda_compile target)
   set(options "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v;--threads=2>")
   foreach(architecture ${TITANS_CUDA_ARCHITECTURES})

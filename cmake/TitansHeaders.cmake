@@ -1,4 +1,4 @@
-# Finds the third-party headers, in .deps (see tools/fetch_deps) or on the system.
+# Finds third-party headers in .deps (see tools/fetch_deps) or on the system.
 #
 # titans_find_header(VARIABLE FILE [SUFFIXES ...]) sets the cache variable to the folder that holds FILE, or to
 # VARIABLE-NOTFOUND.

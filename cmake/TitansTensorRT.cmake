@@ -1,12 +1,12 @@
-# Finds TensorRT's public headers, and CUDA's, which they include. Nothing of TensorRT is ever linked.
+# Finds the public headers of TensorRT and of CUDA, which they include. TensorRT is never linked.
 #
-# TENSORRT_ROOT, a variable or in the environment, is the folder that holds include/NvInferRuntime.h; without it the
-# system's folders are looked through, where a Jetson has them. Sets TITANS_TENSORRT_INCLUDE (empty where there is none),
+# TENSORRT_ROOT, a CMake or environment variable, is the folder that contains include/NvInferRuntime.h. Without it the
+# system's folders are searched, which suffices on a Jetson. Sets TITANS_TENSORRT_INCLUDE (empty if not found),
 # TITANS_TENSORRT_MAJOR and TITANS_TENSORRT_VERSION.
 set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "Folder that holds include/NvInferRuntime.h")
 set(TITANS_TENSORRT_LEAST 10.3)
 
-# Looked for anew at each configuration, as TENSORRT_ROOT may have changed.
+# Searched again at each configuration, because TENSORRT_ROOT may have changed.
 if(TENSORRT_ROOT)
   find_path(titans_tensorrt NvInferRuntime.h PATHS ${TENSORRT_ROOT} PATH_SUFFIXES include NO_DEFAULT_PATH NO_CACHE)
 else()
@@ -24,7 +24,7 @@ if(NOT titans_tensorrt)
 elseif(NOT TITANS_CUDA_INCLUDE)
   message(STATUS "Skipping what is for TensorRT: no cuda_runtime_api.h. Pass -DTITANS_CUDA_INCLUDE=FOLDER")
 else()
-  # The macros are numbers up to 10.3, and names of others of theirs after it.
+  # The macros are numbers up to 10.3 and names of other macros in later versions.
   file(STRINGS ${titans_tensorrt}/NvInferVersion.h titans_lines REGEX "#define [A-Z_]+_(MAJOR|MINOR)")
   foreach(titans_part MAJOR MINOR)
     if(NOT titans_lines MATCHES "#define (NV_TENSORRT|TRT)_${titans_part}(_ENTERPRISE)? ([0-9]+)")

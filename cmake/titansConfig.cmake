@@ -1,5 +1,5 @@
 include(${CMAKE_CURRENT_LIST_DIR}/titansTargets.cmake)
-# titans.hpp is C++17. A project of C alone knows no features of C++.
+# titans.hpp needs C++17, but a project without C++ rejects C++ compile features.
 get_property(titans_languages GLOBAL PROPERTY ENABLED_LANGUAGES)
 if(CXX IN_LIST titans_languages)
   set_property(TARGET titans::titans APPEND PROPERTY INTERFACE_COMPILE_FEATURES cxx_std_17)
