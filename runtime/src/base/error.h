@@ -1,4 +1,4 @@
-// The exception type of the runtime and the form of its texts.
+// The exception type of the runtime and the format of its texts.
 #pragma once
 
 #include <new>
@@ -76,7 +76,7 @@ struct Failure {
   std::string code;
 };
 
-// Describes the exception that is being handled. Without memory for the text only the status is set.
+// Describes the current exception. If memory for the text runs out, only the status is set.
 inline Failure current_failure() noexcept {
   Failure failure{TITANS_FAILED, {}, {}};
   try {

@@ -1,4 +1,4 @@
-// A file descriptor that is closed with the object.
+// A file descriptor closed by its destructor.
 #pragma once
 
 #include <unistd.h>

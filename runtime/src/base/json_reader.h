@@ -21,7 +21,8 @@ class JsonReader {
   JsonReader(const nlohmann::json& value, std::string_view document, std::string path = {})
       : value_(&value), document_(document), path_(std::move(path)) {}
 
-  // Parses a text; an Error if it is not a JSON object, nested deeper than 64 levels, or an object has a key twice.
+  // Parses a text. Throws an Error if it is not a JSON object, is nested deeper than 64 levels, or has a key twice in
+  // one object.
   static nlohmann::json parse(std::string_view source, std::string_view document);
 
   JsonReader at(const std::string& key) const;

@@ -19,7 +19,7 @@
 
 namespace titans::core {
 
-// A stream as the cache moves it.
+// The interface through which the cache moves a stream's state.
 class Spillable {
  public:
   virtual ~Spillable() = default;
@@ -39,7 +39,7 @@ class StateCache {
   // One stream in the cache. A new handle is held and in memory, with 0 bytes.
   class Handle {
    public:
-    // With cache NULL nothing is ever moved.
+    // If `cache` is NULL, the state always stays in memory.
     Handle(StateCache* cache, Spillable& owner);
     ~Handle();
     Handle(const Handle&) = delete;
@@ -80,8 +80,8 @@ class StateCache {
   bool retire(Handle& handle) noexcept;
   void leave(Handle& handle) noexcept;
 
-  // Spills idle streams until the bytes fit or only held streams remain, then counts the bytes. An Error if a spill
-  // fails.
+  // Spills idle streams until the bytes fit or only held streams remain, then counts the bytes. Throws an Error if a
+  // spill fails.
   void reserve(std::uint64_t bytes, Lock& lock);
   void free_up(Lock& lock);
   void spill_oldest(Lock& lock);

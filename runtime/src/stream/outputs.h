@@ -10,7 +10,7 @@
 
 namespace titans::core {
 
-// The largest of `count` logits. An Error if it is not finite or if a logit is NaN, because such logits define no
+// The largest of `count` logits. Throws an Error if it is not finite or a logit is NaN, because such logits define no
 // distribution.
 inline float finite_maximum(const float* logits, std::size_t count, std::string_view where) {
   float most = -std::numeric_limits<float>::infinity();

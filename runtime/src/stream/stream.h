@@ -63,7 +63,7 @@ class Stream : private Spillable {
   // Sets the stream to `state`, which must be of the same model. After an exception the stream is unchanged.
   void set_state(const StreamState& state);
 
-  // See titans_stream_mark and its neighbours.
+  // See titans_stream_mark and related functions.
   std::uint64_t mark();
   void rewind(std::uint64_t position);
   void unmark(std::uint64_t position);
@@ -79,7 +79,7 @@ class Stream : private Spillable {
   void set_learning(bool learning) { learning_ = learning; }
   std::uint64_t position() const { return position_; }
 
-  // See titans_stream_set_guard and its neighbours.
+  // See titans_stream_set_guard and related functions.
   void set_guard(const titans_guard& limits);
   titans_guard_report guard_report() const;
   void set_progress(titans_progress_function progress, void* user) { progress_ = {progress, user}; }

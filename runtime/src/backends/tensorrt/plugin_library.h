@@ -1,4 +1,4 @@
-// Our plugin for TensorRT, in a library of its own beside this backend.
+// Our TensorRT plugin, a separate library beside this backend.
 #pragma once
 
 #include <filesystem>
