@@ -38,9 +38,8 @@ struct MemoryField {
   FieldDtype dtype = FieldDtype::kFloat32;
   std::string kind = {};  // empty: unknown
   Written written = Written::kToken;
-  std::string of = {};  // for a rounding error: the rounded field
-  std::optional<float> at_start =
-      std::nullopt;  // for a field written by every token: its value at the start of a chunk
+  std::string of = {};                           // rounding error: the rounded field
+  std::optional<float> at_start = std::nullopt;  // written by every token: the value at a chunk start
 };
 
 std::string_view written_name(Written written);
