@@ -1,1 +1,1 @@
-"""The project's benchmarks: one memory layer, whole models, a long stream. docs/benchmarks.md says how to read them."""
+"""Benchmarks of one memory layer, of whole models and of a long stream. docs/benchmarks.md explains the results."""

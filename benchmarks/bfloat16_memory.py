@@ -41,12 +41,12 @@ from titans_export.model.neural_memory import attributes, memory_layout, neural_
 
 OPERANDS = ("q", "k", "v", "step_size", "momentum", "forget_gate")
 CHUNKS_PER_CALL = 16
-Recorded = dict[str, list[Tensor]]  # by operand, a chunk's each
+Recorded = dict[str, list[Tensor]]  # by operand, one tensor per chunk
 
 
 @contextmanager
 def recording(calls: list[dict[str, Tensor]]) -> Iterator[None]:
-    """What memory layers are given goes to `calls`, in the order of the calls."""
+    """Records the inputs of memory layers in `calls`, in call order."""
     update: Any = memory_layer.__dict__["memory_update"]
 
     def record(
@@ -63,7 +63,7 @@ def recording(calls: list[dict[str, Tensor]]) -> Iterator[None]:
 
 
 def rounded(spec: MemorySpec, state: StreamState) -> StreamState:
-    """The state with W and S of every memory as bfloat16 holds them."""
+    """The state with W and S of every memory rounded to bfloat16."""
     count = 2 * spec.weights
     out = dict(state)
     for name in (name for name in state if name.endswith(".memory")):
@@ -74,12 +74,12 @@ def rounded(spec: MemorySpec, state: StreamState) -> StreamState:
 
 
 def bits(logits: Tensor, following: Tensor) -> float:
-    """Bits of the tokens that followed, summed."""
+    """Bits of the following tokens, summed."""
     return float(torch.nn.functional.cross_entropy(logits, following, reduction="sum")) / math.log(2)
 
 
 def pack_rows(spec: MemorySpec, rows: Tensor, memory_dtype: str) -> Tensor:
-    """Float32 rows of a fresh memory as the kernel takes them in that memory_dtype."""
+    """Converts float32 rows of a new memory to the kernel's rows in that memory dtype."""
     if memory_dtype == "float32":
         return rows
     count = 2 * spec.weights
@@ -90,7 +90,7 @@ def pack_rows(spec: MemorySpec, rows: Tensor, memory_dtype: str) -> Tensor:
 
 
 def run_kernel(spec: MemorySpec, rows: Tensor, recorded: Recorded, memory_dtype: str) -> tuple[Tensor, Tensor]:
-    """y of all tokens (1, H, T, D) and the last W (1, H, weights), float32, from the CPU kernel."""
+    """Runs the CPU kernel. Returns y of all tokens (1, H, T, D) and the last W (1, H, weights), float32."""
     tensors, calls = {"state": pack_rows(spec, rows, memory_dtype)}, 0
     for start in range(0, len(recorded["q"]), CHUNKS_PER_CALL):
         for name in OPERANDS:
@@ -116,7 +116,7 @@ def run_kernel(spec: MemorySpec, rows: Tensor, recorded: Recorded, memory_dtype:
 
 
 def run_reference(spec: MemorySpec, rows: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
-    """The same in float64, from the reference."""
+    """Runs the reference in float64. Returns as `run_kernel`."""
     state, y = rows.double(), []
     for chunk in range(len(recorded["q"])):
         update = neural_memory_update(spec, state, *(recorded[name][chunk].double() for name in OPERANDS))
@@ -126,12 +126,12 @@ def run_reference(spec: MemorySpec, rows: Tensor, recorded: Recorded) -> tuple[T
 
 
 def relative(got: Tensor, right: Tensor) -> float:
-    """Root mean square of the difference, relative to that of what is right."""
+    """Root mean square of the difference, divided by that of `right`."""
     return float((got.double() - right).square().mean().sqrt() / right.square().mean().sqrt())
 
 
 def measure(model: Any, tokens: Tensor, window: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Lines along the stream for the whole model, and the layers' errors by name."""
+    """Measurements along the stream for the whole model, and the layers' errors by name."""
     spec = model.config.memory.spec
     size = spec.chunk_size
     states = {"float32": model.initial_state(1), "bfloat16": rounded(spec, model.initial_state(1))}

@@ -1,4 +1,4 @@
-"""One row of the layer benchmark: the memory, how it is called, and the tokens that it is given."""
+"""One row of the layer benchmark: the memory, the kind of calls, and the input tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ KINDS = ("prefill", "mac", "decode")
 
 @dataclass(frozen=True)
 class Tokens:
-    """A stream's operands, float32. weights: per layer (B, H, in, out). q, k, v and context, which MAC's reads before
-    the update ask with: (B, H, T, D). step_size, momentum, forget_gate: (B, H, T).
+    """A stream's operands, float32.
+
+    weights: per layer (B, H, in, out). q, k, v, context: (B, H, T, D); context holds the queries that MAC reads with
+    before the update. step_size, momentum, forget_gate: (B, H, T).
     """
 
     weights: list[Array]
@@ -33,7 +35,7 @@ class Tokens:
 
     @property
     def operands(self) -> dict[str, Array]:
-        """What an update takes for each token, by the operator's names."""
+        """The update's inputs, by the operator's names."""
         names = ("q", "k", "v", "step_size", "momentum", "forget_gate")
         return {name: getattr(self, name) for name in names}
 
@@ -42,9 +44,9 @@ class Tokens:
 class Case:
     """A memory of `heads` heads for `streams` streams, float32, and the calls of one pass over `tokens` tokens.
 
-    kind: "prefill", all tokens in one call, or as few as the baseline can; "mac", as MAC's attention between reading
-    and updating forces it: a read of a chunk and then an update by that chunk, chunk after chunk; "decode", a token a
-    call.
+    kind: "prefill": all tokens in as few calls as the baseline allows.
+    "mac": chunk by chunk, a read and then an update by that chunk, because MAC's attention runs in between.
+    "decode": one token per call.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def flop_per_token(self) -> int:
-        """Of all streams and heads."""
+        """FLOP per token, over all streams and heads."""
         flop = costs.update_flop(self.widths, self.chunk)
         if self.kind == "mac":
             flop += costs.read_flop(self.widths)
@@ -70,18 +72,19 @@ class Case:
 
     @property
     def decode_bytes_per_token(self) -> float:
-        """Of all streams and heads, in the cached form."""
+        """Bytes per token in the cached form, over all streams and heads."""
         return self.streams * self.heads * costs.decode_bytes(self.widths, self.chunk)
 
     @property
     def decode_working_set(self) -> int:
-        """Bytes that decoding comes back to, of all streams and heads."""
+        """Bytes that decoding reuses, over all streams and heads."""
         return self.streams * self.heads * costs.decode_working_set(self.widths, self.chunk)
 
     @cached_property
     def data(self) -> Tokens:
-        """The same random tokens in every process. Unit keys and queries, and gates as trained models have them: the
-        step size bounded by (1 - momentum) / chunk, so that any number of tokens leaves the memory steady.
+        """The same random tokens in every process, with unit keys and queries and realistic gates.
+
+        The step size is at most (1 - momentum) / chunk, so that the memory stays stable over any number of tokens.
         """
         rng = np.random.default_rng([self.streams, self.heads, self.chunk, *self.widths])
         lead, width = (self.streams, self.heads), self.widths[0]
@@ -113,7 +116,7 @@ class Case:
 def rows(
     head_dim: int, hidden: int, streams: int, heads: int, chunk: int, tokens: int, decode_tokens: int, threads: int
 ) -> list[Case]:
-    """All rows: every kind for the MLP and for the linear memory."""
+    """All rows: every kind, for the MLP and for the linear memory."""
     memories = {"mlp": (head_dim, hidden, head_dim), "linear": (head_dim, head_dim)}
     return [
         Case(

@@ -1,6 +1,6 @@
-"""What a GPU is timed and checked with: rows of the layer benchmark's cases, and the small cases of sanitizers.
+"""The cases that a GPU is timed and checked with: rows of the layer benchmark, and small cases for sanitizers.
 
-Sizes follow what a GPU is for: enough heads times streams to fill it, and one stream, which cannot.
+Sizes suit a GPU: enough heads times streams to fill it, and one stream, which cannot fill it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from titans_export.operators import NEURAL_MEMORY
 MLP, LINEAR = (64, 256, 64), (64, 64)
 CHUNK = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of the largest value of the same output, by what matrix products take. TF32 keeps 10 bits and bfloat16 7, and a state
-# is some chunks of sums of such products; a wrong coefficient is beyond 0.1.
+# Tolerances by matmul dtype, relative to the largest value of the same output. TF32 keeps 10 bits and bfloat16 7, and a
+# state sums such matmuls over several chunks. A wrong coefficient exceeds 0.1.
 TOLERANCES = {"float32": TOLERANCE, "tf32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2}
-# And by what holds W and S, which rounds them a few times.
+# Tolerances by memory dtype, because W and S are rounded several times.
 STORED = {"float32": 0.0, "bfloat16": 5e-2, "float16": 1e-2, "int8": 5e-2, "fp8": 1e-1}
-SEED = 1  # of rounding "stochastic"
+SEED = 1  # of stochastic rounding
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case and how it is held: the type of q, k, v and y, and of W and S, which `rounding` brings there.
+    """A case with its dtypes: `values` of q, k, v and y, and the memory dtype of W and S with its rounding.
 
-    bound_by: the measured limit that it is held against, "matrix" or "copy"; reach_...: what the project aims at, as a
-    share of that limit, or in microseconds a chunk.
+    bound_by: the measured limit for comparison, "matrix" or "copy". reach_...: the project's goal, as a share of that
+    limit or in microseconds per chunk.
     """
 
     case: Case
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def node_memory_dtype(self) -> dict[str, Any]:
-        """The node's attributes of the memory dtype, without those at their defaults."""
+        """The node's attributes of the memory dtype that differ from their defaults."""
         seed = SEED if self.rounding == "stochastic" else 0
         given = {"memory_dtype": self.memory_dtype, "rounding": self.rounding, "seed": seed}
         return NEURAL_MEMORY.given(given)
@@ -75,10 +75,10 @@ class Row:
 
     @property
     def bytes_per_pass(self) -> float:
-        """Of decode in the cached form: what has to move, once."""
+        """Bytes that decode in the cached form must move in one pass."""
         case = self.case
         per_head = costs.decode_bytes(case.widths, case.chunk)
-        # What costs counts is float32.
+        # `costs` assumes float32.
         stored = sum(field.words for field in self.layout.fields if field.name[0] in "WS") * 4
         per_head -= (costs.state_bytes(case.widths) - stored) * (1 + 2 / case.chunk)
         return float(case.streams * case.heads * case.tokens * per_head)
@@ -89,7 +89,7 @@ def _case(name: str, kind: str, widths: tuple[int, ...], streams: int, tokens: i
 
 
 def rows() -> list[Row]:
-    """Every row that is timed, the most wanted first."""
+    """All rows that are timed, most important first."""
     many, one = _case("prefill-264", "prefill", MLP, 33, 2048), _case("prefill-8", "prefill", MLP, 1, 4096)
     decode, decode_one = _case("decode-1056", "decode", MLP, 132, CHUNK), _case("decode-8", "decode", MLP, 1, CHUNK)
     linear = _case("linear-prefill-264", "prefill", LINEAR, 33, 2048)
@@ -110,12 +110,12 @@ def rows() -> list[Row]:
 
 
 def small(row: Row) -> Row:
-    """The same memory, few heads and three chunks: what is checked against the recurrence before a row is timed."""
+    """The same memory with few heads and three chunks, for checks against the recurrence before timing."""
     return replace(row, case=replace(row.case, streams=2, heads=2, tokens=3 * row.case.chunk))
 
 
 def sanitizer_rows() -> list[Row]:
-    """Small cases of every path: both schedules, one and several layers, widths that are no multiple of tiles."""
+    """Small cases of every path: both schedules, one and several layers, widths that are no multiple of the tiles."""
     found = []
     for widths in ((6, 6), (17, 33, 17), (64, 64), MLP):
         for kind in ("prefill", "decode"):
@@ -131,8 +131,8 @@ def sanitizer_rows() -> list[Row]:
 
 
 def write_case(row: Row, path: Path) -> None:
-    """The file that `neural_memory_run_cuda` takes: all tokens in one call, or a token a call."""
-    from safetensors.torch import save_file  # a GPU machine may be without it; only this needs it
+    """Writes the input file of `neural_memory_run_cuda`: all tokens in one call, or one token per call."""
+    from safetensors.torch import save_file  # only this function needs it, and GPU machines may lack it
 
     case, kind = row.case, DTYPES[row.values]
     tensors = {"state": _initial(row)}
@@ -149,7 +149,7 @@ def write_case(row: Row, path: Path) -> None:
 
 
 def read_answer(row: Row, path: Path) -> dict[str, Any]:
-    """What `benchmarks.reference.recurrence` has, from the program's output; W and S only where stored in float32."""
+    """The values of `benchmarks.reference.recurrence` from the program's output; W and S only if stored in float32."""
     case = row.case
     values = np.fromfile(path, np.float32)
     lead, width, y, at = (case.streams, case.heads), case.widths[0], [], 0
@@ -165,7 +165,7 @@ def read_answer(row: Row, path: Path) -> dict[str, Any]:
 
 
 def _initial(row: Row) -> torch.Tensor:
-    """Packed rows of a fresh memory."""
+    """Packed rows of a new memory."""
     spec, layout = row.case.spec, row.layout
     packed = initial_rows(spec, [torch.from_numpy(value) for value in row.case.data.weights])
     if row.memory_dtype == "float32":

@@ -55,7 +55,7 @@ def _sanitize(report: Report, machine: dict[str, Any], arguments: Arguments) -> 
 
 
 def _time(report: Report, machine: dict[str, Any], arguments: Arguments) -> None:
-    """Row by row, each kept as soon as it is measured; limits anew in every run."""
+    """Times row by row and saves each row at once. Limits are measured in every run."""
     try:
         import torch
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A bundle on a device through the runtime: golden logits, a long stream against the CPU, times and power."""
+"""Runs a bundle on a device through the runtime: golden logits, a long stream against the CPU, times and power."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     import titans_runtime
 
 WHERE = "device"
-# How far logits may be from the golden ones where matrix products round, as a share of the largest: 2^-11 and 2^-8 a
-# rounding, a few dozen in a row. In fp32 it is what the bundle promises.
+# Tolerance of logits against the golden ones by precision of matmuls, as a share of the largest: 2^-11 and 2^-8 per
+# rounding, with a few dozen roundings in a row. The bundle's tolerance applies to fp32.
 RELATIVE = {"fp16": 1e-2, "bf16": 8e-2}
 STEPS, WARM_UP = 500, 50
 BLOCK = 4096
 
 
 def open_session(bundle: Path, backend: str, engine: str | None = None, device: str = "cuda") -> titans_runtime.Session:
-    """The bundle on the device, with that backend. Raises TitansError with the runtime's message."""
+    """Opens the bundle on the device with that backend. Raises TitansError with the runtime's message."""
     try:
         import titans_runtime
     except ImportError as error:
@@ -45,7 +45,7 @@ def open_session(bundle: Path, backend: str, engine: str | None = None, device: 
 
 
 def find_engine(bundle: Bundle, backend: str, name: str | None) -> EngineEntry | None:
-    """The engine that is to run, None for the plain graphs, which only ONNX Runtime opens."""
+    """The engine to run; None for the plain graphs, which only ONNX Runtime opens."""
     found = [e for e in bundle.manifest.engines if e.compiler == backend and name in (None, e.name)]
     if found:
         return found[0]
@@ -57,7 +57,9 @@ def find_engine(bundle: Bundle, backend: str, name: str | None) -> EngineEntry |
 
 
 def run_bundle(bundle: Path, backend: str, tokens: int, engine: str | None = None, device: str = "cuda") -> Any:
-    """Golden logits in three ways to cut the stream, a stream of so many tokens beside the CPU's, and times."""
+    """Checks golden logits with three ways to cut the stream, compares a long stream with the CPU, and times the
+    device.
+    """
     opened = read_bundle(bundle)
     record = find_engine(opened, backend, engine)
     with open_session(bundle, backend, record.name if record else NO_ENGINE, device) as session:
@@ -89,7 +91,7 @@ def allowed(bundle: Bundle, precision: str, logits: Any) -> float:
 
 
 def times(session: titans_runtime.Session) -> dict[str, float]:
-    """A decoded token, and prefill in whole calls of the largest graph; of the host, so with everything around."""
+    """Decode latencies in microseconds, and prefill in tokens per second with the largest graph, timed on the host."""
     rng = np.random.default_rng(0)
     largest = max(graph["tokens"] for graph in session.info["graphs"])
     stream = session.stream()
@@ -117,7 +119,9 @@ def times(session: titans_runtime.Session) -> dict[str, float]:
 def long_stream(
     session: titans_runtime.Session, reference: titans_runtime.Session, tokens: int, tolerance: float
 ) -> dict[str, Any]:
-    """The same random tokens through both: whether logits are numbers to the end, and how far apart they ever are."""
+    """Runs the same random tokens through both sessions. Reports whether all logits are finite, and the largest
+    difference.
+    """
     rng = np.random.default_rng(1)
     ours, theirs = session.stream(), reference.stream()
     worst, began = 0.0, time.monotonic()
@@ -140,7 +144,7 @@ def long_stream(
 
 @contextlib.contextmanager
 def power(found: dict[str, Any]) -> Iterator[None]:
-    """The power mode, and what the board says of itself while the block runs, into `found`."""
+    """Adds the power mode, and the board's readings while the block runs, to `found`."""
     found["power_mode"] = _ask(["nvpmodel", "-q"])
     sampler = shutil.which("tegrastats")
     process = None
@@ -159,7 +163,7 @@ def power(found: dict[str, Any]) -> Iterator[None]:
 
 
 def _ask(command: list[str]) -> str | None:
-    """What it says, None where there is no such program."""
+    """The command's output, or None if the program is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

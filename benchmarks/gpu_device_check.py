@@ -35,7 +35,7 @@ Arguments = argparse.Namespace
 
 
 def find_tensorrt(load: Callable[[str], Any] = importlib.import_module) -> str:
-    """The version of the TensorRT that is here. Raises MachineError."""
+    """The installed version of TensorRT. Raises MachineError."""
     try:
         version: str = load("tensorrt").__version__
     except ImportError as error:
@@ -45,7 +45,7 @@ def find_tensorrt(load: Callable[[str], Any] = importlib.import_module) -> str:
 
 
 def find_device() -> dict[str, Any]:
-    """The GPU. A Jetson's system has no nvidia-smi that answers, so the driver is asked."""
+    """The GPU, as the driver reports it, because nvidia-smi does not work on a Jetson."""
     from titans_export.engines.machine import this_machine
 
     machine = this_machine()
@@ -83,7 +83,7 @@ def engine_name(arguments: Arguments, alias: str) -> str:
 
 
 def build_command(arguments: Arguments, alias: str, plugin: Path) -> list[str]:
-    """An engine beside those that the bundle has."""
+    """The command that builds an engine beside the bundle's existing ones."""
     return [
         sys.executable, "-m", "titans_export.cli", "build", str(arguments.bundle), "--target", arguments.target,
         "--compiler", "tensorrt", "--precision", arguments.precision, "--alias", alias,
@@ -92,7 +92,7 @@ def build_command(arguments: Arguments, alias: str, plugin: Path) -> list[str]:
 
 
 def _engines(report: Report, arguments: Arguments) -> None:
-    """A way that this TensorRT does not build is a result, as long as one is built."""
+    """Builds the engines. A failed build is a result, as long as one build succeeds."""
     plugins = sorted((BUILD / "lib").glob("libtitans_tensorrt_plugin_*.so"))
     if not plugins:
         raise MachineError("E0908", WHAT, f"no plugin library in {BUILD / 'lib'}", "run --part build first")
@@ -110,7 +110,7 @@ def _engines(report: Report, arguments: Arguments) -> None:
 
 
 def _run(report: Report, arguments: Arguments) -> None:
-    """In this process, with the libraries that were built here."""
+    """Runs the checks in this process, with the libraries that were built here."""
     library = BUILD / "lib" / "libtitans.so"
     if not library.is_file():
         raise MachineError("E0908", WHAT, f"{library.name} is missing", "run --part build first")

@@ -1,4 +1,4 @@
-"""The NVIDIA GPU and the CUDA toolkit of this machine: whether they are there, and what a report says of them."""
+"""Finds this machine's NVIDIA GPU and CUDA toolkit, and describes them for reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titans_export.errors import MachineError
 
 ROOT = Path(__file__).parents[1]
 WHERE = "gpu_check"
-# What nvidia-smi is asked for: the names that reports have, with their units, and its own.
+# Fields of nvidia-smi by their names in reports, which include units.
 FIELDS = {
     "name": "name",
     "compute_capability": "compute_cap",
@@ -26,7 +26,7 @@ FIELDS = {
     "memory_clock_max_mhz": "clocks.max.mem",
     "mig": "mig.mode.current",
 }
-# Sources that decide what is measured: parts of a report are kept together only while these are the same.
+# Sources that affect the results. A report merges parts only if these are unchanged.
 SOURCES = ("plugins", "cmake", "benchmarks", "tests")
 SUFFIXES = {".cc", ".cpp", ".cu", ".cuh", ".h", ".txt", ".cmake", ".py"}
 
@@ -34,12 +34,12 @@ Runner = Callable[[Sequence[str]], str]
 
 
 def run(command: Sequence[str]) -> str:
-    """Its stdout. Raises OSError or CalledProcessError."""
+    """The command's stdout. Raises OSError or CalledProcessError."""
     return subprocess.run(list(command), capture_output=True, text=True, check=True).stdout
 
 
 def find_gpu(runner: Runner = run) -> dict[str, Any]:
-    """The first GPU, as nvidia-smi describes it, with `sm` as in sm_90. Raises MachineError where there is none."""
+    """The first GPU as reported by nvidia-smi, with `sm` as in sm_90. Raises MachineError without a GPU."""
     fix = "run this on a machine with an NVIDIA GPU and its driver"
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS.values())}", "--format=csv,noheader,nounits"]
     try:
@@ -60,7 +60,7 @@ def find_gpu(runner: Runner = run) -> dict[str, Any]:
 
 
 def find_toolkit(which: Callable[[str], str | None] = shutil.which, runner: Runner = run) -> dict[str, str]:
-    """Compiler, its version, and compute-sanitizer where it is. Raises MachineError without a compiler."""
+    """The compiler, its version, and compute-sanitizer if present. Raises MachineError without a compiler."""
     folders = (Path("/usr/local/cuda/bin"),)
     nvcc = which("nvcc") or _first(folders, "nvcc")
     if nvcc is None:
@@ -73,7 +73,7 @@ def find_toolkit(which: Callable[[str], str | None] = shutil.which, runner: Runn
 
 
 def describe(gpu: dict[str, Any], toolkit: dict[str, str]) -> dict[str, Any]:
-    """What a report holds beside its parts. Nothing that differs between two runs on the same machine and sources."""
+    """The fields of a report besides its parts. They are equal in all runs on the same machine and sources."""
     return {
         **describe_commit(),
         "sources": hash_sources(),
@@ -84,7 +84,7 @@ def describe(gpu: dict[str, Any], toolkit: dict[str, str]) -> dict[str, Any]:
 
 
 def hash_sources(root: Path = ROOT, folders: Iterable[str] = SOURCES) -> str:
-    """One hash over everything that is compiled, tested and timed."""
+    """One hash over everything that is compiled, tested or timed."""
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
@@ -102,5 +102,5 @@ def _number(text: str) -> str | float | int:
         value = float(text)
     except ValueError:
         return text
-    # A compute capability is a name, not a number: 9.0 is not 9.
+    # A compute capability is a name, so 9.0 must not become 9.
     return text if re.fullmatch(r"\d+\.\d", text) else int(value) if value.is_integer() else value

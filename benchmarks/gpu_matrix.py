@@ -23,14 +23,14 @@ MARKERS = "<!-- matrix -->", "<!-- end of matrix -->"
 COLUMNS = ("kernel", "plugin", "engine", "runtime")
 HEADER = ("target", "sm", "kernel", "TensorRT plugin", "engine build", "runtime")
 COMPILED_ONLY, NOT_TRIED, NOTHING = "compiled only", "not tried", "-"
-# Device names in drivers, unless it is the target's name in capitals.
+# Device names in drivers that differ from the target's name in capitals.
 NAMES = {
     "orin-nano": r"Orin Nano", "orin-agx": r"AGX Orin", "thor": r"Thor", "dgx-spark": r"GB10",
     "rtx-30": r"RTX 30\d\d", "rtx-40": r"RTX 40\d\d", "rtx-50": r"RTX 50\d\d",
 }  # fmt: skip
 
 Result = dict[str, Any]
-Runs = dict[tuple[str, str], tuple[str, str]]  # target and column: date and device
+Runs = dict[tuple[str, str], tuple[str, str]]  # target and column to date and device
 
 
 def read_results(folder: Path = RESULTS) -> list[Result]:
@@ -38,7 +38,7 @@ def read_results(folder: Path = RESULTS) -> list[Result]:
 
 
 def target_of(device: dict[str, Any]) -> Target | None:
-    """The target of a GPU, by compute capability and by the name of its board or device."""
+    """The target of a GPU, by its compute capability and the name of its board or device."""
     name = f"{device.get('board') or ''} {device['name']}"
     for target in TARGETS.values():
         pattern = NAMES.get(target.name, rf"\b{target.name}\b")

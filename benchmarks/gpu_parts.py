@@ -1,4 +1,4 @@
-"""The parts of a check on a GPU, beside timing: building, testing, sanitizing, trying runtimes end to end."""
+"""The parts of a GPU check, except timing: build, tests, sanitizers, and end-to-end runs of runtimes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ TARGETS = ("neural_memory_run_cuda",)
 PLUGIN_TARGETS = ("titans_tensorrt_plugin", "tensorrt_plugin_host")
 ALIASES = ("declared", "undeclared", "two-buffers")
 TESTS = ("tests/plugins/test_kernel.py", "tests/plugins/test_cuda_kernel.py")
-# Of these tests what runs on the GPU; the rest is for machines without one.
+# Selects the tests that run on the GPU.
 ON_GPU = "cuda-gpu"
 TOOLS = ("memcheck", "racecheck")
 WHERE = "gpu_check"
-# compute-sanitizer ends with it where it found something.
+# The exit code of compute-sanitizer if it reports an error.
 FOUND = 86
 _LAST_LINES = 25
 
 
 def build(sm: int, nvcc: str, jobs: int, tensorrt_root: str | None) -> dict[str, Any]:
-    """Configures and compiles what the other parts run, for this GPU alone."""
+    """Configures and compiles the other parts' programs, for this GPU only."""
     if shutil.which("cmake") is None:
         raise MachineError("E1101", WHERE, "cmake is not on PATH", "pip install cmake ninja")
     configure = [
@@ -57,12 +57,12 @@ def build(sm: int, nvcc: str, jobs: int, tensorrt_root: str | None) -> dict[str,
 
 
 def architecture(sm: int) -> str:
-    """As the build has it: Hopper's own instructions are in 90a."""
+    """The architecture in CMake's form; Hopper's own instructions need 90a."""
     return "90a" if sm == 90 else str(sm)
 
 
 def test(timeout_s: float) -> dict[str, Any]:
-    """The kernel against float64 over the whole table of its tests, on the GPU."""
+    """Tests the kernel against float64 over the whole table of tests, on the GPU."""
     if importlib.util.find_spec("pytest") is None:
         raise MachineError("E1101", WHERE, "pytest is not installed", "pip install pytest pytest-timeout safetensors")
     require_built(PROGRAM)
@@ -71,7 +71,7 @@ def test(timeout_s: float) -> dict[str, Any]:
         outcomes = Path(folder, "outcomes.xml")
         command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", ON_GPU, "-m", "", "-p", "no:cacheprovider"]
         command += [f"--junitxml={outcomes}"]
-        if importlib.util.find_spec("xdist") is not None:  # most of a test's time is the oracle's, on the CPU
+        if importlib.util.find_spec("xdist") is not None:  # most of a test's time is the oracle on the CPU
             command += ["-n", str(min(8, os.cpu_count() or 1))]
         try:
             done = subprocess.run(
@@ -91,7 +91,7 @@ def test(timeout_s: float) -> dict[str, Any]:
 
 
 def test_plugin(tensorrt_root: str | None) -> dict[str, Any]:
-    """The plugin through its host, as TensorRT would call it, in every way to alias, against the recurrence."""
+    """Tests the plugin against the recurrence, called as TensorRT would call it, with every kind of aliasing."""
     if not tensorrt_root:
         raise MachineError(
             "E1101", WHERE, "TensorRT's headers are missing", "give --tensorrt-root, the folder with include/"
@@ -120,7 +120,7 @@ def test_plugin(tensorrt_root: str | None) -> dict[str, Any]:
 
 
 def read_outcomes(path: Path) -> dict[str, Any]:
-    """Counts, failures by name, and why tests were skipped, from pytest's own report."""
+    """Counts, failures by name and reasons for skips, from pytest's report."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures: list[str] = []
     reasons: dict[str, int] = {}
@@ -142,7 +142,7 @@ def read_outcomes(path: Path) -> dict[str, Any]:
 
 
 def sanitize(sanitizer: str | None) -> dict[str, Any]:
-    """Every small case under every tool. What a tool finds is an error."""
+    """Runs every small case under every tool. Any finding is an error."""
     if sanitizer is None:
         fix = "install the CUDA toolkit's compute-sanitizer and put it on PATH"
         raise MachineError("E1101", WHERE, "compute-sanitizer is missing", fix)
@@ -164,7 +164,7 @@ def sanitize(sanitizer: str | None) -> dict[str, Any]:
 
 
 def try_runtimes(bundle: Path, tokens: int = 2000) -> dict[str, Any]:
-    """The bundle on every vendor's library that loads here: golden logits, a stream, its speed."""
+    """Runs the bundle on every vendor library that loads here: golden logits, a stream, and its speed."""
     from benchmarks import gpu_device
 
     found: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def try_runtimes(bundle: Path, tokens: int = 2000) -> dict[str, Any]:
 
 
 def device_of() -> dict[str, Any]:
-    """What the kernel itself sees: proof that it runs here."""
+    """The device as the kernel reports it, which proves that the kernel runs here."""
     require_built(PROGRAM)
     done = subprocess.run([str(PROGRAM), "--device"], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,6 @@
-"""The one JSON that the parts of a check fill, each in a run of its own: read, merged, written aside and renamed."""
+"""The JSON report of a check. Each part fills it in a separate run: it is read, merged, and renamed into place
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from titans_export.errors import OutputError, TitansError
 
 SCHEMA = 1
 DONE, FAILED, PARTIAL, NOT_RUN = "done", "failed", "partial", "not run"
-# What has to be the same for parts to stand in one report.
+# Parts share a report only if these fields are equal.
 IDENTITY = ("sources", "device", "cuda")
 
 
 class Report:
-    """A file that holds `what` ("gpu_check"), the machine, and a part for each name."""
+    """A file with `what` ("gpu_check"), the machine, and its parts by name."""
 
     def __init__(self, path: Path, what: str, description: dict[str, Any]) -> None:
         self._path = path
@@ -33,7 +35,7 @@ class Report:
         return parts
 
     def part(self, name: str) -> dict[str, Any]:
-        """What an earlier run has left of that part, or nothing."""
+        """An earlier run's result of the part; empty without one."""
         found: dict[str, Any] = self.parts.get(name, {})
         return found
 
@@ -46,7 +48,7 @@ class Report:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """A part that cannot run here is in the report with its reason, and so is one that ends with an error."""
+        """Records the reason in the report if the part cannot run here or fails."""
         try:
             yield
         except TitansError as error:
@@ -55,7 +57,7 @@ class Report:
             raise
 
     def _earlier(self, what: str, description: dict[str, Any]) -> dict[str, Any]:
-        """The parts of the file, which must be of the same sources on the same machine."""
+        """The parts in the file. Raises if they come from other sources or another machine."""
         fix = "give another -o, or remove that file"
         try:
             earlier = json.loads(self._path.read_text(encoding="utf-8"))
@@ -75,7 +77,7 @@ class Report:
 
 
 def _kept(part: dict[str, Any]) -> dict[str, Any]:
-    """What a part that failed keeps of the run before: what was finished then."""
+    """The finished results that a failed part keeps from the previous run."""
     return {key: value for key, value in part.items() if key == "rows"}
 
 

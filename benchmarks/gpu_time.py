@@ -1,7 +1,7 @@
-"""Times rows on a GPU: the bare kernel through its program, PyTorch beside it, and the device's own limits.
+"""Times rows on a GPU: the kernel in its own program, PyTorch, and the device's limits.
 
-Times are of the device, by CUDA events: what a call costs the host is not in them, except for PyTorch without a graph,
-whose launches the device waits for.
+Times are device times from CUDA events, without the host's cost of a call. PyTorch without a graph is an exception,
+because the device then waits for its launches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COPY_BYTES, PRODUCT = 1024 * MIB, 8192
 
 
 def measure_limits(tries: int = 10) -> dict[str, float]:
-    """What the device can do at all, the best of several tries: copies, both ways counted, and large products."""
+    """The device's limits, the best of several tries: copies (reads and writes both count) and large matmuls."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     limits = {"copy_gb_s": 2 * COPY_BYTES / min(time_events(partial(target.copy_, source), tries))}
@@ -46,7 +46,7 @@ def measure_limits(tries: int = 10) -> dict[str, float]:
 
 
 def time_events(work: Callable[[], Any], passes: int) -> list[int]:
-    """Nanoseconds of device time of each run of `work`, after some that do not count."""
+    """Nanoseconds of device time of each run of `work`, after warm-up runs."""
     for _ in range(WARM_UP):
         work()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(passes)]
@@ -59,7 +59,7 @@ def time_events(work: Callable[[], Any], passes: int) -> list[int]:
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` as one CUDA graph."""
+    """Captures `work` as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -73,7 +73,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def entry(row: Row, name: str, right: Any, answer: Any, tolerance: float, nanoseconds: Callable[[], list[int]]) -> Any:
-    """A baseline of a row: its errors, and its speed unless they are too large."""
+    """The result of one baseline in a row: its errors, and its speed unless the errors are too large."""
     wrong = errors(answer, {key: value for key, value in right.items() if key in answer})
     found: dict[str, Any] = {"name": name, "errors": wrong, "tolerance": tolerance}
     found["passed"] = max(wrong.values()) <= tolerance
@@ -84,7 +84,7 @@ def entry(row: Row, name: str, right: Any, answer: Any, tolerance: float, nanose
 
 
 def in_units(row: Row, speed: Speed) -> dict[str, float]:
-    """What the speed is in the units of limits."""
+    """The speed in the units of the limits."""
     case = row.case
     seconds = case.streams * case.tokens / speed.tokens_per_second
     return {
@@ -97,7 +97,7 @@ def in_units(row: Row, speed: Speed) -> dict[str, float]:
 
 
 def time_kernel(row: Row, program: Path, right: Any) -> list[dict[str, Any]]:
-    """The bare kernel, launched one by one and as a graph."""
+    """Times the kernel, launched one by one and as a graph."""
     with tempfile.TemporaryDirectory(prefix="titans-gpu-") as folder:
         case, out = Path(folder, "case.safetensors"), Path(folder, "out.bin")
         write_case(small(row), case)
@@ -118,8 +118,9 @@ def time_kernel(row: Row, program: Path, right: Any) -> list[dict[str, Any]]:
 
 
 def products_of(row: Row) -> tuple[str, ...]:
-    """What PyTorch's products take in a row: what the kernel's do, and TF32, which users of float32 may allow. In
-    decode a row meets each matrix once: nothing is gained by rounding the matrix first.
+    """The dtypes of PyTorch's matmuls in a row: the kernel's, and TF32, which users of float32 may allow.
+
+    Decode uses each matrix once, so rounding it first gains nothing.
     """
     if row.case.kind == "decode":
         return ("float32",)
@@ -127,7 +128,9 @@ def products_of(row: Row) -> tuple[str, ...]:
 
 
 def time_torch(row: Row, right: Any, until: float) -> list[dict[str, Any]]:
-    """Every form, way and precision; those that compile only while there is time. What does not run says why."""
+    """Times every form, way and precision. Compiled ones start only before the deadline. Failures are recorded with a
+    reason.
+    """
     found = []
     for kind in FORMS[row.case.kind]:
         for way in WAYS:
@@ -139,7 +142,7 @@ def time_torch(row: Row, right: Any, until: float) -> list[dict[str, Any]]:
                 try:
                     with torch.inference_mode(), precision(products, DEVICE):
                         found.append(_time_form(row, kind, way, products, name, right))
-                except Exception as error:  # what a compiler cannot do is a result, not the end of the run
+                except Exception as error:  # a compiler's failure is a result and does not end the run
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                     found.append({"name": name, "passed": None, "unavailable": reason})
                 torch._dynamo.reset()
@@ -164,7 +167,7 @@ def _time_form(row: Row, kind: type[Form], way: Way, products: str, name: str, r
 
 
 def time_row(row: Row, program: Path, limits: dict[str, float], until: float) -> dict[str, Any]:
-    """A row with all its baselines, and how it stands against what the project aims at."""
+    """Times a row with all its baselines, and compares it with the project's goal."""
     right = recurrence(small(row).case)
     ours = time_kernel(row, program, right)
     theirs = time_torch(row, right, until)
@@ -182,7 +185,7 @@ def time_row(row: Row, program: Path, limits: dict[str, float], until: float) ->
 def verdict(
     row: Row, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], limits: dict[str, float]
 ) -> dict[str, Any]:
-    """The kernel's best against the limit, the aim, and the best of PyTorch."""
+    """The kernel's best time against the limit, the goal, and PyTorch's best."""
     best = _fastest(ours)
     if best is None:
         return {"share_of_limit": None, "reached": None, "times_torch": {}}

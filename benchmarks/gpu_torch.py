@@ -1,7 +1,7 @@
-"""The same mathematics in PyTorch on a device: eager and through torch.compile, as one CUDA graph and without.
+"""The same mathematics in PyTorch on a device: eager and through torch.compile, with and without one CUDA graph.
 
-Chunks as matrix products and cached decoding are those of `titans_export.model.memory` and of the CPU benchmark's
-baselines. What a form computes is held to the recurrence before it is timed.
+Chunked matmuls and cached decoding come from `titans_export.model.memory` and the CPU benchmark's baselines. Each form
+is checked against the recurrence before it is timed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from benchmarks.case import Case
 from titans_export.model.memory import Coefficients, Gates, State, chunk_update, coefficients
 
-# Decode reads the rows up to the fill, rounded up to this: so many graphs are compiled a chunk.
+# Decode reads rows up to the fill, rounded up to a multiple of this; each multiple compiles one graph.
 ROWS_STEP = 16
-# What matrix products take: IEEE float32, float32 rounded to TF32, bfloat16. States and sums are float32.
+# Dtypes of matmul operands: float32, float32 rounded to TF32, bfloat16. States and sums are float32.
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a form is run. mode: None, eager; a mode of torch.compile. graph: captured once, replayed."""
+    """How a form runs. mode: a mode of torch.compile, or None for eager. graph: captured once and replayed."""
 
     name: str
     mode: str | None
@@ -44,7 +44,7 @@ WAYS = (
 
 @contextlib.contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """Matrix products take operands of that precision within the block."""
+    """Sets the precision of matmul operands within the block."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     lower = torch.autocast(device, torch.bfloat16) if name == "bfloat16" else contextlib.nullcontext()
@@ -56,7 +56,9 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 
 class Form(ABC):
-    """A case on a device, streams and heads as one dimension N. `run` is a pass, on from the state and in place."""
+    """A case on a device, with streams and heads merged into one dimension N. `run` is a pass that continues in
+    place.
+    """
 
     def __init__(self, case: Case, device: str, mode: str | None, dtype: torch.dtype = torch.float32) -> None:
         self.case, self.device, self.dtype = case, device, dtype
@@ -69,17 +71,17 @@ class Form(ABC):
         self._mode = mode
 
     def reset(self) -> None:
-        """A fresh memory."""
+        """Resets to a new memory."""
         for w, s, initial in zip(self.w, self.s, self.case.data.weights, strict=True):
             w.copy_(self._load(initial))
             s.zero_()
 
     @abstractmethod
     def run(self) -> None:
-        """Leaves retrievals in `y` and the state in `w` and `s`."""
+        """Leaves retrievals in `y`, and the state in `w` and `s`."""
 
     def answer(self) -> dict[str, Any]:
-        """What `benchmarks.reference.recurrence` has."""
+        """The values of `benchmarks.reference.recurrence`."""
         self.reset()
         self.run()
         lead = (self.case.streams, self.case.heads)
@@ -101,7 +103,7 @@ class Form(ABC):
 
 
 class Prefill(Form):
-    """All chunks of a pass, each a few batched matrix products."""
+    """All chunks of a pass, each as a few batched matmuls."""
 
     def __init__(self, case: Case, device: str, mode: str | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(case, device, mode, dtype)
@@ -120,7 +122,7 @@ class Prefill(Form):
             gates = Gates(*(gate[:, part] for gate in self.gates[:3]))
             if self._mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()
-                w, s = [x.clone() for x in w], [x.clone() for x in s]  # what a replay gives, the next one overwrites
+                w, s = [x.clone() for x in w], [x.clone() for x in s]  # the next replay overwrites these
             y, w, s = self._chunk(w, s, self.q[:, part], self.k[:, part], self.v[:, part], gates)
             self.y[:, part] = y
         for own, new in zip([*self.w, *self.s], [*w, *s], strict=True):
@@ -128,7 +130,7 @@ class Prefill(Form):
 
 
 class Decode(Form):
-    """A chunk's tokens one by one in the cached form, and its chunk update. A pass is one chunk or several."""
+    """One chunk or several, decoded token by token in the cached form, including the chunk updates."""
 
     def __init__(self, case: Case, device: str, mode: str | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(case, device, mode, dtype)
@@ -209,7 +211,7 @@ class Decode(Form):
 
 
 class DecodeBySums(Decode):
-    """A row times a matrix as a sum, which Inductor fuses with what is around it."""
+    """Computes a vector-matrix multiplication as a sum, which Inductor fuses with neighbouring operations."""
 
     def _times(self, x: Tensor, w: Tensor) -> Tensor:
         return (x.unsqueeze(-1) * w).sum(1)
@@ -219,6 +221,6 @@ FORMS: dict[str, tuple[type[Form], ...]] = {"prefill": (Prefill,), "decode": (De
 
 
 def _exact_coefficients(gates: Gates, device: str) -> Coefficients:
-    """In float32: they are few, and everything hangs on them."""
+    """The coefficients in float32. They are few, and every result depends on them."""
     with torch.autocast(device, enabled=False):
         return coefficients(gates)

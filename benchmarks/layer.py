@@ -29,15 +29,15 @@ from titans_export.bench.statistics import Speed, summarise
 from titans_export.bench.worker import Worker, WorkerError
 
 WRONG = 3
-# A turn takes about so long, at least one pass.
+# Approximate duration of one timed block, which has at least one pass.
 TURN_S = 0.25
 MOST_PASSES = 50
-# Limits that a row is held against: what it is bound by.
+# The limit that bounds each kind of row.
 BOUND_BY = {"prefill": "sgemm", "mac": "sgemm", "decode": "read bandwidth"}
 
 
 def measure_row(case: Case, names: list[str], rounds: int) -> dict[str, Any]:
-    """Checks the baselines of one row, and measures those that are not wrong."""
+    """Checks the baselines of one row, and measures the correct ones."""
     right = recurrence(case)
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ def _measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, S
 
 
 def share(case: Case, tokens_per_second: float, limit: dict[str, Any]) -> float:
-    """Which part of the limit that the row is bound by so many tokens a second, of all streams together, reach."""
+    """The share of the row's limit that this many tokens per second, over all streams, reach."""
     rate = tokens_per_second / case.streams
     if case.kind == "decode":
         peak: float = limit["bandwidth_gb_s"][str(case.decode_working_set)]["read"]
@@ -111,7 +111,7 @@ def share(case: Case, tokens_per_second: float, limit: dict[str, Any]) -> float:
 
 
 def ratios(rates: dict[str, float]) -> dict[str, float]:
-    """How many times as fast as each of the others the first is."""
+    """Speed of the first baseline, divided by that of each other one."""
     first, *others = list(rates) or [""]
     return {other: rates[first] / rates[other] for other in others}
 

@@ -1,6 +1,6 @@
-"""What this machine can do at all, measured in the same run: large and small matrix products, reading and copying.
+"""Measures this machine's limits in the same run: large and small matmuls, reading and copying.
 
-Each limit is the best that was seen, of several tries and of all times that `measure` ran.
+Each limit is the best of several tries and of all calls of `measure`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from titans_export.errors import MachineError
 BANDWIDTH = Path(__file__).parents[1] / "build" / "bench" / "bandwidth"
 MIB = 1 << 20
 WORKING_SETS = tuple(size * MIB for size in (1, 4, 16, 64, 256))
-# Set where old builds of OpenBLAS compute wrong results; they slow down a current one.
+# Old OpenBLAS builds compute wrong results without these, but they slow down current ones.
 OPENBLAS_OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 SIZE, TRIES, SMALL_TRIES = 2048, 10, 200
 
 
 class TorchLimits:
-    """In a worker: products by PyTorch's library."""
+    """Runs in a worker: matmuls by PyTorch's library."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -36,7 +36,7 @@ class TorchLimits:
         torch.set_num_threads(threads)
 
     def measure(self, shapes: list[tuple[int, int, int, int]]) -> dict[str, Any]:
-        """Floating-point operations a second in 1e9: of a large product, and of each (batch, M, K, N)."""
+        """1e9 FLOP per second of a large matmul and of each (batch, M, K, N)."""
         import torch
 
         def rate(batch: int, m: int, k: int, n: int, tries: int) -> float:
@@ -49,7 +49,7 @@ class TorchLimits:
 
 
 class NumpyLimits:
-    """In a worker: a large product by NumPy's library."""
+    """Runs in a worker: a large matmul by NumPy's library."""
 
     def __init__(self, threads: int) -> None:
         from threadpoolctl import threadpool_info, threadpool_limits
@@ -58,7 +58,7 @@ class NumpyLimits:
         self._libraries = threadpool_info
 
     def measure(self) -> dict[str, Any]:
-        """1e9 floating-point operations a second, and the library and the kernel that did them."""
+        """1e9 FLOP per second, and the library and kernel that were used."""
         a, b = (np.random.default_rng(i).random((SIZE, SIZE), np.float32) for i in (0, 1))
         out = np.empty_like(a)
         rate = 2 * SIZE**3 / _best(lambda: np.matmul(a, b, out=out), TRIES) / 1e9
@@ -68,7 +68,7 @@ class NumpyLimits:
 
 
 def _best(work: Callable[[], Any], tries: int) -> float:
-    """The shortest time in seconds, after one that does not count."""
+    """The shortest time in seconds, after a warm-up run."""
     work()
     times = []
     for _ in range(tries):
@@ -79,7 +79,7 @@ def _best(work: Callable[[], Any], tries: int) -> float:
 
 
 def product_shapes(cases: Iterable[Case]) -> list[tuple[int, int, int, int]]:
-    """(batch, M, K, N) of the products that the chunked form is made of."""
+    """(batch, M, K, N) of the matmuls in the chunked form."""
     found = []
     for case in cases:
         batch, c = case.streams * case.heads, case.chunk
@@ -89,7 +89,7 @@ def product_shapes(cases: Iterable[Case]) -> list[tuple[int, int, int, int]]:
 
 
 def bandwidth(threads: int, sizes: Iterable[int]) -> dict[str, dict[str, float]]:
-    """1e9 bytes a second that are read, and copied (reads and writes both counted), by working set in bytes."""
+    """1e9 bytes per second read, and copied (reads and writes both count), by working set in bytes."""
     if not BANDWIDTH.is_file():
         raise MachineError(
             "E0908", "limits", f"the program {BANDWIDTH.name} is missing", "run make bench, which builds it"
@@ -101,7 +101,7 @@ def bandwidth(threads: int, sizes: Iterable[int]) -> dict[str, dict[str, float]]
 
 
 def measure(cases: list[Case], threads: int) -> dict[str, Any]:
-    """All limits, with the working sets of the cases among the others."""
+    """All limits, including the working sets of the cases."""
     own = {case.decode_working_set for case in cases if case.kind == "decode"}
     with Worker("benchmarks.limits:TorchLimits", threads, threads=threads) as worker:
         by_torch = worker.call("measure", product_shapes(cases))
@@ -121,5 +121,5 @@ def measure(cases: list[Case], threads: int) -> dict[str, Any]:
 
 
 def best(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The larger of each number of two measurements."""
+    """The larger value of each number in two measurements."""
     return {key: best(a[key], b[key]) if isinstance(a[key], dict) else max(a[key], b[key]) for key in a}

@@ -28,15 +28,15 @@ from titans_export.bench.machine import cores, others_busy
 from titans_export.bench.worker import memory_bytes
 
 FAILED = 3
-SETTLED = 10_000  # tokens after which everything that is allocated once has been
-WINDOW = 100_000  # tokens of which the speed is compared
+SETTLED = 10_000  # tokens after which all one-time allocations are done
+WINDOW = 100_000  # tokens over which the speed is compared
 GROWTH_BYTES = 1 << 20
 SPEED_MARGIN = 0.05
-PIECE = 5000  # bytes that are fed at a time: no whole number of chunks, so that every graph runs all along
+PIECE = 5000  # bytes per feed: not a whole number of chunks, so that every graph keeps running
 
 
 class Watch:
-    """Time and bits of every window of the stream, and the memory at its two ends."""
+    """Time and bits of every window of the stream, and memory at its start and end."""
 
     def __init__(self, stream: titans_runtime.Stream) -> None:
         self._stream = stream
@@ -70,7 +70,7 @@ class Watch:
 
 
 def judge(result: dict[str, Any]) -> list[str]:
-    """What of the promises did not hold."""
+    """The requirements that failed."""
     failures = []
     if result["rss_growth_bytes"] >= GROWTH_BYTES:
         failures.append(f"memory grew by {result['rss_growth_bytes']:,} bytes")

@@ -40,7 +40,7 @@ CHUNKS_PER_TURN = 4
 
 
 def write_case(path: Path, memory_dtype: str, rounding: str) -> int:
-    """A chunk of calls of one token each, for a memory that has learned. Returns the bytes of its state."""
+    """Writes a chunk of one-token calls for a memory that has learned. Returns the bytes of its state."""
     draw = torch.Generator().manual_seed(0)
     size = SPEC.widths[0]
 
@@ -70,7 +70,7 @@ def write_case(path: Path, memory_dtype: str, rounding: str) -> int:
 
 
 def run(case: Path, out: Path, target: str) -> list[list[int]]:
-    """Nanoseconds of each token, by chunks. The first, which finds nothing in the caches, is left out."""
+    """Nanoseconds of each token, by chunk. Leaves out the first chunk, which runs with cold caches."""
     command = [PROGRAM, case, out, "--target", target, "--time", str(1 + CHUNKS_PER_TURN)]
     done = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
     chunks: list[list[int]] = json.loads(done.stdout)["ns"]

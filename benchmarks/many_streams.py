@@ -32,17 +32,17 @@ from titans_export.bench.worker import memory_bytes
 FAILED = 3
 SAMPLES = 16  # streams that are compared
 SLACK_PART = 0.1
-SLACK_BYTES = 32 << 20  # the allocator's, and what a batch and a moving state need beside
+SLACK_BYTES = 32 << 20  # extra memory of the allocator, of a batch, and of a state being moved
 
 
 def texts(streams: int, tokens: int) -> list[np.ndarray]:
-    """Tokens for each stream, of real text, none the same."""
+    """Tokens for each stream, all different, from real text."""
     blocks = pieces(source_files(), tokens, streams * tokens)
     return [np.frombuffer(block, np.uint8).astype(np.int32) for block in blocks][:streams]
 
 
 def run_all(bundle: Path, sequences: list[np.ndarray], budget: int) -> dict[str, Any]:
-    """One stream for each sequence, a token at a time; what memory grew by, and which of the sampled ones differ."""
+    """Runs one stream per sequence, token by token. Returns the memory growth and the sampled streams that differ."""
     with tempfile.TemporaryDirectory() as folder:
         spill_dir = folder if budget else None
         with titans_runtime.Session(bundle, threads=1, memory_budget=budget, spill_dir=spill_dir) as session:
@@ -50,13 +50,13 @@ def run_all(bundle: Path, sequences: list[np.ndarray], budget: int) -> dict[str,
 
 
 def run_apart(bundle: Path, sequences: list[np.ndarray], budget: int) -> dict[str, Any]:
-    """The same in a process of its own: what others have freed does not count."""
+    """As `run_all`, in a new process, so that memory freed earlier does not count."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
         return worker.submit(run_all, bundle, sequences, budget).result()
 
 
 def run_in(session: titans_runtime.Session, sequences: list[np.ndarray]) -> dict[str, Any]:
-    session.stream().feed(sequences[0], outputs="none")  # what is allocated once
+    session.stream().feed(sequences[0], outputs="none")  # triggers one-time allocations
     before = memory_bytes()[0]
     streams = [session.stream() for _ in sequences]
     sampled = np.linspace(0, len(streams) - 1, SAMPLES).astype(int)
@@ -87,14 +87,14 @@ def run_in(session: titans_runtime.Session, sequences: list[np.ndarray]) -> dict
 
 
 def speeds(bundle: Path, settings: list[tuple[int, int]], streams: int, turns: int) -> list[dict[str, Any]]:
-    """Tokens per second of one step of all streams, in a batch and in a loop, each setting in every turn."""
+    """Tokens per second of one step of all streams, batched and in a loop. All settings are interleaved."""
     sessions = [titans_runtime.Session(bundle, threads=t, batch_threads=b) for t, b in settings]
     crowds = [[session.stream() for _ in range(streams)] for session in sessions]
     taken: list[dict[str, list[float]]] = [{"batch": [], "loop": []} for _ in settings]
-    for turn in range(turns + 1):  # the first warms up
+    for turn in range(turns + 1):  # the first is a warm-up
         for session, crowd, times in zip(sessions, crowds, taken, strict=True):
             tokens = np.full(streams, turn % 256, np.int32)
-            # Each first in every other turn, so that both get every position within a chunk.
+            # The order alternates, so that both ways get every position within a chunk.
             for way in ("batch", "loop") if turn % 2 else ("loop", "batch"):
                 began = time.perf_counter()
                 if way == "batch":

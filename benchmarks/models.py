@@ -20,7 +20,9 @@ MODELS = ("mac-bytes", "recall")
 
 
 def export(model: str) -> Path:
-    """The model's bundle in build/bench, exported with what the command line does by default. Relative to the root."""
+    """The model's bundle in build/bench, exported with the defaults of the command line. The path is relative to the
+    root.
+    """
     bundle = Path("build", "bench", f"{model}.titans")
     (ROOT / bundle).parent.mkdir(parents=True, exist_ok=True)
     run("export", CHECKPOINTS / model, "-o", bundle, "--overwrite")
@@ -28,7 +30,7 @@ def export(model: str) -> Path:
 
 
 def run(*arguments: object, **options: object) -> str:
-    """What the command line prints. Ends this program with its exit code where it fails."""
+    """The command's output. Exits with the command's exit code if it fails."""
     command = [sys.executable, "-m", "titans_export.cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

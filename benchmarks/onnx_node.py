@@ -1,4 +1,4 @@
-"""Models of one `ai.titans::NeuralMemory` node, and how ONNX Runtime is called with them without copies."""
+"""Models of one `ai.titans::NeuralMemory` node, and ONNX Runtime calls without copies."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from titans_export.operators import DOMAIN, NEURAL_MEMORY, VERSION
 from titans_export.operators.neural_memory import MODES
 
 ALIGNMENT = 64  # bytes
-KEPT = ("y", "state_out")  # the graph's outputs; nobody needs stats here
+KEPT = ("y", "state_out")  # the graph's outputs; stats are not needed
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The nodes of a memory layer: the memory, whether its chunks are aligned, and the shapes of the update's inputs by
-    name. With `context` among them it reads before it updates, as MAC does: a gate waits for the read.
+    """The nodes of a memory layer. aligned: whether its chunks are aligned. shapes: of the update's inputs, by name.
+
+    With `context` among the inputs, the layer reads before it updates, as in MAC; a gate depends on the read.
     """
 
     spec: MemorySpec
@@ -35,7 +36,9 @@ class Layer:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     def model(self, with_body: bool) -> onnx.ModelProto:
-        """The layer alone in a model, with the function bodies of its nodes or for a registered kernel."""
+        """A model with only this layer. with_body: with the nodes' function bodies, instead of for a registered
+        kernel.
+        """
         shapes = dict(self.shapes)
         context = shapes.pop("context", None)
         functions: list[onnx.FunctionProto] = []
@@ -77,7 +80,7 @@ class Layer:
         outputs: list[str],
         functions: list[onnx.FunctionProto] | None,
     ) -> onnx.NodeProto:
-        """A node of the operator; its function body goes to `functions`, where it needs one."""
+        """A node of the operator. Adds its function body to `functions`, unless that is None."""
         names = [renamed.get(name, name) for name in NEURAL_MEMORY.operands(shapes)]
         node: onnx.NodeProto = helper.make_node(
             NEURAL_MEMORY.name, names, outputs, domain=DOMAIN, **attributes(self.spec, mode, self.aligned)
@@ -90,13 +93,13 @@ class Layer:
 
 
 def _dtype(name: str) -> int:
-    # `context` is the only name that is not an input of the operator.
+    # `context` is the only name that is no input of the operator.
     integer = name in NEURAL_MEMORY.input_names and NEURAL_MEMORY.dtype(name) == "int64"
     return TensorProto.INT64 if integer else TensorProto.FLOAT
 
 
 def find_kernel_library() -> Path | None:
-    """The library that registers the kernel with ONNX Runtime, beside the installed runtime. None: it is not there."""
+    """The library beside the installed runtime that registers the kernel with ONNX Runtime; None if it is missing."""
     import titans_runtime
 
     path = Path(titans_runtime.__file__).with_name("libtitans_onnxruntime_ops.so")
@@ -104,7 +107,7 @@ def find_kernel_library() -> Path | None:
 
 
 def open_model(model: onnx.ModelProto, threads: int, library: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU with so many threads, the kernel's library registered where one is given."""
+    """A CPU session with this many threads, and with the kernel's library registered if one is given."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -114,7 +117,7 @@ def open_model(model: onnx.ModelProto, threads: int, library: Path | None = None
 
 
 def aligned_copy(values: NDArray[Any]) -> NDArray[Any]:
-    """A copy that starts on a cache line, as what a runtime allocates does, and NumPy's own arrays do not."""
+    """A copy aligned to a cache line, as runtimes allocate it; NumPy's own arrays are not aligned."""
     memory = np.empty(values.nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     copy: NDArray[Any] = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
@@ -123,12 +126,12 @@ def aligned_copy(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def value(values: NDArray[Any]) -> onnxruntime.OrtValue:
-    """A copy of the values for ONNX Runtime, which takes the memory of an array as it is."""
+    """A copy of the values as an OrtValue. ONNX Runtime uses an array's memory directly."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(aligned_copy(values))
 
 
 class Call:
-    """A call with all of its inputs and outputs bound beforehand. `results`: where y, and what was read, will be."""
+    """A call with all inputs and outputs bound beforehand. results: the buffers of y and of the read."""
 
     def __init__(
         self,

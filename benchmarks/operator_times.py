@@ -1,7 +1,7 @@
-"""Where the time of a bundle's graphs goes: operators' times from ONNX Runtime's own profiler, grouped by kind.
+"""Profiles a bundle's graphs: operator times from ONNX Runtime's profiler, grouped by kind.
 
-Graphs run with our custom operators and the runtime's settings, driven from Python. A token's state is its graph's
-input, whatever it holds: which work a call does depends on its position alone.
+Graphs run with our custom operators and the runtime's settings, driven from Python. Calls use arbitrary states, because
+a call's work depends on its position only.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ GROUPS = {
 }
 REST = "other"
 WARM_UP, REPEATS = 3, 20
-MOST_OPERATORS = 12  # that are named
+MOST_OPERATORS = 12  # that are listed by name
 
 
 def group_of(operator: str) -> str:
-    """The group that an operator type is counted in."""
+    """The group of an operator type."""
     return next((group for group, members in GROUPS.items() if operator in members), REST)
 
 
 def node_times(events: Iterable[dict[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Microseconds and calls of each operator type, of what a profile of ONNX Runtime says of kernels.
+    """Microseconds and calls of each operator type, from the kernel events of an ONNX Runtime profile.
 
-    A node with graphs of its own counts as what is in them: its own time has theirs in it.
+    Nodes with subgraphs are left out: their inner nodes count, and their own time includes those.
     """
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
@@ -60,13 +60,13 @@ def custom_operators() -> Path:
 
 
 class Profiler:
-    """In a worker: a bundle's graphs in ONNX Runtime."""
+    """Runs in a worker: a bundle's graphs in ONNX Runtime."""
 
     def __init__(self, bundle: Path, threads: int) -> None:
         self._bundle, self._threads = Bundle(bundle, read_manifest(bundle)), threads
 
     def times(self, made: list[tuple[str, int]]) -> dict[str, tuple[float, int]]:
-        """The mean over some repeats of the calls, graph and position each, one after the other."""
+        """The mean over several repeats of the calls (graph and position), run in sequence."""
         total: dict[str, tuple[float, int]] = {}
         for name in dict.fromkeys(name for name, _ in made):
             positions = [position for graph, position in made if graph == name]
@@ -82,7 +82,7 @@ class Profiler:
         state = self._bundle.initial_state()
         inputs = np.zeros(graph.tokens, np.int64)
         with tempfile.TemporaryDirectory() as folder:
-            # As runtime/src/backends/onnxruntime/graph_session.cpp sets them.
+            # As in runtime/src/backends/onnxruntime/graph_session.cpp.
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -99,7 +99,7 @@ class Profiler:
 
 
 def _without_warm_up(events: list[dict[str, Any]], calls: int) -> dict[str, tuple[float, int]]:
-    """A mean repeat of so many calls each; whatever began before the last warm-up call ended is left out."""
+    """The mean repeat, of this many calls. Events that began before the end of the last warm-up call are left out."""
     runs = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "model_run")
     since = runs[WARM_UP * calls - 1]
     found = node_times(event for event in events if event["ts"] >= since)
@@ -107,13 +107,14 @@ def _without_warm_up(events: list[dict[str, Any]], calls: int) -> dict[str, tupl
 
 
 def schedule(bundle: Bundle, position: int, count: int) -> list[tuple[str, int]]:
-    """The calls, graph and position, that a feed of `count` tokens makes."""
+    """The calls (graph and position) of a feed of `count` tokens."""
     return [(graph.name, at) for at, graph in calls(bundle.manifest.graphs, position, count)]
 
 
 def profile(bundle: Bundle, threads: int, prompt_tokens: int) -> dict[str, Any]:
-    """Of prefill, one call of the largest graph; of decode, each token of a period of the schedule on its own, after a
-    prompt of so many tokens: microseconds a call, by group and by operator.
+    """Microseconds per call, by group and by operator, of prefill and decode.
+
+    Prefill is one call of the largest graph. Decode takes each token of one schedule period, after the prompt.
     """
     largest = max(graph.tokens for graph in bundle.manifest.graphs)
     period = max(graph.stride for graph in bundle.manifest.graphs)
@@ -128,7 +129,7 @@ def profile(bundle: Bundle, threads: int, prompt_tokens: int) -> dict[str, Any]:
 
 
 def summary(times: dict[str, tuple[float, int]], calls: int) -> dict[str, Any]:
-    """Microseconds of a mean call in all, by group, and of the operators that take most."""
+    """Microseconds of the mean call: total, by group, and for the slowest operators."""
     groups = dict.fromkeys((*GROUPS, REST), 0.0)
     for operator, (time, _) in times.items():
         groups[group_of(operator)] += time / calls

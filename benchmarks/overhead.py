@@ -33,7 +33,7 @@ Step = Callable[[int], None]
 
 
 class Engine:
-    """The graph of one token on ONNX Runtime alone. Two bindings in turn, for what swaps."""
+    """The decode graph on ONNX Runtime alone. Two bindings alternate for state tensors that swap buffers."""
 
     def __init__(self, bundle: Path, in_place: dict[str, bool]) -> None:
         manifest = read_manifest(bundle)
@@ -81,7 +81,7 @@ class Engine:
 
 
 def aligned(value: np.ndarray) -> np.ndarray:
-    """A copy on a cache line of its own, where the runtime's buffers lie, too."""
+    """A copy aligned to a cache line, like the runtime's buffers."""
     room = np.zeros(value.nbytes + 64, np.uint8)
     start = -room.ctypes.data % 64
     copy = room[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
@@ -90,7 +90,7 @@ def aligned(value: np.ndarray) -> np.ndarray:
 
 
 class CInterface:
-    """titans_stream_step with nothing between."""
+    """Calls titans_stream_step directly."""
 
     def __init__(self, stream: titans_runtime.Stream, size: int) -> None:
         self.logits = np.zeros(size, np.float32)
@@ -104,7 +104,7 @@ class CInterface:
 
 
 class Package:
-    """Stream.step."""
+    """Calls Stream.step."""
 
     def __init__(self, stream: titans_runtime.Stream) -> None:
         self.logits = np.zeros(0, np.float32)
@@ -115,7 +115,7 @@ class Package:
 
 
 def time_turn(step: Step, tokens: list[int]) -> float:
-    """Microseconds a token."""
+    """Microseconds per token."""
     start = time.thread_time_ns()
     for token in tokens:
         step(token)
@@ -146,7 +146,7 @@ def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
         for at in range(len(names)):
             name = names[(at + round_) % len(names)]
             us = time_turn(baselines[name].step, tokens)
-            if round_ > 0:  # the first warms everything up
+            if round_ > 0:  # the first is a warm-up
                 times[name].append(us)
     judge = baselines["engine"].logits.ravel()
     for name, baseline in baselines.items():
@@ -156,7 +156,7 @@ def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
     floor = np.array(times["engine"])
     found = {}
     for name, took in times.items():
-        # Of each round by itself, so that what slows the whole machine for a while slows both sides.
+        # Differences are taken per round, so that slow phases of the machine affect both sides.
         over = np.array(took) - floor
         found[name] = {
             "us_per_token": float(np.median(took)),

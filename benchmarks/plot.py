@@ -16,11 +16,11 @@ from benchmarks.table import newest
 
 PICTURE = ROOT / "docs" / "benchmarks.svg"
 COLOURS = ("#1b6ca8", "#76b5e4", "#e08214", "#b2182b", "#7b3294", "#777777")
-BAR = 0.8  # of the room that a row has
+BAR = 0.8  # share of a row's height
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws the result of a layer benchmark as SVG, the same bytes from the same numbers."""
+    """Draws the result of a layer benchmark as SVG. Equal numbers give equal bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -58,7 +58,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _share(row: dict[str, Any], name: str) -> float | None:
-    """The share of the row's limit; None without a speed, or for a different update."""
+    """The share of the row's limit; None without a speed or for different mathematics."""
     found = (e for e in row["baselines"] if e["name"] == name and "speed" in e and e["same_mathematics"])
     return next((entry["share_of_limit"] for entry in found), None)
 
@@ -70,7 +70,7 @@ def _bars(
     label: Callable[[float], str],
     start: float,
 ) -> None:
-    """A group of horizontal bars for each row, a bar from `start` for each of the series."""
+    """Groups of horizontal bars, one group per row and one bar per series, starting at `start`."""
     height = BAR / max(len(series), 1)
     for number, (name, values) in enumerate(series.items()):
         for row, value in enumerate(values):

@@ -48,16 +48,16 @@ if TYPE_CHECKING:
 WORK = ROOT / "build" / "quantization"
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
 FLOAT32 = "float32"
-EPISODE_FILLER = 128  # of the recall task's episodes, in calibration and in the long stream
+EPISODE_FILLER = 128  # filler tokens of the recall task's episodes, for calibration and the long stream
 CALIBRATION_SEED, STREAM_SEED = 11, 12
-MEMORY_WINDOWS = 8  # of the last windows, over which a memory's distance is told
+MEMORY_WINDOWS = 8  # last windows over which the memory distance is reported
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the campaign; `tokens` of its stream, 0: it is only timed. `longest_recall`: 0: none."""
+    """A model of the campaign. tokens: length of its stream, 0: only timed. longest_recall: 0: no recall."""
 
     name: str
     source: Path
@@ -66,14 +66,14 @@ class Model:
     config: str | None = None
     stream_length: int | None = None
     longest_recall: int = 0
-    recipes: tuple[str, ...] | None = None  # all by default
-    positions: int = 1024  # over which its export is compared with PyTorch
+    recipes: tuple[str, ...] | None = None  # None: all
+    positions: int = 1024  # positions of its export that are compared with PyTorch
 
 
 MODELS = (
     Model("mac-bytes", CHECKPOINTS / "mac-bytes", 2_000_000, longest_recall=1024),
     Model("recall", CHECKPOINTS / "recall", 262_144, longest_recall=16_384),
-    # Chaotic over long streams (docs/titans-pytorch.md): fresh streams, 64 of them.
+    # Chaotic over long streams (docs/titans-pytorch.md), so it runs as 64 new streams.
     Model(
         "titans-pytorch-bytes",
         CHECKPOINTS / "titans-pytorch-bytes" / "model.safetensors",
@@ -89,14 +89,14 @@ MODELS = (
         format="titans-pytorch",
         config="train_mac",
         recipes=("int8-weight-only", "int8", "int4-weight-only"),
-        positions=192,  # with random weights float32 soon leaves float64
+        positions=192,  # with random weights, float32 soon diverges from float64
     ),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for every model."""
+    """Settings of all models."""
 
     calibration: Path
     text: Path
@@ -112,7 +112,7 @@ class Settings:
 
 
 def measure(model: Model, recipes: Sequence[str], settings: Settings, again: str | None) -> Result:
-    """Everything of one model: what was measured before and is not asked for `again`, and what was not."""
+    """All results of one model. Measures those that are missing or requested by `again`."""
     bundle = _export(model, settings)
     taking_part, entries = {FLOAT32: bundle.path}, {}
     for name in recipes:
@@ -139,13 +139,13 @@ def measure(model: Model, recipes: Sequence[str], settings: Settings, again: str
     result: Result = {"name": model.name, "parameters": bundle.manifest.model.parameters}
     if not model.tokens:
         result |= {"text": None, "tokens": 0, "stream_length": None, "window": settings.window, "seed": settings.seed}
-    for part in parts:  # of what both have, such as the commit, that of the times
+    for part in parts:  # common fields, such as the commit, come from the times
         result |= part
     return result | {"drift_commit": parts[0]["commit"], "recipes": list(entries.values())}
 
 
 def _export(model: Model, settings: Settings) -> Bundle:
-    """The float32 bundle, made where there is none."""
+    """The float32 bundle; exported if missing."""
     path = settings.work / f"{model.name}.titans"
     if not (path / "manifest.json").is_file():
         from titans_export.exporting import export_checkpoint
@@ -160,7 +160,7 @@ def _export(model: Model, settings: Settings) -> Bundle:
 
 
 def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Result:
-    """What quantising to a recipe did; its bundle lies in the work folder, made where there is none."""
+    """Report of quantising to a recipe. The bundle is in the work folder; made if missing."""
     from titans_calibration.options import QuantizeOptions
     from titans_calibration.quantize import quantize_bundle
     from titans_calibration.recipe import load_recipe
@@ -189,7 +189,7 @@ def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Re
             kept.write_text(json.dumps(rounded(values | {"matmuls": counts})), encoding="utf-8")
         made = json.loads(kept.read_text(encoding="utf-8"))
         _open(path, settings).close()
-    except Exception as error:  # a recipe that does not work here is told and does not stop the others
+    except Exception as error:  # a failing recipe is reported and does not stop the others
         if not isinstance(error, TitansError) and type(error).__module__.partition(".")[0] != "titans_runtime":
             raise
         return {"name": name, "unavailable": explain(error), "quantize": made or None}
@@ -197,7 +197,7 @@ def _quantise(model: Model, bundle: Bundle, name: str, settings: Settings) -> Re
 
 
 def _calibration(model: Model, bundle: Bundle, settings: Settings) -> Path:
-    """The data that a model is calibrated on: the text, or what the recall task's model reads."""
+    """Calibration data of a model: the text, or episodes for the recall task's model."""
     if bundle.manifest.tokenizer.kind != "none":
         return settings.calibration
     path = settings.work / f"{model.name}.calibration.npz"
@@ -206,7 +206,7 @@ def _calibration(model: Model, bundle: Bundle, settings: Settings) -> Path:
 
 
 def _stream(model: Model, bundle: Bundle, settings: Settings) -> Tokens:
-    """The tokens that all of a model's bundles read. Raises ClickException where there are too few."""
+    """The tokens that all bundles of a model read. Raises ClickException if there are too few."""
     count = min(settings.tokens or model.tokens, model.tokens)
     if bundle.manifest.tokenizer.kind == "none":
         return recall.episodes(count, EPISODE_FILLER, STREAM_SEED)
@@ -227,7 +227,7 @@ def _text_of(bundle: Bundle, settings: Settings) -> str:
 
 
 def _open(path: Path, settings: Settings) -> Session:
-    """The plain graphs: what a recipe makes of the model. Speeds are those of engines."""
+    """Opens the plain graphs, to measure the recipe itself. Speeds are measured with engines."""
     import titans_runtime
 
     return titans_runtime.Session(path, threads=settings.threads, engine="none")
@@ -292,7 +292,7 @@ def _of_drift(drift: Drift) -> Result:
 
 
 def _time(model: Model, bundle: Bundle, taking_part: dict[str, Path], settings: Settings) -> Result:
-    """Bytes, and speeds of all bundles, interleaved."""
+    """Bytes of all bundles, and their interleaved speeds."""
     busy = others_busy()
     if busy > QUIET:
         _say(f"others keep {busy:.0%} of this machine busy: expect little of the speeds")
@@ -389,7 +389,7 @@ def main(
 
 
 def cpu_recipes() -> list[str]:
-    """The built-in recipes that a CPU computes: not those whose products are in fp8."""
+    """The built-in recipes that a CPU can run: those without fp8 matmuls."""
     from titans_calibration.recipe import load_recipe, recipe_names
 
     return [name for name in recipe_names() if load_recipe(name).weights.format != "fp8"]

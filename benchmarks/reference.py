@@ -1,6 +1,6 @@
-"""The answer that is right: equations 12 to 15 token by token in NumPy, float64, with nothing of the project's.
+"""The reference answer: equations 12 to 15 token by token in float64 NumPy, independent of the project's code.
 
-What a baseline gives is compared with it before anything is timed.
+Every baseline's answer is compared with it before timing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .case import Case
 
 Answer = Mapping[str, NDArray[np.floating]]
 
-# Of the largest value of the same output. Another order of some hundred float32 sums is 2e-6 away at most; a wrong
-# coefficient, or arithmetic in fewer bits, is beyond 1e-3.
+# Relative to the largest value of the same output. Reordering some hundred float32 sums changes at most 2e-6; a wrong
+# coefficient or lower precision exceeds 1e-3.
 TOLERANCE = 1e-5
 
 
@@ -30,7 +30,7 @@ def _silu_derivative(z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _network(weights: list[NDArray[np.float64]], x: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """What each layer computes before its activation. weights: (N, in, out); x: (N, in)."""
+    """Pre-activations of each layer. weights: (N, in, out); x: (N, in)."""
     outputs: list[NDArray[np.float64]] = []
     for i, w in enumerate(weights):
         x = _silu(outputs[-1]) if i else x
@@ -53,7 +53,7 @@ def _gradient(
 
 
 def recurrence(case: Case) -> dict[str, NDArray[np.float64]]:
-    """y and, for kind "mac", read: (B, H, T, D); at the end W0, W1, ... and S0, S1, ...: (B, H, in, out)."""
+    """y and, for kind "mac", read: (B, H, T, D); final W0, W1, ... and S0, S1, ...: (B, H, in, out)."""
     data, lead = case.data, (case.streams, case.heads)
     count = case.streams * case.heads
 
@@ -80,7 +80,9 @@ def recurrence(case: Case) -> dict[str, NDArray[np.float64]]:
 
 
 def errors(answer: Answer, right: Answer) -> dict[str, float]:
-    """By output, the largest distance over the largest right value; infinite where one is missing or is no number."""
+    """By output, the largest error relative to the largest reference value; infinite for missing or non-finite
+    outputs.
+    """
     found = {}
     for name, expected in right.items():
         got = answer.get(name)

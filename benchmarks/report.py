@@ -1,4 +1,4 @@
-"""What every result file holds beside its numbers, and how it is written."""
+"""The common fields of result files, and writing them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance() -> dict[str, Any]:
-    """When, from which commit, on which machine, with which versions."""
+    """Date, commit, machine and versions."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **describe_commit(),
@@ -25,14 +25,14 @@ def provenance() -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result file, its numbers rounded to what was measured."""
+    """Writes a result file with rounded numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
         aside.write_text(json.dumps(rounded(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with five digits, which is more than any of them is worth, and None for what is not finite."""
+    """Numbers rounded to five digits, more than their accuracy; None for non-finite ones."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -100,11 +100,11 @@ def measure(bundle: Path, folder: Path, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
         order = list(calls)
-        turned = turn % len(order)  # so that none is always what comes after the same other
+        turned = turn % len(order)  # rotates the order, so that no call always follows the same one
         for name in order[turned:] + order[:turned]:
             call, clean = calls[name]
             elapsed = seconds(call, clean)
-            if turn >= 2:  # the first two warm up
+            if turn >= 2:  # the first two are warm-up
                 times[name].append(elapsed)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
@@ -115,7 +115,7 @@ def measure(bundle: Path, folder: Path, rounds: int) -> dict[str, Any]:
             name: {"median": 1e3 * median[name], "fastest": 1e3 * min(values), "slowest": 1e3 * max(values)}
             for name, values in times.items()
         },
-        # Above 1: faster than what it is compared with.
+        # Above 1: faster than the comparison.
         "save_over_write": median["write"] / median["save"],
         "save_over_copy": median["copy"] / median["save"],
         "save_over_replace": median["replace"] / median["save"],

@@ -32,7 +32,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def layer_ratios(result: Result) -> str:
-    """The speed-up of the first implementation over each baseline, and its share of the limit, for each row."""
+    """The speed-up of the first implementation over each baseline, and its share of the limit, per row."""
     others = list(dict.fromkeys(other for row in result["rows"] for other in row["ratios"]))
     lines = []
     for row in result["rows"]:
@@ -62,7 +62,7 @@ def layer_speeds(result: Result) -> str:
 
 
 def layer_absent(result: Result) -> str:
-    """The implementations that could not run, with the reason."""
+    """The implementations that could not run, with reasons."""
     found = [
         f"- {row['name']}, {entry['name']}: {_reason(entry['unavailable'])}"
         for row in result["rows"]
@@ -73,7 +73,7 @@ def layer_absent(result: Result) -> str:
 
 
 def layer_forms(result: Result) -> str:
-    """The forms of torch.compile that were tried in each row, with their speeds; one is kept."""
+    """The speeds of all forms of torch.compile tried in each row; the fastest is kept."""
     lines = []
     for row in result["rows"]:
         notes: dict[str, Any] = next(
@@ -101,7 +101,7 @@ def limits(result: Result) -> str:
 
 
 def model_ratios(results: list[Result]) -> str:
-    """The speed-up of our kernel over each baseline, for each model and kind."""
+    """The speed-up of our kernel over each baseline, per model and kind."""
     others = list(dict.fromkeys(other for r in results for ratios in r["ratios"].values() for other in ratios))
     lines = [
         [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
@@ -112,7 +112,7 @@ def model_ratios(results: list[Result]) -> str:
 
 
 def model_speeds(results: list[Result]) -> str:
-    """Every implementation, for each model and kind."""
+    """Every implementation, per model and kind."""
     header = ["model", "", "implementation", *SPEED, "error", "state", "peak RSS"]
     lines = [
         [
@@ -133,7 +133,7 @@ def model_speeds(results: list[Result]) -> str:
 
 
 def library_ratios(result: Result) -> str:
-    """The speed-up of the runtime over each baseline, for a titans-pytorch model."""
+    """The speed-up of the runtime over each baseline for a titans-pytorch model."""
     others = list(dict.fromkeys(other for ratios in result["ratios"].values() for other in ratios))
     lines = [
         [result["name"], kind, *(_ratio(ratios.get(other)) for other in others)]
@@ -163,7 +163,7 @@ def library_speeds(result: Result) -> str:
 
 
 def library_notes(result: Result) -> str:
-    """Limits, notes of each implementation, and those that could not run."""
+    """Limits, notes of each implementation, and implementations that could not run."""
     limit, size = result["limits"], result["weight_bytes_per_token"]
     bandwidth = limit["bandwidth_gb_s"][str(size)]["read"]
     lines = [
@@ -181,7 +181,7 @@ def library_notes(result: Result) -> str:
 
 
 def library_profile(result: Result) -> str:
-    """The runtime's time in a titans-pytorch model, by group and then by operator."""
+    """The runtime's time in a titans-pytorch model, by group and by operator."""
     kinds = result["profile"]
     lines = [
         [kind, f"{found['tokens']:,}", f"{found['nodes']:,.0f}", *_of(found, list(found["groups_us"].values()))]
@@ -208,7 +208,7 @@ def _note(value: Any) -> str:
 
 
 def long_stream(results: list[Result]) -> str:
-    """The long streams, one line each."""
+    """The long streams, one row each."""
     memory = ("resident at 10,000", "at the end", "grown by")
     header = ["model", "fed", "tokens", *memory, "speed, last / first", "tokens/s", "bits/byte"]
     lines = [
@@ -229,7 +229,7 @@ def long_stream(results: list[Result]) -> str:
 
 
 def quantization(result: Result) -> str:
-    """One table per model: the cost and gain of each recipe against float32, then the recipes that could not run."""
+    """One table per model: cost and gain of each recipe against float32, then the recipes that could not run."""
     return "\n\n".join(text for model in result["models"] for text in _quantized_model(model) if text)
 
 
@@ -270,7 +270,7 @@ def _times(speed: dict[str, float] | None, base: dict[str, float] | None) -> str
 
 
 def _drift(entry: Result) -> list[str]:
-    """The columns of a stream's drift; float32 itself has only the bits."""
+    """The columns of a stream's drift; float32 has only the bits."""
     if "bits_difference" not in entry:
         return [f"{entry['bits_per_token']:.4f}", *["-"] * 6]
     parts = [f"{entry[key]:+.2%}" if entry[key] is not None else "-" for key in ("bits_difference", "worst_window")]
@@ -347,7 +347,7 @@ def newest(folder: Path, benchmark: str) -> list[Result]:
 
 
 def fill(text: str, contents: dict[str, str], page: Path = DOCUMENT) -> str:
-    """The page with every block inserted. Raises ValueError for a block without markers in the page."""
+    """The page with every block inserted. Raises ValueError if the page lacks a block's markers."""
     for name, block in contents.items():
         first, last = MARKERS[0].format(name), MARKERS[1]
         before, found, rest = text.partition(first)
@@ -359,7 +359,7 @@ def fill(text: str, contents: dict[str, str], page: Path = DOCUMENT) -> str:
 
 
 def _first(result: Result) -> str:
-    """The implementation that the baselines are compared with."""
+    """The implementation that baselines are compared with."""
     names = (entry["name"] for row in result["rows"] for entry in row["baselines"] if "speed" in entry)
     return next(names, "-")
 
@@ -373,7 +373,7 @@ def _speed(speed: dict[str, float]) -> list[str]:
 
 
 def _reason(message: str) -> str:
-    """An error as a reason. Older result files have the form "[where] expected X but got Y; fix"."""
+    """The reason in an error message. Older result files have the form "[where] expected X but got Y; fix"."""
     old = re.fullmatch(r"\[[^]]*\] expected (?P<needed>.+?) but got (?P<found>.+?); .*", message)
     return f"needs {old['needed']}, found {old['found']}" if old else message
 
@@ -387,7 +387,7 @@ def _error(value: float | None) -> str:
 
 
 def _largest(values: dict[str, float | None]) -> float | None:
-    """None if one is not finite."""
+    """The largest value; None if one is not finite."""
     known = [value for value in values.values() if value is not None]
     return max(known) if len(known) == len(values) else None
 

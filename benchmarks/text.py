@@ -1,4 +1,4 @@
-"""Two million bytes of real text that are on every machine: the sources of Python and of its packages."""
+"""Real text that every machine has, about two million bytes: the sources of Python and of its packages."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def source_files() -> Iterator[Path]:
-    """The .py files of this Python, the standard library's first; each once, in the same order every time."""
+    """The .py files of this Python, in a fixed order, each once. The standard library comes first."""
     library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
     yield from (path for path in sorted(library.rglob("*.py")) if packages not in path.parents)
     yield from sorted(packages.rglob("*.py"))
 
 
 def pieces(files: Iterable[Path], size: int, count: int) -> Iterator[bytes]:
-    """The first `count` bytes of the files, one after the other, in pieces of `size` bytes, the last one shorter.
+    """The first `count` bytes of the concatenated files, in pieces of `size` bytes; the last may be shorter.
 
-    Ends early where the files do. Reads through one buffer, however long they are.
+    Stops early at the end of the files. Uses one buffer, whatever their size.
     """
     buffer, filled = bytearray(size), 0
     for path in files:
@@ -34,5 +34,5 @@ def pieces(files: Iterable[Path], size: int, count: int) -> Iterator[bytes]:
 
 
 def standard_library(count: int) -> bytes:
-    """The first `count` bytes of `source_files`, or all where there are fewer."""
+    """The first `count` bytes of `source_files`, or fewer if the files are shorter."""
     return b"".join(pieces(source_files(), 1 << 16, count))

@@ -43,16 +43,16 @@ FORMAT = "titans-pytorch"
 NAMES = ("runtime", "pytorch-compile", "pytorch-eager", "titans-pytorch")
 WRONG = 3
 CHECKED = 192  # tokens
-CHECKED_PROMPT = 64  # tokens of them before the library's cached decoding
-WARM_UP = 8  # tokens of a pass of decode that do not count
-# A turn takes about so long, at least one pass.
+CHECKED_PROMPT = 64  # tokens before the library's cached decoding begins
+WARM_UP = 8  # uncounted tokens of each decode pass
+# Approximate duration of one timed block, which has at least one pass.
 TURN_S, MOST_PASSES = 0.5, 20
 _HERE = "benchmarks.titans_pytorch_model"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: its weights, what describes them to `--config`, and the bundle of them."""
+    """The measured model: its weights, their description for `--config`, and their bundle."""
 
     name: str
     weights: Path
@@ -62,7 +62,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens of prefill and of the prompt, tokens decoded after it, rounds, and threads of every baseline."""
+    """Tokens of the prefill and of the prompt, tokens decoded after the prompt, rounds, and threads of every
+    baseline.
+    """
 
     prompt_tokens: int
     decode_tokens: int
@@ -71,21 +73,21 @@ class Plan:
 
 
 class Stretches(Measured):
-    """Measured over the same stretches by all: prefill from a fresh stream, decode always from the prompt's end.
+    """The timed stretches, equal for all baselines: prefill from a new stream, and decode from the prompt's end.
 
-    Subclasses say how a stream is kept and gone back to; what that takes is not timed.
+    Subclasses save and restore the stream; that time does not count.
     """
 
     def keep(self) -> None:
-        """Remembers the stream as it is."""
+        """Saves the stream."""
         raise NotImplementedError
 
     def go_back(self) -> None:
-        """The stream as it was kept."""
+        """Restores the saved stream."""
         raise NotImplementedError
 
     def begin(self, prompt: Tokens) -> None:
-        """Reads the prompt and keeps the stream after it."""
+        """Reads the prompt and saves the stream after it."""
         self.start()
         self.reset()
         self.feed(prompt)
@@ -130,7 +132,7 @@ class RuntimeStretches(Runtime, Stretches):
 
 
 class PyTorchStretches(PyTorch, Stretches):
-    """The same mathematics in PyTorch, eager or compiled; no call changes a state in place."""
+    """The same mathematics in PyTorch, eager or compiled. No call changes a state in place."""
 
     def keep(self) -> None:
         self._kept = self._state, self._position
@@ -139,7 +141,7 @@ class PyTorchStretches(PyTorch, Stretches):
         self._state, self._position = self._kept
 
     def flop_per_token(self, tokens: int) -> float:
-        """Of the matrix products, as PyTorch counts them, masked squares in full."""
+        """FLOP per token of the matmuls, as PyTorch counts them; masked squares count in full."""
         from torch.utils.flop_counter import FlopCounterMode
 
         self.reset()
@@ -149,7 +151,7 @@ class PyTorchStretches(PyTorch, Stretches):
 
 
 class Library(Stretches):
-    """titans-pytorch: the parallel forward over many tokens, and its cached decoding as `sample` does it."""
+    """titans-pytorch: the parallel forward over many tokens, and cached decoding as in its `sample`."""
 
     def __init__(self, weights: Path, config: str, threads: int, longest: int) -> None:
         import torch
@@ -161,7 +163,7 @@ class Library(Stretches):
         self._model.eval()
         rows = self._model.seq_len_with_longterm_mem(longest)
         axial = self._model.axial_pos_emb
-        with torch.no_grad():  # once for a whole text, as `sample` does
+        with torch.no_grad():  # one context for the whole text, as in `sample`
             sizes = axial.maybe_derive_outer_dim(rows, (self._model.neural_memory_segment_len,))
             self._positions = axial(sizes, return_factorized=True)
         self.reset()
@@ -174,7 +176,7 @@ class Library(Stretches):
         self._cache: Any = None
 
     def keep(self) -> None:
-        """Prefill keeps no cache: this is what decoding starts from."""
+        """Saves the state that decoding starts from; prefill keeps no cache."""
         with self._torch.no_grad():
             self._kept_cache = self._forward(None)[1]
         self._kept_text = self._text
@@ -194,7 +196,7 @@ class Library(Stretches):
         torch = self._torch
         with torch.no_grad():
             self._text = torch.cat([self._text, torch.tensor([[token]])], 1)
-            while True:  # the rows of longterm memories that come before the token have no logits
+            while True:  # longterm rows before the token return no logits
                 logits, self._cache = self._forward(self._cache)
                 if logits is not None:
                     row: Logits = logits[0, -1].numpy()
@@ -208,7 +210,7 @@ class Library(Stretches):
         return result
 
     def decoded_logits(self, tokens: Tokens, prompt: int) -> Logits:
-        """The logits after each token behind the prompt, by cached decoding."""
+        """The logits after each token that follows the prompt, by cached decoding."""
         self.reset()
         self.feed(tokens[:prompt])
         self.keep()
@@ -222,7 +224,7 @@ class Library(Stretches):
 
 
 def arguments_of(config: str) -> dict[str, Any]:
-    """The constructor's arguments: a JSON file, or a name that is built in."""
+    """The constructor's arguments, from a JSON file or a built-in name."""
     import titans_export.checkpoints.titans_pytorch as format
 
     path = Path(config)
@@ -233,25 +235,25 @@ def arguments_of(config: str) -> dict[str, Any]:
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The library's model of these arguments."""
+    """Builds the library's model with these arguments."""
     import torch
     from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
 
     rest = {name: value for name, value in arguments.items() if name not in ("class", "version")}
     network = {name: value for name, value in rest.pop("neural_memory_model").items() if name != "type"}
     rest["neural_memory_layers"] = tuple(rest["neural_memory_layers"])
-    # Implementations for GPUs only, of the same mathematics.
+    # GPU-only implementations of the same mathematics.
     rest |= {"use_flex_attn": False}
     rest["neural_memory_kwargs"] = {**rest["neural_memory_kwargs"], "use_accelerated_scan": False}
     model = MemoryAsContextTransformer(neural_memory_model=MemoryMLP(**network), **rest)
     for parameter in model.parameters():
-        # The heads' initial memories are views of one, which loading would write into for each head.
+        # The heads' initial memories are views of one tensor, so loading would write through each of them.
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model
 
 
 def make_weights(path: Path, config: str) -> None:
-    """Random weights: the library's own beginning, and a little beside it, since it begins much with zero."""
+    """Writes random weights: the library's initial values plus small noise, because many of them are zero."""
     import torch
 
     from titans_export.files import replacing_file
@@ -260,7 +262,7 @@ def make_weights(path: Path, config: str) -> None:
     model = build(arguments_of(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not name.endswith("rotary_emb.freqs"):  # which are never trained
+            if not name.endswith("rotary_emb.freqs"):  # these are never trained
                 parameter += 0.02 * torch.randn_like(parameter)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as aside:
@@ -268,7 +270,7 @@ def make_weights(path: Path, config: str) -> None:
 
 
 def provide(subject: Subject, anew: bool) -> Bundle:
-    """The subject's bundle; made where it is older than the weights, and these where there are none."""
+    """The subject's bundle and weights. The bundle is exported if older than the weights; missing weights are made."""
     if not subject.weights.is_file():
         _say(f"making {subject.weights.name}")
         make_weights(subject.weights, subject.config)
@@ -276,14 +278,14 @@ def provide(subject: Subject, anew: bool) -> Bundle:
     if anew or not manifest.is_file() or manifest.stat().st_mtime < subject.weights.stat().st_mtime:
         from titans_export.exporting import export_checkpoint
 
-        # Random weights make a chaotic memory: over many more positions float32 leaves float64 in PyTorch, too.
+        # Random weights make a chaotic memory: over more positions, float32 PyTorch also diverges from float64.
         options: dict[str, Any] = {"format": FORMAT, "config": subject.config, "overwrite": True, "positions": CHECKED}
         export_checkpoint(subject.weights, subject.bundle, progress=_say, **options)
     return read_bundle(subject.bundle)
 
 
 def baselines(subject: Subject, plan: Plan) -> list[Baseline]:
-    """Who takes part, the one that the others are compared with first."""
+    """The baselines that take part; the reference for ratios comes first."""
     pytorch = [subject.weights, FORMAT, plan.threads]
     longest = max(CHECKED, plan.prompt_tokens + plan.decode_tokens)
     compiled = "the same mathematics in PyTorch through torch.compile"
@@ -308,7 +310,7 @@ def baselines(subject: Subject, plan: Plan) -> list[Baseline]:
 
 
 def measure(bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> tuple[list[Result], float | None]:
-    """Checks everybody and, where all of those that can take part pass, measures them. Also the operations a token."""
+    """Checks all baselines, then measures them if none is wrong. Returns the results and the FLOP per token."""
     results, flop = [Result(baseline) for baseline in taking_part], None
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -333,7 +335,7 @@ def measure(bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> tuple[li
 
 
 def check(bundle: Bundle, worker: Worker, result: Result) -> None:
-    """Compares with the golden logits: fed whole, and all but the library token by token too."""
+    """Compares with the golden logits: fed at once and, except for the library, also token by token."""
     tokens, golden = (rows[:CHECKED] for rows in bundle.golden())
     is_library = result.baseline.target.endswith(":Library")
     distance = Distance()
@@ -371,7 +373,7 @@ def _passes(worker: Worker, kind: str, tokens: Tokens) -> int:
 
 
 def weight_bytes(bundle: Bundle) -> int:
-    """What a decoded token reads of the weights: all that its graph has, of an embedding one row."""
+    """Bytes of weights that one decoded token reads: all of its graph's, but only one row of an embedding."""
     from safetensors import safe_open
 
     graph = bundle.manifest.graph("decode")
@@ -384,7 +386,7 @@ def weight_bytes(bundle: Bundle) -> int:
 
 
 def shares(speeds: dict[str, float], limit: dict[str, Any], read_bytes: int, flop: float | None) -> dict[str, float]:
-    """Which part of the machine's limits so many tokens a second, by kind, reach."""
+    """The shares of the machine's limits that these speeds, in tokens per second by kind, reach."""
     peaks = {"decode": limit["bandwidth_gb_s"][str(read_bytes)]["read"] * 1e9 / read_bytes}
     if flop is not None:
         peaks["prefill"] = limit["sgemm_gflops"] * 1e9 / flop
@@ -392,14 +394,14 @@ def shares(speeds: dict[str, float], limit: dict[str, Any], read_bytes: int, flo
 
 
 def machine_limits(threads: int, read_bytes: int) -> dict[str, Any]:
-    """The machine's limits, reading as much as a decoded token does among them."""
+    """The machine's limits, including reads of a decoded token's size."""
     found = limits.measure([], threads)
     found["bandwidth_gb_s"] |= limits.bandwidth(threads, [read_bytes])
     return found
 
 
 def run(subject: Subject, bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> dict[str, Any]:
-    """All of the result."""
+    """Measures everything and returns the result."""
     read_bytes = weight_bytes(bundle)
     _say("measuring the machine's limits")
     before, busy = machine_limits(plan.threads, read_bytes), others_busy()

@@ -1,4 +1,4 @@
-"""Baselines of the layer benchmark, one file each. A new one needs a file with a `BASELINE` and a line here."""
+"""Baselines of the layer benchmark, one per file. A new baseline needs a file with a `BASELINE` and a line here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titans_export.bench.statistics import Passes
 from titans_export.bench.worker import forget_peak, memory_bytes
 from titans_export.errors import MachineError
 
-# Ratios are relative to the first one in a row. Only the worker of a baseline imports its module.
+# Ratios are relative to the first baseline of a row. Only a baseline's worker imports its module.
 BASELINES = (
     "onnxruntime_kernel",
     "kernel",
@@ -24,10 +24,10 @@ BASELINES = (
 
 
 class Baseline(ABC):
-    """An implementation of a case, in a new process for every row.
+    """An implementation of a case. Every row gets a new process.
 
-    what: a description. same_mathematics: whether it computes the operator. If not, its answer is not compared, and its
-    speed is for orientation only.
+    what: a description. same_mathematics: whether it computes the operator. If not, its answer is not compared and its
+    speed is only informative.
     """
 
     what: ClassVar[str]
@@ -39,22 +39,22 @@ class Baseline(ABC):
 
     @abstractmethod
     def prepare(self) -> dict[str, Any]:
-        """Builds and compiles. Returns notes, as text or numbers by name."""
+        """Builds and compiles. Returns notes by name, as text or numbers."""
 
     @abstractmethod
     def answer(self) -> Answer:
-        """The same values as `benchmarks.reference.recurrence`, from one pass with a fresh memory."""
+        """The same values as `benchmarks.reference.recurrence`, from one pass with a new memory."""
 
     @abstractmethod
     def run_pass(self) -> list[int]:
-        """One pass that continues the memory of the last one. Nanoseconds of each call."""
+        """Runs one pass that continues from the last pass's memory. Returns the nanoseconds of each call."""
 
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes kept between calls for all streams of the case, copies included."""
+        """Bytes kept between calls for all streams of the case, including copies."""
 
     def run_passes(self, passes: int) -> Passes:
-        """The times of the passes, after a warm-up pass."""
+        """Runs a warm-up pass, then times the passes."""
         self.run_pass()
         return [self.run_pass() for _ in range(passes)]
 
@@ -63,11 +63,11 @@ class Baseline(ABC):
         return self.what, self.same_mathematics
 
     def start(self) -> None:
-        """Called before the measurement."""
+        """Runs before the measurement."""
         forget_peak()
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes of state, and the growth of peak resident memory since the imports; None if that is meaningless."""
+        """Bytes of state, and growth of peak resident memory since the imports; None if not meaningful."""
         return {"state_bytes": self.state_bytes(), "rss_growth_bytes": memory_bytes()[1] - self._rss_before}
 
 
@@ -77,12 +77,12 @@ def display(name: str) -> str:
 
 
 def unavailable(name: str, problem: str, fix: str) -> MachineError:
-    """The error of a baseline that cannot run here."""
+    """The error for a baseline that cannot run on this machine."""
     return MachineError("E0908", name, problem, fix)
 
 
 def make(name: str, case: Case) -> Baseline:
-    """The baseline of that name. A name with dots is a module outside of this package."""
+    """The baseline of that name. A name with dots is a module outside this package."""
     module = importlib.import_module(name if "." in name else f"benchmarks.baselines.{name}")
     baseline: Baseline = module.BASELINE(case)
     return baseline

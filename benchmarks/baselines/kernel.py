@@ -1,4 +1,4 @@
-"""The bare kernel, without ONNX Runtime or Python: timed by `neural_memory_run`, a program around it."""
+"""The kernel without ONNX Runtime or Python, timed by the program `neural_memory_run`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.reference import Answer
 from titans_export.bench.statistics import Passes
 from titans_export.model.neural_memory import STATS, attributes, initial_rows, memory_layout
 
-# Built as the installed library is, from the same objects.
+# Built from the same objects as the installed library.
 PROGRAM = Path(__file__).parents[2] / "build" / "runtime" / "bin" / "neural_memory_run"
 
 
@@ -61,7 +61,7 @@ class Kernel(Baseline):
         return taken
 
     def run_passes(self, passes: int) -> Passes:
-        """As for all baselines, one pass does not count: the program's first."""
+        """Excludes the program's first pass, which is the warm-up."""
         turn: list[list[int]] = self._run(1 + passes)["ns"]
         return turn[1:]
 
@@ -69,11 +69,11 @@ class Kernel(Baseline):
         return self._rows.nbytes
 
     def memory(self) -> dict[str, int | None]:
-        # The program holds the operands of all calls at once, which says nothing about the kernel.
+        # Resident memory is meaningless here: the program holds the operands of all calls at once.
         return {"state_bytes": self.state_bytes(), "rss_growth_bytes": None}
 
     def _calls(self) -> list[dict[str, NDArray[Any]]]:
-        """The operands of each call: all tokens, or one."""
+        """The operands of each call, which takes all tokens or one."""
         case = self.case
         if case.kind == "prefill":
             return [dict(case.data.operands)]
@@ -86,7 +86,7 @@ class Kernel(Baseline):
         ]
 
     def _run(self, repeats: int) -> dict[str, Any]:
-        """What the program prints, running all calls so many times; 0: once, untimed."""
+        """Runs all calls `repeats` times and returns the program's output; 0: runs once, untimed."""
         command = [str(PROGRAM), str(self._case), str(self._out), "--threads", str(self.case.threads)]
         if repeats:
             command += ["--time", str(repeats)]

@@ -1,4 +1,4 @@
-"""The operator's kernel, registered with ONNX Runtime: what a bundle runs on."""
+"""The operator's kernel registered with ONNX Runtime, as bundles use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator as its function body of standard operators, on ONNX Runtime."""
+"""The operator's function body of standard operators, on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from benchmarks.onnx_node import Call, Layer, open_model, value
 from benchmarks.reference import Answer
 from titans_export.model.neural_memory import initial_rows, memory_layout
 
-# Bodies unroll their chunks: so many are tried in a call of prefill, and the fastest is kept.
+# Chunks per prefill call. Bodies unroll their chunks, so each count is tried and the fastest is kept.
 CHUNKS_PER_CALL = (1, 4)
 
 
 class OnnxRuntime(Baseline):
-    """One node on ONNX Runtime, every call bound beforehand. Subclasses say which node and how its state is bound."""
+    """One node on ONNX Runtime, with all calls bound beforehand. Subclasses choose the node and how its state is
+    bound.
+    """
 
     with_body: bool
     in_place: bool
     library: Path | None = None
 
     def chunks_per_call(self) -> int:
-        """How many chunks a call of prefill takes."""
+        """Chunks per prefill call."""
         raise NotImplementedError
 
     def prepare(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class OnnxRuntime(Baseline):
             "decode": 1,
         }[case.kind]
         session = self._session(next(self._slices(size)))
-        # A list of calls for each buffer that the state may be in.
+        # One list of calls per buffer that may hold the state.
         self._calls = [
             [
                 Call(session, inputs, self._states[(start + i) % count], self._states[(start + i + 1) % count])
@@ -86,7 +88,7 @@ class OnnxRuntime(Baseline):
         return open_model(layer.model(self.with_body), self.case.threads, self.library)
 
     def _slices(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
-        """What each call of one pass takes."""
+        """The operands of each call of one pass."""
         case = self.case
         for start in range(0, case.tokens, size):
             operands = case.data.operands | ({"context": case.data.context} if case.kind == "mac" else {})

@@ -1,8 +1,8 @@
-"""The layer of the package titans-pytorch, eager, as its users have it. Its mathematics is another.
+"""The layer of the package titans-pytorch, eager, as its users run it. Its mathematics differs from ours.
 
-One momentum and one forget gate a chunk instead of a token, the loss as a mean over the head's width, the whole layer
-with its norms and projections. So there is nothing to compare its answer with; its speed stands beside the others' as
-what is there today. Its chunk and its gradient point are as ours: a chunk of `chunk` tokens, a new point each chunk.
+It has one momentum and one forget gate per chunk instead of per token, a loss averaged over the head's width, and its
+own norms and projections. Its answer is therefore not compared, and its speed is only informative. Chunk size and
+gradient points match ours: `chunk` tokens per chunk and a new point for each chunk.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TitansPyTorch(Baseline):
 
 
 def _bytes(value: Any) -> int:
-    """Bytes of all tensors in a nest of tuples and mappings, each counted once."""
+    """Bytes of all tensors in nested tuples and mappings; each tensor counts once."""
     found: dict[int, int] = {}
 
     def visit(value: Any) -> None:

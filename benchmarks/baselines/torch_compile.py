@@ -1,7 +1,7 @@
-"""The same mathematics through torch.compile, in the strongest form found: several are compiled, the fastest is kept.
+"""The same mathematics through torch.compile. Several forms are compiled and the fastest is kept.
 
-What they have in common: no packed rows and no copies between calls, one graph without breaks, Inductor's C++ wrapper,
-and guards reduced to those that tell graphs apart. What was tried beside them is in docs/benchmarks.md.
+All forms have no packed rows, no copies between calls, one graph without breaks, Inductor's C++ wrapper, and only the
+guards that select a graph. docs/benchmarks.md lists the other variants that were tried.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from benchmarks.reference import Answer
 from titans_export.model.memory import Coefficients, Gates, State, chunk_update, coefficients, read
 
 OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
-# Every form is timed over so many chunks, so many times, before one is chosen.
+# Each form is timed over this many chunks and trials before one is chosen.
 TRIAL_CHUNKS, TRIALS = 16, 5
-# Below it a factor counts as 0: a coefficient so small changes no float32 sum.
+# Smaller factors count as 0, because such coefficients change no float32 sum.
 SMALLEST = 1e-20
-# Forms with rows cut to the fill have a graph for each multiple of this.
+# Forms that read rows only up to the fill have one graph per multiple of this.
 ROWS_STEP = 16
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The function as one graph of fixed shapes."""
+    """Compiles the function as one graph of fixed shapes."""
     made: Callable[..., Any] = torch.compile(function, dynamic=False, fullgraph=True, options={**OPTIONS, **options})
     return made
 
 
 def coefficients_by_logs(gates: Gates) -> Coefficients:
-    """As `coefficients`, from differences of summed logarithms: an exponential an entry instead of log2(C) products."""
+    """As `coefficients`, from differences of summed logarithms: one exponential per entry instead of log2(C)
+    multiplications.
+    """
     size = gates.momentum.shape[-1]
     sums = torch.stack([gates.momentum, 1 - gates.forget]).clamp_min(SMALLEST).log().cumsum(-1)
     below = torch.ones(size, size, dtype=torch.bool).tril()
@@ -48,9 +50,9 @@ def coefficients_by_logs(gates: Gates) -> Coefficients:
 
 
 class Form(ABC):
-    """A way to compute a case, streams and heads as one leading dimension N.
+    """A way to compute a case, with streams and heads merged into one leading dimension N.
 
-    name: what is special about it. w and s: W and S, per layer (N, in, out).
+    name: its distinguishing feature. w, s: W and S, per layer (N, in, out).
     """
 
     name: ClassVar[str]
@@ -67,22 +69,24 @@ class Form(ABC):
         self.reset()
 
     def reset(self) -> None:
-        """A fresh memory."""
+        """Resets to a new memory."""
         for w, s, initial in zip(self.w, self.s, self.case.data.weights, strict=True):
             w.copy_(_flat(torch.from_numpy(initial)))
             s.zero_()
 
     @abstractmethod
     def run(self, tokens: int) -> tuple[list[int], dict[str, list[Tensor]]]:
-        """From the state on through so many tokens: nanoseconds of each call, and the parts of each output."""
+        """Processes this many tokens from the current state. Returns the nanoseconds of each call and the parts of each
+        output.
+        """
 
     def state(self) -> list[Tensor]:
-        """What lives between calls."""
+        """The tensors kept between calls."""
         return [*self.w, *self.s]
 
 
 class Chunks(Form):
-    """Prefill: so many chunks a graph, their coefficients made in it while they fit the caches."""
+    """Prefill with several chunks per graph. The graph computes their coefficients, so that they stay in cache."""
 
     chunks: ClassVar[int] = 1
 
@@ -133,7 +137,7 @@ class SixteenChunksByLogs(Chunks):
 
 
 class ReadAndUpdate(OneChunk):
-    """MAC: a graph that reads and one that updates by one chunk."""
+    """MAC: one graph reads, another updates by one chunk."""
 
     name = "a graph to read, a graph to update"
 
@@ -166,7 +170,9 @@ class ReadAndUpdateByLogs(ReadAndUpdate):
 
 
 class Decode(Form):
-    """Decode: a token's operands in two tensors, q, k, v (3, N, D) and the gates (3, N), made before the time runs."""
+    """Decode. A token's operands are two tensors, q, k, v (3, N, D) and the gates (3, N), prepared outside the timed
+    part.
+    """
 
     options: ClassVar[dict[str, Any]] = {}
 
@@ -177,7 +183,7 @@ class Decode(Form):
         self.operands = [(token.clone(), gate.clone()) for token, gate in zip(tokens, gates, strict=True)]
 
     def errors(self, w: list[Tensor], k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's input (N, in) and error (N, out) of a token, at weights w."""
+        """Each layer's input (N, in) and error (N, out) for a token, at weights w."""
         inputs, slopes, z = [k], [], k
         for i, layer in enumerate(w):
             z = _times(inputs[-1], layer)
@@ -192,10 +198,10 @@ class Decode(Form):
 
 
 class Cached(Decode):
-    """W and S untouched within a chunk: a token's rows are written in place, and a full chunk is updated in place."""
+    """W and S are constant within a chunk. Rows are written in place, and a full chunk updates W and S in place."""
 
     name = "cached, all rows of a chunk"
-    step: ClassVar[int | None] = None  # rows that are read: up to the fill, rounded up to this; None: all of them
+    step: ClassVar[int | None] = None  # rows read: the fill, rounded up to a multiple of this; None: all
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -286,13 +292,13 @@ class CachedRows(Cached):
 
 
 class CachedRowsOneThread(CachedRows):
-    """What takes some ten microseconds may be faster than waking a second thread for it."""
+    """One thread, because waking a second one may cost more than it saves on some ten microseconds of work."""
 
     name, options = f"{CachedRows.name}, one thread", {"cpp.threads": 1}
 
 
 class Live(Decode):
-    """W and S updated in place by every token, the chunk's first W kept beside them."""
+    """Every token updates W and S in place; a copy keeps the W of the chunk's start."""
 
     name = "live, W and S updated by every token"
 
@@ -388,7 +394,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, w: Tensor) -> Tensor:
-    """x W for each of N: (N, in), (N, in, out). As a sum, which Inductor fuses with what is around it."""
+    """x W for each of N: (N, in), (N, in, out). Written as a sum, which Inductor fuses with neighbouring operations."""
     return (x.unsqueeze(-1) * w).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""The project's own mathematics in PyTorch, eager: `titans_export.model.memory`, no packing, no graph."""
+"""The project's mathematics in eager PyTorch: `titans_export.model.memory`, without packed rows or graphs."""
 
 from __future__ import annotations
 
