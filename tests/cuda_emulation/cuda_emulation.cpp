@@ -14,7 +14,7 @@ namespace {
 
 namespace context = boost::context;
 
-// Where some threads meet. The last to come opens it.
+// A meeting point for a number of threads. The last to arrive opens it.
 struct Barrier {
   int expected = 0, arrived = 0;
   std::uint64_t generation = 0;
@@ -31,7 +31,7 @@ struct Block {
   std::vector<std::byte> shared;
   std::vector<Warp> warps{static_cast<std::size_t>(kWarps)};
   bool any = false, result = false;
-  std::byte* shared_data() {  // aligned as CUDA's is
+  std::byte* shared_data() {  // aligned like CUDA's
     const auto at = reinterpret_cast<std::uintptr_t>(shared.data());
     return shared.data() + ((at + 127) / 128 * 128 - at);
   }
@@ -44,8 +44,8 @@ struct Thread {
   std::uint64_t generation = 0;
 };
 
-// Stacks, kept from launch to launch. They lie a little more than a round size apart, as the tops of all of them would
-// otherwise share the same few places of the CPU's cache.
+// Fiber stacks, reused by later launches. Their distance is not a round size; otherwise the tops of all stacks would
+// share a few sets of the CPU's cache.
 class Stacks {
  public:
   static context::stack_context allocate() {
@@ -88,7 +88,7 @@ class Machine {
   const Launch& launch() const { return launch_; }
   int group() const { return group_; }
 
-  // The last to arrive does what `last` says, before anybody goes on.
+  // The last to arrive runs `last` before any thread continues.
   template <class Last>
   void meet(Barrier& barrier, const Last& last) {
     if (++barrier.arrived == barrier.expected) {
@@ -110,7 +110,7 @@ class Machine {
     group_barrier_ = {static_cast<int>(threads)};
     for (Block& block : blocks_) {
       block.barrier = {kThreads};
-      block.shared.assign(launch_.shared_bytes + 128, std::byte{0xFF});  // NaN: what is never written is seen
+      block.shared.assign(launch_.shared_bytes + 128, std::byte{0xFF});  // NaN: exposes reads of unwritten memory
       for (Warp& warp : block.warps) warp.barrier = {kWarpSize};
     }
     std::vector<Thread> all(threads);
@@ -133,7 +133,8 @@ class Machine {
     for (std::size_t alive = threads; alive > 0;) {
       const bool progress = run_once(all, order, asleep, alive);
       if (progress) continue;
-      // Who is awake has come as far as barriers let it. Next all run for a moment, and then others sleep.
+      // The threads that are awake cannot pass the next barrier. All threads run for a moment, then others are put to
+      // sleep.
       const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
       if (!slept) {
         throw std::runtime_error("[emulation] expected threads to meet but some wait forever; do check barriers");
@@ -144,7 +145,7 @@ class Machine {
     }
   }
 
-  // Lets each thread that is awake run to its next meeting. Returns whether any could.
+  // Lets each awake thread run to its next barrier. Returns whether any could.
   bool run_once(std::vector<Thread>& all, const std::vector<std::size_t>& order, const std::vector<bool>& asleep,
                 std::size_t& alive) {
     bool progress = false;
@@ -162,7 +163,7 @@ class Machine {
     return progress;
   }
 
-  // A fiber that goes away while it waits is unwound, which must not run into what has failed.
+  // Destroying a waiting fiber unwinds it. The unwinding must not reach the failure again.
   void abandon(std::vector<Thread>& all) {
     all.clear();
     std::rethrow_exception(failure_);
@@ -183,7 +184,7 @@ class Machine {
     return order;
   }
 
-  // In a random order some warps, or some whole blocks, fall as far behind the others as barriers let them.
+  // In a random order, some warps or whole blocks fall as far behind as the barriers allow.
   void put_to_sleep(std::vector<bool>& asleep) {
     const bool blocks = launch_.size > 1 && engine_() % 2 == 0;
     for (std::size_t warp = 0; warp < asleep.size(); ++warp) {
@@ -250,7 +251,7 @@ float sum_over_warp(float value) {
   Warp& warp = machine().warp();
   warp.values[lane_index()] = value;
   machine().meet(warp.barrier, [&] {
-    // As pairs, pairs of pairs and so on, in the order of the hardware's exchanges.
+    // Adds in pairs, pairs of pairs and so on, the order of the hardware's shuffles.
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
       for (int lane = 0; lane < lanes; ++lane) warp.values[lane] += warp.values[lane + lanes];
     }

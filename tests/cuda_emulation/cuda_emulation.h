@@ -1,11 +1,11 @@
-// What plugins/kernels/cuda_device.cuh offers, in plain C++: a kernel's threads are fibers of one CPU thread, so that
-// the CUDA kernels' arithmetic, indices and barriers can be tested without a GPU. Matrix instructions round as the
-// hardware's do: operands to TF32 or bfloat16, sums truncated to float32.
+// plugins/kernels/cuda_device.cuh in plain C++. A kernel's threads are fibers of one CPU thread, so tests can check the
+// CUDA kernels' arithmetic, indices and barriers without a GPU. Matrix instructions round like the hardware's: operands
+// to TF32 or bfloat16, sums truncated to float32.
 //
-// TITANS_EMULATED_GPU names the device as sm:multiprocessors:bytes of shared memory a block can have, with :blocks of
-// the largest cluster after it where those are fewer than 8 (90:132:232448 when it is not set). TITANS_EMULATED_ORDER
-// chooses who runs first between two barriers: "forward", "reverse" or a number, the seed of a random order in which
-// some warps and blocks also fall far behind others. What a missing barrier would break depends on it.
+// TITANS_EMULATED_GPU describes the device as sm:multiprocessors:shared bytes per block (default 90:132:232448). A
+// suffix :blocks gives the largest cluster if it is below 8. TITANS_EMULATED_ORDER sets the order of threads between
+// two barriers: "forward", "reverse" or a number. A number seeds a random order in which some warps and blocks also
+// fall far behind. The order determines what a missing barrier would break.
 #pragma once
 
 #include <cmath>
@@ -94,9 +94,9 @@ enum class Products { kBFloat16, kTf32, kTf32InParts };
 // One lane's part of a matrix instruction.
 struct Fragments {
   float* d;
-  float a[4][2], b[2][2];  // words, as one or two values
+  float a[4][2], b[2][2];  // words, each of one or two values
 };
-// Gathers the lanes of the warp.
+// Collects the lanes of the warp.
 void multiply_add_warp(const Fragments& lane, Products products);
 
 inline void unpack(float word, float (&to)[2]) { to[0] = word; }

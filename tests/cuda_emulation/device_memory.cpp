@@ -7,7 +7,7 @@
 
 namespace titans::kernels {
 
-constexpr std::align_val_t kAlignment{256};  // cudaMalloc's
+constexpr std::align_val_t kAlignment{256};  // the same as cudaMalloc's
 
 DeviceBuffer::DeviceBuffer(std::size_t bytes) : data_(::operator new(bytes, kAlignment)), bytes_(bytes) {
   std::memset(data_, 0xFF, bytes);

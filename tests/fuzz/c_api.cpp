@@ -1,6 +1,6 @@
-// The C interface: any sequence of its functions with any arguments, but for what the contract in titans.h leaves to
-// the caller: a handle is one that lives, a generator goes before its stream, a pointer leads to as much as its size
-// says. What a stream must be afterwards is computed beside it.
+// Fuzzes the C interface: any sequence of functions with any arguments that the contract of titans.h allows. Handles
+// are valid, a generator is closed before its stream, and a pointer covers its declared size. A model computes the
+// expected state of every stream.
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -27,7 +27,7 @@ constexpr std::size_t kMostStreams = 5;
 constexpr std::size_t kMostSteps = 80;
 constexpr std::size_t kStepsBetweenReads = 8;
 
-// A stream as it must be.
+// The expected state of a stream.
 struct Model {
   std::uint64_t position = 0;
   int learning = 1;
@@ -42,7 +42,7 @@ struct Model {
     last = echo(last, token);
     ++position;
   }
-  // The first number that comes out for the next token.
+  // The first output number for the next token.
   float next_output() const { return static_cast<float>(position % 256) + memory[0] + last; }
 };
 
@@ -51,7 +51,7 @@ struct Handle {
   std::size_t session = 0;
   Model model;
   std::map<std::uint64_t, Model> marks;
-  int calls_before_cancel = -1;  // of the progress function
+  int calls_before_cancel = -1;  // by the progress function
   bool guarded = false;
   std::list<titans_generator*> generators;
 };
@@ -59,7 +59,7 @@ struct Handle {
 struct Saved {
   Model model;
   std::size_t session;
-  std::uint8_t key;  // 0: none
+  std::uint8_t key;  // 0: no key
 };
 
 struct Sessions {
@@ -130,7 +130,7 @@ struct Sessions {
   std::array<titans_session*, 3> all{};
 };
 
-// A copy of `value` that ends where struct_size says, so that the address sanitizer sees who reads or writes beyond.
+// A copy of `value` that ends at struct_size, so that the address sanitizer detects accesses beyond it.
 template <typename Struct>
 class Sized {
  public:
@@ -183,7 +183,7 @@ class Caller {
  private:
   using Place = std::list<Handle>::iterator;
 
-  // What every function promises of its status.
+  // Checks the promises that every function makes about its status.
   static bool ok(titans_status status) {
     if (status == TITANS_OK) return true;
     check(status == TITANS_FAILED || status == TITANS_INVALID_ARGUMENT || status == TITANS_UNSUPPORTED ||
@@ -203,7 +203,7 @@ class Caller {
     check(titans_stream_learning(handle.stream) == handle.model.learning, "whether it learns as told");
   }
 
-  // Brings back what is spilled, which takes most of the time of all that is done here.
+  // Reads all streams and reloads spilled ones. This takes most of the target's time.
   void read_all() {
     for (const Handle& handle : handles_) read(handle);
   }
@@ -224,7 +224,7 @@ class Caller {
     return place;
   }
 
-  // NULL now and then.
+  // Sometimes NULL.
   titans_session* any_session(std::size_t& index) {
     index = choices_.below(sessions_.all.size() + 1) % sessions_.all.size();
     return choices_.byte() == 255 ? nullptr : sessions_.all[index];
@@ -253,7 +253,7 @@ class Caller {
 
   titans_output any_choice() {
     const std::uint8_t byte = choices_.byte();
-    return static_cast<titans_output>(byte > 250 ? 3 : byte % 3);  // no more than 3 is in the enumeration's range
+    return static_cast<titans_output>(byte > 250 ? 3 : byte % 3);  // 3 is the largest value in the enumeration's range
   }
 
   // A size near the right one, or any.
@@ -273,7 +273,7 @@ class Caller {
     return scratch() / (name.substr(0, name.find('\0')) + ".tstate");
   }
 
-  // Options that may be NULL, and the key in them: 0 for none.
+  // Options, sometimes NULL, and the key in them: 0 for none.
   struct StateOptions {
     std::array<std::uint8_t, 32> key{};
     std::optional<Sized<titans_state_options>> options;
@@ -306,7 +306,7 @@ class Caller {
     handles_.erase(place);
   }
 
-  // After a call that fed these and succeeded.
+  // Updates the model after a successful call that fed these tokens.
   void fed(Handle& handle, const std::vector<std::int32_t>& tokens) {
     for (const std::int32_t token : tokens) {
       check(token >= 0 && token < static_cast<std::int32_t>(kVocab) && token != kFailing, "tokens that can be fed");
@@ -315,7 +315,7 @@ class Caller {
     settle(handle);
   }
 
-  // A guard may have changed what the model does not know.
+  // A guard may have changed state that the model does not track.
   void settle(Handle& handle) {
     if (!handle.guarded) return;
     handle.model.known = false;
@@ -360,7 +360,7 @@ class Caller {
     std::size_t count = vectors.size() / kInputs;
     std::vector<float> outputs(std::min<std::size_t>(any_size(std::max<std::size_t>(count, 1) * kOutputs), 4096));
     const Model before = handle.model;
-    // Counts that overflow are refused before anything is read.
+    // Counts that overflow are rejected before anything is read.
     const bool absurd = choices_.byte() > 250;
     if (absurd) count = choices_.number<std::size_t>() | std::size_t{1} << 62;
     if (!ok(titans_stream_feed_vectors(handle.stream, vectors.data(), count, which, outputs.data(), outputs.size()))) {
@@ -547,7 +547,7 @@ class Caller {
       feed.capacity = buffers.back().size();
       items.push_back(feed);
     }
-    // Never more than there is: that is what a size promises.
+    // Never larger than the items, because the size promises readable memory.
     if (!items.empty() && choices_.byte() > 250) items[0].struct_size = choices_.below(sizeof(titans_feed));
     std::vector<titans_status> statuses(items.size());
     const bool told = choices_.byte() < 250;
@@ -556,7 +556,7 @@ class Caller {
     const bool all = ok(status);
     for (std::size_t i = 0; i < items.size(); ++i) {
       Handle& handle = *chosen[i].place;
-      // Without statuses it is not known who was fed, if not all were.
+      // Without statuses, a partial failure does not show which streams were fed.
       if (!told && !all) resync(handle);
       if (told ? statuses[i] != TITANS_OK : !all) continue;
       check(handle.session == index, "streams of the session alone");
@@ -624,7 +624,7 @@ class Caller {
     options.engine = pick(4);
     options.libraries = pick(5);
     const std::string folder = scratch().string();
-    options.plugin_dir = folder.c_str();  // what is loaded from there is the application's to decide
+    options.plugin_dir = folder.c_str();  // the application is responsible for the libraries in it
     options.threads = choices_.number<std::int32_t>();
     options.batch_threads = static_cast<std::int32_t>(choices_.byte()) - 2;
     options.memory_budget = choices_.byte();
@@ -634,7 +634,7 @@ class Caller {
     if (ok(titans_session_open(choices_.byte() > 250 ? nullptr : bundle.c_str(), sized.get(), &session))) {
       titans_stream* stream = nullptr;
       check(ok(titans_stream_create(session, &stream)), "a stream of a session");
-      titans_session_close(session);  // a stream keeps what it needs
+      titans_session_close(session);  // streams keep what they need
       ok(titans_stream_step(stream, 1, nullptr));
       titans_stream_destroy(stream);
     } else {
@@ -658,7 +658,7 @@ class Caller {
     }
   }
 
-  // What needs no stream.
+  // Functions that need no stream.
   void act_alone(std::size_t choice) {
     std::size_t index = 0;
     if (choice == 0) {
@@ -741,14 +741,14 @@ class Caller {
         return set_guard(place);
       default:
         set_progress(place);
-        ok(titans_stream_cancel(place->stream));  // of no call, so of none
+        ok(titans_stream_cancel(place->stream));  // no call is running, so this has no effect
     }
   }
 
   Choices choices_;
   Sessions& sessions_;
   std::list<Handle> handles_;
-  const Handle* touched_ = nullptr;  // of handles_, the last that any() has given
+  const Handle* touched_ = nullptr;  // index into handles_ of the last one from any()
   std::map<std::filesystem::path, Saved> saved_;
   std::size_t messages_ = 0;
 };

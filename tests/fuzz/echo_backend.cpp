@@ -1,4 +1,4 @@
-// The engine of echo_executor.h as a backend's library, for the target that goes through the C interface.
+// The engine of echo_executor.h as a backend library, for the target of the C interface.
 #include "backends/backend.h"
 #include "echo_executor.h"
 

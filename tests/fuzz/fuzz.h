@@ -1,5 +1,5 @@
-// What fuzz targets share. A target is the function LLVMFuzzerTestOneInput; libFuzzer calls it, and replay.cpp on
-// machines without clang.
+// Shared code of the fuzz targets. A target is the function LLVMFuzzerTestOneInput. libFuzzer calls it, or replay.cpp
+// on machines without clang.
 #pragma once
 
 #include <cstddef>
@@ -14,13 +14,13 @@
 
 namespace titans::fuzz {
 
-// Ends the program, which is how a fuzzer learns of a finding.
+// Aborts unless `holds`, which reports a finding to the fuzzer.
 void check(bool holds, std::string_view what);
 
-// That an Error has the one form that errors have.
+// Checks that an Error has the standard form.
 void check_error(const core::Error& error);
 
-// What a target takes decisions from: bytes from the front, zeros once they are used up.
+// A target's source of decisions: the input's bytes in order, then zeros.
 class Choices {
  public:
   Choices(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
@@ -34,7 +34,7 @@ class Choices {
     for (std::size_t i = 0; i < sizeof(Number); ++i) bits |= std::uint64_t{byte()} << (8 * i);
     Number out;
     static_assert(sizeof(out) <= sizeof(bits));
-    __builtin_memcpy(&out, &bits, sizeof(out));  // the low bytes come first on the machines that fuzz
+    __builtin_memcpy(&out, &bits, sizeof(out));  // fuzzing machines are little-endian
     return out;
   }
   std::string text(std::size_t most) {
@@ -54,17 +54,17 @@ class Choices {
   std::size_t at_ = 0;
 };
 
-// A folder of this process's own for the files that a target writes, gone at its end.
+// This process's folder for the files that a target writes. It is removed at exit.
 const std::filesystem::path& scratch();
 
-// Whether the file could be written: a fuzzer's names need not be any.
+// Whether the file could be written: a fuzzer's file names may be invalid.
 bool write(const std::filesystem::path& path, std::string_view content);
 
-// Size and XXH3-128 as a manifest's `files` has them.
+// Size and XXH3-128, in the form of a manifest's `files`.
 nlohmann::json file_record(std::string_view content);
 std::string xxh3_128(std::string_view content);
 
-// A safetensors file: the length of the header, the header padded with blanks to a multiple of eight, the data.
+// A safetensors file: the header's length, the header padded with blanks to a multiple of eight, the data.
 std::string safetensors(std::string header, std::string_view data);
 
 }  // namespace titans::fuzz

@@ -113,7 +113,7 @@ void mutate_json(json& document, std::minstd_rand& random) {
   list_places(document, places);
   json& place = *places[random() % places.size()];
   if (place.is_string() && random() % 8 != 0) {
-    // Metadata of safetensors holds texts alone, some of which are JSON themselves.
+    // The metadata of safetensors has only strings, and some of them are JSON.
     json inner = json::parse(place.get<std::string>(), nullptr, /*allow_exceptions=*/false);
     if (inner.is_structured()) {
       mutate_json(inner, random);

@@ -1,4 +1,4 @@
-// Changes a JSON document at one place, so that it stays one: bytes changed blindly mostly are no JSON any more.
+// Changes a JSON document in one place and keeps it valid. Blind changes of bytes mostly give invalid JSON.
 #pragma once
 
 #include <cstdint>

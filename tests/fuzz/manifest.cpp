@@ -1,5 +1,5 @@
-// manifest.json, and behind it everything that goes by what it says: where the text is a manifest, a bundle is written
-// that fits it, hashes and all, and a stream runs on it.
+// Fuzzes manifest.json and all code that depends on it. For a valid manifest, the target writes a matching bundle with
+// hashes, and runs a stream on it.
 #include <algorithm>
 #include <set>
 
@@ -14,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-// What may be tried out in no time.
+// Small enough to run quickly.
 constexpr std::size_t kMostState = 1 << 16;
 constexpr std::int64_t kMostRow = 1 << 10;
 constexpr std::size_t kMostTokens = 48;
@@ -29,7 +29,7 @@ bool is_small(const core::Manifest& manifest) {
   return manifest.input_size <= kMostRow && manifest.output_size <= kMostRow && manifest.graphs.size() <= kMostFiles;
 }
 
-// Weights and state as a safetensors file; offsets that are no multiples of the largest element would be refused.
+// Weights and state as a safetensors file. Offsets must be multiples of the largest element's size.
 std::string tensors_file(const std::vector<core::StateTensor>& tensors) {
   json header = json::object();
   std::string data;
@@ -43,7 +43,7 @@ std::string tensors_file(const std::vector<core::StateTensor>& tensors) {
   return safetensors(header.dump(), data);
 }
 
-// Whether a bundle of that manifest, and of files that fit it, is in `folder`.
+// Writes a bundle with that manifest and matching files to `folder`. Returns whether it could.
 bool write_bundle(const std::filesystem::path& folder, const core::Manifest& manifest,
                   const std::vector<core::EngineGraph>& graphs, json source) {
   std::vector<core::StateTensor> weights;

@@ -1,4 +1,4 @@
-// Half of the time as JSON, else as bytes.
+// Mutates JSON half of the time, and bytes otherwise.
 #include <algorithm>
 #include <string>
 

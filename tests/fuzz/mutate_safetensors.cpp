@@ -1,4 +1,4 @@
-// Half of the time the header as JSON, with a length that is right, else bytes.
+// Mutates the header as JSON with a correct length half of the time, and bytes otherwise.
 #include <algorithm>
 #include <string>
 

@@ -1,4 +1,4 @@
-// A graph file, as far as the backend for ONNX Runtime looks into it itself.
+// Fuzzes the ONNX Runtime backend's own inspection of graph files.
 #include <set>
 
 #include "backends/onnxruntime/external_data.h"
@@ -20,7 +20,7 @@ void attempt(Action&& action) {
 }
 
 void ask_flow(const core::GraphNodes& graph) {
-  constexpr std::size_t kMostNames = 24;  // pairs are asked about
+  constexpr std::size_t kMostNames = 24;  // limits the number of checked pairs
   std::set<std::string_view> inputs, outputs(graph.outputs.begin(), graph.outputs.end());
   for (const core::Node& node : graph.nodes) inputs.insert(node.inputs.begin(), node.inputs.end());
   if (inputs.size() > kMostNames || outputs.size() > kMostNames) return;

@@ -1,4 +1,4 @@
-// Runs a fuzz target on files, and on all files of folders: what has been found stays found, also without libFuzzer.
+// Runs a fuzz target on files, and on all files of folders, as a regression test without libFuzzer.
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -21,7 +21,7 @@ int main(int count, char** arguments) {
   for (const std::filesystem::path& path : files) {
     std::ostringstream content;
     content << std::ifstream(path, std::ios::binary).rdbuf();
-    // A copy without a NUL behind it, so that the address sanitizer sees who reads on.
+    // A copy without a trailing NUL, so that the address sanitizer detects reads past the end.
     const std::string text = content.str();
     const std::vector<std::uint8_t> bytes(text.begin(), text.end());
     std::fprintf(stderr, "%s: %zu bytes\n", path.c_str(), bytes.size());

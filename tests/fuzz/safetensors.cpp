@@ -1,4 +1,4 @@
-// A safetensors file.
+// Fuzzes the reader of safetensors files.
 #include "base/safetensors.h"
 
 #include "fuzz.h"

@@ -1,5 +1,6 @@
-// A state file, for a session on a small bundle: as it is, with its hash made right, without which nobody gets far, and
-// as what an encrypted one might be. What is taken is put into a stream, saved and read again.
+// Fuzzes state files, for a session on a small bundle: the input as it is, with a corrected hash (otherwise few inputs
+// get past it), and as the content of an encrypted file. An accepted state is loaded into a stream, saved and read
+// again.
 #include <cstring>
 
 #include "echo_executor.h"
@@ -13,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-// Memories in several dtypes, which a state of another bundle of the model is converted to; and what is no memory.
+// Memories in several dtypes, to convert states of another bundle of the model, and a state that is no memory.
 constexpr const char* kManifest = R"({
   "format": "titans-bundle", "schema_version": 2,
   "model": {"name": "fuzz", "variant": "lmm", "source": {"weights_sha256": "5eed"}},
@@ -52,7 +53,7 @@ std::shared_ptr<core::Session> open_session() {
   return std::make_shared<core::Session>(std::move(bundle), std::move(executor), core::SessionOptions{});
 }
 
-// Puts the right hash over the one that the file says it has.
+// Replaces the file's hash by the correct one.
 std::string with_hash(std::string content) {
   constexpr std::string_view kKey = "\"xxh3_128\"";
   constexpr std::size_t kDigits = 32;
@@ -109,7 +110,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   static const std::shared_ptr<core::Session> session = fuzz::open_session();
   const std::string content(reinterpret_cast<const char*>(data), size);
   fuzz::read(session, fuzz::with_hash(content), nullptr);
-  if (size % 4 != 0) return 0;  // the others are soon looked through
+  if (size % 4 != 0) return 0;  // a quarter of the inputs suffices for the other reads
   fuzz::read(session, content, nullptr);
   const core::StateKey key{};
   fuzz::read(session, "TITANSE1" + content.substr(0, 64), &key);
