@@ -1,4 +1,4 @@
-// Many streams in one call: each is what it would be alone, whatever happens to the others.
+// Many streams in one call: each behaves as if it were alone, whatever happens to the others.
 #include "stream/batch.h"
 
 #include <algorithm>
@@ -75,7 +75,7 @@ TEST_P(BatchTest, StreamsJoinAndLeaveAtAnyPosition) {
     for (std::size_t i = 0; i < kStreams; ++i) {
       const std::size_t index = (i * 3 + round) % kStreams;  // any order
       if ((round + index) % 3 == 0) continue;
-      const std::size_t count = (round * index) % 6;  // some nothing
+      const std::size_t count = (round * index) % 6;  // sometimes nothing
       const Tokens all = tokens_of(index, done[index] + count);
       fed[index].assign(all.begin() + static_cast<std::ptrdiff_t>(done[index]), all.end());
       items.push_back(item(*streams[index], fed[index], logits[index]));
@@ -153,7 +153,7 @@ TEST_P(BatchTest, WhatIsRefusedBeforeAnythingRuns) {
   EXPECT_TRUE(run_batch(*session_, {}).empty());
 }
 
-// Two calls that wait for each other run at the same time or never end.
+// The two calls wait for each other, so the test ends only if they run at the same time.
 TEST(Batch, StreamsRunSideBySide) {
   TemporaryFolder folder;
   write_bundle(folder.path());
@@ -179,7 +179,7 @@ TEST(Batch, StreamsRunSideBySide) {
   for (const Failure& outcome : run_batch(*session, items)) EXPECT_EQ(outcome.status, TITANS_OK);
 }
 
-// Through the C interface, on the backend made for tests.
+// Through the C interface, on the fake backend.
 class BatchCApi : public testing::Test {
  protected:
   BatchCApi() { std::filesystem::copy(FAKE_BACKEND, folder_.path() / "libtitans_backend_onnxruntime.so"); }
@@ -281,7 +281,7 @@ TEST_F(BatchCApi, WrongArguments) {
   EXPECT_EQ(titans_session_feed_batch(session, items, 1, statuses), TITANS_OK) << titans_last_error();
   EXPECT_EQ(std::vector<float>(output, output + kFakeOutputs), expected_outputs({1, 2}));
   EXPECT_EQ(titans_session_feed_batch(session, nullptr, 0, nullptr), TITANS_OK);
-  // A caller of a later version has larger items.
+  // Callers compiled against a later version have larger items.
   struct LaterFeed {
     titans_feed feed;
     void* more;

@@ -24,7 +24,7 @@ TEST_F(BundleTest, Opens) {
   EXPECT_EQ(bundle.initial_state().size(), 2U);
 }
 
-// The digest that `xxhsum -H2` gives, so that other programs' hashes are ours.
+// The digest of `xxhsum -H2`: our hashes agree with other programs.
 TEST_F(BundleTest, HashOfAKnownText) {
   write_file(folder_.path() / "empty", "");
   EXPECT_EQ(core::MappedFile(folder_.path() / "empty").hash(), "99aa06d3014798d86001c324468d497f");
@@ -112,7 +112,7 @@ TEST_F(BundleTest, TheTokenizersFile) {
 
 class EngineWeightsTest : public BundleTest {
  protected:
-  // A bundle with an engine that has the tensors in a file of its own and hands `handed` to its one graph.
+  // Writes a bundle whose engine has its tensors in a separate file and passes `handed` to its one graph.
   void write(const std::vector<std::string>& handed, const std::string& tensors) {
     write_file(folder_.path() / "cpu.decode.onnx", "an engine's graph");
     write_file(folder_.path() / "cpu.safetensors", tensors);

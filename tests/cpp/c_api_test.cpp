@@ -1,5 +1,5 @@
-// The C interface: bad pointers, sizes, and the life of errors; and on a backend made for tests, tokens and vectors,
-// also through the C++ header.
+// The C interface. The first tests cover bad pointers, sizes, and the lifetime of errors. The others feed tokens and
+// vectors to the fake backend, also through the C++ header.
 #include "titans/titans.h"
 
 #include <cmath>
@@ -136,7 +136,7 @@ TEST(CApi, Engines) {
   options.engine = "orin";
   EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_INVALID_ARGUMENT);
   EXPECT_TRUE(last_error_has("no engine")) << titans_last_error();
-  // Without a backend beside the test, what is left is that.
+  // No backend is installed beside the test, so a valid call fails with this error.
   const auto expect_no_backend = [&] {
     EXPECT_EQ(titans_session_open(folder.path().c_str(), &options, &session), TITANS_UNSUPPORTED);
     EXPECT_TRUE(last_error_has("libtitans_backend_onnxruntime.so")) << titans_last_error();
@@ -167,7 +167,7 @@ TEST(CApi, BackendsAndDevices) {
   EXPECT_TRUE(last_error_has("libtitans_backend_onnxruntime.so"));
 }
 
-// On the backend made for tests, with a bundle of either kind.
+// On the fake backend, with a bundle of either kind.
 class CApiStream : public testing::Test {
  protected:
   CApiStream() { std::filesystem::copy(FAKE_BACKEND, folder_.path() / "libtitans_backend_onnxruntime.so"); }
@@ -332,7 +332,7 @@ TEST_F(CApiStream, GuardsAndProgress) {
     EXPECT_EQ(error.status(), TITANS_CANCELLED) << error.what();
   }
   stream.set_progress(nullptr);
-  // Calls within a call are refused.
+  // Calls from within a call are rejected.
   struct Within {
     Stream& stream;
     std::size_t refused = 0;

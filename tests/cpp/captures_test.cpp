@@ -1,4 +1,4 @@
-// Which calls are recorded, and which recordings stay.
+// Which calls are captured, and which captures are kept.
 #include "backends/tensorrt/captures.h"
 
 #include <cstdlib>
@@ -18,7 +18,7 @@ class CapturesTest : public testing::Test {
   CapturesTest() : set_(::setenv("TITANS_CUDA_DRIVER", FAKE_CUDA, 1)), context_(cuda::Driver::require(), 0) {}
   ~CapturesTest() override { ::unsetenv("TITANS_CUDA_DRIVER"); }
 
-  // One call with the addresses `key`; whether it was recorded before it.
+  // Makes a call with the addresses `key`. Returns whether it had been captured before.
   bool call(CUdeviceptr key) {
     bool wanted = false;
     if (captures_.find({key, 1}, wanted) != nullptr) return true;
@@ -46,7 +46,7 @@ TEST_F(CapturesTest, TheSecondCallIsRecorded) {
   EXPECT_FALSE(call(8));
 }
 
-// More sets of addresses than there is room for, in turns: some stay recorded, none is recorded again and again.
+// More sets of addresses than captures fit, in rotation: some stay captured, and none is captured repeatedly.
 TEST_F(CapturesTest, AFullStoreIsLeftAlone) {
   for (int round = 0; round < 5; ++round) {
     for (CUdeviceptr key = 0; key < 100; ++key) call(key);

@@ -1,4 +1,4 @@
-// Where a call of the CUDA kernel keeps things: pure arithmetic, which needs no GPU.
+// The plan of a CUDA call is pure arithmetic, so these tests need no GPU.
 #include <gtest/gtest.h>
 
 #include <algorithm>

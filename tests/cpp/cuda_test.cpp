@@ -1,4 +1,4 @@
-// What a backend keeps on a CUDA device, on the driver made for tests.
+// A backend's memory on a CUDA device, with the fake driver.
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
@@ -50,7 +50,7 @@ TEST_F(Cuda, AStripeIsCopiedInEachRow) {
   }
 }
 
-// Also where the last copy is still under way when the memory goes.
+// Includes memory that is freed while its last copy is pending.
 TEST_F(Cuda, MemoryIsWipedBeforeItGoesBack) {
   void* library = ::dlopen(FAKE_CUDA, RTLD_NOW);
   ASSERT_NE(library, nullptr);
@@ -101,7 +101,7 @@ TEST_F(Cuda, WhatIsRecordedRunsWhenItIsLaunched) {
   EXPECT_EQ(download(stream, memory)[0], 'x');
 }
 
-// A stream left in a recording would take no more work.
+// A stream that is left in capture mode would reject further work.
 TEST_F(Cuda, ARecordingThatFailsEnds) {
   const cuda::Context context(cuda::Driver::require(), 0);
   const cuda::Stream stream(context);
@@ -131,7 +131,7 @@ TEST_F(Cuda, DevicesByName) {
   expect_error(TITANS_UNSUPPORTED, {"cuda:3"}, [&] { cuda::find_device(driver, "cuda:3"); });
 }
 
-// Each by a name of its own, as a driver that was once loaded stays.
+// Each driver has its own file name, because a loaded driver stays loaded.
 TEST_F(Cuda, DriversThatDoNot) {
   const TemporaryFolder folder;
   const std::string library = folder.path() / "libcuda.so.1";
@@ -153,7 +153,7 @@ TEST_F(Cuda, DriversThatDoNot) {
   EXPECT_EQ(cuda::Driver::load(why_not), nullptr);
   EXPECT_NE(why_not.find("without a device"), std::string::npos) << why_not;
   ::setenv("TITANS_FAKE_DEVICES", "1", 1);
-  EXPECT_NE(cuda::Driver::load(why_not), nullptr);  // looked for again
+  EXPECT_NE(cuda::Driver::load(why_not), nullptr);  // searched again
 }
 
 }  // namespace

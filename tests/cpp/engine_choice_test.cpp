@@ -1,4 +1,4 @@
-// Which engine of a bundle is chosen, on devices that nobody here has.
+// The choice among a bundle's engines, for simulated devices.
 #include "session/engine_choice.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ class EngineChoice : public testing::Test {
   void refuse(titans_status status, const std::vector<std::string>& words) const {
     expect_error(status, words, [&] { choose(); });
   }
-  // Why the engine of that name was not chosen.
+  // The reason why the engine of that name was rejected.
   static std::string reason(const core::EngineChoice& choice, const std::string& name) {
     for (const auto& [other, why] : choice.others) {
       if (other == name) return why;
@@ -33,7 +33,7 @@ class EngineChoice : public testing::Test {
   }
 
   json engines = json::array({engine_json("orin", "tensorrt", 87)});
-  // A Jetson AGX Orin on which everything is installed.
+  // A Jetson AGX Orin with everything installed.
   core::DeviceInfo device_info{"cuda",
                                "Orin",
                                "linux-aarch64",
@@ -43,7 +43,7 @@ class EngineChoice : public testing::Test {
                                 {"tensorrt_rtx", {"1.7.1", "", "", "no plugins"}},
                                 {"onnxruntime", {"1.24.1", "", "", ""}}}};
   core::EngineRequest request{"m.titans", "cuda", "", "", "auto"};
-  mutable core::Manifest manifest_;  // what a choice points into
+  mutable core::Manifest manifest_;  // choices point into it
 };
 
 TEST_F(EngineChoice, TheOneThatFits) {
@@ -55,7 +55,7 @@ TEST_F(EngineChoice, TheOneThatFits) {
   EXPECT_NE(choice.reason.find("sm 87"), std::string::npos);
 }
 
-// Each mismatch by itself: its error, and the command or the package that mends it.
+// Each mismatch on its own: its error, and the command or package that fixes it.
 TEST_F(EngineChoice, AnotherCapability) {
   device_info.sm = 110;
   device_info.name = "Thor";
@@ -115,7 +115,7 @@ TEST_F(EngineChoice, AnEngineForTheCpuOnAGpu) {
   refuse(TITANS_UNSUPPORTED, {"made for cpu", "got cuda", "open the session on cpu"});
 }
 
-// Full TensorRT before TensorRT-RTX before ONNX Runtime, whatever the order in the manifest; among equals that order.
+// TensorRT comes before TensorRT-RTX and ONNX Runtime, in any manifest order. Equal engines keep the manifest's order.
 TEST_F(EngineChoice, TheFastestFirst) {
   engines = json::array({engine_json("ort", "onnxruntime", 87), engine_json("rtx", "tensorrt_rtx", 87),
                          engine_json("first", "tensorrt", 87), engine_json("second", "tensorrt", 87)});
@@ -133,7 +133,7 @@ TEST_F(EngineChoice, TheFastestFirst) {
   EXPECT_NE(reason(choose(), "first").find("not there"), std::string::npos);
 }
 
-// Of several that do not fit, the error is of the one that nearly does.
+// If several engines do not fit, the error is about the closest one.
 TEST_F(EngineChoice, TheNearestIsExplained) {
   engines = json::array(
       {engine_json("h100", "tensorrt", 90), engine_json("orin", "tensorrt", 87), engine_json("thor", "tensorrt", 110)});
@@ -151,7 +151,7 @@ TEST_F(EngineChoice, TheMemoryKernelIsAWishToo) {
 }
 
 TEST_F(EngineChoice, ThePlainGraphs) {
-  // Where there is no engine for such a device, or ONNX Runtime was named.
+  // If no engine is for such a device, or the request names ONNX Runtime.
   device_info.kind = request.device = "cpu";
   device_info.sm = device_info.driver = 0;
   core::EngineChoice choice = choose();
@@ -174,7 +174,7 @@ TEST_F(EngineChoice, ABackendWithoutAnEngine) {
   refuse(TITANS_UNSUPPORTED, {"made by tensorrt", "no engines", "titans-export build m.titans --target orin-agx"});
 }
 
-// An engine of ONNX Runtime for the CPU: newer releases read it, older ones do not, and then the plain graphs run.
+// An engine of ONNX Runtime for the CPU. Newer releases can read it. Older ones cannot, so the plain graphs run.
 TEST_F(EngineChoice, OnACpu) {
   engines[0] = engine_json("cpu-fp32", "onnxruntime", 0);
   engines[0].update({{"device", "cpu"},
@@ -191,7 +191,7 @@ TEST_F(EngineChoice, OnACpu) {
   EXPECT_NE(reason(choice, "cpu-fp32").find("1.23.9"), std::string::npos);
 }
 
-// Libraries are opened for those engines alone that the device fits.
+// Libraries are opened only for engines that fit the device.
 TEST_F(EngineChoice, WhichBackendsAreAsked) {
   engines = json::array({engine_json("h100", "tensorrt", 90), engine_json("rtx", "tensorrt_rtx", 87),
                          engine_json("orin", "tensorrt", 87), engine_json("newer", "tensorrt", 87)});
@@ -204,7 +204,7 @@ TEST_F(EngineChoice, WhichBackendsAreAsked) {
   EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{"tensorrt_rtx"});
   request.engine = "none";
   EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{});
-  // No library is opened by a name that comes from the bundle.
+  // Names from a bundle never open a library.
   request.engine = "";
   engines = json::array({engine_json("orin", "../evil", 87)});
   refuse(TITANS_UNSUPPORTED, {"no backend ../evil"});
@@ -215,7 +215,7 @@ TEST_F(EngineChoice, WhichBackendsAreAsked) {
   EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{"tensorrt_10"});
 }
 
-// Each target that has a name is named where an engine is missing.
+// If an engine is missing, the error names every target that has a name.
 TEST_F(EngineChoice, TargetsByDevice) {
   struct Device {
     int sm;

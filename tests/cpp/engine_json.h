@@ -1,4 +1,4 @@
-// An engine as a manifest has it, for tests.
+// An engine's manifest entry, for tests.
 #pragma once
 
 #include <string>
@@ -7,7 +7,8 @@
 
 namespace titans::test {
 
-// For a Jetson of compute capability `sm`, by that compiler, of the graph "decode" alone; TensorRT's has the plugin.
+// An engine for a Jetson of compute capability `sm`, built by `compiler`, with the graph "decode" only. TensorRT's has
+// the plugin.
 inline nlohmann::json engine_json(const std::string& name, const std::string& compiler, int sm) {
   using nlohmann::json;
   const bool plugin = compiler == "tensorrt";

@@ -1,4 +1,4 @@
-// Graph files that send ONNX Runtime to files of others.
+// Graph files that refer ONNX Runtime to external files.
 #include "backends/onnxruntime/external_data.h"
 
 #include <gtest/gtest.h>
@@ -13,18 +13,18 @@ const std::set<std::string, std::less<>> kFiles{"weights.safetensors", "cpu.safe
 
 std::string entry(const std::string& key, const std::string& value) { return field(1, key) + field(2, value); }
 
-// A tensor whose data lies there.
+// A tensor whose data is at this location.
 std::string tensor(const std::string& location) {
   return field(8, "E") + number(14, 1) + field(13, entry("location", location)) + field(13, entry("offset", "64"));
 }
 
-// A model of one graph.
+// A model with one graph.
 std::string model(const std::string& graph) { return number(1, 9) + field(7, graph); }
 
-// A node of one attribute.
+// A node with one attribute.
 std::string node(const std::string& attribute) { return field(4, "Op") + field(5, field(1, "a") + attribute); }
 
-// Every place in a model where a tensor may stand.
+// Models with the tensor in every possible place.
 std::vector<std::string> models_with(const std::string& tensor) {
   const std::string constant = node(field(5, tensor));
   const std::string sparse = field(1, tensor) + field(2, tensor);
@@ -77,7 +77,8 @@ TEST(ExternalData, WhatItHasNot) {
   }
 }
 
-// Of several the last counts, and messages that are there twice are joined: each is looked at.
+// If a field is repeated, the last occurrence counts; repeated messages are merged. The check must look at every
+// occurrence.
 TEST(ExternalData, OneOfSeveral) {
   const std::string good = entry("location", "weights.safetensors");
   const std::string bad = entry("location", "/etc/passwd");

@@ -1,4 +1,4 @@
-// The engine of fake_executor.h as a backend's library, for tests that go through the C interface.
+// The engine of fake_executor.h as a backend library, for tests through the C interface.
 #include "backends/backend.h"
 #include "fake_executor.h"
 

@@ -1,4 +1,4 @@
-// Buffers and workspaces without a device, for engines of tests. They count what is copied between them.
+// Buffers and workspaces in host memory, for the engines of tests. They count the bytes copied between them.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ namespace titans::test {
 inline constexpr std::size_t kFakeVocab = 8;
 
 struct FakeTraffic {
-  std::atomic<std::size_t> bytes_copied{0};     // from buffer to buffer
-  std::optional<int> uploads_before_a_failure;  // none: all succeed
+  std::atomic<std::size_t> bytes_copied{0};     // between buffers
+  std::optional<int> uploads_before_a_failure;  // unset: all succeed
 };
 
 struct FakeBuffer final : core::Buffer {
@@ -62,7 +62,7 @@ struct FakeWorkspace final : core::Workspace {
     EXPECT_LE((first_row + rows) * row, values.size());
     return values.data() + first_row * row;
   }
-  std::size_t row;  // elements
+  std::size_t row;  // in elements
   std::vector<float> values;
 };
 

@@ -1,9 +1,9 @@
-// A libcuda.so.1 for tests, over host memory. What is put into a stream is done as late as CUDA allows: when somebody
-// waits for it. So where the runtime forgets to wait, numbers are wrong, and not only now and then.
+// A fake libcuda.so.1 over host memory. Work in a stream runs as late as CUDA allows: when somebody waits for it. A
+// missing wait in the runtime therefore gives wrong numbers every time, not just sometimes.
 //
-// From the environment, read at each call: TITANS_FAKE_SM (89), TITANS_FAKE_DRIVER (13000), TITANS_FAKE_INTEGRATED (0),
-// TITANS_FAKE_DEVICES (1), TITANS_FAKE_NAME (Fake GPU), TITANS_FAKE_NO_CAPTURE (0), TITANS_FAKE_CUDA_BROKEN (0: else
-// what cuInit returns).
+// Environment variables, read at each call: TITANS_FAKE_SM (89), TITANS_FAKE_DRIVER (13000), TITANS_FAKE_INTEGRATED
+// (0), TITANS_FAKE_DEVICES (1), TITANS_FAKE_NAME (Fake GPU), TITANS_FAKE_NO_CAPTURE (0), TITANS_FAKE_CUDA_BROKEN (0;
+// otherwise the result of cuInit).
 #include <cuda.h>
 
 #include <algorithm>
@@ -31,13 +31,13 @@ struct CUgraphExec_st {
 
 struct CUstream_st {
   std::deque<Work> work;
-  std::size_t done = 0;  // pieces of work, since the beginning
+  std::size_t done = 0;  // tasks completed since the start
   CUgraph recording = nullptr;
 };
 
 struct CUevent_st {
   CUstream stream = nullptr;
-  std::size_t after = 0;  // so many pieces of its work
+  std::size_t after = 0;  // completes after this many of its tasks
 };
 
 namespace {
@@ -50,7 +50,7 @@ std::size_t graph_launches = 0;
 std::size_t contexts_held = 0;
 std::size_t freed_unwiped = 0;
 thread_local std::vector<CUcontext> current;
-thread_local int recordings = 0;  // that this thread has begun
+thread_local int recordings = 0;  // begun by this thread
 
 int number(const char* name, int otherwise) {
   const char* value = std::getenv(name);
@@ -70,7 +70,7 @@ void run_all(CUstream stream) { run_until(stream, stream->done + stream->work.si
 
 bool no_context() { return current.empty(); }
 
-// Whether [address, address + bytes) is within one allocation.
+// Whether [address, address + bytes) lies within one allocation.
 bool owned(CUdeviceptr address, std::size_t bytes) {
   auto after = device_memory.upper_bound(address);
   if (after != device_memory.begin()) {
@@ -113,10 +113,10 @@ void* allocate(std::size_t bytes) { return std::aligned_alloc(256, (bytes + 255)
 
 }  // namespace
 
-// For tests.
+// Functions for tests.
 FAKE std::size_t fake_cuda_graph_launches() { return graph_launches; }
 FAKE bool fake_cuda_has_context() { return !no_context(); }
-// How often memory went back that was not all zeros.
+// The number of allocations that were not all zeros when freed.
 FAKE std::size_t fake_cuda_unwiped() { return freed_unwiped; }
 FAKE std::size_t fake_cuda_held() {
   return device_memory.size() + pinned_memory.size() + streams.size() + contexts_held;
@@ -188,7 +188,7 @@ FAKE CUresult cuMemAlloc(CUdeviceptr* address, std::size_t bytes) {
   if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   if (recordings > 0) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   void* data = allocate(bytes);
-  std::memset(data, 0x7f, bytes);  // nothing that anybody may count on
+  std::memset(data, 0x7f, bytes);  // unspecified contents
   *address = reinterpret_cast<CUdeviceptr>(data);
   device_memory[*address] = bytes;
   return CUDA_SUCCESS;
@@ -196,7 +196,7 @@ FAKE CUresult cuMemAlloc(CUdeviceptr* address, std::size_t bytes) {
 FAKE CUresult cuMemFree(CUdeviceptr address) {
   const std::lock_guard lock(mutex);
   if (no_context()) return CUDA_ERROR_INVALID_CONTEXT;
-  for (const CUstream stream : streams) run_all(stream);  // as CUDA's waits for the device
+  for (const CUstream stream : streams) run_all(stream);  // like CUDA, waits for the device
   const auto found = device_memory.find(address);
   if (found == device_memory.end()) return CUDA_ERROR_INVALID_VALUE;
   count_unwiped(bytes_at(address), found->second);
@@ -232,7 +232,7 @@ FAKE CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void* from, std::size_t by
   if (!owned(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
   if (is_pinned(from, bytes)) return put(stream, [=] { std::memcpy(bytes_at(to), from, bytes); });
   if (stream->recording != nullptr) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  // The caller may reuse memory that is not pinned at once.
+  // The caller may reuse pageable memory immediately.
   const std::string copy(static_cast<const char*>(from), bytes);
   return put(stream, [=] { std::memcpy(bytes_at(to), copy.data(), bytes); });
 }

@@ -1,9 +1,9 @@
-// An ONNX Runtime with a CUDA provider for tests: the real one of $TITANS_REAL_ONNXRUNTIME, whose CPU provider stands
-// for the GPU's, with tests/cpp/fake_cuda.cpp's host memory for the GPU's memory. What is real is all that the backend
-// does around it: where buffers lie, what is copied and when, which nodes run where.
+// A fake ONNX Runtime with a CUDA provider. It wraps the real library $TITANS_REAL_ONNXRUNTIME: the CPU provider stands
+// in for the GPU's, and the host memory of tests/cpp/fake_cuda.cpp for device memory. The backend's own work is real:
+// the placement of buffers, the copies and their timing, and the assignment of nodes.
 //
-// From the environment: TITANS_FAKE_PROVIDER_BROKEN, what appending the provider says; TITANS_FAKE_NO_PROVIDER, there
-// is none.
+// Environment variables: TITANS_FAKE_PROVIDER_BROKEN, the error of appending the provider; TITANS_FAKE_NO_PROVIDER, the
+// provider is missing.
 #include <onnxruntime_c_api.h>
 
 #include <dlfcn.h>
@@ -31,7 +31,7 @@ char cuda_name[] = "CUDAExecutionProvider";
 char cpu_name[] = "CPUExecutionProvider";
 char* with_cuda[] = {cuda_name, cpu_name};
 char* without_cuda[] = {cpu_name};
-// What options there are; each session's are the same in a test.
+// The one options object, because all sessions of a test have the same options.
 int options_object;
 std::string device_id, use_tf32;
 
@@ -79,7 +79,7 @@ OrtStatus* ORT_API_CALL create_memory_info(const char* name, OrtAllocatorType ki
 const OrtApi* ORT_API_CALL get_api(uint32_t version) noexcept {
   if (version != ORT_API_VERSION) return real_base().GetApi(version);
   static OrtApi* api = [] {
-    // Of the real one only what this version has is looked at.
+    // Only members that this version of the API has are copied.
     auto* copy = static_cast<OrtApi*>(std::malloc(sizeof(OrtApi)));
     std::memcpy(static_cast<void*>(copy), &real(), sizeof(OrtApi));
     copy->GetAvailableProviders = providers;

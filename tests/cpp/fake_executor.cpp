@@ -72,7 +72,7 @@ class FakeExecutor final : public core::Executor {
   }
 
  private:
-  // Whether this call is the one that fails.
+  // Records the call. Returns whether it is the one that fails.
   bool note(const core::Call& call) {
     const std::lock_guard lock(control_.mutex);
     control_.calls.push_back(call.graph);

@@ -1,9 +1,9 @@
-// A backend without a device, for the bundle of test_bundle.h. It computes, for each token x at position p,
+// A host-memory backend for the bundle of test_bundle.h. For each token x at position p, it computes
 //   logits[v] = W0[0] + v * last + p
 //   W0[0] = W0[0] / 2 + x  if learning
 //   last = x
-// in numbers that float holds exactly, so tests compare without a tolerance. Of a vector x, where the bundle takes
-// these, it takes x[0] + 2 x[1] for the token.
+// All numbers are exact in float, so tests compare without a tolerance. In a bundle that takes vectors, a vector x
+// counts as the token x[0] + 2 x[1].
 #pragma once
 
 #include <functional>
@@ -18,13 +18,13 @@
 
 namespace titans::test {
 
-// What a test wants of the engine and learns about it.
+// The engine's configuration by a test, and the calls that the engine records.
 struct FakeControl {
   std::vector<bool> in_place{false, false};
-  int fail_at = -1;            // the call that fails after it has spoilt its outputs, counted from 0
-  std::optional<float> spoil;  // every logit, from here on
+  int fail_at = -1;            // index of the call that fails after overwriting its outputs, from 0
+  std::optional<float> spoil;  // replaces every logit from now on
   std::function<void()> before_call;
-  std::mutex mutex;  // guards what follows, of which calls on several threads tell
+  std::mutex mutex;  // guards the members below, which calls on several threads write
   std::vector<std::size_t> calls;
   int workspaces = 0;
   FakeTraffic traffic;
@@ -32,13 +32,13 @@ struct FakeControl {
 
 std::unique_ptr<core::Executor> make_fake_executor(const core::Bundle& bundle, FakeControl& control);
 
-// A session on a bundle in `folder`. Both outlive it, as does `control`.
+// A session on the bundle in `folder`. `folder` and `control` must outlive it.
 std::shared_ptr<core::Session> open_fake_session(const std::filesystem::path& folder, FakeControl& control,
                                                  const core::SessionOptions& options = {});
 
-// What the model answers, computed without any of the runtime.
+// The model's logits, computed without the runtime.
 std::vector<float> expected_logits(const std::vector<std::int32_t>& tokens, bool learning = true);
-// The same for vectors of kFakeInputs floats, one after the other.
+// The same for a sequence of vectors of kFakeInputs floats.
 std::vector<float> expected_outputs(const std::vector<float>& vectors, bool learning = true);
 
 }  // namespace titans::test

@@ -1,12 +1,11 @@
-// A library with TensorRT's interface for tests, which runs the model of fake_executor.h on the driver of
-// fake_cuda.cpp.
+// A fake library with TensorRT's interface, which runs the model of fake_executor.h on the driver of fake_cuda.cpp.
 //
-// Its engine files are lines of words, the first of them "FAKE ENGINE":
-//   plugin 1        the memory is updated in place by a plugin, whose library must have been loaded
+// Its engine files are lines of words, beginning with "FAKE ENGINE":
+//   plugin 1        a plugin updates the memory in place; its library must have been loaded
 //   in NAME TYPE EXTENT...    an input of 32-bit floats (TYPE 0), bools (4) or 64-bit integers (8)
 //   out NAME TYPE EXTENT...   an output
-//   host NAME       that input is wanted in host memory
-// Without the plugin it writes its outputs before it has read its inputs, so one buffer for both gives wrong numbers.
+//   host NAME       that input must be in host memory
+// Without the plugin, outputs are written before inputs are read, so a shared buffer gives wrong numbers.
 #include <cuda.h>
 #include <dlfcn.h>
 
@@ -24,7 +23,7 @@
 
 #define FAKE extern "C" __attribute__((visibility("default")))
 
-#ifndef FAKE_VERSION  // as getInferLibVersion has it
+#ifndef FAKE_VERSION  // in the format of getInferLibVersion
 #define FAKE_VERSION NV_TENSORRT_VERSION
 #endif
 
@@ -33,7 +32,7 @@ namespace {
 
 std::atomic<int> fail_at{-1};  // the enqueueV3 that fails, counted from now
 std::atomic<int> enqueued{0};
-std::atomic<int> alive{0};  // objects
+std::atomic<int> alive{0};  // number of objects
 
 struct Tensor {
   TensorIOMode mode;
@@ -76,7 +75,7 @@ struct Network {
   }
 };
 
-// The driver's function that puts a call into a stream; the runtime has opened it.
+// The driver's function that enqueues a host call. The runtime has opened the driver.
 decltype(&cuLaunchHostFunc) host_launcher() {
   void* driver = ::dlopen(std::getenv("TITANS_CUDA_DRIVER"), RTLD_NOW | RTLD_NOLOAD);
   return reinterpret_cast<decltype(&cuLaunchHostFunc)>(::dlsym(driver, "cuLaunchHostFunc"));
@@ -92,7 +91,7 @@ struct Step {
   const Network* network;
   std::map<std::string, void*> at;
   bool spoil;
-  std::int64_t host_position;  // where it is wanted in host memory, as of when the work was enqueued
+  std::int64_t host_position;  // if it is a host input: its value when the work was enqueued
 
   template <typename Value>
   Value* find(const char* name) const {
@@ -145,7 +144,7 @@ class Context final : public UnusedContext {
       }
     }
     const bool fails = fail_at >= 0 && fail_at-- == 0;
-    // As TensorRT computes shapes before the work itself has begun.
+    // Like TensorRT, computes shapes at enqueue, before the work begins.
     const std::int64_t position = *static_cast<const std::int64_t*>(at_["position"]);
     steps_.push_back(std::make_unique<Step>(Step{&network_, at_, fails, position}));
     const auto run = [](void* step) { static_cast<Step*>(step)->run(); };
@@ -160,7 +159,7 @@ class Context final : public UnusedContext {
   std::vector<std::unique_ptr<Step>> steps_;
 };
 
-// An object as the application holds it, around ours.
+// The application's handle for one of our objects.
 template <typename Interface, typename Implementation>
 class Holder final : public Interface {
  public:
@@ -249,7 +248,7 @@ FAKE void* createInferRuntime_INTERNAL(void* logger, std::int32_t) noexcept {
 }
 FAKE std::int32_t getInferLibVersion() noexcept { return FAKE_VERSION; }
 
-// For tests.
+// Functions for tests.
 FAKE void fake_nvinfer_fail_at(int call) { titans::test::fail_at = call; }
 FAKE int fake_nvinfer_enqueued() { return titans::test::enqueued; }
 FAKE int fake_nvinfer_alive() { return titans::test::alive; }

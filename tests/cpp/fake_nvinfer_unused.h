@@ -1,5 +1,5 @@
-// What TensorRT's interfaces want of an implementation and our backend never calls: each aborts. One list for all
-// versions; what a version lacks is then a function of our own that nobody knows.
+// The methods of TensorRT's interfaces that our backend never calls; each aborts. One list covers all versions. A
+// method that a version lacks is then just an unused function.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -13,7 +13,7 @@ namespace titans::test {
 #define UNUSED_CONST(result, call) \
   virtual result call const noexcept { std::abort(); }
 
-using namespace nvinfer1;  // NOLINT: what follows is nothing but its names
+using namespace nvinfer1;  // NOLINT: everything below uses its names
 using Name = char const*;
 
 class UnusedRuntime : public apiv::VRuntime {
@@ -154,7 +154,7 @@ class UnusedContext : public apiv::VExecutionContext {
   UNUSED(bool, setCommunicator(void*))
 };
 
-// Of a registry of plugins.
+// A plugin registry's.
 class UnusedRegistry : public IPluginRegistry {
  public:
   UNUSED(bool, registerCreator(IPluginCreator&, Name const))

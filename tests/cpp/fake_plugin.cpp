@@ -1,4 +1,4 @@
-// A library of plugins for tests: it names a creator of NeuralMemory, which makes nothing.
+// A fake plugin library. It lists a creator of NeuralMemory that creates nothing.
 #include <NvInferRuntime.h>
 
 #ifndef FAKE_PLUGIN_VERSION

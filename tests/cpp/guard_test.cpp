@@ -1,5 +1,5 @@
-// Guards, progress and cancellation, on an engine whose memory is a packed row. What a guarded stream must be is told
-// by one that is frozen by hand where the guard should step in.
+// Guards, progress and cancellation, on an engine with a packed row. The reference for a guarded stream is one that the
+// test freezes by hand where the guard should intervene.
 #include "stream/guard.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr std::int32_t kBad = 7;  // the token that breaks a limit
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr auto kChunk = static_cast<std::size_t>(kPackedChunk);
 
-// `count` tokens with the bad one at `bad` alone.
+// `count` tokens, with the bad one only at `bad`.
 Tokens tokens_with(std::size_t count, std::size_t bad) {
   Tokens tokens;
   for (std::size_t i = 0; i < count; ++i) tokens.push_back(static_cast<std::int32_t>((5 * i * i + 3 * i + 1) % 7));
@@ -43,7 +43,7 @@ struct Buffers {
   std::vector<bool> in_place;
 };
 
-// What kBad does, and the limit that it breaks.
+// The effect of kBad, and the limit that it exceeds.
 struct Attack {
   const char* name;
   float surprise;
@@ -63,7 +63,7 @@ class GuardTest : public testing::TestWithParam<std::tuple<Buffers, Attack>> {
  protected:
   GuardTest() {
     write_packed_bundle(folder_.path());
-    // The memory of another layout is none here: nothing says how many tokens a chunk of it has.
+    // Without a layout, the second memory's chunk length is unknown, so it becomes a cache here.
     nlohmann::json manifest = nlohmann::json::parse(read_file(folder_.path() / "manifest.json"));
     manifest["state"][1].erase("layout");
     manifest["state"][1]["role"] = "conv";
@@ -93,7 +93,7 @@ class GuardTest : public testing::TestWithParam<std::tuple<Buffers, Attack>> {
     EXPECT_EQ(a.position(), b.position());
     EXPECT_EQ(a.learning(), b.learning());
     EXPECT_EQ(a.last_output(), b.last_output());
-    // What follows sees all of the state that counts.
+    // Later outputs depend on the whole state.
     const Tokens more = tokens_with(11, 10);
     EXPECT_EQ(feed(*a.fork(), part(more, 0, 10)), feed(*b.fork(), part(more, 0, 10)));
   }
@@ -112,12 +112,12 @@ INSTANTIATE_TEST_SUITE_P(Limits, GuardTest, testing::Combine(testing::ValuesIn(k
 INSTANTIATE_TEST_SUITE_P(NotFinite, GuardTest,
                          testing::Combine(testing::ValuesIn(kBuffers), testing::ValuesIn(kNotFinite)), case_name);
 
-// Of a bad token that was consumed before there was a guard; NaN is then in the outputs, for good.
+// The bad token was consumed before the guard was set. NaN is then permanently in the outputs.
 class LateGuardTest : public GuardTest {};
 INSTANTIATE_TEST_SUITE_P(Limits, LateGuardTest,
                          testing::Combine(testing::ValuesIn(kBuffers), testing::ValuesIn(kLimits)), case_name);
 
-// Wherever the bad token is and however the stream is cut into feeds, SKIP makes of its chunk a frozen one.
+// For any position of the bad token and any split into feeds, SKIP freezes its chunk.
 TEST_P(GuardTest, SkipLeavesOutExactlyTheChunk) {
   constexpr std::size_t kCount = 22;
   for (const std::size_t bad : {0U, 3U, 5U, 7U, 9U, 14U}) {
@@ -125,7 +125,7 @@ TEST_P(GuardTest, SkipLeavesOutExactlyTheChunk) {
     for (const std::size_t cut : {1U, 2U, 3U, 5U, 8U, 22U}) {
       const auto stream = guarded(TITANS_GUARD_SKIP);
       for (std::size_t at = 0; at < kCount; at += cut) feed(*stream, part(tokens, at, std::min(at + cut, kCount)));
-      // The chunk up to where it was noticed: to its end or, where the output tells, to the end of that call.
+      // The chunk up to the point of detection: its end or, if the output shows it, the end of that call.
       std::size_t from = bad / kChunk * kChunk, to = from + kChunk;
       const titans_guard_report report = stream->guard_report();
       ASSERT_EQ(report.rollbacks, 1U) << bad << ' ' << cut;
@@ -160,7 +160,7 @@ TEST_P(GuardTest, FreezeLearnsNothingFromTheChunkOn) {
   }
 }
 
-// The rows that a feed returns are those of the memory that it kept.
+// A feed returns the rows of the memory that it kept.
 TEST_P(GuardTest, TheFeedsOwnLogitsAreThoseOfTheFrozenChunk) {
   const Tokens tokens = tokens_with(20, 10);
   const auto stream = guarded(TITANS_GUARD_SKIP);
@@ -186,12 +186,12 @@ TEST_P(GuardTest, RaiseLeavesTheStreamAsItWas) {
                  [&] { feed(*stream, part(tokens, head, 24)); });
     EXPECT_EQ(stream->guard_report().rollbacks, 1U);
     expect_same(*stream, plain);
-    // And it goes on with what is harmless.
+    // Harmless tokens still work afterwards.
     EXPECT_EQ(feed(*stream, part(tokens, 0, 9)), feed(plain, part(tokens, 0, 9)));
   }
 }
 
-// A failure of the backend while the chunk is consumed again leaves the stream before the feed, too.
+// If the backend fails while the chunk is consumed again, the stream also returns to its state before the feed.
 TEST_P(GuardTest, AFailureOnTheWayBackLeavesTheStreamAsItWas) {
   const Tokens tokens = tokens_with(16, 7);
   int failures = 0;
@@ -216,7 +216,7 @@ TEST_P(GuardTest, AFailureOnTheWayBackLeavesTheStreamAsItWas) {
     EXPECT_EQ(stream->position(), 16U);
     for (const float value : stream->last_output()) EXPECT_TRUE(std::isfinite(value));
   }
-  EXPECT_GT(failures, 0);  // of a frozen call; one that learns is consumed frozen where it fails
+  EXPECT_GT(failures, 0);  // of a frozen call; a learning one is consumed frozen if it fails
 }
 
 TEST_P(GuardTest, ACallThatFailsWhileItLearnsIsTakenBack) {
@@ -236,7 +236,7 @@ TEST_P(GuardTest, ACallThatFailsWhileItLearnsIsTakenBack) {
   expect_same(*stream, plain);
 }
 
-// A guard that is set when the open chunk has learned the bad token already, and one of a fork made then.
+// The guard is set after the open chunk has learned the bad token, on the stream and on a fork.
 TEST_P(LateGuardTest, WhatTheOpenChunkHadLearnedBeforeTheGuardIsDropped) {
   const Tokens tokens = tokens_with(12, 5);
   Stream stream(session_);
@@ -260,7 +260,7 @@ TEST_P(LateGuardTest, WhatTheOpenChunkHadLearnedBeforeTheGuardIsDropped) {
   }
 }
 
-// The checkpoints of a call that failed are none: it goes back to where that call began.
+// A failed call leaves no checkpoint: the stream returns to the call's start.
 TEST_P(GuardTest, ACallThatFailedLeavesNoCheckpoint) {
   const Tokens harmless = part(tokens_with(17, 16), 0, 16), tokens = tokens_with(16, 7);
   const auto stream = guarded(TITANS_GUARD_SKIP);
@@ -348,10 +348,10 @@ TEST_F(GuardedStream, NumbersAreThoseOfWAndS) {
   EXPECT_GT(report.peak_update_norm, 0.0F);
   EXPECT_NEAR(report.peak_update_norm, update, 1e-5F * update);
   EXPECT_NEAR(report.peak_surprise, surprise, 1e-5F * surprise);
-  EXPECT_EQ(report.chunks, 20U / kChunk + 20U);  // of the packed memory, and of the one that changes with each token
+  EXPECT_EQ(report.chunks, 20U / kChunk + 20U);  // of the packed memory, and of the one that changes with every token
 }
 
-// What a frozen chunk leaves as it was breaks no limit, also one that S is above already.
+// A frozen chunk leaves the memory unchanged and exceeds no limit, even if S is already above it.
 TEST_F(GuardedStream, ALimitBelowWhatIsThereStopsNoStream) {
   Stream stream(session_), plain(session_);
   for (Stream* one : {&stream, &plain}) one->feed(tokens_.data(), 8, TITANS_OUTPUT_NONE, nullptr, 0);
@@ -366,7 +366,7 @@ TEST_F(GuardedStream, ALimitBelowWhatIsThereStopsNoStream) {
   EXPECT_EQ(stream.last_output(), plain.last_output());
 }
 
-// A token of a stream with more rows than tokens may complete two chunks, which are then measured as one.
+// A token of a stream with more rows than tokens may complete two chunks, which are measured as one.
 TEST_F(GuardedStream, ATokenThatCompletesTwoChunksIsMeasured) {
   const TemporaryFolder folder;
   nlohmann::json manifest = manifest_json();
@@ -419,7 +419,7 @@ TEST_F(GuardedStream, CostsTheBuffersOfOneState) {
   EXPECT_EQ(session_->metrics().state_bytes.value(), plain.state_bytes() + guarded.state_bytes());
 }
 
-// In fewer bits than a float's, numbers are those that the bits stand for: W from (1, 2) to (1, 4), S = (3, 4).
+// Low-precision memories are measured by their decoded values: W from (1, 2) to (1, 4), S = (3, 4).
 struct Packed {
   const char* dtype;
   std::vector<std::uint32_t> before, after, broken;
@@ -437,7 +437,7 @@ INSTANTIATE_TEST_SUITE_P(
                            2},
                     Packed{"bfloat16", {0x40003F80, 0, 0, 0}, {0x40803F80, 0x40804040, 0, 0}, {0x7F803F80, 0, 0, 0}, 1},
                     Packed{"float16", {0x40003C00, 0, 0, 0}, {0x44003C00, 0x44004200, 0, 0}, {0x7E003C00, 0, 0, 0}, 1},
-                    // Elements, then a scale of a half; NaN as a scale.
+                    // Elements, then a scale of 0.5; then a scale of NaN.
                     Packed{
                         "int8", {0x0402, 0x3F00, 0, 0}, {0x0802, 0x3F00, 0x0806, 0x3F00}, {0x0402, 0x7FC0, 0, 0}, 2}),
     [](const auto& info) { return std::string(info.param.dtype); });
@@ -517,7 +517,7 @@ TEST_F(GuardedStream, AProgressFunctionEndsTheCall) {
 
 TEST_F(GuardedStream, CancelEndsTheCallThatRuns) {
   Stream stream(session_), plain(session_);
-  stream.cancel();  // nothing runs, so nothing ends
+  stream.cancel();  // no call is running, so nothing is cancelled
   stream.feed(tokens_.data(), 3, TITANS_OUTPUT_NONE, nullptr, 0);
   plain.feed(tokens_.data(), 3, TITANS_OUTPUT_NONE, nullptr, 0);
   std::size_t calls = 0;
@@ -564,7 +564,7 @@ TEST_F(LogTest, TellsWhatIsAsSevereAsWanted) {
   ASSERT_EQ(lines_.size(), 1U);
   EXPECT_EQ(lines_[0].first, TITANS_LOG_WARNING);
   EXPECT_EQ(lines_[0].second.rfind("[guard] logits without a finite maximum", 0), 0U) << lines_[0].second;
-  guard.policy = TITANS_GUARD_OFF;  // with SKIP a call that fails would be made again
+  guard.policy = TITANS_GUARD_OFF;  // with SKIP, a failed call would be repeated
   stream.set_guard(guard);
   control_.fail_at = static_cast<int>(control_.calls.size());
   EXPECT_THROW(stream.feed(&token, 1, TITANS_OUTPUT_NONE, nullptr, 0), core::Error);

@@ -1,5 +1,5 @@
-// Bundles made to do harm: whose hashes are right, so that what they say is what is looked at. What fuzzers find lies
-// in tests/fuzz/corpus.
+// Malicious bundles. Their hashes are correct, so the readers reach their contents. tests/fuzz/corpus has the fuzzers'
+// findings.
 #include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -22,7 +22,7 @@ class HostileBundle : public testing::Test {
  protected:
   HostileBundle() { write_bundle(folder_.path()); }
 
-  // With sizes and hashes of the files as they are.
+  // Computes the sizes and hashes of the actual files.
   void refuse(const json& manifest, const std::vector<std::string>& words) {
     write_manifest(folder_.path(), manifest);
     refuse(words);
@@ -39,7 +39,7 @@ class HostileBundle : public testing::Test {
   TemporaryFolder folder_;
 };
 
-// Whatever names a file, with the name listed and the file there to be read.
+// Every field that names a file, with the name listed and the file readable.
 TEST_F(HostileBundle, NamesThatLeadOutOfTheBundle) {
   const std::filesystem::path outside = folder_.path() / "outside";
   std::filesystem::create_directory(outside);
@@ -72,7 +72,7 @@ TEST_F(HostileBundle, EnginesWhoseFilesLeadOutOfTheBundle) {
   refuse(manifest, {"engines[0].weights.file", "a plain file name"});
 }
 
-// Each of these would have a reader wait for ever, read without end, or read what lies elsewhere.
+// Each of these files would block a reader, never end, or lead outside the bundle.
 TEST_F(HostileBundle, FilesThatAreNone) {
   for (const char* name : {"manifest.json", "state.safetensors", "weights.safetensors", "prefill.onnx"}) {
     const std::filesystem::path path = folder_.path() / name;
@@ -100,7 +100,7 @@ TEST_F(HostileBundle, FilesThatAreNone) {
   EXPECT_NO_THROW(core::Bundle{folder_.path()});
 }
 
-// Sizes that a reader must not believe. None of these may take memory: the test would not come to its end.
+// False sizes. A reader must not allocate for them; otherwise the test would run out of memory.
 TEST_F(HostileBundle, SizesBeyondTheFile) {
   const std::filesystem::path state = folder_.path() / "state.safetensors";
   std::string huge(8, '\0');
@@ -128,7 +128,7 @@ TEST_F(HostileBundle, SizesBeyondTheFile) {
   refuse(manifest, {"state[0].layout[0]"});
 }
 
-// A file of a size that only its name has: nothing but its hash is wrong, and that comes after the size.
+// A sparse file of 1 TiB. The size is checked before the hash, so the file is not read.
 TEST_F(HostileBundle, AFileWithHoles) {
   const std::filesystem::path state = folder_.path() / "state.safetensors";
   const std::string manifest = manifest_text();
@@ -176,7 +176,7 @@ TEST_F(HostileBundle, ErrorsStayOneLineAndShowNoControlCharacters) {
   }
 }
 
-// What is checked is what is used: files that are replaced in the folder afterwards are others.
+// The checked file is the one that is used, even if it is replaced in the folder afterwards.
 TEST_F(HostileBundle, AFileThatIsReplacedAfterTheCheck) {
   const core::Bundle bundle(folder_.path());
   float before = 0.0F;

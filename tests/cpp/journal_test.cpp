@@ -17,7 +17,7 @@ namespace {
 using core::Stream;
 using Tokens = std::vector<std::int32_t>;
 
-// What a token within a chunk may change: the coefficients, and the whole memory without chunks.
+// The bytes that a token within a chunk may change: the coefficients, and all of the memory without chunks.
 constexpr std::size_t kTokenBytes = kPackedHeads * kPackedCoefficientWords * sizeof(float) + kPackedOtherBytes;
 constexpr std::size_t kAllBytes = kPackedHeads * kPackedRow * sizeof(float) + kPackedOtherBytes;
 
@@ -40,7 +40,7 @@ class JournalTest : public testing::Test {
     return logits;
   }
 
-  // Every field of both memories, but for the rows of the open chunk beyond its fill.
+  // Every field of both memories, except rows of the open chunk beyond its fill.
   std::vector<float> memory(const Stream& stream) const {
     const auto fill = static_cast<std::ptrdiff_t>(stream.position() % static_cast<std::uint64_t>(kPackedChunk));
     std::vector<float> all;
@@ -62,7 +62,7 @@ class JournalTest : public testing::Test {
   std::shared_ptr<core::Session> session_;
 };
 
-// Tokens before the feed that fails, and its own.
+// The number of tokens before the failing feed, and in it.
 class FailedFeedTest : public JournalTest, public testing::WithParamInterface<std::pair<std::size_t, std::size_t>> {};
 
 INSTANTIATE_TEST_SUITE_P(Journal, FailedFeedTest,
@@ -121,7 +121,7 @@ TEST_F(JournalTest, ATokenWithinAChunkCopiesTheCoefficientsAlone) {
   EXPECT_EQ(copied({1}), kAllBytes);              // completes the chunk
   EXPECT_EQ(copied({1, 2}), kTokenBytes);         // one call
   EXPECT_EQ(copied({1}), kTokenBytes);            // to position 7
-  EXPECT_EQ(copied(some_tokens(17)), kAllBytes);  // many calls, but a copy of each byte at most
+  EXPECT_EQ(copied(some_tokens(17)), kAllBytes);  // many calls, but each byte is copied at most once
   EXPECT_EQ(copied({}), 0U);
   EXPECT_EQ(stream.position(), 24U);
 }
@@ -142,8 +142,8 @@ TEST_F(JournalTest, AResetThatFailsLeavesTheStreamAsItWas) {
   EXPECT_EQ(memory(stream), memory(Stream(session_)));
 }
 
-// A cache [1, 2, 11, 3] of which row r of the stream writes the rows 1 + r % 5 and 6 + r % 5. A row is a token, or
-// every three tokens are followed by two rows more.
+// A cache [1, 2, 11, 3]. Row r of the stream writes the rows 1 + r % 5 and 6 + r % 5. A row is a token, or two
+// additional rows follow every three tokens.
 class JournalOfACache : public testing::TestWithParam<core::StreamRows> {
  protected:
   static constexpr std::uint64_t kPeriod = 5;
@@ -154,7 +154,7 @@ class JournalOfACache : public testing::TestWithParam<core::StreamRows> {
     std::iota(live_.values.begin(), live_.values.end(), 1.0F);
   }
 
-  // A call that consumes the tokens, and leaves in their rows what must never be seen.
+  // A call that consumes the tokens and leaves values in their rows that must never become visible.
   void call(std::uint64_t position, std::uint64_t tokens) {
     journal_.save_for(position, tokens);
     for (std::uint64_t row_of_stream = state_.rows.before(position);
@@ -217,14 +217,14 @@ TEST_P(JournalOfACache, SavesTheRowsOfItsTokensAndNoneTwice) {
     EXPECT_EQ(saved(10, 1), kToken);
     EXPECT_EQ(saved(11, 3), 3 * kToken);
   } else {
-    EXPECT_EQ(saved(2, 1), 3 * kToken);  // its own row and two behind it
+    EXPECT_EQ(saved(2, 1), 3 * kToken);  // its own row and the two after it
     EXPECT_EQ(saved(3, 1), kToken);
     EXPECT_EQ(saved(3, 2), 2 * kToken);
   }
   for (const std::uint64_t tokens : {4, 5, 6, 50}) EXPECT_EQ(saved(12, tokens), kPeriod * kToken);
 }
 
-// Two rows of 16 words in chunks of 4, changed by `change`; the bytes saved for a token within a chunk.
+// Two rows of 16 words in chunks of 4, modified by `change`. Returns the bytes saved for a token within a chunk.
 template <typename Change>
 std::size_t bytes_saved_within_a_chunk(Change&& change) {
   using core::Written;
@@ -257,7 +257,7 @@ TEST(Journal, SavesTheFieldsThatATokenWrites) {
   EXPECT_EQ(words([](StateTensor& state) { state.layout[3].offset = 7; }), 5U);  // overlapping fields are saved once
   EXPECT_EQ(words([](StateTensor& state) { state.layout[2] = {"x", 6, {3}, core::FieldDtype::kBFloat16}; }), 6U);
   EXPECT_EQ(words([](StateTensor& state) { state.layout.clear(); }), 0U);
-  // A tensor that promises no chunks is saved whole.
+  // A tensor without chunks is saved whole.
   EXPECT_EQ(words([](StateTensor& state) { state.chunk.reset(); }), 16U);
 }
 
@@ -272,7 +272,7 @@ TEST(Journal, AMemoryWithOneGateAChunkIsSavedWhereOneEnds) {
   const std::vector<float> before = live.values;
   core::Journal journal;
   journal.watch(state, live, backup);
-  // Chunks end with the rows 3 and 7, those of token 3 and of the rows behind token 5.
+  // Chunks end with rows 3 and 7: those of token 3, and the additional rows after token 5.
   for (std::uint64_t position = 0; position < 12; ++position) {
     traffic.bytes_copied = 0;
     journal.begin();
@@ -285,7 +285,7 @@ TEST(Journal, AMemoryWithOneGateAChunkIsSavedWhereOneEnds) {
   }
   journal.begin();
   journal.save_for(0, 6);
-  EXPECT_EQ(traffic.bytes_copied, 3 * 128U);  // and what put the last change back
+  EXPECT_EQ(traffic.bytes_copied, 3 * 128U);  // and the copies that undo the last change
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The manifest's engines: what is read, and what is refused.
+// The manifest's engines: accepted and rejected entries.
 #include <gtest/gtest.h>
 
 #include "engine_json.h"
@@ -28,7 +28,7 @@ TEST(ManifestEngines, AreRead) {
   EXPECT_EQ(record.graphs[1].graph, 2U);
 }
 
-// Of a compiler that is not known here nothing is asked but the form.
+// Engines of unknown compilers only need the right form.
 TEST(ManifestEngines, NewerOnesDoNotHarm) {
   json engine = engine_json("npu", "somebody", 1);
   engine.update({{"device", "npu"}, {"sm", nullptr}, {"alias", "someway"}});

@@ -34,7 +34,7 @@ TEST(Manifest, NotJson) {
 }
 
 TEST(Manifest, DepthIsLimited) {
-  // Deep enough that going down by recursion would run out of stack.
+  // Deep enough to overflow the stack of a recursive parser.
   const std::string deep = std::string(300000, '[') + std::string(300000, ']');
   expect_error(TITANS_FAILED, {"manifest.json", "levels"}, [&] { core::Manifest::parse(deep); });
   expect_error(TITANS_FAILED, {"levels"}, [&] { core::Manifest::parse("{\"model\": " + deep + "}"); });
@@ -151,7 +151,7 @@ TEST(Manifest, ANewerSchemaIsUnsupportedWhateverElseItSays) {
                [] { parse({{"format", "titans-bundle"}, {"schema_version", 7}}); });
 }
 
-// Each required field, by its JSON pointer: without it, the error names it.
+// Each required field, by its JSON pointer. If it is missing, the error names it.
 class MissingField : public testing::TestWithParam<const char*> {};
 
 TEST_P(MissingField, IsNamed) {
@@ -179,7 +179,7 @@ struct Change {
 
 void PrintTo(const Change& change, std::ostream* out) { *out << change.pointer << " = " << change.value; }
 
-// A wrong value: the error names the field.
+// Invalid values. The error names the field.
 class WrongField : public testing::TestWithParam<Change> {};
 
 TEST_P(WrongField, IsNamed) {
@@ -200,7 +200,7 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"/state/0/shape", {1, 0, 4}}, Change{"/state/0/shape", {1, std::int64_t{1} << 62, 64}},
         Change{"/state/0/layout/0/offset", 3}, Change{"/state/0/layout/0/offset", -1},
         Change{"/state/0/layout/0/shape", {5}}, Change{"/state/0/layout/0/shape", {std::int64_t{1} << 62, 8}},
-        // State 0 is of shape [1, 1, 4].
+        // State 0 has shape [1, 1, 4].
         Change{"/state/0/written", 3}, Change{"/state/0/written", written(3, {0}, 4)},
         Change{"/state/0/written", written(-1, {0}, 4)}, Change{"/state/0/written", written(2, {0}, 0)},
         Change{"/state/0/written", written(2, {0}, 99)}, Change{"/state/0/written", written(2, {5}, 99)},

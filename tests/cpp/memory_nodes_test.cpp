@@ -15,7 +15,7 @@ namespace {
 
 using Names = std::vector<std::string>;
 
-// Field 1 of an attribute is its name, 4 a text, 6 a graph.
+// Attribute fields: 1 is the name, 4 a string, 6 a graph.
 std::string text_attribute(const std::string& name, const std::string& value) {
   return field(5, field(1, name) + field(4, value));
 }
@@ -52,7 +52,7 @@ std::string outputs(const Names& names) {
 
 std::string model(const std::string& graph) { return number(1, 10) + field(7, graph); }
 
-// Whether `state` and `next` of the graph with these nodes may be one buffer.
+// Whether `state` and `next` may share a buffer in a graph with these nodes.
 bool in_place(const std::string& nodes, const Names& graph_outputs = {"logits", "next"}) {
   const std::string bytes = model(nodes + outputs(graph_outputs));
   const core::GraphNodes found = core::read_nodes(bytes, "m.onnx");
@@ -96,7 +96,7 @@ TEST(StateFlow, AMemoryThatReadsTheWeightsBeforeAnothersChunks) {
   const std::string first = chunk({"other", "x"}, "y", "other_next", "before");
   const std::string second = chunk({"state", "y", "before"}, "logits", "next", "");
   EXPECT_TRUE(in_place(first + second));
-  // The weights before a chunk are no view of the state that they came from.
+  // The initial weights are not a view of the state.
   EXPECT_TRUE(in_place(chunk({"state", "x"}, "y", "next", "before") + plain("Add", {"y", "before"}, {"logits"})));
   EXPECT_FALSE(in_place(first + second + read("state", "x", "h"), {"logits", "next", "h"}));
 }
@@ -106,7 +106,7 @@ TEST(StateFlow, AReaderThatMayComeLater) {
   EXPECT_FALSE(in_place(writer + read("state", "x", "h") + plain("Add", {"y", "h"}, {"logits"})));
   EXPECT_FALSE(in_place(read("state", "y", "logits") + writer));
   EXPECT_FALSE(in_place(writer + plain("Add", {"y", "state"}, {"logits"})));
-  // It needs the first update, but the second writes.
+  // It depends on the first update, but the second one writes.
   const std::string two = update("state", "x", "y", "state1") + update("state1", "x", "logits", "next");
   EXPECT_TRUE(in_place(two));
   EXPECT_FALSE(in_place(two + read("state", "x", "h") + plain("Add", {"y", "h"}, {"unused"})));
@@ -137,7 +137,7 @@ TEST(StateFlow, WhatASubgraphCaptures) {
     EXPECT_FALSE(in_place(update("state", "x", "logits", "next") + plain("If", {"c"}, {"z"}, body)));
   }
   EXPECT_TRUE(in_place(plain("If", {"c"}, {"q"}, branches(plain("Relu", {"x"}, {"r"}), "r")) + writer));
-  // A reader that the update needs by way of a branch, which proves nothing: the branch may be dropped.
+  // The update depends on the reader only through a branch. That proves nothing, because the branch may be dropped.
   const std::string needs_reader = branches(plain("Relu", {"h"}, {"r"}), "r");
   EXPECT_FALSE(in_place(read("state", "x", "h") + plain("If", {"c"}, {"q"}, needs_reader) + writer));
   EXPECT_TRUE(in_place(read("state", "x", "h") + plain("If", {"h"}, {"q"}, needs_reader) + writer));

@@ -36,7 +36,7 @@ TEST(DurationHistogram, BucketsFollowEachOther) {
   EXPECT_EQ(DurationHistogram::bucket_of(~std::uint64_t{0}), DurationHistogram::kBuckets - 1);
 }
 
-// Against the sorted durations themselves.
+// Compares with the sorted durations.
 TEST(DurationHistogram, QuantilesAreRightToASixteenth) {
   DurationHistogram histogram;
   std::vector<std::uint64_t> durations;
@@ -99,7 +99,7 @@ TEST_F(MetricsTest, CountWhatStreamsDo) {
   EXPECT_EQ(metrics.failed, 1U);
   EXPECT_EQ(metrics.step.count, 3U);
   EXPECT_EQ(metrics.feed.count, 1U);
-  EXPECT_EQ(metrics.chunk_updates, 9U);  // a memory whose layout does not say where chunks end
+  EXPECT_EQ(metrics.chunk_updates, 9U);  // a memory whose layout has no chunk length
   EXPECT_GT(metrics.step.p50_seconds, 0);
   EXPECT_LE(metrics.step.p50_seconds, metrics.step.p99_seconds);
   EXPECT_LE(metrics.step.p99_seconds, metrics.step.max_seconds);

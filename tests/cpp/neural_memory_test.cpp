@@ -1,5 +1,5 @@
-// The checks of both memory operators, and properties of the CPU kernels beyond their numbers: no allocation, and the
-// same results with any number of threads. (tests/plugins compares numbers with outside oracles.)
+// The checks of both memory operators, and two properties of the CPU kernels: they do not allocate, and their results
+// do not depend on the number of threads. (tests/plugins compares numbers with independent oracles.)
 #include <any>
 #include <atomic>
 #include <cmath>
@@ -28,7 +28,7 @@ std::atomic<std::size_t> allocations{0};
 
 }  // namespace
 
-// Every operator new of this program. The others of the standard library call these.
+// Counts the program's allocations. The other forms of operator new in the standard library call these.
 void* operator new(std::size_t size) {
   ++allocations;
   if (void* memory = std::malloc(size)) return memory;
@@ -43,7 +43,7 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
   const auto line = static_cast<std::size_t>(alignment);
   void* memory = std::aligned_alloc(line, (size + line - 1) / line * line);
   if (memory == nullptr) throw std::bad_alloc();
-  // NaN, so that scratch that is read before it is written shows.
+  // NaN, so that a read of uninitialized scratch shows.
   return std::memset(memory, 0xFF, size);
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
@@ -71,7 +71,7 @@ Attributes attributes(const std::string& mode = "update", const std::string& sch
   return a;
 }
 
-// With every attribute of the chunk operator.
+// Sets every attribute of the chunk operator.
 ChunkAttributes chunk_attributes(const std::string& schedule = "any") {
   ChunkAttributes a;
   fill_common(a, schedule);
@@ -190,14 +190,14 @@ std::unique_ptr<CpuKernel> make(const Configuration& c, std::string_view target)
   return kernel;
 }
 
-// "[NeuralMemory] problem. Fix: something (TITANS-E0701)", in one line.
+// Checks the form "[NeuralMemory] problem. Fix: something (TITANS-E0701)", on one line.
 void expect_form(const std::string& error) {
   EXPECT_TRUE(
       std::regex_match(error, std::regex(R"(\[(Chunk)?NeuralMemory\] [^\n]+[^.\n]\. Fix: [^\n]+ \(TITANS-E\d{4}\))")))
       << error;
 }
 
-// Runs a call that must be refused: the message has these words, and nothing is written.
+// Runs a call that must be rejected with these words, and checks that nothing is written.
 template <class Configuration>
 void expect_refused(const Configuration& c, Call& call, const std::string& words) {
   const std::vector<float> state = call.values(kState), next = call.values(kStateOut), y = call.values(kY);
@@ -273,7 +273,7 @@ TEST(ChunkNeuralMemoryAttributes, WrongOnesAreRefusedByName) {
   EXPECT_EQ(configured(left_out).batch_size, kChunk);
 }
 
-// A reader that has every attribute, and one that has none.
+// One reader has every attribute, the other none.
 TEST(AttributeTables, AreReadAndWrittenWhole) {
   const ChunkAttributes from = chunk_attributes();
   std::map<std::string, std::any> written;
@@ -425,7 +425,7 @@ TEST(NeuralMemoryCheck, RefusesValuesOutOfRange) {
     expect("at stream 1, head 2, token 1", [&](Call& call) { call.values(kForgetGate)[16] = bad; });
     expect("gate not finite: step_size is", [&](Call& call) { call.values(kStepSize)[0] = bad; });
   }
-  // What does not count may hold anything.
+  // Padding may hold anything.
   Call padded(c);
   padded.integers(kValid, {3, 1});
   padded.values(kMomentum)[16] = std::numeric_limits<float>::quiet_NaN();
@@ -502,7 +502,7 @@ TEST_P(NeuralMemoryKernel, RunsOnSeveralThreadsAtOnce) {
   EXPECT_EQ(wrong, 0);
 }
 
-// All instruction sets agree with two other kernels to rounding: none of them leaves out a lane.
+// All instruction sets agree with two other kernels to rounding error, for widths that leave partial vectors.
 TEST_P(NeuralMemoryKernel, AgreesWithThePlainAndTheTextbookOne) {
   for (const std::vector<std::int64_t>& widths : {std::vector<std::int64_t>{6, 6}, {6, 33, 6}, {6, 17, 40, 6}}) {
     Attributes a = attributes();
@@ -516,7 +516,7 @@ TEST_P(NeuralMemoryKernel, AgreesWithThePlainAndTheTextbookOne) {
       EXPECT_EQ(make(c, "plain")->run(plain.operands, alone()), "");
       EXPECT_EQ(make_textbook_kernel(c, error)->run(textbook.operands, alone()), "");
       EXPECT_EQ(make(c, GetParam())->run(other.operands, alone()), "");
-      // Rows of no token of the open chunk may hold anything. The textbook kernel writes more of them.
+      // Rows beyond the open chunk's tokens are unspecified. The textbook kernel writes more of them.
       const auto is_row = [&](Operand operand, std::size_t i) {
         const std::int64_t at = static_cast<std::int64_t>(i) % layout.size;
         return operand == kStateOut && at >= layout.layer_input[0] && at < layout.e;

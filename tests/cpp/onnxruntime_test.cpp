@@ -1,5 +1,5 @@
-// The shared library with the ONNX Runtime backend, through the C++ header. The bundle is any; what is compared is the
-// runtime with itself. (Against an independent model: tests/runtime.)
+// The shared library with the ONNX Runtime backend, through the C++ header. Works with any bundle, because it compares
+// the runtime with itself. (tests/runtime compares with an independent model.)
 #include <cstdlib>
 #include <string>
 

@@ -13,7 +13,7 @@ using nlohmann::json;
 
 constexpr auto kChunk = static_cast<std::size_t>(kPackedChunk);
 
-// Where the fields of a row lie.
+// The offsets of a row's fields.
 constexpr std::size_t kW = 0;
 constexpr std::size_t kS = 2;
 constexpr std::size_t kLeft = 4;
@@ -31,7 +31,7 @@ void start_chunk(float* row) {
 }
 
 void append(float* row, std::size_t fill, float left, float right, bool learn) {
-  row[kLeft + fill] = learn ? left : 0.0F;  // times 0 a NaN would still be one
+  row[kLeft + fill] = learn ? left : 0.0F;  // NaN times 0 would be NaN
   row[kRight + fill] = learn ? right : 0.0F;
   row[kE + fill] = row[kA + fill] = 0.0F;
   if (!learn) return;
@@ -44,7 +44,7 @@ void append(float* row, std::size_t fill, float left, float right, bool learn) {
   row[kBeta] /= 2;
 }
 
-// W as of the token at `fill`.
+// W after the token at `fill`.
 float current(const float* row, std::size_t element, std::size_t fill) {
   float w = row[kBeta] * row[kW + element] + row[kF] * row[kS + element];
   for (std::size_t s = 0; s <= fill; ++s) w -= row[kA + s] * row[kLeft + s] * row[kRight + s];
@@ -61,7 +61,7 @@ void update_chunk(float* row) {
   start_chunk(row);
 }
 
-// All that a call of `tokens` tokens at `fill` may write.
+// Overwrites everything that a call of `tokens` tokens at `fill` may write.
 void spoil(float* row, std::size_t fill, std::size_t tokens) {
   const bool completes = fill + tokens >= kChunk;
   for (std::size_t i = completes ? 0 : kPackedCoefficients; i < kPackedRow; ++i) row[i] = std::nanf("");
@@ -135,7 +135,7 @@ json coefficient(const char* name, std::size_t offset, const json& shape, int at
           {"kind", "coefficient"}, {"written", "token"}, {"at_start", at_start}};
 }
 
-// No field has a name that any operator uses: what the runtime does with a row follows from kinds alone.
+// The field names are not those of any operator, because the runtime must rely on the kinds only.
 json packed_layout() {
   const json two{2}, chunk{kPackedChunk}, number = json::array();
   return json::array({

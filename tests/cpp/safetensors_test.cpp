@@ -21,7 +21,7 @@ class SafetensorsTest : public testing::Test {
     });
   }
 
-  // One tensor "x" with that entry over eight bytes of data.
+  // A tensor "x" with this entry, and eight bytes of data.
   void refuse_entry(const std::string& entry, const std::vector<std::string>& words) {
     refuse(safetensors(R"({"x": )" + entry + "}", std::string(8, 'x')), words);
   }
@@ -36,7 +36,7 @@ TEST_F(SafetensorsTest, ReadsWhatIsThere) {
                     float_bytes({1.5F, 2.5F})));
   const core::MappedFile file(folder_.path() / "t.safetensors");
   const core::Tensors tensors = core::read_safetensors(file, "t.safetensors");
-  EXPECT_EQ(tensors.size(), 2U);  // a type unknown here is left out
+  EXPECT_EQ(tensors.size(), 2U);  // unknown types are skipped
   float one = 0.0F;
   std::memcpy(&one, tensors.at("one").data, sizeof(one));
   EXPECT_EQ(one, 1.5F);

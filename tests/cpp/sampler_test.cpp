@@ -14,10 +14,10 @@ using core::Sampler;
 using core::Sampling;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Probabilities 1/2, 1/4, 1/8, 1/8, in an order that is not theirs.
+// Probabilities 1/4, 1/8, 1/2, 1/8, unsorted.
 const std::vector<float> kLogits{std::log(2.0F), std::log(1.0F), std::log(4.0F), std::log(1.0F)};
 
-// That draws fall on the tokens as often as `probabilities` say.
+// Checks that the frequencies of draws match `probabilities`.
 void expect_distribution(const Sampling& sampling, const std::vector<float>& logits,
                          const std::vector<double>& probabilities) {
   constexpr int kDraws = 20000;
@@ -28,7 +28,7 @@ void expect_distribution(const Sampling& sampling, const std::vector<float>& log
   }
   for (std::size_t token = 0; token < counts.size(); ++token) {
     const double p = probabilities[token];
-    // Five standard deviations; the seed is fixed, so this cannot fail by chance.
+    // Five standard deviations. The seed is fixed, so the test is deterministic.
     EXPECT_NEAR(static_cast<double>(counts[token]) / kDraws, p, 5.0 * std::sqrt(p * (1.0 - p) / kDraws)) << token;
   }
 }
@@ -46,7 +46,7 @@ TEST(Sampler, Temperature) {
 
 TEST(Sampler, TopK) {
   expect_distribution(with(1.0, 2, 1.0, 0.0), kLogits, {1.0 / 3, 0, 2.0 / 3, 0});
-  // Of equals the smaller token stays.
+  // Among equals, the smaller token stays.
   expect_distribution(with(1.0, 3, 1.0, 0.0), kLogits, {2.0 / 7, 1.0 / 7, 4.0 / 7, 0});
   expect_distribution(with(1.0, 100, 1.0, 0.0), kLogits, {0.25, 0.125, 0.5, 0.125});
 }
@@ -63,7 +63,7 @@ TEST(Sampler, MinP) {
 }
 
 TEST(Sampler, TopPCountsWhatTopKLeft) {
-  // Of all, 0.6 needs two tokens; of the two that top_k leaves, the first has 2/3 alone.
+  // Of all tokens, 0.6 needs two. Of the two that top_k leaves, the first alone has 2/3.
   expect_distribution(with(1.0, 2, 0.6, 0.0), kLogits, {0, 0, 1, 0});
 }
 
@@ -77,7 +77,7 @@ TEST(Sampler, ExtremesStayFinite) {
   for (const double temperature : {1e-30, 1.0, 1e30}) {
     Sampler sampler(with(temperature, 0, 1.0, 0.0));
     for (std::uint64_t i = 0; i < 100; ++i) {
-      EXPECT_EQ(sampler.sample({-kInfinity, 3e38F, -kInfinity}, i), 1);  // what has no chance is never drawn
+      EXPECT_EQ(sampler.sample({-kInfinity, 3e38F, -kInfinity}, i), 1);  // impossible tokens are never drawn
     }
   }
 }

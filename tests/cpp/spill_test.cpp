@@ -1,4 +1,4 @@
-// A budget for what is in memory: streams beyond it wait in files and come back exactly, whatever fails.
+// A memory budget: streams beyond it wait in files and come back exactly, whatever fails.
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -32,7 +32,7 @@ using Tokens = std::vector<std::int32_t>;
 
 constexpr std::size_t kVocab = kFakeVocab;
 const Tokens kTokens{3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 0, 7, 7};
-// Of the bundle of test_bundle.h: [1, 1, 4] and [1, 1] three times over, or twice in place, and the logits.
+// For the bundle of test_bundle.h: [1, 1, 4] and [1, 1] three times, or twice if in place, plus the logits.
 constexpr std::uint64_t kStreamBytes = 3 * 20 + kVocab * 4;
 constexpr std::uint64_t kStreamBytesInPlace = 2 * 20 + kVocab * 4;
 
@@ -56,7 +56,7 @@ std::vector<float> row(const std::vector<float>& logits, std::size_t index) {
           logits.begin() + static_cast<std::ptrdiff_t>((index + 1) * kVocab)};
 }
 
-// While it lives files have room for no more than a byte.
+// While an object lives, files are limited to one byte.
 class FullDisk {
  public:
   FullDisk() {
@@ -113,13 +113,13 @@ TEST_P(SpillTest, StreamsBeyondTheBudgetComeBackExactly) {
     ASSERT_EQ(metrics.spilled, metrics.restored + 4);
     ASSERT_EQ(list(spill_.path()).size(), 4U);
   }
-  // What needs no state brings none back.
+  // Calls that need no state do not reload the stream.
   EXPECT_EQ(streams[0]->position(), kTokens.size());
   EXPECT_TRUE(streams[0]->learning());
   EXPECT_EQ(streams[0]->state_bytes(), bytes_);
   streams[0]->set_learning(false);
   EXPECT_EQ(list(spill_.path()).size(), 4U);
-  streams[1].reset();  // a spilled one, and a resident one
+  streams[1].reset();  // one spilled, one resident
   streams[5].reset();
   EXPECT_EQ(list(spill_.path()).size(), 3U);
   EXPECT_FALSE(streams[0]->learning());
@@ -153,7 +153,7 @@ TEST_P(SpillTest, TheOneUsedLongestAgoGoesFirst) {
   feed(a, {1});
   const auto restored = [&] { return session->metrics().restored.value(); };
   const std::uint64_t before = restored();
-  Stream c(session);  // b goes
+  Stream c(session);  // b is spilled
   feed(a, {1});
   EXPECT_EQ(restored(), before);
   feed(b, {1});
@@ -164,7 +164,7 @@ TEST_P(SpillTest, AStreamInUseStays) {
   const auto session = open(1);
   Stream a(session), b(session);
   const Stream::Use use(a);
-  feed(b, {1});  // beyond the budget for as long as it takes
+  feed(b, {1});  // exceeds the budget during the call
   EXPECT_EQ(session->metrics().resident_bytes.value(), bytes_);
   EXPECT_EQ(row(feed(b, {2}), 0), row(expected_logits({1, 2}), 1));
 }
@@ -217,7 +217,7 @@ TEST_P(SpillTest, FilesCannotBeReadByOthers) {
   EXPECT_EQ(read_file(files[0]).substr(0, 8), "TITANSE1");
 }
 
-// What wants room fails, and nothing is lost.
+// Calls that need room fail without losing data.
 TEST_P(SpillTest, ADiskThatIsFull) {
   const auto session = open(2);
   Stream a(session), b(session);
@@ -234,7 +234,7 @@ TEST_P(SpillTest, ADiskThatIsFull) {
   auto c = std::make_unique<Stream>(session);
   feed(*c, {6});
   full.emplace();
-  // One of a and b has gone; it stays where it is until there is room.
+  // Either a or b has been spilled. It stays in its file until there is room.
   const std::size_t spilled = list(spill_.path()).size();
   EXPECT_EQ(spilled, 1U);
   std::size_t failed = 0;
@@ -253,7 +253,7 @@ TEST_P(SpillTest, ADiskThatIsFull) {
   EXPECT_EQ(feed(*c, {5}), row(expected_logits({6, 5}), 1));
 }
 
-// A stream beyond the budget that cannot be spilled as its call ends is logged. A log function may use the library.
+// A stream that cannot be spilled at the end of its call is logged. The log function may call the library.
 TEST_P(SpillTest, ALogFunctionClosesAStream) {
   const auto session = open(1);
   Stream a(session), b(session);
@@ -267,7 +267,7 @@ TEST_P(SpillTest, ALogFunctionClosesAStream) {
                 const_cast<void*>(static_cast<const void*>(&tell)), TITANS_LOG_WARNING);
   std::optional<FullDisk> full;
   {
-    const Stream::Use one(a), other(b);  // both in memory, and c is not
+    const Stream::Use one(a), other(b);  // both resident, so c is spilled
     full.emplace();
   }
   full.reset();
@@ -278,7 +278,7 @@ TEST_P(SpillTest, ALogFunctionClosesAStream) {
   EXPECT_EQ(session->metrics().resident_bytes.value(), 2 * bytes_);
 }
 
-// The first of a guard's two buffers has room and the second has not: none stays.
+// The first of a guard's two buffers fits and the second does not: neither is kept.
 TEST_P(SpillTest, AGuardThatHasNoRoom) {
   const auto session = open(2, 16);
   Stream a(session), b(session);
@@ -328,7 +328,7 @@ TEST_P(SpillTest, WhatAKilledProcessHasLeftGoes) {
   write_file(foreign / "lock", "");
   write_file(foreign / "letter.txt", "not ours");
   write_file(other / "0-0.tstate", "somebody's own");
-  // A link to a folder is not followed.
+  // Symbolic links to folders are not followed.
   fs::create_directory_symlink(other, spill_.path() / "titans-spill-link12");
   write_file(other / "lock", "");
   const auto session = open(1);
@@ -354,7 +354,7 @@ TEST_P(SpillTest, TwoSessionsInOneFolder) {
   EXPECT_EQ(feed(a, {4}), row(expected_logits({3, 1, 4, 4}), 3));
 }
 
-// A guard's checkpoint, which lies before what the stream has consumed, goes and comes back with it.
+// A guard's checkpoint of an earlier position is spilled and restored with the stream.
 TEST(SpillGuard, WhatAGuardWouldTakeBackIsTheSame) {
   for (const std::vector<bool>& in_place : {std::vector<bool>{true, true, true}, {false, false, false}}) {
     TemporaryFolder bundle, spill;
@@ -365,7 +365,7 @@ TEST(SpillGuard, WhatAGuardWouldTakeBackIsTheSame) {
       control.surprising[7] = 1e4F;
       core::SessionOptions options;
       const titans_guard limits{sizeof(titans_guard), TITANS_GUARD_SKIP, 1e3F, std::numeric_limits<float>::infinity()};
-      if (spilled) {  // room for one that is guarded
+      if (spilled) {  // room for one guarded stream
         Stream probe(open_packed_session(bundle.path(), control));
         probe.set_guard(limits);
         options.memory_budget = probe.state_bytes();
@@ -393,7 +393,7 @@ TEST(SpillGuard, WhatAGuardWouldTakeBackIsTheSame) {
   }
 }
 
-// Killed at any moment, a process leaves nothing that hinders the next.
+// A process that is killed at any moment does not hinder the next one.
 TEST(SpillKilled, TheNextSessionGoesOn) {
   TemporaryFolder bundle, spill;
   write_bundle(bundle.path());

@@ -1,4 +1,4 @@
-// State files from inside: what is written, all that is refused, and states in another dtype.
+// State files: the written contents, all rejections, and states in another dtype.
 #include "state/state_file.h"
 
 #include <fcntl.h>
@@ -76,7 +76,7 @@ TEST_P(StateTest, ARestoredStreamGoesOnAtAnyCut) {
       save_state(file_, session_->state_schema(), stream.state(), key);
       Stream restored(session_, load_state(file_, session_->state_schema(), key));
       EXPECT_EQ(restored.position(), cut);
-      EXPECT_EQ(restored.last_output(), stream.last_output());  // zeros of a fresh one
+      EXPECT_EQ(restored.last_output(), stream.last_output());  // zeros, as of a fresh stream
       ASSERT_EQ(feed(restored, part(cut, kTokens.size())), expected_tail(cut)) << cut;
       ASSERT_EQ(feed(stream, part(cut, kTokens.size())), expected_tail(cut)) << cut;
     }
@@ -124,7 +124,7 @@ TEST_P(StateTest, MarksAreGoneBackTo) {
   EXPECT_EQ(feed(stream, part(6, kTokens.size())), expected_tail(6));
   stream.rewind(3);
   EXPECT_EQ(stream.marks(), (std::vector<std::uint64_t>{3}));
-  EXPECT_EQ(stream.mark(), 3U);  // takes the place of the one before
+  EXPECT_EQ(stream.mark(), 3U);  // replaces the previous mark
   feed(stream, {1, 2});
   stream.rewind(3);
   EXPECT_EQ(feed(stream, part(3, kTokens.size())), expected_tail(3));
@@ -153,7 +153,7 @@ TEST_P(StateTest, ARewindThatFailsChangesNothing) {
   EXPECT_EQ(feed(stream, part(8, kTokens.size())), expected_tail(8));
 }
 
-// ---- files that are refused ----
+// ---- rejected files ----
 
 class StateFileTest : public testing::Test {
  protected:
@@ -167,7 +167,7 @@ class StateFileTest : public testing::Test {
     content_ = read_file(file_);
   }
 
-  // The header's JSON, and the file again from a changed one, sealed with the hash that is right for it.
+  // The header's JSON. The second function writes the file again with a changed header and the correct hash.
   json header() const {
     std::uint64_t length = 0;
     std::memcpy(&length, content_.data(), sizeof(length));
@@ -231,7 +231,7 @@ TEST_F(StateFileTest, EveryByteAltered) {
         load_state(file_, session_->state_schema(), nullptr);
         ADD_FAILURE() << "byte " << at << " flipped by " << flip;
       } catch (const core::Error& error) {
-        // Where it is a digit of the version the file is one of a newer version.
+        // If the byte is a digit of the version, the file appears to be of a newer version.
         EXPECT_TRUE(error.status() == TITANS_FAILED || error.status() == TITANS_UNSUPPORTED) << error.what();
       }
     }
@@ -307,7 +307,7 @@ TEST_F(StateFileTest, WhatIsSealedAndWrongAllTheSame) {
   refused(TITANS_FAILED, {"offset"});
 
   json changed = header();
-  changed.erase("last_output");  // the last in the file
+  changed.erase("last_output");  // the last tensor in the file
   write_sealed(changed, data().substr(0, data().size() - kVocab * sizeof(float)));
   refused(TITANS_FAILED, {"missing tensor last_output"});
 }
@@ -320,7 +320,7 @@ TEST_F(StateFileTest, AnotherModel) {
   const auto session = open_fake_session(other.path(), control_);
   expect_error(TITANS_FAILED, {"expected other (weights abc123)", "fake (weights "},
                [&] { load_state(file_, session->state_schema(), nullptr); });
-  // Another bundle of the same checkpoint is the same model, whatever its files.
+  // Another bundle of the same checkpoint is the same model, even if its files differ.
   save_state(file_, session->state_schema(), Stream(session).state(), nullptr);
   TemporaryFolder third;
   manifest["model"]["name"] = "other-quantised";
@@ -364,11 +364,11 @@ TEST_F(StateFileTest, Encrypted) {
 }
 
 TEST_F(StateFileTest, ASizeBeyondThisModelIsNotRead) {
-  std::filesystem::resize_file(file_, std::uintmax_t{1} << 40);  // a hole: it takes no room
+  std::filesystem::resize_file(file_, std::uintmax_t{1} << 40);  // a sparse file
   refused(TITANS_FAILED, {"at most", "1099511627776"});
 }
 
-// A header of a million small values is refused as quickly as it is read: in time that grows with its length.
+// Rejecting a header of a million small values takes time linear in its length.
 TEST_F(StateFileTest, AHeaderOfManyValues) {
   json header = this->header();
   json& padding = header["__metadata__"]["pad"] = json::array();
@@ -409,7 +409,7 @@ TEST_F(StateFileTest, ASizeBeyondThisMachineIsNotRead) {
   expect_error(TITANS_FAILED, {"at most", "8796093022208"}, [&] { core::read_state(file_, nullptr); });
 }
 
-// ---- files that take their place at once ----
+// ---- files that are renamed into place ----
 
 TEST_F(StateFileTest, WhatAKilledWriterLeftIsRemoved) {
   const std::filesystem::path aside = file_.string() + ".tmp";
@@ -484,7 +484,7 @@ core::MemoryField update_count() {
   return {"number", 0, {}, core::FieldDtype::kFloat32, "update_count", core::Written::kChunk};
 }
 
-// A tensor of one row: the fields one after the other.
+// A tensor of one row with contiguous fields.
 core::StateTensor memory_of(const std::vector<core::MemoryField>& fields) {
   core::StateTensor state{};
   state.name = "m";
@@ -522,7 +522,7 @@ using core::FieldDtype;
 TEST(StateConversion, ToBfloat16AndBack) {
   const auto wide = memory_of({{"W0", 0, {1, 3}}, {"a", 0, {2}}});
   const auto narrow = memory_of({{"W0", 0, {1, 3}, FieldDtype::kBFloat16}, {"a", 0, {2}}});
-  // 1 + 2^-8 lies in the middle of two and goes to the even one.
+  // 1 + 2^-8 is a tie and rounds to even.
   const std::vector<float> there = convert(wide, {1.00390625F, -3.0F, 1.01171875F, 5.0F, 6.0F}, narrow);
   EXPECT_EQ(values_of(narrow, there, 0), (std::vector<float>{1.0F, -3.0F, 1.015625F}));
   EXPECT_EQ(values_of(narrow, there, 1), (std::vector<float>{5.0F, 6.0F}));
@@ -544,7 +544,7 @@ TEST(StateConversion, KeptErrorsCount) {
   EXPECT_EQ(back[1], values[1]);
   EXPECT_NEAR(back[2], values[2], 0.1F * 0x1p-17F);
   EXPECT_EQ(back[3], values[3]);
-  // Without errors: the sum, rounded.
+  // Without rounding errors: the sum, rounded.
   const auto plain = memory_of({{"W0", 0, {1, 2}, FieldDtype::kFloat16}, {"gamma", 0, {2}, FieldDtype::kFloat16}});
   EXPECT_EQ(values_of(plain, convert(kept, there, plain), 0), (std::vector<float>{1.00390625F, -1.01171875F}));
 }
@@ -589,7 +589,7 @@ TEST(StateConversion, AnotherModel) {
   two = one;
   two.layout[0].kind = "surprise";
   EXPECT_NE(core::difference(one, two), std::nullopt);
-  // Rounding errors of no field, of another shape or of another error, and a count of more than one word.
+  // Rounding errors without a field, of another shape or of another dtype, and a count of more than one word.
   core::MemoryField counts = update_count();
   counts.shape = {2};
   for (const core::MemoryField& field :

@@ -23,7 +23,7 @@ using Tokens = std::vector<std::int32_t>;
 constexpr std::size_t kVocab = 8;
 const Tokens kTokens{3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 0, 7, 7};
 
-// Both tensors swap, both in place, one of each.
+// Both tensors swap, both are in place, or one of each.
 class StreamTest : public testing::TestWithParam<std::vector<bool>> {
  protected:
   StreamTest() {
@@ -224,7 +224,7 @@ TEST_P(StreamTest, GeneratorFeedsWhatItReturns) {
   greedy.temperature = 0.0;
   core::Generator generator(stream, greedy, 3, {});
   for (int i = 0; i < 3; ++i) {
-    EXPECT_EQ(generator.next(), 7);  // the logits grow with the token, as the last token is positive
+    EXPECT_EQ(generator.next(), 7);  // the last token is positive, so the logits grow with the token
     EXPECT_EQ(stream.position(), static_cast<std::uint64_t>(3 + i));
   }
   EXPECT_EQ(generator.next(), std::nullopt);
@@ -277,7 +277,7 @@ TEST_P(StreamTest, AFailedDrawIsDrawnAgain) {
   }
 }
 
-// Vectors in the tokens' stead, and offsets.
+// Vectors instead of tokens, and graph offsets.
 class VectorStreamTest : public testing::TestWithParam<std::vector<bool>> {
  protected:
   VectorStreamTest() {
@@ -291,7 +291,7 @@ class VectorStreamTest : public testing::TestWithParam<std::vector<bool>> {
     for (std::size_t i = 0; i < kCount * kFakeInputs; ++i) vectors_.push_back(static_cast<float>((i * 7 + 3) % 11) - 4);
   }
 
-  // Of `count` vectors from `first` on.
+  // Feeds `count` vectors from `first` on and returns the outputs.
   std::vector<float> feed(Stream& stream, std::size_t first, std::size_t count) const {
     std::vector<float> outputs(count * kFakeOutputs);
     stream.feed_vectors(vectors_.data() + first * kFakeInputs, count, TITANS_OUTPUT_ALL, outputs.data(),
@@ -324,7 +324,7 @@ TEST_P(VectorStreamTest, AnyCutGivesTheSameOutputs) {
   }
 }
 
-// The engine compares each call's position with the graph's offsets. The manifest's order: prefill, chunk, decode,
+// The engine compares each call's position with the graph's offsets. The manifest's order is prefill, chunk, decode,
 // last.
 TEST_P(VectorStreamTest, TheGraphOfThePhaseRuns) {
   Stream stream(session_);
@@ -429,7 +429,7 @@ TEST(Schedule, AlignmentHoldsAtEveryPosition) {
   EXPECT_EQ(schedule.next_graph(64, 31), 2U);
 }
 
-// At every position and for every number of tokens left, against the words of docs/bundle.md.
+// Compares every position and number of remaining tokens with the rule of docs/bundle.md.
 TEST(Schedule, TheLongestGraphOfThePhase) {
   const std::vector<core::Graph> graphs{graph(12, 6, {0, 3, 4}), graph(6, 6, {1}), graph(6, 4, {0, 2}),
                                         graph(1, 6, {0, 1, 3, 4}), graph(1, 6, {2, 5})};

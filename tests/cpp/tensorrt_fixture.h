@@ -1,5 +1,5 @@
-// The backends for TensorRT and TensorRT-RTX on a driver and a vendor's library made for tests: all of them but the
-// device. What the engines compute is in fake_executor.h.
+// The backends for TensorRT and TensorRT-RTX on a fake driver and a fake vendor library: everything except the device.
+// fake_executor.h has the engines' arithmetic.
 #pragma once
 
 #include <dlfcn.h>
@@ -22,12 +22,12 @@ namespace titans::test {
 using nlohmann::json;
 using Tokens = std::vector<std::int32_t>;
 
-// Paths and versions come from CMake.
+// CMake sets paths and versions.
 struct Vendor {
   const char* name;
   const char* module;
   const char* backend;  // our library
-  const char* library;  // the vendor's
+  const char* library;  // the vendor's library
   const char* version;
   bool plugins;
 };
@@ -41,7 +41,7 @@ inline const std::vector<Vendor> kVendors{
 
 inline void PrintTo(const Vendor& vendor, std::ostream* out) { *out << vendor.name; }
 
-// A variable of the environment, for as long as a test runs.
+// Sets an environment variable while a test runs.
 class Setting {
  public:
   Setting(const char* name, const std::string& value) : name_(name) { ::setenv(name, value.c_str(), 1); }
@@ -53,7 +53,7 @@ class Setting {
   const char* name_;
 };
 
-// A function of a library that is loaded, or is now.
+// A function of a library, which is loaded if necessary.
 template <typename Function>
 Function* function_of(const char* library, const char* name) {
   void* loaded = ::dlopen(library, RTLD_NOW | RTLD_LOCAL);
@@ -79,7 +79,7 @@ class TensorRt : public testing::TestWithParam<Vendor> {
     std::filesystem::copy(library, backends_.path() / name, std::filesystem::copy_options::overwrite_existing);
   }
 
-  // What an engine file says of its graph.
+  // The text of an engine file for a graph.
   static std::string engine_text(int tokens, bool plugin, bool vectors = false) {
     const std::string count = std::to_string(tokens);
     const std::string input = vectors ? "x 0 1 " + count + " 2" : "tokens 8 1 " + count;
@@ -89,7 +89,7 @@ class TensorRt : public testing::TestWithParam<Vendor> {
            "\nout memory.next 0 1 1 4\nout last.next 0 1 1\n";
   }
 
-  // In place of the bundle, one that takes vectors, and whose last token of four has a graph of its own.
+  // Replaces the bundle by one that takes vectors and has a separate graph for the last token of four.
   void use_vectors() {
     manifest_ = vectors_json();
     manifest_["graphs"].push_back(manifest_["graphs"][0]);
@@ -103,7 +103,7 @@ class TensorRt : public testing::TestWithParam<Vendor> {
     use_engine(GetParam().plugins);
   }
 
-  // Gives the bundle an engine, which `change` may alter in the manifest.
+  // Adds an engine to the bundle. `change` may modify its manifest entry.
   template <typename Change>
   void use_engine(bool plugin, Change&& change) {
     json manifest = manifest_;
@@ -182,7 +182,7 @@ inline Tokens some_tokens(std::size_t count, std::size_t seed = 0) {
   return tokens;
 }
 
-// However the stream is cut, the logits are those of the recurrence.
+// Checks that the logits are those of the recurrence for any split of the stream.
 inline void expect_any_cut(const std::shared_ptr<core::Session>& session) {
   const Tokens tokens = some_tokens(16);
   const std::vector<float> expected = expected_logits(tokens);

@@ -35,7 +35,7 @@ class Double final : public CudaKernel {
   Double(const Configuration& configuration, DType values, const CudaDevice& device, std::unique_ptr<CpuKernel> kernel)
       : configuration_(configuration), values_(values), device_(device), kernel_(std::move(kernel)) {}
 
-  // Grows with each, and with the device, as the kernel's own may.
+  // Monotonic in each argument, and dependent on the device, like the kernel's own.
   std::size_t workspace_bytes(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const override {
     const auto work = static_cast<std::size_t>(streams * heads * tokens) * value_bytes(values_);
     return (work + 255) / 256 * 256 + 256 * static_cast<std::size_t>(device_.multiprocessors);

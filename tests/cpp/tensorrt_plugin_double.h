@@ -1,5 +1,5 @@
-// A test double of the CUDA kernel, and of the one function of CUDA that the TensorRT plugin calls: computes with the
-// CPU kernel in host memory, and remembers what it was given. It stands in the plugin's library instead of both.
+// A test double of the CUDA kernel and of the one CUDA function that the TensorRT plugin calls. It computes with the
+// CPU kernel in host memory and records its arguments. The plugin's library has it in place of both.
 #pragma once
 
 #include <array>
@@ -10,11 +10,11 @@
 #include "plugins/kernels/neural_memory_cuda.h"
 
 struct TitansDouble {
-  titans::kernels::CudaDevice device;  // sm 0: there is none
-  std::size_t created = 0;             // kernels
-  std::size_t copies = 0;              // by cudaMemcpy2DAsync
+  titans::kernels::CudaDevice device;  // sm 0: no device
+  std::size_t created = 0;             // number of kernels made
+  std::size_t copies = 0;              // number of cudaMemcpy2DAsync calls
 
-  // Of the last call that the kernel ran.
+  // The last call that the kernel ran.
   std::size_t runs = 0;
   titans::kernels::Operands operands;
   std::vector<std::uint8_t> learn;
@@ -22,6 +22,6 @@ struct TitansDouble {
   CUstream_st* stream = nullptr;
 };
 
-// What the library that has the double exports beside the plugin.
+// The symbol that a library with the double exports beside the plugin.
 inline constexpr const char* kTitansDouble = "titans_double";
 using TitansDoubleFunction = TitansDouble& (*)();

@@ -1,4 +1,5 @@
-// What the TensorRT plugin calls of CUDA beside its kernel, in host memory: for the library with the emulated kernel.
+// The CUDA functions that the TensorRT plugin calls beside its kernel, in host memory. For the library with the
+// emulated kernel.
 #include <cuda_runtime_api.h>
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// Fields and tensors as TensorRT hands them to a plugin.
+// Fields and tensors as TensorRT passes them to a plugin.
 #pragma once
 
 #include <cstddef>
@@ -13,21 +13,21 @@
 
 namespace titans::plugin_host {
 
-// Fields with memory of their own: from a graph, or as an engine keeps them.
+// Fields that own their memory, from a graph or from an engine.
 class Fields {
  public:
   Fields() = default;
-  // As TensorRT's parser makes them: integers are int32, texts end with a NUL that counts.
+  // Fields like TensorRT's parser makes them: integers are int32, and the length of a string includes its NUL.
   Fields(const kernels::Attributes& attributes, const std::string& inputs, const std::string& outputs,
          const std::string& alias);
   explicit Fields(const nvinfer1::PluginFieldCollection& collection);
 
-  // Each takes the place of a field of its name.
+  // Replaces or adds the field of that name.
   void set_text(const std::string& name, const std::string& value, bool terminated = true);
   void set_int32(const std::string& name, const std::vector<std::int32_t>& values);
   void set_int64(const std::string& name, const std::vector<std::int64_t>& values);
   void set_float(const std::string& name, float value);
-  // As the parser writes an attribute of this type.
+  // Converts the value like the parser does for an attribute of this type.
   void set_value(const std::string& name, const std::string& value);
   void set_value(const std::string& name, std::int64_t value);
   void set_value(const std::string& name, const std::optional<std::int64_t>& value);
@@ -58,7 +58,7 @@ nvinfer1::Dims dims(const std::vector<std::int64_t>& shape);
 nvinfer1::PluginTensorDesc tensor(nvinfer1::DataType type, const std::vector<std::int64_t>& shape);
 std::vector<std::int64_t> shape_of(const nvinfer1::Dims& dims);
 
-// An input over one optimisation profile. Sizes that differ are left open.
+// An input over one optimization profile. Sizes that differ between the bounds are dynamic.
 struct Range {
   nvinfer1::DataType type;
   std::vector<std::int64_t> least, typical, most;

@@ -42,7 +42,7 @@ inline std::uint16_t narrow(kernels::DType type, float value) {
   if (size >= 65520.0) return sign | 0x7C00;
   if (size < std::ldexp(1.0, -14)) return sign | static_cast<std::uint16_t>(std::nearbyint(std::ldexp(size, 24)));
   const int exponent = std::ilogb(size);
-  // What rounds up to 2048 carries into the exponent, as it should.
+  // A mantissa that rounds up to 2048 carries into the exponent, as intended.
   const auto rounded = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
   return sign | static_cast<std::uint16_t>(((exponent + 15) << 10) + rounded - 1024);
 }

@@ -138,7 +138,7 @@ Built build(const Library& library, Fields fields, const std::vector<Range>& inp
   Built built;
   Plugin given(library.creator().createPlugin("layer", &fields.collection(), TensorRTPhase::kBUILD));
   expect(given != nullptr, "createPlugin");
-  const Plugin plugin(given->clone());  // the network keeps a copy of its own
+  const Plugin plugin(given->clone());  // the network keeps its own copy
   expect(plugin != nullptr, "clone");
   given.reset();
   auto* core = capability<IPluginV3OneCore>(*plugin, PluginCapabilityType::kCORE, "PLUGIN_V3ONE_CORE", 1);

@@ -1,4 +1,4 @@
-// Plays TensorRT to a plugin library: loads it, and calls the plugin as the builder and then the runtime do.
+// Loads a plugin library and calls the plugin like TensorRT's builder and runtime do.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +14,20 @@ namespace titans::plugin_host {
 
 using Plugin = std::unique_ptr<nvinfer1::IPluginV3>;
 
-// A library as the registry holds it: opened, given a logger, asked for its creators.
+// A library in the registry's hands: loaded, given a logger, and queried for its creators.
 class Library {
  public:
-  // Throws where it does not load or has no NeuralMemory of ai.titans.
+  // Throws if the library does not load or lacks ai.titans' NeuralMemory.
   explicit Library(const std::string& path);
   ~Library();
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
   nvinfer1::IPluginCreatorV3One& creator() const { return *creator_; }
-  // What the library exports. Throws where it does not; find returns null.
+  // A symbol of the library. symbol() throws if it is missing, find() returns null.
   void* symbol(const char* name) const;
   void* find(const char* name) const;
-  // What was logged since the last time, one line each.
+  // The messages logged since the last call, one per line.
   std::string messages() const;
 
  private:
@@ -37,30 +37,30 @@ class Library {
   nvinfer1::IPluginCreatorV3One* creator_ = nullptr;
 };
 
-// What comes out of building: what an engine would hold and what the builder was told.
+// The result of building: the engine's fields, and the properties that the builder learned.
 struct Built {
   Fields engine;
   std::vector<nvinfer1::DataType> output_types;
-  std::vector<std::vector<std::int64_t>> most_outputs;  // shapes, for the inputs' most
-  std::vector<std::int32_t> aliases;                    // of each output
+  std::vector<std::vector<std::int64_t>> most_outputs;  // shapes for the largest inputs
+  std::vector<std::int32_t> aliases;                    // per output
   std::size_t workspace = 0;
   std::string timing_cache_id;
 };
 
-// Goes through the builder's calls: create, capabilities, clone, types, shapes, formats, configure, workspace, the
-// typical shape, serialise. Throws with the step that failed and what was logged. `device`: whether there is one,
-// without which no plugin can be prepared to run.
+// Runs the builder's calls: create, capabilities, clone, types, shapes, formats, configure, workspace, the typical
+// shape, serialize. Throws with the failed step and the logged messages. `device`: whether a device is present. Without
+// one, no plugin can be prepared to run.
 Built build(const Library& library, Fields fields, const std::vector<Range>& inputs, bool device);
 
-// An execution context of an engine: creates the plugin from the engine's fields and attaches a copy.
+// An engine's execution context: creates the plugin from the engine's fields and attaches a copy.
 class Context {
  public:
   Context(const Library& library, Fields engine);
 
-  // A shape change, unless `in` and `out` are those of the last one. Returns what the plugin returned.
+  // Makes a shape change, unless `in` and `out` are unchanged. Returns the plugin's result.
   std::int32_t prepare(const std::vector<nvinfer1::PluginTensorDesc>& in,
                        const std::vector<nvinfer1::PluginTensorDesc>& out);
-  // That and enqueue.
+  // Prepares and enqueues.
   std::int32_t run(const std::vector<nvinfer1::PluginTensorDesc>& in,
                    const std::vector<nvinfer1::PluginTensorDesc>& out, const std::vector<const void*>& inputs,
                    const std::vector<void*>& outputs, void* workspace, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// plugins/tools/device_memory.h in host memory, for a plugin library whose kernel works there.
+// plugins/tools/device_memory.h in host memory, for plugin libraries whose kernel runs on the CPU.
 #include <chrono>
 #include <cstring>
 #include <new>

@@ -1,15 +1,17 @@
-// Runs calls from a file through a plugin library as TensorRT would, without TensorRT: on a GPU through the plugin, or
-// in host memory where the library has the test double.
+// Runs calls from a file through a plugin library like TensorRT would, without TensorRT. The plugin runs on a GPU, or
+// in host memory if the library has the test double.
 //
 //   tensorrt_plugin_host --gpu CASE.safetensors OUT.bin --plugin LIBRARY
 //       [--alias declared|undeclared|two-buffers] [--learn int64|int32|bool] [--time REPEATS [--graph]]
 //   tensorrt_plugin_host_cpu --cpu ...
 //
-// CASE is as plugins/tools/case_file.h says; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y
-// and, after an update, its stats; at last the state. One engine is built for all calls, its profile from the least to
-// the most that they have. The state goes from call to call in one buffer or, with --alias two-buffers, from one of two
-// to the other. --learn is the type that the plugin gets learn in. With --time all calls together are repeated that
-// often, the state flowing on, with --graph as one CUDA graph, and stdout has the nanoseconds of each as JSON.
+// plugins/tools/case_file.h describes CASE; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y
+// and, after an update, its stats. The final state comes last. One engine serves all calls; its profile covers their
+// sizes.
+//
+// The state is carried from call to call in one buffer or, with --alias two-buffers, alternates between two. --learn is
+// the dtype of the plugin's input learn. --time repeats all calls with the state carried on, and stdout has the
+// nanoseconds of each repeat as JSON. --graph replays them as one CUDA graph.
 #include <algorithm>
 #include <cstring>
 #include <fstream>
@@ -34,7 +36,7 @@ using nlohmann::json;
 using nvinfer1::DataType;
 using nvinfer1::PluginTensorDesc;
 
-// The memory that this program was built with.
+// The memory for which this program was built.
 #ifdef TITANS_HOST_MEMORY
 constexpr bool kOnGpu = false;
 #else
@@ -127,7 +129,7 @@ std::size_t elements(const PluginTensorDesc& tensor) {
 
 std::size_t bytes(const PluginTensorDesc& tensor) { return elements(tensor) * bytes_of(tensor.type); }
 
-// One call's tensors, but for the state.
+// One call's tensors without the state.
 class Call {
  public:
   Call(const Operands& operands, DataType learn, const PluginTensorDesc& pool, bool update) {

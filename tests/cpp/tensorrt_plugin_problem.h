@@ -1,5 +1,5 @@
-// A stream of tokens for the operator, and what it gives by the equations of docs/operator.md in float64: written
-// from them alone, one token after the other, so that it shares nothing with any kernel but the packed row's layout.
+// A stream of tokens for the operator, and the expected results in float64. They follow the equations of
+// docs/operator.md one token at a time and share no code with a kernel except the packed row's layout.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,7 @@ struct Problem {
     for (std::int64_t b = 0; b < streams; ++b) learn.push_back(b % 2 == 0);
   }
 
-  // As q, k and v are in a narrower type.
+  // Rounds q, k and v to a narrower type.
   void round(kernels::DType type) {
     for (auto* values : {&q, &k, &v}) {
       for (float& value : *values) value = widen(type, narrow(type, value));
@@ -61,7 +61,7 @@ struct Problem {
     return pool;
   }
 
-  // y of all tokens, (streams, heads, tokens, width).
+  // y of all tokens: (streams, heads, tokens, width).
   std::vector<double> expected() const {
     std::vector<double> y(q.size());
     for (std::int64_t b = 0; b < streams; ++b) {
@@ -74,7 +74,7 @@ struct Problem {
   kernels::Attributes attributes;
   kernels::Configuration configuration;
   std::vector<float> q, k, v, step_size, momentum, forget_gate, weights;
-  std::vector<std::uint8_t> learn;  // of each stream
+  std::vector<std::uint8_t> learn;  // per stream
   std::mt19937 random{11};
 
  private:

@@ -1,5 +1,6 @@
-// The whole way through the plugin, with a test double of the CUDA kernel that computes on the CPU: numbers against the
-// equations in float64 and against the CPU kernel itself, the three ways to bind the state, types, workspace, errors.
+// The complete path through the plugin, with a test double of the CUDA kernel that computes on the CPU. Numbers are
+// compared with the equations in float64 and with the CPU kernel. Other tests cover the three bindings of the state,
+// types, workspace and errors.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -30,7 +31,7 @@ class PluginRun : public testing::Test {
   }
   void TearDown() override { EXPECT_EQ(library.messages(), ""); }
 
-  // The messages of a refusal, which has the form of all our errors.
+  // The messages of a rejection, which must have the standard form.
   std::string refusal() {
     const std::string messages = library.messages();
     EXPECT_EQ(messages.rfind("[", 0), 0U) << messages;
@@ -47,12 +48,12 @@ double largest_difference(const std::vector<float>& got, const std::vector<doubl
   double largest = 0.0;
   for (std::size_t i = 0; i < expected.size(); ++i) {
     const double difference = std::abs(static_cast<double>(got.at(i)) - expected[i]);
-    if (!(difference <= largest)) largest = difference;  // a NaN is the largest
+    if (!(difference <= largest)) largest = difference;  // a NaN counts as the largest
   }
   return largest;
 }
 
-// y of all tokens from the kernel's own interface.
+// y of all tokens, from the kernel's own interface.
 std::vector<float> from_kernel(const Problem& p) {
   std::string error;
   const std::unique_ptr<CpuKernel> kernel = CpuKernel::create(p.configuration, {}, error);
@@ -93,11 +94,11 @@ class PluginWays : public PluginRun, public testing::WithParamInterface<Way> {};
 
 TEST_P(PluginWays, GivesTheNumbersOfTheEquations) {
   const auto& [alias, values, learn] = GetParam();
-  Problem p(3);  // whose learn is true, false, true
+  Problem p(3);  // its learn is true, false, true
   if (values == DataType::kHALF) p.round(DType::kFloat16);
   if (values == DataType::kBF16) p.round(DType::kBFloat16);
   Runner runner(library, p, alias, values, learn);
-  // The equations get the rounded values too, so only the answers' own rounding is left: half a unit of 2^-10 or 2^-7.
+  // The equations get the rounded values too. Only the rounding of the answers remains: half a unit of 2^-10 or 2^-7.
   const std::vector<double> expected = p.expected();
   const double largest = *std::max_element(expected.begin(), expected.end());
   const double rounding = values == DataType::kFLOAT ? 0.0 : std::ldexp(largest, values == DataType::kHALF ? -11 : -8);
@@ -155,7 +156,7 @@ TEST_F(PluginRun, BindsTheStateAsItsFieldSays) {
     EXPECT_EQ(runner.try_call(0, 3, true, y), 0);
     EXPECT_EQ(record.operands[kState].data, record.operands[kStateOut].data);
     EXPECT_NE(runner.state(), before);
-    // TensorRT may have put a copy between, so two buffers are right too.
+    // TensorRT may insert a copy, so two buffers must work too.
     const std::vector<float> one = runner.state();
     EXPECT_EQ(runner.try_call(3, 2, false, y), 0);
     EXPECT_EQ(runner.next(), one);
@@ -176,7 +177,7 @@ TEST_F(PluginRun, ContextsOfOneEngineShareNothing) {
   const Problem p;
   Runner one(library, p, "undeclared"), other(library, p, "undeclared");
   const std::vector<double> expected = p.expected();
-  // In turns.
+  // Interleaved calls.
   std::vector<float> first = one.call(0, 9), second = other.call(0, 9);
   EXPECT_EQ(first, second);
   EXPECT_EQ(one.call(9, 1), other.call(9, 1));
@@ -245,7 +246,7 @@ TEST_F(PluginRun, RefusesADeviceThatNeedsMoreThanTheEngineHas) {
   EXPECT_EQ(shape_change(2), 0);
   EXPECT_NE(shape_change(5), 0);
   EXPECT_NE(refusal().find("sm_90 with 4 multiprocessors but got sm_90 with 5 multiprocessors"), std::string::npos);
-  // The next context on the right device is all right.
+  // A later context on the right device works.
   EXPECT_EQ(shape_change(4), 0);
 }
 

@@ -1,4 +1,4 @@
-// Takes a problem through the plugin in host memory: builds it as an engine would be built, and runs calls.
+// Runs a problem through the plugin in host memory: builds an engine's plugin and makes calls.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline constexpr const char* kInputNames = "state,q,k,v,step_size,momentum,forge
 inline constexpr const char* kOutputNames = "y,state_out,stats";
 inline constexpr std::int64_t kMostTokens = 9;
 
-// The inputs of kInputNames for up to `most` tokens.
+// The ranges of the inputs kInputNames for up to `most` tokens.
 inline std::vector<Range> ranges(const Problem& p, nvinfer1::DataType values = nvinfer1::DataType::kFLOAT,
                                  nvinfer1::DataType learn = nvinfer1::DataType::kINT64,
                                  std::int64_t most = kMostTokens) {
@@ -46,7 +46,7 @@ inline std::vector<Range> ranges(const Problem& p, nvinfer1::DataType values = n
           range(learn, {p.streams}, -1)};
 }
 
-// Aligned to the cache line, with a margin behind that must stay as it is.
+// A cache-line aligned buffer with a margin behind it that must stay unchanged.
 class Guarded {
  public:
   explicit Guarded(std::size_t bytes) : bytes_(bytes), memory_(bytes + kLine + kMargin, kPattern) {}
@@ -80,8 +80,7 @@ class Runner {
         state_(problem.state()),
         next_(state_.size()) {}
 
-  // The tokens [first, first + count): y of each stream and head, one after the other. Fails the test where the plugin
-  // does.
+  // Runs tokens [first, first + count). Returns y of each stream and head in turn. Fails the test if the plugin fails.
   std::vector<float> call(std::int64_t first, std::int64_t count) {
     std::vector<float> y;
     EXPECT_EQ(try_call(first, count, one_buffer_, y), 0);
@@ -117,7 +116,7 @@ class Runner {
     return code;
   }
 
-  // All tokens in calls of these lengths, which are repeated; y is in the order of Problem::expected.
+  // Runs all tokens in calls of these lengths, cyclically. Returns y in the order of Problem::expected.
   std::vector<float> run(const std::vector<std::int64_t>& cuts) {
     const Problem& p = problem_;
     std::vector<float> all(p.q.size());
@@ -139,7 +138,7 @@ class Runner {
   const std::vector<float>& next() const { return next_; }
   Guarded& workspace() { return workspace_; }
 
-  static inline auto* const kStream = reinterpret_cast<cudaStream_t>(0x5712EA);  // nobody looks behind it
+  static inline auto* const kStream = reinterpret_cast<cudaStream_t>(0x5712EA);  // never dereferenced
   std::vector<float> stats;
 
  private:

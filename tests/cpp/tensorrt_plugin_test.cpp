@@ -1,6 +1,5 @@
-// What a plugin library tells TensorRT's builder, asked through the plugin's own interface. Runs on the library with
-// the test double and, where TITANS_TENSORRT_PLUGIN names it, on the one with the CUDA kernel: nothing here needs a
-// GPU.
+// The plugin's answers to TensorRT's builder, through the plugin's own interface. Runs on the library with the test
+// double and, if TITANS_TENSORRT_PLUGIN names it, on the one with the CUDA kernel. No test needs a GPU.
 #include <cstdlib>
 #include <functional>
 #include <set>
@@ -132,7 +131,7 @@ TEST_P(PluginLibrary, TakesTheTypesOfTheOperatorAndNoOthers) {
         std::vector<nvinfer1::DynamicPluginTensorDesc> asked(tensors.begin(),
                                                              tensors.begin() + static_cast<std::ptrdiff_t>(at) + 1);
         asked[at].desc.type = type;
-        // Behind the tensor in question lies nothing that the plugin may look at: the vector ends.
+        // The vector ends with the queried tensor, because the plugin may not look at later ones.
         const auto supports = [&] {
           return build_side(plugin).supportsFormatCombination(static_cast<std::int32_t>(at), asked.data(), 9, 3);
         };
@@ -172,7 +171,7 @@ TEST_P(PluginLibrary, AnEngineKeepsAllThatTheNodeIs) {
         "inputs=state,q,k,v,step_size,momentum,forget_gate,fill,learn,norm_scale", "outputs=y,state_out "}) {
     EXPECT_NE((b.timing_cache_id + " ").find(part), std::string::npos) << b.timing_cache_id;
   }
-  // Written and read again it is the same, also by a second engine made of the first.
+  // A written and reread plugin is unchanged, also in the second generation.
   Fields kept = b.engine;
   for (int generation = 0; generation < 2; ++generation) {
     const Plugin plugin = create(kept, TensorRTPhase::kRUNTIME);
@@ -293,7 +292,7 @@ TEST_P(PluginLibrary, RefusesWrongTensorsAtBuildTime) {
   expect("supportsFormatCombination failed", [](auto& inputs) { inputs[2].type = DataType::kHALF; });
   expect("wrong dtype of q: expected float32, float16 or bfloat16",
          [](auto& inputs) { inputs[1].type = DataType::kINT8; });
-  // With no size left open all of them are compared.
+  // Without dynamic sizes, all shapes are compared.
   expect("wrong shape of k: expected (2, 3, 9, 6), got (2, 3, 8, 6)", [&](auto& inputs) {
     for (Range& input : inputs) input.least = input.most;
     all(inputs[2], {2, 3, 8, 6});

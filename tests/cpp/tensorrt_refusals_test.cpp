@@ -1,4 +1,4 @@
-// The backends for TensorRT and TensorRT-RTX: what they refuse, and with which words.
+// The backends for TensorRT and TensorRT-RTX: their rejections and error messages.
 #include "tensorrt_fixture.h"
 
 namespace titans::test {
@@ -14,8 +14,8 @@ TEST_P(TensorRtRefusals, AFileThatIsNoEngine) {
   refuse(TITANS_FAILED, {"fake-fp32.chunk.engine", "the plan has no header", "titans-export build"});
 }
 
-// The vendor's own library, where TITANS_TEST_TENSORRT_RTX names one: it sees no device, or no engine, and its words
-// are in our error.
+// The real vendor library, if TITANS_TEST_TENSORRT_RTX names one. It finds no device or no engine, and our error
+// includes its message.
 TEST(TensorRtLibrary, ARealOne) {
   const char* library = std::getenv("TITANS_TEST_TENSORRT_RTX");
   if (library == nullptr || kVendors.size() < 2) GTEST_SKIP() << "TITANS_TEST_TENSORRT_RTX names no library";

@@ -1,4 +1,4 @@
-// The backends for TensorRT and TensorRT-RTX: what they compute, and what they say of it.
+// The backends for TensorRT and TensorRT-RTX: their results, reports and logs.
 #include <thread>
 
 #include "tensorrt_fixture.h"
@@ -54,7 +54,7 @@ TEST_P(TensorRt, DecodingIsRecordedOncePerSetOfBuffers) {
   EXPECT_EQ(launches() - launches_before, 100U);
 }
 
-// Feeds of several tokens go through all three sets of buffers, so the same set is followed by different ones.
+// Feeds of several tokens use all three sets of buffers, so the order of the sets varies.
 TEST_P(TensorRt, DecodingInFeedsOfAllLengths) {
   use_engine(GetParam().plugins, [](json& engine) { engine["graphs"] = {engine["graphs"][1]}; });
   const auto session = open();
@@ -102,7 +102,7 @@ TEST_P(TensorRt, AnInputInHostMemory) {
   EXPECT_NE(cuda_graphs(*session).find("host memory"), std::string::npos);
 }
 
-// The last graph of these feeds is of 1, 2, 4, 1 and 4 tokens.
+// The last graphs of these feeds have 1, 2, 4, 1 and 4 tokens.
 TEST_P(TensorRt, LogitsAfterTheLastToken) {
   for (const char* integrated : {"0", "1"}) {
     const Setting unified("TITANS_FAKE_INTEGRATED", integrated);
@@ -135,10 +135,10 @@ TEST_P(TensorRt, AFrozenStreamAndAFork) {
   EXPECT_EQ(feed(frozen, start), expected_logits(start, /*learning=*/false));
   std::vector<float> memory(2);
   twin->read_memory(0, memory.data(), memory.size());
-  EXPECT_EQ(memory[1], 0.25F);  // of the initial state: no token changes it
+  EXPECT_EQ(memory[1], 0.25F);  // from the initial state: no token changes it
 }
 
-// Of each call of a feed, those in place first: the stream stands where it stood.
+// For each call of a feed, with in-place states first: the stream is unchanged.
 TEST_P(TensorRt, AFailureLeavesTheStreamAsItWas) {
   const Setting no_capture("TITANS_FAKE_NO_CAPTURE", "1");  // so that each call can fail
   const auto session = open();
@@ -154,7 +154,7 @@ TEST_P(TensorRt, AFailureLeavesTheStreamAsItWas) {
     fail_at(call);
     expect_error(TITANS_FAILED, {GetParam().name, "a kernel that fails for a test"}, [&] { feed(stream, rest); });
     EXPECT_EQ(stream.position(), 5U);
-    // Waits for the copies that put it back: nothing of the failed call may come after them.
+    // Waits for the copies that restore the state. The failed call must not write after them.
     std::vector<float> memory(2);
     stream.read_memory(0, memory.data(), memory.size());
     EXPECT_EQ(memory[0], before[0]);
@@ -207,7 +207,7 @@ TEST_P(TensorRt, VectorsAndPhases) {
   }
 }
 
-// Each graph that decodes has its own recording, made when the session opens.
+// Each decode graph has its own capture, made when the session opens.
 TEST_P(TensorRt, BothGraphsThatDecodeAreRecorded) {
   use_vectors();
   const auto session = open();

@@ -31,7 +31,7 @@ std::string read_file(const std::filesystem::path& path) {
 }
 
 std::string safetensors(std::string header, const std::string& data) {
-  header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
+  header.resize((header.size() + 7) / 8 * 8, ' ');  // aligns the data
   std::string length(8, '\0');
   for (std::size_t i = 0; i < 8; ++i) length[i] = static_cast<char>((header.size() >> (8 * i)) & 0xff);
   return length + header + data;

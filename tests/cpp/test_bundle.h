@@ -1,4 +1,4 @@
-// Bundles and files for tests, in folders that vanish.
+// Bundles and files for tests, in temporary folders.
 #pragma once
 
 #include <filesystem>
@@ -29,26 +29,26 @@ class TemporaryFolder {
 void write_file(const std::filesystem::path& path, const std::string& content);
 std::string read_file(const std::filesystem::path& path);
 
-// A safetensors file: the length of the header, the header padded with blanks, the data.
+// A safetensors file: the header's length, the header padded with blanks, the data.
 std::string safetensors(std::string header, const std::string& data);
 std::string float_bytes(const std::vector<float>& values);
 
-// The manifest of the bundle that write_bundle writes: vocabulary 8, graphs of 4 (at multiples of 2), 2 and 1 tokens,
-// state "layers.0.memory" [1, 1, 4] with the fields W0 [1, 2] and S0 [2], and "layers.0.last" [1, 1].
+// The manifest for write_bundle: vocabulary 8; graphs of 4 tokens (at multiples of 2), 2 and 1; state "layers.0.memory"
+// [1, 1, 4] with the fields W0 [1, 2] and S0 [2], and "layers.0.last" [1, 1].
 nlohmann::json manifest_json();
 
-inline constexpr std::size_t kFakeInputs = 2;   // floats of a vector that goes in
-inline constexpr std::size_t kFakeOutputs = 3;  // and of one that comes out
+inline constexpr std::size_t kFakeInputs = 2;   // floats of an input vector
+inline constexpr std::size_t kFakeOutputs = 3;  // floats of an output vector
 
-// The same for a bundle that takes vectors, as input x and output y.
+// The same for a bundle that takes vectors, with input x and output y.
 nlohmann::json vectors_json();
 
-// Completes `manifest` with sizes and hashes of what is in the folder and writes it.
+// Adds the sizes and hashes of the folder's files to `manifest` and writes it.
 void write_manifest(const std::filesystem::path& folder, nlohmann::json manifest);
 void write_bundle(const std::filesystem::path& folder);
 void write_bundle(const std::filesystem::path& folder, const nlohmann::json& manifest);
 
-// That `action` throws an Error of that status, in the one form, that contains all the words.
+// Checks that `action` throws an Error of this status, in the standard form, with all the words.
 template <typename Action>
 void expect_error(titans_status status, const std::vector<std::string>& words, Action&& action) {
   try {

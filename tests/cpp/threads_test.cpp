@@ -1,4 +1,4 @@
-// One session in many threads; built with the thread sanitizer too. And that no stream has anything of another's.
+// One session in many threads, also built with the thread sanitizer. Streams never see data of other streams.
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -75,7 +75,7 @@ INSTANTIATE_TEST_SUITE_P(Budgets, ThreadsTest, testing::Values(0, 3), [](const a
   return info.param == 0 ? std::string("None") : "Streams" + std::to_string(info.param);
 });
 
-// Each thread has streams of its own, makes and drops others, forks, and asks what needs no state.
+// Each thread has its own streams, makes and drops others, forks, and makes calls that need no state.
 TEST_P(ThreadsTest, EachWithStreamsOfItsOwn) {
   run_threads(4, [&](unsigned thread) {
     constexpr std::size_t kStreams = 3, kRounds = 6;
@@ -148,7 +148,7 @@ TEST_P(ThreadsTest, BatchesOfSeveralThreads) {
   watcher.join();
 }
 
-// A stream among hundreds that do their worst: states of NaN, failures, resets, forks, states of others, their ends.
+// A stream among hundreds that misbehave: NaN states, failures, resets, forks, loaded states, and closing.
 TEST_P(ThreadsTest, NoBitOfAnothers) {
   constexpr std::size_t kNeighbours = 240, kRounds = 4, kWatched = 3;
   std::vector<std::unique_ptr<Stream>> watched, neighbours;
@@ -192,7 +192,7 @@ TEST_P(ThreadsTest, NoBitOfAnothers) {
         default:
           other = std::make_unique<Stream>(session_);
       }
-      if (other != nullptr) one = std::move(other);  // and the one before ends here
+      if (other != nullptr) one = std::move(other);  // the previous one is closed here
     }
     std::vector<Tokens> tokens;
     std::vector<Stream*> streams;
@@ -207,7 +207,7 @@ TEST_P(ThreadsTest, NoBitOfAnothers) {
       if (random() % 8 != 0) continue;
       streams.push_back(neighbours[i].get());
       tokens.push_back(random_tokens(static_cast<unsigned>(random()), random() % 6));
-      if (random() % 9 == 0) tokens.back().push_back(-1);  // refused
+      if (random() % 9 == 0) tokens.back().push_back(-1);  // rejected
     }
     std::vector<std::vector<float>> outputs;
     std::vector<core::BatchItem> items;

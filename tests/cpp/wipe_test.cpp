@@ -1,5 +1,5 @@
-// What a stream has learned is in no memory that was given back. Every deallocation of this program, and of the
-// libraries that it opens, is looked at for one number, which the state of the streams here is full of.
+// Freed memory never contains what a stream has learned. The test inspects every deallocation of the program and of the
+// libraries that it loads. It looks for one number, which fills the streams' states.
 #include <malloc.h>
 
 #include <atomic>
@@ -23,7 +23,7 @@ namespace {
 constexpr std::uint32_t kSecret = 0x4B53C2E7;  // a float of about 13.9 million
 std::atomic<bool> looking{false};
 std::atomic<std::size_t> found{0};
-std::atomic<std::size_t> aligned{0};  // deallocations of memory whose alignment was asked for, as backends do
+std::atomic<std::size_t> aligned{0};  // deallocations with explicit alignment, as in backends
 
 void look_at(void* data) {
   if (data == nullptr || !looking) return;
@@ -65,7 +65,7 @@ void* operator new(std::size_t bytes) { return get(bytes); }
 void* operator new[](std::size_t bytes) { return get(bytes); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) { return get(bytes, alignment); }
 void* operator new[](std::size_t bytes, std::align_val_t alignment) { return get(bytes, alignment); }
-// A sanitizer's own of these would not call those above.
+// A sanitizer's versions of these would not call the ones above.
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes == 0 ? 1 : bytes); }
 void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes == 0 ? 1 : bytes); }
 void operator delete(void* data, const std::nothrow_t&) noexcept { give_back(data); }
@@ -84,7 +84,7 @@ namespace {
 
 using core::Stream;
 
-// How often the secret was given back while it lives.
+// Counts the deallocations with the secret while an object lives.
 class Look {
  public:
   Look() {

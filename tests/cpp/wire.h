@@ -1,4 +1,4 @@
-// Fields of protocol buffers, as ONNX files hold them.
+// Protocol-buffer fields, as in ONNX files.
 #pragma once
 
 #include <cstddef>
