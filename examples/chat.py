@@ -1,16 +1,16 @@
-"""A chat that remembers: what is said changes the model's memory, and a file keeps that memory between runs.
+"""A chat with memory: the conversation updates the model's memory, and a file keeps that memory between runs.
 
     python examples/chat.py mac.titans
     python examples/chat.py mac.titans --state ann.tstate --key-file ann.key
 
-The model goes on as it was trained to: one that was trained on a novel writes on as novels do. Commands:
+The model continues text in the style of its training data: a model trained on novels writes like a novel. Commands:
 
-    /save      write the memory to its file now; it is written on exit as well
-    /rewind    take back what was said last, as if it had never been said
-    /fork      try something on a copy of the memory; /back drops the copy and goes on before it
-    /forget    a fresh memory, and the file is deleted
-    /memory    how large it is, and how far it has read
-    /quit      save and end, as Ctrl-D does; Ctrl-C ends an answer
+    /save      write the memory to its file now; it is also written on exit
+    /rewind    undo the last message, as if it had never been sent
+    /fork      continue on a copy of the memory; /back drops the copy and returns
+    /forget    start with a new memory and delete the file
+    /memory    show the memory's size and the tokens read
+    /quit      save and exit, like Ctrl-D; Ctrl-C stops an answer
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import titans_runtime as rt
 from titans_export.errors import TitansError
 from titans_export.tokenizer import open_tokenizer
 
-TURNS = 8  # that can be taken back; each costs one copy of the state
-ANSWER = 300  # tokens of an answer at most
+TURNS = 8  # turns that can be undone; each costs one copy of the state
+ANSWER = 300  # most tokens of an answer
 COMMANDS = ("/save", "/rewind", "/fork", "/back", "/forget", "/memory", "/quit")
 
 
 class Chat:
-    """One person's memory, in the file `state`."""
+    """One user's memory, in the file `state`."""
 
     def __init__(self, bundle: Path, state: Path, key: bytes | None) -> None:
         self.session = rt.Session(bundle)
@@ -43,7 +43,7 @@ class Chat:
         self.before_forks: list[rt.Stream] = []
 
     def answer(self, text: str) -> Iterator[str]:
-        """Says something to the model, and yields its answer piece by piece: a line, or ANSWER tokens."""
+        """Feeds a message to the model. Yields the answer piece by piece, up to the end of a line or ANSWER tokens."""
         self._remember_turn()
         self.stream.feed(self.tokenizer.encode(f"{text}\n".encode("utf-8", "replace")), outputs="none")
         decode = self.tokenizer.decoder()
@@ -55,7 +55,7 @@ class Chat:
         yield decode(None)
 
     def run(self, command: str) -> str:
-        """Does what the command says and returns what to tell."""
+        """Runs a command. Returns the text to print."""
         if command == "/save":
             self.save()
             return f"saved in {self.state}"
@@ -86,7 +86,7 @@ class Chat:
         return "commands: " + " ".join(COMMANDS)
 
     def save(self) -> None:
-        """Replaces the file. Whatever happens on the way, the old one or the new one is there, whole."""
+        """Replaces the file atomically: after a failure, the file holds the old or the new memory, complete."""
         self.stream.save(self.state, key=self.key)
 
     def _remember_turn(self) -> None:
@@ -103,7 +103,7 @@ class Chat:
 
 
 def talk(chat: Chat) -> None:
-    """Line by line, until the input ends or someone says /quit."""
+    """Reads lines until the input ends or the user enters /quit."""
     while True:
         try:
             text = input("fork> " if chat.before_forks else "you> ").strip()
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             talk(chat)
         finally:
-            if chat.stream.position:  # nothing to keep after /forget
+            if chat.stream.position:  # there is nothing to save after /forget
                 chat.save()
                 print(f"saved in {chat.state}")
     except (rt.Error, TitansError, OSError) as error:

@@ -1,12 +1,12 @@
-"""What titans-export does, in four steps, with the two small models of examples/checkpoints.
+"""Demonstrates titans-export in four steps, with the two small models of examples/checkpoints.
 
     make demo                    or: .venv/bin/python examples/demo.py
-    make demo TEXT=book.txt      the same with a text of yours
+    make demo TEXT=book.txt      the same with your own text
 
-1. Exports a byte-level language model to a bundle, which PyTorch is no longer needed for.
-2. Streams a long text through the C++ runtime. The memory learns while it reads, and its size stays the same.
-3. Continues a prompt, before and after that reading.
-4. Exports a second model and asks it for pairs that have long left its attention window.
+1. Exports a byte-level language model to a bundle. PyTorch is not needed after that.
+2. Streams a long text through the C++ runtime. The memory learns while it reads, at constant size.
+3. Continues a prompt, before and after reading the text.
+4. Exports a second model and queries it for pairs that left its attention window long ago.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from recall_task import CHANCE, make_episodes
 import titans_runtime as rt
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = 4096  # bytes that are read at a time
+BLOCK = 4096  # bytes per read
 PROMPT = "The old man looked at him and said, "
 PAIRS, FILLER, EPISODES = 32, 300, 10
 
@@ -46,14 +46,14 @@ def fail(problem: str, fix: str) -> int:
 
 
 class Progress:
-    """Where a long step stands: one line that is written over on a terminal, else a line every ten seconds."""
+    """Progress of a long step: one line that is overwritten on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, label: str) -> None:
         self.label, self.started, self.shown = label, time.monotonic(), 0.0
         self.terminal = sys.stdout.isatty()
 
     def show(self, done: float) -> None:
-        """Shows that this part, of 1, is done."""
+        """Shows that this share, of 1, is done."""
         seconds = time.monotonic() - self.started
         left = f", {seconds / done - seconds:.0f} s left" if 0 < done < 1 else ""
         text = f"   {self.label}: {done:4.0%} after {seconds:.0f} s{left}"
@@ -65,7 +65,7 @@ class Progress:
 
 
 def export(checkpoint: Path, bundle: Path) -> dict[str, Any]:
-    """Exports with the command line, as a user would, and returns what it reports."""
+    """Exports with the command line, as a user would. Returns the report."""
     program = Path(sys.executable).with_name("titans-export")
     arguments = ["export", shorten(checkpoint), "-o", shorten(bundle), "--chunks-per-call", "1", "--overwrite"]
     print(f"   $ titans-export {shlex.join(arguments)}", flush=True)
@@ -84,13 +84,13 @@ def export(checkpoint: Path, bundle: Path) -> dict[str, Any]:
 
 
 def shorten(path: Path) -> str:
-    """A path as one would type it in the repository."""
+    """The path relative to the repository, if it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 @dataclass
 class Reading:
-    """How a stream fared with a text."""
+    """Results of a stream that read a text."""
 
     stream: rt.Stream
     state_bytes_before: int
@@ -103,7 +103,7 @@ class Reading:
         return self.nats / math.log(2) / self.consumed
 
     def run(self, text: bytes, stop: threading.Event) -> None:
-        """Reads the text to its end, or until told to stop."""
+        """Reads the text to its end, or until `stop` is set."""
         for start in range(0, len(text), BLOCK):
             if stop.is_set():
                 return
@@ -115,7 +115,7 @@ class Reading:
 
 
 def read(session: rt.Session, text: bytes) -> tuple[Reading, Reading]:
-    """Reads the text with two streams side by side, one that learns and one that is frozen."""
+    """Reads the text with two parallel streams. One learns and the other is frozen."""
     learning, frozen = (Reading(s, s.state_bytes) for s in (session.stream(), session.stream()))
     frozen.stream.freeze()
     stop, progress = threading.Event(), Progress("reading")
@@ -142,7 +142,7 @@ def show_reading(learning: Reading, frozen: Reading) -> None:
 
 
 def write_on(stream: rt.Stream, prompt: str, count: int = 240) -> None:
-    """Continues the prompt, each byte shown as it is chosen."""
+    """Continues the prompt, and prints each byte as it is sampled."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     stream.feed(prompt.encode(), outputs="none")
     print(f"   {prompt}", end="", flush=True)
@@ -159,7 +159,7 @@ def write_on(stream: rt.Stream, prompt: str, count: int = 240) -> None:
 
 
 def recall(session: rt.Session, learn: bool) -> tuple[float, list[tuple[int, int, int]]]:
-    """Accuracy over the episodes, and key, right value and answer for the questions of the first."""
+    """Accuracy over all episodes, and (key, right value, answer) for the first episode's questions."""
     stream = session.stream()
     if not learn:
         stream.freeze()

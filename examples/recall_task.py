@@ -1,9 +1,9 @@
-"""The recall task: remember pairs of a key and a value through filler text, then say each key's value.
+"""The recall task: remember key-value pairs through filler text, then give each key's value.
 
 An episode is a start mark, N pairs (key, value), filler tokens, and the same keys in another order, each followed by
-its value. After a key of the last part, the next token should be its value. Keys and values are drawn anew for every
-episode, so only a model that stores the pairs while it runs can know them: chance is 1 in 64. The start mark says that
-the pairs of an earlier episode no longer hold, so episodes may follow each other in one endless stream.
+its value. After a key in the last part, the next token should be its value. Every episode draws new pairs, so a model
+must store them at inference; chance is 1 in 64. The start mark ends the validity of earlier pairs, so episodes may be
+concatenated to an endless stream.
 
     token       0..63    64..127    128..158    159
     meaning     keys     values     filler      start mark
@@ -27,22 +27,22 @@ CHANCE = 1 / VALUES
 
 
 class Episodes(NamedTuple):
-    """Episodes of one kind, and where and what their questions are."""
+    """Episodes of one kind, with their questions and answers."""
 
     tokens: NDArray[np.int64]  # (episodes, length)
-    queries: NDArray[np.int64]  # (pairs,): places of the keys that are asked; the model's output there is its answer
-    answers: NDArray[np.int64]  # (episodes, pairs): the right answers, which are also the tokens at queries + 1
+    queries: NDArray[np.int64]  # (pairs,): positions of the queried keys; the model's output there is its answer
+    answers: NDArray[np.int64]  # (episodes, pairs): right answers, equal to the tokens at queries + 1
 
 
 def episode_length(pairs: int, filler: int) -> int:
-    """Tokens of an episode."""
+    """Number of tokens per episode."""
     return 1 + 2 * pairs + filler + 2 * pairs
 
 
 def make_episodes(count: int, pairs: int, filler: int, seed: int | Sequence[int], lead: int = 0) -> Episodes:
-    """`count` episodes of `pairs` pairs (at most 64) with `filler` tokens between the pairs and the questions.
+    """Makes `count` episodes of `pairs` pairs (at most 64), with `filler` tokens between pairs and questions.
 
-    The same arguments give the same episodes. lead: filler tokens in front of each episode's start mark.
+    Equal arguments give equal episodes. lead: filler tokens before each episode's start mark.
     """
     random = np.random.default_rng(seed)
     keys = random.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :pairs]

@@ -1,14 +1,14 @@
-"""Finds odd lines in a log: a model reads every line, and those that surprise it far more than usual are printed.
+"""Finds unusual lines in a log: a model reads every line and prints those that are far more surprising than usual.
 
     python examples/watch_log.py mac.titans --state app.tstate < app.log
     python examples/watch_log.py mac.titans --state app.tstate --follow app.log
 
-A line's surprise is -ln p per byte of it, given every line before. How usual that is, is told by a robust z-score: its
-distance from the median of the lines before, in units of their median absolute deviation. The stream learns from each
-line, so that what happens every day surprises less and less, as far as the model can learn it.
+A line's surprise is -ln p per byte, given all earlier lines. A robust z-score compares it with earlier lines: its
+distance from their median, in units of their median absolute deviation. The stream learns from each line, so recurring
+events become less surprising, as far as the model can learn them.
 
-`--state` keeps what has been learned, and beside it in a .json the recent surprises and how far `--follow` has read:
-started again, the watcher goes on where it was. What it finds goes to stdout, one line each.
+`--state` keeps the memory, and a .json file beside it keeps the recent surprises and the position of `--follow`. A
+restart continues from there. Findings go to stdout, one per line.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ import titans_runtime as rt
 from titans_export.errors import TitansError
 from titans_export.tokenizer import open_tokenizer
 
-LONGEST = 4096  # bytes; what is longer counts as several lines
-SAVE_EVERY = 60.0  # seconds, so that even a power cut costs no more
-POLL = 0.5  # seconds between looks at a file that does not grow
+LONGEST = 4096  # bytes; longer lines are split
+SAVE_EVERY = 60.0  # seconds; limits the loss at a power cut
+POLL = 0.5  # seconds between reads of a file that does not grow
 
 
 class Usual:
-    """How surprising lines have been lately, and how far from that a line is."""
+    """Recent surprises of lines, and the distance of a new line from them."""
 
     def __init__(self, scores: list[float], window: int, warm_up: int) -> None:
         self.scores: deque[float] = deque(scores, maxlen=window)
         self.warm_up = warm_up
 
     def judge(self, score: float) -> float | None:
-        """The robust z-score of a line against those before it, None while there are too few of them."""
+        """The robust z-score of a line against earlier ones; None while there are too few."""
         z = None
         if len(self.scores) >= self.warm_up:
             before = np.array(self.scores)
             median = np.median(before)
-            spread = 1.4826 * np.median(np.abs(before - median))  # of a normal distribution: its standard deviation
+            spread = 1.4826 * np.median(np.abs(before - median))  # the standard deviation, if normal
             z = float((score - median) / max(spread, 0.01))
         self.scores.append(score)
         return z
 
 
 class Watcher:
-    """A stream that reads lines, and what it has seen of them."""
+    """A stream that reads lines, and its statistics."""
 
     def __init__(self, bundle: Path, state: Path | None, window: int, warm_up: int) -> None:
         session = rt.Session(bundle)
@@ -73,14 +73,14 @@ class Watcher:
         self.usual = Usual(scores, window, warm_up)
 
     def read(self, line: bytes) -> tuple[float, float | None]:
-        """Learns from a line. Returns its surprise in nats per byte, and its z-score; blank lines have none."""
+        """Learns from a line. Returns its surprise in nats per byte and its z-score, None for blank lines."""
         score = -math.fsum(self.stream.score(self.tokenizer.encode(line))) / len(line)
         self.lines += 1
         self.offset += len(line)
         return score, self.usual.judge(score) if line.strip() else None
 
     def save(self) -> None:
-        """The stream, and then what belongs to it: stopped between the two, it reads some lines a second time."""
+        """Saves the stream, then its statistics. After an interruption between the two, some lines are read again."""
         self.saved_at = time.monotonic()
         if self.state is None:
             return
@@ -91,7 +91,7 @@ class Watcher:
         aside.replace(self._notes(self.state))
 
     def follow(self, path: Path) -> Iterator[bytes]:
-        """The lines of a file that grows, from where the last run ended; a file that is replaced is read anew."""
+        """Yields the lines of a growing file, from the last run's end. Reads a replaced file from its start."""
         while True:
             with path.open("rb") as file:
                 now = os.fstat(file.fileno())
@@ -106,7 +106,7 @@ class Watcher:
                         break
                     else:
                         time.sleep(POLL)
-                        file.seek(self.offset)  # a line that is still being written is read once it is whole
+                        file.seek(self.offset)  # an incomplete line is read again later
             while not path.exists():
                 time.sleep(POLL)
 
@@ -123,7 +123,7 @@ class Watcher:
 
 
 def watch(watcher: Watcher, lines: Iterator[bytes], threshold: float) -> int:
-    """Prints the lines beyond the threshold, and returns how many they were."""
+    """Prints the lines beyond the threshold. Returns their number."""
     found = 0
     for line in lines:
         score, z = watcher.read(line)
@@ -141,7 +141,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _printable(line: bytes) -> str:
-    """A line without what could change the terminal that it is shown on."""
+    """A line without characters that could alter the terminal."""
     return "".join(c if c.isprintable() else "?" for c in line.decode("utf-8", "replace").strip())
 
 

@@ -27,11 +27,11 @@ from train import build, split
 import titans_runtime
 from titans_export.exporting import export_checkpoint
 
-PIECE = 1 << 16  # bytes that are fed at a time
+PIECE = 1 << 16  # bytes per feed
 
 
 def find_weights(folder: Path) -> Path:
-    """The weights in a checkpoint's folder."""
+    """The weight file in a checkpoint folder."""
     found = next((folder / name for name in ("model.safetensors", "model.pt") if (folder / name).is_file()), None)
     if found is None:
         raise click.ClickException(
@@ -41,7 +41,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def load_library(folder: Path) -> MemoryAsContextTransformer:
-    """The checkpoint in the library itself."""
+    """Loads the checkpoint with the library itself."""
     model = build(json.loads((folder / "model.json").read_text(encoding="utf-8")))
     weights = find_weights(folder)
     tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
@@ -51,7 +51,7 @@ def load_library(folder: Path) -> MemoryAsContextTransformer:
 
 @torch.no_grad()
 def library_bits(model: MemoryAsContextTransformer, text: bytes) -> float:
-    """Bits per byte by one parallel forward, in the model's precision."""
+    """Bits per byte of one parallel forward, in the model's precision."""
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     logits = model(tokens[None], disable_flex_attn=True)[0].double()
     nats = float(F.cross_entropy(logits[:-1], tokens[1:], reduction="sum")) + math.log(256)
@@ -59,7 +59,7 @@ def library_bits(model: MemoryAsContextTransformer, text: bytes) -> float:
 
 
 def stream_bits(session: titans_runtime.Session, text: bytes, count: int) -> tuple[float, float, int]:
-    """Bits per byte of the whole text and of its first `count` bytes, in one stream; and the bytes of its state."""
+    """Bits per byte of the whole text and of its first `count` bytes, in one stream, and the state's size in bytes."""
     with session.stream() as stream:
         size = stream.state_bytes
         parts = [text[:count], *(text[at : at + PIECE] for at in range(count, len(text), PIECE))]

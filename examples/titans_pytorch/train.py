@@ -64,20 +64,20 @@ CONFIG: dict[str, Any] = {
 
 
 def build(config: dict[str, Any]) -> MemoryAsContextTransformer:
-    """The library's model from the arguments that model.json holds."""
+    """Builds the library's model from the arguments in model.json."""
     arguments = {name: value for name, value in config.items() if name not in ("class", "version")}
     network = dict(arguments.pop("neural_memory_model"))
     network.pop("type")
     arguments["neural_memory_layers"] = tuple(arguments["neural_memory_layers"])
     model = MemoryAsContextTransformer(neural_memory_model=MemoryMLP(**network), **arguments)
     for parameter in model.parameters():
-        # The heads' initial memories are views of one; optimisers write in place.
+        # The heads' initial memories are views of one tensor, and optimisers write in place.
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return model
 
 
 def split(text: bytes) -> tuple[bytes, bytes]:
-    """What is trained on, and what is held out."""
+    """Splits the text into training and held-out parts."""
     kept = int(len(text) * (1 - HELD_OUT))
     return text[:kept], text[kept:]
 

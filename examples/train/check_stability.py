@@ -42,18 +42,18 @@ from titans_export.model.neural_memory import memory_layout
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from recall_task import make_episodes
 
-GROWTH = 2.0  # the last tenth of the lines may be this many times the first tenth
+GROWTH = 2.0  # largest ratio of the last tenth of the lines to the first tenth
 
 
 class Piece(NamedTuple):
-    """Tokens of a stream, and what should follow each: -1 where it does not matter. Both (T,)."""
+    """Tokens of a stream and their targets, -1 for tokens without a target. Both (T,)."""
 
     tokens: NDArray[np.int64]
     wanted: NDArray[np.int64]
 
 
 def recall_pieces(pairs: int, filler: int, seed: int) -> Iterator[Piece]:
-    """Episodes forever."""
+    """An endless sequence of episodes."""
     number = 0
     while True:
         tokens, queries, answers = make_episodes(1, pairs, filler, [seed, number])
@@ -64,14 +64,14 @@ def recall_pieces(pairs: int, filler: int, seed: int) -> Iterator[Piece]:
 
 
 def text_pieces(path: Path) -> Iterator[Piece]:
-    """The bytes of a file, again and again."""
+    """The bytes of a file, repeated endlessly."""
     text = np.frombuffer(path.read_bytes(), dtype=np.uint8).astype(np.int64)
     while True:
         yield Piece(text, np.roll(text, -1))
 
 
 def blocks(pieces: Iterator[Piece], size: int) -> Iterator[Piece]:
-    """The same stream in blocks of `size` tokens."""
+    """Regroups the stream into blocks of `size` tokens."""
     tokens, wanted = (np.empty(0, dtype=np.int64) for _ in range(2))
     for piece in pieces:
         tokens, wanted = np.concatenate([tokens, piece.tokens]), np.concatenate([wanted, piece.wanted])
@@ -83,7 +83,7 @@ def blocks(pieces: Iterator[Piece], size: int) -> Iterator[Piece]:
 
 @dataclass
 class Watch:
-    """The worst numbers since the last line, by layer name, and the last block's inputs of every memory."""
+    """The worst values since the last line, by layer name, and every memory's inputs of the last block."""
 
     model: Titans
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Watch:
         return hook
 
     def note(self, what: str, name: str, value: float) -> None:
-        """Keeps the larger of two values; a NaN stays."""
+        """Keeps the larger of two values. NaN persists."""
         old = self.worst.setdefault(what, {}).get(name, value)
         self.worst[what][name] = old if math.isnan(old) or old > value else value
 
@@ -122,7 +122,7 @@ class Watch:
                 self.note(what, name, float(torch.stack(squares).sum(0).sqrt().max()))
 
     def lambda_max(self) -> dict[str, float]:
-        """By layer: the largest over heads and over the chunks of the last call."""
+        """By layer: the maximum over heads and over the chunks of the last call."""
         return {name: _lambda_max(self.layers[name], *inputs) for name, inputs in self.inputs.items()}
 
 
@@ -139,7 +139,7 @@ def _lambda_max(layer: MemoryLayer, x: Tensor, state: StreamState) -> float:
 
 @torch.no_grad()
 def run(model: Titans, source: Iterator[Piece], tokens: int, every: int, size: int, text: bool) -> list[dict[str, Any]]:
-    """The lines of one stream of at least `tokens` tokens in calls of `size`; `text` says how answers are scored."""
+    """The lines of one stream of at least `tokens` tokens, in calls of `size`. text: how answers are scored."""
     watch, state, lines = Watch(model), model.initial_state(1), list[dict[str, Any]]()
     score, count = 0.0, 0
     for number, block in zip(tqdm(range(1, -(-tokens // size) + 1), mininterval=5.0), source, strict=False):
@@ -163,7 +163,7 @@ def run(model: Titans, source: Iterator[Piece], tokens: int, every: int, size: i
 
 
 def verdict(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether all numbers are finite and none of the norms grew, and the score at both ends."""
+    """Whether all numbers are finite and no norm grew, and the score at the start and the end."""
     tenth = max(1, len(lines) // 10)
     first, last = lines[:tenth], lines[-tenth:]
     growth = {

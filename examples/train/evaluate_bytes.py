@@ -28,7 +28,9 @@ RECORD = "training.json"
 
 @torch.no_grad()
 def bits_per_byte(model: Titans, text: bytes, learn: bool, block: int = 512) -> float:
-    """Over the whole blocks of `text` as one stream; a block is a multiple of the chunk and of MAC's segment."""
+    """Bits per byte over the whole blocks of `text`, as one stream. block: a multiple of the chunk and of MAC's
+    segment.
+    """
     tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     state, nats = model.initial_state(1), 0.0
     starts = range(0, len(tokens) - block, block)

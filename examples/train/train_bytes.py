@@ -39,7 +39,7 @@ HELD_OUT = 0.1
 
 
 class Streams(Task):
-    """Rows of a batch as endless streams: window after window of the text, now and then a fresh start elsewhere."""
+    """Rows of a batch as endless streams: window after window of text, with an occasional restart elsewhere."""
 
     def __init__(
         self, model: Titans, data: Tensor, seed: int, batch: int, window: int, windows: int, learn: bool
@@ -51,7 +51,7 @@ class Streams(Task):
         self.memory: dict[str, Tensor] = {}
 
     def _restart(self, step: int) -> Tensor:
-        """Rows that begin anew at this step, staggered so that a batch holds streams of all ages."""
+        """Rows that restart at this step, staggered so that a batch holds streams of all ages."""
         row = torch.arange(self.batch)
         return (step + row * self.windows // self.batch) % self.windows == 0 if step else torch.ones_like(row) > 0
 

@@ -40,14 +40,14 @@ CONFIG = ModelConfig(
     window=32,
 )
 GATE_BIASES = (3.0, -2.0, -6.0)  # step size, momentum, forget gate
-PASS = 0.93  # the running accuracy at which the next level begins
-EVALUATION_SEED = 1_000_000  # batches are drawn from [seed, step] with smaller numbers
+PASS = 0.93  # running accuracy at which the next level begins
+EVALUATION_SEED = 1_000_000  # training batches use [seed, step] with smaller numbers
 
 
 class Level(NamedTuple):
-    """How long episodes are, how many make a batch, and whether attention takes part.
+    """The length of episodes, the batch size, and whether attention takes part.
 
-    carried: each row goes on where the step before left it, instead of from a fresh memory.
+    carried: each row continues from the previous step instead of a new memory.
     """
 
     pairs: int
@@ -69,11 +69,11 @@ LEVELS = (
 
 @torch.no_grad()
 def initialise(model: Titans) -> None:
-    """Weights that training starts from, where they differ from the model's own.
+    """Sets initial weights that differ from the model's defaults.
 
-    Tokens are told apart from the first step on, steps are large, and a memory key begins as the token before, so that
-    a value is written under its key. From the model's own start, 500 steps bring no more than guessing among the values
-    of the episode.
+    Tokens are distinct from the first step on, steps are large, and a memory key starts as the previous token, so that
+    values are written under their keys. With the default weights, 500 steps only reach guessing among the episode's
+    values.
     """
     model.embedding.normal_()
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def initialise(model: Titans) -> None:
             parameter.copy_(torch.tensor(GATE_BIASES).repeat_interleave(CONFIG.memory.heads))
         elif name.endswith("memory.conv.weight"):
             parameter.mul_(0.1)
-            q, k, v = parameter.chunk(3, 1)  # (width, heads * head_dim) each, the last tap for the token itself
+            q, k, v = parameter.chunk(3, 1)  # (width, heads * head_dim) each; the last tap is for the current token
             q[-1] += 1
             k[-2] += 1
             v[-1] += 1
@@ -89,14 +89,14 @@ def initialise(model: Titans) -> None:
 
 @torch.no_grad()
 def accuracy(model: Titans, pairs: int, filler: int, episodes: int, seed: int, learn: bool = True) -> float:
-    """Share of right answers over fresh episodes, each from a fresh memory."""
+    """Share of right answers over new episodes, each from a new memory."""
     tokens, queries, answers = make_episodes(episodes, pairs, filler, [EVALUATION_SEED, seed])
     logits = model(torch.from_numpy(tokens), learn, torch.from_numpy(queries))
     return float((logits.argmax(-1).numpy() == answers).mean())
 
 
 class Recall(Task):
-    """Episodes of the current level; a level ends when the running accuracy passes `PASS`."""
+    """Episodes of the current level. A level ends when the running accuracy exceeds `PASS`."""
 
     def __init__(self, model: Titans, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -114,7 +114,7 @@ class Recall(Task):
 
     def loss(self, step: int) -> Tensor:
         level = LEVELS[self.level]
-        # Filler up to a whole number of chunks; where in its chunk an episode starts is left to chance.
+        # Pads with filler to a whole number of chunks; an episode's offset within its chunk is random.
         slack = -episode_length(level.pairs, level.filler) % self.model.config.memory.chunk
         lead = int(np.random.default_rng([self.seed, step, 1]).integers(slack + 1))
         filler = level.filler + slack - lead
@@ -143,7 +143,7 @@ class Recall(Task):
         )
 
     def result(self) -> dict[str, Any]:
-        """Accuracy with the memory learning and frozen at every length that was trained."""
+        """Accuracy with a learning and a frozen memory, at every trained length."""
         rows = []
         for pairs, filler in sorted({level[:2] for level in LEVELS}):
             learning, frozen = (accuracy(self.model, pairs, filler, 64, seed=0, learn=on) for on in (True, False))

@@ -1,6 +1,6 @@
-"""A training loop that survives being killed: what it has done is on disk, and a second start continues from there.
+"""A training loop that survives kills: progress is saved to disk, and a restart continues from there.
 
-Every batch depends only on the seed and the step, so a resumed run computes what an uninterrupted one would.
+Every batch depends only on the seed and the step, so a resumed run matches an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from titans_export.model import Titans
 
 @dataclass
 class Settings:
-    """How long, how fast, and where to."""
+    """Duration, speed and output of a training run."""
 
     output: Path
     steps: int
     seed: int
     learning_rate: float = 3e-3
-    matrix_learning_rate: float | None = None  # with Muon; None: AdamW for everything
+    matrix_learning_rate: float | None = None  # for Muon; None: AdamW for all parameters
     warmup: int = 50
-    decay_from: float = 0.5  # share of the steps after which the rate falls linearly
+    decay_from: float = 0.5  # share of the steps after which the learning rate falls linearly
     save_every_s: float = 60.0
-    record: dict[str, Any] = field(default_factory=dict)  # goes into training.json
+    record: dict[str, Any] = field(default_factory=dict)  # stored in training.json
 
 
 def _optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -63,7 +63,7 @@ def _rate(step: int, settings: Settings) -> float:
 
 
 class Task:
-    """What is trained: `loss` of one step, and whatever must survive a kill beside model and optimizers."""
+    """The training task: the loss of one step, and the state to save besides model and optimisers."""
 
     def loss(self, step: int) -> Tensor:
         raise NotImplementedError
@@ -75,21 +75,21 @@ class Task:
         return False
 
     def result(self) -> dict[str, Any]:
-        """What is measured when training is over; goes into training.json."""
+        """Final measurements, stored in training.json."""
         return {}
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores the result of `state`."""
 
 
 def train(model: Titans, settings: Settings, task_for: Callable[[Titans], Task]) -> None:
-    """Trains the model and leaves config.json, model.safetensors and training.json in settings.output."""
+    """Trains the model. Writes config.json, model.safetensors and training.json to settings.output."""
     settings.output.mkdir(parents=True, exist_ok=True)
     resume = settings.output / "resume.pt"
-    # What a resumed run must agree on. The number of steps may change: it only moves the fall of the learning rate.
+    # A resumed run must match these. The number of steps may change: it only moves the fall of the learning rate.
     made_of = json.dumps({"seed": settings.seed, "model": model.config.to_json(), **settings.record}, sort_keys=True)
     optimizers = _optimizers(model, settings)
     base = [[group["lr"] for group in o.param_groups] for o in optimizers]
