@@ -93,7 +93,7 @@ class BlocksRun {
     if (c_.stats != nullptr && group_.rank == 0 && thread_index() == 0) {
       counts_.store(c_.stats + item.index * kStatCount);
     }
-    sync_group(group_);  // nobody reads here any more
+    sync_group(group_);  // all reads of this block's memory are done
   }
 
  private:

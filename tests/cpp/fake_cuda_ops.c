@@ -1,6 +1,6 @@
-/* The library of custom operators as it would be on a GPU, for tests: the real one of $TITANS_REAL_OPS, of which it
- * says that its nodes for the CPU are for the GPU. With TITANS_FAKE_FALLBACK they are what they are, as where ONNX
- * Runtime has not let the GPU have them; TITANS_FAKE_FAULT is what the GPU finds wrong in a call, once. */
+/* A fake library of custom operators for a GPU. It wraps the real one, $TITANS_REAL_OPS, and reports its CPU nodes as
+ * CUDA nodes. With TITANS_FAKE_FALLBACK it reports CPU nodes, as if ONNX Runtime had not assigned them to the GPU.
+ * TITANS_FAKE_FAULT is the error that the GPU reports for a call, once. */
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdio.h>

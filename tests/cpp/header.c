@@ -1,4 +1,4 @@
-/* Compiling is the test: the header stands on its own in C. */
+/* The test is that this compiles: the header is self-contained C. */
 #include "titans/titans.h"
 
 typedef titans_status (*open_function)(const char*, const titans_session_options*, titans_session**);

@@ -1,6 +1,6 @@
-/* stream_exchange BUNDLE FROM TO TOKEN...: a stream restored from the state file FROM, or a fresh one where it is "-",
- * consumes the tokens and is saved to TO, unless that is "-". Prints the logits after the last token, one a line.
- * For tests that move a stream between processors. */
+/* stream_exchange BUNDLE FROM TO TOKEN...: restores a stream from the state file FROM, or makes one if that is "-".
+ * The stream consumes the tokens and is saved to TO, unless that is "-". Prints the logits after the last token, one
+ * per line. For tests that move a stream between processors. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

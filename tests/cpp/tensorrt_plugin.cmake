@@ -1,4 +1,4 @@
-# The TensorRT plugin and a host that plays TensorRT to it: where TensorRT's headers are.
+# The TensorRT plugin and a host that acts as TensorRT. Needs TensorRT's headers.
 add_library(titans_plugin_host OBJECT tensorrt_plugin_fields.cpp tensorrt_plugin_host.cpp)
 target_include_directories(titans_plugin_host PUBLIC ${PROJECT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR})
 target_include_directories(titans_plugin_host SYSTEM PUBLIC ${TITANS_TENSORRT_INCLUDE})
@@ -6,7 +6,7 @@ target_link_libraries(titans_plugin_host PUBLIC ${CMAKE_DL_LIBS})
 titans_compile(titans_plugin_host)
 
 if(TARGET titans_kernels)
-  # The plugin with a kernel for host memory in the CUDA kernel's place.
+  # The plugin with a host-memory kernel in place of the CUDA kernel.
   add_library(titans_plugin_double MODULE tensorrt_plugin_double.cpp)
   target_link_libraries(titans_plugin_double PRIVATE titans_tensorrt_adapter titans_contract titans_kernels)
   target_link_options(titans_plugin_double PRIVATE
@@ -22,7 +22,7 @@ if(TARGET titans_kernels)
   gtest_discover_tests(titans_plugin_tests)
 endif()
 
-# The plugin with the CUDA kernel itself, its threads emulated: see tests/cuda_emulation.
+# The plugin with the real CUDA kernel on emulated threads: see tests/cuda_emulation.
 find_package(Boost QUIET COMPONENTS context)
 if(TARGET Boost::context)
   set(titans_emulation ${PROJECT_SOURCE_DIR}/tests/cuda_emulation)
@@ -43,7 +43,7 @@ else()
   message(STATUS "Skipping the TensorRT plugin with the emulated kernel: no Boost.Context")
 endif()
 
-# The same for cases from files: on a GPU for tools/gpu_check, in host memory to test the program itself.
+# The host for cases from files: on a GPU for tools/gpu_check, in host memory to test the program itself.
 function(titans_plugin_host_program name)
   add_executable(${name} EXCLUDE_FROM_ALL tensorrt_plugin_main.cpp ${ARGN})
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/bin)

@@ -41,7 +41,7 @@ if(NOT EXISTS ${libdir}/libtitans.so OR NOT EXISTS ${includedir}/titans/titans.h
   message(FATAL_ERROR "pkg-config names ${libdir} and ${includedir}, not ${prefix}")
 endif()
 
-# A program linked as pkg-config says names the library by its SONAME.
+# A program linked with pkg-config's flags refers to the library by its SONAME.
 execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${prefix}/${LIBDIR}/pkgconfig
                 ${pkg_config} --cflags --libs titans OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE)
 separate_arguments(flags UNIX_COMMAND "${flags}")
