@@ -135,7 +135,7 @@ class DeviceExecutor final : public Executor {
         for (std::size_t state = 0; state < from.size(); ++state) {
           from[state]->upload(bundle_.initial_state().find(manifest.state[state].name)->second.data);
         }
-        warm_->run({entry.graph, tokens ? &token : nullptr, tokens ? nullptr : vector.data(), graph.phases.front(),
+        warm_->run({entry.graph, tokens ? &token : nullptr, tokens ? nullptr : vector.data(), graph.offsets.front(),
                     true, from.data(), to.data()});
         const float* output = warm_->output(0, 1);
         answers.emplace_back(output, output + manifest.output_size);
