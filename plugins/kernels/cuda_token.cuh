@@ -1,9 +1,9 @@
 // Mode update for calls of one token, as in decoding. Equations and names are those of docs/operator.md.
 //
 // Inside a chunk, a token only reads W and S and appends a row to the open chunk. The token that completes the chunk
-// also runs the chunk update. The work is float32 and bound by memory bandwidth. If W and S fit in shared memory, a token
-// loads 8 bytes per weight (W and S in float32) and the open chunk's rows; otherwise later layers are read again. The
-// first layer serves key and query in one pass. In a vector-matrix product, each lane sums one column over a warp's
+// also runs the chunk update. The work is float32 and bound by memory bandwidth. If W and S fit in shared memory, a
+// token loads 8 bytes per weight (W and S in float32) and the open chunk's rows; otherwise later layers are read again.
+// The first layer serves key and query in one pass. In a vector-matrix product, each lane sums one column over a warp's
 // rows, and the warps' sums are added in memory. Several blocks may share a head as in cuda_blocks.cuh.
 #pragma once
 
