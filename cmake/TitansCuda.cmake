@@ -7,8 +7,8 @@ if(CMAKE_CROSSCOMPILING)
   # A toolkit has libraries for its own processor only. Its headers fit all processors, but nvcc does not find them.
   set(TITANS_CUDART "" CACHE PATH "Folder of the target's libcudart_static.a, see tools/fetch_aarch64 --cuda")
   if(NOT EXISTS ${TITANS_CUDART}/libcudart_static.a)
-    message(FATAL_ERROR "[cmake] expected the target's libcudart_static.a but got none; do run tools/fetch_aarch64 --cuda "
-                        "VERSION, and pass -DTITANS_CUDART=FOLDER")
+    message(FATAL_ERROR "[cmake] missing package or library: libcudart_static.a of the target. Fix: run "
+                        "tools/fetch_aarch64 --cuda VERSION, and pass -DTITANS_CUDART=FOLDER (TITANS-E1006)")
   endif()
   set(CUDA_CUDART ${TITANS_CUDART}/libcudart_static.a CACHE FILEPATH "" FORCE)
   set(CUDA_cudart_static_LIBRARY ${CUDA_CUDART} CACHE FILEPATH "" FORCE)
@@ -18,8 +18,8 @@ endif()
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  message(FATAL_ERROR "[cmake] expected nvcc for TITANS_CUDA but got none; do install a CUDA toolkit, put nvcc on PATH or "
-                      "pass -DCMAKE_CUDA_COMPILER=/path/to/nvcc")
+  message(FATAL_ERROR "[cmake] missing package or library: nvcc, which TITANS_CUDA needs. Fix: install a CUDA toolkit and put "
+                      "nvcc on PATH, or pass -DCMAKE_CUDA_COMPILER=/path/to/nvcc (TITANS-E1006)")
 endif()
 # titans_cuda_compile sets the architectures of each target.
 set(CMAKE_CUDA_ARCHITECTURES OFF)

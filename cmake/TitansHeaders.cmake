@@ -10,7 +10,8 @@ endfunction()
 
 function(titans_require variable what)
   if(NOT ${variable})
-    message(FATAL_ERROR "[cmake] expected ${what} but got none; do run tools/fetch_deps, or pass -D${variable}=FOLDER")
+    message(FATAL_ERROR "[cmake] missing package or library: ${what}. Fix: run tools/fetch_deps, or pass "
+                        "-D${variable}=FOLDER (TITANS-E1006)")
   endif()
 endfunction()
 

@@ -28,8 +28,9 @@ else()
   file(STRINGS ${titans_tensorrt}/NvInferVersion.h titans_lines REGEX "#define [A-Z_]+_(MAJOR|MINOR)")
   foreach(titans_part MAJOR MINOR)
     if(NOT titans_lines MATCHES "#define (NV_TENSORRT|TRT)_${titans_part}(_ENTERPRISE)? ([0-9]+)")
-      message(FATAL_ERROR "[cmake] expected the version of TensorRT in ${titans_tensorrt}/NvInferVersion.h but got "
-                          "none; do pass -DTENSORRT_ROOT=FOLDER of another SDK")
+      message(FATAL_ERROR "[cmake] missing package or library: no version of TensorRT in "
+                          "${titans_tensorrt}/NvInferVersion.h. Fix: pass -DTENSORRT_ROOT=FOLDER of another SDK "
+                          "(TITANS-E1006)")
     endif()
     list(APPEND TITANS_TENSORRT_VERSION ${CMAKE_MATCH_3})
   endforeach()

@@ -93,7 +93,7 @@ class Double final : public CudaKernel {
 }  // namespace
 
 std::string CudaDevice::current(CudaDevice& device) {
-  if (titans_double().device.sm == 0) return "[double] expected a device but got none; do set one";
+  if (titans_double().device.sm == 0) return failure("double", "E0612", "no device", "set one");
   device = titans_double().device;
   return {};
 }
@@ -101,7 +101,8 @@ std::string CudaDevice::current(CudaDevice& device) {
 std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuration, DType values,
                                                const CudaDevice& device, std::string& error) {
   if (values != DType::kFloat32 && values != DType::kFloat16 && values != DType::kBFloat16) {
-    error = "[double] expected float32, float16 or bfloat16 but got another type; do cast";
+    error = failure("double", "E0705", "wrong dtype of q: expected float32, float16 or bfloat16, got another type",
+                    "cast it");
     return nullptr;
   }
   std::unique_ptr<CpuKernel> kernel = CpuKernel::create(configuration, {}, error);

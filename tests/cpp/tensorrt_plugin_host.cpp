@@ -19,10 +19,10 @@ namespace {
 template <typename Interface>
 Interface* capability(IPluginV3& plugin, PluginCapabilityType type, const std::string& kind, std::int32_t major) {
   auto* found = static_cast<Interface*>(plugin.getCapabilityInterface(type));
-  if (found == nullptr) fail("expected a capability " + kind + " but got none");
+  if (found == nullptr) fail("missing capability: " + kind);
   const InterfaceInfo info = found->getInterfaceInfo();
   if (info.kind != kind || info.major != major) {
-    fail("expected a capability " + kind + " " + std::to_string(major) + " but got " + info.kind + " " +
+    fail("wrong capability: expected " + kind + " " + std::to_string(major) + ", got " + info.kind + " " +
          std::to_string(info.major));
   }
   return found;
@@ -107,7 +107,7 @@ Library::Library(const std::string& path) : logger_(std::make_unique<Logger>()) 
       creator_ = creator;
     }
   }
-  if (creator_ == nullptr) fail("expected a creator of ai.titans NeuralMemory 1 but got none");
+  if (creator_ == nullptr) fail("missing creator: ai.titans NeuralMemory 1");
 }
 
 Library::~Library() {
@@ -120,7 +120,7 @@ void* Library::find(const char* name) const { return dlsym(handle_, name); }
 
 void* Library::symbol(const char* name) const {
   void* found = find(name);
-  if (found == nullptr) fail("expected the library to export " + std::string(name) + " but it does not");
+  if (found == nullptr) fail("missing symbol in the library: " + std::string(name));
   return found;
 }
 

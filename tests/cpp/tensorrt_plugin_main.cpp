@@ -62,7 +62,7 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     const auto value = [&]() -> std::string {
-      if (i + 1 == argc) throw Usage("[plugin host] expected a value after " + word + " but got none; do give one");
+      if (i + 1 == argc) throw Usage("[plugin host] missing value of " + word + ". Fix: give one");
       return argv[++i];
     };
     if (word == "--plugin") {
@@ -82,8 +82,8 @@ Options parse(int argc, char** argv) {
     }
   }
   if (options.files.size() != 2 || options.plugin.empty() || !options.memory || kLearnTypes.count(options.learn) == 0) {
-    throw Usage(std::string("[plugin host] expected ") + (kOnGpu ? "--gpu" : "--cpu") +
-                " CASE OUT --plugin LIBRARY but got other arguments; do give them");
+    throw Usage(std::string("[plugin host] wrong arguments. Fix: give ") + (kOnGpu ? "--gpu" : "--cpu") +
+                " CASE OUT --plugin LIBRARY");
   }
   return options;
 }
@@ -208,8 +208,7 @@ std::vector<Range> profile(const std::vector<Call>& calls) {
   }
   for (const Call& call : calls) {
     if (call.present() != calls[0].present()) {
-      throw std::runtime_error(
-          "[plugin host] expected the same operands in each call but got others; do split the case");
+      throw std::runtime_error("[plugin host] calls with different operands. Fix: split the case");
     }
     for (std::size_t i = 0; i < ranges.size(); ++i) {
       const std::vector<std::int64_t> extents = shape_of(call.inputs()[i].dims);
@@ -259,8 +258,7 @@ void run(const Options& options) {
   }
   Call::write(out, pool, *state);
   if (!out.flush()) {
-    throw std::runtime_error("[plugin host] expected to write " + options.files[1] +
-                             " but could not; do check the disk");
+    throw std::runtime_error("[plugin host] cannot write " + options.files[1] + ". Fix: check the disk");
   }
   if (options.repeats == 0) return;
   const auto all = [&] {

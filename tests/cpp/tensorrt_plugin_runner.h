@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,12 @@ namespace titans::plugin_host {
 inline constexpr const char* kInputNames = "state,q,k,v,step_size,momentum,forget_gate,fill,learn";
 inline constexpr const char* kOutputNames = "y,state_out,stats";
 inline constexpr std::int64_t kMostTokens = 9;
+
+// Whether the messages are one error of the standard form.
+inline bool is_one_error(const std::string& messages) {
+  static const std::regex form(R"(\[[^\]\n]+\] [^\n]+\. Fix: [^\n]+ \(TITANS-E\d{4}\)\n)");
+  return std::regex_match(messages, form);
+}
 
 // The ranges of the inputs kInputNames for up to `most` tokens.
 inline std::vector<Range> ranges(const Problem& p, nvinfer1::DataType values = nvinfer1::DataType::kFLOAT,

@@ -39,7 +39,7 @@ TEST(TensorRtLibrary, ARealOne) {
   options.device = "cuda";
   options.backend_library = library;
   options.plugin_dir = std::filesystem::path(kVendors[1].backend).parent_path();
-  expect_error(TITANS_FAILED, {"decode.engine", "tensorrt_rtx opens", "Error Code"},
+  expect_error(TITANS_FAILED, {"decode.engine", "tensorrt_rtx cannot open the engine", "Error Code"},
                [&] { core::Session::open(folder.path(), options); });
 }
 

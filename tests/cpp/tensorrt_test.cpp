@@ -182,7 +182,7 @@ TEST_P(TensorRt, StreamsInThreads) {
   for (std::size_t i = 0; i < logits.size(); ++i) EXPECT_EQ(logits[i], expected_logits(some_tokens(40, i)));
 }
 
-TEST_P(TensorRt, VectorsAndPhases) {
+TEST_P(TensorRt, VectorsAndOffsets) {
   use_vectors();
   std::vector<float> vectors;
   for (std::size_t i = 0; i < 23 * kFakeInputs; ++i) vectors.push_back(static_cast<float>((i * 7 + 3) % 11) - 4);

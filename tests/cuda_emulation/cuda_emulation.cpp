@@ -137,7 +137,7 @@ class Machine {
       // sleep.
       const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
       if (!slept) {
-        throw std::runtime_error("[emulation] expected threads to meet but some wait forever; do check barriers");
+        throw std::runtime_error("[emulation] threads wait forever. Fix: check the barriers");
       }
       std::fill(asleep.begin(), asleep.end(), false);
       run_once(all, order, asleep, alive);
@@ -278,16 +278,14 @@ void sync_group(Group& group) {
 }
 
 const float* in_rank(const float* own, int rank) {
-  if (!machine().launch().cluster)
-    throw std::runtime_error("[emulation] expected a cluster but got none; do exchange in global memory");
+  if (!machine().launch().cluster) throw std::runtime_error("[emulation] no cluster. Fix: exchange in global memory");
   const std::byte* at = reinterpret_cast<const std::byte*>(own);
   return reinterpret_cast<const float*>(machine().block(rank).shared_data() + (at - machine().block().shared_data()));
 }
 
 void copy_16(float* shared, const float* global) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
-    throw std::runtime_error(
-        "[emulation] expected copies of 16 bytes at multiples of 16 but got others; do align them");
+    throw std::runtime_error("[emulation] copy of 16 bytes at an unaligned address. Fix: align it");
   }
   std::memcpy(shared, global, 16);
 }
@@ -339,8 +337,8 @@ std::string query_device(CudaDevice& device, const void*) {
   unsigned long bytes = 0;
   if (std::sscanf(named == nullptr ? "90:132:232448" : named, "%d:%d:%lu:%d", &device.sm, &device.multiprocessors,
                   &bytes, &device.most_cluster) < 3) {
-    return std::string("[emulation] expected sm:multiprocessors:bytes but got ") + named +
-           "; do set TITANS_EMULATED_GPU";
+    return std::string("[emulation] invalid GPU: expected sm:multiprocessors:bytes, got ") + named +
+           ". Fix: set TITANS_EMULATED_GPU";
   }
   device.shared_bytes = bytes;
   return {};

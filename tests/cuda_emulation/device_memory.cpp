@@ -19,7 +19,7 @@ void DeviceBuffer::download(void* host) const { std::memcpy(host, data_, bytes_)
 void synchronize() {}
 CUstream_st* work_stream() { return nullptr; }
 std::vector<double> time_on_device(const std::function<void()>&, std::size_t, bool) {
-  throw std::runtime_error("[emulation] expected a GPU to time but got an emulation; do run on a GPU");
+  throw std::runtime_error("[emulation] nothing to time: this is an emulation. Fix: run on a GPU");
 }
 
 }  // namespace titans::kernels
