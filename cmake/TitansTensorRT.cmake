@@ -20,9 +20,10 @@ set(TITANS_TENSORRT_INCLUDE)
 set(TITANS_TENSORRT_MAJOR)
 set(TITANS_TENSORRT_VERSION)
 if(NOT titans_tensorrt)
-  message(STATUS "Skipping what is for TensorRT: no NvInferRuntime.h. Pass -DTENSORRT_ROOT=FOLDER, which holds include/")
+  message(STATUS "Skipping the TensorRT plugin and backend: no NvInferRuntime.h. Pass -DTENSORRT_ROOT=FOLDER, which "
+                 "holds include/")
 elseif(NOT TITANS_CUDA_INCLUDE)
-  message(STATUS "Skipping what is for TensorRT: no cuda_runtime_api.h. Pass -DTITANS_CUDA_INCLUDE=FOLDER")
+  message(STATUS "Skipping the TensorRT plugin and backend: no cuda_runtime_api.h. Pass -DTITANS_CUDA_INCLUDE=FOLDER")
 else()
   # The macros are numbers up to 10.3 and names of other macros in later versions.
   file(STRINGS ${titans_tensorrt}/NvInferVersion.h titans_lines REGEX "#define [A-Z_]+_(MAJOR|MINOR)")
@@ -37,8 +38,8 @@ else()
   list(GET TITANS_TENSORRT_VERSION 0 TITANS_TENSORRT_MAJOR)
   list(JOIN TITANS_TENSORRT_VERSION . TITANS_TENSORRT_VERSION)
   if(TITANS_TENSORRT_VERSION VERSION_LESS TITANS_TENSORRT_LEAST)
-    message(STATUS "Skipping what is for TensorRT: ${titans_tensorrt} is of TensorRT ${TITANS_TENSORRT_VERSION}, older "
-                   "than ${TITANS_TENSORRT_LEAST}")
+    message(STATUS "Skipping the TensorRT plugin and backend: ${titans_tensorrt} is of version "
+                   "${TITANS_TENSORRT_VERSION}, older than ${TITANS_TENSORRT_LEAST}")
   else()
     set(TITANS_TENSORRT_INCLUDE ${titans_tensorrt} ${TITANS_CUDA_INCLUDE})
     message(STATUS "TensorRT ${TITANS_TENSORRT_VERSION}'s headers: ${titans_tensorrt}")

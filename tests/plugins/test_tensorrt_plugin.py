@@ -1,8 +1,8 @@
-"""The TensorRT plugin, built for each version whose headers are there and driven by a host that plays TensorRT.
+"""The TensorRT plugin, built for each version with headers and called by a host in place of TensorRT.
 
 TENSORRT_ROOTS, a list with colons between, or TENSORRT_ROOT names the folders that hold include/NvInferRuntime.h.
-Nothing here needs a GPU: what computes is the CPU kernel in the CUDA kernel's place, and the CUDA kernel emulated.
-Where nvcc is, the library with the CUDA kernel is built too, for one architecture, and asked what needs no GPU.
+No test needs a GPU: one library has the CPU kernel in place of the CUDA kernel, another has the CUDA kernel emulated.
+With nvcc, the library with the CUDA kernel is also built, for one architecture. Its tests do not run the kernel.
 """
 
 from __future__ import annotations
@@ -316,4 +316,4 @@ def test_without_headers_the_build_goes_on_and_says_so(tmp_path: Path) -> None:
         pytest.skip("no cmake")
     done = _run(["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DTENSORRT_ROOT={tmp_path}"])
     assert done.returncode == 0, done.stderr
-    assert "Skipping what is for TensorRT: no NvInferRuntime.h. Pass -DTENSORRT_ROOT=FOLDER" in done.stdout
+    assert "Skipping the TensorRT plugin and backend: no NvInferRuntime.h. Pass -DTENSORRT_ROOT=FOLDER" in done.stdout

@@ -1,5 +1,5 @@
-"""The TensorRT backends, built for each version whose headers are there, on a driver and a vendor's library made for
-tests; and TensorRT-RTX's own library, where its wheel is installed, up to where it needs a device.
+"""The TensorRT backends, built for each version with headers, on a fake driver and a fake vendor library. With the
+wheel of TensorRT-RTX installed, its real library is used too, up to the point that needs a device.
 
 TENSORRT_ROOTS, a list with colons between, or TENSORRT_ROOT names the folders that hold include/NvInferRuntime.h.
 """
@@ -84,7 +84,7 @@ def test_on_libraries_made_for_tests(built: Built, program: str) -> None:
 
 @pytest.fixture
 def folder(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle with an engine of TensorRT-RTX that is none."""
+    """A bundle with a file that is not an engine of TensorRT-RTX."""
     folder = Path(shutil.copytree(bundle, tmp_path / "engines.titans"))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "rtx.engine").write_bytes(b"no engine at all")
