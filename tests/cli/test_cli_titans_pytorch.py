@@ -90,7 +90,7 @@ class TestExport:
         result = invoke("export", source, "-o", tmp_path / "m.titans", *EXPORT, "--config", config)
         assert result.code == 0, result.err
         assert "neural-memory" in result.out
-        assert "largest difference of PyTorch to the library that trained it" in result.out
+        assert "maximum difference of PyTorch from the original library" in result.out
 
     def test_bug_compatible(self, folder: Path, tmp_path: Path) -> None:
         args = ("export", folder / "mac.pt", "-o", tmp_path / "m.titans", *EXPORT, "--config", folder / "mac.json")

@@ -267,7 +267,7 @@ class Teller:
 
     def close(self) -> None: ...
 
-    def feed(self, tokens: NDArray[Any], logits: str = "all") -> Any:
+    def feed(self, tokens: NDArray[Any], outputs: str = "all") -> Any:
         out = np.zeros((len(tokens), recall_task.VOCAB_SIZE), np.float32)
         for i, token in enumerate(tokens.tolist()):
             places = [
@@ -276,7 +276,7 @@ class Teller:
             if places:
                 out[i, self._read[-self._reach :][places[0] + 1]] = 1
             self._read.append(token)
-        return None if logits == "none" else out
+        return None if outputs == "none" else out
 
 
 class TestRecall:

@@ -56,8 +56,8 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
             assert attribute(new, "outputs") == ("y,state_out" if update else "y")
             assert attribute(new, "alias") == (graphs.DECLARED if update else graphs.TWO_BUFFERS)
             assert ("fill" in said) == (update and name == "decode")
-            for name, expected in NEURAL_MEMORY.complete(attributes(old)).items():
-                assert attribute(new, name) == expected
+            for key, expected in NEURAL_MEMORY.complete(attributes(old)).items():
+                assert attribute(new, key) == expected
         onnx.checker.check_model(rewritten)
 
 

@@ -46,6 +46,6 @@ def test_they_run_on_the_kernel(bundles: dict[str, Path], tmp_path: Path) -> Non
     """Told by what it refuses."""
     open_with_kernel(bundles["lmm"]).close()
     path = add_connections(copy(bundles["lmm"], tmp_path), MORE_THAN_THE_KERNEL_TAKES)
-    with pytest.raises(rt.Error, match=r"\[HyperConnection\] expected attribute iterations in \[1, 1000\]"):
+    with pytest.raises(rt.Error, match=r"\[HyperConnection\] invalid attribute iterations: expected \[1, 1000\]"):
         rt.Session(path, threads=1, memory_kernel="require")
     rt.Session(path, threads=1, memory_kernel="off").close()
