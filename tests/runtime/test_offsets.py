@@ -113,5 +113,5 @@ def test_an_engine_has_graphs_for_every_phase(periodic: Path, tmp_path: Path) ->
     assert [graph["name"] for graph in rt.Session(folder, engine="none").info["graphs"]][-2:] == ["decode", "halve"]
     manifest["engines"] = [entry("small", graphs[:1])]
     write_manifest(folder, manifest)
-    with pytest.raises(rt.Error, match=r"engines\[0\].graphs .*also at 3 modulo 4"):
+    with pytest.raises(rt.Error, match=r"engines\[0\].graphs: .*also at 3 modulo 4"):
         rt.Session(folder)

@@ -186,4 +186,4 @@ def test_hyper_connections_run_as_functions_on_the_device(
     answer = _run(machine, path)
     assert answer.get("passed"), answer
     assert answer["info"]["memory_kernel"] == "cuda-sm89"
-    assert "[HyperConnection] expected attribute iterations" in _run(machine, path, device="cpu")["error"]
+    assert "[HyperConnection] invalid attribute iterations" in _run(machine, path, device="cpu")["error"]

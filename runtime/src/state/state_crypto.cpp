@@ -36,7 +36,8 @@ template <typename Function>
 void find(void* library, const char* name, const std::string& from, Function& function) {
   function = reinterpret_cast<Function>(::dlsym(library, name));
   if (function != nullptr) return;
-  throw Error(TITANS_UNSUPPORTED, "E0409", "state", text(from, " has no ", name), "install OpenSSL 1.1 or 3");
+  throw Error(TITANS_UNSUPPORTED, "E0409", "state", text("encryption needs libcrypto: ", from, " has no ", name),
+              "install OpenSSL 1.1 or 3");
 }
 
 Functions open_functions() {
