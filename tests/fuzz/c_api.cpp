@@ -98,7 +98,8 @@ struct Sessions {
       "controls": {"position": "position", "learn": "learn"},
       "state": [
         {"name": "m", "input": "m.in", "output": "m.next", "dtype": "float32", "shape": [1, 1, 4], "role": "memory",
-         "layout": [{"name": "W0", "offset": 0, "shape": [1, 2]}, {"name": "S0", "offset": 2, "shape": [1, 2]}]},
+         "layout": [{"name": "W0", "offset": 0, "shape": [1, 2], "kind": "weights"},
+                    {"name": "S0", "offset": 2, "shape": [1, 2], "kind": "surprise"}]},
         {"name": "last", "input": "last.in", "output": "last.next", "dtype": "float32", "shape": [1, 1],
          "role": "cache"}],
       "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "stride": 1, "weights": []},

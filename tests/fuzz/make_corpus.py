@@ -29,8 +29,16 @@ def _graph(name: str, tokens: int, stride: int, **more: Any) -> dict[str, Any]:
     return {"name": name, "file": f"{name}.onnx", "tokens": tokens, "stride": stride, "weights": ["E"], **more}
 
 
+# By the first letters of a field's name.
+KINDS = {"W": "weights", "S": "surprise", "E": "rounding_error", "c": "update_count"}
+
+
 def _field(name: str, offset: int, *shape: int, **more: Any) -> dict[str, Any]:
-    return {"name": name, "offset": offset, "shape": list(shape), **more}
+    kind = KINDS.get(name[0], "coefficient")
+    entry = {"name": name, "offset": offset, "shape": list(shape), "kind": kind, **more}
+    if kind == "rounding_error":
+        return entry | {"written": "chunk", "of": name[1:]}
+    return entry | ({"at_start": 0} if kind == "coefficient" else {"written": "chunk"})
 
 
 MEMORY = _state("m", "memory", [1, 1, 4], layout=[_field("W0", 0, 1, 2), _field("S0", 2, 2)])

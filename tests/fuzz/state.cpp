@@ -23,11 +23,14 @@ constexpr const char* kManifest = R"({
   "controls": {"position": "position", "learn": "learn"},
   "state": [
     {"name": "m", "input": "m.in", "output": "m.next", "dtype": "float32", "shape": [1, 2, 54], "role": "memory",
-     "layout": [{"name": "W0", "offset": 0, "shape": [2, 32], "dtype": "int8"},
-                {"name": "EW0", "offset": 17, "shape": [2, 32], "dtype": "bfloat16"},
-                {"name": "S0", "offset": 49, "shape": [4]}, {"name": "chunk_updates", "offset": 53, "shape": []}]},
+     "layout": [{"name": "W0", "offset": 0, "shape": [2, 32], "dtype": "int8", "kind": "weights"},
+                {"name": "EW0", "offset": 17, "shape": [2, 32], "dtype": "bfloat16", "kind": "rounding_error",
+                 "of": "W0"},
+                {"name": "S0", "offset": 49, "shape": [4], "kind": "surprise"},
+                {"name": "chunk_updates", "offset": 53, "shape": [], "kind": "update_count"}]},
     {"name": "p", "input": "p.in", "output": "p.next", "dtype": "float32", "shape": [1, 12], "role": "memory",
-     "layout": [{"name": "W0", "offset": 0, "shape": [2, 3]}, {"name": "S0", "offset": 6, "shape": [2, 3]}]},
+     "layout": [{"name": "W0", "offset": 0, "shape": [2, 3], "kind": "weights"},
+                {"name": "S0", "offset": 6, "shape": [2, 3], "kind": "surprise"}]},
     {"name": "c", "input": "c.in", "output": "c.next", "dtype": "int8", "shape": [1, 5], "role": "cache"}],
   "graphs": [{"name": "decode", "file": "decode.onnx", "tokens": 1, "stride": 1, "weights": []}],
   "weights": {"file": "weights.safetensors"}, "initial_state": {"file": "state.safetensors"}})";
