@@ -38,7 +38,7 @@ std::vector<std::pair<std::uint32_t, bool>> places(const Plan& plan, int depth, 
   if (kind != Kind::kRead) all.push_back(plan.coefficients);
   for (int i = 0; i < depth; ++i) {
     if (plan.staged && kind != Kind::kRead) all.insert(all.end(), {plan.w[i], plan.s[i]});
-    if (kind == Kind::kBlocks) all.insert(all.end(), {plan.left[i], plan.right[i]});
+    if (kind == Kind::kBlocks) all.insert(all.end(), {plan.layer_input[i], plan.output_grad[i]});
     if (kind != Kind::kToken && i + 1 < depth) all.push_back(plan.x[i]);
   }
   if (kind != Kind::kToken) all.push_back(plan.q);
