@@ -63,7 +63,7 @@ def programs(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def _with_backend() -> dict[str, str]:
-    return {"TITANS_ONNXRUNTIME": str(rt._library.backend_library())}
+    return {"TITANS_ONNXRUNTIME": os.environ.get("TITANS_ONNXRUNTIME") or str(rt._library.backend_library())}
 
 
 @pytest.mark.slow
