@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,25 +15,18 @@ from numpy.typing import NDArray
 
 from . import __version__
 from . import manifest as records
-from .bundle import GOLDEN, MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
+from .bundle import MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
 from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
+from .golden import Golden, kept_positions, sample_inputs, write_golden
 from .model import Graph, StreamModel
+from .model.float64 import Float64
 from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
 from .onnx.weights import share_weights
+from .reference import TOLERANCE, library_error_of, outputs_of, tolerance_of
 from .safetensors_file import write_safetensors
 from .schedule import calls, may_start
-
-TOLERANCE = 1e-4  # absolute, on outputs
-# Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
-# the tolerance, the tolerance becomes that difference divided by the share. A tolerance above MOST_OF_RANGE of the
-# largest output is an error, because float32 is then too imprecise for the model.
-FLOAT32_SHARE = 0.25
-MOST_OF_RANGE = 0.01
-GOLDEN_GRID = 2.0**-16  # golden logits are rounded to this, which hides small differences between machines
-ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
-GOLDEN_FLOATS = 1 << 19  # most golden logits
 
 
 @dataclass(frozen=True)
@@ -58,14 +49,6 @@ class ExportReport:
     library_error: float | None
     tolerance: float
     seconds: float
-
-
-class Golden(NamedTuple):
-    """Inputs (1, T, ...) of one stream, outputs (T, size) of float64 PyTorch, and the tolerance of the outputs."""
-
-    inputs: torch.Tensor
-    outputs: NDArray[Any]
-    tolerance: float
 
 
 def _state_tensors(model: StreamModel) -> list[records.StateTensor]:
@@ -104,30 +87,6 @@ def _graph_entries(graphs: list[Graph], shared: dict[str, list[str]]) -> list[re
     ]
 
 
-def _sample_numbers(count: int) -> list[int]:
-    """Pseudorandom numbers below 2^31, equal on every machine: the high bits of a linear congruential generator."""
-    values, x = [], 1
-    for _ in range(count):
-        x = x * 6364136223846793005 + 1442695040888963407 & 0xFFFFFFFFFFFFFFFF
-        values.append(x >> 33)
-    return values
-
-
-def sample_inputs(model: StreamModel, count: int) -> torch.Tensor:
-    """(1, count) token ids, or (1, count, size) vectors of about unit variance, equal on every machine."""
-    size = model.input.size
-    if model.input.kind == "tokens":
-        return torch.tensor([[value % size for value in _sample_numbers(count)]])
-    values = torch.tensor(_sample_numbers(count * size), dtype=torch.float64).reshape(1, count, size)
-    # Uniform in [-sqrt(3), sqrt(3)] has variance 1. Multiples of 2^-16 are exact in float32.
-    return (((values / 2**31 * 2 - 1) * 3**0.5 * 2**16).round() / 2**16).float()
-
-
-def _outputs(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
-    """Outputs (T, size) of one stream from a new memory, in the model's precision."""
-    return model.feed(inputs, model.initial_state(1), 0)[0][0].detach().numpy()
-
-
 def _write(
     folder: Path, checkpoint: Checkpoint, graphs: list[Graph], golden: Golden, progress: Callable[[str], None]
 ) -> None:
@@ -142,20 +101,14 @@ def _write(
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
     write_safetensors(folder / STATE, state)
-    grid = (np.round(golden.outputs / GOLDEN_GRID) * GOLDEN_GRID).astype(np.float32)
-    as_type = np.int32 if model.input.kind == "tokens" else np.float32
-    write_safetensors(
-        folder / GOLDEN, {model.input.name: golden.inputs[0].numpy().astype(as_type), model.output.name: grid}
-    )
+    known = write_golden(folder, model, golden)
     if checkpoint.tokenizer:
         shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
     given, got = model.input, model.output
     if given.kind == "tokens":
         consumed = records.Input(kind="tokens", name=given.name, dtype="int64", vocab_size=given.size)
-        known = records.Golden(file=GOLDEN, tokens=given.name, logits=got.name, tolerance=golden.tolerance)
     else:
         consumed = records.Input(kind="vectors", name=given.name, dtype="float32", size=given.size)
-        known = records.Golden(file=GOLDEN, vectors=given.name, outputs=got.name, tolerance=golden.tolerance)
     records.Manifest(
         producer=f"titans-export {__version__}",
         model=records.Model(
@@ -249,47 +202,6 @@ def export_checkpoint(
     )
 
 
-def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
-    """The absolute tolerance of a bundle's outputs, given the error `own_error` of float32 PyTorch.
-
-    For vectors below 1 it is relative to the largest value. It is rounded up to one digit, so that machines that differ
-    in the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
-    """
-    largest = float(np.abs(right).max())
-    usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
-    wanted = own_error / FLOAT32_SHARE
-    # `not <=` instead of `>`, so that NaN raises too
-    if not wanted <= max(usual, MOST_OF_RANGE * largest):
-        problem = (
-            f"float32 is too imprecise for this model: PyTorch in float32 is {own_error:.3g} from float64, "
-            f"more than {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of the largest output, {largest:.3g}"
-        )
-        fix = "train the model to be stable, or find the position where it diverges with fewer --positions"
-        raise MismatchError("E0251", "export", problem, fix)
-    unit = 10.0 ** math.floor(math.log10(max(wanted, usual, 1e-30)))
-    return float(f"{math.ceil(max(wanted, usual) / unit - 1e-9) * unit:.1g}")
-
-
-def _library_error(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
-    """The error of our PyTorch model against the checkpoint's own library, or None without that library.
-
-    Raises MismatchError if it exceeds the tolerance.
-    """
-    oracle = checkpoint.oracle() if checkpoint.oracle else None
-    if oracle is None:
-        return None
-    inputs = inputs[:, :ORACLE_POSITIONS]
-    right = oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
-    error = np.abs(float64[: len(right)] - right).max()
-    limit = tolerance_of(checkpoint.model, right, 0.0)
-    if not error <= limit:
-        problem = f"PyTorch differs from the library that trained the checkpoint: {error:.3g}, tolerance {limit:g}"
-        raise MismatchError(
-            "E0252", "export", problem, "check the configuration, and report the message if it is right"
-        )
-    return float(error)
-
-
 def _check_numbers(chunks_per_call: int, positions: int) -> None:
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
         if value < 1:
@@ -351,15 +263,15 @@ def export_loaded(
     positions = sum(cuts)
     inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
-    float32 = _outputs(model, inputs)
-    double = copy.deepcopy(model).double()
-    float64 = _outputs(double, inputs if model.input.kind == "tokens" else inputs.double())
-    library_error = _library_error(checkpoint, inputs, float64)
+    float32 = outputs_of(model, inputs)
+    with Float64():
+        float64 = outputs_of(model, inputs)
+    library_error = library_error_of(checkpoint, inputs, float64)
     own_error = float(np.abs(float32 - float64).max())
     tolerance = tolerance_of(model, float64, own_error)
     if tolerance > TOLERANCE:
         progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
-    kept = min(positions, max(GOLDEN_FLOATS // max(model.output.size, model.input.size), 2))
+    kept = min(positions, kept_positions(model))
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         _write(folder, checkpoint, graphs, Golden(inputs[:, :kept], float64[:kept], tolerance), progress)
         progress(f"comparing the bundle with PyTorch over {positions} tokens")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from shared_bundles import made_once
 
 from titans_export.checkpoints.titans_pytorch import read
-from titans_export.exporting import FLOAT32_SHARE
+from titans_export.reference import FLOAT32_SHARE
 
 pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: make setup")
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)

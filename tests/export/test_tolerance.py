@@ -14,8 +14,9 @@ from titans_export import exporting
 from titans_export.bundle import read_bundle
 from titans_export.checkpoints.titans_pytorch import from_live
 from titans_export.errors import MismatchError
-from titans_export.exporting import TOLERANCE, export_loaded, tolerance_of
+from titans_export.exporting import export_loaded
 from titans_export.model import StreamModel
+from titans_export.reference import TOLERANCE, tolerance_of
 
 pytest.importorskip("titans_pytorch")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from titans_export.errors import CheckpointError
 from titans_export.model import MemoryConfig, ModelConfig, Step, Titans, parse_config
 from titans_export.model.attention import Rotary
+from titans_export.model.float64 import Float64
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
 MEMORIES = {
@@ -218,3 +220,26 @@ def test_a_configuration_survives_json(variant: str) -> None:
 
     config = small_config(variant, memory_layers=(0, 2))
     assert parse_config(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("variant", ["lmm", "mac"])
+def test_float64_mode_equals_a_float64_model(variant: str) -> None:
+    model = random_model(small_config(variant, MEMORIES["mlp2"])).float()
+    tokens = torch.randint(50, (1, 19), generator=torch.Generator().manual_seed(1))
+    double = copy.deepcopy(model).double()
+    expected, states = double.feed(tokens, double.initial_state(1), 0)
+    with Float64():
+        got, following = model.feed(tokens, model.initial_state(1), 0)
+    assert torch.equal(got, expected)
+    assert all(torch.equal(following[name], value) for name, value in states.items())
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_float64_mode_ignores_casts_to_float32_and_refuses_to_write_outside() -> None:
+    third = torch.ones((), dtype=torch.float64) / 3
+    outside = torch.zeros(2)
+    with Float64():
+        assert torch.equal(third.float(), third)
+        assert torch.zeros(1, dtype=torch.float32).dtype == torch.float64
+        with pytest.raises(TypeError, match="writes into a float32 tensor"):
+            outside.add_(third)

@@ -1,0 +1,68 @@
+"""What PyTorch and the checkpoint's own library compute, and how closely a bundle must agree."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .checkpoints import Checkpoint
+from .errors import MismatchError
+from .model import StreamModel
+
+TOLERANCE = 1e-4  # absolute, on outputs
+# Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
+# the tolerance, the tolerance becomes that difference divided by the share. A tolerance above MOST_OF_RANGE of the
+# largest output is an error, because float32 is then too imprecise for the model.
+FLOAT32_SHARE = 0.25
+MOST_OF_RANGE = 0.01
+ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
+
+
+def outputs_of(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
+    """Outputs (T, size) of one stream from a new memory, in float64 in a context of `Float64`."""
+    return model.feed(inputs, model.initial_state(1), 0)[0][0].detach().numpy()
+
+
+def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
+    """The absolute tolerance of a bundle's outputs, given the error `own_error` of float32 PyTorch.
+
+    For vectors below 1 it is relative to the largest value. It is rounded up to one digit, so that machines that differ
+    in the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
+    """
+    largest = float(np.abs(right).max())
+    usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
+    wanted = own_error / FLOAT32_SHARE
+    # `not <=` instead of `>`, so that NaN raises too
+    if not wanted <= max(usual, MOST_OF_RANGE * largest):
+        problem = (
+            f"float32 is too imprecise for this model: PyTorch in float32 is {own_error:.3g} from float64, "
+            f"more than {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of the largest output, {largest:.3g}"
+        )
+        fix = "train the model to be stable, or find the position where it diverges with fewer --positions"
+        raise MismatchError("E0251", "export", problem, fix)
+    unit = 10.0 ** math.floor(math.log10(max(wanted, usual, 1e-30)))
+    return float(f"{math.ceil(max(wanted, usual) / unit - 1e-9) * unit:.1g}")
+
+
+def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
+    """The error of our PyTorch model against the checkpoint's own library, or None without that library.
+
+    Raises MismatchError if it exceeds the tolerance.
+    """
+    oracle = checkpoint.oracle() if checkpoint.oracle else None
+    if oracle is None:
+        return None
+    inputs = inputs[:, :ORACLE_POSITIONS]
+    right = oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
+    error = np.abs(float64[: len(right)] - right).max()
+    limit = tolerance_of(checkpoint.model, right, 0.0)
+    if not error <= limit:
+        problem = f"PyTorch differs from the library that trained the checkpoint: {error:.3g}, tolerance {limit:g}"
+        raise MismatchError(
+            "E0252", "export", problem, "check the configuration, and report the message if it is right"
+        )
+    return float(error)
