@@ -9,7 +9,7 @@ import xxhash
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from ..safetensors_file import Array, Raw, write_safetensors
+from ..safetensors_file import Array, Raw, blocks_of, write_safetensors
 from .initializers import replace_initializers
 from .nodes import subgraphs
 
@@ -49,9 +49,10 @@ def share_weights(
             if value.nbytes < SHARED_BYTES:
                 continue
             if named is None or not tensor.name.startswith(named):
-                data = value.data if isinstance(value, Raw) else value.tobytes()
-                content = xxhash.xxh3_64_hexdigest(f"{value.dtype}{value.shape}".encode() + data)
-                renamed[tensor.name] = f"constant.{content}"
+                content = xxhash.xxh3_64(f"{value.dtype}{value.shape}".encode())
+                for block in blocks_of(value):
+                    content.update(block)
+                renamed[tensor.name] = f"constant.{content.hexdigest()}"
                 tensor.name = renamed[tensor.name]
             values[tensor.name] = value
         _rename(model.graph, renamed)
