@@ -37,7 +37,7 @@ class Chat:
 
     def __init__(self, bundle: Path, state: Path, key: bytes | None) -> None:
         self.session = rt.Session(bundle)
-        self.tokenizer = open_tokenizer(self.session.info["tokenizer"], bundle)
+        self.tokenizer = open_tokenizer(self.session.info["tokenizer"], bundle, self.session.vocab_size)
         self.state, self.key = state, key
         self.stream = self.session.restore(state, key=key) if state.exists() else self.session.stream()
         self.before_forks: list[rt.Stream] = []

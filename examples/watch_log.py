@@ -60,7 +60,7 @@ class Watcher:
 
     def __init__(self, bundle: Path, state: Path | None, window: int, warm_up: int) -> None:
         session = rt.Session(bundle)
-        self.tokenizer = open_tokenizer(session.info["tokenizer"], bundle)
+        self.tokenizer = open_tokenizer(session.info["tokenizer"], bundle, session.vocab_size, "replace")
         self.state, self.saved_at = state, time.monotonic()
         self.lines, self.offset, self.inode, scores = 0, 0, 0, []
         if state is not None and state.exists():

@@ -27,6 +27,7 @@ from .onnx.weights import share_weights
 from .reference import TOLERANCE, library_error_of, outputs_of, tolerance_of
 from .safetensors_file import write_safetensors
 from .schedule import calls, may_start
+from .text.vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,9 @@ def export_loaded(
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
     check_output(output, overwrite, MANIFEST)
+    if checkpoint.tokenizer and checkpoint.model.input.kind == "tokens":
+        for difference in check_vocabulary(checkpoint.tokenizer, checkpoint.model.input.size):
+            progress(difference)
     model = checkpoint.model
     graphs = model.graphs(chunks_per_call)
     if chunks_per_call > 1 and max(graph.tokens for graph in graphs) == 1:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from titans_export.bundle import Bundle
 from titans_export.errors import TitansError
-from titans_export.tokenizer import open_tokenizer
+from titans_export.tokenizer import EmptyTextError, open_tokenizer, read_tokens
 
 LEAST_TOKENS = 1024  # a 99.9th percentile of fewer rows is one row
 LEAST_PERIODS = 4  # whole segments and chunks in one stream, so that memories are seen after they have learned
@@ -56,16 +56,19 @@ class Data:
         return {"xxh3_128": self.xxh3_128, "tokens": self.tokens, "streams": len(self.streams)}
 
 
-def read_data(bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: int = 0) -> Data:
+def read_data(
+    bundle: Bundle, files: Sequence[Path], tokens: int | None, seed: int = 0, encoding_errors: str = "strict"
+) -> Data:
     """The streams of the files, at most `tokens` tokens or vectors in all.
 
     A text is one stream; so is each array of an .npz and each line of a .jsonl. Longer data are cut: each stream gives
-    a piece in proportion to its length, and `seed` draws where it starts. Raises DataError.
+    a piece in proportion to its length, and `seed` draws where it starts. `-` is text on stdin, and so is a pipe.
+    `encoding_errors`: see `open_tokenizer`. Raises DataError, TextError.
     """
     streams: list[Stream] = []
     sources: list[str] = []
     for file in files:
-        for name, stream in _read(bundle, file):
+        for name, stream in _read(bundle, file, encoding_errors):
             if len(stream):
                 streams.append(stream)
                 sources.append(name)
@@ -107,27 +110,32 @@ def check_enough(bundle: Bundle, data: Data) -> None:
         raise DataError("E0806", "data", problem, "give longer streams, or a larger --tokens")
 
 
-def _read(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:
+def _read(bundle: Bundle, file: Path, encoding_errors: str) -> Iterator[tuple[str, Stream]]:
+    if str(file) == "-" or file.is_fifo() or file.is_char_device():
+        yield str(file), _text(bundle, file, encoding_errors)
+        return
     if file.suffix not in SUFFIXES:
         raise DataError("E0804", "data", f"unknown kind of file: {file}", f"give one of {', '.join(SUFFIXES)}")
     if not file.is_file():
         reason = "is a folder" if file.is_dir() else "does not exist"
         raise DataError("E0804", "data", f"{file} {reason}", "check the path")
     if file.suffix == ".txt":
-        yield str(file), _text(bundle, file)
+        yield str(file), _text(bundle, file, encoding_errors)
     elif file.suffix == ".npz":
         yield from _arrays(bundle, file)
     else:
         yield from _lines(bundle, file)
 
 
-def _text(bundle: Bundle, file: Path) -> Stream:
+def _text(bundle: Bundle, file: Path, encoding_errors: str) -> Stream:
     if bundle.takes_vectors:
         raise DataError("E0805", "data", f"{file} is text, the bundle takes vectors", "give an .npz")
-    tokenizer = open_tokenizer(bundle.manifest.tokenizer, bundle.path)
-    with file.open("rb") as opened:
-        blocks = [block for block, _ in tokenizer.read(opened)]
-    return _tokens(bundle, np.concatenate(blocks) if blocks else np.zeros(0, np.int32), str(file))
+    tokenizer = open_tokenizer(bundle.manifest.tokenizer, bundle.path, bundle.manifest.input.width, encoding_errors)
+    try:
+        tokens, _ = read_tokens(file, tokenizer)
+    except EmptyTextError:
+        return np.zeros(0, np.int64)
+    return _tokens(bundle, tokens, str(file))
 
 
 def _arrays(bundle: Bundle, file: Path) -> Iterator[tuple[str, Stream]]:

@@ -16,6 +16,7 @@ class QuantizeOptions:
 
     output: None plans without writing. data: files; a recipe without ranges ignores them. tokens: at most so many are
     taken from all files together. seed: draws pieces of longer files. target: refuse recipes that it cannot run.
+    encoding_errors: "strict" or "replace", for bytes that are not UTF-8 in text for a tokenizer file.
     """
 
     bundle: Path
@@ -26,6 +27,7 @@ class QuantizeOptions:
     seed: int = 0
     overwrite: bool = False
     target: str | None = None
+    encoding_errors: str = "strict"
 
 
 def work_file(output: Path) -> Path:

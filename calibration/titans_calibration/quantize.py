@@ -205,7 +205,7 @@ def _prepare(options: QuantizeOptions) -> _Job:
             f"--data is missing: the recipe {recipe.name} needs ranges from data",
             "give text of the kind that the model will read",
         )
-    data = read_data(source.bundle, options.data, options.tokens, options.seed)
+    data = read_data(source.bundle, options.data, options.tokens, options.seed, options.encoding_errors)
     seen, held_back = data, None
     if recipe.mixed is not None:
         seen, held_back = split_held_back(source.bundle, data, recipe.mixed.held_back)

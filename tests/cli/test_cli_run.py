@@ -1,18 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cli_tools import TEXT, environment, invoke, reseal, spawn
 
 from titans_export.checkpoints import titans
-from titans_export.tokenizer import ByteTokenizer, FileTokenizer
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -152,16 +152,6 @@ def test_peak_memory_is_the_childs_own(shared_bundle: Path) -> None:
 
 
 class TestTokenizers:
-    def test_bytes_wait_for_whole_characters(self) -> None:
-        decode = ByteTokenizer().decoder()
-        assert [decode(byte) for byte in "aé日".encode()] == ["a", "", "é", "", "", "日"]
-        assert decode(None) == ""
-
-    def test_invalid_bytes_are_shown(self) -> None:
-        decode = ByteTokenizer().decoder()
-        shown = "".join(decode(byte) for byte in b"a\xffb\xe6")
-        assert shown + decode(None) == "a\ufffdb\ufffd"
-
     @pytest.fixture
     def words(self, tmp_path: Path) -> Path:
         tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install titans-export[tokenizer]")
@@ -174,29 +164,36 @@ class TestTokenizers:
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         return tmp_path / "tokenizer.json"
 
-    def test_a_file_there_and_back(self, words: Path) -> None:
-        tokenizer = FileTokenizer(words)
-        text = "The fox, ä日!\n"
-        decode = tokenizer.decoder()
-        pieces = [decode(int(token)) for token in tokenizer.encode(text.encode())]
-        assert "".join([*pieces, decode(None)]) == text
-
-    def test_blocks_end_with_lines(self, words: Path, tmp_path: Path) -> None:
-        lines = "".join(f"line ä{i}\n" for i in range(2000)) + "no end"
-        (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
-        tokenizer = FileTokenizer(words)
-        with (tmp_path / "lines.txt").open("rb") as file:
-            blocks = list(tokenizer.read(file))
-        assert len(blocks) > 2
-        assert sum(covered for _, covered in blocks) == len(lines.encode())
-        assert np.array_equal(np.concatenate([block for block, _ in blocks]), tokenizer.encode(lines.encode()))
-
-    def test_run_with_a_file(self, words: Path, bundle: Path, text: Path) -> None:
+    @pytest.fixture
+    def worded(self, words: Path, bundle: Path) -> Path:
+        """The bundle with a tokenizer file."""
         (bundle / "tokenizer.json").write_bytes(words.read_bytes())
         reseal(bundle, tokenizer={"kind": "file", "file": "tokenizer.json"})
-        report = invoke("run", bundle, "--text", text, "--prompt", "a", "--max-tokens", 5, "--json").json()
+        return bundle
+
+    def test_run_with_a_file(self, worded: Path, text: Path) -> None:
+        report = invoke("run", worded, "--text", text, "--prompt", "a", "--max-tokens", 5, "--json").json()
         assert report["bytes"] == len(TEXT)
         assert report["generated_tokens"] == 5
+
+    def test_text_that_is_not_utf8(self, worded: Path, shared_bundle: Path, text: Path) -> None:
+        text.write_bytes(TEXT + b"\xff")
+        args = ("--text", text, "--json")
+        invoke("run", worded, *args).check_failure(1, f"not UTF-8 at byte {len(TEXT)}", "--encoding-errors")
+        replaced = invoke("run", worded, *args, "--encoding-errors", "replace").json()
+        assert (replaced["bytes"], replaced["tokens"]) == (len(TEXT) + 1, len(TEXT) + 3)  # U+FFFD is three bytes
+        assert invoke("run", shared_bundle, *args).json()["tokens"] == len(TEXT) + 1
+
+    def test_special_tokens_are_shown_unless_hidden(self, worded: Path) -> None:
+        spec = json.loads((worded / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        spec["added_tokens"] = [{"id": i, "content": t, "special": True, **flags} for t, i in _first(spec, 200).items()]
+        (worded / "tokenizer.json").write_text(json.dumps(spec))
+        reseal(worded)
+        args = ("run", worded, "--prompt", "a", "--max-tokens", 30, "--seed", 1, "--json")
+        shown, hidden = invoke(*args).json(), invoke(*args, "--hide-special-tokens").json()
+        assert shown["generated_tokens"] == hidden["generated_tokens"] == 30
+        assert len(hidden["generated"]) < len(shown["generated"])
 
     def test_the_package_is_missing(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -207,3 +204,8 @@ class TestTokenizers:
     def test_no_tokenizer_at_all(self, bundle: Path) -> None:
         reseal(bundle, tokenizer={"kind": "none"})
         invoke("run", bundle, "--prompt", "a").check_failure(1, "tokenizer.json")
+
+
+def _first(spec: dict[str, Any], count: int) -> dict[str, int]:
+    """The first tokens of a vocabulary."""
+    return {token: id for token, id in spec["model"]["vocab"].items() if id < count}

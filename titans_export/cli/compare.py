@@ -10,7 +10,16 @@ import click
 
 from ..errors import MismatchError
 from .command import Command, check_folder, emit, json_option, note, to_json
-from .options import PATH, SessionOptions, bundle_argument, check_finite, engine_option, open_session, session_options
+from .options import (
+    PATH,
+    SessionOptions,
+    bundle_argument,
+    check_finite,
+    encoding_option,
+    engine_option,
+    open_session,
+    session_options,
+)
 from .progress import progress_bar
 from .table import number, table
 
@@ -25,6 +34,7 @@ class CompareOptions(SessionOptions):
     bundle: Path
     reference: Path
     text: Path | None
+    encoding_errors: str
     tokens: int | None
     seed: int
     tolerance: float | None
@@ -64,7 +74,8 @@ class CompareOptions(SessionOptions):
 )
 @bundle_argument
 @click.argument("reference", type=PATH)
-@click.option("--text", type=PATH, help="Text to compare over.  [default: random tokens]")
+@click.option("--text", type=PATH, help="Text to compare over, - for stdin.  [default: random tokens]")
+@encoding_option
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -149,6 +160,7 @@ def _compare(options: CompareOptions) -> None:
         layer_tokens=options.layers,
         longest_recall=options.recall,
         recall_task=options.recall_task,
+        encoding_errors=options.encoding_errors,
     )
     with progress_bar("comparing", options.tokens, "tok") as advance:
         report = measure(options.bundle, session, options.reference, reference, measured, advance, note)

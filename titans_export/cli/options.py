@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 
 bundle_argument = click.argument("bundle", type=PATH)
+encoding_option = click.option(
+    "--encoding-errors",
+    type=click.Choice(("strict", "replace")),
+    default="strict",
+    help="Bytes that are not UTF-8, for a tokenizer.json: refuse the text, or read U+FFFD.",
+)
 engine_option = click.option(
     "--engine", help="Engine of the bundle to use; none: the plain graphs.  [default: chosen by the device]"
 )

@@ -12,7 +12,7 @@ import click
 
 from ..errors import UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH
+from .options import PATH, encoding_option
 from .progress import progress_bar
 from .table import number, size, table
 
@@ -29,6 +29,7 @@ class QuantizeOptions:
     output: Path | None
     recipe: str | None
     data: tuple[Path, ...]
+    encoding_errors: str
     tokens: int
     seed: int
     memory: str | None
@@ -52,7 +53,14 @@ class QuantizeOptions:
 @click.argument("bundle", type=PATH, required=False)
 @click.option("-o", "--output", type=PATH, metavar="NAME.titans", help="Bundle to write.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Formats of weights, activations and memory.")
-@click.option("--data", type=PATH, multiple=True, metavar="FILE", help="Calibration data: text, .npz or .jsonl.")
+@click.option(
+    "--data",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Calibration data: text (- for stdin), .npz or .jsonl.",
+)
+@encoding_option
 @click.option("--tokens", type=click.IntRange(1), default=1 << 15, help="Maximum number of calibration tokens.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of the sampling of longer data.")
 @click.option("--memory", metavar="DTYPE[:ROUNDING]", help="Memory dtype and rounding.  [default: the recipe's]")
@@ -91,7 +99,15 @@ def _quantize(options: QuantizeOptions) -> None:
     if options.data and not chosen.needs_data:
         note(f"the recipe {chosen.name} needs no data: --data is not read")
     given = library.QuantizeOptions(
-        bundle, output, chosen, options.data, options.tokens, options.seed, options.overwrite, options.target
+        bundle,
+        output,
+        chosen,
+        options.data,
+        options.tokens,
+        options.seed,
+        options.overwrite,
+        options.target,
+        options.encoding_errors,
     )
     if options.dry_run:
         _show_plan(plan_quantize(given), options.as_json)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,15 @@ import click
 
 from ..errors import UsageError
 from .command import Command, emit, json_option, note
-from .options import PATH, SessionOptions, bundle_argument, engine_option, open_session, session_options
+from .options import (
+    PATH,
+    SessionOptions,
+    bundle_argument,
+    encoding_option,
+    engine_option,
+    open_session,
+    session_options,
+)
 from .progress import progress_bar
 from .table import size
 
@@ -46,6 +55,8 @@ class RunOptions(SessionOptions):
     bundle: Path
     prompt: str | None
     text: Path | None
+    encoding_errors: str
+    hide_special_tokens: bool
     max_tokens: int
     temperature: float
     top_k: int
@@ -73,6 +84,7 @@ class RunOptions(SessionOptions):
 @bundle_argument
 @click.option("--prompt", help="Text to continue.  [default: stdin, if it is not a terminal and there is no --text]")
 @click.option("--text", type=PATH, help="File to read, - for stdin; with --prompt the model reads it first.")
+@encoding_option
 @click.option("--max-tokens", type=click.IntRange(0), default=256, help="Maximum number of tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, help="Sampling temperature; 0: always the top-1.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Sample from the k most probable tokens; 0: from all.")
@@ -90,6 +102,7 @@ class RunOptions(SessionOptions):
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of the sampling.")
 @click.option("--stop", multiple=True, help="Stop after this text has been generated; repeatable.")
+@click.option("--hide-special-tokens", is_flag=True, help="Leave special tokens, such as </s>, out of the output.")
 @click.option("--freeze", is_flag=True, help="Read without learning: the memory stays as it is.")
 @engine_option
 @session_options
@@ -116,7 +129,7 @@ def _run(options: RunOptions) -> None:
         raise UsageError("E0106", "run", f"{options.bundle} takes vectors, not text", "use Stream.feed in Python")
     from ..tokenizer import open_tokenizer
 
-    tokenizer = open_tokenizer(session.info["tokenizer"], options.bundle)
+    tokenizer = open_tokenizer(session.info["tokenizer"], options.bundle, session.vocab_size, options.encoding_errors)
     stream = session.stream()
     if options.freeze:
         stream.freeze()
@@ -151,17 +164,19 @@ def _stdin_prompt() -> bytes:
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
     """The file and its size, None if unknown."""
-    if str(path) == "-":
-        yield sys.stdin.buffer, None
-        return
-    with path.open("rb") as file:
-        yield file, os.fstat(file.fileno()).st_size or None
+    from ..tokenizer import open_text
+
+    with open_text(path) as file:
+        regular = str(path) != "-" and stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        yield file, os.fstat(file.fileno()).st_size if regular else None
 
 
 def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
     """Streams the file and sums up the bits of its tokens."""
     tokens = bytes_read = 0
     nats = busy = 0.0
+    if tokenizer.whole_text_reason:
+        note(f"the tokenizer has no safe cuts, so the whole text is held in memory: {tokenizer.whole_text_reason}")
     with _open_text(path) as (file, total), progress_bar("reading", total, "B") as advance:
         for block, covered in tokenizer.read(file):
             started = time.perf_counter()
@@ -189,7 +204,7 @@ def _continue(
     if not len(tokens) and not stream.position:
         raise UsageError("E0107", "run", "empty prompt", "give at least one token to start from")
     stream.feed(tokens, outputs="none")
-    decode = tokenizer.decoder()
+    decode = tokenizer.decoder(options.hide_special_tokens)
     writer, count, started = _Writer(options.stop, quiet), 0, time.perf_counter()
     if options.max_tokens:
         for token in stream.generate(**dataclasses.asdict(options.sampling())):

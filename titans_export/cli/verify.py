@@ -17,6 +17,7 @@ from .options import (
     bundle_argument,
     check_finite,
     config_option,
+    encoding_option,
     engine_option,
     open_session,
     session_options,
@@ -40,6 +41,7 @@ class VerifyOptions(SessionOptions):
     against: Path | None
     config: str | None
     text: Path | None
+    encoding_errors: str
     tokens: int
     tolerance: float | None
     cuts: int
@@ -63,7 +65,8 @@ class VerifyOptions(SessionOptions):
     help="Compare with this checkpoint in PyTorch, float32.  [default: the golden outputs]",
 )
 @config_option
-@click.option("--text", type=PATH, help="Text to compare over, with --against.  [default: random tokens]")
+@click.option("--text", type=PATH, help="Text to compare over, with --against; - for stdin.  [default: random tokens]")
+@encoding_option
 @click.option("--tokens", type=click.IntRange(1), default=10_000, help="Maximum number of tokens to compare over.")
 @click.option(
     "--tolerance",
@@ -161,26 +164,12 @@ def _pytorch(
     elif options.text is None:
         tokens = rng.integers(0, session.vocab_size, count, np.int32)
     else:
-        tokens = _read_tokens(options.text, bundle, count)
+        from ..tokenizer import open_tokenizer, read_tokens
+
+        encoding = session.vocab_size, options.encoding_errors
+        tokenizer = open_tokenizer(bundle.manifest.tokenizer, bundle.path, *encoding)
+        return read_tokens(options.text, tokenizer, count)[0], PyTorch(checkpoint.model)
     return tokens, PyTorch(checkpoint.model)
-
-
-def _read_tokens(text: Path, bundle: Bundle, count: int) -> Tokens:
-    """The first `count` tokens of the text."""
-    import numpy as np
-
-    from ..tokenizer import TextError, open_tokenizer
-
-    blocks, have = [], 0
-    with text.open("rb") as file:
-        for block, _ in open_tokenizer(bundle.manifest.tokenizer, bundle.path).read(file):
-            blocks.append(block)
-            have += len(block)
-            if have >= count:
-                break
-    if not blocks:
-        raise TextError("E0107", "verify", f"empty text: {text}", "give a longer text")
-    return np.concatenate(blocks)[:count]
 
 
 def _check_graphs(bundle: Bundle, tolerance: float) -> list[OutputCheck]:

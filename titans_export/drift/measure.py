@@ -12,7 +12,6 @@ import numpy as np
 from ..bundle import Bundle, read_bundle
 from ..errors import BundleError, MachineError, UsageError
 from . import recall
-from .metrics import Tokens
 from .report import Report, Side
 from .streams import WINDOW, Inputs, check_alike, compare
 
@@ -41,6 +40,7 @@ class Options:
     layer_tokens: int = LAYER_TOKENS
     longest_recall: int = LONGEST_RECALL
     recall_task: str | None = None
+    encoding_errors: str = "strict"
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,22 @@ def read_input(reference: Side, options: Options, task: str) -> Input:
         values = random.standard_normal((count, session.input_size), np.float32)
         return Input(f"random vectors, seed {options.seed}", values)
     if options.text is not None:
-        return read_text(reference.bundle, options.text, options.tokens)
+        return read_text(reference.bundle, options.text, options.tokens, options.encoding_errors)
     if task == "pairs":
         tokens = recall.episodes(count, _EPISODE_FILLER, options.seed)
         return Input(f"episodes of the recall task, seed {options.seed}", tokens)
     return Input(f"random tokens, seed {options.seed}", random.integers(0, session.vocab_size, count, np.int32))
 
 
-def read_text(bundle: Bundle, text: Path, most: int | None) -> Input:
+def read_text(bundle: Bundle, text: Path, most: int | None, encoding_errors: str = "strict") -> Input:
     """The first `most` tokens of the text, or all."""
-    from ..tokenizer import TextError, open_tokenizer
+    from ..tokenizer import open_tokenizer, read_tokens
 
-    blocks: list[Tokens] = []
-    have = covered = 0
-    with text.open("rb") as file:
-        for block, size in open_tokenizer(bundle.manifest.tokenizer, bundle.path).read(file):
-            blocks.append(block)
-            have, covered = have + len(block), covered + size
-            if most is not None and have >= most:
-                break
-    if not have:
-        raise TextError("E0107", "compare", f"empty text: {text}", "give a longer text")
-    return Input(text.name, np.concatenate(blocks)[:most], covered / have)
+    tokenizer = open_tokenizer(
+        bundle.manifest.tokenizer, bundle.path, bundle.manifest.input.vocab_size, encoding_errors
+    )
+    tokens, covered = read_tokens(text, tokenizer, most)
+    return Input(text.name, tokens, covered / len(tokens))
 
 
 def _check_tokenizers(one: Bundle, other: Bundle) -> None:

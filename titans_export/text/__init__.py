@@ -1,0 +1,1 @@
+"""Text and tokens: reading in constant memory, decoding token by token."""
