@@ -1,61 +1,43 @@
-"""The project's own checkpoint format: a folder with `config.json` and `model.safetensors`, float32.
+"""The project's own checkpoint format: weights at any path that `weights` reads, with a `config.json`.
 
 Tensor names are the parameter names of `titans_export.model.Titans`. A tokenizer.json beside them becomes part of the
-bundle.
+bundle. `save` writes a folder with `config.json` and `model.safetensors`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError, MissingCheckpointError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..files import replacing_file
-from ..model import Titans, read_config
-from .checkpoint import Checkpoint, LoadOptions
+from ..model import ModelConfig, Titans, parse_config, read_config
+from ..named_tensors import NamedTensors
+from .checkpoint import Checkpoint, LoadOptions, Origin, check_values
+from .weights import Weights, open_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise MissingCheckpointError(
-            "E0301", "checkpoint", f"no such file: {path}", "give a folder that holds it"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            "E0302", "checkpoint", f"damaged file {path}: {error}", "copy or train it again"
-        ) from None
-
-
-def _check(tensors: dict[str, torch.Tensor], model: Titans, path: Path) -> None:
+def _check(tensors: NamedTensors, model: Titans, path: Path) -> None:
     wanted = model.state_dict()
+    fix = "check the configuration against it"
     if missing := sorted(set(wanted) - set(tensors)):
-        raise CheckpointError(
-            "E0304", "checkpoint", f"{path} has no tensor {missing[0]!r}", "check config.json against it"
-        )
+        raise CheckpointError("E0304", "checkpoint", f"{path} has no tensor {missing[0]!r}", fix)
     if unknown := sorted(set(tensors) - set(wanted)):
         problem = f"{path} has a tensor that the model lacks: {unknown[0]!r}"
-        raise CheckpointError("E0304", "checkpoint", problem, "check config.json against it")
-    for name, value in sorted(tensors.items()):
-        shape, expected = list(value.shape), list(wanted[name].shape)
-        if shape != expected:
-            problem = f"{name} has another shape than config.json gives: expected {expected}, got {shape}"
-            raise CheckpointError("E0304", "checkpoint", problem, "check config.json against the weights")
-        if value.dtype != torch.float32:
-            problem = f"wrong dtype of {name}: expected float32, got {str(value.dtype).removeprefix('torch.')}"
-            raise CheckpointError("E0306", "checkpoint", problem, "convert the weights")
-        if not torch.isfinite(value).all():
-            raise CheckpointError("E0307", "checkpoint", f"NaN or infinity in {name}", "use an earlier checkpoint")
+        raise CheckpointError("E0304", "checkpoint", problem, fix)
+    for name, shape in sorted(tensors.shapes.items()):
+        if (expected := tuple(wanted[name].shape)) != shape:
+            problem = f"{name} has another shape than the configuration gives: expected {list(expected)}"
+            raise CheckpointError("E0304", "checkpoint", f"{problem}, got {list(shape)}", fix)
+    check_values(tensors)
 
 
 @dataclass(frozen=True)
@@ -65,29 +47,56 @@ class TitansCheckpoint(Checkpoint):
     model: Titans
 
 
-def load(path: Path) -> TitansCheckpoint:
-    """Loads the folder at `path`. Raises CheckpointError."""
-    if not path.is_dir():
-        problem = f"not a folder: {path}" if path.exists() else f"no such folder: {path}"
-        raise MissingCheckpointError("E0301", "checkpoint", problem, "give the folder that holds config.json")
-    config = read_config(path / CONFIG)
-    tensors = _read_tensors(path / WEIGHTS)
+def load(path: Path, options: LoadOptions | None = None) -> TitansCheckpoint:
+    """Loads the weights at `path`, a folder or a file, with the config.json there. Raises CheckpointError.
+
+    float16 and bfloat16 become float32, as the model computes.
+    """
+    options = options or LoadOptions()
+    weights, config = _find(path, options)
     with torch.device("meta"):  # shapes first: a wrong size in the configuration must not allocate it
-        _check(tensors, Titans(config), path / WEIGHTS)
+        _check(weights.tensors, Titans(config), path)
     model = Titans(config)
-    model.load_state_dict(tensors)
-    digest = hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()
-    tokenizer = path / TOKENIZER
-    return TitansCheckpoint(model.eval(), "titans", digest, tokenizer if tokenizer.is_file() else None)
+    with torch.no_grad():
+        values = model.state_dict()
+        for name, value in weights.tensors.float32().items():
+            values[name].copy_(value)
+    weights.release()
+    return TitansCheckpoint(
+        model.eval(), "titans", weights.sha256, weights.beside(TOKENIZER), origin=Origin.of(weights, weights.tensors)
+    )
+
+
+def _find(path: Path, options: LoadOptions) -> tuple[Weights, ModelConfig]:
+    """The weights, and the configuration: the given file, or the one beside them."""
+    if options.config is not None:
+        return open_weights(path, options.weights), read_config(Path(options.config))
+    if path.is_dir() and (path / CONFIG).is_file():
+        config = read_config(path / CONFIG)  # first, as it is quick
+        return open_weights(path, options.weights), config
+    weights = open_weights(path, options.weights)
+    beside = weights.beside(CONFIG)
+    if beside is None and (saved := _saved_config(weights.extras)) is not None:
+        return weights, parse_config(saved)
+    return weights, read_config(beside or (path if path.is_dir() else path.parent) / CONFIG)
+
+
+def _saved_config(extras: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The contents of a config.json that a trainer saved beside the weights, or None."""
+    inner = extras.get("hyper_parameters")
+    for values in (extras.get("config"), inner, inner.get("config") if isinstance(inner, dict) else None):
+        if isinstance(values, dict) and values.get("format") == "titans":
+            return values
+    return None
 
 
 def load_with(path: Path, options: LoadOptions) -> Checkpoint:
-    """`load` with options. Raises UsageError for options that this format lacks."""
-    if options.config is not None:
-        raise UsageError("E0102", "checkpoint", "--format titans has no --config", "leave out --config")
+    """`load`, but raises UsageError for options that this format lacks."""
     if options.bug_compatible is not None:
         raise UsageError("E0102", "checkpoint", "--format titans has no --bug-compatible", "leave out --bug-compatible")
-    return load(path)
+    if options.library_defaults:
+        raise UsageError("E0102", "checkpoint", "--format titans has no --library-defaults", "leave it out")
+    return load(path, options)
 
 
 def save(model: Titans, path: Path) -> None:

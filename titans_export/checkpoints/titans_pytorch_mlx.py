@@ -1,33 +1,28 @@
 """Checkpoints of Aedelon's titans-pytorch-mlx, its PyTorch side (docs/titans-pytorch-mlx.md).
 
-Weights are a state dict in a file of torch.save or of safetensors. Files of torch.save are read with weights_only, so
-that they cannot run code. The configuration is a given file, part of the checkpoint, or a config.json beside it.
+The configuration is a given file, part of the checkpoint, or a config.json beside the weights.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import CheckpointError, MissingCheckpointError, UsageError
 from ..model.titans_pytorch_mlx.loading import library_shapes, load_tensors
 from ..model.titans_pytorch_mlx.model import SegmentModel
 from ..model.titans_pytorch_mlx.options import VARIANTS, ModelOptions
-from .checkpoint import Checkpoint, LoadOptions
+from ..named_tensors import NamedTensors
+from .checkpoint import Checkpoint, LoadOptions, Origin, check_values
+from .weights import Weights, open_weights
 
 FORMAT = "titans-pytorch-mlx"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.pt")
-COMPILED = "_orig_mod."  # prefix of names after torch.compile
+HEAD, EMBEDDING = "head.weight", "embed.weight"
 ACTIVATIONS = ("silu", "gelu", "relu")
 REPAIR = "correct the configuration"
 
@@ -80,47 +75,6 @@ def _read_json(path: Path) -> Any:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError("E0308", "config", f"{path} is not readable JSON: {error}", "restore the file") from None
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        if not path.exists():
-            raise MissingCheckpointError("E0301", "checkpoint", f"no such file or folder: {path}", "check the path")
-        return path
-    found = [path / name for name in WEIGHTS if (path / name).is_file()]
-    if len(found) != 1:
-        got = " and ".join(file.name for file in found) or "none"
-        raise MissingCheckpointError(
-            "E0301",
-            "checkpoint",
-            f"no single file of weights in {path}: expected one of {', '.join(WEIGHTS)}, got {got}",
-            "give the path of the file itself",
-        )
-    return found[0]
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    """The file's contents: a state dict, or a training checkpoint around one."""
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            "E0303",
-            "checkpoint",
-            f"{path} has objects other than tensors and plain values (no code was run)",
-            "save its state dict with the library's convert_checkpoint_to_hub_format",
-        ) from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            "E0302", "checkpoint", f"damaged file {path}: {reason}", "copy or train it again"
-        ) from None
-    if not isinstance(held, dict):
-        problem = f"{path} is not a state dict: expected a dictionary, got {type(held).__name__}"
-        raise CheckpointError("E0303", "checkpoint", problem, "save the state dict")
-    return held
 
 
 def _need(holds: bool, name: str, expected: str, got: object) -> None:
@@ -192,10 +146,14 @@ def _parse(model_type: object, config: object) -> ModelOptions:
     )
 
 
-def _options(held: dict[str, Any], beside: Path, given: str | None) -> ModelOptions:
+def _options(weights: Weights, given: str | None) -> ModelOptions:
     """The options from the given file, else from the checkpoint, else from the file beside it."""
+    held = weights.extras
+    if "config" not in held and isinstance(held.get("hyper_parameters"), dict):
+        held = held["hyper_parameters"]
     if "config" in held and given is None:
         return _parse(held.get("model_type"), held["config"])
+    beside = weights.beside(CONFIG) or weights.files[0].parent / CONFIG
     path = beside if given is None else Path(given)
     values = _read_json(path)
     whole = isinstance(values, dict) and {"model_type", "titans_config"} <= set(values)
@@ -203,63 +161,39 @@ def _options(held: dict[str, Any], beside: Path, given: str | None) -> ModelOpti
     return _parse(values["model_type"], values["titans_config"])
 
 
-def _state_dict(held: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The model's tensors under the names of a model that was not compiled."""
-    found = held.get("model_state_dict", held)
-    if not isinstance(found, dict):
-        problem = f"model_state_dict in {path} is not a state dict: expected a dictionary, got {type(found).__name__}"
-        raise CheckpointError("E0303", "checkpoint", problem, "save the state dict")
-    tensors = {}
-    for name, value in found.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                "E0303",
-                "checkpoint",
-                f"{path} is not a state dict: {name!r} is a {type(value).__name__}",
-                "save the model's state_dict(), or a dictionary that has it as model_state_dict",
-            )
-        tensors[str(name).removeprefix(COMPILED)] = value
-    return tensors
-
-
-def _check(tensors: dict[str, Tensor], options: ModelOptions, path: Path) -> None:
+def _check(tensors: NamedTensors, options: ModelOptions, path: Path) -> None:
     wanted = library_shapes(options)
     fix = "check the configuration against the weights"
     if missing := sorted(set(wanted) - set(tensors)):
         raise CheckpointError("E0304", "checkpoint", f"{path} has no tensor {missing[0]!r}", fix)
     if unknown := sorted(set(tensors) - set(wanted)):
         raise CheckpointError("E0304", "checkpoint", f"{path} has a tensor that the model lacks: {unknown[0]!r}", fix)
-    for name, value in sorted(tensors.items()):
-        shape, expected = list(value.shape), list(wanted[name])
-        if shape != expected:
-            problem = f"{name} has another shape than the configuration gives: expected {expected}, got {shape}"
-            raise CheckpointError("E0304", "checkpoint", problem, fix)
-        if not value.is_floating_point():
-            problem = f"wrong dtype of {name}: expected floats, got {value.dtype}"
-            raise CheckpointError("E0306", "checkpoint", problem, "convert the weights")
-        if not torch.isfinite(value).all():
-            raise CheckpointError("E0307", "checkpoint", f"NaN or infinity in {name}", "use an earlier checkpoint")
+    for name, shape in sorted(tensors.shapes.items()):
+        if shape != (expected := wanted[name]):
+            problem = f"{name} has another shape than the configuration gives: expected {list(expected)}"
+            raise CheckpointError("E0304", "checkpoint", f"{problem}, got {list(shape)}", fix)
+    check_values(tensors)
 
 
 def load(path: Path, options: LoadOptions | None = None) -> Checkpoint:
-    """Loads the file of weights at `path`, or the folder that holds one. Converts weights to float32, as the library.
+    """Loads the weights at `path`. Converts them to float32, as the library.
 
     Raises CheckpointError.
     """
     options = options or LoadOptions()
-    if options.bug_compatible is not None:
-        raise UsageError("E0102", "checkpoint", f"--format {FORMAT} has no --bug-compatible", "leave it out")
-    file = _weights_file(path)
-    held = _read_weights(file)
-    config = _options(held, file.parent / CONFIG, options.config)
-    tensors = _state_dict(held, file)
-    head = tensors.pop("head.weight", None)
-    _check(tensors, config, file)
-    if head is not None and not torch.equal(head, tensors["embed.weight"]):
-        problem = "head.weight differs from embed.weight, which the library ties"
+    for name, value in (("--bug-compatible", options.bug_compatible), ("--library-defaults", options.library_defaults)):
+        if value not in (None, False):
+            raise UsageError("E0102", "checkpoint", f"--format {FORMAT} has no {name}", "leave it out")
+    weights = open_weights(path, options.weights)
+    config = _options(weights, options.config)
+    tensors = weights.tensors
+    tied = tensors.select({name: name for name in tensors if name != HEAD})
+    _check(tied, config, path)
+    if HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        problem = f"{HEAD} differs from {EMBEDDING}, which the library ties"
         raise CheckpointError("E0304", "checkpoint", problem, "train the model with tied weights")
     model = SegmentModel(config)
-    load_tensors(model, tensors)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    tokenizer = file.parent / TOKENIZER
-    return Checkpoint(model.eval(), FORMAT, digest, tokenizer if tokenizer.is_file() else None)
+    load_tensors(model, tied.float32())
+    weights.release()
+    tokenizer = weights.beside(TOKENIZER)
+    return Checkpoint(model.eval(), FORMAT, weights.sha256, tokenizer, origin=Origin.of(weights, tied))

@@ -46,12 +46,16 @@ def _checkpoint(source: Source, name: str, bug_compatible: int | None) -> Checkp
         raise UsageError("E0104", "checkpoint", problem, "give the length of the prompt")
     # What the library trains; what it decodes differs, which is the point of bug_compatible.
     oracle = None if bug_compatible is not None else partial(library_oracle, source)
-    return Checkpoint(_model(source, name, bug_compatible).eval(), FORMAT, source.weights_sha256, None, oracle)
+    model = _model(source, name, bug_compatible).eval()
+    return Checkpoint(model, FORMAT, source.weights_sha256, source.tokenizer, oracle, source.origin)
 
 
 def load(path: Path, options: LoadOptions) -> Checkpoint:
-    """Loads a state dict as `options.config` describes it. Raises CheckpointError."""
-    return _checkpoint(read(path, options.config), path.stem, options.bug_compatible)
+    """Loads weights at any path, with the arguments in `options.config`. Raises CheckpointError."""
+    source = read(path, options.config, options)
+    checkpoint = _checkpoint(source, path.stem, options.bug_compatible)
+    source.release()
+    return checkpoint
 
 
 def from_live(module: nn.Module, name: str = "titans-pytorch", bug_compatible: int | None = None) -> Checkpoint:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -170,11 +170,18 @@ DEFAULT_NETWORK = {"depth": 2, "expansion_factor": 4.0}  # NeuralMemory's defaul
 
 @dataclass(frozen=True)
 class Config:
-    """The given arguments. name: the file's name in errors. given: valid values by key."""
+    """The given arguments. name: the file's name in errors. given: valid values by key.
+
+    library_defaults: whether missing arguments get the library's defaults. filled: those that did. saved: values that
+    the checkpoint holds beside its tensors.
+    """
 
     name: str
     json: dict[str, Any]
     given: dict[str, Any]
+    library_defaults: bool = False
+    filled: dict[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Any] = field(default_factory=dict)
 
 
 def correct(problem: str, name: str) -> CheckpointError:

@@ -58,10 +58,15 @@ class Answers:
         )
 
     def need(self, key: str) -> Any:
-        """The given value, or None for a missing one, which `finish` reports."""
-        if key not in self.config.given:
-            self.missing.append(key)
-        return self.given(key)
+        """The given value, else the library's default if the user asked for it, else None, which `finish` reports."""
+        if key in self.config.given:
+            return self.given(key)
+        argument = key.rpartition(".")[2]
+        if self.config.library_defaults and argument in _DEFAULTS:
+            self.config.filled[key] = self._default(argument)
+            return self.config.filled[key]
+        self.missing.append(key)
+        return None
 
     def finish(self) -> None:
         if not self.missing:
@@ -77,9 +82,14 @@ class Answers:
             inner[argument] = self._default(argument)
         fix = "add the values of the training"
         if defaults:
-            fix += f"; the library's defaults are {json.dumps(defaults)}"
+            fix += f"; the library's defaults are {json.dumps(defaults)}, which --library-defaults takes"
         if bare:
             fix += f"; without a default: {', '.join(bare)}"
+        saved = {
+            key: value for key in self.missing if (value := self.config.saved.get(key.rpartition(".")[2])) is not None
+        }
+        if saved:
+            fix += f"; the checkpoint holds {json.dumps(saved)}, if these are the model's"
         problem = f"{self.config.name} lacks arguments that the tensors do not determine: {', '.join(self.missing)}"
         raise CheckpointError("E0311", "config", problem, fix)
 

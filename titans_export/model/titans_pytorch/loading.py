@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...named_tensors import under
 from ..fast_networks import NetworkSpec
 from ..layers import Linear
 from .attention import StreamAttention
@@ -13,7 +16,7 @@ from .memory import HeadNorm, NeuralMemoryLayer
 from .positions import AxialPositions
 from .transformer import Connection, FeedForward, Layer, MemoryAsContext, ViewSelector
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 def library_order(network: NetworkSpec) -> list[str]:
@@ -98,11 +101,6 @@ def load_memory(layer: NeuralMemoryLayer, tensors: Tensors) -> None:
         parameter.copy_(tensors[f"memory_model_parameters.{order.index(name)}"])
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
-    """The tensors whose names begin with the prefix, with the prefix removed."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def _load_positions(positions: AxialPositions, tensors: Tensors) -> None:
     """tensors: of axial_pos_emb.mlps."""
     for name, linear in (("0.0", positions.first), ("0.2", positions.middle), ("0.4", positions.last)):
@@ -154,14 +152,14 @@ def _load_selector(selector: ViewSelector, tensors: Tensors) -> None:
 
 def _load_layer(layer: Layer, tensors: Tensors) -> None:
     if layer.memory is not None and layer.memory_connection is not None:
-        _load_connection(layer.memory_connection, _under(tensors, "0."))
-        load_memory(layer.memory, _under(tensors, "4."))
+        _load_connection(layer.memory_connection, under(tensors, "0."))
+        load_memory(layer.memory, under(tensors, "4."))
     if layer.selector is not None:
-        _load_selector(layer.selector, _under(tensors, "3."))
-    _load_connection(layer.attention_connection, _under(tensors, "1."))
-    _load_connection(layer.ff_connection, _under(tensors, "2."))
-    _load_attention(layer.attention, _under(tensors, "5."))
-    _load_ff(layer.ff, _under(tensors, "6."))
+        _load_selector(layer.selector, under(tensors, "3."))
+    _load_connection(layer.attention_connection, under(tensors, "1."))
+    _load_connection(layer.ff_connection, under(tensors, "2."))
+    _load_attention(layer.attention, under(tensors, "5."))
+    _load_ff(layer.ff, under(tensors, "6."))
 
 
 @torch.no_grad()
@@ -173,6 +171,6 @@ def load_transformer(model: MemoryAsContext, tensors: Tensors) -> None:
     set_linear(model.head, tensors["to_logits.weight"])
     if model.stream_embedding is not None:
         model.stream_embedding.copy_(tensors["expand_streams.stream_embed"])
-    _load_positions(model.positions, _under(tensors, "axial_pos_emb.mlps."))
+    _load_positions(model.positions, under(tensors, "axial_pos_emb.mlps."))
     for i, layer in enumerate(model.layers):
-        _load_layer(layer, _under(tensors, f"layers.{i}."))  # type: ignore[arg-type]  # ModuleList forgets the class
+        _load_layer(layer, under(tensors, f"layers.{i}."))  # type: ignore[arg-type]  # ModuleList forgets the class

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ...named_tensors import under
 from ..layers import Linear
 from .attention import SegmentWindowAttention
 from .memory import SegmentMemory
 from .model import Block, SegmentModel
 from .options import ModelOptions
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -52,11 +55,6 @@ def library_shapes(options: ModelOptions) -> Shapes:
     return shapes
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
-    """The tensors whose names begin with the prefix, with the prefix removed."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def _set(linear: Linear, *weights: Tensor) -> None:
     """Sets a Linear from weights (out, in), as in nn.Linear, with their outputs side by side."""
     linear.weight.copy_(torch.cat(weights).t())
@@ -87,7 +85,7 @@ def _load_attention(attention: SegmentWindowAttention, tensors: Tensors) -> None
 
 
 def _load_block(block: Block, tensors: Tensors) -> None:
-    _load_memory(block.memory, _under(tensors, "memory."))
+    _load_memory(block.memory, under(tensors, "memory."))
     if block.attention is not None:
         _load_attention(block.attention, tensors)
     norms = [norm for norm in (block.norm_memory, block.norm_attention, block.norm_ff) if norm is not None]
@@ -105,4 +103,4 @@ def load_tensors(model: SegmentModel, tensors: Tensors) -> None:
     model.norm.weight.copy_(tensors["norm.weight"])
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        _load_block(block, _under(tensors, f"blocks.{i}."))
+        _load_block(block, under(tensors, f"blocks.{i}."))
