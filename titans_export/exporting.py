@@ -35,7 +35,7 @@ class ExportReport:
     """The result of an export. Errors are the largest absolute differences of outputs over `positions` tokens.
 
     library_error: float64 PyTorch against the checkpoint's own library, over at most ORACLE_POSITIONS; None if there is
-    no such library or it is not installed.
+    no such library or it is not installed. source: what was read of the checkpoint, as `Origin.to_json` describes it.
     """
 
     bundle: str
@@ -50,6 +50,7 @@ class ExportReport:
     library_error: float | None
     tolerance: float
     seconds: float
+    source: dict[str, Any]
 
 
 def _state_tensors(model: StreamModel) -> list[records.StateTensor]:
@@ -117,7 +118,7 @@ def _write(
             variant=model.variant,
             parameters=sum(p.numel() for p in model.parameters()),
             config=model.config_json(),
-            source=records.Source(format=checkpoint.format, weights_sha256=checkpoint.weights_sha256),
+            source=_source(checkpoint),
         ),
         input=consumed,
         output=records.Output(kind=got.kind, name=got.name, dtype="float32", size=got.size),
@@ -130,6 +131,17 @@ def _write(
         initial_state=records.FileReference(file=STATE),
         files={path.name: file_record(path) for path in sorted(folder.iterdir())},
     ).write(folder)
+
+
+def _source(checkpoint: Checkpoint) -> records.Source:
+    origin = checkpoint.origin
+    return records.Source(
+        format=checkpoint.format,
+        weights_sha256=checkpoint.weights_sha256,
+        weights=origin.weights,
+        dtypes=origin.dtypes,
+        library_defaults=dict(origin.library_defaults) or None,
+    )
 
 
 def _tokenizer(checkpoint: Checkpoint) -> records.Tokenizer:
@@ -180,6 +192,8 @@ def export_checkpoint(
     format: str = "titans",
     config: str | None = None,
     bug_compatible: int | None = None,
+    weights: str | None = None,
+    library_defaults: bool = False,
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int = 1024,
@@ -187,12 +201,14 @@ def export_checkpoint(
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    config, bug_compatible: see `LoadOptions`. For the other parameters see `export_loaded`.
+    config, bug_compatible, weights, library_defaults: see `LoadOptions`. For the other parameters see `export_loaded`.
     """
     _check_numbers(chunks_per_call, positions)
     check_output(output, overwrite, MANIFEST)
     progress(f"loading {source}")
-    checkpoint = load_checkpoint(source, format, LoadOptions(config, bug_compatible))
+    checkpoint = load_checkpoint(source, format, LoadOptions(config, bug_compatible, weights, library_defaults))
+    for line in checkpoint.origin.notes:
+        progress(line)
     return export_loaded(
         checkpoint,
         output,
@@ -302,5 +318,6 @@ def export_loaded(
             library_error=library_error,
             tolerance=tolerance,
             seconds=round(time.monotonic() - began, 1),
+            source=checkpoint.origin.to_json(),
         )
     return report

@@ -216,10 +216,17 @@ class FileRecord(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Entry):
-    """The checkpoint that a model was exported from. weights_sha256: of its weights."""
+    """The checkpoint that a model was exported from.
+
+    weights_sha256: of its weights. weights: the state dict that was read, where the checkpoint has several. dtypes: of
+    the saved tensors, unless all are float32. library_defaults: arguments that the library's defaults filled in.
+    """
 
     format: OptionalText = None
     weights_sha256: OptionalText = None
+    weights: OptionalText = None
+    dtypes: Annotated[tuple[str, ...], array(string)] = ("float32",)
+    library_defaults: Annotated[Mapping[str, Any] | None, nullable(object_of)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

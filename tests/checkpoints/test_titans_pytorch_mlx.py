@@ -493,34 +493,32 @@ def test_checkpoints_that_are_damaged(tmp_path: Path) -> None:
     refuses(tmp_path / "nowhere", "no such file or folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuses(empty, "expected one of model.safetensors")
+    refuses(empty, "no weights in .*: expected model.safetensors, pytorch_model.bin")
     both = save(tmp_path / "both", "mal", BASE, tensors)
     (both / "model.pt").write_bytes(b"")
-    refuses(both, "pytorch_model.bin and model.pt")
+    refuses(both, "several files of weights in .*: model.pt, pytorch_model.bin")
     alone = tmp_path / "alone.pt"
     torch.save(tensors, alone)
     refuses(alone, "no file .*config.json")
     cut = tmp_path / "cut.pt"
     cut.write_bytes((good / "pytorch_model.bin").read_bytes()[:3000])
-    refuses(cut, "damaged file")
+    refuses(cut, "truncated file")
     (tmp_path / "empty.pt").write_bytes(b"")
     refuses(tmp_path / "empty.pt", "damaged file")
     (tmp_path / "cut.safetensors").write_bytes(b"\1\0")
     refuses(tmp_path / "cut.safetensors", "damaged file")
     torch.save([1], tmp_path / "list.pt")
-    refuses(tmp_path / "list.pt", "expected a dictionary")
-    torch.save({"model": tensors, "config": BASE, "model_type": "mal"}, tmp_path / "other.pt")
-    refuses(tmp_path / "other.pt", "'model' is a dict")
+    refuses(tmp_path / "list.pt", "no state dict in .*, got a list")
     torch.save({"model_state_dict": 3, "config": BASE, "model_type": "mal"}, tmp_path / "number.pt")
-    refuses(tmp_path / "number.pt", "model_state_dict")
+    refuses(tmp_path / "number.pt", "no state dict in .*, got keys model_state_dict, config")
     torch.save({"model_state_dict": tensors, "config": {"model_type": "mal"}}, tmp_path / "short.pt")
     refuses(tmp_path / "short.pt", "has no 'dim'")
     torch.save({"model_state_dict": tensors, "config": BASE}, tmp_path / "untyped.pt")
     refuses(tmp_path / "untyped.pt", "model_type: expected one of lmm, mag, mal, got None")
     for name, change, message in (
         ("untied", {"head.weight": tensors["head.weight"] + 1}, "head.weight differs from embed.weight"),
-        ("nan", {"norm.weight": tensors["norm.weight"] * math.nan}, "NaN or infinity in norm.weight"),
-        ("integers", {"norm.weight": torch.ones(16, dtype=torch.int64)}, "wrong dtype of norm.weight: expected floats"),
+        ("nan", {"norm.weight": tensors["norm.weight"] * math.nan}, "NaN or infinity in tensor norm.weight"),
+        ("integers", {"norm.weight": torch.ones(16, dtype=torch.int64)}, "wrong dtype of tensor norm.weight"),
     ):
         refuses(save(tmp_path / name, "mal", BASE, {**tensors, **change}), message)
     (good / "config.json").write_text("{")
@@ -542,7 +540,7 @@ class Trap:
 def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
     path, trap = tmp_path / "trap.pt", tmp_path / "sprung"
     torch.save({"model_state_dict": tensors_of("mal", BASE), "config": Trap(trap)}, path)
-    with pytest.raises(CheckpointError, match="other than tensors and plain values"):
+    with pytest.raises(CheckpointError, match=r"would run code, .*getattr \(no code was run\)"):
         load(path)
     path.write_bytes(pickle.dumps(Trap(trap), protocol=2))
     with pytest.raises(CheckpointError):

@@ -151,8 +151,9 @@ class TestExport:
         memory = MemoryConfig(heads=1, head_dim=4, chunk=1)
         source = save_model(tmp_path / "lmm", variant="lmm", memory=memory)
         args = ("export", source, "-o", tmp_path / "m.titans")
-        invoke(*args, "--config", folder / "mac.json").check_failure(2, "--config")
+        invoke(*args, "--config", folder / "mac.json").check_failure(1, "format_version")
         invoke(*args, "--bug-compatible", 2).check_failure(2, "--bug-compatible")
+        invoke(*args, "--library-defaults").check_failure(2, "--library-defaults")
         assert not (tmp_path / "m.titans").exists()
 
 

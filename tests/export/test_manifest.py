@@ -23,7 +23,7 @@ from titans_export.manifest import Entry, Manifest, parse_manifest
 from titans_export.schedule import LONGEST_PERIOD
 
 ROOT = Path(__file__).resolve().parents[2]
-FREE = ("config", "recipe")  # objects with any keys
+FREE = ("config", "recipe", "library_defaults")  # objects with any keys
 
 
 def _examples() -> list[Any]:
@@ -158,7 +158,8 @@ def test_a_wrong_type_is_refused_by_its_path(path: str) -> None:
 OPTIONAL = {
     "engines", "engines.cuda", "engines.driver", "engines.graphs.weights", "engines.state_in_place",
     "engines.weights", "format", "graphs.offsets", "model.config", "model.source", "model.source.format",
-    "model.source.weights_sha256", "quantization", "quantization.data", "quantization.float32_weights_bytes",
+    "model.source.dtypes", "model.source.library_defaults", "model.source.weights", "model.source.weights_sha256",
+    "quantization", "quantization.data", "quantization.float32_weights_bytes",
     "quantization.max_abs_error", "quantization.memory.dtype", "quantization.memory.rounding",
     "quantization.memory.seed", "quantization.seed", "quantization.weights_bytes", "schema_version", "state.chunk",
     "state.layout", "state.layout.at_start", "state.layout.dtype", "state.layout.kind", "state.layout.of",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..manifest import Model
 from ..verify import Distance
 from . import KINDS
 from .interleaved import interleave
@@ -78,8 +79,9 @@ def baselines(
     threads: int,
     memory_kernel: str,
     checkpoint: Path | None = None,
-    format: str = "titans",
+    described: Model | None = None,
     config: str | None = None,
+    weights: str | None = None,
 ) -> list[Baseline]:
     """The baselines; ratios are relative to the first."""
     found = []
@@ -92,7 +94,8 @@ def baselines(
     if checkpoint is not None:
         for name, compiled in (("pytorch-eager", False), ("pytorch-compile", True)):
             what = "the checkpoint in PyTorch" + (" through torch.compile" if compiled else "")
-            found.append(Baseline(name, what, f"{_MODELS}:PyTorch", (checkpoint, format, threads, compiled, config)))
+            options = (checkpoint, described, threads, compiled, config, weights)
+            found.append(Baseline(name, what, f"{_MODELS}:PyTorch", options))
     return found
 
 

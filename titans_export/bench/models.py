@@ -21,6 +21,7 @@ from .worker import explain, forget_peak, memory_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..manifest import Model
     from ..model import Graph
     from ..model.layers import StreamState
 
@@ -137,13 +138,16 @@ class Runtime(Measured):
 class PyTorch(Measured):
     """The checkpoint in PyTorch, eager or with one call of each graph of its schedule through torch.compile."""
 
-    def __init__(self, checkpoint: Path, format: str, threads: int, compiled: bool, config: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: Path, described: Model, threads: int, compiled: bool, config: str | None, weights: str | None
+    ) -> None:
         import torch
 
-        from ..checkpoints import LoadOptions, load_checkpoint
+        from ..checkpoints import load_checkpoint, options_of
 
         torch.set_num_threads(threads)
-        self._model = load_checkpoint(checkpoint, format, LoadOptions(config)).model.float()
+        options = options_of(described, config, weights)
+        self._model = load_checkpoint(checkpoint, described.checkpoint_format, options).model.float()
         self._graphs = self._model.graphs(1)
         self._compiled = compiled
         self._calls = {graph.name: self._call for graph in self._graphs}

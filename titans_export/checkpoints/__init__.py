@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UsageError
+from ..manifest import Model
 from . import titans, titans_pytorch, titans_pytorch_mlx
 from .checkpoint import Checkpoint, LoadOptions
 
@@ -27,4 +28,18 @@ def load_checkpoint(path: Path, format: str = "titans", options: LoadOptions | N
     return FORMATS[format](path, options or LoadOptions())
 
 
-__all__ = ["FORMATS", "Checkpoint", "LoadOptions", "load_checkpoint"]
+def options_of(model: Model, config: str | None, weights: str | None) -> LoadOptions:
+    """The options with which a bundle's model was loaded, to load its checkpoint again.
+
+    config, weights: what the user gives now; `weights` None takes what the bundle was exported with.
+    """
+    source = model.source
+    return LoadOptions(
+        config,
+        (model.config or {}).get("bug_compatible_after"),
+        weights or (source.weights if source else None),
+        bool(source and source.library_defaults),
+    )
+
+
+__all__ = ["FORMATS", "Checkpoint", "LoadOptions", "load_checkpoint", "options_of"]

@@ -64,6 +64,16 @@ class Origin:
             tuple(file.name for file in weights.files), weights.address, weights.found, dtypes, defaults, tuple(notes)
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, without the notes."""
+        return {
+            "files": list(self.files),
+            "weights": self.weights,
+            "found": list(self.found),
+            "dtypes": list(self.dtypes),
+            "library_defaults": dict(self.library_defaults),
+        }
+
 
 @dataclass(frozen=True)
 class Checkpoint:

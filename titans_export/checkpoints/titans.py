@@ -27,7 +27,7 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json
 
 def _check(tensors: NamedTensors, model: Titans, path: Path) -> None:
     wanted = model.state_dict()
-    fix = "check the configuration against it"
+    fix = "check config.json against it"
     if missing := sorted(set(wanted) - set(tensors)):
         raise CheckpointError("E0304", "checkpoint", f"{path} has no tensor {missing[0]!r}", fix)
     if unknown := sorted(set(tensors) - set(wanted)):

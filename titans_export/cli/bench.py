@@ -12,7 +12,7 @@ import click
 from ..bench import KINDS
 from ..errors import MachineError, MismatchError, UsageError
 from .command import Command, check_folder, emit, json_option, note, to_json
-from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options
+from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options, weights_option
 from .table import number, size, table
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class BenchOptions(SessionOptions):
     bundle: Path
     against: Path | None
     config: str | None
+    weights: str | None
     tokens: int
     decode_tokens: int
     rounds: int
@@ -44,6 +45,7 @@ class BenchOptions(SessionOptions):
 @bundle_argument
 @click.option("--against", type=PATH, metavar="CHECKPOINT", help="Also measure this checkpoint in PyTorch.")
 @config_option
+@weights_option
 @click.option("--tokens", type=click.IntRange(1), default=4096, help="Minimum number of tokens per prefill pass.")
 @click.option("--decode-tokens", type=click.IntRange(1), default=256, help="Minimum number of tokens per decode pass.")
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Rounds per baseline.")
@@ -76,7 +78,6 @@ def _bench(options: BenchOptions) -> None:
     # Opened here first, so that the command fails with the runtime's own error.
     open_session(bundle, options).close()
     plan = Plan.of(opened, options.tokens, options.decode_tokens, options.rounds, options.threads or cores())
-    format = opened.manifest.model.checkpoint_format
     chosen = baselines(
         bundle,
         options.device,
@@ -84,8 +85,9 @@ def _bench(options: BenchOptions) -> None:
         plan.threads,
         options.memory_kernel,
         against,
-        format,
+        opened.manifest.model,
         options.config,
+        options.weights,
     )
     busy = others_busy()
     if busy > QUIET:

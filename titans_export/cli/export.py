@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .command import Command, emit, json_option, note
-from .options import PATH, config_option
+from .options import PATH, config_option, weights_option
 from .table import number, size
 
 
@@ -22,6 +22,8 @@ class ExportOptions:
     output: Path
     format: str
     config: str | None
+    weights: str | None
+    library_defaults: bool
     bug_compatible: int | None
     chunks_per_call: int
     positions: int
@@ -36,6 +38,7 @@ class ExportOptions:
         "titans-export export checkpoints/mac -o mac.titans --overwrite --json",
         "titans-export export model.pt --format titans-pytorch --config model.json -o model.titans",
         "titans-export export model.pt --format titans-pytorch --config train_mac -o model.titans",
+        "titans-export export last.ckpt --weights ema --config config.json -o model.titans",
     ),
 )
 @click.argument("checkpoint", type=PATH)
@@ -47,6 +50,12 @@ class ExportOptions:
     show_default=True,
 )
 @config_option
+@click.option(
+    "--library-defaults",
+    is_flag=True,
+    help="titans-pytorch: use its defaults for arguments that neither tensors nor --config determine.",
+)
+@weights_option
 @click.option(
     "--bug-compatible",
     type=click.IntRange(1),
@@ -65,8 +74,8 @@ class ExportOptions:
 def export(**values: Any) -> None:
     """Convert a checkpoint to a bundle.
 
-    CHECKPOINT is a folder with config.json and model.safetensors or, with --format titans-pytorch, a state dict in .pt
-    or .safetensors with --config. The bundle runs without PyTorch. It is compared with PyTorch before it is renamed
+    CHECKPOINT is what a trainer saved: a file, an index of shards, or a folder. Its configuration is config.json beside
+    it, or --config. The bundle runs without PyTorch. It is compared with PyTorch before it is renamed
     into place: if they differ, the exit code is 3 and nothing is written.
     """
     _export(ExportOptions(**values))
@@ -80,6 +89,8 @@ def _export(options: ExportOptions) -> None:
         options.output,
         format=options.format,
         config=options.config,
+        weights=options.weights,
+        library_defaults=options.library_defaults,
         bug_compatible=options.bug_compatible,
         chunks_per_call=options.chunks_per_call,
         positions=options.positions,

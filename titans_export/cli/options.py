@@ -35,6 +35,12 @@ config_option = click.option(
     help="Constructor arguments, for checkpoints without a configuration: a JSON file, or train_mac.",
 )
 
+weights_option = click.option(
+    "--weights",
+    metavar="NAME",
+    help="State dict to read, for checkpoints with several: its name, or ema.  [default: the model's own]",
+)
+
 key_option = click.option(
     "--key-file", type=PATH, metavar="FILE", help="Key of an encrypted state: 32 bytes, or 64 hexadecimal digits."
 )

@@ -21,6 +21,7 @@ from .options import (
     engine_option,
     open_session,
     session_options,
+    weights_option,
 )
 from .progress import progress_bar
 from .table import number, table
@@ -40,6 +41,7 @@ class VerifyOptions(SessionOptions):
     bundle: Path
     against: Path | None
     config: str | None
+    weights: str | None
     text: Path | None
     encoding_errors: str
     tokens: int
@@ -65,6 +67,7 @@ class VerifyOptions(SessionOptions):
     help="Compare with this checkpoint in PyTorch, float32.  [default: the golden outputs]",
 )
 @config_option
+@weights_option
 @click.option("--text", type=PATH, help="Text to compare over, with --against; - for stdin.  [default: random tokens]")
 @encoding_option
 @click.option("--tokens", type=click.IntRange(1), default=10_000, help="Maximum number of tokens to compare over.")
@@ -136,11 +139,11 @@ def _pytorch(
 ) -> tuple[Tokens, Reference]:
     import numpy as np
 
-    from ..checkpoints import LoadOptions, load_checkpoint
+    from ..checkpoints import load_checkpoint, options_of
     from ..verify import PyTorch
 
     described = bundle.manifest.model
-    load = LoadOptions(options.config, (described.config or {}).get("bug_compatible_after"))
+    load = options_of(described, options.config, options.weights)
     checkpoint = load_checkpoint(source, described.checkpoint_format, load)
     signal = checkpoint.model.input
     if (signal.kind, signal.size) != (session.input_kind, session.input_size):

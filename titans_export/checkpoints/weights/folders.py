@@ -102,7 +102,7 @@ def _shards(folder: Path, names: list[str]) -> tuple[Path, ...]:
     wanted = [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
     if missing := next((name for name in wanted if name not in names), None):
         problem = f"a shard of {folder} is missing: {missing}"
-        raise MissingCheckpointError("E0314", "checkpoint", problem, "copy all shards into the folder")
+        raise MissingCheckpointError("E0317", "checkpoint", problem, "copy all shards into the folder")
     return tuple(folder / name for name in wanted)
 
 
@@ -124,7 +124,7 @@ def _tagged(folder: Path) -> Path | None:
         tag = text.read(_LONGEST_TAG + 1).decode("utf-8", "replace").strip()
     if not tag or len(tag) > _LONGEST_TAG or tag in (".", "..") or set(tag) & set("/\\\0\n"):
         problem = f"{file} names no folder beside it: {tag[:60]!r}"
-        raise CheckpointError("E0314", "checkpoint", problem, "give the path of the folder with the model states")
+        raise CheckpointError("E0317", "checkpoint", problem, "give the path of the folder with the model states")
     if not (folder / tag).is_dir():
         problem = f"{file} names a folder that is missing: {tag}"
         raise MissingCheckpointError(

@@ -14,7 +14,7 @@ _FIX = "copy all files of the checkpoint again"
 
 
 def _wrong(problem: str, fix: str = _FIX) -> CheckpointError:
-    return CheckpointError("E0314", "checkpoint", problem, fix)
+    return CheckpointError("E0317", "checkpoint", problem, fix)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def files_of(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
         file = path.parent / name
         if not file.is_file():
             what = "is not a regular file" if file.exists() else "is missing"
-            raise MissingCheckpointError("E0314", "checkpoint", f"shard {name} of {path} {what}", _FIX)
+            raise MissingCheckpointError("E0317", "checkpoint", f"shard {name} of {path} {what}", _FIX)
         if file.is_symlink() and not _may_follow(folder, file.resolve()):
             problem = f"shard {name} of {path} is a link to {file.resolve()}, outside of its folder"
             raise _wrong(problem, "put the file itself there, if you trust the checkpoint")
