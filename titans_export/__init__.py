@@ -1,1 +1,8 @@
+"""Exports trained Titans models, and quantises, compiles and verifies them."""
+
+import os
+
 __version__ = "0.1.0"
+
+# ONNX Runtime from 1.32 on writes a device id below $HOME and sends events, unless this is set before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,65 @@ def test_the_package_needs_numpy_alone() -> None:
     code = "import sys, titans_runtime; print([m for m in ('torch', 'onnx', 'onnxruntime') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"
+
+
+OPEN = "import sys, titans_runtime as rt; rt.Session(sys.argv[1]).stream().feed([1, 2], outputs='none')"
+# Notes what a process would send. Local sockets, such as a name service's, do not count.
+NETWORK_CALLS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+static void note(const char* call) {
+  FILE* file = fopen(getenv("NETWORK_CALLS"), "a");
+  fprintf(file, "%s\n", call);
+  fclose(file);
+}
+int getaddrinfo(const char* node, const char* service, const struct addrinfo* hints, struct addrinfo** found) {
+  note(node ? node : "getaddrinfo");
+  return EAI_FAIL;
+}
+int connect(int socket, const struct sockaddr* address, socklen_t size) {
+  if (address->sa_family != AF_UNIX) note("connect");
+  return ((int (*)(int, const struct sockaddr*, socklen_t))dlsym(RTLD_NEXT, "connect"))(socket, address, size);
+}
+"""
+
+
+def _without_switch(home: Path) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return env | {"HOME": str(home)} | {name: str(home) for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME")}
+
+
+@pytest.mark.parametrize("code", [OPEN, "import titans_export.running", "import titans_calibration.instrument"])
+def test_nothing_is_written_below_home(code: str, tmp_path: Path) -> None:
+    if "runtime" not in code:
+        pytest.importorskip("onnxruntime")
+    bundle = write_bundle(tmp_path / "m.titans", Weights.random())
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run([sys.executable, "-c", code, str(bundle)], check=True, env=_without_switch(home), cwd=ROOT)
+    assert list(home.rglob("*")) == []
+
+
+@pytest.mark.long
+def test_nothing_is_sent(tmp_path: Path) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc") or pytest.skip("no C compiler")
+    source, library, calls = tmp_path / "network.c", tmp_path / "network.so", tmp_path / "calls"
+    source.write_text(NETWORK_CALLS)
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    bundle = write_bundle(tmp_path / "m.titans", Weights.random())
+    env = _without_switch(tmp_path) | {"LD_PRELOAD": str(library), "NETWORK_CALLS": str(calls)}
+    probe = "import socket\ntry: socket.create_connection(('localhost', 1))\nexcept OSError: pass"
+    subprocess.run([sys.executable, "-c", probe], check=True, env=env)
+    assert calls.read_text() == "localhost\n"  # the library sees calls
+    calls.unlink()
+    waiting = OPEN + "; import time; time.sleep(20)"  # events are sent some ten seconds after the start
+    subprocess.run([sys.executable, "-c", waiting, str(bundle)], check=True, env=env)
+    assert not calls.exists(), calls.read_text()
 
 
 @pytest.mark.long

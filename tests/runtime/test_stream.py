@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,16 @@ def test_fork_is_independent(session: rt.Session, expected: Any) -> None:
     twin.feed([5] * 9, outputs="none")
     close(stream.feed(TOKENS[21:]), expected[21:])
     assert (twin.position, stream.position) == (30, 53)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_handles_are_not_copied(session: rt.Session, duplicate: Any) -> None:
+    stream = session.stream()
+    stream.feed([1])
+    for original, fix in ((session, "open the bundle"), (stream, "fork"), (stream.generate(max_tokens=1), "fork")):
+        with pytest.raises(rt.Error, match=fix) as raised:
+            duplicate(original)
+        assert raised.value.code == "TITANS-E0516"
 
 
 def test_fork_remembers_the_last_logits(session: rt.Session, expected: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ._batch import feed_batch, step_batch
 from ._library import SessionOptions, check, invalid, lib, vendor_libraries
@@ -128,6 +128,9 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise invalid("E0516", "session", "a session cannot be copied or pickled", "open the bundle in each process")
 
     def _format(self) -> StreamFormat:
         return StreamFormat(self.input_kind, self.input_size, self.output_size)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -259,6 +259,9 @@ class Stream:
         if self._handle:
             self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise _wrong("E0516", "a stream cannot be copied or pickled", "call fork() for a copy, save() for a file")
+
     def _require_tokens(self) -> None:
         if self._form.kind != "tokens":
             fix = "feed it vectors; it has neither tokens nor logits"
@@ -295,6 +298,9 @@ class _Generation(Iterator[int]):
         """Ends the generation. The stream calls it when it is closed."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         lib.titans_generator_destroy(handle)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise _wrong("E0516", "a generation cannot be copied or pickled", "fork() its stream, and generate from that")
 
     def __del__(self) -> None:
         self.close()

@@ -21,6 +21,9 @@ std::vector<std::string> candidates(const std::string& path) {
   return {"libonnxruntime.so.1", "libonnxruntime.so"};
 }
 
+// Releases from 1.32 on write a device id below $HOME and send events. They read the switch when they are loaded.
+void disable_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
+
 void* open_first(const std::vector<std::string>& names) {
   std::string reasons;
   for (const std::string& name : names) {
@@ -44,6 +47,7 @@ const OrtLibrary& OrtLibrary::load(const std::string& path) {
 }
 
 OrtLibrary::OrtLibrary(const std::string& path) {
+  disable_telemetry();
   void* library = open_first(candidates(path));
   const auto get_base = reinterpret_cast<const OrtApiBase* (*)()>(::dlsym(library, "OrtGetApiBase"));
   if (get_base == nullptr) {
