@@ -336,16 +336,17 @@ def measure(bundle: Bundle, taking_part: list[Baseline], plan: Plan) -> tuple[li
 
 def check(bundle: Bundle, worker: Worker, result: Result) -> None:
     """Compares with the golden logits: fed at once and, except for the library, also token by token."""
-    tokens, golden = (rows[:CHECKED] for rows in bundle.golden())
+    golden = bundle.golden()
+    tokens = golden.inputs[:CHECKED]
     is_library = result.baseline.target.endswith(":Library")
     distance = Distance()
     for one_by_one in (False,) if is_library else (False, True):
-        distance.add(worker.call("all_logits", tokens, one_by_one), golden, 0, bundle.tolerance)
+        distance.add(golden.errors(worker.call("all_logits", tokens, one_by_one), 0), 0, bundle.tolerance)
     result.max_abs_error, result.first_bad_position = distance.max_abs_error, distance.first_bad_position
     result.passed = distance.first_bad_position is None
     if is_library:
         decoded = worker.call("decoded_logits", tokens, CHECKED_PROMPT)
-        result.notes["max_abs_error_of_cached_decoding"] = float(np.abs(decoded - golden[CHECKED_PROMPT:]).max())
+        result.notes["max_abs_error_of_cached_decoding"] = float(golden.errors(decoded, CHECKED_PROMPT).max())
 
 
 def _measure(bundle: Bundle, results: dict[str, Result], workers: dict[str, Worker], plan: Plan) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from .errors import BundleError
+from .golden import GOLDEN, Golden, read_golden
 from .manifest import MANIFEST, FileRecord, Manifest, Quantization, read_manifest
 
-WEIGHTS, STATE, GOLDEN, TOKENIZER = "weights.safetensors", "state.safetensors", "golden.safetensors", "tokenizer.json"
+WEIGHTS, STATE, TOKENIZER = "weights.safetensors", "state.safetensors", "tokenizer.json"
 _FIX = "copy or export the bundle again"
 
 __all__ = ["GOLDEN", "MANIFEST", "STATE", "TOKENIZER", "WEIGHTS", "Bundle", "file_record", "read_bundle"]
@@ -54,18 +54,9 @@ class Bundle:
         """What `titans-export quantize` did, None for a float32 bundle."""
         return self.manifest.quantization
 
-    def golden(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Inputs of one stream and the output after each.
-
-        Tokens (n,) int32 and logits (n, vocab) float32, or vectors (n, input size) and (n, output size) float32.
-        """
-        from safetensors.numpy import load_file
-
-        golden = self.manifest.golden
-        tensors = load_file(self.path / golden.file)
-        names = (golden.vectors, golden.outputs) if self.takes_vectors else (golden.tokens, golden.logits)
-        inputs, outputs = (tensors[str(name)] for name in names)
-        return inputs, outputs
+    def golden(self) -> Golden:
+        """Inputs of one stream and its right outputs. Raises BundleError."""
+        return read_golden(self.path, self.manifest)
 
     def initial_state(self) -> dict[str, NDArray[np.float32]]:
         """The state of a fresh stream, by name."""

@@ -19,14 +19,14 @@ from .bundle import MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
 from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
-from .golden import Golden, kept_positions, sample_inputs, write_golden
+from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .model import Graph, StreamModel
 from .model.float64 import Float64
 from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
 from .onnx.weights import share_weights
 from .reference import TOLERANCE, library_error_of, outputs_of, tolerance_of
 from .safetensors_file import write_safetensors
-from .schedule import calls, may_start
+from .schedule import covering_cuts
 from .text.vocabulary import check_vocabulary
 
 
@@ -90,7 +90,12 @@ def _graph_entries(graphs: list[Graph], shared: dict[str, list[str]]) -> list[re
 
 
 def _write(
-    folder: Path, checkpoint: Checkpoint, graphs: list[Graph], golden: Golden, progress: Callable[[str], None]
+    folder: Path,
+    checkpoint: Checkpoint,
+    graphs: list[Graph],
+    golden: Golden,
+    tolerance: float,
+    progress: Callable[[str], None],
 ) -> None:
     """Writes all files of the bundle into an empty folder."""
     model = checkpoint.model
@@ -103,7 +108,7 @@ def _write(
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
     write_safetensors(folder / STATE, state)
-    known = write_golden(folder, model, golden)
+    known = write_golden(folder, golden, (model.input.name, model.output.name), tolerance)
     if checkpoint.tokenizer:
         shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
     given, got = model.input, model.output
@@ -153,17 +158,7 @@ def _tokenizer(checkpoint: Checkpoint) -> records.Tokenizer:
 
 def _cuts(graphs: list[Graph], positions: int) -> list[int]:
     """Lengths of feeds, at least `positions` tokens in total. Every graph runs once, then lengths are uneven."""
-    cuts: list[int] = []
-    unseen = {graph.name for graph in graphs}
-    for graph in graphs:
-        # Feed up to a position where the graph may start, then exactly its tokens.
-        while graph.name in unseen:
-            start = sum(cuts)
-            ahead = next(n for n in range(graph.stride) if may_start(graph, start + n))
-            for length in (ahead, graph.tokens):
-                at = sum(cuts)
-                cuts += [length] * (length > 0)
-                unseen -= {run.name for _, run in calls(graphs, at, length)}
+    cuts = covering_cuts(graphs)
     length = 1
     while sum(cuts) < positions:
         cuts.append(min(length, positions - sum(cuts)))
@@ -196,7 +191,7 @@ def export_checkpoint(
     library_defaults: bool = False,
     chunks_per_call: int = 4,
     overwrite: bool = False,
-    positions: int = 1024,
+    positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
@@ -219,9 +214,9 @@ def export_checkpoint(
     )
 
 
-def _check_numbers(chunks_per_call: int, positions: int) -> None:
+def _check_numbers(chunks_per_call: int, positions: int | None) -> None:
     for name, value in (("chunks-per-call", chunks_per_call), ("positions", positions)):
-        if value < 1:
+        if value is not None and value < 1:
             problem = f"invalid value of --{name}: expected at least 1, got {value}"
             raise UsageError("E0104", "export", problem, "give a larger number")
 
@@ -233,7 +228,7 @@ def export_module(
     bug_compatible: int | None = None,
     chunks_per_call: int = 4,
     overwrite: bool = False,
-    positions: int = 1024,
+    positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Exports a live MemoryAsContextTransformer or NeuralMemory of titans-pytorch to the bundle `output`.
@@ -259,12 +254,13 @@ def export_loaded(
     *,
     chunks_per_call: int = 4,
     overwrite: bool = False,
-    positions: int = 1024,
+    positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Exports a loaded checkpoint to the bundle `output`.
 
-    The C++ runtime runs the bundle over `positions` tokens, or more until every graph has run once. The outputs are
+    The C++ runtime runs the bundle over `positions` tokens, or more until every graph has run once. By default it is
+    1,024 tokens, or as many as two chunks and two segments need. They become the golden stream. The outputs are
     compared with float64 PyTorch; the report also has the error of float32 PyTorch. Then the folder is renamed into
     place atomically. Raises TitansError, such as MismatchError if outputs differ by more than `tolerance_of`. An export
     that fails writes nothing.
@@ -279,8 +275,11 @@ def export_loaded(
     graphs = model.graphs(chunks_per_call)
     if chunks_per_call > 1 and max(graph.tokens for graph in graphs) == 1:
         progress("no call of several tokens starts at the same place of chunk and segment: prompts run token by token")
-    cuts = _cuts(graphs, positions)
+    least = least_positions(model, graphs)
+    cuts = _cuts(graphs, usual_positions(model, graphs) if positions is None else positions)
     positions = sum(cuts)
+    if positions < least:
+        progress(f"{positions} golden positions are too few to find every fault: {least} find it")
     inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
     float32 = outputs_of(model, inputs)
@@ -291,9 +290,16 @@ def export_loaded(
     tolerance = tolerance_of(model, float64, own_error)
     if tolerance > TOLERANCE:
         progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
-    kept = min(positions, kept_positions(model))
+    builder = GoldenBuilder(
+        inputs[0].numpy(),
+        model.output.size,
+        logits=model.output.kind == "logits",
+        periods=periods_of(model, graphs),
+        least=least,
+    )
+    builder.add(float64)
     with replacing_folder(output, overwrite, MANIFEST) as folder:
-        _write(folder, checkpoint, graphs, Golden(inputs[:, :kept], float64[:kept], tolerance), progress)
+        _write(folder, checkpoint, graphs, builder.finish(), tolerance, progress)
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts)
         error = np.abs(outputs - float64)

@@ -117,7 +117,7 @@ class _Samples:
 
     def __init__(self, bundle: Bundle) -> None:
         self._runner = BundleRunner(bundle, lambda graph: _session(bundle.path / graph.file))
-        self._inputs = bundle.golden()[0]
+        self._inputs = bundle.golden().inputs
         self._states: dict[int, Arrays] = {0: bundle.initial_state()}
 
     def of(self, graph: GraphEntry) -> list[Arrays]:

@@ -419,10 +419,21 @@ class GraphEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GoldenSample(Entry):
+    """Names of the tensors that describe outputs too wide to keep whole. seed: of the sketches."""
+
+    columns: Text
+    sketches: Text
+    log_sum_exp: Annotated[str | None, string] = None
+    seed: Annotated[int, integer(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Golden(Entry):
     """Tensors of known inputs and of their outputs in `file`, and the absolute tolerance of the outputs.
 
-    tokens, logits: their names in a bundle that takes tokens; vectors, outputs: in one that takes vectors.
+    tokens, logits: their names in a bundle that takes tokens; vectors, outputs: in one that takes vectors. positions:
+    the name of the positions with golden outputs; all by default. sample: None if outputs are whole.
     """
 
     file: FileName
@@ -430,6 +441,8 @@ class Golden(Entry):
     logits: Annotated[str | None, string] = None
     vectors: Annotated[str | None, string] = None
     outputs: Annotated[str | None, string] = None
+    positions: Annotated[str | None, string] = None
+    sample: Annotated[GoldenSample | None, nullable(GoldenSample.from_json)] = None
     tolerance: Annotated[float, number]
 
 

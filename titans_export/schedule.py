@@ -53,6 +53,22 @@ def calls(graphs: Sequence[G], position: int, count: int) -> Iterator[tuple[int,
         position += graph.tokens
 
 
+def covering_cuts(graphs: Sequence[Scheduled]) -> list[int]:
+    """Lengths of feeds from a fresh stream after which every graph has run."""
+    cuts: list[int] = []
+    unseen = {graph.name for graph in graphs}
+    for graph in graphs:
+        # Feed up to a position where the graph may start, then exactly its tokens.
+        while graph.name in unseen:
+            start = sum(cuts)
+            ahead = next(n for n in range(graph.stride) if may_start(graph, start + n))
+            for length in (ahead, graph.tokens):
+                at = sum(cuts)
+                cuts += [length] * (length > 0)
+                unseen -= {run.name for _, run in calls(graphs, at, length)}
+    return cuts
+
+
 def missing(graphs: Sequence[Scheduled]) -> str | None:
     """The expectation that graphs must meet to be a schedule and do not, None for a schedule."""
     for one, other in combinations(graphs, 2):

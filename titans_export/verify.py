@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from .schedule import calls, may_start
 
 if TYPE_CHECKING:
     import torch
@@ -18,35 +20,28 @@ if TYPE_CHECKING:
     from .model import StreamModel
 
 Tokens = npt.NDArray[Any]  # (T,) int32, or (T, size) float32 for a bundle that takes vectors
-Logits = npt.NDArray[Any]  # (T, size)
+Outputs = npt.NDArray[Any]  # (T, size)
+Errors = npt.NDArray[np.float64]  # (T,)
 
-# Maximum size of a block's outputs. Every stream is fed one block before the next, so that any length fits.
-_BLOCK_BYTES = 32 << 20
+# Maximum size of the outputs that are held at a time, unless one call has more.
+_PIECE_BYTES = 32 << 20
 
 
 class Reference(Protocol):
-    """The reference outputs. `advance` is called for consecutive blocks of the stream."""
+    """The reference outputs: golden data, or the model in PyTorch."""
 
-    def advance(self, tokens: Tokens) -> Logits:
-        """Outputs after each token, (T, size)."""
+    def advance(self, inputs: Tokens) -> None:
+        """Computes the outputs of the next block of the stream, if they are not known."""
+
+    def errors(self, outputs: Outputs, start: int) -> Errors:
+        """Largest absolute error (T,) of each row of outputs (T, size) of the block, from position `start` on.
+
+        Infinite for NaN, 0 for a position without reference.
+        """
 
     @property
     def own_error(self) -> float | None:
         """Largest error of these outputs so far, None if unknown."""
-
-
-class Golden:
-    """Golden outputs."""
-
-    own_error = None
-
-    def __init__(self, logits: Logits) -> None:
-        self._logits, self._done = logits, 0
-
-    def advance(self, tokens: Tokens) -> Logits:
-        """The next outputs."""
-        start, self._done = self._done, self._done + len(tokens)
-        return self._logits[start : self._done]
 
 
 class PyTorch:
@@ -56,7 +51,8 @@ class PyTorch:
         single, double = model.float(), copy.deepcopy(model).double()
         self._models = (single, double)
         self._states = [single.initial_state(1), double.initial_state(1)]
-        self._position = 0
+        self._start = self._position = 0
+        self._right: Outputs = np.empty((0, 0))
         self._error = 0.0
 
     @property
@@ -64,22 +60,32 @@ class PyTorch:
         """Largest difference between float32 and float64 so far."""
         return self._error
 
-    def advance(self, tokens: Tokens) -> Logits:
-        """The float32 outputs of the tokens; advances both models."""
+    def advance(self, inputs: Tokens) -> None:
+        """Advances both models by the block."""
         import torch
 
-        vectors = tokens.dtype.kind == "f"
-        batch = torch.from_numpy(tokens if vectors else tokens.astype(np.int64))[None]
-        logits: list[torch.Tensor] = []
+        vectors = inputs.dtype.kind == "f"
+        batch = torch.from_numpy(inputs if vectors else inputs.astype(np.int64))[None]
+        outputs: list[torch.Tensor] = []
         for i, model in enumerate(self._models):
             given = batch.double() if vectors and i else batch
             out, self._states[i] = model.feed(given, self._states[i], self._position)
-            logits.append(out[0])
-        self._position += len(tokens)
-        if len(tokens):
-            self._error = max(self._error, float((logits[0].double() - logits[1]).abs().max()))
-        result: Logits = logits[0].numpy()
-        return result
+            outputs.append(out[0])
+        self._start, self._position = self._position, self._position + len(inputs)
+        if len(inputs):
+            self._error = max(self._error, float((outputs[0].double() - outputs[1]).abs().max()))
+        self._right = outputs[0].numpy()
+
+    def errors(self, outputs: Outputs, start: int) -> Errors:
+        """Errors of the outputs against float32."""
+        at = start - self._start
+        return row_errors(outputs, self._right[at : at + len(outputs)])
+
+
+def row_errors(outputs: Outputs, right: Outputs) -> Errors:
+    """Largest absolute error (T,) of each row of outputs (T, size), infinite for NaN."""
+    error = np.abs(outputs.astype(np.float64) - right).max(-1, initial=0.0)
+    return np.where(np.isnan(error), np.inf, error)
 
 
 @dataclass
@@ -89,29 +95,37 @@ class Distance:
     max_abs_error: float = 0.0
     first_bad_position: int | None = None
 
-    def add(self, got: Logits, right: Logits, position: int, tolerance: float) -> None:
-        """Adds the outputs from `position` on. NaN counts as an infinite difference."""
-        error = np.abs(got.astype(np.float64) - right).max(-1, initial=0.0)
-        error = np.where(np.isnan(error), np.inf, error)
-        self.max_abs_error = max(self.max_abs_error, float(error.max(initial=0.0)))
-        bad = np.flatnonzero(error > tolerance)
+    def add(self, errors: Errors, position: int, tolerance: float) -> None:
+        """Adds the errors (T,) of outputs from `position` on."""
+        self.max_abs_error = max(self.max_abs_error, float(errors.max(initial=0.0)))
+        bad = np.flatnonzero(errors > tolerance)
         if self.first_bad_position is None and bad.size:
             self.first_bad_position = position + int(bad[0])
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of `verify_stream`; `feeds` has the distance for each way of feeding the stream."""
+    """The result of `verify_stream`.
+
+    graphs: calls of each graph, 0 for a graph that the stream is too short for. feeds: the distance for each way of
+    feeding the stream.
+    """
 
     positions: int
     tolerance: float
     pytorch_float32_to_float64: float | None
+    graphs: dict[str, int]
     feeds: dict[str, Distance] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Whether every output was within the tolerance."""
         return self.first_bad_position is None
+
+    @property
+    def unused_graphs(self) -> list[str]:
+        """Graphs that did not run, about which the report states nothing."""
+        return [name for name, count in self.graphs.items() if not count]
 
     @property
     def max_abs_error(self) -> float:
@@ -135,37 +149,101 @@ def verify_stream(
 ) -> VerifyReport:
     """Compares all outputs of three streams: fed whole, token by token and in random cuts.
 
-    `tokens`: (T,) int32, or (T, size) float32 for a bundle that takes vectors.
+    tokens: (T,) int32, or (T, size) float32 for a bundle that takes vectors. The random cuts make every graph run that
+    the stream is long enough for.
     """
-    largest = max(graph["tokens"] for graph in session.info["graphs"])
+    reports = verify_blocks(session, tokens, reference, tolerance, cuts_seed)
+    *_, report = (_reported(report, progress) for report in reports)
+    return report
+
+
+def _reported(report: VerifyReport, progress: Callable[[int], None]) -> VerifyReport:
+    progress(report.positions)
+    return report
+
+
+def verify_blocks(
+    session: titans_runtime.Session, tokens: Tokens, reference: Reference, tolerance: float, cuts_seed: int = 0
+) -> Iterator[VerifyReport]:
+    """As `verify_stream`, with a report of the stream so far after each block."""
+    graphs = [Graph(**graph) for graph in session.info["graphs"]]
+    schedule = _Schedule(graphs, session.output_size)
     rng = np.random.default_rng(cuts_seed)
-    feeds: dict[str, Callable[[titans_runtime.Stream, Tokens], Logits]] = {
-        "whole": lambda stream, block: _feed(stream, [block]),
-        "token_by_token": lambda stream, block: np.stack([stream.step(_one(token)) for token in block]),
-        "random_cuts": lambda stream, block: _feed(stream, random_cuts(block, largest, rng)),
+    feeds: dict[str, Callable[[Tokens, int], Iterable[Tokens]]] = {
+        "whole": schedule.whole,
+        "token_by_token": lambda block, start: (block[at : at + 1] for at in range(len(block))),
+        "random_cuts": lambda block, start: schedule.random(block, start, rng),
     }
     streams = {name: session.stream() for name in feeds}
     distances = {name: Distance() for name in feeds}
-    # Whole calls of the largest graph, so that blocks run as a single feed would.
-    calls = max(1, _BLOCK_BYTES // (largest * session.output_size * 4))
-    for start in range(0, len(tokens), calls * largest):
-        block = tokens[start : start + calls * largest]
-        right = reference.advance(block)
-        for name, feed in feeds.items():
-            distances[name].add(feed(streams[name], block), right, start, tolerance)
-        progress(len(block))
-    return VerifyReport(len(tokens), tolerance, reference.own_error, distances)
+    for start in range(0, max(1, len(tokens)), schedule.block_tokens):
+        block = tokens[start : start + schedule.block_tokens]
+        reference.advance(block)
+        for name, cut in feeds.items():
+            at = start
+            for part in cut(block, start):
+                schedule.count(at, len(part))
+                outputs = _step(streams[name], part) if name == "token_by_token" else streams[name].feed(part)
+                assert outputs is not None
+                distances[name].add(reference.errors(outputs, at), at, tolerance)
+                at += len(part)
+        yield VerifyReport(start + len(block), tolerance, reference.own_error, dict(schedule.calls), distances)
 
 
-def _one(token: Any) -> Any:
-    """The argument of `step`: an int, or a vector."""
-    return token if np.ndim(token) else int(token)
+def _step(stream: titans_runtime.Stream, one: Tokens) -> Outputs:
+    """The output (1, size) of a token (1,) or a vector (1, size)."""
+    return stream.step(one[0] if one.ndim == 2 else int(one[0]))[None]
 
 
-def _feed(stream: titans_runtime.Stream, cuts: Iterable[Tokens]) -> Logits:
-    """All outputs of the cuts, fed in order."""
-    rows = [stream.feed(cut) for cut in cuts]
-    return np.concatenate([row for row in rows if row is not None])
+@dataclass(frozen=True)
+class Graph:
+    """A graph of an open session, as `schedule.Scheduled`."""
+
+    name: str
+    tokens: int
+    stride: int
+    offsets: Sequence[int]
+
+
+class _Schedule:
+    """Cuts of blocks of a stream, and the calls that they make.
+
+    calls: the number of calls of each graph. block_tokens: whole calls of the largest graph, so that blocks run as a
+    single feed would; at least two, so that a graph with an offset fits into a block.
+    """
+
+    def __init__(self, graphs: Sequence[Graph], output_size: int) -> None:
+        self._graphs = graphs
+        self._largest = max(graph.tokens for graph in graphs)
+        piece = max(1, _PIECE_BYTES // (self._largest * output_size * 4))
+        self._piece_tokens, self.block_tokens = piece * self._largest, max(2, piece) * self._largest
+        self.calls = dict.fromkeys((graph.name for graph in graphs), 0)
+
+    def count(self, start: int, length: int) -> None:
+        """Counts the calls of a feed of `length` tokens at position `start`."""
+        for _, graph in calls(self._graphs, start, length):
+            self.calls[graph.name] += 1
+
+    def whole(self, block: Tokens, start: int) -> Iterator[Tokens]:
+        """Pieces of whole calls, which together make the calls of one feed."""
+        first = at = 0
+        for position, graph in calls(self._graphs, start, len(block)):
+            if position - start + graph.tokens - first > self._piece_tokens and at > first:
+                yield block[first:at]
+                first = at
+            at = position - start + graph.tokens
+        yield block[first:]
+
+    def random(self, block: Tokens, start: int, rng: np.random.Generator) -> Iterator[Tokens]:
+        """Random cuts. If the block has room, they begin with calls of the graphs that have not run so far."""
+        at = 0
+        for graph in self._graphs:
+            ahead = next(n for n in range(graph.stride) if may_start(graph, start + at + n))
+            if not self.calls[graph.name] and at + ahead + graph.tokens <= len(block):
+                yield block[at : at + ahead]
+                yield block[at + ahead : at + ahead + graph.tokens]
+                at += ahead + graph.tokens
+        yield from random_cuts(block[at:], self._largest, rng)
 
 
 def random_cuts(tokens: Tokens, largest: int, rng: np.random.Generator) -> Iterator[Tokens]:

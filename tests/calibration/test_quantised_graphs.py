@@ -457,8 +457,8 @@ def test_files_and_manifest(
     assert entry.weights_bytes == after.manifest.files["weights.safetensors"].bytes
     assert entry.weights_bytes < 0.45 * (entry.float32_weights_bytes or 0)
     assert 0 < (entry.max_abs_error or 0) <= after.tolerance / 2
-    for index in range(2):  # golden data are the float32 model's
-        np.testing.assert_array_equal(before.golden()[index], after.golden()[index])
+    for name in ("inputs", "values"):  # golden data are the float32 model's
+        np.testing.assert_array_equal(getattr(before.golden(), name), getattr(after.golden(), name))
     data = {"xxh3_128": "0" * 32, "tokens": 5, "streams": 1}
     for name in ("one", "two"):
         options = QuantizeOptions(small_bundle, tmp_path / name, recipe, seed=7)

@@ -41,7 +41,8 @@ def test_the_session_says_that_standard_operators_compute_it(bundle: Path) -> No
 def test_an_engine_for_the_cpu(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "engine.titans"
     build_engine(bundle, Request("cpu"), output=output)
-    inputs, right = read_bundle(output).golden()
+    golden = read_bundle(output).golden()
+    inputs, right = golden.inputs, golden.values
     with rt.Session(output, threads=1, engine="cpu-fp32") as session:
         y = session.stream().feed(inputs)
     assert y is not None

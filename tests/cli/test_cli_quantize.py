@@ -62,7 +62,8 @@ def test_a_bundle_in_int8(float32_bundle: Path, long_text: Path, output: Path) -
     assert manifest["quantization"]["max_abs_error"] == report["max_abs_error"]
     assert manifest["golden"]["tolerance"] == report["tolerance"] >= report["max_abs_error"]
     assert list(output.parent.iterdir()) == [output]
-    inputs, right = read_bundle(float32_bundle).golden()
+    golden = read_bundle(float32_bundle).golden()
+    inputs, right = golden.inputs, golden.values
     with rt.Session(output, threads=1) as session:
         got = session.stream().feed(inputs)
     assert got is not None

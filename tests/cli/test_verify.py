@@ -12,7 +12,7 @@ from cli_tools import invoke, reseal, save_model
 from safetensors.numpy import load_file, save_file
 
 from titans_export.model import MemoryConfig
-from titans_export.verify import Distance, random_cuts
+from titans_export.verify import Distance, random_cuts, row_errors
 
 pytest_plugins = ["cli_fixtures"]
 FEEDS = {"whole", "token_by_token", "random_cuts"}
@@ -36,6 +36,13 @@ class TestGolden:
         assert 0 < report["max_abs_error"] <= report["tolerance"] == 1e-4
         assert report["positions"] == 64
         assert set(report["feeds"]) == FEEDS
+        assert min(report["graphs"].values()) > 0 and set(report["graphs"]) == {"chunk", "decode"}
+
+    def test_graphs_that_did_not_run(self, shared_bundle: Path) -> None:
+        result = invoke("verify", shared_bundle, "--tokens", 3, "--json")
+        assert result.code == 0
+        assert result.json()["graphs"] == {"chunk": 0, "decode": 9}
+        assert "graph chunk did not run" in result.err
 
     def test_passes_with_standard_operators(self, shared_bundle: Path) -> None:
         report = invoke("verify", shared_bundle, "--memory-kernel", "off", "--json").json()
@@ -142,12 +149,12 @@ def test_random_cuts_leave_nothing_out() -> None:
 def test_distance_counts_from_the_start_of_the_stream() -> None:
     distance = Distance()
     right = np.zeros((4, 2), np.float32)
-    distance.add(right, right, 0, 0.1)
+    distance.add(row_errors(right, right), 0, 0.1)
     got = right.copy()
     got[2, 1] = 0.5
-    distance.add(got, right, 4, 0.1)
+    distance.add(row_errors(got, right), 4, 0.1)
     got[:] = np.nan
-    distance.add(got, right, 8, 0.1)
-    distance.add(right[:0], right[:0], 12, 0.1)
+    distance.add(row_errors(got, right), 8, 0.1)
+    distance.add(row_errors(right[:0], right[:0]), 12, 0.1)
     assert distance.first_bad_position == 6
     assert distance.max_abs_error == np.inf

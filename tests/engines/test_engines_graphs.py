@@ -247,7 +247,7 @@ def test_how_far_low_products_move_logits(bundles: dict[str, Path], variant: str
         lowered = lower_precision(load_graph(path), precision, memory=False)
         sessions[name] = session(_emulated(lowered) if precision == "bf16" else lowered)
     logits, state = stream_logits(bundle, sessions, STREAM)
-    golden = bundle.golden()[1][:STREAM]
+    golden = bundle.golden().values[:STREAM]
     error = float(np.abs(logits - golden).max())
     assert error <= TOLERANCES["products", precision] * float(np.abs(golden).max())
     assert error > bundle.tolerance, "nothing was lowered"

@@ -124,7 +124,8 @@ def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> Non
 
     path = bundles["mac"]
     bundle = read_bundle(path)
-    tokens, logits = bundle.golden()
+    golden = bundle.golden()
+    tokens, logits = golden.inputs, golden.values
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     for graph in bundle.manifest.graphs:
@@ -176,7 +177,8 @@ def test_no_path_of_this_machine_is_in_a_bundle(bundles: dict[str, Path]) -> Non
 
 def test_golden_outputs_are_those_of_float64(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:
     for variant, path in bundles.items():
-        tokens, logits = read_bundle(path).golden()
+        golden = read_bundle(path).golden()
+        tokens, logits = golden.inputs, golden.values
         model = load(checkpoints[variant]).model.double()
         with torch.no_grad():
             expected = model(torch.from_numpy(tokens.astype(np.int64))[None])[0].numpy()
@@ -225,7 +227,7 @@ def test_overwriting_through_a_link_leaves_the_link(checkpoints: dict[str, Path]
     link.symlink_to(real)
     export_checkpoint(checkpoints["lmm"], link, overwrite=True, chunks_per_call=1, positions=40)
     assert link.is_symlink()
-    assert len(read_bundle(link).golden()[0]) == 40
+    assert len(read_bundle(link).golden().inputs) == 40
     assert sorted(tmp_path.iterdir()) == [link, real]
 
 

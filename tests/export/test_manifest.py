@@ -31,7 +31,7 @@ def _examples() -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-MANIFEST, STATE, GRAPHS, VECTORS, QUANTIZATION, ENGINE = _examples()
+MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, QUANTIZATION, ENGINE = _examples()
 
 
 def _listed(*names: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def full() -> dict[str, Any]:
     """The examples of docs/bundle.md as one manifest, with every optional key."""
     graphs = [{**graph, "offsets": [0]} for graph in MANIFEST["graphs"]]
     own = _listed(ENGINE["graphs"][0]["file"], ENGINE["weights"]["file"])
-    found = {**MANIFEST, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
+    found = {**MANIFEST, **SAMPLE, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
     state = [{**STATE, "name": "layers.1.memory", "input": "layers.1.memory", "output": "layers.1.memory.next"}]
     return copy.deepcopy(
         {**found, "state": [*MANIFEST["state"], *state], "quantization": QUANTIZATION, "engines": [ENGINE]}
@@ -157,7 +157,8 @@ def test_a_wrong_type_is_refused_by_its_path(path: str) -> None:
 # Without list indices. The keys that a default replaces; all others are required.
 OPTIONAL = {
     "engines", "engines.cuda", "engines.driver", "engines.graphs.weights", "engines.state_in_place",
-    "engines.weights", "format", "graphs.offsets", "model.config", "model.source", "model.source.format",
+    "engines.weights", "format", "golden.positions", "golden.sample", "golden.sample.log_sum_exp",
+    "graphs.offsets", "model.config", "model.source", "model.source.format",
     "model.source.dtypes", "model.source.library_defaults", "model.source.weights", "model.source.weights_sha256",
     "quantization", "quantization.data", "quantization.float32_weights_bytes",
     "quantization.max_abs_error", "quantization.memory.dtype", "quantization.memory.rounding",
@@ -220,6 +221,8 @@ CONTRADICTIONS: dict[str, tuple[str, Any, str]] = {
     "a tokenizer without its file": ("tokenizer.file", ..., "missing field tokenizer.file"),
     "offsets out of order": ("graphs[0].offsets", [3, 1], "graphs[0].offsets[1]: expected ascending offsets"),
     "no offsets": ("graphs[0].offsets", [], "graphs[0].offsets: expected at least one offset"),
+    "sketches without a name": ("golden.sample.sketches", ..., "missing field golden.sample.sketches"),
+    "a negative seed": ("golden.sample.seed", -1, "golden.sample.seed: expected an integer from 0"),
     "a tolerance that is not finite": ("golden.tolerance", float("inf"), "golden.tolerance: expected a finite number"),
 }
 

@@ -51,7 +51,8 @@ def inspect(bundle: Path, *options: str) -> str:
 
 def test_golden_vectors(vectors: Path, model: Weights) -> None:
     bundle = read_bundle(vectors)
-    given, outputs = bundle.golden()
+    golden = bundle.golden()
+    given, outputs = golden.inputs, golden.values
     assert bundle.takes_vectors
     assert given.shape == (13, SIZE) and given.dtype == np.float32 and outputs.shape == (13, OUTPUTS)
     np.testing.assert_array_equal(outputs, Reference(model, period=PERIOD).feed(given))
@@ -61,7 +62,8 @@ def test_golden_vectors(vectors: Path, model: Weights) -> None:
 
 def test_golden_tokens(bundle: Path) -> None:
     opened = read_bundle(bundle)
-    tokens, logits = opened.golden()
+    golden = opened.golden()
+    tokens, logits = golden.inputs, golden.values
     assert not opened.takes_vectors
     assert tokens.shape == (13,) and tokens.dtype == np.int32 and logits.shape == (13, 16)
 

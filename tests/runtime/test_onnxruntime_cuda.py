@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import titans_runtime as rt
 from titans_export.bundle import read_bundle
-from titans_export.verify import Golden, verify_stream
+from titans_export.verify import verify_stream
 
 path, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 try:
@@ -41,8 +41,9 @@ except rt.Error as error:
     print(json.dumps({"status": error.status, "error": str(error)}))
     sys.exit()
 bundle = read_bundle(path)
-tokens, logits = bundle.golden()
-report = verify_stream(session, tokens, Golden(logits), bundle.tolerance)
+golden = bundle.golden()
+tokens, logits = golden.inputs, golden.values
+report = verify_stream(session, tokens, golden, bundle.tolerance)
 stream, twin = session.stream(), session.stream()
 stream.feed(tokens[:70]), twin.feed(tokens[:70])
 fork = stream.fork()

@@ -38,7 +38,8 @@ def test_every_format_runs_and_no_cut_changes_it(quantised_bundle: Make, recipe:
         for cuts in ([1] * 20, [3, 16, 1, 40], [24, 8]):
             # Where a graph's float differs in the last bit, a rounding to int8 may go the other way.
             np.testing.assert_allclose(feed(session, cuts), whole, atol=2e-2 * scale if "8" in recipe else 1e-3 * scale)
-    tokens, logits = bundle.golden()
+    golden = bundle.golden()
+    tokens, logits = golden.inputs, golden.values
     with titans_runtime.Session(bundle.path) as session:
         outputs = session.stream().feed(tokens)
         assert float(np.abs(outputs - logits).max()) <= bundle.tolerance

@@ -40,7 +40,7 @@ def stream_logits(
     bundle: Bundle, sessions: dict[str, onnxruntime.InferenceSession], count: int
 ) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
     """Logits of the golden tokens by the schedule of docs/bundle.md, and the state after them."""
-    tokens, state, at, rows = bundle.golden()[0], bundle.initial_state(), 0, []
+    tokens, state, at, rows = bundle.golden().inputs, bundle.initial_state(), 0, []
     by_length = sorted(bundle.manifest.graphs, key=lambda graph: -graph.tokens)
     while at < count:
         fits = (g for g in by_length if g.name in sessions and g.tokens <= count - at)

@@ -26,7 +26,7 @@ class ExportOptions:
     library_defaults: bool
     bug_compatible: int | None
     chunks_per_call: int
-    positions: int
+    positions: int | None
     overwrite: bool
     as_json: bool
 
@@ -68,7 +68,11 @@ class ExportOptions:
     default=4,
     help="Chunks per call of the prefill graph. More is faster on long texts and makes larger graphs.",
 )
-@click.option("--positions", type=click.IntRange(1), default=1024, help="Length of the golden stream in the bundle.")
+@click.option(
+    "--positions",
+    type=click.IntRange(1),
+    help="Length of the golden stream in the bundle.  [default: 1024, or two chunks and segments if those are longer]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete and checked.")
 @json_option
 def export(**values: Any) -> None:

@@ -116,6 +116,8 @@ def _verify(options: VerifyOptions) -> None:
     )
     with progress_bar("verifying", len(stream), "tok") as advance:
         report = verify_stream(session, stream, reference, tolerance, options.cuts, advance)
+    for name in report.unused_graphs:
+        note(f"graph {name} did not run: {report.positions} tokens are too few for it")
     checks = _check_graphs(bundle, tolerance) if options.polygraphy else None
 
     passed = report.passed and all(check.passed for check in checks or [])
@@ -128,10 +130,8 @@ def _verify(options: VerifyOptions) -> None:
 
 
 def _golden(bundle: Bundle, count: int) -> tuple[Tokens, Reference]:
-    from ..verify import Golden
-
-    tokens, logits = bundle.golden()
-    return tokens[:count], Golden(logits)
+    golden = bundle.golden()
+    return golden.inputs[:count], golden
 
 
 def _pytorch(
@@ -199,6 +199,7 @@ def _as_json(
         "positions": report.positions,
         "tolerance": report.tolerance,
         "pytorch_float32_to_float64": report.pytorch_float32_to_float64,
+        "graphs": report.graphs,
         "feeds": {name: dataclasses.asdict(distance) for name, distance in report.feeds.items()},
     }
     if checks is not None:
@@ -215,6 +216,7 @@ def _print(options: VerifyOptions, report: VerifyReport, checks: list[OutputChec
         for name, d in report.feeds.items()
     ]
     click.echo(table(("feed", "max error", "first bad position"), rows))
+    click.echo("\n" + table(("graph", "calls"), list(report.graphs.items())))
     if report.pytorch_float32_to_float64 is not None:
         click.echo(f"\nPyTorch float32 to float64: {number(report.pytorch_float32_to_float64)}")
     if checks is not None:
