@@ -21,10 +21,9 @@ from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .model import Graph, StreamModel
-from .model.float64 import Float64
 from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
 from .onnx.weights import share_weights
-from .reference import TOLERANCE, library_error_of, outputs_of, tolerance_of
+from .reference import TOLERANCE, exact_outputs_of, library_error_of, outputs_of, tolerance_of
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
 from .text.vocabulary import check_vocabulary
@@ -283,8 +282,7 @@ def export_loaded(
     inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
     float32 = outputs_of(model, inputs)
-    with Float64():
-        float64 = outputs_of(model, inputs)
+    float64 = exact_outputs_of(model, inputs)
     library_error = library_error_of(checkpoint, inputs, float64)
     own_error = float(np.abs(float32 - float64).max())
     tolerance = tolerance_of(model, float64, own_error)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from .checkpoints import Checkpoint
 from .errors import MismatchError
 from .model import StreamModel
+from .model.float64 import Float64
+from .model.rounding import unrounded
 
 TOLERANCE = 1e-4  # absolute, on outputs
 # Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
@@ -20,6 +22,12 @@ TOLERANCE = 1e-4  # absolute, on outputs
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
 ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
+
+
+def exact_outputs_of(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
+    """The outputs of `outputs_of` in float64, with derived parameters in float64 too."""
+    with unrounded(model), Float64():
+        return outputs_of(model, inputs)
 
 
 def outputs_of(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ...model.float64 import Float64
+from ...model.titans_pytorch.memory import NORM_EPS
 from ...model.titans_pytorch.options import MemoryOptions, NetworkOptions, TransformerOptions
 from .config import check_version
 from .source import Source
@@ -70,14 +72,17 @@ def _build(options: MemoryOptions | TransformerOptions) -> Any:
 
 
 def oracle_of(module: nn.Module, views: int = 1) -> Oracle:
-    """The module's parallel forward as a function of a stream's inputs: (1, T) tokens, or (1, T, views dim) vectors."""
+    """The parallel forward of a module, computed in float64.
+
+    It takes one stream's inputs: (1, T) tokens, or (1, T, views dim) vectors.
+    """
     is_transformer = hasattr(module, "token_emb")
 
     def forward(inputs: Tensor) -> Tensor:
         # One row more, whose output is dropped: of a gated transition the library answers a stream's last row wrongly
         # where the gradient point moves there.
         inputs = torch.cat([inputs, inputs[:, -1:]], 1)
-        with torch.no_grad():
+        with torch.no_grad(), Float64():
             if is_transformer:
                 logits: Tensor = module(inputs, disable_flex_attn=True)
                 return logits[:, :-1]
@@ -99,4 +104,11 @@ def library_oracle(source: Source) -> Oracle | None:
         problem = f"internal error: titans-pytorch does not load the checkpoint's {wrong[0]!r}"
         raise CheckpointError("E1003", "checkpoint", problem, "report this with the checkpoint")
     views = 3 if isinstance(source.options, MemoryOptions) and source.options.qkv_receives_diff_views else 1
-    return oracle_of(module.double().eval(), views)
+    # Float64 converts other parameters on use. Autograd and norms need operands of one dtype; a cache is written.
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and (tensor.dim() < 2 or "memory_model" in name or "cached_" in name):
+            tensor.data = tensor.data.double()
+    for part in module.modules():
+        if isinstance(part, nn.RMSNorm) and part.eps is None:
+            part.eps = NORM_EPS  # by default the dtype's, so another one in float64
+    return oracle_of(module.eval(), views)

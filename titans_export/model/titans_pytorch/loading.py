@@ -11,6 +11,7 @@ from torch import Tensor
 from ...named_tensors import under
 from ..fast_networks import NetworkSpec
 from ..layers import Linear
+from ..rounding import set_rounded
 from .attention import StreamAttention
 from .memory import HeadNorm, NeuralMemoryLayer
 from .positions import AxialPositions
@@ -42,7 +43,7 @@ def _first(tensors: Tensors, *names: str) -> Tensor:
 
 def _set_norm(norm: HeadNorm | None, gamma: Tensor | None) -> None:
     if norm is not None and gamma is not None:
-        norm.weight.data.copy_(gamma + 1)
+        set_rounded(norm.weight, gamma.double() + 1)
 
 
 def _gate_rows(layer: NeuralMemoryLayer, tensors: Tensors, kind: str) -> Tensor:
@@ -109,7 +110,7 @@ def _load_positions(positions: AxialPositions, tensors: Tensors) -> None:
     for i, name in enumerate(("1.0", "1.2", "1.4")):
         x = F.silu(x) if i else x
         x = F.linear(x, tensors[f"{name}.weight"].double(), tensors[f"{name}.bias"].double())
-    positions.table.copy_(x)
+    set_rounded(positions.table, x)
 
 
 def _load_connection(connection: Connection, tensors: Tensors) -> None:
@@ -123,7 +124,7 @@ def _load_connection(connection: Connection, tensors: Tensors) -> None:
         columns.append((tensors["dynamic_beta_fn"].double() * tensors["h_post_scale"].double()).reshape(-1, 1))
         biases.append(tensors["static_beta"].reshape(-1, 1))
     gain = (tensors["norm.gamma"].double() + 1) * alpha.shape[0] ** 0.5
-    connection.projection.copy_(torch.cat(columns, 1) * gain.unsqueeze(-1))
+    set_rounded(connection.projection, torch.cat(columns, 1) * gain.unsqueeze(-1))
     connection.bias.copy_(torch.cat(biases, 1))
 
 

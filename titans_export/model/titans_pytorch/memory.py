@@ -20,6 +20,7 @@ from ..stream import StateInfo
 from .options import MemoryOptions
 
 NEWTON_SCHULZ_STEPS = 5
+NORM_EPS = torch.finfo(torch.float32).eps
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -58,8 +59,8 @@ def memory_spec(options: MemoryOptions) -> ChunkMemorySpec:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """nn.RMSNorm with its default epsilon, that of the dtype. weight: (D,)."""
-    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) * weight
+    """nn.RMSNorm with its default epsilon in float32, also for a float64 reference. weight: (D,)."""
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * weight
 
 
 def per_head(x: Tensor) -> Tensor:

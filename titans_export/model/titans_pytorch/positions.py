@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import PHASE_BITS
 from ..layers import Linear
+from ..rounding import keep_rest, rest_in_use
 
 Angle = tuple[Tensor, Tensor]
 
@@ -85,11 +86,14 @@ class PairRotary(nn.Module):
         """frequencies: (head_dim / 2,), radians per row."""
         turns = frequencies.double() / (2 * math.pi) * 2**PHASE_BITS
         self.increments.copy_(turns.round().to(torch.int64))
+        keep_rest(self.increments, turns - turns.round())
 
     def forward(self, rows: Tensor) -> Angle:
         """rows: (B, T) int64. Returns cos and sin of each element's angle, (B, 1, T, head_dim)."""
-        phase = torch.remainder(rows.unsqueeze(-1) * self.increments, 2**PHASE_BITS)
-        angle = (phase.to(self.quarter.dtype) * (2 * math.pi / 2**PHASE_BITS)).unsqueeze(1)
+        phase = torch.remainder(rows.unsqueeze(-1) * self.increments, 2**PHASE_BITS).to(self.quarter.dtype)
+        if (rest := rest_in_use(self.increments)) is not None:
+            phase = phase + rows.unsqueeze(-1) * rest
+        angle = (phase * (2 * math.pi / 2**PHASE_BITS)).unsqueeze(1)
         angle = angle.repeat_interleave(2, -1)
         return angle.cos(), angle.sin()
 
