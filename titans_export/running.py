@@ -119,19 +119,20 @@ def open_session(
     folder: Path | None = None,
     config: Mapping[str, str] | None = None,
     options: onnxruntime.SessionOptions | None = None,
+    disabled: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU.
 
     kernel: a library of custom operators; without it memory nodes run as their function bodies. folder: where the
-    weights of a model in memory lie. config: entries of ONNX Runtime's session configuration.
+    weights of a model in memory lie. config: entries of ONNX Runtime's session configuration. disabled: optimisers.
     """
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    if folder is not None:
+    if folder is not None and not isinstance(model, Path):
         options.add_session_config_entry(_EXTERNAL, str(folder.resolve()))
     if kernel is not None:
         options.register_custom_ops_library(str(kernel))
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
+    return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS, disabled_optimizers=list(disabled))

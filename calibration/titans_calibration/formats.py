@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 
 from titans_calibration.awq import awq_scales
 from titans_calibration.gptq import gptq
@@ -17,6 +17,7 @@ from titans_calibration.matmuls import FLOAT32, Matmul, QuantiseError, is_lookup
 from titans_calibration.smooth import smoothing
 from titans_calibration.weights import LARGEST, QuantisedMatrix, quantise, scales_of
 from titans_export.onnx.initializers import float_tensor, initializers_of, make_tensor
+from titans_export.onnx.mapped import array_of
 from titans_export.onnx.nodes import names_read, subgraphs
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SMALLEST = 4096  # elements; quantising a smaller matrix adds more nodes than it saves bytes
 CASTS = ("float16", "bfloat16")
 _EXACT = (-1.0, 0.0, 1.0)
+_ROWS = 64  # rows that are checked at once
 
 
 def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | None, format: str | None) -> None:
@@ -41,7 +43,7 @@ def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | N
         matmul.why = "the recipe keeps it"
     elif rows * columns < SMALLEST:
         matmul.why = f"{rows}x{columns}: fewer than {SMALLEST} elements"
-    elif np.isin(matmul.matrix, _EXACT).all():
+    elif _is_exact(matmul.matrix):
         matmul.why = "only 0, 1 and -1: a permutation, exact as it is"
     elif group is not None and rows % group:
         matmul.why = f"its {rows} input channels are no multiple of the group {group}"
@@ -56,8 +58,12 @@ def choose_format(matmul: Matmul, recipe: Recipe, observations: Observations | N
         matmul.format, matmul.group = wanted, group
 
 
+def _is_exact(matrix: NDArray[np.float32]) -> bool:
+    return all(np.isin(matrix[row : row + _ROWS], _EXACT).all() for row in range(0, len(matrix), _ROWS))
+
+
 def _check_finite(name: str, matrix: NDArray[np.float32]) -> None:
-    if not np.isfinite(matrix).all():
+    if not all(np.isfinite(matrix[row : row + _ROWS]).all() for row in range(0, len(matrix), _ROWS)):
         raise QuantiseError("E0808", "quantize", f"weights in {name} are not finite", "repair the checkpoint")
 
 
@@ -167,7 +173,7 @@ def find_tables(models: Mapping[str, ModelProto], recipe: Recipe, matmuls: Mappi
             kept = any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep)
             if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or kept or name in tables:
                 continue
-            matrix = numpy_helper.to_array(tensor)
+            matrix = array_of(tensor)
             if matrix.size >= SMALLEST:
                 tables[name] = matrix
     return {name: _table(name, table, recipe.embedding) for name, table in tables.items() if name not in refused}

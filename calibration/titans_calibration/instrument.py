@@ -10,6 +10,7 @@ import onnxruntime
 from titans_calibration.matmuls import is_matmul
 from titans_export.bundle import Bundle
 from titans_export.manifest import GraphEntry
+from titans_export.onnx.mapped import for_session
 from titans_export.onnx.nodes import attribute, copy_model, is_memory, is_memory_function, replace_functions
 from titans_export.running import BundleRunner, memory_kernel, open_session
 
@@ -55,7 +56,7 @@ def open_runner(
 
     def open_graph(graph: GraphEntry) -> onnxruntime.InferenceSession:
         source = models[graph.name]
-        model = without_memory_functions(source) if library else copy_model(source)
+        model = for_session(without_memory_functions(source) if library else source, bundle.path)
         named = {value.name for value in (*model.graph.output, *model.graph.input)}
         values = dict.fromkeys((shown or {}).get(graph.name, ()))
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in named)

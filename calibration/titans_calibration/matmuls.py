@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from titans_calibration.weights import QuantisedMatrix
 from titans_export.errors import TitansError
 from titans_export.onnx.initializers import initializers_of
+from titans_export.onnx.mapped import array_of, same_reference
 from titans_export.onnx.nodes import ONNX_DOMAINS, attribute, names_read, subgraphs
 
 FLOAT32 = "float32"
@@ -65,6 +66,7 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
     Raises QuantiseError if a weight differs between graphs.
     """
     matmuls: dict[str, Matmul] = {}
+    first: dict[str, TensorProto] = {}
     for graph, model in models.items():
         weights = initializers_of(model.graph)
         for index, node in enumerate(model.graph.node):
@@ -75,7 +77,8 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
                 continue
             transposed = bool(attribute(node, "transB", 0))
             if tensor.name not in matmuls:
-                matrix = numpy_helper.to_array(tensor)
+                matrix = array_of(tensor)
+                first[tensor.name] = tensor
                 matmuls[tensor.name] = Matmul(tensor.name, matrix.T if transposed else matrix, [])
             matmul = matmuls[tensor.name]
             matmul.uses.append(Use(graph, index, node.input[0], transposed))
@@ -91,7 +94,9 @@ def find_matmuls(models: Mapping[str, ModelProto]) -> dict[str, Matmul]:
                 continue
             if tensor.name in others:
                 known.why = "it is read by more than matmuls"
-            matrix = numpy_helper.to_array(tensor)
+            if tensor is first[tensor.name] or same_reference(tensor, first[tensor.name]):
+                continue
+            matrix = array_of(tensor)
             if not np.array_equal(matrix.T if known.transposed else matrix, known.matrix, equal_nan=True):
                 raise QuantiseError(
                     "E0809", "quantize", f"{tensor.name} differs between graphs", "export the checkpoint again"

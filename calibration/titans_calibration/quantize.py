@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 
 from titans_calibration.collect import Collected, collect
 from titans_calibration.data import Data, check_enough, read_data
-from titans_calibration.graphs import quantise_graphs
-from titans_calibration.matmuls import matmul_weights
+from titans_calibration.graphs import choose_formats, quantise_graphs
+from titans_calibration.matmuls import FLOAT32, find_matmuls
 from titans_calibration.memories import check_memories
 from titans_calibration.options import QuantizeOptions, sweep_file, work_file
 from titans_calibration.recipe import MemoryRecipe, Recipe
@@ -30,9 +30,10 @@ from titans_export.bundle import MANIFEST, Bundle, read_bundle
 from titans_export.engines.targets import FP8_FROM, Target, find_target
 from titans_export.errors import MachineError, UsageError
 from titans_export.files import check_output
+from titans_export.onnx.mapped import spilling
 
 Progress = Callable[[str], None]
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def quantize_bundle(
     options: QuantizeOptions,
     *,
     progress: Progress = lambda text: None,
-    bar: Bar = lambda label, total: nullcontext(lambda done: None),
+    bar: Bar = lambda label, total, unit: nullcontext(lambda done: None),
 ) -> QuantizeReport:
     """Writes the quantised form of `options.bundle` to `options.output`.
 
@@ -125,17 +126,23 @@ def quantize_bundle(
     job = _prepare(options)
     found = _observe(job, progress, bar)
     progress("quantising")
-    with threadpool_limits(1, "blas"):  # the same sums on every machine
-        quantised = quantise_graphs(
-            job.source.models,
-            options.recipe,
-            found.collected.observations if job.seen is not None else None,
-            found.mixture.formats if found.mixture else None,
-        )
-    for pattern in _idle_patterns(job):
-        progress(f"no weight matches {pattern} of keep")
+    assert options.output is not None
     entry = job.data.entry() if job.data is not None else None
-    written = write_quantised(job.source.bundle, quantised, options, data=entry, progress=progress)
+    with spilling(options.output.resolve().parent) as spill:
+        elements = sum(matmul.matrix.size for matmul in find_matmuls(job.source.models).values())
+        # One thread: the same sums on every machine.
+        with threadpool_limits(1, "blas"), bar("quantising", elements, "weight") as step:
+            quantised = quantise_graphs(
+                job.source.models,
+                options.recipe,
+                found.collected.observations if job.seen is not None else None,
+                found.mixture.formats if found.mixture else None,
+                spill=spill,
+                progress=step,
+            )
+        for pattern in _idle_patterns(job):
+            progress(f"no weight matches {pattern} of keep")
+        written = write_quantised(job.source.bundle, quantised, options, data=entry, progress=progress)
     for file in _work_files(options):
         file.unlink(missing_ok=True)
     collected = found.collected
@@ -175,15 +182,15 @@ def plan_quantize(options: QuantizeOptions) -> QuantizePlan:
         memory=MemoryRecipe(),
         mixed=None,
     )
-    report = quantise_graphs(job.source.models, plain, None).report
-    sizes = matmul_weights(job.source.models)
+    chosen = choose_formats(job.source.models, plain, None)
+    quantised = [matmul for matmul in chosen.values() if matmul.format != FLOAT32]
     return QuantizePlan(
         bundle=str(options.bundle),
         recipe=recipe.as_dict(),
         data=job.data.entry() if job.data is not None else None,
-        matmuls=len(report.matmuls) - len(report.kept),
-        elements=sum(math.prod(sizes[name]) for name in report.matmuls if name in sizes and name not in report.kept),
-        kept=report.kept,
+        matmuls=len(quantised),
+        elements=sum(matmul.matrix.size for matmul in quantised),
+        kept={name: matmul.why for name, matmul in sorted(chosen.items()) if matmul.format == FLOAT32},
         target=options.target,
     )
 
@@ -227,7 +234,7 @@ def _observe(job: _Job, progress: Progress, bar: Bar) -> _Found:
         return _Found()
     work, sweep = _work_files(job.options)
     progress(f"observing {job.seen.tokens} tokens in {len(job.seen.streams)} streams")
-    with bar("observing", job.seen.tokens) as step:
+    with bar("observing", job.seen.tokens, "token") as step:
         collected = collect(job.source, job.seen, gram=job.options.recipe.needs_gram, work=work, progress=step)
     if collected.resumed_at:
         progress(f"continued after {collected.resumed_at} tokens that were observed before")

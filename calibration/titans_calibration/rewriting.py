@@ -15,6 +15,7 @@ from titans_calibration.matmuls import FLOAT32, Matmul, QuantiseError, is_lookup
 from titans_calibration.weights import LARGEST, pack_int4
 from titans_export.engines.quantised import BLOCKS
 from titans_export.onnx.initializers import initializers_of, make_tensor, replace_initializers
+from titans_export.onnx.mapped import Spill, array_of
 from titans_export.onnx.nodes import (
     ONNX_DOMAINS,
     copy_model,
@@ -35,12 +36,16 @@ def block_of(rows: int) -> int | None:
 
 @dataclass
 class Rewriting:
-    """The rewriting of one graph. folded: by weight, whether its input's factors went into the norm before it."""
+    """The rewriting of one graph. folded: by weight, whether its input's factors went into the norm before it.
+
+    spill: where new initialisers go; None keeps them inside the graph.
+    """
 
     name: str
     source: ModelProto
     matmuls: Mapping[str, Matmul]
     embeddings: Mapping[str, Table]
+    spill: Spill | None = None
     model: ModelProto = field(init=False)
     folded: dict[str, bool] = field(default_factory=dict)
 
@@ -112,7 +117,7 @@ class Rewriting:
                 continue
             if tensor.dims[-1] != len(matmul.factors) or int(np.prod(tensor.dims)) != len(matmul.factors):
                 continue
-            value = numpy_helper.to_array(tensor)
+            value = array_of(tensor)
             key = (name, "norm", matmul.leader)
             if key not in self.made:
                 scaled = (value.astype(np.float64) / matmul.factors).astype(np.float32)
@@ -149,7 +154,7 @@ class Rewriting:
             return
         key = (bias.name, "bias")
         if key not in self.made:
-            value = numpy_helper.to_array(bias)
+            value = array_of(bias)
             self.made[key] = self._add(numpy_helper.from_array(value.reshape(1, 1, -1), f"{bias.name}.row"))
         node.input[1 - place] = self.made[key]
         self.nodes.append(node)
@@ -257,6 +262,7 @@ class Rewriting:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, **attributes))
 
     def _add(self, tensor: TensorProto) -> str:
+        tensor = self.spill.move(tensor) if self.spill else tensor
         known = self.added.get(tensor.name)
         if known is None and tensor.name in self.taken:
             problem = f"{self.name} already has a value {tensor.name}"

@@ -9,7 +9,8 @@ from onnx import ModelProto
 
 from titans_export.bundle import Bundle
 from titans_export.errors import UsageError
-from titans_export.onnx.files import load_structure, load_weights
+from titans_export.onnx.files import load_structure
+from titans_export.onnx.mapped import mapped
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Source:
 
     @cached_property
     def models(self) -> dict[str, ModelProto]:
-        """The graphs with their weights, read when first needed. Not to be changed."""
-        return {name: load_weights(model, self.bundle.path) for name, model in self.structures.items()}
+        """The graphs with references to mapped weights. Not to be changed."""
+        return {name: mapped(model, self.bundle.path) for name, model in self.structures.items()}
 
     def weight_names(self) -> set[str]:
         """The names of all initialisers."""

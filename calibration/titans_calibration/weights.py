@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # largest value with scale 1
 _LEAST = {"int8": -127.0, "int4": -8.0, "fp8": -448.0}
+_TOGETHER = 1 << 20  # values that are quantised at once
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # smaller scales overflow a division
 # Clipping limits that the method mse tries, as fractions of a group's largest magnitude.
 CLIPPED = tuple(1.0 - 0.025 * step for step in range(20))
@@ -82,13 +83,31 @@ def grouped(matrix: NDArray[np.floating], group: int | None) -> NDArray[np.float
 
 def quantise(matrix: Matrix, format: str, group: int | None, method: str) -> QuantisedMatrix:
     """Quantises (K, N) with `method` "minmax" or "mse". K is a multiple of the group."""
-    parts = grouped(matrix, group)
+    rows, columns = matrix.shape
+    values = np.empty((rows, columns), np.uint8 if format == "fp8" else np.int8)
+    scales = np.empty((rows // (group or rows), columns), np.float32)
+    # Columns are independent. A part has at least two, as NumPy sums a single one in another order.
+    step = max(2, _TOGETHER // rows)
+    for begin in range(0, columns, step):
+        end = begin + step if columns - begin - step > 1 else columns
+        part = slice(begin, end)
+        values[:, part], scales[:, part] = _quantise_columns(matrix[:, part], format, group, method)
+        if end == columns:
+            break
+    return QuantisedMatrix(format, values, scales, group)
+
+
+def _quantise_columns(
+    matrix: Matrix, format: str, group: int | None, method: str
+) -> tuple[NDArray[np.int8] | NDArray[np.uint8], Matrix]:
+    """The values and scales of (K, N)."""
+    parts = grouped(np.ascontiguousarray(matrix), group)
     largest = np.abs(parts).max(axis=1)
     scales = scales_of(largest, format)
     if method == "mse":
         scales = _least_error(parts, largest, scales, format)
     numbers = round_to(parts, scales[:, None], format).reshape(matrix.shape)
-    return QuantisedMatrix(format, stored(numbers, format), scales, group)
+    return stored(numbers, format), scales
 
 
 def _least_error(parts: NDArray[np.floating], largest: NDArray[np.floating], scales: Matrix, format: str) -> Matrix:

@@ -183,7 +183,7 @@ collect.SAVE_SECONDS = 0.0
 bundle, output, text, calls = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 
 @contextmanager
-def bar(label, total):
+def bar(label, total, unit):
     left = calls
     def step(tokens):
         nonlocal left

@@ -273,4 +273,4 @@ def test_each_graph_is_read_once(
     )
     quantize_bundle(QuantizeOptions(float32_bundle, output, recipe, (long_text,), tokens=1600))
     graphs = [graph.file for graph in read_bundle(float32_bundle).manifest.graphs]
-    assert loads == Counter(graphs) + Counter({"weights": len(graphs)})
+    assert loads == Counter(graphs), "weights are mapped, not loaded into graphs"

@@ -16,8 +16,9 @@ from titans_export.bundle import read_bundle
 from titans_export.engines import graphs
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.errors import BundleError
-from titans_export.onnx.files import load_graph, write_graph
+from titans_export.onnx.files import load_graph
 from titans_export.onnx.initializers import to_bfloat16
+from titans_export.onnx.mapped import write_graph
 from titans_export.onnx.nodes import attribute, attributes, is_memory
 from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, NEURAL_MEMORY, Operator
 

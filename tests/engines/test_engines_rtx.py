@@ -13,7 +13,8 @@ from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request
 from titans_export.engines.precision import lower_precision
 from titans_export.engines.vendor import Settings, build_plan
-from titans_export.onnx.files import load_graph, write_graph
+from titans_export.onnx.files import load_graph
+from titans_export.onnx.mapped import write_graph
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
 pytest_plugins = ["export_fixtures"]

@@ -18,8 +18,8 @@ from titans_export.engines.messages import BuildError
 from titans_export.engines.scans import unroll_scans
 from titans_export.engines.vendor import Settings, build_plan
 from titans_export.errors import BundleError
-from titans_export.onnx.files import write_graph
 from titans_export.onnx.graphs import export_graph
+from titans_export.onnx.mapped import write_graph
 
 STEPS, WIDTH = 5, 8
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "titans-pytorch-bytes"

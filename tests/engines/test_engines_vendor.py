@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from titans_export.engines.messages import BuildError, interruptible, make_log, make_monitor
 from titans_export.engines.vendor import Settings, build_network, build_plan, parse
 from titans_export.errors import MachineError, UsageError
-from titans_export.onnx.files import write_graph
+from titans_export.onnx.mapped import write_graph
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
 ADA = Settings(capabilities=(89,))

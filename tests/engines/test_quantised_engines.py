@@ -24,7 +24,8 @@ from titans_export.engines.plan import Request, make_plan
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.engines.quantised import for_compiler, weights_alone
 from titans_export.errors import MachineError, UsageError
-from titans_export.onnx.files import load_graph, write_graph
+from titans_export.onnx.files import load_graph
+from titans_export.onnx.mapped import write_graph
 from titans_export.onnx.nodes import attribute, is_memory
 
 pytest_plugins = ["quantised_fixtures"]

@@ -24,8 +24,8 @@ from titans_export.engines.graphs import inline, with_plugin
 from titans_export.engines.onnxruntime import optimise
 from titans_export.engines.vendor import Settings, build_plan
 from titans_export.model.hyper_connection import INPUTS, OPERATOR, OUTPUTS, hyper_connection
-from titans_export.onnx.files import write_graph
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
+from titans_export.onnx.mapped import write_graph
 from titans_export.onnx.tracing import trace
 from titans_export.operators import DOMAIN
 

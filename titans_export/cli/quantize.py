@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +111,7 @@ def _quantize(options: QuantizeOptions) -> None:
     if options.dry_run:
         _show_plan(plan_quantize(given), options.as_json)
         return
-    report = quantize_bundle(given, progress=note, bar=partial(progress_bar, unit="token"))
+    report = quantize_bundle(given, progress=note, bar=progress_bar)
     if options.as_json:
         emit(dataclasses.asdict(report))
         return

@@ -15,7 +15,8 @@ from ..bundle import MANIFEST, Bundle, file_record, read_bundle
 from ..errors import BundleError, MachineError
 from ..files import check_output, replacing_file, replacing_folder
 from ..manifest import EngineEntry, EngineGraph, FileReference, GraphEntry, Plugin
-from ..onnx.files import load_graph, load_structure, write_graph
+from ..onnx.files import load_structure
+from ..onnx.mapped import load_mapped, spilling, write_graph
 from ..onnx.weights import share_weights
 from . import graphs, tensorrt, tensorrt_rtx
 from .machine import Machine, this_machine
@@ -128,7 +129,8 @@ def _tensorrt(
     else:
         settings.capabilities = [plan.target.sm or 0]
         settings.open_here = machine.find(plan.target.sm or 0) is not None
-    source = write_graph(plan.prepare(graph), work / "graph.onnx")
+    with spilling(work) as spill:
+        source = write_graph(plan.prepare(graph, spill), work / "graph.onnx")
     built = build_plan(vendor, source, settings, step)
     file.write_bytes(built.plan)
     if request.timing_cache is not None and built.timing_cache is not None:
@@ -144,7 +146,7 @@ def _onnxruntime(
 
     source = plan.source(graph)
     if plan.target.gpu:
-        lowered = lower_precision(load_graph(source), plan.precision, memory=False)
+        lowered = lower_precision(load_mapped(source), plan.precision, memory=False)
         model = ort.point_back(graphs.with_kernels(lowered), source)
     else:
         model = ort.optimise(source, work, weights_format(plan.bundle.quantization))

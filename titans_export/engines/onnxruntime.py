@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
+import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from ..errors import MachineError
-from ..onnx.files import load_graph, load_structure, write_graph
+from ..onnx.files import load_structure
 from ..onnx.initializers import initializers_of
+from ..onnx.mapped import for_session, load_mapped, same_reference, value_of
 from ..onnx.nodes import copy_model
 from ..operators import DOMAIN
+from ..running import open_session
+from ..safetensors_file import blocks_of
 from .quantised import weights_alone
 
 # Weight formats without CPU matmuls. A session converts them to float32 when it opens; an engine's file does not.
@@ -28,26 +31,29 @@ _DOMAINS = ("", "ai.titans", "com.microsoft")
 def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
     """The graph after ONNX Runtime's rewrites that are independent of the instruction set, so that any CPU can run it.
 
-    format: the format of the bundle's weights.
+    format: the format of the bundle's weights. New weights are mapped from files in `work`.
     """
-    graph = source
+    graph: Path | ModelProto = source
     if format == "int8":
-        graph = write_graph(weights_alone(load_graph(source)), work / "alone.onnx")
+        graph = for_session(weights_alone(load_mapped(source)), source.parent)
     options = onnxruntime.SessionOptions()
     # The next level also chooses layouts for the machine it runs on.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4
-    optimised = work / "optimised.onnx"
+    optimised = work / f"{source.stem}.optimised.onnx"
     options.optimized_model_filepath = str(optimised)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
-    # Registering the kernel's operator keeps memory nodes; otherwise their functions would be inlined.
-    options.register_custom_ops_library(str(kernel_library()))
+    config = {
+        "session.optimized_model_external_initializers_file_name": optimised.with_suffix(".data").name,
+        "session.disable_prepacking": "1",  # the session never runs
+    }
     disabled = []
     if format in EXPANDED:
         disabled = ["ConstantFolding"]
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
-    model = onnx.load(str(optimised))
+        config["session.disable_quant_qdq"] = "1"
+    # The kernel keeps memory nodes; without it their functions would be inlined.
+    open_session(
+        graph, kernel=kernel_library(), folder=source.parent, config=config, options=options, disabled=disabled
+    )
+    model = load_mapped(optimised)
     original = load_structure(source)
     model.functions.extend(original.functions)
     kept = [entry for entry in model.opset_import if entry.domain in _DOMAINS]
@@ -76,17 +82,17 @@ def kernel_library() -> Path:
 def point_back(model: ModelProto, source: Path) -> ModelProto:
     """Turns weights that the bundle already holds into references to its file."""
     references = initializers_of(load_structure(source).graph)
-    values = initializers_of(load_graph(source).graph)
+    values = initializers_of(load_mapped(source).graph)
     result = copy_model(model)
     for tensor in result.graph.initializer:
         reference = references.get(tensor.name)
         if reference is not None and uses_external_data(reference) and _equal(tensor, values[tensor.name]):
             tensor.CopyFrom(reference)
-        else:
-            tensor.ClearField("external_data")
-            tensor.data_location = TensorProto.DEFAULT
     return result
 
 
 def _equal(a: TensorProto, b: TensorProto) -> bool:
-    return a.data_type == b.data_type and list(a.dims) == list(b.dims) and bool(a.raw_data == b.raw_data)
+    if a.data_type != b.data_type or list(a.dims) != list(b.dims):
+        return False
+    blocks = zip(blocks_of(value_of(a)), blocks_of(value_of(b)), strict=True)
+    return same_reference(a, b) or all(np.array_equal(x, y) for x, y in blocks)

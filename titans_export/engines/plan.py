@@ -13,7 +13,7 @@ from ..bundle import Bundle
 from ..dtypes import tensor_bytes
 from ..errors import MachineError, UsageError
 from ..manifest import NO_ENGINE, GraphEntry, StateTensor
-from ..onnx.files import load_graph
+from ..onnx.mapped import Spill, load_mapped
 from ..schedule import missing
 from . import estimate as memory
 from . import graphs, tensorrt, tensorrt_rtx
@@ -78,12 +78,15 @@ class Plan:
         """The graph's own file."""
         return self.bundle.path / graph.file
 
-    def prepare(self, graph: GraphEntry) -> ModelProto:
-        """The graph in a form that the compiler's parser accepts."""
-        model = load_graph(self.source(graph))
+    def prepare(self, graph: GraphEntry, spill: Spill | None = None) -> ModelProto:
+        """The graph in a form that the compiler's parser accepts, with mapped weights.
+
+        spill: where large new weights go; None keeps them inside.
+        """
+        model = load_mapped(self.source(graph))
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
-            model = for_compiler(model)
-        lowered = lower_precision(model, self.precision, memory=self.compiler == TENSORRT)
+            model = for_compiler(model, spill)
+        lowered = lower_precision(model, self.precision, self.compiler == TENSORRT, spill)
         if self.compiler == RTX:
             return unroll_scans(graphs.inline(lowered))
         if self.compiler == TENSORRT:
@@ -105,7 +108,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
         raise UsageError("E0104", "build", problem, "give another --name")
     chosen = _choose_graphs(bundle, request.graphs)
     state = bundle.manifest.state
-    models = [load_graph(bundle.path / graph.file) for graph in chosen]
+    models = [load_mapped(bundle.path / graph.file) for graph in chosen]
     check_target(bundle.quantization, models, target, compiler)
     if compiler in (RTX, TENSORRT) and bundle.quantization is not None:
         models = [for_compiler(model) for model in models]
@@ -118,7 +121,8 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     workspace = memory.default_workspace(target)
     if request.workspace_limit is not None:
         workspace = request.workspace_limit << 20
-    lowered = [lower_precision(model, precision, memory=compiler == TENSORRT) for model in models]
+    # One at a time, so that only one graph's new weights are in memory.
+    lowered = (lower_precision(model, precision, memory=compiler == TENSORRT) for model in models)
     estimated = memory.estimate(
         target, lowered, _state_bytes(state, in_place), workspace if target.gpu else 0, here=compiler == TENSORRT
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..errors import TitansError
 from ..onnx.initializers import ELEMENT_TYPES, drop_unread, float_tensor, initializers_of
+from ..onnx.mapped import Spill, array_of
 from ..onnx.nodes import copy_model, copy_node, is_memory, makers_of, node_reads, replace_nodes
 from .graphs import has_kernel
 from .targets import BF16, FP16, FP32
@@ -28,19 +29,21 @@ class PrecisionError(TitansError):
     """Weights that the precision cannot represent."""
 
 
-def lower_precision(model: ModelProto, precision: str, memory: bool) -> ModelProto:
+def lower_precision(model: ModelProto, precision: str, memory: bool, spill: Spill | None = None) -> ModelProto:
     """The graph in the precision. `memory` also lowers the memory's q, k, v and y, as our plugin requires.
 
-    The model must hold its weights. Raises PrecisionError if a weight is out of range.
+    The model's weights are inside or mapped. spill: where large new weights go; None keeps them inside. Raises
+    PrecisionError if a weight is out of range.
     """
     result = copy_model(model)
     if precision != FP32:
-        _Pass(result.graph, precision).run(memory)
+        _Pass(result.graph, precision, spill).run(memory)
     return result
 
 
 class _Pass:
-    def __init__(self, graph: GraphProto, precision: str) -> None:
+    def __init__(self, graph: GraphProto, precision: str, spill: Spill | None) -> None:
+        self.spill = spill
         self.graph, self.precision, self.element = graph, precision, ELEMENT_TYPES[_FORMATS[precision]]
         self.weights = initializers_of(graph)
         self.types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
@@ -122,8 +125,8 @@ class _Pass:
         self.nodes.append(copy)
 
     def _check_scale(self, scale: TensorProto, lowered: TensorProto) -> None:
-        right = numpy_helper.to_array(scale).astype(np.float64)
-        found = numpy_helper.to_array(lowered).astype(np.float64)
+        right = array_of(scale).astype(np.float64)
+        found = array_of(lowered).astype(np.float64)
         worst = float(np.max(np.abs(found - right) / np.abs(right), initial=0.0))
         if not worst <= _SCALE_ERROR:
             raise PrecisionError(
@@ -141,7 +144,7 @@ class _Pass:
         return {node.output[0] for node in self.nodes if node.op_type in decoders and node.output[0] not in used}
 
     def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
-        value = numpy_helper.to_array(tensor)
+        value = array_of(tensor)
         largest = float(np.abs(value).max(initial=0.0))
         if not largest <= _LARGEST[self.precision]:  # also true for NaN
             raise PrecisionError(
@@ -151,7 +154,8 @@ class _Pass:
                 f"{_LARGEST[self.precision]:g}, got {largest:g}",
                 f"give --precision {BF16 if self.precision == FP16 and np.isfinite(largest) else FP32}",
             )
-        return float_tensor(name, _FORMATS[self.precision], value)
+        lowered = float_tensor(name, _FORMATS[self.precision], value)
+        return self.spill.move(lowered) if self.spill else lowered
 
 
 def _cast(source: str, target: str, element: int) -> NodeProto:

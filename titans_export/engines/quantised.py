@@ -10,6 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from ..errors import MachineError, UsageError
 from ..manifest import Quantization
 from ..onnx.initializers import drop_unread, initializers_of
+from ..onnx.mapped import Spill, array_of
 from ..onnx.nodes import all_nodes, attribute, copy_model, is_memory, makers_of, readers_of, replace_nodes
 from .graphs import has_kernel
 from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
@@ -71,11 +72,11 @@ def check_target(
         )
 
 
-def for_compiler(model: ModelProto) -> ModelProto:
+def for_compiler(model: ModelProto, spill: Spill | None = None) -> ModelProto:
     """A copy that TensorRT and TensorRT-RTX accept.
 
     They need a quantised table dequantised before the Gather. TensorRT-RTX 1.7 cannot build blockwise int8, so such
-    weights become float32 with the same values.
+    weights become float32 with the same values. spill: where large new weights go; None keeps them inside.
     """
     result = copy_model(model)
     graph = result.graph
@@ -86,7 +87,8 @@ def for_compiler(model: ModelProto) -> ModelProto:
         if node.op_type == "Gather" and node.input[0] in weights:
             _dequantise_first(node, readers.get(node.output[0], []), weights)
         elif _unfit(node, weights):
-            _replace_by_float32(node, graph, weights)
+            weight = _float32(node, weights)
+            graph.initializer.append(spill.move(weight) if spill else weight)
             dropped.add(node.output[0])
     replace_nodes(graph, [n for n in graph.node if not (n.op_type == "DequantizeLinear" and n.output[0] in dropped)])
     drop_unread(graph)
@@ -139,7 +141,7 @@ def _in_blocks(node: NodeProto, weights: Mapping[str, TensorProto], graph: Graph
     block = next((block for block in BLOCKS if rows % block == 0), None)
     if block is None:
         return None
-    blocks = np.repeat(numpy_helper.to_array(scale)[None], rows // block, axis=0)
+    blocks = np.repeat(array_of(scale)[None], rows // block, axis=0)
     name = f"{node.output[0]}.blocks"
     graph.initializer.append(numpy_helper.from_array(blocks, f"{name}.scale"))
     inputs = [values.name, f"{name}.scale"]
@@ -166,12 +168,13 @@ def _unfit(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
     return weights[node.input[0]].data_type == TensorProto.INT8
 
 
-def _replace_by_float32(node: NodeProto, graph: GraphProto, weights: Mapping[str, TensorProto]) -> None:
-    values = numpy_helper.to_array(weights[node.input[0]]).astype(np.float32)
-    scales = numpy_helper.to_array(weights[node.input[1]])
+def _float32(node: NodeProto, weights: Mapping[str, TensorProto]) -> TensorProto:
+    """The weight that the node dequantises, in float32."""
+    values = array_of(weights[node.input[0]]).astype(np.float32)
+    scales = array_of(weights[node.input[1]])
     axis = attribute(node, "axis")
     wide = np.repeat(scales, attribute(node, "block_size"), axis=axis)
-    graph.initializer.append(numpy_helper.from_array(values * wide, node.output[0]))
+    return numpy_helper.from_array(values * wide, node.output[0])
 
 
 def _dequantise_first(gather: NodeProto, readers: list[NodeProto], weights: Mapping[str, TensorProto]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..files import replacing_folder
-from ..onnx.files import write_graph
+from ..onnx.mapped import spilling, write_graph
 from . import graphs, tensorrt
 from .plan import Plan
 from .targets import TENSORRT
@@ -60,7 +60,8 @@ def write_folder(plan: Plan, folder: Path, overwrite: bool) -> list[Path]:
     text = "\n".join(lines(plan))
     with replacing_folder(folder, overwrite, SCRIPT) as aside:
         for graph in plan.graphs:
-            write_graph(plan.prepare(graph), aside / source_name(plan, graph.name))
+            with spilling(aside) as spill:
+                write_graph(plan.prepare(graph, spill), aside / source_name(plan, graph.name))
         script = aside / SCRIPT
         script.write_text(f'#!/bin/sh\nset -e\ncd "$(dirname "$0")"\n{text}\n', encoding="utf-8")
         script.chmod(0o755)

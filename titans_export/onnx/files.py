@@ -9,8 +9,6 @@ from onnx.external_data_helper import load_external_data_for_model
 
 from .nodes import copy_model
 
-_EXTERNAL_BYTES = 1024  # smaller initialisers stay inside a graph's file
-
 
 def load_structure(path: Path) -> onnx.ModelProto:
     """Loads the graph without its large weights, which stay references to files beside `path`."""
@@ -27,19 +25,3 @@ def load_weights(structure: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     model = copy_model(structure)
     load_external_data_for_model(model, str(folder))
     return model
-
-
-def write_graph(model: onnx.ModelProto, path: Path) -> Path:
-    """Writes the graph to `path` and its large weights beside it, because protobuf files are limited to 2 GiB."""
-    data = path.with_suffix(".data")
-    data.unlink(missing_ok=True)
-    onnx.save_model(
-        copy_model(model),  # saving turns the weights into references
-        str(path),
-        save_as_external_data=True,
-        location=data.name,
-        size_threshold=_EXTERNAL_BYTES,
-    )
-    if data.exists():
-        data.chmod(path.stat().st_mode & 0o777)  # onnx creates it as private
-    return path

@@ -6,26 +6,14 @@ from pathlib import Path
 
 import onnx
 import xxhash
-from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from ..safetensors_file import Array, Raw, blocks_of, write_safetensors
 from .initializers import replace_initializers
+from .mapped import SMALL_BYTES, is_mapped, point_to, value_of
 from .nodes import subgraphs
 
-SHARED_BYTES = 1024  # smaller initialisers stay in their graph
 PARAMETER_PREFIX = "model."
-# Safetensors lacks 4-bit types, so two int4 values are stored as one byte.
-_RAW: dict[int, str] = {TensorProto.BFLOAT16: "BF16", TensorProto.FLOAT8E4M3FN: "F8_E4M3", TensorProto.INT4: "U8"}
-
-
-def stored(tensor: TensorProto) -> Array | Raw:
-    """The initialiser in the form stored in weights.safetensors."""
-    if tensor.data_type not in _RAW:
-        return numpy_helper.to_array(tensor)
-    data = tensor.raw_data
-    shape = (len(data),) if tensor.data_type == TensorProto.INT4 else tuple(tensor.dims)
-    return Raw(_RAW[tensor.data_type], shape, data)
 
 
 def share_weights(
@@ -34,7 +22,8 @@ def share_weights(
     """Moves the models' large initialisers to `path`; the graphs will lie in the same folder. models: by graph name.
 
     Initialisers whose names begin with `named` (parameters) keep their names. Others are named by content, so equal
-    ones merge. Initialisers already in a file stay there. Returns the shared initialisers' names by graph.
+    ones merge. References with relative paths stay; mapped ones are copied to `path`. Returns the shared initialisers'
+    names by graph.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
@@ -42,11 +31,11 @@ def share_weights(
         renamed = {}
         elsewhere = set()
         for tensor in model.graph.initializer:
-            if uses_external_data(tensor):
+            if uses_external_data(tensor) and not is_mapped(tensor):
                 elsewhere.add(tensor.name)
                 continue
-            value = stored(tensor)
-            if value.nbytes < SHARED_BYTES:
+            value = value_of(tensor)
+            if value.nbytes < SMALL_BYTES:
                 continue
             if named is None or not tensor.name.startswith(named):
                 content = xxhash.xxh3_64(f"{value.dtype}{value.shape}".encode())
@@ -62,7 +51,7 @@ def share_weights(
     for model in models.values():
         for tensor in model.graph.initializer:
             if tensor.name in offsets:
-                _point(tensor, path.name, offsets[tensor.name], values[tensor.name].nbytes)
+                point_to(tensor, path.name, offsets[tensor.name], values[tensor.name].nbytes)
     return names
 
 
@@ -82,12 +71,3 @@ def _drop_twins(graph: onnx.GraphProto) -> None:
     kept = [unique[name] for name in dict.fromkeys(t.name for t in graph.initializer)]
     if len(kept) < len(graph.initializer):
         replace_initializers(graph, kept)
-
-
-def _point(tensor: TensorProto, location: str, offset: int, length: int) -> None:
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
