@@ -198,7 +198,7 @@ def export_checkpoint(
     config, bug_compatible, weights, library_defaults: see `LoadOptions`. For the other parameters see `export_loaded`.
     """
     _check_numbers(chunks_per_call, positions)
-    check_output(output, overwrite, MANIFEST)
+    check_output(output, overwrite, MANIFEST, source=source)
     progress(f"loading {source}")
     checkpoint = load_checkpoint(source, format, LoadOptions(config, bug_compatible, weights, library_defaults))
     for line in checkpoint.origin.notes:
@@ -266,7 +266,8 @@ def export_loaded(
     """
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
-    check_output(output, overwrite, MANIFEST)
+    weights_bytes = sum(value.numel() * value.element_size() for value in checkpoint.model.parameters())
+    check_output(output, overwrite, MANIFEST, needs=weights_bytes)
     if checkpoint.tokenizer and checkpoint.model.input.kind == "tokens":
         for difference in check_vocabulary(checkpoint.tokenizer, checkpoint.model.input.size):
             progress(difference)

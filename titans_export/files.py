@@ -6,7 +6,9 @@ import ctypes
 import fcntl
 import glob
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,6 +80,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
     Also removes stale temporary output of the same target. Raises OutputError.
     """
+    _check_kind(target)
     try:
         with _aside(target, _make_file) as aside:
             try:
@@ -95,17 +98,88 @@ def replacing_file(target: Path) -> Iterator[Path]:
         raise _explain(target, error) from error
 
 
-def check_output(target: Path, overwrite: bool, marker: str) -> None:
+def check_file(target: Path | None) -> None:
+    """Checks that `replacing_file` can write `target`, before any work is done. None is no file. Raises OutputError."""
+    if target is None:
+        return
+    _check_kind(target)
+    if not target.parent.is_dir():
+        raise OutputError("E1007", "output", f"no such folder: {target.parent}", "create the folder first")
+    _try(target, _make_file)
+
+
+def check_output(target: Path, overwrite: bool, marker: str, *, source: Path | None = None, needs: int = 0) -> None:
     """Checks that a folder may become `target`, before any work is done. Raises OutputError.
 
-    Only a folder that holds a file named `marker` may be overwritten, which protects other folders from typos.
+    Only a folder that holds a file named `marker` may be overwritten, which protects other folders from typos. source:
+    the input. It must not lie inside of `target`, nor `target` inside of a bundle. needs: bytes that must be free.
     """
+    target = _resolved(target)
     if target.exists() and not overwrite:
         raise OutputError("E1008", "output", f"{target} exists", "give another name or --overwrite")
     if target.exists() and not (target / marker).is_file():
         raise OutputError("E1009", "output", f"{target} has no {marker} and is not replaced", "give another name")
+    if target.exists() and _is_mount_point(target):
+        problem = f"{target} is a mount point and cannot be replaced"
+        raise OutputError("E1011", "output", problem, "give the name of a new folder inside of it")
+    if source is not None and (source := source.resolve()) != target:
+        if source.is_relative_to(target):
+            problem = f"{target} cannot be replaced: the input {source} lies inside of it"
+            raise OutputError("E1011", "output", problem, "give another name")
+        if target.is_relative_to(source) and (source / marker).is_file():
+            problem = f"{target} lies inside of the bundle that is read, {source}"
+            raise OutputError("E1011", "output", problem, "give a name outside of it")
+    _check_sticky(target)
+    _try(target, _make_folder)
+    free = shutil.disk_usage(target.parent).free
+    if free < needs:
+        problem = f"too little space for {target}: expected at least {needs:,} bytes, got {free:,}"
+        raise OutputError("E1010", "output", problem, "free some space or choose another place")
+
+
+def _resolved(target: Path) -> Path:
     try:
-        tempfile.TemporaryFile(dir=target.parent).close()
+        return target.resolve()
+    except (OSError, RuntimeError):  # links that lead to each other
+        raise OutputError("E1001", "output", f"cannot resolve the path {target}", "check its links") from None
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Also for a folder that is mounted from the same file system, as containers do, which Path.is_mount misses."""
+    if path.is_mount():
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # not Linux
+        return False
+    escaped = (line.split(b" ")[4] for line in lines)
+    points = (re.sub(rb"\\(\d{3})", lambda found: bytes([int(found[1], 8)]), point) for point in escaped)
+    return os.fsencode(path) in points
+
+
+def _check_kind(target: Path) -> None:
+    """Refuses to replace folders, devices and pipes by a file. Root may replace even /dev/null."""
+    if target.exists() and not target.is_file():
+        what = "a folder" if target.is_dir() else "a device or a pipe"
+        raise OutputError("E1011", "output", f"{target} is {what}, not a file", "give the name of a file")
+
+
+def _check_sticky(target: Path) -> None:
+    """In a folder such as /tmp, only its owner may rename another user's folder."""
+    if not target.exists() or os.geteuid() == 0:
+        return
+    parent = target.parent.stat()
+    if parent.st_mode & stat.S_ISVTX and os.geteuid() not in (parent.st_uid, target.stat().st_uid):
+        problem = f"cannot write {target}: it belongs to another user"
+        raise OutputError("E1001", "output", problem, "give another name")
+
+
+def _try(target: Path, make: Callable[[Path, str], Path]) -> None:
+    """Makes temporary output like that of `target`, and removes it."""
+    try:
+        aside = make(target.parent, f".{target.name}.")
+        with suppress(FileNotFoundError):  # another writer of the target took it for stale output
+            aside.rmdir() if aside.is_dir() else aside.unlink()
     except OSError as error:
         raise _explain(target, error) from error
 
@@ -118,7 +192,7 @@ def replacing_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Pat
     `check_output` runs before and after the block. Stale temporary output of the same target is removed. Raises
     OutputError.
     """
-    target = target.resolve()
+    target = _resolved(target)
     check_output(target, overwrite, marker)
     try:
         with _aside(target, _make_folder) as aside:

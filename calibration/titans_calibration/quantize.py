@@ -32,6 +32,8 @@ from titans_export.errors import MachineError, UsageError
 from titans_export.files import check_output
 from titans_export.onnx.mapped import spilling
 
+_LARGEST_SAVING = 8  # int4 weights are an eighth of float32: no recipe writes less
+
 Progress = Callable[[str], None]
 Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -198,10 +200,12 @@ def plan_quantize(options: QuantizeOptions) -> QuantizePlan:
 def _prepare(options: QuantizeOptions) -> _Job:
     """Opens the bundle and the data, and refuses everything that can be refused before any work."""
     recipe = options.recipe
+    _check_output(options)
     if options.target is not None:
         check_target(recipe, options.target)
-    source = open_source(read_bundle(options.bundle))
-    _check_output(options)
+    bundle = read_bundle(options.bundle)
+    _check_output(options, sum(file.bytes for file in bundle.manifest.files.values()) // _LARGEST_SAVING)
+    source = open_source(bundle)
     check_memories(source, recipe.memory)
     if not recipe.needs_data:
         return _Job(options, source)
@@ -220,12 +224,12 @@ def _prepare(options: QuantizeOptions) -> _Job:
     return _Job(options, source, data, seen, held_back)
 
 
-def _check_output(options: QuantizeOptions) -> None:
+def _check_output(options: QuantizeOptions, needs: int = 0) -> None:
     if options.output is None:
         return
     if os.path.realpath(options.bundle) == os.path.realpath(options.output):
         raise UsageError("E0102", "quantize", f"-o {options.output} is the bundle itself", "give another name to -o")
-    check_output(options.output, options.overwrite, MANIFEST)
+    check_output(options.output, options.overwrite, MANIFEST, source=options.bundle, needs=needs)
 
 
 def _observe(job: _Job, progress: Progress, bar: Bar) -> _Found:

@@ -212,16 +212,19 @@ class TestOutputs:
         Result(done.returncode, "", done.stderr.decode()).check_failure(1, os.strerror(errno.EFBIG))
         assert list(folder.iterdir()) == []
 
-    def test_a_full_disk(self, tiny_checkpoint: Path, tmp_path: Path, folder: Path) -> None:
-        """In a file system of its own, of a few pages."""
-        mount = f'mount -t tmpfs -o size=16k none "{folder}" && touch "{folder}/mine"'
+    @pytest.mark.parametrize(
+        ("pages", "words"), [(4, "too little space"), (11, "No space left")], ids=["before", "while it writes"]
+    )
+    def test_a_full_disk(self, tiny_checkpoint: Path, tmp_path: Path, folder: Path, pages: int, words: str) -> None:
+        """In a file system of its own, too small for the weights, or just large enough for them alone."""
+        mount = f'mount -t tmpfs -o size={4 * pages}k none "{folder}" && touch "{folder}/mine"'
         if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount]).returncode:
             pytest.skip("this machine lets nobody mount a small file system")
         script = f'{mount} && {{ "$@"; code=$?; ls -A "{folder}" > "{tmp_path}/left"; exit $code; }}'
         child = command("export", tiny_checkpoint, "-o", folder / "x.titans", *TINY)
         child = ["unshare", "-rm", "sh", "-c", script, "sh", *child]
         done = subprocess.run(child, capture_output=True, env=environment(), timeout=240)
-        Result(done.returncode, "", done.stderr.decode()).check_failure(1, "No space left", "free some space")
+        Result(done.returncode, "", done.stderr.decode()).check_failure(1, words, "free some space")
         assert (tmp_path / "left").read_text().split() == ["mine"]
 
 
@@ -294,3 +297,38 @@ def test_logits_that_differ_leave_no_bundle(
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     monkeypatch.setattr(exporting, "FLOAT32_SHARE", float("inf"))
     refuse_export(tiny_checkpoint, folder, 3, "PyTorch", "position 0")
+
+
+NOWHERE = Path("/proc/none")  # a folder in which nobody may write, not even root
+WRITERS: dict[str, tuple[object, ...]] = {
+    "export": ("export", "INPUT", "-o", NOWHERE / "x.titans"),
+    "quantize": ("quantize", "INPUT", "-o", NOWHERE / "x.titans", "--recipe", "int8-weight-only"),
+    "bench": ("bench", "INPUT", "--output", NOWHERE / "x.json"),
+    "compare": ("compare", "INPUT", "INPUT", "-o", NOWHERE / "x.json"),
+    "compare --html": ("compare", "INPUT", "INPUT", "--html", NOWHERE / "x.html"),
+    "inspect --numpy": ("inspect", "INPUT.tstate", "--numpy", NOWHERE / "x.npz"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_outputs_are_checked_before_any_work(name: str, tmp_path: Path) -> None:
+    """The input does not exist, so a command that reads it first reports the input."""
+    (tmp_path / "INPUT.tstate").write_bytes(b"\x89TITANS\n")
+    args = [tmp_path / arg if str(arg).startswith("INPUT") else arg for arg in WRITERS[name]]
+    invoke(*args).check_failure(1, "[output]", str(NOWHERE))
+
+
+def test_an_engine_is_not_built_for_nothing(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("titans_export.engines.build")
+    monkeypatch.setattr(build, "_find", lambda plan: pytest.fail("the build has begun"))
+    args = ("build", shared_bundle, "--target", "cpu", "-o")
+    invoke(*args, NOWHERE / "x.titans").check_failure(1, "[output]", str(NOWHERE))
+    invoke(*args, shared_bundle / "x.titans").check_failure(1, "inside of the bundle")
+
+
+def test_an_output_that_holds_the_input_is_not_replaced(tiny_checkpoint: Path, folder: Path) -> None:
+    shutil.copytree(tiny_checkpoint, folder / "x.titans" / "checkpoint")
+    (folder / "x.titans" / "manifest.json").write_text("old")
+    result = invoke("export", folder / "x.titans" / "checkpoint", "-o", folder / "x.titans", "--overwrite", *TINY)
+    result.check_failure(1, "lies inside of it")
+    assert (folder / "x.titans" / "checkpoint" / "model.safetensors").is_file()

@@ -11,7 +11,8 @@ import click
 
 from ..bench import KINDS
 from ..errors import MachineError, MismatchError, UsageError
-from .command import Command, check_folder, emit, json_option, note, to_json
+from ..files import check_file, replacing_file
+from .command import Command, emit, json_option, note, to_json
 from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options, weights_option
 from .table import number, size, table
 
@@ -67,7 +68,7 @@ def _bench(options: BenchOptions) -> None:
     if against is not None and options.device != "cpu":
         problem = f"--against measures PyTorch on the CPU, and --device is {options.device}"
         raise UsageError("E0102", "bench", problem, "leave out one of them")
-    check_folder(options.output)
+    check_file(options.output)
     from ..bench.comparison import Plan, baselines, compare
     from ..bench.machine import QUIET, cores, others_busy
     from ..bundle import read_bundle
@@ -96,8 +97,6 @@ def _bench(options: BenchOptions) -> None:
 
     report = _as_json(bundle, against, options.device, plan, opened.tolerance, results) | {"others_busy": busy}
     if options.output is not None:
-        from ..files import replacing_file
-
         with replacing_file(options.output) as aside:
             aside.write_text(to_json(report) + "\n", encoding="utf-8")
     if options.as_json:

@@ -9,13 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
-from ..errors import OutputError
 from .failures import FAILED, close_stdout, explain
 
 NAME = "titans-export"
@@ -96,12 +94,6 @@ def to_json(result: dict[str, Any]) -> str:
 def emit(result: dict[str, Any]) -> None:
     """Prints the result on stdout as one JSON object."""
     click.echo(to_json(result))
-
-
-def check_folder(path: Path | None) -> None:
-    """Raises OutputError if the folder of a file to write does not exist, before any long work."""
-    if path is not None and not path.parent.is_dir():
-        raise OutputError("E1007", "output", f"no such folder: {path.parent}", "create the folder first")
 
 
 def note(text: str) -> None:

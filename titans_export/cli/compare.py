@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MismatchError
-from .command import Command, check_folder, emit, json_option, note, to_json
+from ..files import check_file, replacing_file
+from .command import Command, emit, json_option, note, to_json
 from .options import (
     PATH,
     SessionOptions,
@@ -141,7 +142,7 @@ def _compare(options: CompareOptions) -> None:
     check_finite("compare", "--tolerance", options.tolerance)
     check_finite("compare", "--bits-tolerance", options.bits_tolerance)
     for path in (options.output, options.html):
-        check_folder(path)
+        check_file(path)
     if options.html is not None:
         import matplotlib  # noqa: F401  # fails before the long measurement if it is missing
 
@@ -165,7 +166,6 @@ def _compare(options: CompareOptions) -> None:
     with progress_bar("comparing", options.tokens, "tok") as advance:
         report = measure(options.bundle, session, options.reference, reference, measured, advance, note)
     result = report.to_json()
-    from ..files import replacing_file
 
     if options.output is not None:
         with replacing_file(options.output) as aside:

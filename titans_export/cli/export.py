@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ..files import check_output
+from ..manifest import MANIFEST
 from .command import Command, emit, json_option, note
 from .options import PATH, config_option, weights_option
 from .table import number, size
@@ -86,6 +88,7 @@ def export(**values: Any) -> None:
 
 
 def _export(options: ExportOptions) -> None:
+    check_output(options.output, options.overwrite, MANIFEST, source=options.checkpoint)  # before PyTorch is imported
     from ..exporting import export_checkpoint
 
     report = export_checkpoint(

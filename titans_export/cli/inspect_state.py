@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MismatchError
+from ..files import check_file
 from .command import emit
 from .table import size, table
 
@@ -20,6 +21,7 @@ def inspect_state(path: Path, bundle: Path | None, numpy: Path | None, key_file:
     """Prints the state and exports its memory if asked to. Raises MismatchError if it holds NaN or infinity."""
     from ..states import describe_memories, find_not_finite, fresh_memory, open_state, read_key, write_npz
 
+    check_file(numpy)
     state = open_state(path, None if key_file is None else read_key(key_file))
     broken = find_not_finite(state)
     memories = describe_memories(state, None if bundle is None else fresh_memory(bundle, state))

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..bundle import MANIFEST, Bundle, file_record, read_bundle
 from ..errors import BundleError, MachineError
-from ..files import check_output, replacing_file, replacing_folder
+from ..files import check_file, check_output, replacing_file, replacing_folder
 from ..manifest import EngineEntry, EngineGraph, FileReference, GraphEntry, Plugin
 from ..onnx.files import load_structure
 from ..onnx.mapped import load_mapped, spilling, write_graph
@@ -59,8 +59,10 @@ def build_engine(
     bundle = read_bundle(path)
     plan = make_plan(bundle, request)
     check_name(plan, overwrite)
-    if output is not None and output.resolve() != path.resolve():
-        check_output(output, overwrite, MANIFEST)
+    needs = sum(file.bytes for file in bundle.manifest.files.values())  # the files are copied
+    same = output is None or output.resolve() == path.resolve()
+    check_output(output or path, same or overwrite, MANIFEST, source=path, needs=needs)
+    check_file(request.timing_cache)
     notes = [note] if (note := check_memory(plan)) else []
     if request.embed_plugin:
         notes.append("titans_runtime runs no code from an engine's file: this one is for other programs")
