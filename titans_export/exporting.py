@@ -21,7 +21,7 @@ from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .model import Graph, StreamModel
-from .onnx.graphs import LEARN, NEXT, POSITION, export_graph
+from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.weights import share_weights
 from .reference import TOLERANCE, exact_outputs_of, library_error_of, outputs_of, tolerance_of
 from .safetensors_file import write_safetensors
@@ -98,11 +98,12 @@ def _write(
 ) -> None:
     """Writes all files of the bundle into an empty folder."""
     model = checkpoint.model
-    models = {}
+    models, large = {}, {}
     for number, graph in enumerate(graphs, start=1):
         progress(f"tracing {graph.name} ({graph.tokens} tokens a call), graph {number} of {len(graphs)}")
-        models[graph.name] = export_graph(model, graph)
-    shared = share_weights(models, folder / WEIGHTS)
+        traced = trace_graph(model, graph)
+        models[graph.name], large[graph.name] = traced.proto, traced.large
+    shared = share_weights(models, folder / WEIGHTS, large=large)
     for name, proto in models.items():
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}

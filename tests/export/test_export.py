@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,9 @@ from titans_export.checkpoints.titans import load
 from titans_export.errors import MismatchError, OutputError, UsageError
 from titans_export.exporting import export_checkpoint
 from titans_export.model import Titans
+from titans_export.onnx import graphs, parts
+from titans_export.onnx.graphs import trace_graph
+from titans_export.onnx.tracing import trace_ir
 from titans_export.operators import DOMAIN
 from titans_export.verify import PyTorch, verify_stream
 
@@ -102,6 +107,47 @@ def test_one_update_node_per_memory_layer_and_a_body_for_each(bundles: dict[str,
             assert modes.count(b"read") == (layers * calls if variant == "mac" else 0)
             assert {n.overload for n in nodes} == {f.overload for f in model.functions}
             assert all(n.domain in ("", DOMAIN) for f in model.functions for n in f.node)
+
+
+def _wiring(model: onnx.ModelProto) -> list[object]:
+    """Nodes in order, with values numbered by first use. Initialisers have their names, or their bytes if small."""
+    numbers: dict[str, object] = {"": ""}
+    for tensor in model.graph.initializer:
+        numbers[tensor.name] = tensor.name if tensor.external_data else onnx.numpy_helper.to_array(tensor).tobytes()
+
+    def number(name: str) -> object:
+        return numbers.setdefault(name, len(numbers))
+
+    wiring: list[object] = []
+    for node in model.graph.node:
+        given = [a.SerializeToString() for a in node.attribute]
+        wiring.append((node.op_type, node.overload, [*map(number, node.input)], given, [*map(number, node.output)]))
+    return [*wiring, *(number(value.name) for value in model.graph.output)]
+
+
+def test_layers_traced_once_give_the_graph_of_a_whole_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Titans(replace(CONFIGS["mac"], layers=3, memory_layers=(0, 2))).eval()
+    graph = next(graph for graph in model.graphs(1) if graph.name == "decode")
+    traced: list[int] = []
+
+    def counted(*args: object) -> object:
+        traced.append(1)
+        return trace_ir(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts, "trace_ir", counted)
+    once = trace_graph(model, graph)
+    assert len(traced) == 2  # layers with a memory, layers without
+    monkeypatch.setattr(graphs, "collected_parts", lambda: nullcontext({}))
+    whole = trace_graph(model, graph)
+    assert len(traced) == 2
+    assert _wiring(once.proto) == _wiring(whole.proto)
+    assert {name: value.shape for name, value in once.large.items()} == {
+        name: value.shape for name, value in whole.large.items()
+    }
+    for name, value in once.large.items():
+        parameter = dict(model.named_parameters()).get(name.removeprefix("model."))
+        if parameter is not None:
+            assert np.shares_memory(value, parameter.detach().numpy())
 
 
 def test_weights_are_stored_once(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:

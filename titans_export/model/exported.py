@@ -1,16 +1,83 @@
-"""Helpers that emit one ONNX construct each: an operator's node, an `If`, a `Scan`."""
+"""Helpers that emit one ONNX construct each: an operator's node, an `If`, a `Scan`, a call of a repeated part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..operators import DOMAIN, VERSION, Operator
 
 Step = Callable[[list[Tensor], list[Tensor], int], tuple[list[Tensor], list[Tensor]]]
+Run = Callable[..., tuple[Tensor, ...]]
+PARTS_DOMAIN = "ai.titans.parts"  # of nodes that stand for repeated parts while a graph is traced
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model that is traced once for all its calls, such as a layer.
+
+    module: the module of the first call. run: computes run(module, *inputs). inputs: shape and dtype of each. tensors:
+    names of the module's parameters and buffers, which follow the inputs in a node. outputs: their number.
+    """
+
+    name: str
+    module: nn.Module
+    run: Run
+    inputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    tensors: tuple[str, ...]
+    outputs: int
+
+
+_parts: ContextVar[dict[Any, Part] | None] = ContextVar("parts", default=None)
+
+
+@contextmanager
+def collected_parts() -> Iterator[dict[Any, Part]]:
+    """A context in which tracing emits a node for each call of `repeated`. Yields the distinct parts."""
+    parts: dict[Any, Part] = {}
+    token = _parts.set(parts)
+    try:
+        yield parts
+    finally:
+        _parts.reset(token)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def repeated(
+    kind: str, module: nn.Module, run: Run, inputs: Sequence[Tensor], shapes: Sequence[torch.Size]
+) -> tuple[Tensor, ...]:
+    """run(module, *inputs); a single node while a graph is traced in a context of `collected_parts`.
+
+    Calls with equal kinds and equal shapes must differ in the values of tensors only. The time of tracing then does not
+    depend on the number of calls. shapes: those of the outputs, which have the dtype of the first input.
+    """
+    parts = _parts.get()
+    if parts is None or not torch.compiler.is_exporting():
+        return run(module, *inputs)
+    tensors = tensors_of(module)
+    given = tuple((x.shape, x.dtype) for x in inputs)
+    key = (kind, given, tuple((name, x.shape, x.dtype) for name, x in tensors.items()))
+    if key not in parts:
+        parts[key] = Part(f"{kind}_{len(parts)}", module, run, given, tuple(tensors), len(shapes))
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{PARTS_DOMAIN}::{parts[key].name}",
+            [*inputs, *tensors.values()],
+            dtypes=[inputs[0].dtype] * len(shapes),
+            shapes=list(shapes),
+            version=1,
+        )
+    )
 
 
 def node(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .exported import repeated
 from .layers import Linear, RMSNorm, Step, StreamState
 from .lmm import LMMBlock
 from .mac import MACBlock
@@ -20,6 +21,23 @@ from .stream import Call, Graph, StateInfo, StreamModel, TensorSpec
 
 ROLES = {"memory": "memory", "conv": "conv", "context_conv": "conv", "keys": "cache", "values": "cache"}
 BLOCKS = {"lmm": LMMBlock, "mac": MACBlock, "mag": MAGBlock, "mal": MALBlock}
+
+
+def _repeated_layer(
+    kind: str, layer: nn.Module, x: Tensor, state: StreamState, step: Step
+) -> tuple[Tensor, StreamState]:
+    """layer(x, state, step), traced once for all layers of the kind. The next state has the shapes of the state."""
+    names = list(state)
+
+    def run(module: nn.Module, x: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        learn = None if step.learn is None else rest[-1]
+        y, following = module(x, dict(zip(names, rest, strict=False)), Step(position, learn, step.aligned))
+        return y, *(following[name] for name in names)
+
+    values = [state[name] for name in names]
+    inputs = [x, step.position, *values, *([] if step.learn is None else [step.learn])]
+    y, *following = repeated(kind, layer, run, inputs, [x.shape, *(value.shape for value in values)])
+    return y, dict(zip(names, following, strict=True))
 
 
 class Titans(StreamModel):
@@ -91,7 +109,8 @@ class Titans(StreamModel):
         for i, layer in enumerate(self.layers):
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            x, own = layer(x, own, step)
+            kind = f"layer{int(self.config.has_memory(i))}"
+            x, own = _repeated_layer(kind, layer, x, own, step)
             following |= {prefix + name: value for name, value in own.items()}
         return self.head(self.norm(x)), following
 

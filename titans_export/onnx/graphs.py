@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ..model import Call, Graph, StreamModel
 from ..model import hyper_connection as hyper
+from ..model.exported import collected_parts
 from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS
+from ..safetensors_file import Array
 from .functions import build_memory_function
 from .hyper_connection import build_hyper_connection_function
-from .tracing import trace
+from .mapped import check_structure
+from .parts import insert_parts
+from .tracing import to_proto, trace_ir
+from .weights import take_large
 
 POSITION, LEARN = "position", "learn"
 NEXT = ".next"
@@ -61,24 +69,48 @@ def example_inputs(model: StreamModel, tokens: int) -> Tensor:
     return torch.zeros(1, tokens, model.input.size)
 
 
-def export_graph(model: StreamModel, graph: Graph) -> onnx.ModelProto:
-    """Exports one graph of the schedule, for one stream. Its initialisers are inside, named `model.` and the
+@dataclass(frozen=True)
+class TracedGraph:
+    """A traced graph. proto: without the large initialisers, which refer to external data at no place yet. large: their
+    values by name, which share the model's memory if they are parameters.
+    """
+
+    proto: onnx.ModelProto
+    large: dict[str, Array]
+
+
+def trace_graph(model: StreamModel, graph: Graph) -> TracedGraph:
+    """Traces one graph of the schedule, for one stream. Initialisers that are parameters are named `model.` and the
     parameter's name.
     """
     state = model.initial_state(1)
     names = list(state)
     position, learn = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-    proto = trace(
-        _Call(model, names, graph),
-        (
-            example_inputs(model, graph.tokens),
-            position,
-            learn,
-            *(value.detach().clone() for value in state.values()),
-        ),
-        [model.input.name, POSITION, LEARN, *names],
-        [model.output.name, *(name + NEXT for name in names)],
-    )
+    with collected_parts() as parts:
+        traced = trace_ir(
+            _Call(model, names, graph),
+            (
+                example_inputs(model, graph.tokens),
+                position,
+                learn,
+                *(value.detach().clone() for value in state.values()),
+            ),
+            [model.input.name, POSITION, LEARN, *names],
+            [model.output.name, *(name + NEXT for name in names)],
+        )
+    if parts:
+        insert_parts(traced, parts.values())
+    large = take_large(traced)
+    proto = to_proto(traced)
     _attach_functions(proto)
-    onnx.checker.check_model(proto)
-    return proto
+    check_structure(proto)
+    return TracedGraph(proto, large)
+
+
+def export_graph(model: StreamModel, graph: Graph) -> onnx.ModelProto:
+    """`trace_graph` with all initialisers inside the graph, for models below protobuf's limit of 2 GiB."""
+    traced = trace_graph(model, graph)
+    for tensor in traced.proto.graph.initializer:
+        if tensor.name in traced.large:
+            tensor.CopyFrom(numpy_helper.from_array(traced.large[tensor.name], tensor.name))
+    return traced.proto

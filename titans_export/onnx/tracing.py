@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ IR_VERSION = 10  # the first with function overloads
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides the exporter's notes on optional packages and its deprecation warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
@@ -44,11 +45,9 @@ def _strip(graph: onnx.GraphProto) -> None:
                 _strip(attribute.g)
 
 
-def trace(
-    module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    """Traces the module to an ONNX model of fixed shapes, without machine-dependent metadata."""
-    with _quiet(), torch.no_grad():
+def trace_ir(module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """Traces the module to an optimised model of fixed shapes, whose initialisers share the memory of the tensors."""
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             args,
@@ -59,9 +58,21 @@ def trace(
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    return program.model
+
+
+def to_proto(traced: ir.Model) -> onnx.ModelProto:
+    """The traced model with its initialisers, without machine-dependent metadata."""
+    model = ir.to_proto(traced)
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "titans-export", ""
     model.ClearField("metadata_props")
     _strip(model.graph)
     return model
+
+
+def trace(
+    module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """Traces the module to an ONNX model of fixed shapes, without machine-dependent metadata."""
+    return to_proto(trace_ir(module, args, inputs, outputs))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import xxhash
 from onnx.external_data_helper import uses_external_data
 
@@ -16,14 +18,32 @@ from .nodes import subgraphs
 PARAMETER_PREFIX = "model."
 
 
+def take_large(model: ir.Model) -> dict[str, Array]:
+    """Takes the values of large initialisers out of a traced model, without a copy. They become external data whose
+    place is not known yet, as protobuf messages are limited to 2 GiB.
+    """
+    large: dict[str, Array] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes >= SMALL_BYTES:
+            large[name] = tensor.numpy()
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor("", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return large
+
+
 def share_weights(
-    models: dict[str, onnx.ModelProto], path: Path, named: str | None = PARAMETER_PREFIX
+    models: dict[str, onnx.ModelProto],
+    path: Path,
+    named: str | None = PARAMETER_PREFIX,
+    large: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, list[str]]:
     """Moves the models' large initialisers to `path`; the graphs will lie in the same folder. models: by graph name.
 
-    Initialisers whose names begin with `named` (parameters) keep their names. Others are named by content, so equal
-    ones merge. References with relative paths stay; mapped ones are copied to `path`. Returns the shared initialisers'
-    names by graph.
+    large: by graph, values that `take_large` took out of its model. Initialisers whose names begin with `named`
+    (parameters) keep their names. Others are named by content, so equal ones merge. References with relative paths
+    stay; mapped ones are copied to `path`. Returns the shared initialisers' names by graph.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
@@ -31,10 +51,11 @@ def share_weights(
         renamed = {}
         elsewhere = set()
         for tensor in model.graph.initializer:
-            if uses_external_data(tensor) and not is_mapped(tensor):
+            taken = (large or {}).get(graph, {}).get(tensor.name)
+            if taken is None and uses_external_data(tensor) and not is_mapped(tensor):
                 elsewhere.add(tensor.name)
                 continue
-            value = value_of(tensor)
+            value = value_of(tensor) if taken is None else taken
             if value.nbytes < SMALL_BYTES:
                 continue
             if named is None or not tensor.name.startswith(named):
