@@ -1,15 +1,15 @@
-"""What a memory in bfloat16 costs: a trained model over real text, its memory rounded at the end of each chunk.
+"""Measures the cost of bfloat16 memory: a trained model reads real text, and its memory is rounded after each chunk.
 
     python -m benchmarks.bfloat16_memory examples/checkpoints/mac-bytes --text book.txt
 
-Two measurements over the same tokens, line by line along the stream:
+Both measurements read the same tokens. Each output line covers one part of the stream:
 
-- the whole model in PyTorch, once as it is and once with W and S rounded to bfloat16 after each chunk (what the kernel
-  does with bfloat16 memories, see tests/plugins/test_kernel.py): bits per byte, and how far logits are apart;
-- each memory layer by itself: the operands that the unrounded model gave it go through the CPU kernel in either dtype
-  and through the reference in float64: relative error of retrievals y (root mean square) and of W.
+- Whole model, in PyTorch: once unchanged, once with W and S rounded to bfloat16 after each chunk, as the kernel does
+  (tests/plugins/test_kernel.py). Reports bits per byte and the difference of logits.
+- Each memory layer alone: the operands of the unrounded model go through the CPU kernel in both dtypes and through the
+  float64 reference. Reports the relative error of the retrievals y (root mean square) and of W.
 
-Without --text the stream is the standard library's sources, as in benchmarks.long_stream.
+Without --text the stream is the source of the standard library, as in benchmarks.long_stream.
 """
 
 from __future__ import annotations
@@ -185,10 +185,10 @@ def measure(model: Any, tokens: Tensor, window: int) -> tuple[list[dict[str, Any
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
-@click.option("--text", type=click.Path(path_type=Path, exists=True), help="A text, as bytes.")
+@click.option("--text", type=click.Path(path_type=Path, exists=True), help="Text file, read as bytes.")
 @click.option("--tokens", type=click.IntRange(1), default=100_096, show_default=True)
-@click.option("--window", type=click.IntRange(1), default=10_000, show_default=True, help="Tokens a line.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the JSON.")
+@click.option("--window", type=click.IntRange(1), default=10_000, show_default=True, help="Tokens per output line.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Result file to write.")
 @torch.no_grad()
 def main(checkpoint: Path, text: Path | None, tokens: int, window: int, output: Path | None) -> None:
     model = titans.load(checkpoint).model.eval()

@@ -1,6 +1,6 @@
-"""The cases that a GPU is timed and checked with: rows of the layer benchmark, and small cases for sanitizers.
+"""Cases for timing and checking a GPU: rows of the layer benchmark, and small cases for sanitizers.
 
-Sizes suit a GPU: enough heads times streams to fill it, and one stream, which cannot fill it.
+Sizes suit a GPU. One set has enough heads and streams to fill it; the other has one stream, which cannot fill it.
 """
 
 from __future__ import annotations

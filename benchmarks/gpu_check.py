@@ -1,12 +1,12 @@
-"""Builds, tests, sanitizes and times the CUDA kernel on this machine's NVIDIA GPU, and writes one JSON.
+"""Builds, tests, sanitizes and times the CUDA kernel on this machine's NVIDIA GPU, and writes one JSON file.
 
-    tools/gpu_check -o gpu.json                  everything
-    tools/gpu_check -o gpu.json --part time      one part; the others stay in the file as they are
+    tools/gpu_check -o gpu.json                                everything
+    tools/gpu_check -o gpu.json --part time                    one part; the others keep their results
     tools/gpu_check -o gpu.json --part time --seconds 540      in pieces: finished rows are not measured again
 
-The parts: build, test, plugin (with TensorRT's headers), sanitize, time, engines. Needs a GPU with its driver, the CUDA
-toolkit, CMake, the headers that tools/fetch_deps gets, PyTorch with CUDA, numpy, safetensors and pytest. Exit codes: 0
-done, 1 failed, 2 usage, 4 this machine lacks something. What could not run is in the JSON with its reason.
+Parts: build, test, plugin (with TensorRT's headers), sanitize, time, engines. Needs a GPU with its driver, the CUDA
+toolkit, CMake, the headers of tools/fetch_deps, PyTorch with CUDA, numpy, safetensors and pytest. Exit codes: 0 done,
+1 failed, 2 usage, 4 a requirement is missing. The JSON lists skipped work with the reason.
 """
 
 from __future__ import annotations
@@ -117,17 +117,19 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
     parser = argparse.ArgumentParser(
         WHAT, description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the JSON to write, or to add to")
-    parser.add_argument("--part", action="append", choices=PARTS, help="this part only; may be given again")
-    parser.add_argument("--row", action="append", default=[], help="time: this row only; may be given again")
-    parser.add_argument("--again", action="store_true", help="time: measure rows that the file has already")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="of a part at most (default 3600)")
-    parser.add_argument("--row-seconds", type=float, default=240.0, help="time: what a row is given (default 240)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="build: compiles at a time")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write or extend")
+    parser.add_argument("--part", action="append", choices=PARTS, help="run only this part; repeatable")
+    parser.add_argument("--row", action="append", default=[], help="time: measure only this row; repeatable")
+    parser.add_argument("--again", action="store_true", help="time: measure finished rows again")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time limit of a part (default 3600)")
+    parser.add_argument("--row-seconds", type=float, default=240.0, help="time: time limit of a row (default 240)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="build: parallel compiles")
     parser.add_argument(
-        "--tensorrt-root", default=os.environ.get("TENSORRT_ROOT"), help="folder with TensorRT's include/"
+        "--tensorrt-root", default=os.environ.get("TENSORRT_ROOT"), help="folder that contains TensorRT's include/"
     )
-    parser.add_argument("--bundle", type=Path, default=Path("build/test/mac-bytes.titans"), help="engines: what to run")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("build/test/mac-bytes.titans"), help="engines: bundles to run"
+    )
     return parser.parse_args(arguments)
 
 

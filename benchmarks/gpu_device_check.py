@@ -1,13 +1,12 @@
-"""Builds the plugin and the engines on this machine, with its own TensorRT, runs them, and writes one JSON.
+"""Builds the plugin and the engines with this machine's TensorRT, runs them, and writes one JSON file.
 
     tools/device_check BUNDLE --target orin-agx -o orin.json
     tools/device_check BUNDLE --target orin-agx -o orin.json --part engines --precision fp16
 
-The parts: build (the runtime, the kernel and the plugin, compiled here), engines (one for each way of keeping the
-memory in one buffer), run (golden logits from the saved engines, a long stream beside the CPU's, times with the power
-mode). Needs TensorRT with its Python module and headers, the CUDA toolkit, CMake and the titans-export package;
-tools/docker has images with all of it. Exit codes: 0 done, 1 failed, 2 usage, 3 logits differ, 4 this machine lacks
-something.
+Parts: build (runtime, kernel and plugin), engines (one per way of keeping the memory in one buffer), run (golden logits
+of the saved engines, a long stream compared with the CPU, times with the power mode). Needs TensorRT with its Python
+module and headers, the CUDA toolkit, CMake and the titans-export package; the images of tools/docker contain them.
+Exit codes: 0 done, 1 failed, 2 usage, 3 logits differ, 4 a requirement is missing.
 """
 
 from __future__ import annotations
@@ -155,14 +154,14 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
         WHAT, description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--target", required=True, help="as titans-export build --list-targets has it")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the JSON to write, or to add to")
-    parser.add_argument("--part", action="append", choices=PARTS, help="this part only; may be given again")
+    parser.add_argument("--target", required=True, help="a target of titans-export build --list-targets")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write or extend")
+    parser.add_argument("--part", action="append", choices=PARTS, help="run only this part; repeatable")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of the long stream (default 100000)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiles at a time")
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the long stream (default 100000)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel compiles")
     root = os.environ.get("TENSORRT_ROOT")
-    parser.add_argument("--tensorrt-root", default=root, help="folder that holds TensorRT's include/")
+    parser.add_argument("--tensorrt-root", default=root, help="folder that contains TensorRT's include/")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Generate the table of docs/support-matrix.md from the result files and benchmarks/support.json.
+"""Generates the table of docs/support-matrix.md from the result files and benchmarks/support.json.
 
 python -m benchmarks.gpu_matrix            writes it between the page's markers
 python -m benchmarks.gpu_matrix --check    exit code 1 if the page differs

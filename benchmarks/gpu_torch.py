@@ -1,7 +1,7 @@
 """The same mathematics in PyTorch on a device: eager and through torch.compile, with and without one CUDA graph.
 
 Chunked matmuls and cached decoding come from `titans_export.model.memory` and the CPU benchmark's baselines. Each form
-is checked against the recurrence before it is timed.
+is checked against the recurrence before timing.
 """
 
 from __future__ import annotations

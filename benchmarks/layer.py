@@ -1,9 +1,9 @@
-"""One memory layer, side by side: how fast each baseline computes the operator, and how near that is to the machine.
+"""Benchmarks one memory layer: the speed of each baseline, and its share of the machine's limits.
 
     python -m benchmarks.layer                                      all rows and baselines
     python -m benchmarks.layer --row mlp-decode --baseline kernel --baseline torch-compile --rounds 5
 
-Every baseline's answer is compared with a float64 recurrence first. One that is wrong is reported without a speed, and
+Each baseline's answer is first compared with a float64 recurrence. An incorrect baseline is reported without a speed;
 the exit code is 3.
 """
 
@@ -121,17 +121,17 @@ def _say(text: str) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--row", "chosen_rows", multiple=True, help="Measure this row only; may be given again.")
-@click.option("--baseline", "chosen", multiple=True, help="Only this one, or a module; may be given again.")
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns of each baseline.")
+@click.option("--row", "chosen_rows", multiple=True, help="Measure only this row; repeatable.")
+@click.option("--baseline", "chosen", multiple=True, help="Run only this baseline, by name or module; repeatable.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds per baseline.")
 @click.option("--head-dim", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--hidden", type=click.IntRange(1), default=256, show_default=True, help="Hidden width of the MLP.")
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--streams", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--chunk", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of a pass of prefill.")
-@click.option("--decode-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a pass of decode.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens per prefill pass.")
+@click.option("--decode-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens per decode pass.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads per baseline.  [default: all cores]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")
 def main(
     chosen_rows: tuple[str, ...],

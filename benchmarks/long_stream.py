@@ -1,12 +1,14 @@
-"""A very long stream through the runtime: memory must not grow, speed must not fall, and the model must stay sane.
+"""Runs a very long stream and checks that memory use and speed stay constant and outputs stay finite.
 
     python -m benchmarks.long_stream build/bench/mac-bytes.titans -o long-stream.json
     python -m benchmarks.long_stream build/bench/mac-bytes.titans --decode --tokens 300000
 
-BUNDLE is any whose tokens are bytes, of titans-pytorch too. Without --text the stream is source code: the .py files of
-Python's standard library and then of installed packages, none twice. The exit code is 3 where memory grew by 1 MiB or
-more between the first 10,000 tokens and the end, where the speed of the last 100,000 tokens differs by more than 5 %
-from that of the first 100,000 after those, or where the probability of a token was no number.
+BUNDLE has bytes as tokens. Without --text the stream is source code: the .py files of Python's standard library, then
+those of installed packages, each once. The exit code is 3 in three cases:
+
+- Memory use grows by 1 MiB or more between token 10,000 and the end.
+- The speed of the last 100,000 tokens differs by more than 5 % from that of the first 100,000 after token 10,000.
+- The probability of a token is not finite.
 """
 
 from __future__ import annotations
@@ -83,10 +85,10 @@ def judge(result: dict[str, Any]) -> list[str]:
 
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Another text.")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text file to read instead.")
 @click.option("--tokens", type=click.IntRange(SETTLED + 2 * WINDOW), default=2_110_000, show_default=True)
-@click.option("--decode", is_flag=True, help="Token by token, instead of in pieces of 5,000.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="[default: all cores]")
+@click.option("--decode", is_flag=True, help="Feed single tokens, not pieces of 5,000.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads.  [default: all cores]")
 @click.option("--memory-kernel", type=click.Choice(("auto", "require", "off")), default="auto", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")
 def main(

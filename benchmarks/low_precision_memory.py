@@ -1,9 +1,9 @@
-"""What a memory in fewer bits costs in time: a decoded token on the bare CPU kernel, one thread.
+"""Measures the time cost of low-precision memory: one decoded token on the bare CPU kernel, one thread.
 
     python -m benchmarks.low_precision_memory -o benchmarks/results/cpu-stored-memory-DATE.json
 
-Memory dtypes, roundings and instruction sets are interleaved. "within" is the median of
-tokens that complete no chunk, "mean" the median per token of whole chunks, their end included.
+Memory dtypes, roundings and instruction sets are interleaved. "within" is the median of tokens that complete no chunk.
+"mean" is the median over whole chunks, per token and with the chunk update.
 """
 
 from __future__ import annotations

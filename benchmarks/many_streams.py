@@ -1,12 +1,13 @@
-"""A thousand live streams of one bundle: exact, as much memory as arithmetic says, and how fast in batches.
+"""Runs a thousand live streams of one bundle and checks results, memory use and batch speed.
 
     python -m benchmarks.many_streams build/bench/mac-bytes.titans -o many-streams.json
 
-Every stream is fed the same number of tokens of its own, in batches of one token each (step_batch). Sampled streams are
-then compared, bit by bit, with streams that were alone. The same is done with a memory budget for a tenth of them, the
-others spilled. Speeds are of a few hundred streams that fit, a batch against a loop of single steps, in turns. The exit
-code is 3 where a bit differs, or where resident memory grew by other than state_bytes times streams, or than the
-budget, by more than a tenth and 32 MiB.
+Each stream gets its own tokens, all the same number, in batches with one token per stream (step_batch). A sample of the
+streams is compared bit by bit with streams that run alone. A second pass has a memory budget for a tenth of the streams
+and spills the rest. Speeds come from a few hundred streams that fit: a batch and a loop of single steps, interleaved.
+
+The exit code is 3 if a bit differs, or if resident memory misses its expected growth by more than a tenth and 32 MiB.
+Expected are state_bytes times streams, or the budget.
 """
 
 from __future__ import annotations
@@ -128,8 +129,10 @@ def judge(name: str, run: dict[str, Any], expected: int) -> list[str]:
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--streams", type=click.IntRange(SAMPLES), default=1000, show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="For each stream.")
-@click.option("--budget-tokens", type=click.IntRange(1), default=3, show_default=True, help="The same with a budget.")
+@click.option("--tokens", type=click.IntRange(1), default=40, show_default=True, help="Tokens per stream.")
+@click.option(
+    "--budget-tokens", type=click.IntRange(1), default=3, show_default=True, help="Tokens per stream with a budget."
+)
 @click.option("--timed-streams", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--turns", type=click.IntRange(1), default=16, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Result file to write.")

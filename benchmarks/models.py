@@ -1,4 +1,4 @@
-"""Whole models, side by side: `titans-export bench` over the example checkpoints, a result file for each.
+"""Benchmarks whole models: runs `titans-export bench` on the example checkpoints and writes a result file for each.
 
 python -m benchmarks.models                         all of them
 python -m benchmarks.models --model recall --rounds 5
@@ -40,9 +40,15 @@ def run(*arguments: object, **options: object) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), help="May be given again.  [default: all]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(MODELS),
+    help="Run only this model; repeatable.  [default: all]",
+)
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads per baseline.  [default: all cores]")
 @click.option("--output-folder", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, show_default=False)
 def main(models: tuple[str, ...], rounds: int, threads: int, output_folder: Path) -> None:
     for model in models or MODELS:

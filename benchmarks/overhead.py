@@ -1,13 +1,14 @@
-"""What a decoded token costs in the runtime beyond its call of ONNX Runtime, side by side.
+"""Measures the cost of a decoded token in the runtime beyond its ONNX Runtime call.
 
     python -m benchmarks.overhead build/bench/mac-bytes.titans -o overhead.json
 
-The floor is the same graph with the same weights, memory kernel, options and state on ONNX Runtime alone: inputs and
-outputs are bound once, state in place is one buffer, and Python calls it with nothing between. Beside it are the C
-interface's titans_stream_step, called the same way, with and without a guard, and the Python package's Stream.step. All
-consume the same tokens in turns and must end with the same logits, bit by bit. Each number is of whole turns, so that
-chunks that are completed count. There is one thread, and what is counted is the time that it computes: others on the
-machine then disturb less, though through the caches they still do.
+The floor is ONNX Runtime alone with the same graph, weights, memory kernel, options and state. Its inputs and outputs
+are bound once, the state is updated in place, and Python calls it directly. The floor is compared with the C function
+titans_stream_step, called the same way with and without a guard, and with Stream.step of the Python package.
+
+All consume the same tokens in interleaved rounds and must end with identical logits. Each number covers whole rounds,
+so chunk updates count. There is one thread, and only its CPU time counts. This reduces the effect of other processes
+but not that of shared caches.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def time_turn(step: Step, tokens: list[int]) -> float:
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--rounds", type=click.IntRange(1), default=41, show_default=True)
-@click.option("--turn", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a turn.")
+@click.option("--turn", type=click.IntRange(1), default=256, show_default=True, help="Tokens per round.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path))
 def main(bundle: Path, rounds: int, turn: int, output: Path | None) -> None:
     session = titans_runtime.Session(bundle, threads=1, memory_kernel="require", engine="none")

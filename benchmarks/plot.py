@@ -1,4 +1,4 @@
-"""The picture of docs/benchmarks.md, from the newest result of the layer benchmark: ratios, and shares of the machine.
+"""Draws the plot of docs/benchmarks.md from the newest layer result: ratios, and shares of the machine's limits.
 
 python -m benchmarks.plot
 """

@@ -1,15 +1,15 @@
-"""What quantising costs and gives: each recipe beside float32, over long streams, in one pass.
+"""Measures the accuracy and speed of each recipe against float32, over long streams.
 
     python -m benchmarks.quantization --calibration part.txt --text book.txt
     python -m benchmarks.quantization --calibration part.txt --text book.txt --model mac-bytes --recipe int8
 
-Of each model: every recipe's bundle is made from the calibration text, all of them read the same stream beside the
-float32 bundle (`titans_export.drift`), recall is measured, and speeds are measured turn by turn, of the engines that
-`titans-export build --target cpu` makes. The recall task's model has its own data, drawn from seeds. A model with
-random weights is timed alone.
+For each model, the calibration text yields one bundle per recipe. All bundles read the same stream as the float32
+bundle (`titans_export.drift`). Then recall is measured, and interleaved speeds of the engines of
+`titans-export build --target cpu`. The recall model has its own data, drawn from seeds. A model with random weights is
+only timed.
 
-What was measured of a model is kept in the work folder, drift and speeds apart, and not measured again but with
---again; so speeds may be taken once the machine is quiet. A result file holds all models that were measured so far.
+Results stay in the work folder, drift and speeds in separate files; --again measures them anew. Speeds can therefore be
+measured later, on an idle machine. A result file contains all models measured so far.
 """
 
 from __future__ import annotations
@@ -346,22 +346,25 @@ def _say(text: str) -> None:
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("--model", "models", multiple=True, type=click.Choice([model.name for model in MODELS]))
 @click.option(
-    "--recipe", "recipes", multiple=True, help="Built-in recipe or FILE.toml.  [default: all that a CPU runs]"
+    "--recipe", "recipes", multiple=True, help="Built-in recipe or FILE.toml.  [default: every recipe for CPUs]"
 )
-@click.option("--tokens", type=click.IntRange(1), help="Tokens of a stream at most.  [default: the model's own]")
+@click.option("--tokens", type=click.IntRange(1), help="Maximum tokens per stream.  [default: the model's own]")
 @click.option("--calibration-tokens", type=click.IntRange(1), default=1 << 15, show_default=True)
 @click.option("--window", type=click.IntRange(1), default=1 << 15, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--prefill-tokens", type=click.IntRange(1), default=2048, show_default=True)
 @click.option("--decode-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=WORK, show_default=False)
 @click.option(
-    "--again", type=click.Choice(["drift", "times", "all"]), help="Measure anew what was measured before; bundles stay."
+    "--again", type=click.Choice(["drift", "times", "all"]), help="Repeat finished measurements; bundles are kept."
 )
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: in benchmarks/results]"
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Result file to write.  [default: in benchmarks/results]",
 )
 def main(
     models: tuple[str, ...],

@@ -1,18 +1,17 @@
-"""What keeping a stream costs: saving and restoring beside a plain copy of the same bytes, and marks and forks.
+"""Measures state operations: save and restore compared with a plain copy of the same bytes, and marks and forks.
 
     python -m benchmarks.state build/test/mac-bytes.titans [MORE.titans ...] [--folder DISK] [-o RESULT.json]
 
-All of it takes turns within each round, so that a disk which is slow for a while is slow for all:
+All operations are interleaved within each round, so a slow phase of the disk affects all of them:
 
-- `save`: Stream.save, which waits for the disk; `write`: the very bytes of that file written to a new file, which then
-  is synchronised (fsync); `copy`: the file copied to a new one, likewise synchronised; `replace`: as `write`, and the
-  new file renamed and its folder synchronised, which is what it takes to replace a file; `save_encrypted`, with a key;
-- `restore`: Session.restore, a stream included; `read`: the file read into memory, which the system has cached;
-  `create`: a fresh stream;
-- `mark`, `rewind`, `fork`, in memory; `fork_and_step`: a fork that consumes a token, and `step`, a token alone;
-  `memory_copy`: a copy of the same bytes in memory.
+- `save`: Stream.save, which waits for the disk; `save_encrypted`: the same with a key.
+- `write`: the bytes of that file written to a new file, then fsync. `copy`: a copy of the file, then fsync.
+- `replace`: as `write`, then the new file is renamed and its folder synchronised, as replacing a file requires.
+- `restore`: Session.restore, including the stream. `read`: the cached file read into memory. `create`: a new stream.
+- `mark`, `rewind` and `fork`, in memory. `fork_and_step`: a fork that consumes a token. `step`: one token.
+- `memory_copy`: a copy of the same bytes in memory.
 
-`folder` should be on the disk that is asked about: by default it is that of temporary files.
+--folder selects the disk. The default is the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -133,7 +132,11 @@ def fork_and_step(stream: rt.Stream) -> rt.Stream:
 
 @click.command(help=__doc__)
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where files go.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder for the files, on the disk to measure.",
+)
 @click.option("--rounds", default=40, show_default=True, type=click.IntRange(3))
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False))
 def main(bundles: tuple[Path, ...], folder: Path | None, rounds: int, output: Path | None) -> None:

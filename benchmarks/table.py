@@ -1,4 +1,4 @@
-"""Generate the tables of docs/benchmarks.md and docs/quantization.md from the newest result files.
+"""Generates the tables of docs/benchmarks.md and docs/quantization.md from the newest result files.
 
 python -m benchmarks.table            writes them between the pages' markers
 python -m benchmarks.table --check    exit code 1 if a page differs
@@ -401,7 +401,7 @@ def _size(count: int | None) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--check", is_flag=True, help="Only compare.")
+@click.option("--check", is_flag=True, help="Compare without writing.")
 def main(check: bool) -> None:
     for page, contents in ((DOCUMENT, blocks()), (QUANTIZATION, quantization_blocks())):
         text = page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Real text that every machine has, about two million bytes: the sources of Python and of its packages."""
+"""Real text for benchmarks, about two million bytes: the sources of Python and its packages."""
 
 from __future__ import annotations
 

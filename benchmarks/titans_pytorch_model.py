@@ -1,13 +1,15 @@
-"""A whole model of titans-pytorch, side by side with the library itself, and where the runtime's time goes.
+"""Benchmarks a whole titans-pytorch model against the library, and profiles the runtime.
 
-    python -m benchmarks.titans_pytorch_model                         measures, and writes a result file
-    python -m benchmarks.titans_pytorch_model --export --rounds 5     exports the bundle anew first
-    python -m benchmarks.titans_pytorch_model --profile               only where the runtime's time goes
+    python -m benchmarks.titans_pytorch_model                         measures and writes a result file
+    python -m benchmarks.titans_pytorch_model --export --rounds 5     exports the bundle again first
+    python -m benchmarks.titans_pytorch_model --profile               only profiles the runtime
 
-The model is that of the library's script train_mac.py with random weights, exported to build/bench. Baselines: the
-runtime; the same mathematics in PyTorch, through torch.compile and eager; the library. First all logits of a stream are
-compared with the golden ones: of the library those of its parallel forward; how far its cached decoding is from it is
-only reported, since that deviates. The exit code is 3 where a baseline is wrong.
+The model is that of the library's script train_mac.py with random weights, exported to build/bench. The baselines are
+the runtime, the same mathematics in PyTorch (torch.compile and eager), and the library.
+
+First all logits of a stream are compared with the golden ones; the library's are those of its parallel forward. The
+exit code is 3 if a baseline is incorrect. The library's cached decoding deviates from its parallel forward, so its
+error is only reported.
 """
 
 from __future__ import annotations
@@ -454,13 +456,17 @@ def subject_in(folder: Path) -> Subject:
 
 
 @click.command(help=__doc__)
-@click.option("--baseline", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this; may be given again.")
+@click.option(
+    "--baseline", "chosen", multiple=True, type=click.Choice(NAMES), help="Run only this baseline; repeatable."
+)
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of prefill and prompt.")
+@click.option(
+    "--prompt", type=click.IntRange(1), default=512, show_default=True, help="Tokens of the prefill and of the prompt."
+)
 @click.option("--decode-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of every baseline.  [default: all cores]")
-@click.option("--export", "anew", is_flag=True, help="Export the bundle anew; takes minutes.")
-@click.option("--profile", "profile_only", is_flag=True, help="Only say where the runtime's time goes.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads per baseline.  [default: all cores]")
+@click.option("--export", "anew", is_flag=True, help="Export the bundle again; takes minutes.")
+@click.option("--profile", "profile_only", is_flag=True, help="Only profile the runtime.")
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "build" / "bench")
 @click.option("--output-folder", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, show_default=False)
 def main(

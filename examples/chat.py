@@ -124,10 +124,12 @@ def talk(chat: Chat) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A chat that remembers.", epilog=" ".join(COMMANDS))
+    parser = argparse.ArgumentParser(description="Chats with a model whose memory persists.", epilog=" ".join(COMMANDS))
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--state", type=Path, default=Path("chat.tstate"), help="file of the memory (chat.tstate)")
-    parser.add_argument("--key-file", type=Path, help="32 bytes; the memory's file is encrypted with them")
+    parser.add_argument(
+        "--state", type=Path, default=Path("chat.tstate"), help="state file with the memory (chat.tstate)"
+    )
+    parser.add_argument("--key-file", type=Path, help="file with 32 bytes, the key that encrypts the state file")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))  # sys.exit passes through `finally`
     try:

@@ -181,12 +181,12 @@ def recall(session: rt.Session, learn: bool) -> tuple[float, list[tuple[int, int
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Shows what titans-export does.")
-    parser.add_argument("--text", type=Path, help="text to read (default: Python's own reference of topics)")
+    parser = argparse.ArgumentParser(description="Demonstrates titans-export in four steps.")
+    parser.add_argument("--text", type=Path, help="text to read (default: Python's topics reference)")
     parser.add_argument(
-        "--checkpoints", type=Path, default=ROOT / "examples" / "checkpoints", help="folder of the models"
+        "--checkpoints", type=Path, default=ROOT / "examples" / "checkpoints", help="folder with the checkpoints"
     )
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "demo", help="where the bundles go")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "demo", help="folder for the bundles")
     options = parser.parse_args(arguments)
     if options.text is None:
         from pydoc_data import topics

@@ -146,13 +146,13 @@ def _printable(line: bytes) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Finds odd lines in a log.")
+    parser = argparse.ArgumentParser(description="Finds unusual lines in a log.")
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--follow", type=Path, metavar="FILE", help="read this file as it grows, not stdin")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="keep what has been learned in this file")
-    parser.add_argument("--threshold", type=float, default=6.0, help="z-score from which a line is odd (6)")
-    parser.add_argument("--window", type=int, default=500, help="lines that say what is usual (500)")
-    parser.add_argument("--warm-up", type=int, default=50, help="lines before the first is judged (50)")
+    parser.add_argument("--follow", type=Path, metavar="FILE", help="follow this file as it grows, not stdin")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="state file that keeps the memory")
+    parser.add_argument("--threshold", type=float, default=6.0, help="minimum z-score of an unusual line (6)")
+    parser.add_argument("--window", type=int, default=500, help="recent lines to compare with (500)")
+    parser.add_argument("--warm-up", type=int, default=50, help="lines to read before the first finding (50)")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(0))  # sys.exit passes through `finally`
     try:

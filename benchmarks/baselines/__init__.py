@@ -1,4 +1,4 @@
-"""Baselines of the layer benchmark, one per file. A new baseline needs a file with a `BASELINE` and a line here."""
+"""Baselines of the layer benchmark, one per file. A new baseline needs a file with `BASELINE` and a row here."""
 
 from __future__ import annotations
 

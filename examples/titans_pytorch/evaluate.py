@@ -1,10 +1,10 @@
-"""Bits per byte of a byte-level titans-pytorch model: exported and streamed, and by the library's own parallel forward.
+"""Measures bits per byte of a byte-level titans-pytorch model: the exported stream, and the library's parallel forward.
 
     python examples/titans_pytorch/evaluate.py examples/checkpoints/titans-pytorch-bytes --data book.txt
 
-CHECKPOINT is a folder with model.json, and model.pt or model.safetensors. The text is the last tenth of the file, as
-train.py holds it out, read as one stream from a fresh memory; the library takes its first --library-bytes at once, in
-float32 and in float64. The first byte counts as uniform.
+CHECKPOINT is a folder with model.json, and model.pt or model.safetensors. The text is the last tenth of the file, which
+train.py holds out. It is read as one stream from a fresh memory. The library reads its first --library-bytes in one
+call, in float32 and in float64. The first byte counts as uniform.
 """
 
 from __future__ import annotations
@@ -75,10 +75,14 @@ def stream_bits(session: titans_runtime.Session, text: bytes, count: int) -> tup
 @click.command(help=__doc__)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Its export, if made.")
-@click.option("--bytes", "limit", type=click.IntRange(2), help="Only the first bytes of the held-out text.")
+@click.option(
+    "--bundle",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Bundle of the checkpoint, if exported.",
+)
+@click.option("--bytes", "limit", type=click.IntRange(2), help="Read only this many bytes of the held-out text.")
 @click.option("--library-bytes", type=click.IntRange(2), default=4096, show_default=True)
-@click.option("--whole-file", is_flag=True, help="The text from its first byte: a text that training never saw.")
+@click.option("--whole-file", is_flag=True, help="Read the whole file, which training has not seen.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(

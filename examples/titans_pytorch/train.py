@@ -3,8 +3,8 @@
     pip install titans-pytorch==0.5.5
     python examples/titans_pytorch/train.py --data book.txt -o out/
 
-The last tenth of the text is never trained on. Writes out/model.pt, a plain state dict, and out/model.json, the
-constructor's arguments, which is all that export needs:
+The last tenth of the text is held out. Writes out/model.pt, a plain state dict, and out/model.json, the constructor's
+arguments. The export needs only these:
 
     titans-export export out/model.pt --format titans-pytorch --config out/model.json -o model.titans
 """
@@ -85,9 +85,9 @@ def split(text: bytes) -> tuple[bytes, bytes]:
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--minutes", default=5.0, show_default=True, help="How long to train.")
+@click.option("--minutes", default=5.0, show_default=True, help="Training time.")
 @click.option("--batch", default=4, show_default=True)
-@click.option("--window", default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--window", default=256, show_default=True, help="Tokens per sequence.")
 @click.option("--learning-rate", default=2e-3, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)

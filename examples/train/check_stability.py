@@ -1,13 +1,16 @@
-"""Runs a checkpoint over a very long stream, its memory learning all the way, and records whether it stays healthy.
+"""Runs a checkpoint over a very long stream while its memory learns, and records the size of its memory.
 
     python examples/train/check_stability.py examples/checkpoints/recall -o recall.json
     python examples/train/check_stability.py examples/checkpoints/mac-bytes --data book.txt -o mac-bytes.json
 
-Without --data the stream is episodes of the recall task, one after the other. Every `--every` tokens a line records,
-as the worst over the stretch: max_y, the largest retrieval before any norm (a norm would hide one that grows); w_norm
-and s_norm, the Frobenius norms of the fast weights and of their accumulated surprise, after each block; and for the
-stretch's last block lambda_max, the largest eigenvalue of sum_s A_s k_s k_s^T over a chunk, which is half of the factor
-that a linear memory's update pulls on its weights with: a contraction stays below 1.
+Without --data the stream is a sequence of recall episodes. Every `--every` tokens, a line records the maximum over the
+interval of:
+
+- max_y: the largest retrieval before any norm, because a norm would hide growth.
+- w_norm, s_norm: the Frobenius norms of the fast weights and of their accumulated surprise, after each block.
+
+It also records lambda_max of the interval's last block: the largest eigenvalue of sum_s A_s k_s k_s^T over a chunk.
+This is half the factor by which a linear memory's update shrinks its weights; a contraction stays below 1.
 """
 
 from __future__ import annotations
@@ -194,13 +197,17 @@ def _processor() -> str:
 @click.command(help=__doc__)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text, for a byte model.")
+@click.option(
+    "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text file for a byte-level model."
+)
 @click.option("--tokens", default=2_000_000, show_default=True)
-@click.option("--every", default=50_000, show_default=True, help="Tokens between two lines.")
-@click.option("--block", default=512, show_default=True, help="Tokens a call; a multiple of the chunk and the segment.")
-@click.option("--pairs", default=16, show_default=True, help="Of a recall episode.")
-@click.option("--filler", default=256, show_default=True, help="Of a recall episode.")
-@click.option("--seed", default=0, show_default=True, help="Of the recall episodes.")
+@click.option("--every", default=50_000, show_default=True, help="Tokens between two lines of the record.")
+@click.option(
+    "--block", default=512, show_default=True, help="Tokens per call; a multiple of the chunk and the segment."
+)
+@click.option("--pairs", default=16, show_default=True, help="Pairs per recall episode.")
+@click.option("--filler", default=256, show_default=True, help="Filler tokens per recall episode.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the recall episodes.")
 @click.option("--threads", default=1, show_default=True)
 def main(
     checkpoint: Path,

@@ -1,9 +1,9 @@
-"""Bits per byte of a byte-level checkpoint on text it was not trained on, with its memory learning and frozen.
+"""Measures bits per byte of a byte-level checkpoint on held-out text, with its memory learning and frozen.
 
     python examples/train/evaluate_bytes.py examples/checkpoints/mac-bytes --data book.txt
 
-The text is the last tenth of the file, as train_bytes.py holds it out, read as one stream from a fresh memory. The
-numbers go into the checkpoint's training.json.
+The text is the last tenth of the file, which train_bytes.py holds out. It is read as one stream from a fresh memory.
+The numbers go into the checkpoint's training.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def bits_per_byte(model: Titans, text: bytes, learn: bool, block: int = 512) -> 
 @click.command(help=__doc__)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
-@click.option("--bytes", "limit", type=int, help="Only the first bytes of the held-out text.")
+@click.option("--bytes", "limit", type=int, help="Read only this many bytes of the held-out text.")
 @click.option("--threads", default=1, show_default=True)
 def main(checkpoint: Path, data: Path, limit: int | None, threads: int) -> None:
     torch.set_num_threads(threads)

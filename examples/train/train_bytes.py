@@ -2,8 +2,8 @@
 
     python examples/train/train_bytes.py --data book.txt -o out/
 
-The last tenth of the first file is never trained on. Each row of a batch is a stream of its own that keeps its memory
-from window to window, so the model learns to live with a memory that has seen far more than one window.
+The last tenth of the first file is held out. Each row of a batch is one stream that keeps its memory between windows.
+The model therefore learns with a memory that has read far more than one window.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Streams(Task):
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--steps", default=1450, show_default=True)
 @click.option("--batch", default=8, show_default=True)
-@click.option("--window", default=512, show_default=True, help="Tokens a step; a multiple of the chunk.")
-@click.option("--windows", default=16, show_default=True, help="Windows before a stream starts anew.")
+@click.option("--window", default=512, show_default=True, help="Tokens per step; a multiple of the chunk.")
+@click.option("--windows", default=16, show_default=True, help="Windows before a stream is reset.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--learn/--frozen", default=True, help="Train with the memory learning or frozen, to compare.")
+@click.option("--learn/--frozen", default=True, help="Train with a learning or a frozen memory.")
 @click.option("--memory-depth", default=1, show_default=True)
 def main(
     data: tuple[Path, ...],

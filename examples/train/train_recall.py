@@ -2,10 +2,10 @@
 
     python examples/train/train_recall.py -o out/
 
-Attention sees 32 tokens, the question comes hundreds of tokens after the pair: only the memory can answer it. Episodes
-grow as the model learns. Attention is silent in the first levels, which take longer with it. In a level that is marked
-`carried`, every row of a batch is one endless stream of episodes, so the model also learns to let go of the pairs of an
-old episode.
+Attention covers 32 tokens, and a key is queried hundreds of tokens after its pair, so only the memory can answer.
+Episodes grow as the model learns. The first levels disable attention, because they take longer with it. In levels
+marked `carried`, every row of a batch is one endless stream of episodes. There the model also learns to forget the
+pairs of earlier episodes.
 """
 
 from __future__ import annotations

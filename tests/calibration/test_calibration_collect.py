@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 from calibration_tools import CALL, TOKENS
 from cli_tools import environment, reseal
 from safetensors.numpy import load_file
+from synthetic import MEMORY, Reference, Weights, write_bundle, write_manifest
 
 from titans_calibration.collect import Collected, collect, find_groups
 from titans_calibration.data import Data, read_data
@@ -28,6 +30,7 @@ from titans_export.errors import BundleError, MachineError
 from titans_export.model import Titans
 from titans_export.model.layers import Linear
 from titans_export.safetensors_file import write_safetensors
+from titans_export.schedule import calls
 
 pytest_plugins = ["calibration_fixtures"]
 torch.set_num_threads(1)
@@ -99,6 +102,33 @@ def test_memories_are_seen_after_each_call(model: Titans, collected: Collected, 
         low, high = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
         assert (low, high) == pytest.approx((float(min(right[name])), float(max(right[name]))), rel=1e-3, abs=1e-6)
         assert sorted(ranges) == [0, 1024]
+
+
+def test_fields_are_observed_by_kind_and_not_by_name(tmp_path: Path) -> None:
+    """An operator whose weights have a name that no operator of ours has, and whose counter has the name of weights."""
+    weights = Weights.random(width=6)
+    bundle = write_bundle(tmp_path / "foreign.titans", weights)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["state"][0]["layout"] = [
+        {"name": "traces", "offset": 0, "shape": [4, 6], "kind": "weights", "written": "chunk"},
+        {"name": "drive", "offset": 24, "shape": [2, 6], "kind": "surprise", "written": "chunk"},
+        {"name": "W0", "offset": 36, "shape": [2], "kind": "coefficient", "written": "token"},
+    ]
+    write_manifest(bundle, manifest)
+    streams = tuple(np.random.default_rng(seed).integers(0, 16, 21, np.int32) for seed in (1, 2))
+    found = collect(open_source(read_bundle(bundle)), Data(streams, ("a", "b"), 0)).memory
+
+    seen: list[npt.NDArray[np.float32]] = []
+    for stream in streams:
+        model, position = Reference(weights), 0
+        for _, graph in calls(read_bundle(bundle).manifest.graphs, 0, len(stream)):
+            model.feed(stream[position : position + graph.tokens])
+            position += graph.tokens
+            seen.append(model.memory)
+    right = {"traces": np.stack(seen)[:, :4], "drive": np.stack(seen)[:, 4:]}
+    assert set(found) == {f"{MEMORY}.{name}" for name in right}
+    for name, values in right.items():
+        assert found[f"{MEMORY}.{name}"] == {0: pytest.approx((values.min(), values.max()), rel=1e-5)}
 
 
 def test_function_bodies_show_what_the_kernel_shows(

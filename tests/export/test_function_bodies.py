@@ -21,7 +21,7 @@ from titans_export.onnx.tracing import IR_VERSION, OPSET
 from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS, NEURAL_MEMORY, VERSION, Operator
 from titans_export.operators.neural_memory import MODES
 
-HEADS, TOKENS, WIDTH, CHUNK = 2, 5, 4, 2
+HEADS, TOKENS, WIDTH, CHUNK = 2, 3, 4, 2
 TOKEN_SPEC = MemorySpec((WIDTH, 6, WIDTH), chunk_size=CHUNK)
 CHUNK_SPEC = ChunkMemorySpec(NetworkSpec("mlp", WIDTH, 2, 6), CHUNK, 2 * CHUNK, 1 / WIDTH)
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}

@@ -147,7 +147,7 @@ def check(how: str, case: Case) -> None:
     assert worst(*((a.double(), b.double()) for a, b in zip(found, expected, strict=True))) < TOLERANCE
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("tokens", [1, 5, 36])
 @pytest.mark.parametrize("width", [8, 384])
@@ -156,7 +156,7 @@ def test_it_is_the_librarys_connection(how: str, streams: int, width: int, token
     check(how, Case(streams, width, tokens))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("branch", [False, True], ids=["first", "branch"])
 @pytest.mark.parametrize("beta", [False, True], ids=["last", "beta"])

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError, UsageError
-from .memory import Fields, distances, kinds_of
+from ..row_fields import STORED_KINDS
+from .memory import Fields, Kinds, distances, kinds_of
 from .metrics import Drift, Floats, Meter, ReferenceOutputs, uniform
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def compare(
                 looked = position
                 memory = reference_stream.memory()
                 for name, stream in streams.items():
-                    meters[name].drift.memory += distances(position, _memory(stream, memory, name), memory, kinds)
+                    meters[name].drift.memory += distances(
+                        position, _memory(stream, memory, kinds, name), memory, kinds
+                    )
             progress(len(block))
     for meter in meters.values():
         meter.close()
@@ -134,12 +137,12 @@ def _feed(stream: titans_runtime.Stream, block: Inputs) -> tuple[NDArray[np.floa
     return outputs, time.perf_counter() - began
 
 
-def _memory(stream: titans_runtime.Stream, reference: Fields, name: str) -> Fields:
+def _memory(stream: titans_runtime.Stream, reference: Fields, kinds: Kinds, name: str) -> Fields:
     """The stream's memories. Raises BundleError if a shape differs from the reference."""
     got = stream.memory()
     for field_name, values in reference.items():
         shape = got[field_name].shape if field_name in got else None
-        if field_name.rpartition(".")[2][0] in "WSg" and shape != values.shape:
+        if kinds.get(field_name) in STORED_KINDS and shape != values.shape:
             problem = f"{field_name} of {name} has another shape: expected {values.shape}, got {shape}"
             raise BundleError("E0905", "drift", problem, "compare bundles of one model")
     return got
