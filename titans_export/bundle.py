@@ -10,6 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from .errors import BundleError
+from .files import utf8_path
 from .golden import GOLDEN, Golden, read_golden
 from .manifest import MANIFEST, FileRecord, Manifest, Quantization, read_manifest
 
@@ -62,7 +63,8 @@ class Bundle:
         """The state of a fresh stream, by name."""
         from safetensors.numpy import load_file
 
-        return load_file(self.path / self.manifest.initial_state.file)
+        with utf8_path(self.path / self.manifest.initial_state.file) as path:
+            return load_file(path)
 
 
 def read_bundle(path: Path) -> Bundle:

@@ -108,6 +108,29 @@ def check_file(target: Path | None) -> None:
     _try(target, _make_file)
 
 
+@contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """A name of the same file or folder for libraries that take UTF-8 only, valid within the block.
+
+    It is the path itself if that is UTF-8, else a name of this process's open file, or of one beside it.
+    """
+    with suppress(UnicodeEncodeError):
+        os.fspath(path).encode()
+        yield os.fspath(path)
+        return
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        opened, rest = path, ""
+    else:
+        opened, rest = path.parent, f"/{path.name}"
+    handle = os.open(opened, os.O_PATH if opened.is_dir() else os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}{rest}"
+    finally:
+        os.close(handle)
+
+
 def check_output(target: Path, overwrite: bool, marker: str, *, source: Path | None = None, needs: int = 0) -> None:
     """Checks that a folder may become `target`, before any work is done. Raises OutputError.
 

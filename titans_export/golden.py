@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from . import manifest as records
 from .errors import BundleError
+from .files import utf8_path
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
 
@@ -309,7 +310,8 @@ def read_golden(path: Path, manifest: records.Manifest) -> Golden:
     from safetensors.numpy import load_file
 
     entry = manifest.golden
-    tensors = load_file(path / entry.file)
+    with utf8_path(path / entry.file) as opened:
+        tensors = load_file(opened)
 
     def take(name: str | None, dtype: type, *shape: int | None) -> NDArray[Any]:
         value = tensors.get(str(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import MachineError
+from .files import utf8_path
 from .manifest import GraphEntry
 from .schedule import calls, next_graph
 
@@ -130,9 +132,13 @@ def open_session(
     options.log_severity_level = 4
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    if folder is not None and not isinstance(model, Path):
-        options.add_session_config_entry(_EXTERNAL, str(folder.resolve()))
     if kernel is not None:
         options.register_custom_ops_library(str(kernel))
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS, disabled_optimizers=list(disabled))
+    with ExitStack() as names:
+        if isinstance(model, Path):
+            source = names.enter_context(utf8_path(model))
+        else:
+            source = model.SerializeToString()
+            if folder is not None:
+                options.add_session_config_entry(_EXTERNAL, names.enter_context(utf8_path(folder.resolve())))
+        return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS, disabled_optimizers=list(disabled))

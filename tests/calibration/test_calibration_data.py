@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,17 @@ def test_every_kind_of_file_gives_its_streams(tmp_path: Path) -> None:
     found = read_data(VECTORS, [_write(tmp_path, "d.npz", {"x": vectors})], None)
     assert found.streams[0].dtype == np.float32
     np.testing.assert_array_equal(found.streams[0], vectors)
+
+
+def test_pipes_and_devices_are_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(b"To be",))
+    writer.start()
+    data = read_data(BYTES, [tmp_path / "pipe", _write(tmp_path, "b.txt", b"\xef\xbb\xbf\0\xff\r\n")], None)
+    writer.join()
+    assert [stream.tolist() for stream in data.streams] == [list(b"To be"), list(b"\xef\xbb\xbf\0\xff\r\n")]
+    with pytest.raises(DataError, match="no tokens"):
+        read_data(BYTES, [Path(os.devnull)], None)
 
 
 def test_the_hash_is_of_values_and_where_streams_end() -> None:

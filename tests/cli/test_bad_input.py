@@ -77,6 +77,21 @@ class TestCheckpoints:
     def test_missing_key(self, checkpoint: Path, tmp_path: Path, folder: Path) -> None:
         refuse_export(copy_checkpoint(checkpoint, tmp_path / "copy", dim=None), folder, 1, "'dim'", "add it")
 
+    @pytest.mark.parametrize(
+        ("tokenizer", "words"),
+        [
+            ('{"model": {"vocab": {"a": 0, "b": 256}}}', ("E0314", "vocabulary of 256", "'b'")),
+            ("{", ("E0302", "tokenizer.json")),
+        ],
+        ids=["of another model", "damaged"],
+    )
+    def test_tokenizers(
+        self, tokenizer: str, words: tuple[str, ...], checkpoint: Path, tmp_path: Path, folder: Path
+    ) -> None:
+        copy = copy_checkpoint(checkpoint, tmp_path / "copy")
+        (copy / "tokenizer.json").write_text(tokenizer)
+        refuse_export(copy, folder, 1, *words)
+
     def test_config_that_is_no_json(self, checkpoint: Path, tmp_path: Path, folder: Path) -> None:
         copy = copy_checkpoint(checkpoint, tmp_path / "copy")
         (copy / "config.json").write_text("{\n")

@@ -140,6 +140,8 @@ TEST_F(MetricsTest, CountEveryCallOfEveryThread) {
 TEST_F(MetricsTest, TheTextEscapesLabels) {
   const std::string text = session_->metrics().text("a\"b\\c\nd");
   EXPECT_NE(text.find(R"(titans_streams{bundle="a\"b\\c\nd"} 0)"), std::string::npos) << text;
+  const std::string other = session_->metrics().text("x\xff\u65e5");  // the format is UTF-8
+  EXPECT_NE(other.find("titans_streams{bundle=\"x\uFFFD\u65e5\"} 0"), std::string::npos) << other;
 }
 
 }  // namespace

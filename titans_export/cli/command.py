@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -61,6 +62,7 @@ class Program(click.Group):
         kwargs.update(standalone_mode=False)
         kwargs.setdefault("prog_name", NAME)
         try:
+            _show_any_name()
             with _stopped_by_sigterm():
                 code = super().main(*args, **kwargs)
                 sys.stdout.flush()
@@ -77,6 +79,14 @@ class Program(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the epilog with its line breaks as they are."""
         formatter.write(f"\n{self.epilog}\n")
+
+
+def _show_any_name() -> None:
+    """Lets stdout show names of files that its encoding lacks: their own bytes in UTF-8, else an escape."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+        stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -50,6 +50,7 @@ th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { te
 
 def render(report: Json) -> str:
     """The page of a report from `Report.to_json`."""
+    report = _showable(report)
     title = f"Drift of {_name(report, 'bundle')} from {_name(report, 'reference')}"
     given = report["tolerance"] is not None or report["bits_tolerance"] is not None
     state = ("good" if report["passed"] else "bad") if given else "open"
@@ -83,6 +84,15 @@ def _sentence(report: Json) -> str:
             rest = verdict[len(start) :]
             return rest[:1].upper() + rest[1:]
     return verdict
+
+
+def _showable(value: Any) -> Any:
+    """The value with U+FFFD for bytes of file names that are not UTF-8."""
+    if isinstance(value, dict):
+        return {key: _showable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_showable(inner) for inner in value]
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
 def _name(report: Json, side: str) -> str:

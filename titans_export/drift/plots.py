@@ -54,7 +54,7 @@ def lines(
     for i, (line, values) in enumerate(zip(series, shown, strict=True)):
         marker = "o" if len(places) <= _FEW else None
         style = _DASHES[i % len(_DASHES)] if i < len(_SERIES) else _DASHES[(i + 1) % len(_DASHES)]
-        label = line.name if len(series) > 1 else None
+        label = _label(line.name) if len(series) > 1 else None
         axes.plot(places, values, style, color=_SERIES[i % len(_SERIES)], marker=marker, markersize=4, label=label)
     if limit is not None:
         axes.axhline(limit, color=_LIMIT, linestyle=(0, (6, 3)), linewidth=1.2, label="tolerance")
@@ -83,7 +83,7 @@ def bars(alt: str, values: Mapping[str, float], *, x: str) -> str:
     shown = [_drawable(value, False) for value in values.values()]
     figure, axes = _figure(x, "", height=max(1.6, 0.9 + 0.3 * len(names)))
     axes.barh(range(len(names)), shown, color=_SERIES[0], height=0.7)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), list(map(_label, names)))
     axes.invert_yaxis()
     axes.set_xlim(0, max([value for value in shown if not math.isnan(value)], default=1) * 1.3 or 1)
     for at, value in enumerate(shown):
@@ -91,6 +91,11 @@ def bars(alt: str, values: Mapping[str, float], *, x: str) -> str:
         axes.text(0 if math.isnan(value) else value, at, f" {text}", va="center", fontsize=9, color=_INK)
     axes.locator_params(axis="x", nbins=4)
     return _svg(figure, alt)
+
+
+def _label(name: str) -> str:
+    """The name for matplotlib, which reads formulas between dollars and hides lines that begin with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _logarithmic(axes: Any, values: Sequence[float], limit: float | None) -> None:

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from ..errors import MachineError
+from ..files import utf8_path
 from ..onnx.files import load_structure
 from ..onnx.initializers import initializers_of
 from ..onnx.mapped import for_session, load_mapped, same_reference, value_of
@@ -40,7 +41,6 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
     # The next level also chooses layouts for the machine it runs on.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     optimised = work / f"{source.stem}.optimised.onnx"
-    options.optimized_model_filepath = str(optimised)
     config = {
         "session.optimized_model_external_initializers_file_name": optimised.with_suffix(".data").name,
         "session.disable_prepacking": "1",  # the session never runs
@@ -50,9 +50,11 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
         disabled = ["ConstantFolding"]
         config["session.disable_quant_qdq"] = "1"
     # The kernel keeps memory nodes; without it their functions would be inlined.
-    open_session(
-        graph, kernel=kernel_library(), folder=source.parent, config=config, options=options, disabled=disabled
-    )
+    with utf8_path(work) as folder:
+        options.optimized_model_filepath = f"{folder}/{optimised.name}"
+        open_session(
+            graph, kernel=kernel_library(), folder=source.parent, config=config, options=options, disabled=disabled
+        )
     model = load_mapped(optimised)
     original = load_structure(source)
     model.functions.extend(original.functions)

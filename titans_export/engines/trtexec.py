@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .plan import Plan
 from .targets import TENSORRT
 
 SCRIPT = "build.sh"
+# Enters the script's folder, whatever its name and CDPATH are.
+_ENTER = 'case $0 in */*) CDPATH= cd -- "${0%/*}/" ;; esac'
 _PREVIEW = "aliasedPluginIO1003"
 
 
@@ -63,6 +66,6 @@ def write_folder(plan: Plan, folder: Path, overwrite: bool) -> list[Path]:
             with spilling(aside) as spill:
                 write_graph(plan.prepare(graph, spill), aside / source_name(plan, graph.name))
         script = aside / SCRIPT
-        script.write_text(f'#!/bin/sh\nset -e\ncd "$(dirname "$0")"\n{text}\n', encoding="utf-8")
+        script.write_bytes(os.fsencode(f"#!/bin/sh\nset -e\n{_ENTER}\n{text}\n"))
         script.chmod(0o755)
     return sorted(folder.iterdir())

@@ -15,6 +15,7 @@ from typing import Any
 from onnx import TensorProto
 
 from ..errors import MachineError, UsageError
+from ..files import utf8_path
 from ..onnx.files import load_structure
 from .messages import BuildError, Progress, explain, interruptible, make_log, make_monitor
 
@@ -93,7 +94,8 @@ def build_network(
 def parse(trt: Any, network: Any, path: Path, log: Any) -> None:
     """Parses the graph into the network. Checks that inputs and outputs match the graph's."""
     parser = trt.OnnxParser(network, log)
-    parsed = parser.parse_from_file(str(path))
+    with utf8_path(path) as name:
+        parsed = parser.parse_from_file(name)
     if not parsed or parser.num_errors:
         problem = f"the parser cannot read the graph: {explain(parser, log)}"
         raise BuildError("E0658", "parser", problem, "report this with the bundle")

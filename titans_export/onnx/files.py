@@ -7,12 +7,14 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
+from ..files import utf8_path
 from .nodes import copy_model
 
 
 def load_structure(path: Path) -> onnx.ModelProto:
     """Loads the graph without its large weights, which stay references to files beside `path`."""
-    return onnx.load(str(path), load_external_data=False)
+    with path.open("rb") as file:
+        return onnx.load(file, load_external_data=False)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -23,5 +25,6 @@ def load_graph(path: Path) -> onnx.ModelProto:
 def load_weights(structure: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     """A copy of the structure with the weights loaded that it references in `folder`."""
     model = copy_model(structure)
-    load_external_data_for_model(model, str(folder))
+    with utf8_path(folder) as name:
+        load_external_data_for_model(model, name)
     return model

@@ -5,6 +5,7 @@ So a graph of any size is small in memory, and protobuf's limit of 2 GiB does no
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def mapped(structure: ModelProto, folder: Path) -> ModelProto:
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
-            point_to(tensor, str((folder / info.location).resolve()), info.offset or 0, _size(tensor))
+            point_to(tensor, _stored((folder / info.location).resolve()), info.offset or 0, _size(tensor))
     return model
 
 
@@ -155,7 +156,7 @@ def for_session(model: ModelProto, folder: Path) -> ModelProto:
         if not is_mapped(tensor):
             continue
         info = ExternalDataInfo(tensor)
-        location = Path(info.location)
+        location = _path(info.location)
         if location.parent == folder.resolve():
             point_to(tensor, location.name, info.offset or 0, _size(tensor))
         else:
@@ -164,6 +165,15 @@ def for_session(model: ModelProto, folder: Path) -> ModelProto:
             tensor.data_location = TensorProto.DEFAULT
             tensor.raw_data = data
     return result
+
+
+def _stored(path: Path) -> str:
+    """An absolute path as text. The bytes of a name may be no UTF-8, so each is stored as one character."""
+    return os.fsencode(path).decode("latin-1")
+
+
+def _path(location: str) -> Path:
+    return Path(os.fsdecode(location.encode("latin-1")))
 
 
 def _size(tensor: TensorProto) -> int:
@@ -176,4 +186,4 @@ def _map(tensor: TensorProto, size: int) -> NDArray[np.uint8]:
     info = ExternalDataInfo(tensor)
     if not size:
         return np.zeros(0, np.uint8)
-    return np.memmap(info.location, np.uint8, "r", info.offset or 0, (size,)).view(np.ndarray)
+    return np.memmap(_path(info.location), np.uint8, "r", info.offset or 0, (size,)).view(np.ndarray)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <locale>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 namespace titans::core {
@@ -14,8 +15,12 @@ namespace {
 constexpr unsigned kFirstExponent = 10, kLastExponent = 36, kExponentStep = 2;
 
 std::string escape_label(std::string_view value) {
+  using nlohmann::json;
+  // The name of a folder may not be UTF-8, but the format must be.
+  const std::string utf8 =
+      json::parse(json(value).dump(-1, ' ', false, json::error_handler_t::replace)).get<std::string>();
   std::string escaped;
-  for (const char character : value) {
+  for (const char character : utf8) {
     if (character == '\\' || character == '"') escaped += '\\';
     escaped += character == '\n' ? "\\n" : std::string(1, character);
   }

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ...errors import CheckpointError
+from ...files import utf8_path
 from .harmless import harmless_names, plain, stand_ins
 from .naming import WRAPPERS
 
@@ -33,7 +34,8 @@ def read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(stand_ins()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return plain(torch.load(path, map_location="cpu", weights_only=True, mmap=zipped))
+            with utf8_path(path) as name:
+                return plain(torch.load(name, map_location="cpu", weights_only=True, mmap=zipped))
     except pickle.UnpicklingError:
         raise _refusal(path) from None
     except (RuntimeError, OSError, EOFError, MemoryError) as error:

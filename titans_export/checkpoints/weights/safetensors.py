@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...files import utf8_path
 from ...named_tensors import NamedTensors, TensorEntry
 
 _DTYPES = {
@@ -38,7 +39,7 @@ _METADATA = "__metadata__"
 def read_safetensors(path: Path) -> NamedTensors:
     """The tensors of the file. Raises CheckpointError."""
     try:
-        with safe_open(path, framework="pt"):  # checks sizes and offsets
+        with utf8_path(path) as name, safe_open(name, framework="pt"):  # checks sizes and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
