@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
+from titans_export.checkpoints import LoadOptions
 from titans_export.checkpoints.titans_pytorch import Source, from_module, read
 from titans_export.checkpoints.titans_pytorch.source import assemble
 from titans_export.errors import CheckpointError
@@ -335,6 +336,20 @@ def compiled_and_distributed(module: nn.Module, folder: Path) -> Path:
 
 
 @way
+def shards_of_an_average(module: nn.Module, folder: Path) -> Path:
+    """As accelerate's save_model writes the state dict of ema-pytorch."""
+    state = {f"ema_model.module.{name}": value.clone() for name, value in module.state_dict().items()}
+    names = sorted(state)
+    where = {}
+    for number in (1, 2):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: state[name] for name in names[number - 1 :: 2]}, folder / file)
+        where |= dict.fromkeys(names[number - 1 :: 2], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@way
 def safetensors(module: nn.Module, folder: Path) -> Path:
     path = folder / "model.safetensors"
     save_file({name: value.clone() for name, value in module.state_dict().items()}, path)
@@ -401,6 +416,43 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
         less = {name: value for name, value in HIDDEN.items() if name != key}
         message = refusal(tmp_path, transformer, pasted | {"segment_len": 4, "neural_memory_kwargs": less})
         assert f"do not determine: neural_memory_kwargs.{key}. Fix:" in message
+
+
+def read_with_defaults(folder: Path, module: nn.Module, config: dict[str, Any]) -> Source:
+    torch.save(module.state_dict(), folder / "model.pt")
+    (folder / "model.json").write_text(json.dumps(config))
+    return read(folder / "model.pt", folder / "model.json", LoadOptions(library_defaults=True))
+
+
+def test_library_defaults_are_those_of_the_library(tmp_path: Path) -> None:
+    """Modules that the library makes with nothing but what has no default, read from their tensors alone."""
+    memory = library.NeuralMemory(dim=8)
+    source = read_with_defaults(tmp_path, memory, {})
+    assert source.options == from_module(memory).options
+    assert source.origin.library_defaults == HIDDEN_MEMORY | {"chunk_size": 1}
+    assert any("the library's defaults are used for chunk_size = 1, " in note for note in source.origin.notes)
+    for streams in (1, 4):
+        transformer = library.MemoryAsContextTransformer(
+            num_tokens=11, dim=8, depth=2, segment_len=4, heads=2, dim_head=4, num_residual_streams=streams
+        )
+        source = read_with_defaults(tmp_path, transformer, {"segment_len": 4})
+        assert source.options == from_module(transformer).options
+        assert source.library_defaults["neural_memory_kwargs.max_grad_norm"] is None
+    source = read_with_defaults(tmp_path, memory, {"max_grad_norm": 0.5, "version": "0.5.2"})
+    assert isinstance(source.options, MemoryOptions)
+    assert (source.options.max_grad_norm, source.options.store_with_lookahead_value) == (0.5, True)
+    assert "max_grad_norm" not in source.library_defaults
+    with pytest.raises(CheckpointError, match=r"do not determine: segment_len\. Fix:"):
+        read_with_defaults(tmp_path, transformer, {})
+    with pytest.raises(CheckpointError, match=r"do not determine: activation\. Fix:"):
+        read_with_defaults(tmp_path, make_memory(activation="silu"), {})
+
+
+def test_values_of_the_training_are_named_and_not_taken(tmp_path: Path) -> None:
+    """A training's batch_size need not be the memory's."""
+    held = {"state_dict": make_memory().state_dict(), "hyper_parameters": {"chunk_size": 4, "batch_size": 32, "lr": 1}}
+    message = refusal(tmp_path, held, HIDDEN)
+    assert 'the checkpoint holds {"chunk_size": 4, "batch_size": 32}, if these are the model' in message
 
 
 def test_the_default_is_that_of_the_version(tmp_path: Path) -> None:

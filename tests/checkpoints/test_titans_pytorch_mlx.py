@@ -410,7 +410,10 @@ def test_every_form_of_a_checkpoint_gives_the_same_model(tmp_path: Path) -> None
     torch.save({"model_state_dict": tensors, "config": config, "model_type": "mal"}, tmp_path / "plain.pt")
     torch.save({"model_state_dict": compiled, "config": training, **extra}, tmp_path / "pretrain.pt")
     torch.save({"model_state_dict": tensors, "config": training, "model_type": "mal"}, tmp_path / "distributed.pt")
-    for name in ("plain.pt", "pretrain.pt", "distributed.pt"):
+    wrapped = {f"model.{name}": value for name, value in tensors.items()}
+    hyper = {"config": config, "model_type": "mal", "lr": 1e-4}
+    torch.save({"state_dict": wrapped, "hyper_parameters": hyper, "optimizer_states": []}, tmp_path / "last.ckpt")
+    for name in ("plain.pt", "pretrain.pt", "distributed.pt", "last.ckpt"):
         assert torch.equal(logits(tmp_path / name), wanted)
     from safetensors.torch import save_file
 

@@ -71,6 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert report["max_abs_error"] <= report["tolerance"] <= 1e-4
         assert 0 <= report["library_error"] < 1e-5
         assert report["graphs"] == ["decode"]
+        assert report["source"] == {
+            "files": [source.name], "weights": None, "found": [], "dtypes": ["float32"],
+            "library_defaults": {},
+        }  # fmt: skip
     return made
 
 
@@ -85,12 +89,33 @@ def vectors(folder: Path) -> Path:
 
 
 class TestExport:
-    def test_for_people(self, folder: Path, tmp_path: Path) -> None:
-        source, config = folder / "memory.safetensors", folder / "memory.json"
-        result = invoke("export", source, "-o", tmp_path / "m.titans", *EXPORT, "--config", config)
+    def test_a_training_checkpoint(self, folder: Path, tmp_path: Path) -> None:
+        """An EMA copy in half precision, with arguments that only the library's defaults give, and its verification."""
+        average = {f"module.{name}": value.bfloat16() for name, value in memory().state_dict().items()}
+        source, bundle = tmp_path / "step.pt", tmp_path / "m.titans"
+        torch.save({"model": transformer().state_dict(), "model_ema": average, "step": 3}, source)
+        config = write(tmp_path / "some.json", {"default_step_transform_max_lr": 0.1, "batch_size": None})
+        args = ("--config", config, "--weights", "ema")
+        result = invoke("export", source, "-o", bundle, *EXPORT, *args)
+        result.check_failure(1, "max_grad_norm", "--library-defaults")
+        result = invoke("export", source, "-o", bundle, *EXPORT, *args, "--library-defaults")
         assert result.code == 0, result.err
         assert "neural-memory" in result.out
         assert "maximum difference of PyTorch from the original library" in result.out
+        for note in (
+            "state dict model_ema is read; --weights NAME takes another of model",
+            "prefix module. removed",
+            "weights in bfloat16 are converted to float32 exactly",
+            "defaults are used for chunk_size = 1, qkv_receives_diff_views = false, max_grad_norm = null, "
+            "spectral_norm_surprises = false, store_with_lookahead_value = false",
+        ):
+            assert note in result.err
+        saved = json.loads((bundle / "manifest.json").read_text())["model"]["source"]
+        assert (saved["weights"], saved["dtypes"], len(saved["library_defaults"])) == ("model_ema", ["bfloat16"], 5)
+        report = invoke("verify", bundle, "--against", source, "--config", config, "--tokens", 20, "--json")
+        assert report.code == 0, report.err
+        other = invoke("verify", bundle, "--against", source, "--config", config, "--weights", "model")
+        other.check_failure(1, "some.json")
 
     def test_bug_compatible(self, folder: Path, tmp_path: Path) -> None:
         args = ("export", folder / "mac.pt", "-o", tmp_path / "m.titans", *EXPORT, "--config", folder / "mac.json")

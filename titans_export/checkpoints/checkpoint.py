@@ -39,8 +39,9 @@ class LoadOptions:
 class Origin:
     """What was read, for reports and manifests.
 
-    files: names of the files. weights: address of the state dict, None where there is only one. found: all addresses.
-    dtypes: those of the saved tensors. library_defaults: arguments that were filled in. notes: lines for the user.
+    files: names of the files. weights: address of the state dict, None where there is only one. found: all addresses,
+    if there are several. dtypes: those of the saved tensors. library_defaults: arguments that were filled in. notes:
+    lines for the user.
     """
 
     files: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class Origin:
     @classmethod
     def of(cls, weights: Weights, tensors: NamedTensors, library_defaults: Mapping[str, Any] | None = None) -> Origin:
         """The origin of the tensors that were taken from `weights`."""
+        found = weights.found if len(weights.found) > 1 else ()
         dtypes, notes, defaults = tuple(tensors.dtypes), list(weights.notes), library_defaults or {}
         if rounded := [name for name in dtypes if name != "float32"]:
             how = "rounded to float32" if "float64" in rounded else "converted to float32 exactly"
@@ -60,9 +62,7 @@ class Origin:
         if defaults:
             filled = ", ".join(f"{name} = {json.dumps(value)}" for name, value in defaults.items())
             notes.append(f"the library's defaults are used for {filled}")
-        return cls(
-            tuple(file.name for file in weights.files), weights.address, weights.found, dtypes, defaults, tuple(notes)
-        )
+        return cls(tuple(file.name for file in weights.files), weights.address, found, dtypes, defaults, tuple(notes))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, without the notes."""
