@@ -23,7 +23,15 @@ from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_i
 from .model import Graph, StreamModel
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.weights import share_weights
-from .reference import TOLERANCE, exact_outputs_of, library_error_of, outputs_of, tolerance_of
+from .progress import Advance, Bar, no_bar
+from .reference import (
+    TOLERANCE,
+    errors_of,
+    exact_outputs_of,
+    library_error_of,
+    outputs_of,
+    tolerance_of,
+)
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
 from .text.vocabulary import check_vocabulary
@@ -95,15 +103,20 @@ def _write(
     golden: Golden,
     tolerance: float,
     progress: Callable[[str], None],
+    bar: Bar,
 ) -> None:
     """Writes all files of the bundle into an empty folder."""
     model = checkpoint.model
     models, large = {}, {}
-    for number, graph in enumerate(graphs, start=1):
-        progress(f"tracing {graph.name} ({graph.tokens} tokens a call), graph {number} of {len(graphs)}")
-        traced = trace_graph(model, graph)
-        models[graph.name], large[graph.name] = traced.proto, traced.large
-    shared = share_weights(models, folder / WEIGHTS, large=large)
+    with bar("tracing", len(graphs), "graphs") as advance:
+        for number, graph in enumerate(graphs, start=1):
+            progress(f"tracing {graph.name} ({graph.tokens} tokens a call), graph {number} of {len(graphs)}")
+            traced = trace_graph(model, graph)
+            models[graph.name], large[graph.name] = traced.proto, traced.large
+            advance(1)
+    size = sum({name: value.nbytes for values in large.values() for name, value in values.items()}.values())
+    with bar("writing weights", size, "bytes") as advance:
+        shared = share_weights(models, folder / WEIGHTS, large=large, advance=advance)
     for name, proto in models.items():
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
@@ -166,18 +179,26 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
     return cuts
 
 
-def _run(folder: Path, inputs: NDArray[Any], cuts: list[int]) -> tuple[NDArray[np.float32], int]:
+def _run(
+    folder: Path, inputs: NDArray[Any], cuts: list[int], advance: Advance = lambda tokens: None
+) -> tuple[NDArray[np.float32], int]:
     """The bundle's outputs in the runtime, fed in the given cuts, and the bytes of one stream's state."""
     import titans_runtime
 
     with titans_runtime.Session(folder) as session:
         stream = session.stream()
-        rows: list[NDArray[np.float32]] = []
+        result: NDArray[np.float32] | None = None
+        at = 0
         for part in np.split(inputs, np.cumsum(cuts)[:-1]):
             outputs = stream.feed(part)
             assert outputs is not None
-            rows.append(outputs)
-        return np.concatenate(rows), stream.state_bytes
+            if result is None:
+                result = np.empty((len(inputs), outputs.shape[1]), np.float32)
+            result[at : at + len(part)] = outputs
+            at += len(part)
+            advance(len(part))
+        assert result is not None
+        return result, stream.state_bytes
 
 
 def export_checkpoint(
@@ -193,6 +214,7 @@ def export_checkpoint(
     overwrite: bool = False,
     positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    bar: Bar = no_bar,
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
@@ -211,6 +233,7 @@ def export_checkpoint(
         overwrite=overwrite,
         positions=positions,
         progress=progress,
+        bar=bar,
     )
 
 
@@ -230,6 +253,7 @@ def export_module(
     overwrite: bool = False,
     positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    bar: Bar = no_bar,
 ) -> ExportReport:
     """Exports a live MemoryAsContextTransformer or NeuralMemory of titans-pytorch to the bundle `output`.
 
@@ -245,6 +269,7 @@ def export_module(
         overwrite=overwrite,
         positions=positions,
         progress=progress,
+        bar=bar,
     )
 
 
@@ -256,6 +281,7 @@ def export_loaded(
     overwrite: bool = False,
     positions: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    bar: Bar = no_bar,
 ) -> ExportReport:
     """Exports a loaded checkpoint to the bundle `output`.
 
@@ -283,10 +309,13 @@ def export_loaded(
         progress(f"{positions} golden positions are too few to find every fault: {least} find it")
     inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
-    float32 = outputs_of(model, inputs)
-    float64 = exact_outputs_of(model, inputs)
+    with bar("PyTorch in float32", positions, "tokens") as advance:
+        float32 = outputs_of(model, inputs, advance)
+    with bar("PyTorch in float64", positions, "tokens") as advance:
+        float64 = exact_outputs_of(model, inputs, advance)
     library_error = library_error_of(checkpoint, inputs, float64)
-    own_error = float(np.abs(float32 - float64).max())
+    own_error = float(errors_of(float32, float64).max())
+    del float32
     tolerance = tolerance_of(model, float64, own_error)
     if tolerance > TOLERANCE:
         progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
@@ -299,13 +328,14 @@ def export_loaded(
     )
     builder.add(float64)
     with replacing_folder(output, overwrite, MANIFEST) as folder:
-        _write(folder, checkpoint, graphs, builder.finish(), tolerance, progress)
+        _write(folder, checkpoint, graphs, builder.finish(), tolerance, progress, bar)
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
-        outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts)
-        error = np.abs(outputs - float64)
+        with bar("running the bundle", positions, "tokens") as advance:
+            outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts, advance)
+        error = errors_of(outputs, float64)
         # `not <=` instead of `>`, so that NaN is a mismatch
         if not error.max() <= tolerance:
-            bad = int(np.argmax(~(error.max(-1) <= tolerance)))
+            bad = int(np.argmax(~(error <= tolerance)))
             problem = (
                 f"{model.output.kind} differ from PyTorch: {error.max():.3g}, tolerance {tolerance:.3g}, "
                 f"first beyond it at position {bad}"

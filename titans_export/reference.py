@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from .checkpoints import Checkpoint
 from .errors import MismatchError
-from .model import StreamModel
+from .model import Call, StreamModel
 from .model.float64 import Float64
 from .model.rounding import unrounded
+from .progress import Advance
+from .schedule import calls
 
 TOLERANCE = 1e-4  # absolute, on outputs
 # Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
@@ -21,18 +23,44 @@ TOLERANCE = 1e-4  # absolute, on outputs
 # largest output is an error, because float32 is then too imprecise for the model.
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
+_BLOCK = 1 << 22  # outputs that are compared at a time
 ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
 
 
-def exact_outputs_of(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
+def exact_outputs_of(
+    model: StreamModel, inputs: torch.Tensor, advance: Advance = lambda tokens: None
+) -> NDArray[np.float64]:
     """The outputs of `outputs_of` in float64, with derived parameters in float64 too."""
     with unrounded(model), Float64():
-        return outputs_of(model, inputs)
+        return outputs_of(model, inputs, advance)
 
 
-def outputs_of(model: StreamModel, inputs: torch.Tensor) -> NDArray[Any]:
-    """Outputs (T, size) of one stream from a new memory, in float64 in a context of `Float64`."""
-    return model.feed(inputs, model.initial_state(1), 0)[0][0].detach().numpy()
+@torch.no_grad()
+def outputs_of(model: StreamModel, inputs: torch.Tensor, advance: Advance = lambda tokens: None) -> NDArray[Any]:
+    """Outputs (T, size) of one stream from a new memory, in float64 in a context of `Float64`.
+
+    advance: takes the tokens of each call. Beside the result, only one call's outputs are in memory.
+    """
+    state, length = model.initial_state(1), inputs.shape[1]
+    result: NDArray[Any] | None = None
+    learn = torch.ones(1, dtype=torch.bool)
+    for at, graph in calls(model.graphs(1), 0, length):
+        call = Call(graph, torch.full((1,), at), learn)
+        y, state = model.call(inputs[:, at : at + graph.tokens], state, call)
+        rows = y[0].numpy()
+        if result is None:
+            result = np.empty((length, model.output.size), rows.dtype)
+        result[at : at + graph.tokens] = rows
+        advance(graph.tokens)
+    assert result is not None
+    return result
+
+
+def errors_of(outputs: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """The largest absolute difference (T,) of each row of two arrays (T, size). Computed in blocks of rows."""
+    step = max(1, _BLOCK // right.shape[1])
+    parts = [np.abs(outputs[at : at + step] - right[at : at + step]).max(-1) for at in range(0, len(right), step)]
+    return np.concatenate(parts)
 
 
 def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:

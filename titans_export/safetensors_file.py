@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import DTYPES, Dtype
+from .progress import Advance
 
 ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 _BLOCK = 1 << 24  # bytes per write
@@ -32,11 +33,14 @@ class Raw(NamedTuple):
         return len(self.data)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Array | Raw]) -> dict[str, int]:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Array | Raw], advance: Advance = lambda size: None
+) -> dict[str, int]:
     """Writes the tensors and returns the offset of each in the file. Mapped arrays are streamed, not copied.
 
     Every tensor is aligned to its elements, and to ALIGNMENT bytes if its size is a multiple of that. The format
-    permits no gaps, so such tensors come first, the largest first. The others follow by falling element size.
+    permits no gaps, so such tensors come first, the largest first. The others follow by falling element size. advance:
+    takes the bytes of each write.
     """
     order = sorted(tensors, key=lambda name: (*_place(tensors[name]), name))
     header: dict[str, object] = {}
@@ -55,6 +59,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array | Raw]) -> dict[st
             offsets[name] = file.tell()
             for block in blocks_of(tensors[name]):
                 file.write(block)
+                advance(len(block))
     return offsets
 
 

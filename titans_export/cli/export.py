@@ -13,6 +13,7 @@ from ..files import check_output
 from ..manifest import MANIFEST
 from .command import Command, emit, json_option, note
 from .options import PATH, config_option, weights_option
+from .progress import progress_bar
 from .table import number, size
 
 
@@ -103,6 +104,7 @@ def _export(options: ExportOptions) -> None:
         positions=options.positions,
         overwrite=options.overwrite,
         progress=note,
+        bar=progress_bar,
     )
     if options.as_json:
         fields = dataclasses.asdict(report)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import xxhash
 from onnx.external_data_helper import uses_external_data
 
+from ..progress import Advance
 from ..safetensors_file import Array, Raw, blocks_of, write_safetensors
 from .initializers import replace_initializers
 from .mapped import SMALL_BYTES, is_mapped, point_to, value_of
@@ -38,12 +39,14 @@ def share_weights(
     path: Path,
     named: str | None = PARAMETER_PREFIX,
     large: Mapping[str, Mapping[str, Array]] | None = None,
+    advance: Advance = lambda size: None,
 ) -> dict[str, list[str]]:
     """Moves the models' large initialisers to `path`; the graphs will lie in the same folder. models: by graph name.
 
     large: by graph, values that `take_large` took out of its model. Initialisers whose names begin with `named`
     (parameters) keep their names. Others are named by content, so equal ones merge. References with relative paths
-    stay; mapped ones are copied to `path`. Returns the shared initialisers' names by graph.
+    stay; mapped ones are copied to `path`. advance: takes the bytes of each write. Returns the shared initialisers'
+    names by graph.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
@@ -68,7 +71,7 @@ def share_weights(
         _rename(model.graph, renamed)
         names[graph] = sorted({t.name for t in model.graph.initializer} & (set(values) | elsewhere))
         _drop_twins(model.graph)
-    offsets = write_safetensors(path, values)
+    offsets = write_safetensors(path, values, advance)
     for model in models.values():
         for tensor in model.graph.initializer:
             if tensor.name in offsets:
