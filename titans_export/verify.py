@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,9 +48,14 @@ class PyTorch:
     """The model in PyTorch, in float32 and in float64."""
 
     def __init__(self, model: StreamModel) -> None:
-        single, double = model.float(), copy.deepcopy(model).double()
-        self._models = (single, double)
-        self._states = [single.initial_state(1), double.initial_state(1)]
+        from .model.float64 import Float64
+
+        self._model = model.float()
+        self._contexts = (nullcontext, Float64)
+        self._states = []
+        for context in self._contexts:
+            with context():
+                self._states.append(model.initial_state(1))
         self._start = self._position = 0
         self._right: Outputs = np.empty((0, 0))
         self._error = 0.0
@@ -67,9 +72,9 @@ class PyTorch:
         vectors = inputs.dtype.kind == "f"
         batch = torch.from_numpy(inputs if vectors else inputs.astype(np.int64))[None]
         outputs: list[torch.Tensor] = []
-        for i, model in enumerate(self._models):
-            given = batch.double() if vectors and i else batch
-            out, self._states[i] = model.feed(given, self._states[i], self._position)
+        for i, context in enumerate(self._contexts):
+            with context():
+                out, self._states[i] = self._model.feed(batch, self._states[i], self._position)
             outputs.append(out[0])
         self._start, self._position = self._position, self._position + len(inputs)
         if len(inputs):
