@@ -1,9 +1,13 @@
 #include "base/safetensors.h"
 
+#include <cstdint>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 
 #include <gtest/gtest.h>
 
+#include "base/xxh3.h"
 #include "test_bundle.h"
 
 namespace titans::test {
@@ -41,6 +45,39 @@ TEST_F(SafetensorsTest, ReadsWhatIsThere) {
   std::memcpy(&one, tensors.at("one").data, sizeof(one));
   EXPECT_EQ(one, 1.5F);
   EXPECT_EQ(tensors.at("none").shape, (core::Shape{0, 3}));
+}
+
+TEST_F(SafetensorsTest, OffsetsBeyond4GiB) {
+  constexpr std::uintmax_t kHole = (std::uintmax_t{5} << 30) + 64;
+  const std::string range = std::to_string(kHole) + ", " + std::to_string(kHole + 4);
+  const std::string start = safetensors(
+      R"({"hole": {"dtype": "U8", "shape": [)" + std::to_string(kHole) + R"(], "data_offsets": [0, )" +
+          std::to_string(kHole) + R"(]}, "far": {"dtype": "F32", "shape": [1], "data_offsets": [)" + range + "]}}",
+      "");
+  write(start);
+  const std::filesystem::path path = folder_.path() / "t.safetensors";
+  std::filesystem::resize_file(path, start.size() + kHole);  // a hole takes no disk
+  std::ofstream(path, std::ios::binary | std::ios::app) << float_bytes({2.5F});
+  const core::MappedFile file(path);
+  const core::Tensors tensors = core::read_safetensors(file, "t.safetensors");
+  EXPECT_EQ(tensors.at("hole").bytes, kHole);
+  float far = 0.0F;
+  const std::byte* data = tensors.at("far").data;
+  EXPECT_EQ(static_cast<std::uintmax_t>(data - file.data()), start.size() + kHole);
+  std::memcpy(&far, data, sizeof(far));
+  EXPECT_EQ(far, 2.5F);
+  file.release();  // the mapping stays
+  std::memcpy(&far, data, sizeof(far));
+  EXPECT_EQ(far, 2.5F);
+}
+
+TEST_F(SafetensorsTest, HashOfSeveralBlocks) {
+  std::string content(std::size_t{20} << 20, '\0');
+  for (std::size_t i = 0; i < content.size(); i += 4093) content[i] = static_cast<char>(i / 4093);
+  write(content);
+  const core::MappedFile file(folder_.path() / "t.safetensors");
+  EXPECT_EQ(file.hash(), core::hex_digits(XXH3_128bits(content.data(), content.size())));
+  EXPECT_EQ(file.text(), content);
 }
 
 TEST_F(SafetensorsTest, LyingLength) {

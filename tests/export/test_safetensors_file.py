@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +30,16 @@ from titans_calibration.options import QuantizeOptions
 from titans_calibration.recipe import MemoryRecipe
 from titans_calibration.source import open_source
 from titans_calibration.writing import write_quantised
-from titans_export.bundle import read_bundle
+from titans_export import safetensors_file
+from titans_export.bundle import file_record, read_bundle
 from titans_export.checkpoints.titans import save
 from titans_export.dtypes import DTYPES
 from titans_export.exporting import export_checkpoint
 from titans_export.model import MemoryConfig, ModelConfig, Titans
+from titans_export.onnx.files import load_structure
+from titans_export.onnx.mapped import array_of, load_mapped, point_to
 from titans_export.onnx.weights import share_weights
+from titans_export.running import BundleRunner
 from titans_export.safetensors_file import ALIGNMENT, Raw, write_safetensors
 
 BY_NAME = {dtype.safetensors: dtype for dtype in DTYPES.values()}
@@ -121,6 +130,72 @@ def test_odd_weights_of_every_recipe(table: int, rows: int, columns: int, recipe
     assert check_file(tmp_path / "weights.safetensors")
     (tmp_path / "g.onnx").write_bytes(found.SerializeToString())
     np.testing.assert_array_equal(session(tmp_path / "g.onnx").run(None, ids)[0], before)
+
+
+ZEROS = memoryview(bytes(1 << 20))
+FAR = (4 << 30) + len(ZEROS)
+
+
+class SparseFile(io.FileIO):
+    """A file in which ZEROS become holes."""
+
+    def write(self, block: Any, /) -> int:
+        if block is ZEROS:
+            self.seek(len(block), os.SEEK_CUR)
+            return len(block)
+        return super().write(block)
+
+
+RUN = """
+import re, sys
+import numpy as np
+import titans_runtime
+with titans_runtime.Session(sys.argv[1]) as session:
+    np.save(sys.argv[2], session.stream().feed(np.load(sys.argv[3])))
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10)
+"""
+
+
+@pytest.mark.long  # hashes 4 GB three times
+def test_weights_beyond_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("titans_runtime", reason="the runtime is not built", exc_type=ImportError)
+    folder = write_bundle(tmp_path / "b.titans", Weights.random())
+    weights = folder / "weights.safetensors"
+    tensors = load_file(weights)
+    filler = Raw("U8", (FAR,), np.broadcast_to(np.uint8(0), FAR))
+    blocks_of = safetensors_file.blocks_of
+    zeros = itertools.repeat(ZEROS, FAR // len(ZEROS))
+    monkeypatch.setattr(safetensors_file, "blocks_of", lambda value: zeros if value is filler else blocks_of(value))
+    monkeypatch.setattr(Path, "open", lambda path, mode: SparseFile(path, mode))
+    offsets = write_safetensors(weights, {**tensors, "filler": filler})
+    monkeypatch.undo()
+    assert weights.stat().st_size > FAR > weights.stat().st_blocks * 512
+    assert offsets["filler"] < 1 << 10 and all(offsets[name] > FAR for name in tensors)
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for graph in manifest["graphs"]:
+        model = load_structure(folder / graph["file"])
+        for tensor in model.graph.initializer:
+            if tensor.name in tensors:
+                point_to(tensor, weights.name, offsets[tensor.name], tensors[tensor.name].nbytes)
+        (folder / graph["file"]).write_bytes(model.SerializeToString())
+        for tensor in load_mapped(folder / graph["file"]).graph.initializer:
+            if tensor.name in tensors:
+                np.testing.assert_array_equal(array_of(tensor), tensors[tensor.name])
+    for name in manifest["files"]:
+        manifest["files"][name] = file_record(folder / name).to_json()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    inputs, outputs = load_file(folder / "golden.safetensors").values()
+    if outputs.ndim == 1:
+        inputs, outputs = outputs, inputs
+    np.save(tmp_path / "inputs.npy", inputs)
+    command = [sys.executable, "-c", RUN, folder, tmp_path / "outputs.npy", tmp_path / "inputs.npy"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), outputs, atol=1e-4)
+    assert int(run.stdout) < 300 << 20, "the file is hashed in blocks, not kept in memory"
+    calls = list(BundleRunner(read_bundle(folder)).stream(inputs))  # ONNX Runtime reads the file itself
+    np.testing.assert_allclose(np.concatenate([call.values["logits"][0] for call in calls]), outputs, atol=1e-4)
 
 
 def _odd_model(path: Path, folder: Path) -> None:

@@ -20,8 +20,11 @@ class MappedFile {
   std::size_t size() const { return size_; }
   std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
 
-  // XXH3-128 of the content as 32 hexadecimal digits.
+  // XXH3-128 of the content as 32 hexadecimal digits. Keeps only a few pages in memory at a time.
   std::string hash() const;
+
+  // Gives the mapping's pages back. Later reads map them again, usually from the page cache.
+  void release() const;
 
  private:
   const std::byte* data_ = nullptr;

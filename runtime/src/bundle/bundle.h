@@ -36,6 +36,10 @@ class Bundle {
   // Contains the `weights` of all graphs(): the bundle's and those in the engine's own file. Empty if the engine files
   // contain all weights.
   const Tensors& weights() const { return weights_; }
+  // Gives the pages of the mapped tensors back. Later reads map them again.
+  void release_pages() const {
+    for (const MappedFile& file : mapped_) file.release();
+  }
   // One tensor per state tensor of the manifest, with its shape and dtype.
   const Tensors& initial_state() const { return initial_state_; }
 

@@ -14,6 +14,7 @@
 #include "backends/onnxruntime/library.h"
 #include "backends/onnxruntime/memory_kernel.h"
 #include "backends/onnxruntime/memory_nodes.h"
+#include "backends/onnxruntime/page_releaser.h"
 #include "backends/onnxruntime/workspace.h"
 #include "base/error.h"
 #include "base/mapped_file.h"
@@ -33,8 +34,11 @@ class OrtExecutor final : public Executor {
         prepacked_(nullptr, library_.api().ReleasePrepackedWeightsContainer) {
     if (!memory_kernel_.used()) require_float32_memories(options.memory_kernel);
     create_container();
-    share_weights(bundle);
-    for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
+    {
+      const PageReleaser releaser(bundle);
+      share_weights(bundle);
+      for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
+    }
     if (options.memory_kernel == KernelChoice::kRequire && memory_nodes_ == 0) {
       throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime",
                   "memory_kernel=\"require\", but the graphs contain the memory as standard operators",
