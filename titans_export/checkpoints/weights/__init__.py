@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import CheckpointError
 from ...named_tensors import NamedTensors, TensorEntry
 from .folders import find_weights
@@ -17,6 +19,7 @@ from .safetensors import read_safetensors
 from .shards import check_names, files_of, read_index
 
 _BLOCK = 1 << 22
+_MOST_MAPPED = 1 << 27  # bytes
 _HEADER_LENGTH = 8  # bytes before the JSON of a safetensors file
 
 
@@ -51,10 +54,16 @@ class Weights:
 
 
 class _Pickle:
-    """The state dicts of a file of torch.save. Dropped after loading, and read again if asked for again."""
+    """The state dicts of a file of torch.save. Dropped after loading, and read again if asked for again.
+
+    A mapping keeps the pages that were read in memory. So a mapped file is mapped again every `_MOST_MAPPED` bytes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._read = 0  # bytes of tensors, since it was mapped
+        with path.open("rb") as file:
+            self._mapped = file.read(2) == b"PK"
         loaded = read_pickle(path)
         self._found: dict[str, dict[str, Any]] | None = find_state_dicts(loaded)
         self.extras = plain_values(loaded)
@@ -77,8 +86,14 @@ class _Pickle:
         return self._found
 
     def _entry(self, address: str, name: str, value: Any) -> TensorEntry:
-        shape, dtype, layout = tuple(value.shape), value.dtype, value.layout
-        return TensorEntry(shape, dtype, lambda: self._state_dicts()[address][name], layout)
+        return TensorEntry(tuple(value.shape), value.dtype, lambda: self._tensor(address, name), value.layout)
+
+    def _tensor(self, address: str, name: str) -> Tensor:
+        value: Tensor = self._state_dicts()[address][name]
+        self._read += value.nbytes
+        if self._mapped and self._read > _MOST_MAPPED:
+            self._found, self._read = None, 0
+        return value
 
 
 def open_weights(path: Path, wanted: str | None = None) -> Weights:
