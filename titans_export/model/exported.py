@@ -61,8 +61,8 @@ def repeated(
     Calls with equal kinds and equal shapes must differ in the values of tensors only. The time of tracing then does not
     depend on the number of calls. shapes: those of the outputs, which have the dtype of the first input.
     """
-    parts = _parts.get()
-    if parts is None or not torch.compiler.is_exporting():
+    # First, as torch.compile cannot trace a ContextVar.
+    if not torch.compiler.is_exporting() or (parts := _parts.get()) is None:
         return run(module, *inputs)
     tensors = tensors_of(module)
     given = tuple((x.shape, x.dtype) for x in inputs)
