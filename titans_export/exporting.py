@@ -22,6 +22,7 @@ from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .model import Graph, StreamModel
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
+from .onnx.parameters import map_parameters, return_free_memory
 from .onnx.weights import share_weights
 from .progress import Advance, Bar, no_bar
 from .reference import (
@@ -316,6 +317,7 @@ def export_loaded(
     library_error = library_error_of(checkpoint, inputs, float64)
     own_error = float(errors_of(float32, float64).max())
     del float32
+    return_free_memory()
     tolerance = tolerance_of(model, float64, own_error)
     if tolerance > TOLERANCE:
         progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
@@ -329,6 +331,7 @@ def export_loaded(
     builder.add(float64)
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         _write(folder, checkpoint, graphs, builder.finish(), tolerance, progress, bar)
+        map_parameters(model, folder / WEIGHTS)  # the runtime holds the weights as well
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         with bar("running the bundle", positions, "tokens") as advance:
             outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts, advance)

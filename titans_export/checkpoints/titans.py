@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, UsageError
 from ..files import replacing_file
@@ -40,6 +41,17 @@ def _check(tensors: NamedTensors, model: Titans, path: Path) -> None:
     check_values(tensors)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """A context in which new parameters have no random values, as they are overwritten."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class TitansCheckpoint(Checkpoint):
     """A checkpoint of this format."""
@@ -56,7 +68,8 @@ def load(path: Path, options: LoadOptions | None = None) -> TitansCheckpoint:
     weights, config = _find(path, options)
     with torch.device("meta"):  # shapes first: a wrong size in the configuration must not allocate it
         _check(weights.tensors, Titans(config), path)
-    model = Titans(config)
+    with _Uninitialised():
+        model = Titans(config)
     with torch.no_grad():
         values = model.state_dict()
         for name, value in weights.tensors.float32().items():

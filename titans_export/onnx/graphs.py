@@ -17,9 +17,9 @@ from ..safetensors_file import Array
 from .functions import build_memory_function
 from .hyper_connection import build_hyper_connection_function
 from .mapped import check_structure
+from .parameters import take_large
 from .parts import insert_parts
 from .tracing import to_proto, trace_ir
-from .weights import take_large
 
 POSITION, LEARN = "position", "learn"
 NEXT = ".next"

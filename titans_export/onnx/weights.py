@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 import xxhash
 from onnx.external_data_helper import uses_external_data
 
@@ -19,21 +18,6 @@ from .nodes import subgraphs
 PARAMETER_PREFIX = "model."
 
 
-def take_large(model: ir.Model) -> dict[str, Array]:
-    """Takes the values of large initialisers out of a traced model, without a copy. They become external data whose
-    place is not known yet, as protobuf messages are limited to 2 GiB.
-    """
-    large: dict[str, Array] = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        assert tensor is not None
-        if tensor.nbytes >= SMALL_BYTES:
-            large[name] = tensor.numpy()
-            shape = ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.ExternalTensor("", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-    return large
-
-
 def share_weights(
     models: dict[str, onnx.ModelProto],
     path: Path,
@@ -43,10 +27,10 @@ def share_weights(
 ) -> dict[str, list[str]]:
     """Moves the models' large initialisers to `path`; the graphs will lie in the same folder. models: by graph name.
 
-    large: by graph, values that `take_large` took out of its model. Initialisers whose names begin with `named`
-    (parameters) keep their names. Others are named by content, so equal ones merge. References with relative paths
-    stay; mapped ones are copied to `path`. advance: takes the bytes of each write. Returns the shared initialisers'
-    names by graph.
+    large: by graph, values that `take_large` of parameters.py took out of its model. Initialisers whose names begin
+    with `named` (parameters) keep their names. Others are named by content, so equal ones merge. References with
+    relative paths stay; mapped ones are copied to `path`. advance: takes the bytes of each write. Returns the shared
+    initialisers' names by graph.
     """
     values: dict[str, Array | Raw] = {}
     names: dict[str, list[str]] = {}
