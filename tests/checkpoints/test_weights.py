@@ -412,6 +412,8 @@ def test_a_numpy_pickle_cannot_smuggle_code(tmp_path: Path) -> None:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     refuse(archive, "is compressed, which torch.save never does")
+    endless = {"embedding": torch.zeros(()).expand(1 << 20, 1 << 20), "norm.weight": torch.ones(8)}
+    refuse(pickled(endless, tmp_path), r"'embedding' of shape \[1048576, 1048576\] repeats its few elements.*E0302")
     twice: list[Any] = [1]
     for _ in range(40):  # 2^40 elements, if each were copied
         twice = [twice, twice]

@@ -112,6 +112,10 @@ class TestExport:
             assert note in result.err
         saved = json.loads((bundle / "manifest.json").read_text())["model"]["source"]
         assert (saved["weights"], saved["dtypes"], len(saved["library_defaults"])) == ("model_ema", ["bfloat16"], 5)
+        shown = invoke("inspect", bundle).out
+        assert (
+            "exported from: state dict model_ema; weights saved in bfloat16; library defaults for chunk_size, " in shown
+        )
         report = invoke("verify", bundle, "--against", source, "--config", config, "--tokens", 20, "--json")
         assert report.code == 0, report.err
         other = invoke("verify", bundle, "--against", source, "--config", config, "--weights", "model")

@@ -74,6 +74,7 @@ def _text(info: dict[str, Any]) -> str:
         f"{info['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
         f"made by {info['producer']}, schema {info['schema_version']}, hashes ok",
         f"{_streams(info)}, runs on: {targets}",
+        *_source(model.get("source") or {}),
     ]
     graphs = [
         (g["name"], g["tokens"], g["stride"], _spans(g["offsets"]), sum(g["operators"].values()), _most(g["operators"]))
@@ -90,6 +91,18 @@ def _text(info: dict[str, Any]) -> str:
         table(("file", "size"), [(f["name"], size(f["bytes"])) for f in info["files"]]),
     ]
     return "\n\n".join(section for section in sections if section)
+
+
+def _source(source: dict[str, Any]) -> list[str]:
+    """What was unusual about the checkpoint, in a line; empty if nothing was."""
+    parts = []
+    if source.get("weights"):
+        parts.append(f"state dict {source['weights']}")
+    if source.get("dtypes"):
+        parts.append(f"weights saved in {', '.join(source['dtypes'])}")
+    if defaults := source.get("library_defaults"):
+        parts.append(f"library defaults for {', '.join(defaults)}")
+    return [f"exported from: {'; '.join(parts)}"] if parts else []
 
 
 def _streams(info: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from .shards import check_names, files_of, read_index
 
 _BLOCK = 1 << 22
 _MOST_MAPPED = 1 << 27  # bytes
+_MOST_REPEATED = 1 << 12  # bytes of a tensor per byte of its file: a tensor may repeat elements, for example over heads
 _HEADER_LENGTH = 8  # bytes before the JSON of a safetensors file
 
 
@@ -61,6 +62,7 @@ class _Pickle:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._size = path.stat().st_size
         self._read = 0  # bytes of tensors, since it was mapped
         with path.open("rb") as file:
             self._mapped = file.read(2) == b"PK"
@@ -86,6 +88,11 @@ class _Pickle:
         return self._found
 
     def _entry(self, address: str, name: str, value: Any) -> TensorEntry:
+        if value.numel() * value.element_size() > _MOST_REPEATED * self._size:
+            problem = (
+                f"damaged file {self._path}: tensor {name!r} of shape {list(value.shape)} repeats its few elements"
+            )
+            raise CheckpointError("E0302", "checkpoint", problem, "save the model's state_dict() again")
         return TensorEntry(tuple(value.shape), value.dtype, lambda: self._tensor(address, name), value.layout)
 
     def _tensor(self, address: str, name: str) -> Tensor:
