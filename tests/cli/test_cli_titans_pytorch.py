@@ -32,6 +32,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "neural_memory_segment_len": 1,
     "neural_memory_batch_size": None,
     "sliding_window_attn": True,
+    "neural_mem_gate_attn_output": True,
     "neural_memory_kwargs": HIDDEN,
 }
 EXPORT = ("--format", "titans-pytorch", "--chunks-per-call", 1, "--positions", 40)
