@@ -1,11 +1,7 @@
 #include "plugins/kernels/hyper_connection.h"
 
-#include "plugins/kernels/attribute_table.h"
-
 namespace titans::kernels::hyper_connection {
 namespace {
-
-constexpr std::int64_t kLargestIterations = 1000;
 
 struct Expectation {
   Operand which;
@@ -20,12 +16,8 @@ std::string wrong_size(const std::string& what, const std::string& wanted, std::
 
 }  // namespace
 
-std::string check_iterations(std::int64_t iterations) {
-  if (iterations >= 1 && iterations <= kLargestIterations) return {};
-  return failure(kOperator, "E0701",
-                 "invalid attribute iterations: " +
-                     expected("[1, " + std::to_string(kLargestIterations) + "]", std::to_string(iterations)),
-                 kExportAgain);
+std::string configure(const Attributes& attributes, Configuration& configuration) {
+  return decode_all(kAttributes, attributes, configuration);
 }
 
 std::string check_operands(const Operands& operands) {

@@ -271,7 +271,8 @@ constexpr TargetFunction<CpuFunctions (*)()> kTargets[] = {TITANS_EACH_TARGET(hy
 
 class Kernel final : public CpuKernel {
  public:
-  Kernel(std::int64_t iterations, const CpuFunctions& functions) : iterations_(iterations), functions_(functions) {}
+  Kernel(const Configuration& configuration, const CpuFunctions& functions)
+      : configuration_(configuration), functions_(functions) {}
 
   std::string run(const Operands& o, const Parallel& parallel) const override {
     std::string error = check_operands(o);
@@ -282,7 +283,7 @@ class Kernel final : public CpuKernel {
               {floats(kResiduals), floats(kProjection), floats(kBias), floats(kBranch), floats(kWeight), floats(kInput),
                floats(kResidualsOut), floats(kBeta), static_cast<std::size_t>(shape[0] * shape[1]),
                static_cast<std::size_t>(shape[2]), static_cast<std::size_t>(shape[3]),
-               static_cast<std::size_t>(o[kProjection].shape[1]), iterations_}};
+               static_cast<std::size_t>(o[kProjection].shape[1]), configuration_.iterations}};
     const std::size_t blocks = (work.call.tokens + functions_.tokens_in_block - 1) / functions_.tokens_in_block;
     if (blocks == 1) {
       Work::mix_block(&work, 0);  // one token takes less time than waking other threads
@@ -303,17 +304,16 @@ class Kernel final : public CpuKernel {
     }
   };
 
-  std::int64_t iterations_;
+  Configuration configuration_;
   CpuFunctions functions_;
 };
 
 }  // namespace
 
-std::unique_ptr<CpuKernel> CpuKernel::create(std::int64_t iterations, std::string_view target, std::string& error) {
-  error = check_iterations(iterations);
-  if (!error.empty()) return nullptr;
+std::unique_ptr<CpuKernel> CpuKernel::create(const Configuration& configuration, std::string_view target,
+                                             std::string& error) {
   const auto* found = find_target(kTargets, kOperator, target, error);
-  return found == nullptr ? nullptr : std::make_unique<Kernel>(iterations, found->function());
+  return found == nullptr ? nullptr : std::make_unique<Kernel>(configuration, found->function());
 }
 
 }  // namespace titans::kernels::hyper_connection

@@ -14,8 +14,9 @@ namespace titans::kernels::hyper_connection {
 class CpuKernel {
  public:
   // `target` is one of cpu_targets(); an empty one means chosen_cpu_target(). Returns null and sets `error` if the
-  // target is not supported or the number of iterations is invalid.
-  static std::unique_ptr<CpuKernel> create(std::int64_t iterations, std::string_view target, std::string& error);
+  // target is not supported.
+  static std::unique_ptr<CpuKernel> create(const Configuration& configuration, std::string_view target,
+                                           std::string& error);
   virtual ~CpuKernel() = default;
 
   // Checks the operands and computes. Returns an error with nothing written, or an empty string. Results do not depend

@@ -33,7 +33,7 @@ class NodeKernel {
  public:
   NodeKernel(const OrtApi& api, const OrtKernelInfo& info) : api_(api) {
     std::string error;
-    kernel_ = CpuKernel::create(iterations(info), {}, error);
+    kernel_ = CpuKernel::create(read_configuration<Configuration>(api, info), {}, error);
     check(api, error);
   }
 
@@ -64,12 +64,6 @@ class NodeKernel {
       check(threads.api.KernelContext_ParallelFor(&threads.context, body, count, 0, argument));
     }
   };
-
-  std::int64_t iterations(const OrtKernelInfo& info) const {
-    std::int64_t value = kDefaultIterations;
-    NodeAttributes(api_, info, kOperator).read("iterations", value);
-    return value;
-  }
 
   // The node's outputs. Their shapes follow from the residuals; the kernel's check rejects wrong ones.
   void add_outputs(OrtKernelContext& context, Operands& operands) const {
@@ -103,7 +97,7 @@ class NodeKernel {
 struct Op final : OrtCustomOp {
   Op() : OrtCustomOp{} {
     version = ORT_API_VERSION;
-    GetName = [](const OrtCustomOp*) { return "HyperConnection"; };
+    GetName = [](const OrtCustomOp*) { return kOperator; };
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
     GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return kInputs; };
     GetInputType = [](const OrtCustomOp*, std::size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };

@@ -1,4 +1,4 @@
-// ONNX Runtime's errors, and a node's attributes and tensors, for both memory operators on any device.
+// ONNX Runtime's errors, a node's attributes for all operators, and its tensors for both memory operators.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -67,12 +67,12 @@ class NodeAttributes {
   const char* where_;
 };
 
-// Reads the Configuration or ChunkConfiguration of a node. Throws if its attributes are invalid.
+// Reads the configuration of a node by its operator's attribute table. Throws if its attributes are invalid.
 template <class Configuration>
 Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
   const NodeAttributes node(api, info, Configuration::kOperator);
   typename Configuration::Attributes attributes;
-  check(api, kernels::read_all(Configuration::kOperator, kernels::attribute_table(attributes), attributes,
+  check(api, kernels::read_all(Configuration::kOperator, attribute_table(attributes), attributes,
                                [&](const char* name, auto& value) { return node.read(name, value); }));
   Configuration configuration;
   check(api, configure(attributes, configuration));

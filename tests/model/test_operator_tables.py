@@ -1,4 +1,4 @@
-"""The tables of the memory operators: against the pages that define them, and what follows from them."""
+"""The tables of the operators: against the pages that define them, and what follows from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,24 @@ from onnx import helper
 
 from titans_export.errors import UsageError
 from titans_export.onnx.functions import build_memory_function
-from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS, NEURAL_MEMORY, Operator
+from titans_export.onnx.hyper_connection import build_hyper_connection_function
+from titans_export.operators import (
+    CHUNK_NEURAL_MEMORY,
+    DOMAIN,
+    HYPER_CONNECTION,
+    MEMORY_OPERATORS,
+    NEURAL_MEMORY,
+    OPERATORS,
+    Operator,
+)
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = {"NeuralMemory": "operator.md", "ChunkNeuralMemory": "chunk-operator.md"}
+PAGES = {
+    "NeuralMemory": "operator.md",
+    "ChunkNeuralMemory": "chunk-operator.md",
+    "HyperConnection": "hyper-connection.md",
+}
+every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 operators = pytest.mark.parametrize("operator", MEMORY_OPERATORS.values(), ids=MEMORY_OPERATORS)
 NETWORK: dict[str, Any] = {
     "schedule": "any",
@@ -39,7 +53,7 @@ def _names(cell: str) -> list[str]:
     return re.findall(r"`(\w+)`", cell)
 
 
-@operators
+@every_operator
 def test_the_page_lists_the_inputs_and_their_types_in_order(operator: Operator) -> None:
     rows = _section(operator, "Inputs")
     assert [name for row in rows for name in _names(row[1])] == list(operator.input_names)
@@ -51,13 +65,13 @@ def test_the_page_lists_the_inputs_and_their_types_in_order(operator: Operator) 
             assert ("optional" in row[2]) == (name in operator.optional(operator.input_names))
 
 
-@operators
+@every_operator
 def test_the_page_lists_the_outputs_in_order(operator: Operator) -> None:
     rows = _section(operator, "Outputs")
     assert [(int(row[0]), *_names(row[1])) for row in rows] == list(enumerate(operator.outputs))
 
 
-@operators
+@every_operator
 def test_the_page_lists_the_attributes_with_their_defaults(operator: Operator) -> None:
     rows = _section(operator, "Attributes")
     assert [name for row in rows for name in _names(row[0])] == [entry.name for entry in operator.attributes]
@@ -84,6 +98,20 @@ def test_attributes_are_completed_and_odd_ones_refused(operator: Operator) -> No
             operator.complete(node | {name: "chunk"})
     with pytest.raises(UsageError, match=rf"\[{operator.name}\] missing attribute: widths\. .*\(TITANS-E0703\)"):
         operator.complete({name: value for name, value in node.items() if name != "widths"})
+
+
+def test_a_connection_s_attributes_follow_from_its_table() -> None:
+    shapes = {"residuals": (1, 2, 2, 8), "projection": (8, 4), "bias": (2, 4)}
+
+    def body(**values: Any) -> Any:
+        node = helper.make_node(HYPER_CONNECTION.name, list(shapes), list(HYPER_CONNECTION.outputs), **values)
+        return build_hyper_connection_function(shapes, node)
+
+    assert HYPER_CONNECTION.complete({}) == {"iterations": 20}
+    found = body(iterations=1)
+    assert (found.overload, list(found.attribute)) == ("b1_t2_s2_d8_i1_beta", ["iterations"])
+    with pytest.raises(UsageError, match=r"\[HyperConnection\] invalid attribute epsilon: .*\(TITANS-E0701\)"):
+        body(epsilon=1e-6)
 
 
 @operators

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from titans_export.engines.graphs import inline, with_plugin
 from titans_export.engines.onnxruntime import optimise
 from titans_export.engines.vendor import Settings, build_plan
-from titans_export.model.hyper_connection import INPUTS, OPERATOR, OUTPUTS, hyper_connection
+from titans_export.model.hyper_connection import hyper_connection
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
 from titans_export.onnx.mapped import write_graph
 from titans_export.onnx.tracing import trace
-from titans_export.operators import DOMAIN
+from titans_export.operators import DOMAIN, HYPER_CONNECTION
 
 library = pytest.importorskip("hyper_connections.mHCv2", reason="titans-pytorch is not installed: make setup")
 
+OPERATOR, OUTPUTS = HYPER_CONNECTION.name, HYPER_CONNECTION.outputs
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 needs_kernel = pytest.mark.skipif(not LIBRARY.exists(), reason="the kernel is not built: make setup")
 HOW = [pytest.param("kernel", marks=needs_kernel), "body", "reference"]
@@ -109,9 +110,7 @@ def make_model(feeds: Arrays, body: bool, outputs: tuple[str, ...], iterations: 
     batch, tokens, streams, width = feeds["residuals"].shape
     shapes = {"input": (batch, tokens, width), "residuals_out": (batch, tokens, streams, width)}
     shapes |= {"beta": (batch, tokens, streams)}
-    names = [name if name in feeds else "" for name in INPUTS]
-    while not names[-1]:
-        names.pop()
+    names = HYPER_CONNECTION.operands(feeds)
     attributes = {} if iterations is None else {"iterations": iterations}
     node = helper.make_node(OPERATOR, names, outputs, domain=DOMAIN, **attributes)
     functions = []

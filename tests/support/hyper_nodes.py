@@ -10,9 +10,8 @@ import onnx
 from cli_tools import reseal
 from onnx import helper, numpy_helper
 
-from titans_export.model.hyper_connection import INPUTS, OPERATOR
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
-from titans_export.operators import DOMAIN
+from titans_export.operators import DOMAIN, HYPER_CONNECTION
 
 STREAMS, LARGE = 2, 1000.0
 # The kernel takes no more than 1000, function bodies take any number.
@@ -46,10 +45,10 @@ def add_connections(bundle: Path, iterations: int = 20) -> Path:
         ):
             graph.initializer.append(numpy_helper.from_array(value, name))
         connection = helper.make_node(
-            OPERATOR, ["streams", "projection", "bias"], ["logits", "mixed"], domain=DOMAIN, iterations=2
+            HYPER_CONNECTION.name, ["streams", "projection", "bias"], ["logits", "mixed"], domain=DOMAIN, iterations=2
         )
         body = build_hyper_connection_function(shapes, connection)
-        assert len(connection.input) < len(INPUTS)
+        assert len(connection.input) < len(HYPER_CONNECTION.inputs)
         connection.overload = body.overload
         connection.attribute[0].i = iterations
         graph.node.extend(

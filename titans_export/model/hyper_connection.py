@@ -7,12 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import DOMAIN, VERSION
+from ..operators import DOMAIN, HYPER_CONNECTION, VERSION
 
-OPERATOR = "HyperConnection"
-INPUTS = ("residuals", "projection", "bias", "branch", "weight")
-OUTPUTS = ("input", "residuals_out", "beta")
-ITERATIONS = 20
+ITERATIONS: int = HYPER_CONNECTION.defaults["iterations"]
 EPS = 1e-12
 
 Mixed = tuple[Tensor, Tensor, Tensor | None]
@@ -90,11 +87,11 @@ def hyper_connection(
     if branch is not None and weight is not None:
         given += [branch, weight]
     outputs = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{OPERATOR}",
+        f"{DOMAIN}::{HYPER_CONNECTION.name}",
         given,
-        attrs={"iterations": iterations},
+        attrs=HYPER_CONNECTION.complete({"iterations": iterations}),
         dtypes=[residuals.dtype] * len(shapes),
         shapes=shapes,
         version=VERSION,
     )
-    return outputs[0], outputs[1], outputs[2] if len(outputs) == len(OUTPUTS) else None
+    return outputs[0], outputs[1], outputs[2] if len(outputs) == len(HYPER_CONNECTION.outputs) else None

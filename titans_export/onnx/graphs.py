@@ -10,9 +10,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ..model import Call, Graph, StreamModel
-from ..model import hyper_connection as hyper
 from ..model.exported import collected_parts
-from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS
+from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, HYPER_CONNECTION, MEMORY_OPERATORS
 from ..safetensors_file import Array
 from .functions import build_memory_function
 from .hyper_connection import build_hyper_connection_function
@@ -45,7 +44,10 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     return known
 
 
-BUILDERS = {**dict.fromkeys(MEMORY_OPERATORS, build_memory_function), hyper.OPERATOR: build_hyper_connection_function}
+BUILDERS = {
+    **dict.fromkeys(MEMORY_OPERATORS, build_memory_function),
+    HYPER_CONNECTION.name: build_hyper_connection_function,
+}
 
 
 def _attach_functions(model: onnx.ModelProto) -> None:

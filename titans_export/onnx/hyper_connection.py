@@ -15,18 +15,10 @@ import torch
 from onnx import TensorProto, compose, helper, numpy_helper
 from torch import Tensor, nn
 
-from ..model.hyper_connection import (
-    INPUTS,
-    ITERATIONS,
-    OPERATOR,
-    OUTPUTS,
-    Mixed,
-    has_beta,
-    hyper_connection_reference,
-    normalise,
-)
-from ..operators import DOMAIN
+from ..model.hyper_connection import Mixed, has_beta, hyper_connection_reference, normalise
+from ..operators import DOMAIN, HYPER_CONNECTION
 from .functions import initializers_to_constants
+from .nodes import attributes
 from .tracing import OPSET, trace
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -57,17 +49,19 @@ def build_hyper_connection_function(
     node_shapes: Mapping[str, tuple[int, ...]], node: onnx.NodeProto
 ) -> onnx.FunctionProto:
     """The body of a node's configuration, named by the node's `overload`. node_shapes: shape of every value of the
-    graph.
+    graph. Raises UsageError for unknown attributes.
     """
-    iterations = next((a.i for a in node.attribute if a.name == "iterations"), ITERATIONS)
-    return _build(tuple(tuple(node_shapes[value]) for value in node.input if value), iterations)
+    values = HYPER_CONNECTION.complete(attributes(node))
+    return _build(tuple(tuple(node_shapes[value]) for value in node.input if value), values["iterations"])
 
 
 def _overload(shapes: Shapes, iterations: int) -> str:
     """A name that identifies the configuration: `b1_t36_s4_d384_i20_branch_beta`."""
     parts = [f"{letter}{size}" for letter, size in zip("btsd", shapes[0], strict=True)]
-    words = (("branch", len(shapes) == len(INPUTS)), ("beta", has_beta(shapes[0][2], shapes[1][1])))
-    return "_".join([*parts, f"i{iterations}", *(word for word, on in words if on)])
+    words = (("branch", len(shapes) == len(HYPER_CONNECTION.inputs)), ("beta", has_beta(shapes[0][2], shapes[1][1])))
+    values = {"iterations": iterations}
+    named = [entry.word(values[entry.name]) for entry in HYPER_CONNECTION.attributes]
+    return "_".join([*parts, *named, *(word for word, on in words if on)])
 
 
 def _add_iterations(graph: onnx.GraphProto, shape: tuple[int, ...], count: int) -> None:
@@ -91,8 +85,9 @@ def _add_iterations(graph: onnx.GraphProto, shape: tuple[int, ...], count: int) 
 
 @lru_cache(maxsize=64)
 def _build(shapes: Shapes, iterations: int) -> onnx.FunctionProto:
-    inputs = INPUTS[: len(shapes)]
-    outputs = OUTPUTS if has_beta(shapes[0][2], shapes[1][1]) else OUTPUTS[:-1]
+    inputs, outputs = HYPER_CONNECTION.input_names[: len(shapes)], HYPER_CONNECTION.outputs
+    if not has_beta(shapes[0][2], shapes[1][1]):
+        outputs = outputs[:-1]
     graph = trace(_Body(), tuple(torch.zeros(shape) for shape in shapes), inputs, outputs).graph
     batch, tokens, streams, _ = shapes[0]
     if iterations > 1:
@@ -100,11 +95,11 @@ def _build(shapes: Shapes, iterations: int) -> onnx.FunctionProto:
     initializers_to_constants(graph)
     return helper.make_function(
         DOMAIN,
-        OPERATOR,
+        HYPER_CONNECTION.name,
         inputs,
         outputs,
         graph.node,
         opset_imports=[helper.make_opsetid("", OPSET)],
-        attributes=["iterations"],
+        attributes=[entry.name for entry in HYPER_CONNECTION.attributes],
         overload=_overload(shapes, iterations),
     )
