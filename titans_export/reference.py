@@ -24,6 +24,8 @@ TOLERANCE = 1e-4  # absolute, on outputs
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
 _BLOCK = 1 << 22  # outputs that are compared at a time
+_CALL = 1 << 24  # most outputs of a call of several chunks
+_CHUNKS = 16  # most chunks in a call
 ORACLE_POSITIONS = 640  # most positions that run through the checkpoint's own library
 
 
@@ -39,12 +41,15 @@ def exact_outputs_of(
 def outputs_of(model: StreamModel, inputs: torch.Tensor, advance: Advance = lambda tokens: None) -> NDArray[Any]:
     """Outputs (T, size) of one stream from a new memory, in float64 in a context of `Float64`.
 
-    advance: takes the tokens of each call. Beside the result, only one call's outputs are in memory.
+    advance: takes the tokens of each call. Calls are long, so that weights are read seldom. Beside the result, only one
+    call's outputs are in memory.
     """
+    shortest = min((graph.tokens for graph in model.graphs(1) if graph.tokens > 1), default=1)
+    chunks = min(_CHUNKS, max(1, _CALL // (shortest * model.output.size)))
     state, length = model.initial_state(1), inputs.shape[1]
     result: NDArray[Any] | None = None
     learn = torch.ones(1, dtype=torch.bool)
-    for at, graph in calls(model.graphs(1), 0, length):
+    for at, graph in calls(model.graphs(chunks), 0, length):
         call = Call(graph, torch.full((1,), at), learn)
         y, state = model.call(inputs[:, at : at + graph.tokens], state, call)
         rows = y[0].numpy()
