@@ -26,6 +26,7 @@ from titans_export.row_fields import STORED_KINDS
 from titans_export.running import Arrays, BundleRunner
 
 SAVE_SECONDS = 10.0
+SAVES_APART = 20.0  # times the duration of a save: large Gram matrices are saved less often
 _VERSION = 1  # of the work file
 
 Range = tuple[float, float]
@@ -60,8 +61,9 @@ def collect(
 ) -> Collected:
     """Runs each stream of the data from a fresh memory through the bundle's schedule, and observes.
 
-    `work` is a file for the observations, written every `save_seconds`. A later call with the same bundle, data and
-    `gram` continues from it to the same result, bit for bit. Raises BundleError at the first value that is not finite.
+    `work` is a file for the observations, written every `save_seconds`, or less often if that takes long. A later call
+    with the same bundle, data and `gram` continues from it to the same result, bit for bit. Raises BundleError at
+    the first value that is not finite.
     """
     groups = find_groups(source.structures)
     run = _Run(source, data, groups, gram)
@@ -76,8 +78,11 @@ def collect(
         while run.stream < len(data.streams):
             progress(run.step())
             if work is not None and time.monotonic() - saved >= every:
+                began = time.monotonic()
                 run.save(work)
                 saved = time.monotonic()
+                if every:
+                    every = max(every, SAVES_APART * (saved - began))
     observations = {
         name: observed for group, observed in zip(groups, run.observed, strict=True) for name in group.weights
     }

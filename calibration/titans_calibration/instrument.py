@@ -10,9 +10,11 @@ import onnxruntime
 from titans_calibration.matmuls import is_matmul
 from titans_export.bundle import Bundle
 from titans_export.manifest import GraphEntry
-from titans_export.onnx.mapped import for_session
+from titans_export.onnx.mapped import array_of, for_session, is_mapped, mapped
 from titans_export.onnx.nodes import attribute, copy_model, is_memory, is_memory_function, replace_functions
 from titans_export.running import BundleRunner, memory_kernel, open_session
+
+PACKED_BYTES = 1 << 30  # most bytes of weights over all sessions that are packed, a copy for each session
 
 
 def matmul_inputs(model: onnx.ModelProto) -> dict[str, tuple[int, list[str]]]:
@@ -49,10 +51,13 @@ def open_runner(
 ) -> BundleRunner:
     """A runner of forms of the bundle's graphs whose calls also return the values `shown` of each graph.
 
+    Sessions of large graphs share the mapped weights, which then stay unpacked: slower, but only once in memory.
     Weights are in the models or in the bundle's file. Memories run in the memory kernel if it is installed and
     `kernel` is true, else as their function bodies.
     """
     library = memory_kernel() if kernel else None
+    packed = len(models) * (bundle.path / bundle.manifest.weights.file).stat().st_size <= PACKED_BYTES
+    weights: dict[str, onnxruntime.OrtValue] = {}
 
     def open_graph(graph: GraphEntry) -> onnxruntime.InferenceSession:
         source = models[graph.name]
@@ -61,6 +66,14 @@ def open_runner(
         values = dict.fromkeys((shown or {}).get(graph.name, ()))
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in named)
         config = {"session.intra_op.allow_spinning": "0"}  # NumPy needs the cores between calls
-        return open_session(model, kernel=library, folder=bundle.path, config=config)
+        options = onnxruntime.SessionOptions()
+        if not packed:
+            config["session.disable_prepacking"] = "1"
+            for tensor in mapped(model, bundle.path).graph.initializer:
+                if is_mapped(tensor):
+                    if tensor.name not in weights:
+                        weights[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array_of(tensor))
+                    options.add_initializer(tensor.name, weights[tensor.name])
+        return open_session(model, kernel=library, folder=bundle.path, config=config, options=options)
 
     return BundleRunner(bundle, open_graph, shown)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import pytest
 import torch
 from calibration_tools import CALL, TOKENS
@@ -20,8 +21,10 @@ from cli_tools import environment, reseal
 from safetensors.numpy import load_file
 from synthetic import MEMORY, Reference, Weights, write_bundle, write_manifest
 
+from titans_calibration import instrument
 from titans_calibration.collect import Collected, collect, find_groups
 from titans_calibration.data import Data, read_data
+from titans_calibration.instrument import open_runner
 from titans_calibration.options import work_file
 from titans_calibration.source import open_source
 from titans_export.bundle import read_bundle
@@ -102,6 +105,21 @@ def test_memories_are_seen_after_each_call(model: Titans, collected: Collected, 
         low, high = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
         assert (low, high) == pytest.approx((float(min(right[name])), float(max(right[name]))), rel=1e-3, abs=1e-6)
         assert sorted(ranges) == [0, 1024]
+
+
+def test_sessions_of_large_graphs_share_the_mapped_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Weights.random()
+    source = open_source(read_bundle(write_bundle(tmp_path / "b.titans", weights)))
+    monkeypatch.setattr(instrument, "PACKED_BYTES", 0)
+    made: list[npt.NDArray[np.float32]] = []
+    make = onnxruntime.OrtValue.ortvalue_from_numpy
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", lambda a: made.append(a) or make(a))
+    tokens = np.arange(13, dtype=np.int32)  # runs all three graphs
+    runner = open_runner(source.bundle, source.structures)
+    outputs = np.concatenate([call.values["logits"][0] for call in runner.stream(tokens)])
+    np.testing.assert_allclose(outputs, Reference(weights).feed(tokens), atol=1e-4)
+    assert len(made) == len(weights.named()), "one value for all sessions"
+    assert not any(array.flags.owndata or array.flags.writeable for array in made), "mapped, not copied"
 
 
 def test_fields_are_observed_by_kind_and_not_by_name(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from titans_export.dtypes import DTYPES
 from titans_export.exporting import export_checkpoint
 from titans_export.model import MemoryConfig, ModelConfig, Titans
 from titans_export.onnx.files import load_structure
-from titans_export.onnx.mapped import array_of, load_mapped, point_to
+from titans_export.onnx.mapped import array_of, is_mapped, load_mapped, point_to, spilling, write_graph
 from titans_export.onnx.weights import share_weights
 from titans_export.running import BundleRunner
 from titans_export.safetensors_file import ALIGNMENT, Raw, write_safetensors
@@ -130,6 +130,14 @@ def test_odd_weights_of_every_recipe(table: int, rows: int, columns: int, recipe
     assert check_file(tmp_path / "weights.safetensors")
     (tmp_path / "g.onnx").write_bytes(found.SerializeToString())
     np.testing.assert_array_equal(session(tmp_path / "g.onnx").run(None, ids)[0], before)
+
+    source = {"g": load_mapped(write_graph(models["g"], tmp_path / "float32.onnx"))}
+    observed = observe_noise(source) if chosen.needs_data else None
+    with spilling(tmp_path) as spill:
+        found = quantise_graphs(source, chosen, observed, spill=spill).models["g"]
+        assert all(is_mapped(t) or len(t.raw_data) < 1024 for t in found.graph.initializer)
+        share_weights({"g": found}, tmp_path / "mapped.safetensors")
+    assert (tmp_path / "mapped.safetensors").read_bytes() == (tmp_path / "weights.safetensors").read_bytes()
 
 
 ZEROS = memoryview(bytes(1 << 20))
