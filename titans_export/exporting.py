@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
+from .guarding import seen_norms, seen_record
 from .model import Graph, StreamModel
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.parameters import map_parameters, return_free_memory
@@ -36,6 +37,8 @@ from .reference import (
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
 from .text.vocabulary import check_vocabulary
+
+NORM_READS = 16  # most reads of the memory for its norms
 
 
 @dataclass(frozen=True)
@@ -180,16 +183,24 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
     return cuts
 
 
-def _run(
-    folder: Path, inputs: NDArray[Any], cuts: list[int], advance: Advance = lambda tokens: None
-) -> tuple[NDArray[np.float32], int]:
-    """The bundle's outputs in the runtime, fed in the given cuts, and the bytes of one stream's state."""
+class _Run(NamedTuple):
+    """A run of the bundle: outputs (T, size), bytes of one stream's state, and the largest norms of its memory."""
+
+    outputs: NDArray[np.float32]
+    state_bytes: int
+    norms: dict[str, float]
+
+
+def _run(folder: Path, inputs: NDArray[Any], cuts: list[int], advance: Advance = lambda tokens: None) -> _Run:
+    """Runs the bundle in the runtime, fed in the given cuts. Norms are read at most NORM_READS times."""
     import titans_runtime
 
-    with titans_runtime.Session(folder) as session:
+    names = records.read_manifest(folder).guarded_fields
+    with titans_runtime.Session(folder, guard="off") as session:
         stream = session.stream()
+        norms = seen_norms(stream, names, {})
         result: NDArray[np.float32] | None = None
-        at = 0
+        at = read = 0
         for part in np.split(inputs, np.cumsum(cuts)[:-1]):
             outputs = stream.feed(part)
             assert outputs is not None
@@ -197,9 +208,11 @@ def _run(
                 result = np.empty((len(inputs), outputs.shape[1]), np.float32)
             result[at : at + len(part)] = outputs
             at += len(part)
+            if at * NORM_READS >= (read + 1) * len(inputs):
+                norms, read = seen_norms(stream, names, norms), at * NORM_READS // len(inputs)
             advance(len(part))
         assert result is not None
-        return result, stream.state_bytes
+        return _Run(result, stream.state_bytes, norms)
 
 
 def export_checkpoint(
@@ -334,8 +347,8 @@ def export_loaded(
         map_parameters(model, folder / WEIGHTS)  # the runtime holds the weights as well
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         with bar("running the bundle", positions, "tokens") as advance:
-            outputs, state_bytes = _run(folder, inputs[0].numpy(), cuts, advance)
-        error = errors_of(outputs, float64)
+            run = _run(folder, inputs[0].numpy(), cuts, advance)
+        error = errors_of(run.outputs, float64)
         # `not <=` instead of `>`, so that NaN is a mismatch
         if not error.max() <= tolerance:
             bad = int(np.argmax(~(error <= tolerance)))
@@ -344,13 +357,14 @@ def export_loaded(
                 f"first beyond it at position {bad}"
             )
             raise MismatchError("E0901", "export", problem, "report the message with the checkpoint's configuration")
+        replace(records.read_manifest(folder), guard=seen_record(run.norms)).write(folder)
         report = ExportReport(
             bundle=str(output),
             variant=model.variant,
             parameters=sum(p.numel() for p in model.parameters()),
             graphs=[graph.name for graph in graphs],
             weights_bytes=(folder / WEIGHTS).stat().st_size,
-            state_bytes=state_bytes,
+            state_bytes=run.state_bytes,
             positions=positions,
             max_abs_error=float(error.max()),
             pytorch_float32_error=own_error,

@@ -25,6 +25,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "vocab_size": manifest.input.vocab_size,
         "tokenizer": manifest.tokenizer.to_json(),
         "quantization": _quantization(bundle),
+        "guard": plain(manifest.guard),
         "graphs": [
             {**graph.to_json(), "offsets": list(graph.offsets), **_graph(bundle.path / graph.file)}
             for graph in manifest.graphs

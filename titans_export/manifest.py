@@ -21,6 +21,8 @@ FORMAT, SCHEMA_VERSION = "titans-bundle", 2
 MANIFEST = "manifest.json"
 LONGEST_MANIFEST = 16 << 20  # bytes, as in the runtime
 DEEPEST_MANIFEST = 64  # levels of nested JSON, as in the runtime
+GUARD_POLICIES = ("off", "raise", "freeze", "skip", "rewind", "decay", "restart")
+GUARDED_KINDS = ("weights", "surprise")  # of the fields whose norms guards limit
 NO_ENGINE = "none"  # the name that selects the plain graphs
 _LARGEST = (1 << 31) - 1
 _FIX = "copy or export the bundle again"
@@ -96,6 +98,13 @@ def number(value: Any, path: str) -> float:
     """A finite number from 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
         raise wrong(path, "a finite number from 0", value)
+    return value
+
+
+def positive(value: Any, path: str) -> float:
+    """A finite number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise wrong(path, "a finite number above 0", value)
     return value
 
 
@@ -479,6 +488,34 @@ class Quantization(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardField(Entry):
+    """The norm of a memory field over all its elements. seen: the largest of all heads; limit: of a healthy memory."""
+
+    seen: Annotated[float | None, number] = None
+    limit: Annotated[float | None, positive] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard(Entry):
+    """What the bundle gives its streams: norms for their health, and a guard.
+
+    fields: by the field's name, such as layers.0.memory.W0. restart_every: tokens, 0 for never. data, margin: what the
+    limits were found from, and their ratio to the norms seen.
+    """
+
+    policy: Annotated[str, word(*GUARD_POLICIES)] = "off"
+    restart_every: Annotated[int, integer(0)] = 0
+    data: Annotated[CalibrationData | None, nullable(CalibrationData.from_json)] = None
+    margin: Annotated[float | None, nullable(positive)] = None
+    fields: Annotated[Mapping[str, GuardField], mapping(GuardField.from_json)]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits, by the field's name."""
+        return {name: one.limit for name, one in self.fields.items() if one.limit is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plugin(Entry):
     """The plugin that an engine calls for the memory."""
 
@@ -556,6 +593,7 @@ class Manifest(Entry):
     initial_state: Annotated[FileReference, FileReference.from_json]
     files: Annotated[Mapping[str, FileRecord], mapping(FileRecord.from_json)]
     quantization: Annotated[Quantization | None, nullable(Quantization.from_json)] = None
+    guard: Annotated[Guard | None, nullable(Guard.from_json)] = None
     engines: Annotated[tuple[EngineEntry, ...], array(EngineEntry.from_json)] = ()
 
     @property
@@ -567,6 +605,16 @@ class Manifest(Entry):
     def memory(self) -> MemoryFormat:
         """How memories are kept between calls."""
         return self.quantization.memory if self.quantization else MemoryFormat()
+
+    @property
+    def guarded_fields(self) -> tuple[str, ...]:
+        """The names of the memory fields whose norms guards limit."""
+        names: list[str] = []
+        for entry in self.state:
+            if entry.role == "memory":
+                known = (f"{entry.name}.{one.name}" for one in entry.layout if one.kind in GUARDED_KINDS)
+                names += known if entry.layout else (entry.name,)
+        return tuple(names)
 
     def graph(self, name: str) -> GraphEntry:
         """The graph of that name. Raises KeyError."""
@@ -584,9 +632,13 @@ class Manifest(Entry):
         listed = dict(sorted({**kept, **files}.items()))
         return replace(self, engines=(*others, engine), files=listed), dropped
 
+    def text(self) -> str:
+        """The manifest's text, which depends on the manifest alone."""
+        return json.dumps(self.to_json(), indent=1) + "\n"
+
     def write(self, folder: Path) -> None:
-        """Writes the manifest into the folder. The text depends on the manifest alone."""
-        (folder / MANIFEST).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Writes the manifest into the folder."""
+        (folder / MANIFEST).write_text(self.text(), encoding="utf-8")
 
     def check(self, path: str) -> None:
         """Compares the objects with each other."""
@@ -594,6 +646,7 @@ class Manifest(Entry):
         if problem := missing(self.graphs):
             raise wrong("graphs", problem, [graph.name for graph in self.graphs])
         self._check_names()
+        self._check_guard()
         self._check_engines()
         self._check_files()
 
@@ -626,6 +679,11 @@ class Manifest(Entry):
         ):
             if name := _twice(names):
                 raise fail(f"two uses of the {where} name {name}")
+
+    def _check_guard(self) -> None:
+        for name in self.guard.fields if self.guard else ():
+            if name not in self.guarded_fields:
+                raise wrong(f"guard.fields.{name}", "the name of a memory's weights or surprise as key", name)
 
     def _check_engines(self) -> None:
         if name := _twice(engine.name for engine in self.engines):

@@ -42,6 +42,7 @@ TEST(CApi, NullIsAnErrorEverywhere) {
   titans_guard guard;
   titans_guard_init(&guard);
   titans_guard_report report{};
+  titans_health health{};
   report.struct_size = sizeof(report);
   titans_metrics metrics{};
   metrics.struct_size = sizeof(metrics);
@@ -61,6 +62,8 @@ TEST(CApi, NullIsAnErrorEverywhere) {
       titans_stream_set_learning(nullptr, 1),
       titans_stream_set_guard(nullptr, &guard),
       titans_stream_guard_report(nullptr, &report),
+      titans_stream_health(nullptr, &health),
+      titans_stream_peak_norms(nullptr, nullptr, 0),
       titans_stream_set_progress(nullptr, nullptr, nullptr),
       titans_stream_cancel(nullptr),
       titans_session_metrics(nullptr, &metrics),
@@ -323,6 +326,12 @@ TEST_F(CApiStream, GuardsAndProgress) {
   EXPECT_EQ(stream.guard_report().rollbacks, 1U);
   expect_invalid({"above 0"}, [&] { stream.set_guard({TITANS_GUARD_SKIP, 0.0F}); });
   stream.set_guard({TITANS_GUARD_OFF});
+  EXPECT_EQ(stream.health().state, TITANS_HEALTHY);
+  EXPECT_EQ(stream.health().layer, -1);
+  const std::vector<float> norms = stream.peak_norms();
+  ASSERT_EQ(norms.size(), stream.memory().size());
+  EXPECT_GE(norms[0], 0.0F);
+  EXPECT_EQ(session.metrics().diverging, 0U);
 
   stream.set_progress([](void*, std::uint64_t, std::uint64_t) { return 1; });
   try {
@@ -388,8 +397,10 @@ TEST_F(CApiStream, WhatIsTooSmallIsNotWritten) {
   titans_metrics metrics{};
   titans_guard_report report{};
   titans_guard guard{};
+  titans_health health{};
   for (const std::size_t wrong : {std::size_t{0}, sizeof(std::size_t)}) {
-    metrics.struct_size = report.struct_size = guard.struct_size = wrong;
+    metrics.struct_size = report.struct_size = guard.struct_size = health.struct_size = wrong;
+    EXPECT_EQ(titans_stream_health(stream, &health), TITANS_INVALID_ARGUMENT);
     EXPECT_EQ(titans_session_metrics(session, &metrics), TITANS_INVALID_ARGUMENT);
     EXPECT_EQ(titans_stream_guard_report(stream, &report), TITANS_INVALID_ARGUMENT);
     EXPECT_EQ(titans_stream_set_guard(stream, &guard), TITANS_INVALID_ARGUMENT);

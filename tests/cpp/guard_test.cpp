@@ -76,7 +76,7 @@ class GuardTest : public testing::TestWithParam<std::tuple<Buffers, Attack>> {
   static const Buffers& buffers() { return std::get<0>(GetParam()); }
   static const Attack& attack() { return std::get<1>(GetParam()); }
   static titans_guard guard(std::int32_t policy) {
-    return {sizeof(titans_guard), policy, attack().max_update_norm, attack().max_surprise};
+    return {sizeof(titans_guard), policy, attack().max_update_norm, attack().max_surprise, 0, 1};
   }
   std::unique_ptr<Stream> guarded(std::int32_t policy) {
     auto stream = std::make_unique<Stream>(session_);
@@ -294,7 +294,7 @@ TEST_P(GuardTest, OffItIsAsWithout) {
   const Tokens tokens = tokens_with(12, 11);
   const auto stream = guarded(TITANS_GUARD_RAISE);
   feed(*stream, part(tokens, 0, 6));
-  stream->set_guard({sizeof(titans_guard), TITANS_GUARD_OFF, kInfinity, kInfinity});
+  stream->set_guard({sizeof(titans_guard), TITANS_GUARD_OFF, kInfinity, kInfinity, 0, 1});
   feed(*stream, part(tokens, 6, 12));
   std::vector<float> memory(2 * kPackedHeads);
   stream->read_memory(0, memory.data(), memory.size());
@@ -394,7 +394,7 @@ TEST_F(GuardedStream, RefusesWhatIsNoGuard) {
   Stream stream(session_);
   titans_guard guard;
   titans_guard_init(&guard);
-  for (const std::int32_t policy : {-1, 4}) {
+  for (const std::int32_t policy : {-1, 7}) {
     guard.policy = policy;
     expect_error(TITANS_INVALID_ARGUMENT, {"titans_guard_policy"}, [&] { stream.set_guard(guard); });
   }

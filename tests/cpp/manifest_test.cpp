@@ -129,6 +129,26 @@ TEST(Manifest, VectorsThatAreWrong) {
   expect_error(TITANS_FAILED, {"input.size"}, [&] { parse(manifest); });
 }
 
+TEST(Manifest, AGuardsLimits) {
+  json manifest = manifest_json();
+  EXPECT_EQ(parse(manifest).guard.policy, TITANS_GUARD_OFF);
+  manifest["guard"] = nullptr;
+  EXPECT_TRUE(parse(manifest).guard.fields.empty());
+  manifest["guard"] = {{"policy", "decay"},
+                       {"restart_every", 4096},
+                       {"fields", {{"layers.0.memory.S0", {{"seen", 1.5}, {"limit", 6}}}}}};
+  const core::GuardRecord guard = parse(manifest).guard;
+  EXPECT_EQ(guard.policy, TITANS_GUARD_DECAY);
+  EXPECT_EQ(guard.restart_every, 4096U);
+  ASSERT_EQ(guard.fields.size(), 1U);
+  EXPECT_EQ(guard.fields[0].name, "layers.0.memory.S0");
+  EXPECT_EQ(guard.fields[0].seen, 1.5);
+  EXPECT_EQ(guard.fields[0].limit, 6.0);
+  for (std::int32_t policy = TITANS_GUARD_OFF; policy <= TITANS_GUARD_RESTART; ++policy) {
+    EXPECT_EQ(core::guard_policy_named(core::guard_policy_name(policy)), policy);
+  }
+}
+
 TEST(Manifest, AnOutputIsNoInput) {
   json manifest = manifest_json();
   manifest["state"][0]["output"] = manifest["state"][0]["input"];
@@ -179,6 +199,13 @@ struct Change {
 
 void PrintTo(const Change& change, std::ostream* out) { *out << change.pointer << " = " << change.value; }
 
+json guard(json keys) {
+  if (!keys.contains("fields")) keys["fields"] = json::object();
+  return keys;
+}
+
+json guard_of(const char* name, const json& field) { return {{"fields", {{name, field}}}}; }
+
 // Invalid values. The error names the field.
 class WrongField : public testing::TestWithParam<Change> {};
 
@@ -215,7 +242,17 @@ INSTANTIATE_TEST_SUITE_P(
         Change{"/graphs/0/file", "../decode.onnx"}, Change{"/graphs/0/file", "a/b"}, Change{"/graphs/0/file", "a\\b"},
         Change{"/graphs/0/file", ".."}, Change{"/graphs/0/file", "."}, Change{"/graphs/0/file", ""},
         Change{"/graphs/0/file", std::string("a\0b", 3)}, Change{"/weights/file", "/etc/passwd"},
-        Change{"/initial_state/file", "../state"}, Change{"/files", 3},
+        Change{"/initial_state/file", "../state"}, Change{"/files", 3}, Change{"/guard", 3},
+        Change{"/guard", json::object()}, Change{"/guard", guard({{"policy", "stop"}})},
+        Change{"/guard", guard({{"policy", 1}})}, Change{"/guard", guard({{"restart_every", -1}})},
+        Change{"/guard", guard({{"restart_every", 1.5}})}, Change{"/guard", guard({{"fields", json::array()}})},
+        Change{"/guard", guard_of("layers.0.memory", json::object())},
+        Change{"/guard", guard_of("layers.0.memory.W1", json::object())},
+        Change{"/guard", guard_of("layers.0.memory.W0", 3)},
+        Change{"/guard", guard_of("layers.0.memory.W0", {{"limit", 0}})},
+        Change{"/guard", guard_of("layers.0.memory.W0", {{"limit", "1"}})},
+        Change{"/guard", guard_of("layers.0.memory.W0", {{"limit", nullptr}})},
+        Change{"/guard", guard_of("layers.0.memory.W0", {{"seen", -1}})},
         Change{"/files", {{"a", {{"bytes", -1}, {"xxh3_128", ""}}}}}));
 
 }  // namespace

@@ -364,7 +364,8 @@ TEST(SpillGuard, WhatAGuardWouldTakeBackIsTheSame) {
       control.in_place = in_place;
       control.surprising[7] = 1e4F;
       core::SessionOptions options;
-      const titans_guard limits{sizeof(titans_guard), TITANS_GUARD_SKIP, 1e3F, std::numeric_limits<float>::infinity()};
+      const titans_guard limits{
+          sizeof(titans_guard), TITANS_GUARD_SKIP, 1e3F, std::numeric_limits<float>::infinity(), 0, 1};
       if (spilled) {  // room for one guarded stream
         Stream probe(open_packed_session(bundle.path(), control));
         probe.set_guard(limits);

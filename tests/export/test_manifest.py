@@ -31,7 +31,7 @@ def _examples() -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, QUANTIZATION, ENGINE = _examples()
+MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, QUANTIZATION, GUARD, ENGINE = _examples()
 
 
 def _listed(*names: str) -> dict[str, Any]:
@@ -45,7 +45,13 @@ def full() -> dict[str, Any]:
     found = {**MANIFEST, **SAMPLE, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
     state = [{**STATE, "name": "layers.1.memory", "input": "layers.1.memory", "output": "layers.1.memory.next"}]
     return copy.deepcopy(
-        {**found, "state": [*MANIFEST["state"], *state], "quantization": QUANTIZATION, "engines": [ENGINE]}
+        {
+            **found,
+            "state": [*MANIFEST["state"], *state],
+            "quantization": QUANTIZATION,
+            "guard": GUARD,
+            "engines": [ENGINE],
+        }
     )
 
 
@@ -118,7 +124,8 @@ def test_unknown_keys_are_kept() -> None:
     given = full()
     objects = [container[key] for container, key, _ in places(given) if isinstance(container[key], dict)]
     for one in [given, *objects]:
-        if one is not given["files"] and one is not given["quantization"]["matmuls"]:
+        names = (given["files"], given["quantization"]["matmuls"], given["guard"]["fields"])  # objects with any keys
+        if all(one is not each for each in names):
             one["later"] = {"a": [1]}
     read = Manifest.from_json(given)
     found = list(entries(read))
@@ -158,7 +165,10 @@ def test_a_wrong_type_is_refused_by_its_path(path: str) -> None:
 OPTIONAL = {
     "engines", "engines.cuda", "engines.driver", "engines.graphs.weights", "engines.state_in_place",
     "engines.weights", "format", "golden.positions", "golden.sample", "golden.sample.log_sum_exp",
-    "graphs.offsets", "model.config", "model.source", "model.source.format",
+    "graphs.offsets", "guard", "guard.data", "guard.fields.layers.0.memory.S0.limit",
+    "guard.fields.layers.0.memory.S0.seen", "guard.fields.layers.0.memory.W0.limit",
+    "guard.fields.layers.0.memory.W0.seen", "guard.margin", "guard.policy", "guard.restart_every",
+    "model.config", "model.source", "model.source.format",
     "model.source.dtypes", "model.source.library_defaults", "model.source.weights", "model.source.weights_sha256",
     "quantization", "quantization.data", "quantization.float32_weights_bytes",
     "quantization.max_abs_error", "quantization.memory.dtype", "quantization.memory.rounding",
@@ -167,13 +177,17 @@ OPTIONAL = {
     "state.layout.written", "state.operator", "state.rows", "state.written",
 }  # fmt: skip
 # Keys whose defaults contradict another key of the example.
-CONTRADICTING = {"engines[0].alias", "engines[0].plugin", "state[2].layout[1].dtype"}
+CONTRADICTING = {
+    "engines[0].alias", "engines[0].plugin", "state[0].layout", "state[0].layout[0].kind", "state[0].layout[1].kind",
+    "state[2].layout[1].dtype",
+}  # fmt: skip
 
 
 def test_a_missing_key_is_refused_by_its_path() -> None:
     optional, example = set(), full()
     for holder, _, path in places(example):
-        if isinstance(holder, list) or holder is example["files"] or holder is example["quantization"]["matmuls"]:
+        names = (example["files"], example["quantization"]["matmuls"], example["guard"]["fields"])
+        if isinstance(holder, list) or any(holder is each for each in names):
             continue
         given = full()
         container, key = at(given, path)
@@ -223,6 +237,9 @@ CONTRADICTIONS: dict[str, tuple[str, Any, str]] = {
     "no offsets": ("graphs[0].offsets", [], "graphs[0].offsets: expected at least one offset"),
     "sketches without a name": ("golden.sample.sketches", ..., "missing field golden.sample.sketches"),
     "a negative seed": ("golden.sample.seed", -1, "golden.sample.seed: expected an integer from 0"),
+    "a limit of no norm": ("guard.fields", {"layers.0.memory.m": {}}, "guard.fields.layers.0.memory.m: expected the"),
+    "a limit of 0": ("guard.margin", 0, "guard.margin: expected a finite number above 0"),
+    "an unknown policy": ("guard.policy", "stop", "guard.policy: expected one of"),
     "a tolerance that is not finite": ("golden.tolerance", float("inf"), "golden.tolerance: expected a finite number"),
 }
 

@@ -503,14 +503,21 @@ class Caller {
     titans_guard guard{};
     titans_guard_init(&guard);
     const std::uint8_t byte = choices_.byte();
-    guard.policy = byte < 240 ? byte % 4 : choices_.number<std::int32_t>();
+    guard.policy = byte < 240 ? byte % 7 : choices_.number<std::int32_t>();
     if ((byte & 4) != 0) guard.max_update_norm = choices_.number<float>();
     if ((byte & 8) != 0) guard.max_surprise = choices_.number<float>();
+    if ((byte & 16) != 0) guard.restart_every = choices_.number<std::uint8_t>();
+    if ((byte & 32) != 0) guard.bundle_limits = choices_.number<std::int32_t>();
     const Sized<titans_guard> sized(guard, any_size(sizeof(guard)));
     if (ok(titans_stream_set_guard(place->stream, sized.get()))) place->guarded = guard.policy != TITANS_GUARD_OFF;
     titans_guard_report report{};
     const Sized<titans_guard_report> out(report, any_size(sizeof(report)));
     ok(titans_stream_guard_report(place->stream, out.get()));
+    titans_health health{};
+    const Sized<titans_health> healthy(health, any_size(sizeof(health)));
+    ok(titans_stream_health(place->stream, healthy.get()));
+    std::vector<float> norms(std::min<std::size_t>(any_size(titans_stream_memory_count(place->stream)), 4096));
+    ok(titans_stream_peak_norms(place->stream, norms.data(), norms.size()));
   }
 
   void set_progress(Place place) {
@@ -654,6 +661,7 @@ class Caller {
           titans_stream_save(nullptr, "", nullptr), titans_session_restore(nullptr, nullptr, nullptr, &stream),
           titans_stream_marks(nullptr, nullptr, 0, &count), titans_generator_next(nullptr, &token, &done),
           titans_stream_set_guard(nullptr, nullptr), titans_stream_guard_report(nullptr, nullptr),
+          titans_stream_health(nullptr, nullptr), titans_stream_peak_norms(nullptr, nullptr, 0),
           titans_session_metrics(nullptr, nullptr), titans_state_read(nullptr, nullptr, nullptr, 0, nullptr)}) {
       check(!ok(status) && status == TITANS_INVALID_ARGUMENT, "NULL to be refused");
     }

@@ -87,6 +87,13 @@ def manifests() -> Iterator[tuple[str, bytes]]:
                  "graphs": [{"graph": "decode", "file": "b.onnx", "weights": ["E"]}]},
             ]
         },
+        "guard": {
+            "guard": {
+                "policy": "rewind", "restart_every": 3, "margin": 4,
+                "data": {"xxh3_128": "0" * 32, "tokens": 9, "streams": 1},
+                "fields": {"m.W0": {"seen": 0.5, "limit": 2.0}, "m.S0": {"seen": 1e-3}},
+            }
+        },
         "quantised": {"state": [{**MEMORY, "dtype": "float32"}, {**_state("c", "conv", [1, 3]), "dtype": "int8"}]},
     }  # fmt: skip
     for name, changes in variants.items():

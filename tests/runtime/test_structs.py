@@ -20,6 +20,7 @@ STRUCTS = {
     "titans_state_options": _library.StateOptions,
     "titans_guard": _library.Guard,
     "titans_guard_report": _library.RawGuardReport,
+    "titans_health": _library.RawHealth,
     "titans_durations": _library.RawDurations,
     "titans_metrics": _library.RawMetrics,
     "titans_memory_info": _library.MemoryInfo,
@@ -54,6 +55,7 @@ def test_every_struct_of_the_header_is_compared() -> None:
         "titans_output",
         "titans_guard_policy",
         "titans_guard_reason",
+        "titans_health_state",
     }
 
 

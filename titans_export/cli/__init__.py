@@ -12,6 +12,7 @@ from .compare import compare
 from .diff import diff
 from .doctor import doctor
 from .export import export
+from .guard import guard
 from .inspect import inspect
 from .quantize import quantize
 from .run import run
@@ -44,5 +45,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, quantize, build, run, verify, compare, bench, inspect, diff, doctor):
+for command in (export, quantize, build, guard, run, verify, compare, bench, inspect, diff, doctor):
     main.add_command(command)

@@ -84,6 +84,7 @@ def _text(info: dict[str, Any]) -> str:
     sections = [
         "\n".join(head),
         _quantization(info["quantization"]),
+        _guard(info["guard"]),
         table(("graph", "tokens", "stride", "offsets", "nodes", "most frequent operators"), graphs),
         _memories(info["graphs"]),
         _engines(info),
@@ -131,6 +132,17 @@ def _quantization(entry: dict[str, Any] | None) -> str:
     if "max_abs_error" in entry:
         lines.append(f"maximum difference from the float32 model's golden outputs: {entry['max_abs_error']:.3g}")
     return "\n".join(lines)
+
+
+def _guard(entry: dict[str, Any] | None) -> str:
+    """Policy and limits of the memory; empty without limits."""
+    fields = entry["fields"] if entry else {}
+    rows = [(name, one.get("seen", "-"), one["limit"]) for name, one in fields.items() if "limit" in one]
+    if not entry or not (rows or entry.get("policy", "off") != "off"):
+        return ""
+    restart = f", every memory starts anew every {entry['restart_every']} tokens" if entry.get("restart_every") else ""
+    head = f"guard: policy {entry.get('policy', 'off')}{restart}"
+    return "\n".join([head, table(("norm of", "largest seen", "limit"), rows)] if rows else [head])
 
 
 def _spans(offsets: list[int]) -> str:

@@ -55,6 +55,7 @@ class SessionOptions:
     threads: int = 0
     memory_kernel: str = "auto"
     engine: str | None = None
+    guard: str = "off"
 
 
 def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +86,7 @@ def open_session(bundle: Path, options: SessionOptions) -> titans_runtime.Sessio
         threads=options.threads,
         memory_kernel=options.memory_kernel,
         engine=options.engine,
+        guard=options.guard,
     )
 
 

@@ -36,6 +36,18 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 
+GUARDS = ("bundle", "off", "raise", "freeze", "skip", "rewind", "decay", "restart")
+# What a policy does after a violation, for notes.
+ACTIONS = {
+    "raise": "the call failed",
+    "freeze": "the memory has stopped learning",
+    "skip": "the memory skips the chunk and learns on",
+    "rewind": "the memory returns to its last healthy mark and learns on",
+    "decay": "the memory goes half of the way back to its initial state and learns on",
+    "restart": "the memory starts anew and learns on",
+}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are sampled: the arguments of `titans_runtime.Stream.generate`."""
@@ -65,6 +77,7 @@ class RunOptions(SessionOptions):
     seed: int
     stop: tuple[str, ...]
     freeze: bool
+    restart_every: int
     as_json: bool
 
     def sampling(self) -> Sampling:
@@ -104,6 +117,15 @@ class RunOptions(SessionOptions):
 @click.option("--stop", multiple=True, help="Stop after this text has been generated; repeatable.")
 @click.option("--hide-special-tokens", is_flag=True, help="Leave special tokens, such as </s>, out of the output.")
 @click.option("--freeze", is_flag=True, help="Read without learning: the memory stays as it is.")
+@click.option(
+    "--guard",
+    type=click.Choice(GUARDS),
+    default="bundle",
+    help="What to do when the memory exceeds the bundle's limits.  bundle: what the bundle says.",
+)
+@click.option(
+    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Start the memory anew every N tokens."
+)
 @engine_option
 @session_options
 @json_option
@@ -112,7 +134,7 @@ def run(**values: Any) -> None:
 
     The model learns while it reads and generates, unless --freeze is given. --text streams a file of any length in
     constant memory and reports how well it was predicted, in bits per byte. The continuation of --prompt appears on
-    stdout token by token.
+    stdout token by token. A note on stderr warns when the memory diverges or the guard acts.
     """
     _run(RunOptions(**values))
 
@@ -133,6 +155,11 @@ def _run(options: RunOptions) -> None:
     stream = session.stream()
     if options.freeze:
         stream.freeze()
+    policy: Any = session.info["guard"]["policy"]
+    if options.restart_every:
+        policy = "restart" if policy == "off" else policy
+        stream.guard(policy, restart_every=options.restart_every)
+    watch = Watch(stream, policy, options.bundle)
     result: dict[str, Any] = {
         "bundle": str(options.bundle),
         "device": session.info["device"],
@@ -144,9 +171,11 @@ def _run(options: RunOptions) -> None:
         "state_bytes_at_start": stream.state_bytes,
     }
     if options.text is not None:
-        result |= _read_text(stream, tokenizer, options.text)
+        result |= _read_text(stream, tokenizer, options.text, watch)
     if prompt is not None:
         result |= _continue(stream, tokenizer, prompt, options)
+    watch.look()
+    result |= watch.result()
     result |= {"position": stream.position, "state_bytes": stream.state_bytes, "peak_rss_bytes": peak_rss_bytes()}
     if options.as_json:
         emit(result)
@@ -171,7 +200,44 @@ def _open_text(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
         yield file, os.fstat(file.fileno()).st_size if regular else None
 
 
-def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
+class Watch:
+    """Notes on stderr when the stream's memory diverges or its guard acts, once for each kind of event."""
+
+    def __init__(self, stream: titans_runtime.Stream, policy: str, bundle: Path) -> None:
+        self._stream, self._policy, self._bundle = stream, policy, bundle
+        self._warned = self._told = False
+
+    def look(self) -> None:
+        """Reads the stream's health and the guard's report."""
+        health, report = self._stream.health, self._stream.guard_report
+        if health.divergences and not self._warned:
+            self._warned = True
+            note(
+                f"warning: the memory diverges at position {health.position:,}: the norm of {health.field}, head "
+                f"{health.head}, is {health.value:.4g}, above {health.limit:.4g}; what it has learned may be lost. "
+                f"See titans-export guard {self._bundle} --data FILE"
+            )
+        if report.rollbacks and not self._told:
+            self._told = True
+            note(f"the guard acted at position {report.position:,}: {describe(report)}; {ACTIONS[self._policy]}")
+
+    def result(self) -> dict[str, Any]:
+        """The last health and the guard's report, as `--json` prints them."""
+        return {
+            "learning_at_end": self._stream.learning,
+            "health": dataclasses.asdict(self._stream.health),
+            "guard": {"policy": self._policy, **dataclasses.asdict(self._stream.guard_report)},
+        }
+
+
+def describe(report: titans_runtime.GuardReport) -> str:
+    """Why the guard acted last."""
+    if report.field is not None:
+        return f"the norm of {report.field}, head {report.head}, is {report.value:.4g}, above {report.limit:.4g}"
+    return f"{report.reason}, layer {report.layer}, head {report.head}"
+
+
+def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path, watch: Watch) -> dict[str, Any]:
     """Streams the file and sums up the bits of its tokens."""
     tokens = bytes_read = 0
     nats = busy = 0.0
@@ -182,6 +248,7 @@ def _read_text(stream: titans_runtime.Stream, tokenizer: Tokenizer, path: Path) 
             started = time.perf_counter()
             nats -= math.fsum(stream.score(block))
             busy += time.perf_counter() - started
+            watch.look()
             tokens += len(block)
             bytes_read += covered
             advance(covered)
@@ -274,12 +341,19 @@ def peak_rss_bytes() -> int:
 def _report(result: dict[str, Any], err: bool) -> None:
     """Prints the numbers of a text, on stderr if stdout holds generated text."""
     bits, rate = result["bits_per_byte"], result["tokens_per_second"]
-    lines = (
+    lines = [
         ("tokens", f"{result['tokens']:,}"),
         ("bits per byte", "-" if bits is None else f"{bits:.4f}"),
         ("tokens per second", "-" if rate is None else f"{rate:,.0f}"),
         ("state", f"{size(result['state_bytes'])} ({size(result['state_bytes_at_start'])} at the start)"),
         ("peak memory", size(result["peak_rss_bytes"])),
-    )
+    ]
+    guard, health = result["guard"], result["health"]
+    if guard["rollbacks"] or guard["repairs"]:
+        acted = f"{guard['rollbacks']:,} chunks rolled back, memory set back {guard['repairs']:,} times"
+        stopped = "" if result["learning_at_end"] or not result["learning"] else ", no longer learning"
+        lines.append(("guard", f"{guard['policy']}: {acted}{stopped}"))
+    if health["divergences"]:
+        lines.append(("health", f"{health['state']}, diverged {health['divergences']:,} times"))
     for name, value in lines:
         click.echo(f"{name + ':':<19}{value}", err=err)

@@ -92,6 +92,9 @@ typedef struct titans_session_options {
   uint64_t memory_budget;      /* bytes of memory for the state of all streams; other streams are spilled to spill_dir.
                                   0: no limit */
   const char* spill_dir;       /* existing folder for spilled streams; required with memory_budget, else may be NULL */
+  const char* guard;           /* the guard of new and restored streams: "bundle", the bundle's limits and policy, if it
+                                  has any; "off"; or a policy with the bundle's limits: "raise", "freeze", "skip",
+                                  "rewind", "decay", "restart"; NULL: "bundle" */
 } titans_session_options;
 
 /* Opens the bundle at `path`, a folder. `options` may be NULL. Close the session with titans_session_close. */
@@ -103,7 +106,7 @@ TITANS_API void titans_session_close(titans_session* session);
  * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
  * as "cpu-avx512", or "standard-operators"), input and output (kind, name, dtype, size), vocab_size (null without
  * tokens), graphs (name, tokens, stride, offsets), state (name, role, dtype, shape, in_place, fields: name to kind),
- * tokenizer, details (of the backend). Valid as long as the session. */
+ * tokenizer, guard (policy, restart_every: of new streams), details (of the backend). Valid as long as the session. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 
 /* "tokens" (the outputs are logits) or "vectors" (the outputs are vectors). */
@@ -141,6 +144,9 @@ typedef struct titans_metrics {
   uint64_t resident_bytes; /* the part of state_bytes in memory */
   titans_durations step;   /* calls of one token */
   titans_durations feed;   /* calls of several tokens */
+  uint64_t diverging;      /* open streams whose memory diverges now */
+  uint64_t divergences;    /* times that a stream's memory began to diverge */
+  uint64_t repairs;        /* times that a guard set a memory back */
 } titans_metrics;
 
 /* Writes the session's counters to *metrics. Any thread may call it; counters that change meanwhile may disagree.
@@ -246,20 +252,25 @@ TITANS_API uint64_t titans_stream_position(const titans_stream* stream);
 /* ---- guard: limits on chunk updates, docs/guard.md ---- */
 
 typedef enum titans_guard_policy {
-  TITANS_GUARD_OFF = 0,    /* no checks; the default */
+  TITANS_GUARD_OFF = 0,    /* no checks; the default of a bundle without a policy */
   TITANS_GUARD_RAISE = 1,  /* the call fails with TITANS_FAILED; the stream is unchanged */
   TITANS_GUARD_FREEZE = 2, /* the chunk is consumed with a frozen memory; learning is switched off */
-  TITANS_GUARD_SKIP = 3    /* the chunk is consumed with a frozen memory; learning continues after it */
+  TITANS_GUARD_SKIP = 3,   /* the chunk is consumed with a frozen memory; learning continues after it */
+  TITANS_GUARD_REWIND = 4, /* as SKIP; then every memory returns to the last healthy mark */
+  TITANS_GUARD_DECAY = 5,  /* as SKIP; then every memory goes half of the way back to the initial memory */
+  TITANS_GUARD_RESTART = 6 /* as SKIP; then every memory starts anew */
 } titans_guard_policy;
 
 typedef struct titans_guard {
-  size_t struct_size;    /* sizeof(titans_guard) */
-  int32_t policy;        /* a titans_guard_policy */
-  float max_update_norm; /* above 0: limit of ||W' - W|| / ||W|| per chunk, layer and head; infinity: no limit */
-  float max_surprise;    /* above 0: limit of ||S|| per chunk, layer and head; infinity: no limit */
+  size_t struct_size;     /* sizeof(titans_guard) */
+  int32_t policy;         /* a titans_guard_policy */
+  float max_update_norm;  /* above 0: limit of ||W' - W|| / ||W|| per chunk, layer and head; infinity: no limit */
+  float max_surprise;     /* above 0: limit of ||S|| per chunk, layer and head; infinity: no limit */
+  uint64_t restart_every; /* every memory starts anew after each so many tokens of the stream; 0: never */
+  int32_t bundle_limits;  /* 1: the limits of norms in the bundle count too; 0: they do not */
 } titans_guard;
 
-/* Fills in the defaults: RAISE on NaN and infinity, no limits. */
+/* Fills in the defaults: RAISE on NaN and infinity, the limits in the bundle and no others, no restarts. */
 TITANS_API void titans_guard_init(titans_guard* guard);
 
 /* Sets the guard from the next call on and clears the report. The stream keeps the memory of one more state, also after
@@ -272,7 +283,8 @@ typedef enum titans_guard_reason {
   TITANS_GUARD_UPDATE_NORM = 2, /* above max_update_norm */
   TITANS_GUARD_SURPRISE = 3,    /* above max_surprise */
   TITANS_GUARD_OUTPUT = 4,      /* logits with NaN or without a finite maximum; vectors that are not finite */
-  TITANS_GUARD_CALL = 5         /* a graph failed while the memory learned (FREEZE and SKIP only) */
+  TITANS_GUARD_CALL = 5,        /* a graph failed while the memory learned (not with RAISE) */
+  TITANS_GUARD_NORM = 6         /* the norm of a field is above its limit in the bundle */
 } titans_guard_reason;
 
 /* Results of the guard since it was set, failed calls included. */
@@ -288,10 +300,41 @@ typedef struct titans_guard_report {
   uint64_t chunks;        /* checked chunks, counted per memory */
   float peak_update_norm; /* the largest of all chunks that were checked alone without a violation */
   float peak_surprise;    /* the largest of all chunks that were checked alone without a violation */
+  const char* field;      /* NORM: the field, such as "layers.0.memory.W0", valid as long as the session; else NULL */
+  float value;            /* NORM: its norm; else 0 */
+  float limit;            /* NORM: its limit; else 0 */
+  uint64_t repairs;       /* times that the memory was set back: by REWIND, DECAY, RESTART and restart_every */
 } titans_guard_report;
 
 /* Writes the report to *report. report->struct_size must be set. */
 TITANS_API titans_status titans_stream_guard_report(const titans_stream* stream, titans_guard_report* report);
+
+/* ---- health: whether the memory diverges, docs/guard.md ---- */
+
+typedef enum titans_health_state {
+  TITANS_HEALTHY = 0,
+  TITANS_DIVERGING = 1 /* a norm of the memory is far above those that calibration saw, or not finite */
+} titans_health_state;
+
+typedef struct titans_health {
+  size_t struct_size;   /* sizeof(titans_health); at most this much is written */
+  int32_t state;        /* at the last check: a titans_health_state */
+  uint64_t divergences; /* times that the memory began to diverge; those that a guard prevented do not count */
+  uint64_t position;    /* of the check that found the last divergence; 0 without one */
+  const char* field; /* of the last divergence: such as "layers.0.memory.W0", valid as long as the session, or NULL */
+  int32_t layer;     /* of the last divergence: index of the memory in the manifest's order; -1: none */
+  int32_t head;      /* of the last divergence; -1: none */
+  float value;       /* of the last divergence: the field's norm when it was found */
+  float limit;       /* of the last divergence: the norm above which the memory counts as diverging */
+  uint64_t checks;   /* checks so far */
+} titans_health;
+
+/* Writes the stream's health to *health. health->struct_size must be set. Streams are checked without a guard too. */
+TITANS_API titans_status titans_stream_health(const titans_stream* stream, titans_health* health);
+
+/* Writes the largest norm that checks have seen to norms[i], (titans_stream_memory_count): of field i of
+ * titans_stream_memory_info, over all its elements, the largest of all heads. -1 for fields other than W and S. */
+TITANS_API titans_status titans_stream_peak_norms(const titans_stream* stream, float* norms, size_t capacity);
 
 /* ---- progress and cancellation ---- */
 

@@ -95,6 +95,8 @@ struct Guard {
   titans_guard_policy policy = TITANS_GUARD_RAISE;
   float max_update_norm = std::numeric_limits<float>::infinity();
   float max_surprise = std::numeric_limits<float>::infinity();
+  bool bundle_limits = true;        // the limits of norms in the bundle count too
+  std::uint64_t restart_every = 0;  // tokens; 0: never
 };
 
 // See titans_set_log. `log` must not throw.
@@ -246,7 +248,8 @@ class Stream {
   }
 
   void set_guard(const Guard& guard = {}) {
-    const titans_guard limits{sizeof(titans_guard), guard.policy, guard.max_update_norm, guard.max_surprise};
+    const titans_guard limits{sizeof(titans_guard), guard.policy,        guard.max_update_norm,
+                              guard.max_surprise,   guard.restart_every, guard.bundle_limits};
     detail::check(titans_stream_set_guard(handle_.get(), &limits));
   }
   titans_guard_report guard_report() const {
@@ -254,6 +257,20 @@ class Stream {
     report.struct_size = sizeof(report);
     detail::check(titans_stream_guard_report(handle_.get(), &report));
     return report;
+  }
+
+  // Whether the memory diverges.
+  titans_health health() const {
+    titans_health health{};
+    health.struct_size = sizeof(health);
+    detail::check(titans_stream_health(handle_.get(), &health));
+    return health;
+  }
+  // The largest norms that checks have seen, in the order of memory(); -1 for fields other than W and S.
+  std::vector<float> peak_norms() const {
+    std::vector<float> norms(titans_stream_memory_count(handle_.get()));
+    detail::check(titans_stream_peak_norms(handle_.get(), norms.data(), norms.size()));
+    return norms;
   }
 
   // Called after each graph. A result other than 0 ends the call with TITANS_CANCELLED. It must not throw.
@@ -330,6 +347,7 @@ struct SessionOptions {
   std::int32_t batch_threads = 0;
   std::uint64_t memory_budget = 0;  // requires spill_dir
   std::string spill_dir;
+  std::string guard;
 };
 
 // A loaded bundle. Any number of threads may use it.
@@ -347,7 +365,8 @@ class Session {
                                      detail::or_null(options.libraries),
                                      options.batch_threads,
                                      options.memory_budget,
-                                     detail::or_null(options.spill_dir)};
+                                     detail::or_null(options.spill_dir),
+                                     detail::or_null(options.guard)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);

@@ -11,7 +11,7 @@ It needs numpy and a backend library (``pip install onnxruntime``), no training 
 """
 
 from ._batch import BatchError
-from ._guard import GuardReport
+from ._guard import GuardReport, Health
 from ._library import Error, lib
 from ._log import send_to_logging
 from ._metrics import Durations, Metrics
@@ -24,6 +24,7 @@ __all__ = [
     "Durations",
     "Error",
     "GuardReport",
+    "Health",
     "Metrics",
     "Session",
     "State",

@@ -34,6 +34,7 @@ class SessionOptions(ctypes.Structure):
         ("batch_threads", ctypes.c_int32),
         ("memory_budget", ctypes.c_uint64),
         ("spill_dir", ctypes.c_char_p),
+        ("guard", ctypes.c_char_p),
     ]
 
 
@@ -70,6 +71,8 @@ class Guard(ctypes.Structure):
         ("policy", ctypes.c_int32),
         ("max_update_norm", ctypes.c_float),
         ("max_surprise", ctypes.c_float),
+        ("restart_every", ctypes.c_uint64),
+        ("bundle_limits", ctypes.c_int32),
     ]
 
 
@@ -86,6 +89,25 @@ class RawGuardReport(ctypes.Structure):
         ("chunks", ctypes.c_uint64),
         ("peak_update_norm", ctypes.c_float),
         ("peak_surprise", ctypes.c_float),
+        ("field", ctypes.c_char_p),
+        ("value", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("repairs", ctypes.c_uint64),
+    ]
+
+
+class RawHealth(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        ("state", ctypes.c_int32),
+        ("divergences", ctypes.c_uint64),
+        ("position", ctypes.c_uint64),
+        ("field", ctypes.c_char_p),
+        ("layer", ctypes.c_int32),
+        ("head", ctypes.c_int32),
+        ("value", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        ("checks", ctypes.c_uint64),
     ]
 
 
@@ -116,6 +138,9 @@ class RawMetrics(ctypes.Structure):
         ("resident_bytes", ctypes.c_uint64),
         ("step", RawDurations),
         ("feed", RawDurations),
+        ("diverging", ctypes.c_uint64),
+        ("divergences", ctypes.c_uint64),
+        ("repairs", ctypes.c_uint64),
     ]
 
 
@@ -214,6 +239,8 @@ def _load() -> ctypes.CDLL:
         "stream_position": (ctypes.c_uint64, [pointer]),
         "stream_set_guard": (status, [pointer, ctypes.POINTER(Guard)]),
         "stream_guard_report": (status, [pointer, ctypes.POINTER(RawGuardReport)]),
+        "stream_health": (status, [pointer, ctypes.POINTER(RawHealth)]),
+        "stream_peak_norms": (status, [pointer, FloatPointer, size]),
         "stream_set_progress": (status, [pointer, ProgressFunction, pointer]),
         "stream_cancel": (status, [pointer]),
         "set_log": (status, [LogFunction, pointer, ctypes.c_int32]),

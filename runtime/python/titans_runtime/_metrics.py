@@ -25,8 +25,9 @@ class Metrics:
     """Counters of a session.
 
     ``streams``, ``state_bytes`` and ``resident_bytes`` are current values; the rest counts since the session opened.
-    ``chunk_updates`` counts completed chunks per memory, ``rollbacks`` chunks that guards rolled back. ``step`` and
-    ``feed`` are durations of calls with one token and with several.
+    ``chunk_updates`` counts completed chunks per memory, ``rollbacks`` chunks that guards rolled back, ``repairs`` how
+    often guards set a memory back. ``diverging`` is the number of open streams whose memory diverges, ``divergences``
+    how often one began to. ``step`` and ``feed`` are durations of calls with one token and with several.
     """
 
     streams: int
@@ -42,6 +43,9 @@ class Metrics:
     resident_bytes: int
     step: Durations
     feed: Durations
+    diverging: int
+    divergences: int
+    repairs: int
 
 
 def read_metrics(session: ctypes.c_void_p) -> Metrics:

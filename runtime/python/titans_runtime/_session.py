@@ -30,6 +30,9 @@ class Session:
     ``memory_budget`` limits the bytes of memory for the state of all streams (0: no limit). Streams beyond it, the
     least recently used, are spilled to the folder ``spill_dir``; see docs/streams.md.
 
+    ``guard`` is the guard of new and restored streams: "bundle" (the limits and the policy of the bundle, if it has
+    any), "off", or a policy of :meth:`Stream.guard` with the limits of the bundle.
+
     ``input_kind`` is "tokens" or "vectors". ``input_size`` and ``output_size`` are the floats of an input vector and of
     an output row. With tokens both are ``vocab_size``, which is 0 with vectors. Raises :class:`Error`.
     """
@@ -48,6 +51,7 @@ class Session:
         batch_threads: int = 0,
         memory_budget: int = 0,
         spill_dir: str | os.PathLike[str] | None = None,
+        guard: str = "bundle",
     ) -> None:
         self._handle = ctypes.c_void_p()
         options = SessionOptions(
@@ -63,6 +67,7 @@ class Session:
             batch_threads=whole_number(batch_threads, "batch_threads", 0, 2**31),
             memory_budget=whole_number(memory_budget, "memory_budget", 0, 2**64),
             spill_dir=_encode(spill_dir),
+            guard=_encode(guard),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ._guard import GuardReport, guard_report, set_guard
+from ._guard import GuardReport, Health, guard_report, health, set_guard
 from ._library import OUTPUTS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, invalid, lib
 from ._progress import Progress, Watched, Watcher
 from ._state import Key, encode_path, state_options
@@ -190,23 +190,46 @@ class Stream:
 
     def guard(
         self,
-        policy: Literal["off", "raise", "freeze", "skip"] = "raise",
+        policy: Literal["off", "raise", "freeze", "skip", "rewind", "decay", "restart"] = "raise",
         max_update_norm: float = math.inf,
         max_surprise: float = math.inf,
+        *,
+        bundle_limits: bool = True,
+        restart_every: int = 0,
     ) -> None:
         """Checks each chunk update from the next call on; see docs/guard.md.
 
         A chunk violates the guard if W, S or the output is not finite, if ||W' - W|| / ||W|| of a layer and head
-        exceeds ``max_update_norm``, or if ||S|| exceeds ``max_surprise``. Then "raise" fails the call and leaves the
-        stream unchanged. "freeze" consumes the chunk with a frozen memory and switches learning off. "skip" consumes it
-        with a frozen memory and continues learning.
+        exceeds ``max_update_norm``, if ||S|| exceeds ``max_surprise`` or, with ``bundle_limits``, if the norm of a
+        field exceeds its limit in the bundle. Then "raise" fails the call and leaves the stream unchanged. "freeze"
+        consumes the chunk with a frozen memory and switches learning off. "skip" consumes it with a frozen memory and
+        continues learning. "rewind", "decay" and "restart" do the same and then set every memory back: to the last
+        healthy mark, half of the way to the initial memory, or to the initial memory. With ``restart_every``, every
+        memory starts anew after each so many tokens of the stream (0: never).
         """
-        set_guard(self._open(), policy, max_update_norm, max_surprise)
+        every = whole_number(restart_every, "restart_every", 0, 2**64)
+        set_guard(self._open(), policy, max_update_norm, max_surprise, bundle_limits, every)
 
     @property
     def guard_report(self) -> GuardReport:
         """Results of the guard since it was set."""
         return guard_report(self._open())
+
+    @property
+    def health(self) -> Health:
+        """Whether the memory diverges; checked with and without a guard."""
+        return health(self._open())
+
+    def peak_norms(self) -> dict[str, float]:
+        """The largest norm of each W and S that checks have seen, by the names of :meth:`memory`."""
+        norms = np.empty(lib.titans_stream_memory_count(self._open()), np.float32)
+        check(lib.titans_stream_peak_norms(self._handle, _floats(norms), norms.size))
+        info, peaks = MemoryInfo(), {}
+        for index, norm in enumerate(norms.tolist()):
+            check(lib.titans_stream_memory_info(self._handle, index, ctypes.byref(info)))
+            if norm >= 0:
+                peaks[info.name.decode()] = norm
+        return peaks
 
     def cancel(self) -> None:
         """Ends the running call, which raises an error of status 5; the stream is unchanged. Any thread may call it."""

@@ -74,6 +74,9 @@ constexpr std::size_t kFirstGuardReport = offsetof(titans_guard_report, peak_sur
 constexpr std::size_t kBatchThreadsEnd = offsetof(titans_session_options, batch_threads) + sizeof(std::int32_t);
 constexpr std::size_t kMemoryBudgetEnd = offsetof(titans_session_options, memory_budget) + sizeof(std::uint64_t);
 constexpr std::size_t kSpillDirEnd = offsetof(titans_session_options, spill_dir) + sizeof(const char*);
+constexpr std::size_t kSessionGuardEnd = offsetof(titans_session_options, guard) + sizeof(const char*);
+constexpr std::size_t kGuardEnd = offsetof(titans_guard, bundle_limits) + sizeof(std::int32_t);
+constexpr std::size_t kFirstHealth = offsetof(titans_health, checks) + sizeof(std::uint64_t);
 constexpr std::size_t kFirstFeed = offsetof(titans_feed, capacity) + sizeof(std::size_t);
 constexpr std::size_t kFirstSampling = offsetof(titans_sampling, stop_count) + sizeof(std::size_t);
 
@@ -151,6 +154,7 @@ core::SessionOptions read_options(const titans_session_options* options) {
   if (has(kBatchThreadsEnd)) out.batch_threads = options->batch_threads;
   if (has(kMemoryBudgetEnd)) out.memory_budget = options->memory_budget;
   if (has(kSpillDirEnd) && options->spill_dir != nullptr) out.spill_dir = options->spill_dir;
+  if (has(kSessionGuardEnd) && options->guard != nullptr) out.guard = options->guard;
   return out;
 }
 
@@ -437,7 +441,7 @@ uint64_t titans_stream_position(const titans_stream* stream) {
 void titans_guard_init(titans_guard* guard) {
   if (guard == nullptr) return;
   constexpr float kNone = std::numeric_limits<float>::infinity();
-  *guard = {sizeof(titans_guard), TITANS_GUARD_RAISE, kNone, kNone};
+  *guard = {sizeof(titans_guard), TITANS_GUARD_RAISE, kNone, kNone, 0, 1};
 }
 
 titans_status titans_stream_set_guard(titans_stream* stream, const titans_guard* limits) {
@@ -446,7 +450,16 @@ titans_status titans_stream_set_guard(titans_stream* stream, const titans_guard*
     require(limits, "guard");
     require_size(limits->struct_size, kFirstGuard, "titans_guard");
     const core::Stream::Use use(*stream->stream);
-    stream->stream->set_guard({sizeof(titans_guard), limits->policy, limits->max_update_norm, limits->max_surprise});
+    titans_guard all;
+    titans_guard_init(&all);
+    all.policy = limits->policy;
+    all.max_update_norm = limits->max_update_norm;
+    all.max_surprise = limits->max_surprise;
+    if (limits->struct_size >= kGuardEnd) {
+      all.bundle_limits = limits->bundle_limits;
+      all.restart_every = limits->restart_every;
+    }
+    stream->stream->set_guard(all);
   });
 }
 
@@ -459,6 +472,27 @@ titans_status titans_stream_guard_report(const titans_stream* stream, titans_gua
     titans_guard_report all = stream->stream->guard_report();
     all.struct_size = report->struct_size;
     std::memcpy(report, &all, std::min(report->struct_size, sizeof(all)));
+  });
+}
+
+titans_status titans_stream_health(const titans_stream* stream, titans_health* health) {
+  return guard([&] {
+    require(stream, "stream");
+    require(health, "health");
+    require_size(health->struct_size, kFirstHealth, "titans_health");
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
+    titans_health all = stream->stream->health();
+    all.struct_size = health->struct_size;
+    std::memcpy(health, &all, std::min(health->struct_size, sizeof(all)));
+  });
+}
+
+titans_status titans_stream_peak_norms(const titans_stream* stream, float* norms, size_t capacity) {
+  return guard([&] {
+    require(stream, "stream");
+    const core::Stream::ExclusiveUse exclusive(*stream->stream);
+    require_array(norms, capacity, "norms");
+    stream->stream->peak_norms(norms, capacity);
   });
 }
 

@@ -20,7 +20,7 @@ namespace titans::core {
 
 // Core and backend are built together. Increase this with every change to a class in this header or in one that it
 // includes.
-inline constexpr std::uint32_t kBackendAbi = 8;
+inline constexpr std::uint32_t kBackendAbi = 9;
 
 // A strided part of a tensor: `bytes` bytes from `offset` in each of `rows` rows, which start `pitch` bytes apart.
 struct Stripe {

@@ -1,5 +1,6 @@
 #include "base/json_reader.h"
 
+#include <cmath>
 #include <unordered_set>
 
 #include "base/error.h"
@@ -134,6 +135,14 @@ std::int64_t JsonReader::integer(std::int64_t least, std::int64_t most) const {
     fail(text("an integer from ", least, " to ", most));
   }
   return value_->get<std::int64_t>();
+}
+
+double JsonReader::number(bool above_zero) const {
+  const double value = value_->is_number() ? value_->get<double>() : -1.0;
+  if (!std::isfinite(value) || value < 0 || (above_zero && value == 0)) {
+    fail(above_zero ? "a finite number above 0" : "a finite number from 0");
+  }
+  return value;
 }
 
 Shape JsonReader::shape(std::int64_t least_extent) const {

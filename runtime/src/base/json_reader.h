@@ -33,6 +33,8 @@ class JsonReader {
   std::string string() const;
   std::string file_name() const;  // a plain name, which cannot leave the bundle
   std::int64_t integer(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max()) const;
+  // A finite number from 0, or above 0.
+  double number(bool above_zero = false) const;
   Shape shape(std::int64_t least_extent) const;
   const nlohmann::json& raw() const { return *value_; }
 

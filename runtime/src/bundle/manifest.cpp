@@ -178,6 +178,38 @@ void read_kind(const JsonReader& entry, MemoryField& field) {
   }
 }
 
+constexpr std::array<std::string_view, 7> kPolicyNames{"off", "raise", "freeze", "skip", "rewind", "decay", "restart"};
+
+// True for a field of a memory whose norm a guard limits: weights, surprise, or a memory without a layout.
+bool names_norm(const Manifest& manifest, std::string_view name) {
+  return std::any_of(manifest.state.begin(), manifest.state.end(), [&](const StateTensor& state) {
+    if (state.role != "memory") return false;
+    if (state.layout.empty()) return state.name == name;
+    return std::any_of(state.layout.begin(), state.layout.end(),
+                       [&](const MemoryField& field) { return has_norm(field) && field_name(state, field) == name; });
+  });
+}
+
+GuardRecord read_guard(const JsonReader& entry, const Manifest& manifest) {
+  GuardRecord guard;
+  if (const std::optional<JsonReader> policy = entry.find("policy")) {
+    const std::optional<std::int32_t> known = guard_policy_named(policy->string());
+    if (!known) policy->fail("off, raise, freeze, skip, rewind, decay or restart");
+    guard.policy = *known;
+  }
+  if (const std::optional<JsonReader> every = entry.find("restart_every")) {
+    guard.restart_every = static_cast<std::uint64_t>(every->integer(0));
+  }
+  for (const auto& [name, field] : entry.at("fields").members()) {
+    if (!names_norm(manifest, name)) field.fail("the name of a memory's weights or surprise as key");
+    GuardField& added = guard.fields.emplace_back();
+    added.name = name;
+    if (const std::optional<JsonReader> seen = field.find("seen")) added.seen = seen->number();
+    if (const std::optional<JsonReader> limit = field.find("limit")) added.limit = limit->number(true);
+  }
+  return guard;
+}
+
 // The manifest's section about low-precision memories.
 std::string read_memory(const JsonReader& document) {
   const std::optional<JsonReader> quantization = document.find("quantization");
@@ -187,6 +219,14 @@ std::string read_memory(const JsonReader& document) {
 }
 
 }  // namespace
+
+std::optional<std::int32_t> guard_policy_named(std::string_view name) {
+  const auto* const found = std::find(kPolicyNames.begin(), kPolicyNames.end(), name);
+  if (found == kPolicyNames.end()) return std::nullopt;
+  return static_cast<std::int32_t>(found - kPolicyNames.begin());
+}
+
+std::string_view guard_policy_name(std::int32_t policy) { return kPolicyNames.at(static_cast<std::size_t>(policy)); }
 
 std::string_view written_name(Written written) { return kWrittenNames[static_cast<std::size_t>(written)]; }
 
@@ -255,6 +295,9 @@ Manifest Manifest::parse(std::string_view source) {
 
   const std::optional<JsonReader> engines = document.find("engines");
   if (engines) manifest.engines = read_engines(*engines, manifest);
+
+  const std::optional<JsonReader> guard = document.find("guard");
+  if (guard && !guard->raw().is_null()) manifest.guard = read_guard(*guard, manifest);
 
   manifest.weights_file = document.at("weights").at("file").file_name();
   manifest.initial_state_file = document.at("initial_state").at("file").file_name();

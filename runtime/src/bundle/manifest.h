@@ -10,6 +10,7 @@
 
 #include "base/tensor.h"
 #include "bundle/field_dtype.h"
+#include "titans/titans.h"
 
 namespace titans::core {
 
@@ -26,6 +27,7 @@ enum class Written : std::uint8_t {
 namespace field_kinds {
 inline constexpr std::string_view kWeights = "weights";
 inline constexpr std::string_view kSurprise = "surprise";
+inline constexpr std::string_view kGradientPoint = "gradient_point";
 inline constexpr std::string_view kRoundingError = "rounding_error";
 inline constexpr std::string_view kUpdateCount = "update_count";
 }  // namespace field_kinds
@@ -43,6 +45,15 @@ struct MemoryField {
 };
 
 std::string_view written_name(Written written);
+
+// True for the fields whose norm shows whether the memory diverges.
+inline bool has_norm(const MemoryField& field) {
+  return field.kind == field_kinds::kWeights || field.kind == field_kinds::kSurprise;
+}
+
+// The policy of that name, as in titans_guard_policy: "off", "raise", "freeze", "skip", "rewind", "decay", "restart".
+std::optional<std::int32_t> guard_policy_named(std::string_view name);
+std::string_view guard_policy_name(std::int32_t policy);
 
 // Counts the rows of a stream. Each token adds one row. The last token of each `segment` adds `longterm` more.
 struct StreamRows {
@@ -134,6 +145,20 @@ struct FileRecord {
   std::string hash;
 };
 
+// The norm of a memory field, over all its elements, as the bundle's calibration saw it.
+struct GuardField {
+  std::string name;                            // "layers.0.memory.W0"
+  std::optional<double> seen = std::nullopt;   // the largest of all heads
+  std::optional<double> limit = std::nullopt;  // of a healthy memory
+};
+
+// What a bundle gives its streams: norms for their health, and a guard.
+struct GuardRecord {
+  std::int32_t policy = TITANS_GUARD_OFF;
+  std::uint64_t restart_every = 0;  // tokens; 0: never
+  std::vector<GuardField> fields;
+};
+
 class JsonReader;
 
 // Reads the layout of a state tensor of that shape from the manifest's `state` or a state file. Empty if there is none.
@@ -154,6 +179,7 @@ struct Manifest {
   std::vector<StateTensor> state;
   std::vector<Graph> graphs;  // most tokens first; at every position one with a single token may start
   std::vector<EngineRecord> engines;
+  GuardRecord guard;
   std::string weights_file;
   std::string initial_state_file;
   std::map<std::string, FileRecord> files;

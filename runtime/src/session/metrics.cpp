@@ -136,6 +136,9 @@ void Metrics::read(titans_metrics* into) const {
   all.restored = restored.value();
   all.state_bytes = state_bytes.value();
   all.resident_bytes = resident_bytes.value();
+  all.diverging = diverging.value();
+  all.divergences = divergences.value();
+  all.repairs = repairs.value();
   const auto durations = [](const DurationHistogram& from) {
     return titans_durations{from.count(),       from.sum(),          from.quantile(0.5),
                             from.quantile(0.9), from.quantile(0.99), from.longest()};
@@ -149,11 +152,14 @@ void Metrics::read(titans_metrics* into) const {
 std::string Metrics::text(std::string_view bundle) const {
   Exposition out(bundle);
   out.gauge("titans_streams", streams, "Streams that are open.");
+  out.gauge("titans_diverging_streams", diverging, "Open streams whose memory diverges.");
   out.gauge("titans_state_bytes", state_bytes, "State of all open streams, in memory or spilled.");
   out.gauge("titans_resident_bytes", resident_bytes, "State of open streams that is in memory.");
   out.counter("titans_tokens_total", tokens, "Tokens or vectors consumed by calls that succeeded.");
   out.counter("titans_chunk_updates_total", chunk_updates, "Chunks completed, of each memory.");
   out.counter("titans_rollbacks_total", rollbacks, "Chunks that a guard took back.");
+  out.counter("titans_divergences_total", divergences, "Times that a stream's memory began to diverge.");
+  out.counter("titans_repairs_total", repairs, "Times that a guard set a memory back.");
   out.counter("titans_calls_cancelled_total", cancelled, "Calls that were cancelled.");
   out.counter("titans_calls_failed_total", failed, "Calls that failed after they began to work.");
   out.counter("titans_spilled_total", spilled, "Streams written to files to save memory.");

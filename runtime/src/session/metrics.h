@@ -57,6 +57,9 @@ struct Metrics {
   Counter failed;         // calls that failed after they started work
   Counter spilled;
   Counter restored;
+  Counter diverging;        // open streams whose memory diverges
+  Counter divergences;      // times that a memory began to
+  Counter repairs;          // times that a guard set a memory back
   Counter state_bytes;      // of all open streams
   Counter resident_bytes;   // the part in memory
   DurationHistogram steps;  // single-token calls

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdlib>
+#include <limits>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -73,6 +75,65 @@ std::vector<MemoryView> list_memories(const Manifest& manifest) {
   return memories;
 }
 
+// A memory diverges if a norm exceeds the bundle's limit or, without one, this many times the norm that calibration
+// saw. Healthy memories of trained models stay within 4 times; divergence grows by powers of ten.
+constexpr double kDivergingFactor = 32;
+
+std::vector<NormField> list_norm_fields(const Manifest& manifest, const std::vector<MemoryView>& memories) {
+  std::vector<NormField> fields;
+  std::int32_t layer = -1;
+  for (std::size_t index = 0; index < memories.size(); ++index) {
+    const MemoryView& memory = memories[index];
+    const StateTensor& state = manifest.state[memory.state];
+    if (index == 0 || memory.state != memories[index - 1].state) ++layer;
+    const auto named = std::find_if(state.layout.begin(), state.layout.end(),
+                                    [&](const MemoryField& field) { return field_name(state, field) == memory.name; });
+    if (!(named == state.layout.end() ? state.layout.empty() : has_norm(*named)) || memory.extent == 0) continue;
+    const auto row = static_cast<std::size_t>(state.shape.back());
+    constexpr double kNone = std::numeric_limits<double>::infinity();
+    NormField field{memory.name,   index,          memory.state, layer, memory.offset,
+                    memory.extent, memory.columns, memory.dtype, row,   state.bytes / sizeof(float) / row,
+                    kNone,         kNone};
+    const std::vector<GuardField>& known = manifest.guard.fields;
+    const auto found =
+        std::find_if(known.begin(), known.end(), [&](const GuardField& one) { return one.name == memory.name; });
+    if (found != known.end()) {
+      field.limit = found->limit.value_or(kNone);
+      // A field that calibration saw empty has no scale.
+      const double seen = found->seen.value_or(0);
+      field.diverging = found->limit.value_or(seen > 0 ? kDivergingFactor * seen : kNone);
+    }
+    fields.push_back(std::move(field));
+  }
+  return fields;
+}
+
+// Every token reads the weights, so reading the memory's norms once in this many tokens takes less than 1 % of the
+// time. Copies from a device are slower by another factor.
+std::uint64_t find_check_interval(const Manifest& manifest, const std::vector<NormField>& fields, bool on_host) {
+  constexpr std::uint64_t kHostShare = 1000, kDeviceShare = 64000, kLongest = 4096;
+  std::uint64_t bytes = 0;
+  for (const NormField& field : fields) bytes += field.extent * field.heads * sizeof(float);
+  const auto weights = manifest.files.find(manifest.weights_file);
+  const std::uint64_t read = weights == manifest.files.end() ? 0 : weights->second.bytes;
+  if (read == 0) return kLongest;
+  const std::uint64_t share = on_host ? kHostShare : kDeviceShare;
+  return std::clamp<std::uint64_t>(bytes / read >= kLongest ? kLongest : share * bytes / read, 1, kLongest);
+}
+
+titans_guard find_default_guard(const Manifest& manifest, const std::string& name) {
+  constexpr float kNone = std::numeric_limits<float>::infinity();
+  titans_guard guard{sizeof(titans_guard), manifest.guard.policy, kNone, kNone, manifest.guard.restart_every, 1};
+  if (name == "bundle") return guard;
+  const std::optional<std::int32_t> policy = guard_policy_named(name);
+  if (!policy) {
+    throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("unknown guard: ", quoted(name)),
+                "choose bundle, off, raise, freeze, skip, rewind, decay or restart");
+  }
+  guard.policy = *policy;
+  return guard;
+}
+
 // Bytes that a stream allocates: two buffers for a tensor updated in place, three for a swapped one.
 std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
   std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
@@ -83,7 +144,7 @@ std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
 }
 
 std::string describe(const Bundle& bundle, const Executor& executor, const SessionOptions& options,
-                     const DeviceInfo& device_info, const EngineChoice& choice) {
+                     const DeviceInfo& device_info, const EngineChoice& choice, const titans_guard& guard) {
   using nlohmann::json;
   const Manifest& manifest = bundle.manifest();
   json graphs = json::array();
@@ -131,6 +192,7 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
                   {"output", output},
                   {"graphs", graphs},
                   {"state", state},
+                  {"guard", {{"policy", guard_policy_name(guard.policy)}, {"restart_every", guard.restart_every}}},
                   {"tokenizer", json::parse(manifest.tokenizer)}};
   // A path may not be UTF-8, but JSON must be.
   return info.dump(-1, ' ', false, json::error_handler_t::replace);
@@ -152,6 +214,7 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
     throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", "memory_budget without spill_dir",
                 "name a folder for the spilled streams");
   }
+  find_default_guard({}, chosen.guard);  // refuses an unknown name before any file is read
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
   DeviceInfo device_info = find_device_info(chosen.device);
@@ -182,7 +245,10 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
     : bundle_(std::move(bundle)),
       executor_(std::move(executor)),
       memories_(list_memories(bundle_->manifest())),
-      info_(describe(*bundle_, *executor_, options, device_info, choice)),
+      norm_fields_(list_norm_fields(bundle_->manifest(), memories_)),
+      check_interval_(find_check_interval(bundle_->manifest(), norm_fields_, options.device == "cpu")),
+      default_guard_(find_default_guard(bundle_->manifest(), options.guard)),
+      info_(describe(*bundle_, *executor_, options, device_info, choice, default_guard_)),
       state_schema_(bundle_->manifest(), options.backend, options.device),
       batch_thread_count_(options.batch_threads) {
   for (const StateTensor& state : manifest().state) {

@@ -28,6 +28,7 @@ struct SessionOptions {
   int batch_threads = 0;  // threads per batch; 0: the number of processors
   std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
   std::filesystem::path spill_dir;  // folder for states beyond the budget
+  std::string guard = "bundle";     // of new streams: "bundle", or a policy with the bundle's limits
 };
 
 // A memory field for users: "layers.0.memory.W0", shape (1, heads, rows, columns).
@@ -40,6 +41,19 @@ struct MemoryView {
   std::size_t extent;   // elements per row
   std::size_t columns;  // of a matrix; a vector is one row
   FieldDtype dtype;
+};
+
+// A field whose norm shows whether its memory diverges.
+struct NormField {
+  std::string name;    // "layers.0.memory.W0"
+  std::size_t memory;  // index into Session::memories
+  std::size_t state;   // index of its state tensor
+  std::int32_t layer;  // index of the memory among all memories
+  std::size_t offset, extent, columns;
+  FieldDtype dtype;
+  std::size_t row, heads;
+  double limit;      // the bundle's limit; infinity without one
+  double diverging;  // a norm above counts as diverging: the limit, or many times what calibration saw
 };
 
 class Session {
@@ -56,6 +70,12 @@ class Session {
   // The schema of its streams' state files.
   const StateSchema& state_schema() const { return state_schema_; }
   const std::vector<MemoryView>& memories() const { return memories_; }
+  // The fields that health and guards measure.
+  const std::vector<NormField>& norm_fields() const { return norm_fields_; }
+  // Tokens between two checks of a stream's health without a guard.
+  std::uint64_t check_interval() const { return check_interval_; }
+  // The guard of new streams; its policy may be off.
+  const titans_guard& default_guard() const { return default_guard_; }
   Metrics& metrics() { return metrics_; }
   // Prometheus text, labelled with the name of the bundle's folder.
   std::string metrics_text() const;
@@ -92,6 +112,9 @@ class Session {
   std::unique_ptr<const Bundle> bundle_;
   std::unique_ptr<Executor> executor_;  // reads the bundle's mappings, so it is destroyed first
   std::vector<MemoryView> memories_;
+  std::vector<NormField> norm_fields_;
+  std::uint64_t check_interval_ = 1;
+  titans_guard default_guard_;
   std::string info_;
   StateSchema state_schema_;
   // Memories whose chunks end at the same positions.

@@ -21,17 +21,19 @@ Stream::Use::Use(const Stream& stream) : exclusive_(stream), stream_(stream) { s
 Stream::Use::~Use() { stream_.handle_.let_go(); }
 
 Stream::Stream(std::shared_ptr<Session> session) : Stream(std::move(session), Allocate{}) {
+  set_guard(session_->default_guard(), false);
   reset();
   handle_.let_go();
 }
 
 Stream::Stream(std::shared_ptr<Session> session, const StreamState& state) : Stream(std::move(session), Allocate{}) {
+  set_guard(session_->default_guard(), false);
   set_state(state);
   handle_.let_go();
 }
 
 Stream::Stream(std::shared_ptr<Session> session, Allocate)
-    : session_(std::move(session)), handle_(session_->state_cache(), *this) {
+    : session_(std::move(session)), handle_(session_->state_cache(), *this), health_(*session_) {
   const std::vector<StateTensor>& states = session_->manifest().state;
   for (std::size_t state = 0; state < states.size(); ++state) {
     if (session_->executor().in_place(state)) {
@@ -105,6 +107,7 @@ std::vector<StreamState> Stream::copy_out() const {
   parts.push_back(copy_of(sets_[current_]));
   if (guard_ && guard_->on()) parts.push_back(copy_of(checkpoint_buffers()));
   for (const auto& [position, state] : marks_) parts.push_back(state);
+  if (guard_ && guard_->has_mark()) parts.push_back(*guard_->copy_mark());
   return parts;
 }
 
@@ -112,6 +115,7 @@ void Stream::give_up() noexcept {
   for (OwnBuffer& own : buffers_) own.buffer.reset();
   drop_last_output();
   for (auto& [position, state] : marks_) state = StreamState{state.position, state.learning, {}, {}};
+  if (guard_) guard_->give_mark_up();
 }
 
 void Stream::take_back(std::vector<StreamState> parts) {
@@ -130,6 +134,7 @@ void Stream::take_back(std::vector<StreamState> parts) {
   fill(sets_[current_], *current);
   if (guard_ && guard_->on()) fill(checkpoint_buffers(), *part++);
   last_output_.assign(current->last_output.begin(), current->last_output.end());
+  if (guard_ && guard_->has_mark()) guard_->take_mark(parts.back());
   // Nothing below fails.
   for (auto& [position, state] : marks_) {
     state.last_output = std::move(part->last_output);
@@ -163,7 +168,11 @@ std::unique_ptr<Stream> Stream::fork() const {
   twin->position_ = position_;
   twin->learning_ = learning_;
   twin->last_output_ = last_output_;
-  if (guard_ && guard_->on()) twin->set_guard(guard_->limits());
+  if (guard_ && guard_->on()) {
+    twin->set_guard(guard_->limits(), guard_->measures_updates());
+    twin->guard_->copy_marks(*guard_);
+  }
+  twin->health_.copy_from(health_);
   twin->handle_.let_go();
   return twin;
 }
@@ -182,6 +191,7 @@ void Stream::reset() {
   std::fill(last_output_.begin(), last_output_.end(), 0.0F);
   drop_marks(marks_.begin(), marks_.end());
   rebase_guard();
+  health_.reset();
 }
 
 StreamState Stream::state() const {
@@ -230,6 +240,7 @@ void Stream::set_state(const StreamState& state) {
   learning_ = state.learning;
   std::copy(state.last_output.begin(), state.last_output.end(), last_output_.begin());
   rebase_guard();
+  health_.check(sets_[current_], position_);
 }
 
 std::uint64_t Stream::mark() {
@@ -295,18 +306,28 @@ std::size_t Stream::free_set(std::size_t a, std::size_t b) const {
   return set;
 }
 
-void Stream::set_guard(const titans_guard& limits) {
+void Stream::set_guard(const titans_guard& limits, bool measures_updates) {
   check_guard(limits);
   if (!guard_ && limits.policy == TITANS_GUARD_OFF) return;
-  auto guard = std::make_unique<Guard>(*session_, limits);
+  auto guard = std::make_unique<Guard>(*session_, limits, measures_updates);
   const std::uint64_t before = state_bytes();
-  if (sets_[kSets].empty()) add_guard_buffers();
-  session_->metrics().state_bytes.add(state_bytes() - before);
-  session_->metrics().resident_bytes.add(state_bytes() - before);
+  const std::uint64_t marks = guard->mark_bytes(), old_marks = guard_ ? guard_->mark_bytes() : 0;
+  const std::uint64_t more_marks = marks > old_marks ? marks - old_marks : 0;
+  handle_.grow(more_marks);
+  try {
+    if (sets_[kSets].empty()) add_guard_buffers();
+  } catch (...) {
+    handle_.shrink(more_marks);
+    throw;
+  }
   for (std::size_t state = 0; state < guard_backups_.size(); ++state) {
     if (guard_backups_[state] != nullptr) guard->watch(state, *sets_[current_][state], *guard_backups_[state]);
   }
+  if (marks < old_marks) handle_.shrink(old_marks - marks);
   guard_ = std::move(guard);
+  // The sums wrap around if marks of an earlier guard were freed.
+  session_->metrics().state_bytes.add(state_bytes() - before);
+  session_->metrics().resident_bytes.add(state_bytes() - before);
   rebase_guard();
 }
 
@@ -330,7 +351,9 @@ void Stream::add_guard_buffers() {
 }
 
 void Stream::rebase_guard() {
-  if (guard_) guard_->set_checkpoint(position_, current_);
+  if (!guard_) return;
+  guard_->set_checkpoint(position_, current_);
+  guard_->forget_marks(position_);
 }
 
 titans_guard_report Stream::guard_report() const {
@@ -340,12 +363,25 @@ titans_guard_report Stream::guard_report() const {
   return none;
 }
 
+void Stream::peak_norms(float* norms, std::size_t capacity) const {
+  const std::size_t count = session_->memories().size();
+  if (capacity < count) {
+    throw Error(TITANS_INVALID_ARGUMENT, "E0507", "stream", text("expected room for ", count, " norms, got ", capacity),
+                "pass a larger buffer");
+  }
+  std::fill_n(norms, count, -1.0F);
+  for (std::size_t index = 0; index < session_->norm_fields().size(); ++index) {
+    norms[session_->norm_fields()[index].memory] = static_cast<float>(health_.peaks()[index]);
+  }
+}
+
 std::uint64_t Stream::state_bytes() const {
   const std::uint64_t output_bytes = session_->output_size() * sizeof(float);
   std::uint64_t mark_bytes = output_bytes;
   for (const StateTensor& state : session_->manifest().state) mark_bytes += state.bytes;
   // Spilled buffers count too.
-  return state_bytes_ + output_bytes + marks_.size() * mark_bytes;
+  const std::uint64_t guard_bytes = guard_ ? guard_->mark_bytes() : 0;
+  return state_bytes_ + output_bytes + marks_.size() * mark_bytes + guard_bytes;
 }
 
 void Stream::read_memory(std::size_t index, float* values, std::size_t capacity) const {

@@ -13,6 +13,7 @@
 #include "state/journal.h"
 #include "state/stream_state.h"
 #include "stream/guard.h"
+#include "stream/health.h"
 #include "titans/titans.h"
 
 namespace titans::core {
@@ -80,9 +81,12 @@ class Stream : private Spillable {
   std::uint64_t position() const { return position_; }
 
   // See titans_stream_set_guard and related functions.
-  void set_guard(const titans_guard& limits);
+  void set_guard(const titans_guard& limits, bool measures_updates = true);
   titans_guard_report guard_report() const;
   void set_progress(titans_progress_function progress, void* user) { progress_ = {progress, user}; }
+  // See titans_stream_health and titans_stream_peak_norms.
+  titans_health health() const { return health_.report(); }
+  void peak_norms(float* norms, std::size_t capacity) const;
   // May be called from any thread.
   void cancel() noexcept { cancelled_.store(true, std::memory_order_relaxed); }
 
@@ -141,6 +145,7 @@ class Stream : private Spillable {
     std::uint64_t frozen_until = 0;
     bool all_saved = false;  // in the journal
     bool checkpoint_moved = false;
+    std::uint64_t repair_at = 0;  // where the guard repairs the memory; 0: nowhere
   };
   // The next call: from the feed's input, or from the guard's recorded input before it.
   Call next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const;
@@ -150,6 +155,8 @@ class Stream : private Spillable {
   // Handles a violation: restores the checkpoint so that the tokens are consumed again with the memory frozen. Throws
   // if the policy requires it or if freezing has not helped.
   void roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens);
+  // Repairs the memory at the cursor, after a violation or for a restart.
+  void repair(FeedCursor& cursor, std::int32_t policy);
   void report_progress(std::uint64_t done, std::uint64_t total) const;
   // Consumes the sequence and calls sink(first token, count, workspace) after each graph. Some tokens may be reported
   // twice; the last report counts.
@@ -179,6 +186,7 @@ class Stream : private Spillable {
   std::map<std::uint64_t, StreamState> marks_;  // by position
   std::vector<Buffer*> guard_backups_;          // one per state tensor; NULL if it is swapped
   std::unique_ptr<Guard> guard_;                // stays after it is turned off
+  Health health_;
   struct Progress {
     titans_progress_function function = nullptr;
     void* user = nullptr;

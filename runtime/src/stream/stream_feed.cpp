@@ -93,6 +93,15 @@ Violation Stream::run_guarded(const Call& call, std::size_t tokens, Workspace& w
                       workspace.output(tokens - 1, 1));
 }
 
+void Stream::repair(FeedCursor& cursor, std::int32_t policy) {
+  if (!cursor.all_saved) journal_.save_all();
+  cursor.all_saved = true;
+  cursor.checkpoint_moved = true;
+  cursor.repair_at = 0;
+  guard_->repair(sets_[cursor.set], cursor.position, policy);
+  session_->metrics().repairs.add();
+}
+
 void Stream::roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens) {
   const std::int32_t policy = guard_->limits().policy;
   const std::uint64_t end = cursor.position + tokens;
@@ -116,8 +125,9 @@ void Stream::roll_back(const Violation& violation, FeedCursor& cursor, std::uint
     if (!frozen && log_wanted(TITANS_LOG_WARNING)) {
       log(TITANS_LOG_WARNING, "guard",
           text(guard_->describe(violation), ", up to position ", end, "; the memory stays as at position ",
-               guard_->position()));
+               guard_->position(), guard_->describe_repair()));
     }
+    if (!frozen && guard_->repairs()) cursor.repair_at = end;
     cursor.frozen_until = policy == TITANS_GUARD_FREEZE ? kAlways : std::max(cursor.frozen_until, end);
   }
   if (guard_->position() < position_ && !cursor.all_saved) {
@@ -156,6 +166,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
   FeedCursor cursor{position_, current_};
   MeasuredCall measured(session_->metrics());
   cancelled_.store(false, std::memory_order_relaxed);
+  health_.begin();
   try {
     transact([&] {
       const Session::WorkspaceLease lease(*session_);
@@ -177,6 +188,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
         bool checkpoint = false;
         if (!guarded) {
           session_->executor().run(call, workspace);
+          if (health_.due(cursor.position, rows)) health_.check(sets_[next], cursor.position + rows);
         } else {
           const Violation violation = run_guarded(call, rows, workspace);
           if (violation.reason != TITANS_GUARD_GOOD) {
@@ -184,10 +196,20 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
             continue;
           }
           checkpoint = guard_->moves_on(violation, cursor.position, rows);
+          const std::vector<Norm>* norms = guard_->measured_norms();
+          if (norms != nullptr) health_.observe(*norms, cursor.position + rows);
         }
         if (!again) sink(done, rows, workspace);
         cursor.position += rows;
         cursor.set = next;
+        const bool restarts =
+            guarded && learning_ && cursor.frozen_until != kAlways && guard_->restart_due(cursor.position);
+        if (restarts || (cursor.repair_at > 0 && cursor.position >= cursor.repair_at)) {
+          repair(cursor, restarts ? TITANS_GUARD_RESTART : guard_->limits().policy);
+          checkpoint = true;
+        } else if (checkpoint) {
+          guard_->mark_if_healthy(sets_[cursor.set], cursor.position);
+        }
         if (checkpoint) {
           guard_->set_checkpoint(cursor.position, cursor.set);
           cursor.checkpoint_moved = true;
@@ -199,6 +221,7 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
       std::copy_n(last, last_output_.size(), last_output_.begin());
     });
   } catch (const Error& error) {
+    health_.undo();
     if (cursor.checkpoint_moved) rebase_guard();
     if (error.status() == TITANS_CANCELLED) {
       measured.cancelled();
@@ -208,9 +231,11 @@ void Stream::advance(const Sequence& sequence, Sink&& sink) {
     }
     throw;
   } catch (...) {
+    health_.undo();
     if (cursor.checkpoint_moved) rebase_guard();
     throw;
   }
+  if (guarded) guard_->keep_marks();
   if (cursor.frozen_until == kAlways) learning_ = false;
   current_ = cursor.set;
   measured.succeeded(count, session_->chunk_updates(position_, count));
