@@ -10,6 +10,7 @@ closely where streams are still together, and as a mean of what then is noise.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pydoc_data.topics
 import subprocess
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from shared_bundles import made_once
 
 from titans_export.checkpoints.titans_pytorch import read
+from titans_export.manifest import read_manifest
 from titans_export.reference import FLOAT32_SHARE
 
 pytest.importorskip("titans_pytorch", reason="titans-pytorch is not installed: make setup")
@@ -153,3 +155,31 @@ def test_training_writes_what_export_reads(tmp_path: Path) -> None:
     assert all(value.shape == shapes[name] for name, value in source.tensors.items())
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["steps"] > 0 and np.isfinite(record["last_bits_per_byte"])
+
+
+def test_a_stream_that_runs_away_is_kept_within_limits(bundle: Path, tmp_path: Path) -> None:
+    """One byte 20,000 times between texts: limits from data hold the norms, and the text afterwards is predicted."""
+    guarded, data = tmp_path / "guarded.titans", tmp_path / "text.txt"
+    text = TEXT.read_bytes()
+    data.write_bytes(text)
+    result = invoke("guard", bundle, "--data", data, "--tokens", 16_384, "--piece", 4096, "-o", guarded)
+    assert result.code == 0, result.err
+    limits = read_manifest(guarded).guard
+    assert limits is not None and limits.limits
+    bits: dict[str, float] = {}
+    for guard in ("bundle", "off"):
+        with rt.Session(guarded, threads=1, guard=guard) as session:
+            stream = session.stream()
+            stream.feed(text[:8000], outputs="none")
+            calm = stream.fork()
+            stream.feed(b"a" * 20_000, outputs="none")
+            if guard == "off":
+                assert stream.health.divergences > 0
+                continue
+            report = stream.guard_report
+            assert report.reason == "norm" and report.repairs == report.rollbacks > 0 and report.field is not None
+            assert all(stream.peak_norms()[name] <= limit for name, limit in limits.limits.items())
+            assert stream.health.divergences == 0 and stream.learning
+            for name, one in (("after", stream), ("calm", calm)):
+                bits[name] = -float(np.mean(one.score(text[8000:16_000]), dtype=np.float64)) / math.log(2)
+    assert bits["after"] <= 1.05 * bits["calm"]

@@ -80,7 +80,7 @@ class GuardOptions(SessionOptions):
     help="What a stream does when a norm exceeds its limit; see docs/guard.md.",
 )
 @click.option(
-    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Start anew every N tokens; 0: never."
+    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Reset the memory every N tokens; 0: never."
 )
 @click.option("--clear", is_flag=True, help="Remove the limits and the policy from the bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the limits; write nothing.")
@@ -156,7 +156,7 @@ def _show(options: GuardOptions, path: Path, limits: Limits, record: Guard) -> N
         return
     assert record.data is not None
     kept = sum(piece.left_out is None for piece in limits.pieces)
-    restart = f", every memory starts anew every {record.restart_every} tokens" if record.restart_every else ""
+    restart = f", every memory is reset after each {record.restart_every} tokens" if record.restart_every else ""
     rows = [(name, _number(one.seen), _number(one.limit)) for name, one in record.fields.items()]
     click.echo(
         f"{path}: {'limits found, not written' if options.dry_run else 'limits written'}, from {record.data.tokens:,} "

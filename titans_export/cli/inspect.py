@@ -140,7 +140,7 @@ def _guard(entry: dict[str, Any] | None) -> str:
     rows = [(name, one.get("seen", "-"), one["limit"]) for name, one in fields.items() if "limit" in one]
     if not entry or not (rows or entry.get("policy", "off") != "off"):
         return ""
-    restart = f", every memory starts anew every {entry['restart_every']} tokens" if entry.get("restart_every") else ""
+    restart = f", the memory is reset every {entry['restart_every']} tokens" if entry.get("restart_every") else ""
     head = f"guard: policy {entry.get('policy', 'off')}{restart}"
     return "\n".join([head, table(("norm of", "largest seen", "limit"), rows)] if rows else [head])
 

@@ -44,7 +44,7 @@ ACTIONS = {
     "skip": "the memory skips the chunk and learns on",
     "rewind": "the memory returns to its last healthy mark and learns on",
     "decay": "the memory goes half of the way back to its initial state and learns on",
-    "restart": "the memory starts anew and learns on",
+    "restart": "the memory is reset and learns on",
 }
 
 
@@ -124,7 +124,7 @@ class RunOptions(SessionOptions):
     help="What to do when the memory exceeds the bundle's limits.  bundle: what the bundle says.",
 )
 @click.option(
-    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Start the memory anew every N tokens."
+    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Reset the memory every N tokens; 0: never."
 )
 @engine_option
 @session_options

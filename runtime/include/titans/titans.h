@@ -258,7 +258,7 @@ typedef enum titans_guard_policy {
   TITANS_GUARD_SKIP = 3,   /* the chunk is consumed with a frozen memory; learning continues after it */
   TITANS_GUARD_REWIND = 4, /* as SKIP; then every memory returns to the last healthy mark */
   TITANS_GUARD_DECAY = 5,  /* as SKIP; then every memory goes half of the way back to the initial memory */
-  TITANS_GUARD_RESTART = 6 /* as SKIP; then every memory starts anew */
+  TITANS_GUARD_RESTART = 6 /* as SKIP; then every memory is reset */
 } titans_guard_policy;
 
 typedef struct titans_guard {
@@ -266,7 +266,7 @@ typedef struct titans_guard {
   int32_t policy;         /* a titans_guard_policy */
   float max_update_norm;  /* above 0: limit of ||W' - W|| / ||W|| per chunk, layer and head; infinity: no limit */
   float max_surprise;     /* above 0: limit of ||S|| per chunk, layer and head; infinity: no limit */
-  uint64_t restart_every; /* every memory starts anew after each so many tokens of the stream; 0: never */
+  uint64_t restart_every; /* every memory is reset after each so many tokens of the stream; 0: never */
   int32_t bundle_limits;  /* 1: the limits of norms in the bundle count too; 0: they do not */
 } titans_guard;
 

@@ -205,7 +205,7 @@ class Stream:
         consumes the chunk with a frozen memory and switches learning off. "skip" consumes it with a frozen memory and
         continues learning. "rewind", "decay" and "restart" do the same and then set every memory back: to the last
         healthy mark, half of the way to the initial memory, or to the initial memory. With ``restart_every``, every
-        memory starts anew after each so many tokens of the stream (0: never).
+        memory is reset after each so many tokens of the stream (0: never).
         """
         every = whole_number(restart_every, "restart_every", 0, 2**64)
         set_guard(self._open(), policy, max_update_norm, max_surprise, bundle_limits, every)

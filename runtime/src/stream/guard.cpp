@@ -345,11 +345,11 @@ std::string Guard::describe_repair() const {
       if (can_use_mark()) {
         return text(" and then returns to the mark at position ", (pending_ ? pending_ : mark_)->position);
       }
-      return " and then starts anew, as there is no unused mark";
+      return " and is then reset, as there is no unused mark";
     case TITANS_GUARD_DECAY:
       return " and then goes half of the way back to the initial memory";
     case TITANS_GUARD_RESTART:
-      return " and then starts anew";
+      return " and is then reset";
     default:
       return {};
   }

@@ -107,7 +107,7 @@ class Guard {
   // memory, or to the initial memory. It changes what the memory has learned and leaves the open chunk.
   bool repairs() const;                            // the policy repairs
   bool restart_due(std::uint64_t position) const;  // restart_every
-  // " and then starts anew", or nothing if the policy does not repair
+  // " and is then reset", or nothing if the policy does not repair
   std::string describe_repair() const;
   void repair(const BufferSet& state, std::uint64_t position, std::int32_t policy);
 

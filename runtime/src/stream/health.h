@@ -32,7 +32,7 @@ class Health {
   // Calls begin() and, if they fail, undo().
   void begin() { changed_ = false; }
   void undo();
-  // For a stream that starts anew.
+  // For a stream that is reset.
   void reset();
   void copy_from(const Health& other);
 
