@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import nn
 
@@ -335,6 +336,17 @@ def compiled_and_distributed(module: nn.Module, folder: Path) -> Path:
     return _pickled({f"module._orig_mod.{name}": value for name, value in module.state_dict().items()}, folder)
 
 
+def without_shared_memory(module: nn.Module, folder: Path) -> Path:
+    """As accelerate's save_model: of tensors in the same memory, or without elements, the first one alone is saved."""
+    kept: dict[int, str] = {}
+    state = module.state_dict()
+    for name, value in state.items():
+        kept.setdefault(value.untyped_storage().data_ptr(), name)
+    path = folder / "model.safetensors"
+    save_file({name: state[name].contiguous() for name in kept.values()}, path)
+    return path
+
+
 @way
 def shards_of_an_average(module: nn.Module, folder: Path) -> Path:
     """As accelerate's save_model writes the state dict of ema-pytorch."""
@@ -379,6 +391,26 @@ def test_every_way_of_saving_is_read(name: str, shared: bool, tmp_path: Path) ->
     assert source.options == from_module(module).options
     assert len(source.weights_sha256) == 64
     assert source.config == HIDDEN_TRANSFORMER
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("network", range(len(NETWORKS)))
+def test_tensors_left_out_as_shared_are_restored(network: int, per_head: bool, tmp_path: Path) -> None:
+    """A transformer without longterm and persistent memories, which has six tensors without elements or more."""
+    kwargs = {"heads": 2, "dim_head": 4, "per_head_learned_parameters": per_head}
+    module = make_transformer(NETWORKS[network][0], neural_memory_kwargs=kwargs)
+    path = without_shared_memory(module, tmp_path)
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+    assert not [name for name in names if "memory_model_parameters" in name or "persistent_memory" in name]
+    for given in ({}, {"per_head_learned_parameters": per_head}):
+        config = HIDDEN_TRANSFORMER | {"neural_memory_kwargs": HIDDEN | given}
+        (tmp_path / "model.json").write_text(json.dumps(config))
+        source = read(path, tmp_path / "model.json")
+        for name, value in source.tensors.items():
+            right = module.state_dict()[name]
+            assert torch.equal(value.expand(right.shape), right)
+    assert source.options == from_module(module).options
 
 
 def test_the_hash_is_the_contents(tmp_path: Path) -> None:

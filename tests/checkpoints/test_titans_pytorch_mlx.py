@@ -421,6 +421,9 @@ def test_every_form_of_a_checkpoint_gives_the_same_model(tmp_path: Path) -> None
     safe.mkdir()
     save_file({name: value for name, value in tensors.items() if name != "head.weight"}, safe / "model.safetensors")
     (safe / "config.json").write_text((tmp_path / "hub" / "config.json").read_text())
+    assert torch.equal(logits(safe), wanted)
+    untied = {name: value for name, value in tensors.items() if name != "embed.weight"}
+    save_file(untied, safe / "model.safetensors")
     (safe / "tokenizer.json").write_text("{}")
     assert torch.equal(logits(safe), wanted)
     loaded = load(safe)

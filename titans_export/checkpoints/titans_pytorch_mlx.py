@@ -187,6 +187,8 @@ def load(path: Path, options: LoadOptions | None = None) -> Checkpoint:
     weights = open_weights(path, options.weights)
     config = _options(weights, options.config)
     tensors = weights.tensors
+    if HEAD in tensors and EMBEDDING not in tensors:  # of two names of one tensor, some trainers save only one
+        tensors = tensors.select({EMBEDDING if name == HEAD else name: name for name in tensors})
     tied = tensors.select({name: name for name in tensors if name != HEAD})
     _check(tied, config, path)
     if HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):

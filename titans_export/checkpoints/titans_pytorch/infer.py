@@ -174,6 +174,12 @@ def infer_memory(view: View) -> tuple[dict[str, Found], FoundNetwork]:
     return found, network
 
 
+def infer_network(view: View, dim_head: int) -> list[str]:
+    """Names of the memory network's tensors in memory_model, in the order of memory_model_parameters."""
+    network, residual = _infer_network(view, dim_head)
+    return list(_network_of(network, dim_head, residual.value))
+
+
 def _network_of(network: FoundNetwork, dim_head: int, norm_add_residual: bool) -> Shapes:
     options = NetworkOptions(network.kind or "mlp", network.depth, network.hidden)
     return network_shapes(options, dim_head, norm_add_residual)

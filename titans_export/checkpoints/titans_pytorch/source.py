@@ -18,6 +18,7 @@ from .config import CLASSES, Kind
 from .infer import find_kind
 from .layout import Shapes, memory_shapes, transformer_shapes
 from .resolve import resolve_memory, resolve_transformer
+from .shared import restore_shared
 from .tensors import check_layout, checked
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -55,8 +56,16 @@ def read(path: Path, config: Path | str | None, options: LoadOptions | None = No
         weights = open_weights(path, options.weights)
         beside = weights.beside(CONFIG) if path.is_dir() else None
         name, contents = arguments.load(beside)
+    memory = contents.get(arguments.KWARGS, contents)
+    per_head = isinstance(memory, dict) and memory.get("per_head_learned_parameters") is True
+    tensors = restore_shared(weights.tensors, per_head)
     source = assemble(
-        name, contents, weights.tensors, weights.sha256, options.library_defaults, _saved_arguments(weights)
+        name,
+        contents,
+        tensors,
+        weights.sha256,
+        options.library_defaults,
+        _saved_arguments(weights),
     )
     origin = Origin.of(weights, weights.tensors, source.library_defaults)
     tokenizer = weights.beside(TOKENIZER) if source.kind == "transformer" else None
