@@ -481,6 +481,12 @@ def test_shards_are_files_of_the_folder(index: Path, tmp_path: Path) -> None:
     os.mkfifo(shard)
     refuse(index, "is not a regular file")
     refuse(shard, "is not a regular file")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "model.pt")
+    refuse(tmp_path / "pipe", "is not a regular file")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.pt").symlink_to("nowhere")
+    refuse(tmp_path / "broken", "no such file: .*/broken/model.pt")
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:

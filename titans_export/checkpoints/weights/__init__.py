@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, MissingCheckpointError
 from ...named_tensors import NamedTensors, TensorEntry
 from .folders import find_weights
 from .naming import choose, find_state_dicts, plain_values, split, strip_prefixes
@@ -111,6 +111,9 @@ def open_weights(path: Path, wanted: str | None = None) -> Weights:
     found = find_weights(path)
     index = read_index(found.index) if found.index is not None else None
     files = found.files if found.index is None else files_of(found.index, (index or {}).values())
+    if odd := next((file for file in files if not file.is_file()), None):
+        problem = f"{odd} is not a regular file" if odd.exists() else f"no such file: {odd}"
+        raise MissingCheckpointError("E0301", "checkpoint", problem, "give the file of weights, or its folder")
     pickles: list[_Pickle] = []
     extras: Mapping[str, Any] = {}
     if len(files) == 1 and index is None:
