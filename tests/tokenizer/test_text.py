@@ -152,7 +152,20 @@ class TestPatterns:
 
     @pytest.mark.parametrize(
         "pattern",
-        ["(?<=a)b", "^a", "a$", r"\bword", "a*", "a(?=bc)", r"(a)\1", "(?i:ß)", "[[:alpha:]]", "(a", "a{1,2}+"],
+        [
+            "(?<=a)b",
+            "^a",
+            "a$",
+            r"\bword",
+            "a*",
+            "a(?=bc)",
+            r"(a)\1",
+            "(?i:ß)",
+            "[[:alpha:]]",
+            "(a",
+            "a{1,2}+",
+            "a{2}?",
+        ],
     )
     def test_others_are_not_understood(self, pattern: str) -> None:
         with pytest.raises(Unsupported):

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from .patterns import Pattern, Unsupported
+from .patterns import Pattern, Unsupported, is_word
 
 Spec = Mapping[str, Any]
 # Characters that stand alone: normalisation neither joins them with a neighbour nor reorders them, every version of
@@ -95,12 +95,17 @@ class Sides(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step of splitting: what it makes of the characters, whether it may read across, whether it always splits."""
+    """A step of splitting: what it makes of the characters, whether it may read across, and whether it splits there.
+
+    changes_start: whether it adds something to the start of a piece.
+    """
 
     change: Callable[[str], str]
     crosses: Callable[[str, str], bool]
     splits: Callable[[str, str], bool]
+    may_split: Callable[[str, str], bool]
     pattern: Pattern | None = None
+    changes_start: bool = False
 
 
 class SafeCuts:
@@ -121,6 +126,7 @@ class SafeCuts:
         self._changes_start = any(map(_changes_start, (*normalizers, *splitters)))
         self._model = _Merges(spec["model"])
         self._added = [_Added(one, self._normalised(one)) for one in spec.get("added_tokens") or ()]
+        self._whole_words = any(one.get("single_word") for one in spec.get("added_tokens") or ())
         self._known: dict[str, bool] = {}
         if not any(self.safe(pair) for pair in _USUAL):
             raise Unsupported("it does not split a text, and its model reads across every pair of characters")
@@ -141,6 +147,11 @@ class SafeCuts:
                     return False
                 found |= got
             results = found
+        edges = {sides.edges() for sides in results}
+        if len(edges) > 1:  # what is read at the cut would depend on text further away
+            return False
+        if self._strips and any(ends[0].isspace() and ends[1].isspace() for ends in {pair, *edges}):
+            return False  # a text may begin or end with these spaces
         return all(self._encodes_apart(sides) and not self._is_added(pair, sides) for sides in results)
 
     def _normalise(self, spec: Spec, pattern: Pattern | None, sides: Sides) -> set[Sides] | None:
@@ -167,14 +178,21 @@ class SafeCuts:
         return found if all(left and right for left, right in found) else None
 
     def _encodes_apart(self, sides: Sides) -> bool:
-        """Whether the two sides always end in different pieces, or no merge joins them."""
+        """Whether the two sides always end in different pieces, or no merge joins them.
+
+        Where a step may split, a later one may find the end of a piece there, or the text of the other side.
+        """
+        may_end = False
         for step in self._steps:
             sides = Sides(*map(step.change, sides))
             left, right = sides.left[-1], sides.right[0]
             if not (stands_alone(left) and stands_alone(right)) or step.crosses(left, right):
                 return False
+            if may_end and (step.changes_start or (step.pattern and step.pattern.looks_at(right))):
+                return False
             if step.splits(left, right):
                 return True
+            may_end = may_end or step.may_split(left, right)
         return self._model.apart(*sides.edges())
 
     def _is_added(self, pair: str, sides: Sides) -> bool:
@@ -184,10 +202,12 @@ class SafeCuts:
                 left, right = ends[0], ends[1]
                 if token.reaches(left, right):
                     return True
-                if token.may_end_with(left) and (self._changes_start or (self._strips and right.isspace())):
+                start_seen = self._changes_start or (self._strips and right.isspace())
+                if token.may_end_with(left) and (start_seen or (self._whole_words and is_word(left))):
                     return True
-                looked_at = any(pattern.looks_at(right) for pattern in self._patterns)
-                if token.may_begin_with(right) and (looked_at or (self._strips and left.isspace())):
+                end_seen = any(pattern.looks_at(right) for pattern in self._patterns)
+                end_seen = end_seen or (self._strips and left.isspace())
+                if token.may_begin_with(right) and (end_seen or (self._whole_words and is_word(right))):
                     return True
         return False
 
@@ -320,7 +340,7 @@ def _match_step(
     }
     if behavior not in splits:
         raise Unsupported(f"unknown behavior {behavior}")
-    return Step(_same, crosses, splits[behavior])
+    return Step(_same, crosses, splits[behavior], lambda left, right: may(left) or may(right))
 
 
 def _character_step(test: Callable[[str], bool], behavior: str) -> Step:
@@ -337,12 +357,13 @@ def _steps(spec: Spec) -> Iterable[Step]:
     kind = spec["type"]
     blank = _character_step(str.isspace, "Removed")
     if kind == "ByteLevel":
+        yield Step(_same, _never, _never, _never, changes_start=_changes_start(spec))
         if spec.get("use_regex", True):
             yield _pattern_step(Pattern(_GPT2), "Isolated")
-        yield Step(_to_bytes, _never, _never)
+        yield Step(_to_bytes, _never, _never, _never)
     elif kind == "Metaspace":
         sign = spec["replacement"]
-        yield Step(lambda text: text.replace(" ", sign), _never, _never)
+        yield Step(lambda text: text.replace(" ", sign), _never, _never, _never, changes_start=_changes_start(spec))
         if spec.get("split", True):
             yield _character_step(lambda char: char == sign, "MergedWithNext")
     elif kind == "Split":

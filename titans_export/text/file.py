@@ -88,9 +88,9 @@ class FileTokenizer:
             # Offsets of a post-processor are trimmed, and a stream is neither truncated nor padded.
             plain = {**self._spec, "truncation": None, "padding": None, "post_processor": None}
             self._inner: Any = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        except OSError:
+        except (OSError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # the package raises nothing narrower
+        except BaseException as error:  # the package raises nothing narrower, and panics are no Exception
             raise BundleError("E0204", "tokenizer", f"damaged file {path}: {error}", _FIX) from None
         self._vocab_size, self._errors = vocab_size, encoding_errors
         self._guards: dict[str, _Guard | None] = {}
@@ -174,7 +174,12 @@ class FileTokenizer:
         return self._tokens(ids[len(before) : end])
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            raise BundleError("E0204", "tokenizer", f"the tokenizer fails: {error}", _FIX) from None
         return ids
 
     def _tokens(self, ids: list[int]) -> Tokens:

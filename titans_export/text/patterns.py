@@ -162,8 +162,8 @@ class Pattern:
         if end < 0 or not least.isdecimal() or (most and not most.isdecimal()):
             raise self._unsupported("an unknown use of {")
         self._at = end + 1
-        if self._peek("+"):  # Oniguruma reads {1,3}+ as a repetition of the repetition
-            raise self._unsupported("{}+")
+        if self._peek("+") or (self._peek("?") and not comma):  # Oniguruma reads {2}? as (?:{2})?, and {1,3}+ alike
+            raise self._unsupported("a repetition of {}")
         return int(least), int(most) if most else None if comma else int(least)
 
     @staticmethod
@@ -230,7 +230,7 @@ class Pattern:
         if kind in "pP":
             return self._property(kind == "P")
         if kind in "sSdDwW":
-            test = {"s": str.isspace, "d": _is_digit, "w": _is_word}[kind.lower()]
+            test = {"s": str.isspace, "d": _is_digit, "w": is_word}[kind.lower()]
             return test if kind.islower() else lambda char: not test(char)
         return self._literal(self._character(kind))
 
@@ -299,6 +299,7 @@ def _is_digit(char: str) -> bool:
     return unicodedata.category(char) == "Nd"
 
 
-def _is_word(char: str) -> bool:
+def is_word(char: str) -> bool:
+    """Whether the character belongs to a word."""
     category = unicodedata.category(char)
     return category[0] in "LM" or category in ("Nd", "Pc")
