@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .errors import BundleError
 from .files import utf8_path
 from .golden import GOLDEN, Golden, read_golden
+from .limits import Limits, limits_of
 from .manifest import MANIFEST, FileRecord, Manifest, Quantization, read_manifest
 
 WEIGHTS, STATE, TOKENIZER = "weights.safetensors", "state.safetensors", "tokenizer.json"
@@ -44,6 +45,10 @@ class Bundle:
     def tolerance(self) -> float:
         """The largest absolute difference that outputs may have from the golden ones."""
         return float(self.manifest.golden.tolerance)
+
+    def limits(self, tolerance: float | None = None) -> Limits:
+        """The largest errors of outputs by position; tolerance: the user's own, as in `limits_of`."""
+        return limits_of(self.manifest, tolerance)
 
     @property
     def takes_vectors(self) -> bool:

@@ -16,26 +16,22 @@ from numpy.typing import NDArray
 from . import __version__
 from . import manifest as records
 from .bundle import MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
+from .call_check import check_calls
 from .checkpoints import Checkpoint, LoadOptions, load_checkpoint
 from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .guarding import seen_norms, seen_record
+from .limits import Limits
 from .model import Graph, StreamModel
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.parameters import map_parameters, return_free_memory
 from .onnx.weights import share_weights
 from .progress import Advance, Bar, no_bar
-from .reference import (
-    TOLERANCE,
-    errors_of,
-    exact_outputs_of,
-    library_error_of,
-    outputs_of,
-    tolerance_of,
-)
+from .reference import TOLERANCE, exact_outputs_of, outputs_of
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
+from .stability import library_error_of, running_error, stable_limits
 from .text.vocabulary import check_vocabulary
 
 NORM_READS = 16  # most reads of the memory for its norms
@@ -46,7 +42,8 @@ class ExportReport:
     """The result of an export. Errors are the largest absolute differences of outputs over `positions` tokens.
 
     library_error: float64 PyTorch against the checkpoint's own library, over at most ORACLE_POSITIONS; None if there is
-    no such library or it is not installed. source: what was read of the checkpoint, as `Origin.to_json` describes it.
+    no such library or it is not installed. stability: None if float32 follows the model over all positions; else
+    tolerance applies within the horizon. source: what was read of the checkpoint, as `Origin.to_json` describes it.
     """
 
     bundle: str
@@ -60,6 +57,7 @@ class ExportReport:
     pytorch_float32_error: float
     library_error: float | None
     tolerance: float
+    stability: records.Stability | None
     seconds: float
     source: dict[str, Any]
 
@@ -105,7 +103,7 @@ def _write(
     checkpoint: Checkpoint,
     graphs: list[Graph],
     golden: Golden,
-    tolerance: float,
+    limits: Limits,
     progress: Callable[[str], None],
     bar: Bar,
 ) -> None:
@@ -125,7 +123,7 @@ def _write(
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
     state = {name: value.detach().numpy() for name, value in model.initial_state(1).items()}
     write_safetensors(folder / STATE, state)
-    known = write_golden(folder, golden, (model.input.name, model.output.name), tolerance)
+    known = write_golden(folder, golden, (model.input.name, model.output.name), limits.tolerance)
     if checkpoint.tokenizer:
         shutil.copyfile(checkpoint.tokenizer, folder / TOKENIZER)
     given, got = model.input, model.output
@@ -149,6 +147,7 @@ def _write(
         state=tuple(_state_tensors(model)),
         graphs=tuple(_graph_entries(graphs, shared)),
         golden=known,
+        stability=limits.stability,
         weights=records.FileReference(file=WEIGHTS),
         initial_state=records.FileReference(file=STATE),
         files={path.name: file_record(path) for path in sorted(folder.iterdir())},
@@ -227,6 +226,7 @@ def export_checkpoint(
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int | None = None,
+    accept_unstable: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     bar: Bar = no_bar,
 ) -> ExportReport:
@@ -246,6 +246,7 @@ def export_checkpoint(
         chunks_per_call=chunks_per_call,
         overwrite=overwrite,
         positions=positions,
+        accept_unstable=accept_unstable,
         progress=progress,
         bar=bar,
     )
@@ -266,6 +267,7 @@ def export_module(
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int | None = None,
+    accept_unstable: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     bar: Bar = no_bar,
 ) -> ExportReport:
@@ -282,9 +284,22 @@ def export_module(
         chunks_per_call=chunks_per_call,
         overwrite=overwrite,
         positions=positions,
+        accept_unstable=accept_unstable,
         progress=progress,
         bar=bar,
     )
+
+
+def _check(model: StreamModel, error: NDArray[np.float64], limits: NDArray[np.float64]) -> None:
+    """Raises MismatchError if an error (T,) exceeds its limit. error: ascending, as of `running_error`."""
+    wrong = np.flatnonzero(error > limits)
+    if wrong.size:
+        first = int(wrong[0])
+        problem = (
+            f"{model.output.kind} differ from PyTorch: {error[-1]:.3g}, first beyond its limit at position {first}: "
+            f"{error[first]:.3g}, limit {limits[first]:.3g}"
+        )
+        raise MismatchError("E0901", "export", problem, "report the message with the checkpoint's configuration")
 
 
 def export_loaded(
@@ -294,6 +309,7 @@ def export_loaded(
     chunks_per_call: int = 4,
     overwrite: bool = False,
     positions: int | None = None,
+    accept_unstable: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     bar: Bar = no_bar,
 ) -> ExportReport:
@@ -302,8 +318,9 @@ def export_loaded(
     The C++ runtime runs the bundle over `positions` tokens, or more until every graph has run once. By default it is
     1,024 tokens, or as many as two chunks and two segments need. They become the golden stream. The outputs are
     compared with float64 PyTorch; the report also has the error of float32 PyTorch. Then the folder is renamed into
-    place atomically. Raises TitansError, such as MismatchError if outputs differ by more than `tolerance_of`. An export
-    that fails writes nothing.
+    place atomically. A model that amplifies rounding is compared up to what rounding explains (stability.py); with
+    accept_unstable also one that float32 follows only briefly. Raises TitansError, such as MismatchError if outputs
+    differ by more. An export that fails writes nothing.
     """
     began = time.monotonic()
     _check_numbers(chunks_per_call, positions)
@@ -328,12 +345,12 @@ def export_loaded(
     with bar("PyTorch in float64", positions, "tokens") as advance:
         float64 = exact_outputs_of(model, inputs, advance)
     library_error = library_error_of(checkpoint, inputs, float64)
-    own_error = float(errors_of(float32, float64).max())
+    own = running_error(float32, float64)
     del float32
     return_free_memory()
-    tolerance = tolerance_of(model, float64, own_error)
-    if tolerance > TOLERANCE:
-        progress(f"PyTorch float32 is itself {own_error:.2g} from float64: the tolerance becomes {tolerance:g}")
+    limits = stable_limits(model, inputs, float64, own, accept_unstable, progress)
+    if limits.tolerance > TOLERANCE and limits.stability is None:
+        progress(f"PyTorch float32 is itself {own[-1]:.2g} from float64: the tolerance becomes {limits.tolerance:g}")
     builder = GoldenBuilder(
         inputs[0].numpy(),
         model.output.size,
@@ -343,20 +360,16 @@ def export_loaded(
     )
     builder.add(float64)
     with replacing_folder(output, overwrite, MANIFEST) as folder:
-        _write(folder, checkpoint, graphs, builder.finish(), tolerance, progress, bar)
+        _write(folder, checkpoint, graphs, builder.finish(), limits, progress, bar)
         map_parameters(model, folder / WEIGHTS)  # the runtime holds the weights as well
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         with bar("running the bundle", positions, "tokens") as advance:
             run = _run(folder, inputs[0].numpy(), cuts, advance)
-        error = errors_of(run.outputs, float64)
-        # `not <=` instead of `>`, so that NaN is a mismatch
-        if not error.max() <= tolerance:
-            bad = int(np.argmax(~(error <= tolerance)))
-            problem = (
-                f"{model.output.kind} differ from PyTorch: {error.max():.3g}, tolerance {tolerance:.3g}, "
-                f"first beyond it at position {bad}"
-            )
-            raise MismatchError("E0901", "export", problem, "report the message with the checkpoint's configuration")
+        error = running_error(run.outputs, float64)
+        _check(model, error, limits.at(0, positions))
+        if limits.stability is not None:
+            progress("comparing single calls of each graph with PyTorch")
+            check_calls(folder, model, graphs, inputs)
         replace(records.read_manifest(folder), guard=seen_record(run.norms)).write(folder)
         report = ExportReport(
             bundle=str(output),
@@ -366,10 +379,11 @@ def export_loaded(
             weights_bytes=(folder / WEIGHTS).stat().st_size,
             state_bytes=run.state_bytes,
             positions=positions,
-            max_abs_error=float(error.max()),
-            pytorch_float32_error=own_error,
+            max_abs_error=float(error[-1]),
+            pytorch_float32_error=float(own[-1]),
             library_error=library_error,
-            tolerance=tolerance,
+            tolerance=limits.tolerance,
+            stability=limits.stability,
             seconds=round(time.monotonic() - began, 1),
             source=checkpoint.origin.to_json(),
         )

@@ -139,6 +139,10 @@ class Golden:
         assert self.sketches is not None
         return _Sketcher(self.size, self.sketches.shape[1], self.seed)
 
+    def amplified(self, start: int, count: int) -> NDArray[np.float64]:
+        """Zeros (count,): the manifest has the limits."""
+        return np.zeros(count)
+
     def errors(self, outputs: Floats, start: int) -> NDArray[np.float64]:
         """Largest absolute error (t,) of each row of outputs (t, size), which begin at position `start`.
 

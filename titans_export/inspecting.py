@@ -24,6 +24,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "output": manifest.output.to_json(),
         "vocab_size": manifest.input.vocab_size,
         "tokenizer": manifest.tokenizer.to_json(),
+        "stability": manifest.stability.to_json() if manifest.stability else None,
         "quantization": _quantization(bundle),
         "guard": plain(manifest.guard),
         "graphs": [

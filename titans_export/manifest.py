@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -456,6 +457,39 @@ class Golden(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limit(Entry):
+    """The largest error of outputs from position `start` on; None if rounding can make any error."""
+
+    start: Annotated[int, integer(0)]
+    limit: Annotated[float | None, nullable(number), _ALWAYS] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability(Entry):
+    """How a model amplifies rounding errors, measured over the first `positions` tokens of the golden stream.
+
+    horizon: tokens over which outputs are within the golden tolerance. doubling: tokens in which a difference doubles,
+    None if it jumps. limits: ascending, from position 0.
+    """
+
+    horizon: Annotated[int, integer(0)]
+    doubling: Annotated[float | None, nullable(number), _ALWAYS] = None
+    positions: Annotated[int, integer(1)]
+    limits: Annotated[tuple[Limit, ...], array(Limit.from_json)]
+
+    def check(self, path: str) -> None:
+        """Compares the keys with each other."""
+        if self.horizon > self.positions:
+            raise wrong(f"{path}.horizon", f"an integer from 0 to {self.positions}", self.horizon)
+        if not self.limits or self.limits[0].start:
+            raise wrong(f"{path}.limits", "limits from position 0", plain(self.limits))
+        for index, (one, other) in enumerate(pairwise(self.limits)):
+            rises = one.limit is not None and (other.limit is None or other.limit > one.limit)
+            if other.start <= one.start or not rises:
+                raise wrong(f"{path}.limits[{index + 1}]", "an ascending limit at a later position", plain(other))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationData(Entry):
     """The data that a recipe was calibrated with: hash, tokens and streams."""
 
@@ -592,6 +626,7 @@ class Manifest(Entry):
     weights: Annotated[FileReference, FileReference.from_json]
     initial_state: Annotated[FileReference, FileReference.from_json]
     files: Annotated[Mapping[str, FileRecord], mapping(FileRecord.from_json)]
+    stability: Annotated[Stability | None, nullable(Stability.from_json)] = None
     quantization: Annotated[Quantization | None, nullable(Quantization.from_json)] = None
     guard: Annotated[Guard | None, nullable(Guard.from_json)] = None
     engines: Annotated[tuple[EngineEntry, ...], array(EngineEntry.from_json)] = ()

@@ -19,8 +19,8 @@ from .schedule import calls
 
 TOLERANCE = 1e-4  # absolute, on outputs
 # Orthogonalised updates amplify rounding errors. If float32 PyTorch differs from float64 by more than FLOAT32_SHARE of
-# the tolerance, the tolerance becomes that difference divided by the share. A tolerance above MOST_OF_RANGE of the
-# largest output is an error, because float32 is then too imprecise for the model.
+# the tolerance, the tolerance becomes that difference divided by the share. If it would exceed MOST_OF_RANGE of the
+# largest output, float32 is too imprecise for the model: stability.py measures up to which position it is not.
 FLOAT32_SHARE = 0.25
 MOST_OF_RANGE = 0.01
 _BLOCK = 1 << 22  # outputs that are compared at a time
@@ -68,42 +68,42 @@ def errors_of(outputs: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate(parts)
 
 
+def usual_tolerance(model: StreamModel, largest: float) -> float:
+    """The tolerance of a stable model, given its largest output. For vectors below 1 it is relative to that."""
+    return TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
+
+
+def follows(model: StreamModel, right: NDArray[Any], own_error: float) -> bool:
+    """Whether float32, with the error `own_error`, is precise enough for this model. False for NaN."""
+    largest = float(np.abs(right).max())
+    return own_error / FLOAT32_SHARE <= max(usual_tolerance(model, largest), MOST_OF_RANGE * largest)
+
+
 def tolerance_of(model: StreamModel, right: NDArray[Any], own_error: float) -> float:
     """The absolute tolerance of a bundle's outputs, given the error `own_error` of float32 PyTorch.
 
-    For vectors below 1 it is relative to the largest value. It is rounded up to one digit, so that machines that differ
-    in the last bits write the same manifest. Raises MismatchError if float32 is too imprecise for the model.
+    It is rounded up to one digit, so that machines that differ in the last bits write the same manifest. Raises
+    MismatchError unless `follows`.
     """
-    largest = float(np.abs(right).max())
-    usual = TOLERANCE * (min(1.0, largest) if model.output.kind == "vectors" else 1.0)
-    wanted = own_error / FLOAT32_SHARE
-    # `not <=` instead of `>`, so that NaN raises too
-    if not wanted <= max(usual, MOST_OF_RANGE * largest):
+    if not follows(model, right, own_error):
         problem = (
             f"float32 is too imprecise for this model: PyTorch in float32 is {own_error:.3g} from float64, "
-            f"more than {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of the largest output, {largest:.3g}"
+            f"more than {MOST_OF_RANGE * FLOAT32_SHARE:.2%} of the largest output, {float(np.abs(right).max()):.3g}"
         )
-        fix = "train the model to be stable, or find the position where it diverges with fewer --positions"
-        raise MismatchError("E0251", "export", problem, fix)
-    unit = 10.0 ** math.floor(math.log10(max(wanted, usual, 1e-30)))
-    return float(f"{math.ceil(max(wanted, usual) / unit - 1e-9) * unit:.1g}")
+        raise MismatchError("E0251", "export", problem, "measure up to which position float32 follows the model")
+    wanted = max(own_error / FLOAT32_SHARE, usual_tolerance(model, float(np.abs(right).max())))
+    unit = 10.0 ** math.floor(math.log10(max(wanted, 1e-30)))
+    return float(f"{math.ceil(wanted / unit - 1e-9) * unit:.1g}")
 
 
-def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
-    """The error of our PyTorch model against the checkpoint's own library, or None without that library.
+def library_outputs_of(checkpoint: Checkpoint, inputs: torch.Tensor) -> NDArray[Any] | None:
+    """Outputs (T, size) of the checkpoint's own library in float64, or None without that library.
 
-    Raises MismatchError if it exceeds the tolerance.
+    T is at most ORACLE_POSITIONS.
     """
     oracle = checkpoint.oracle() if checkpoint.oracle else None
     if oracle is None:
         return None
     inputs = inputs[:, :ORACLE_POSITIONS]
-    right = oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
-    error = np.abs(float64[: len(right)] - right).max()
-    limit = tolerance_of(checkpoint.model, right, 0.0)
-    if not error <= limit:
-        problem = f"PyTorch differs from the library that trained the checkpoint: {error:.3g}, tolerance {limit:g}"
-        raise MismatchError(
-            "E0252", "export", problem, "check the configuration, and report the message if it is right"
-        )
-    return float(error)
+    outputs: NDArray[Any] = oracle(inputs.double() if inputs.is_floating_point() else inputs)[0].numpy()
+    return outputs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .limits import FLOAT32_FACTOR, Limits
 from .schedule import calls, may_start
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Reference(Protocol):
         Infinite for NaN, 0 for a position without reference.
         """
 
+    def amplified(self, start: int, count: int) -> Errors:
+        """What rounding in float32 makes up for, as far as the reference measures it, (count,), from `start` on."""
+
     @property
     def own_error(self) -> float | None:
         """Largest error of these outputs so far, None if unknown."""
@@ -58,6 +62,7 @@ class PyTorch:
                 self._states.append(model.initial_state(1))
         self._start = self._position = 0
         self._right: Outputs = np.empty((0, 0))
+        self._own: Errors = np.empty(0)
         self._error = 0.0
 
     @property
@@ -77,14 +82,20 @@ class PyTorch:
                 out, self._states[i] = self._model.feed(batch, self._states[i], self._position)
             outputs.append(out[0])
         self._start, self._position = self._position, self._position + len(inputs)
-        if len(inputs):
-            self._error = max(self._error, float((outputs[0].double() - outputs[1]).abs().max()))
         self._right = outputs[0].numpy()
+        own = row_errors(self._right, outputs[1].numpy())
+        self._own = np.maximum(np.maximum.accumulate(own), self._error)
+        self._error = float(self._own[-1]) if len(own) else self._error
 
     def errors(self, outputs: Outputs, start: int) -> Errors:
         """Errors of the outputs against float32."""
         at = start - self._start
         return row_errors(outputs, self._right[at : at + len(outputs)])
+
+    def amplified(self, start: int, count: int) -> Errors:
+        """The difference of float32 from float64 so far, with a factor for another implementation."""
+        at = start - self._start
+        return FLOAT32_FACTOR * self._own[at : at + count]
 
 
 def row_errors(outputs: Outputs, right: Outputs) -> Errors:
@@ -100,10 +111,10 @@ class Distance:
     max_abs_error: float = 0.0
     first_bad_position: int | None = None
 
-    def add(self, errors: Errors, position: int, tolerance: float) -> None:
-        """Adds the errors (T,) of outputs from `position` on."""
+    def add(self, errors: Errors, position: int, limits: float | Errors) -> None:
+        """Adds the errors (T,) of outputs from `position` on, with their limit or the limit of each."""
         self.max_abs_error = max(self.max_abs_error, float(errors.max(initial=0.0)))
-        bad = np.flatnonzero(errors > tolerance)
+        bad = np.flatnonzero(errors > limits)
         if self.first_bad_position is None and bad.size:
             self.first_bad_position = position + int(bad[0])
 
@@ -148,14 +159,14 @@ def verify_stream(
     session: titans_runtime.Session,
     tokens: Tokens,
     reference: Reference,
-    tolerance: float,
+    tolerance: float | Limits,
     cuts_seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> VerifyReport:
     """Compares all outputs of three streams: fed whole, token by token and in random cuts.
 
     tokens: (T,) int32, or (T, size) float32 for a bundle that takes vectors. The random cuts make every graph run that
-    the stream is long enough for.
+    the stream is long enough for. tolerance: of all outputs, or limits by position.
     """
     reports = verify_blocks(session, tokens, reference, tolerance, cuts_seed)
     *_, report = (_reported(report, progress) for report in reports)
@@ -168,9 +179,14 @@ def _reported(report: VerifyReport, progress: Callable[[int], None]) -> VerifyRe
 
 
 def verify_blocks(
-    session: titans_runtime.Session, tokens: Tokens, reference: Reference, tolerance: float, cuts_seed: int = 0
+    session: titans_runtime.Session,
+    tokens: Tokens,
+    reference: Reference,
+    tolerance: float | Limits,
+    cuts_seed: int = 0,
 ) -> Iterator[VerifyReport]:
     """As `verify_stream`, with a report of the stream so far after each block."""
+    limits = tolerance if isinstance(tolerance, Limits) else Limits(tolerance)
     graphs = [Graph(**graph) for graph in session.info["graphs"]]
     schedule = _Schedule(graphs, session.output_size)
     rng = np.random.default_rng(cuts_seed)
@@ -190,9 +206,12 @@ def verify_blocks(
                 schedule.count(at, len(part))
                 outputs = _step(streams[name], part) if name == "token_by_token" else streams[name].feed(part)
                 assert outputs is not None
-                distances[name].add(reference.errors(outputs, at), at, tolerance)
+                limit = limits.at(at, len(part))
+                if limits.stability is not None:
+                    limit = np.maximum(limit, reference.amplified(at, len(part)))
+                distances[name].add(reference.errors(outputs, at), at, limit)
                 at += len(part)
-        yield VerifyReport(start + len(block), tolerance, reference.own_error, dict(schedule.calls), distances)
+        yield VerifyReport(start + len(block), limits.tolerance, reference.own_error, dict(schedule.calls), distances)
 
 
 def _step(stream: titans_runtime.Stream, one: Tokens) -> Outputs:

@@ -31,7 +31,7 @@ def _examples() -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, QUANTIZATION, GUARD, ENGINE = _examples()
+MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, STABILITY, QUANTIZATION, GUARD, ENGINE = _examples()
 
 
 def _listed(*names: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def full() -> dict[str, Any]:
     """The examples of docs/bundle.md as one manifest, with every optional key."""
     graphs = [{**graph, "offsets": [0]} for graph in MANIFEST["graphs"]]
     own = _listed(ENGINE["graphs"][0]["file"], ENGINE["weights"]["file"])
-    found = {**MANIFEST, **SAMPLE, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
+    found = {**MANIFEST, **SAMPLE, **STABILITY, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
     state = [{**STATE, "name": "layers.1.memory", "input": "layers.1.memory", "output": "layers.1.memory.next"}]
     return copy.deepcopy(
         {

@@ -57,7 +57,7 @@ def test_a_bundle_farther_than_that_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(exporting, "_run", run)
     output = tmp_path / "m.titans"
     off = 1e-3
-    with pytest.raises(MismatchError, match="first beyond it at position"):
+    with pytest.raises(MismatchError, match="first beyond its limit at position"):
         export_loaded(checkpoint, output, chunks_per_call=1, positions=40)
     assert not output.exists()
     off = 1e-5

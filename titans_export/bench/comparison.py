@@ -146,7 +146,7 @@ def _check(bundle: Bundle, worker: Worker, result: Result) -> None:
     few = _CHUNKS_ONE_BY_ONE * _chunk(bundle)
     for one_by_one, count in ((False, max(few, _CHECKED_BYTES // (4 * golden.size))), (True, few)):
         logits = worker.call("all_logits", golden.inputs[:count], one_by_one)
-        distance.add(golden.errors(logits, 0), 0, bundle.tolerance)
+        distance.add(golden.errors(logits, 0), 0, bundle.limits().at(0, len(logits)))
     result.max_abs_error, result.first_bad_position = distance.max_abs_error, distance.first_bad_position
     result.passed = distance.first_bad_position is None
 

@@ -30,6 +30,7 @@ class ExportOptions:
     bug_compatible: int | None
     chunks_per_call: int
     positions: int | None
+    accept_unstable: bool
     overwrite: bool
     as_json: bool
 
@@ -76,6 +77,11 @@ class ExportOptions:
     type=click.IntRange(1),
     help="Length of the golden stream in the bundle.  [default: 1024, or two chunks and segments if those are longer]",
 )
+@click.option(
+    "--accept-unstable",
+    is_flag=True,
+    help="Export also a model that amplifies rounding so much that float32 does not follow two memory updates.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete and checked.")
 @json_option
 def export(**values: Any) -> None:
@@ -91,6 +97,7 @@ def export(**values: Any) -> None:
 def _export(options: ExportOptions) -> None:
     check_output(options.output, options.overwrite, MANIFEST, source=options.checkpoint)  # before PyTorch is imported
     from ..exporting import export_checkpoint
+    from ..limits import describe
 
     report = export_checkpoint(
         options.checkpoint,
@@ -102,12 +109,14 @@ def _export(options: ExportOptions) -> None:
         bug_compatible=options.bug_compatible,
         chunks_per_call=options.chunks_per_call,
         positions=options.positions,
+        accept_unstable=options.accept_unstable,
         overwrite=options.overwrite,
         progress=note,
         bar=progress_bar,
     )
     if options.as_json:
         fields = dataclasses.asdict(report)
+        fields["stability"] = report.stability.to_json() if report.stability else None
         emit({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
         return
     click.echo(
@@ -116,5 +125,7 @@ def _export(options: ExportOptions) -> None:
         f"maximum difference from PyTorch over {report.positions} tokens: {number(report.max_abs_error)} "
         f"(tolerance {number(report.tolerance)}, PyTorch float32 to float64 {number(report.pytorch_float32_error)})"
     )
+    if report.stability is not None:
+        click.echo(describe(report.stability))
     if report.library_error is not None:
         click.echo(f"maximum difference of PyTorch from the original library: {number(report.library_error)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from .command import Command, emit, json_option
 from .inspect_state import inspect_state
 from .options import PATH, key_option
 from .table import size, table
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +63,17 @@ def _inspect(options: InspectOptions) -> None:
     from ..bundle import read_bundle
     from ..inspecting import inspect_bundle
 
-    info = inspect_bundle(read_bundle(options.path))
+    bundle = read_bundle(options.path)
+    info = inspect_bundle(bundle)
     if options.as_json:
         emit(info)
     else:
-        click.echo(_text(info))
+        click.echo(_text(info, bundle))
 
 
-def _text(info: dict[str, Any]) -> str:
+def _text(info: dict[str, Any], bundle: Bundle) -> str:
+    from ..limits import describe
+
     model = info["model"]
     targets = ", ".join(f"{target['backend']} on {target['device']}" for target in info["targets"])
     head = [
@@ -76,6 +82,8 @@ def _text(info: dict[str, Any]) -> str:
         f"{_streams(info)}, runs on: {targets}",
         *_source(model.get("source") or {}),
     ]
+    if bundle.manifest.stability:
+        head.append(describe(bundle.manifest.stability))
     graphs = [
         (g["name"], g["tokens"], g["stride"], _spans(g["offsets"]), sum(g["operators"].values()), _most(g["operators"]))
         for g in info["graphs"]

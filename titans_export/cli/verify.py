@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..bundle import Bundle
     from ..graph_check import OutputCheck
+    from ..limits import Limits
     from ..verify import Reference, Tokens, VerifyReport
 
 
@@ -107,7 +108,7 @@ def _verify(options: VerifyOptions) -> None:
     from ..verify import verify_stream
 
     bundle = read_bundle(options.bundle)
-    tolerance = bundle.tolerance if options.tolerance is None else options.tolerance
+    limits = bundle.limits(options.tolerance)
     session = open_session(options.bundle, options)
     stream, reference = (
         _golden(bundle, options.tokens)
@@ -115,16 +116,16 @@ def _verify(options: VerifyOptions) -> None:
         else _pytorch(bundle, session, options, options.against)
     )
     with progress_bar("verifying", len(stream), "tok") as advance:
-        report = verify_stream(session, stream, reference, tolerance, options.cuts, advance)
+        report = verify_stream(session, stream, reference, limits, options.cuts, advance)
     for name in report.unused_graphs:
         note(f"graph {name} did not run: {report.positions} tokens are too few for it")
-    checks = _check_graphs(bundle, tolerance) if options.polygraphy else None
+    checks = _check_graphs(bundle, limits.tolerance) if options.polygraphy else None
 
     passed = report.passed and all(check.passed for check in checks or [])
     if options.as_json:
-        emit(_as_json(options, session, report, checks, passed))
+        emit(_as_json(options, session, report, limits, checks, passed))
     else:
-        _print(options, report, checks)
+        _print(options, report, limits, checks)
     if not passed:
         raise _mismatch(options.bundle, report, checks or [])
 
@@ -186,6 +187,7 @@ def _as_json(
     options: VerifyOptions,
     session: titans_runtime.Session,
     report: VerifyReport,
+    limits: Limits,
     checks: list[OutputCheck] | None,
     passed: bool,
 ) -> dict[str, Any]:
@@ -198,6 +200,7 @@ def _as_json(
         "first_bad_position": report.first_bad_position,
         "positions": report.positions,
         "tolerance": report.tolerance,
+        "stability": limits.stability.to_json() if limits.stability else None,
         "pytorch_float32_to_float64": report.pytorch_float32_to_float64,
         "graphs": report.graphs,
         "feeds": {name: dataclasses.asdict(distance) for name, distance in report.feeds.items()},
@@ -207,7 +210,9 @@ def _as_json(
     return result
 
 
-def _print(options: VerifyOptions, report: VerifyReport, checks: list[OutputCheck] | None) -> None:
+def _print(options: VerifyOptions, report: VerifyReport, limits: Limits, checks: list[OutputCheck] | None) -> None:
+    from ..limits import describe
+
     reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
     compared = f"{options.bundle} against {reference}, {report.positions} tokens"
     click.echo(f"{compared}, tolerance {number(report.tolerance)}\n")
@@ -216,6 +221,8 @@ def _print(options: VerifyOptions, report: VerifyReport, checks: list[OutputChec
         for name, d in report.feeds.items()
     ]
     click.echo(table(("feed", "max error", "first bad position"), rows))
+    if limits.stability is not None:
+        click.echo(f"\n{describe(limits.stability)}")
     click.echo("\n" + table(("graph", "calls"), list(report.graphs.items())))
     if report.pytorch_float32_to_float64 is not None:
         click.echo(f"\nPyTorch float32 to float64: {number(report.pytorch_float32_to_float64)}")
