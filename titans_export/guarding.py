@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle
 from .errors import OutputError, TitansError
-from .files import check_output, replacing_file, replacing_folder
+from .files import check_file, check_output, replacing_file, replacing_folder
 from .manifest import CalibrationData, Guard, GuardField, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -154,13 +154,16 @@ def cleared(guard: Guard | None) -> Guard | None:
 def check_target(bundle: Path, output: Path | None, overwrite: bool) -> None:
     """Checks that limits may be written, before any work. Raises OutputError."""
     if output is not None and output.resolve() != bundle.resolve():
-        check_output(output, overwrite, MANIFEST)
+        check_output(output, overwrite, MANIFEST, source=bundle)
+        files = read_manifest(bundle).files.values()
+        check_output(output, overwrite, MANIFEST, source=bundle, needs=sum(file.bytes for file in files))
         return
     guard = read_manifest(bundle).guard
     if guard is not None and guard.limits and not overwrite:
         raise OutputError(
             "E1008", "output", f"{bundle} has limits already", "give --overwrite, or another bundle with -o"
         )
+    check_file(bundle / MANIFEST)
 
 
 def write_guard(bundle: Bundle, guard: Guard | None, output: Path | None, overwrite: bool) -> Path:

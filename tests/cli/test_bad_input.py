@@ -318,6 +318,7 @@ NOWHERE = Path("/proc/none")  # a folder in which nobody may write, not even roo
 WRITERS: dict[str, tuple[object, ...]] = {
     "export": ("export", "INPUT", "-o", NOWHERE / "x.titans"),
     "quantize": ("quantize", "INPUT", "-o", NOWHERE / "x.titans", "--recipe", "int8-weight-only"),
+    "guard": ("guard", "INPUT", "--data", "INPUT", "-o", NOWHERE / "x.titans"),
     "bench": ("bench", "INPUT", "--output", NOWHERE / "x.json"),
     "compare": ("compare", "INPUT", "INPUT", "-o", NOWHERE / "x.json"),
     "compare --html": ("compare", "INPUT", "INPUT", "--html", NOWHERE / "x.html"),
