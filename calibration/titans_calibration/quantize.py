@@ -142,6 +142,8 @@ def quantize_bundle(
                 spill=spill,
                 progress=step,
             )
+        for seen in found.collected.observations.values():
+            seen.gram = None  # large, and the session that checks the result needs the memory
         for pattern in _idle_patterns(job):
             progress(f"no weight matches {pattern} of keep")
         written = write_quantised(job.source.bundle, quantised, options, data=entry, progress=progress)
