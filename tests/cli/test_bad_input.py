@@ -308,9 +308,9 @@ def test_logits_that_differ_leave_no_bundle(
     tiny_checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No tolerance is small enough for this one."""
-    exporting = pytest.importorskip("titans_export.exporting")
-    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
-    monkeypatch.setattr(exporting, "FLOAT32_SHARE", float("inf"))
+    reference = pytest.importorskip("titans_export.reference")
+    monkeypatch.setattr(reference, "TOLERANCE", -1.0)
+    monkeypatch.setattr(reference, "FLOAT32_SHARE", float("inf"))
     refuse_export(tiny_checkpoint, folder, 3, "PyTorch", "position 0")
 
 
