@@ -461,7 +461,7 @@ class Limit(Entry):
     """The largest error of outputs from position `start` on; None if rounding can make any error."""
 
     start: Annotated[int, integer(0)]
-    limit: Annotated[float | None, nullable(number), _ALWAYS] = None
+    limit: Annotated[float | None, nullable(number)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,7 +473,7 @@ class Stability(Entry):
     """
 
     horizon: Annotated[int, integer(0)]
-    doubling: Annotated[float | None, nullable(number), _ALWAYS] = None
+    doubling: Annotated[float | None, nullable(number)]
     positions: Annotated[int, integer(1)]
     limits: Annotated[tuple[Limit, ...], array(Limit.from_json)]
 

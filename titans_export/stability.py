@@ -144,7 +144,7 @@ def limits_from(model: StreamModel, right: NDArray[Any], measured: Floats) -> Li
     largest = np.maximum.accumulate(np.abs(right).max(-1))
     usual = usual_tolerance(model, float(largest[-1]))
     steps = _steps(usual, FLOAT32_FACTOR * measured, 2 * FLOAT32_FACTOR * float(largest[-1]))
-    each = Limits(usual, Stability(horizon=0, positions=count, limits=steps)).at(0, count)
+    each = Limits(usual, Stability(horizon=0, doubling=None, positions=count, limits=steps)).at(0, count)
     exact = each <= np.maximum(usual, MOST_OF_RANGE * largest)
     horizon = count if exact.all() else int(np.argmin(exact))
     tolerance = float(each[horizon - 1]) if horizon else usual

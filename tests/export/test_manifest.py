@@ -172,9 +172,9 @@ OPTIONAL = {
     "model.source.dtypes", "model.source.library_defaults", "model.source.weights", "model.source.weights_sha256",
     "quantization", "quantization.data", "quantization.float32_weights_bytes",
     "quantization.max_abs_error", "quantization.memory.dtype", "quantization.memory.rounding",
-    "quantization.memory.seed", "quantization.seed", "quantization.weights_bytes", "schema_version", "state.chunk",
-    "state.layout", "state.layout.at_start", "state.layout.dtype", "state.layout.kind", "state.layout.of",
-    "state.layout.written", "state.operator", "state.rows", "state.written",
+    "quantization.memory.seed", "quantization.seed", "quantization.weights_bytes", "schema_version", "stability",
+    "state.chunk", "state.layout", "state.layout.at_start", "state.layout.dtype", "state.layout.kind",
+    "state.layout.of", "state.layout.written", "state.operator", "state.rows", "state.written",
 }  # fmt: skip
 # Keys whose defaults contradict another key of the example.
 CONTRADICTING = {
