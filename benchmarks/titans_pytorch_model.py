@@ -39,6 +39,7 @@ from titans_export.bench.models import Logits, Measured, PyTorch, Runtime, Token
 from titans_export.bench.statistics import Passes, summarise
 from titans_export.bench.worker import Worker, WorkerError
 from titans_export.bundle import Bundle, read_bundle
+from titans_export.manifest import read_manifest
 from titans_export.verify import Distance
 
 FORMAT = "titans-pytorch"
@@ -288,19 +289,19 @@ def provide(subject: Subject, anew: bool) -> Bundle:
 
 def baselines(subject: Subject, plan: Plan) -> list[Baseline]:
     """The baselines that take part; the reference for ratios comes first."""
-    pytorch = [subject.weights, FORMAT, plan.threads]
+    pytorch = [subject.weights, read_manifest(subject.bundle).model, plan.threads]
     longest = max(CHECKED, plan.prompt_tokens + plan.decode_tokens)
     compiled = "the same mathematics in PyTorch through torch.compile"
     return [
         Baseline(
             "runtime", "the runtime with its kernels", f"{_HERE}:RuntimeStretches", (subject.bundle, plan.threads)
         ),
-        Baseline("pytorch-compile", compiled, f"{_HERE}:PyTorchStretches", (*pytorch, True, subject.config)),
+        Baseline("pytorch-compile", compiled, f"{_HERE}:PyTorchStretches", (*pytorch, True, subject.config, None)),
         Baseline(
             "pytorch-eager",
             "the same mathematics in PyTorch",
             f"{_HERE}:PyTorchStretches",
-            (*pytorch, False, subject.config),
+            (*pytorch, False, subject.config, None),
         ),
         Baseline(
             "titans-pytorch",

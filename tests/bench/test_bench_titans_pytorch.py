@@ -92,8 +92,9 @@ class TestStretches:
         self._check(subject, tokens)
 
     def test_of_pytorch(self, shared_bundle: Path, checkpoint: Path, tokens: Any) -> None:
-        tokens = tokens % read_bundle(shared_bundle).manifest.input.width
-        subject = bench.PyTorchStretches(checkpoint, "titans", 1, False)
+        manifest = read_bundle(shared_bundle).manifest
+        tokens = tokens % manifest.input.width
+        subject = bench.PyTorchStretches(checkpoint, manifest.model, 1, False, None, None)
         self._check(subject, tokens)
         assert subject.flop_per_token(16) > 0
 

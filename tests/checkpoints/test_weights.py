@@ -157,6 +157,7 @@ def hugging_face(state: State, folder: Path) -> Path:
     save_file(prefixed("model.", state), folder / "model.safetensors", metadata={"format": "pt"})
     pickled(state, folder, "training_args.bin")
     pickled(random_state(1), folder, "pytorch_model.bin")  # an older copy
+    pickled(random_state(2), folder, "resume.pt")
     (folder / "generation_config.json").write_text("{}")
     return folder
 

@@ -236,7 +236,7 @@ def test_a_mismatch_leaves_no_bundle(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = exporting._run
-    monkeypatch.setattr(exporting, "_run", lambda *args: (run(*args)[0] + 2e-4, 0))
+    monkeypatch.setattr(exporting, "_run", lambda *args: (done := run(*args))._replace(outputs=done.outputs + 2e-4))
     with pytest.raises(MismatchError, match="position 0") as caught:
         export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
     assert caught.value.exit_code == 3
@@ -247,7 +247,7 @@ def test_nan_from_the_runtime_is_a_mismatch(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = exporting._run
-    monkeypatch.setattr(exporting, "_run", lambda *args: (run(*args)[0] * np.nan, 0))
+    monkeypatch.setattr(exporting, "_run", lambda *args: (done := run(*args))._replace(outputs=done.outputs * np.nan))
     with pytest.raises(MismatchError):
         export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import CheckpointError, MissingCheckpointError
 
 INDEX = ".index.json"
+_STANDARD = "model.safetensors"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Files of training that are no model.
 _TRAINING = re.compile(
@@ -63,9 +64,9 @@ def _in_folder(folder: Path) -> Found:
         raise _none(folder, names)
     if shards := _shards(folder, weights):
         return Found(shards)
-    if set(weights) == {"model.safetensors", "pytorch_model.bin"}:
-        note = "model.safetensors is read, not pytorch_model.bin beside it"
-        return Found((folder / "model.safetensors",), notes=(note,))
+    if len(weights) > 1 and _STANDARD in weights:
+        others = [name for name in weights if name != _STANDARD]
+        return Found((folder / _STANDARD,), notes=(f"{_STANDARD} is read, not {', '.join(others)} beside it",))
     if len(weights) > 1:
         raise _several(folder, weights)
     return Found((folder / weights[0],))
