@@ -130,6 +130,7 @@ def missed(kind: str, seed: int, few: bool) -> tuple[list[str], int]:
     return undetected, len(tensors) + len(OPTIONS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_library_finds_faults(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     undetected, _ = missed(kind, list(KINDS).index(kind), few=True)
@@ -229,6 +230,7 @@ def chaotic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
+@pytest.mark.long
 def test_a_chaotic_model_is_exported_with_its_horizon(chaotic: Path) -> None:
     stability = read_bundle(chaotic).manifest.stability
     assert stability is not None
@@ -282,6 +284,7 @@ def _faults(chaotic: Path, tmp_path: Path, every: int) -> tuple[list[str], int]:
     return undetected, count
 
 
+@pytest.mark.long
 def test_altered_nodes_are_found(chaotic: Path, tmp_path: Path) -> None:
     undetected, count = _faults(chaotic, tmp_path, every=40)
     assert count >= 3
@@ -309,6 +312,7 @@ def test_a_horizon_of_less_than_two_updates() -> None:
     assert limits.stability.horizon == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
 def test_a_tolerance_of_the_user_applies_within_the_horizon(chaotic: Path, tolerance: float) -> None:
     manifest = read_bundle(chaotic).manifest
@@ -319,6 +323,7 @@ def test_a_tolerance_of_the_user_applies_within_the_horizon(chaotic: Path, toler
     assert (each[horizon:] >= limits_of(manifest).at(horizon, 160 - horizon)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change",
     [{"horizon": 161}, {"limits": []}, {"limits": [{"start": 1, "limit": 1e-4}]}, {"doubling": "fast"}]
