@@ -145,7 +145,7 @@ def test_a_sample_of_faults_is_found(bundle: Bundle) -> None:
         check(bundle, graph, 1, 5)
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 @pytest.mark.timeout(3600)
 def test_every_kind_of_fault_is_found(bundle: Bundle) -> None:
     assert verified(bundle, bundle.golden())

@@ -143,7 +143,7 @@ def test_the_library_finds_faults(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert is_found(checkpoint, inputs)
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(2, 8))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_library_finds_every_fault(kind: str, seed: int) -> None:
@@ -291,7 +291,7 @@ def test_altered_nodes_are_found(chaotic: Path, tmp_path: Path) -> None:
     assert not undetected
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 def test_every_altered_node_is_found(chaotic: Path, tmp_path: Path) -> None:
     undetected, count = _faults(chaotic, tmp_path, every=1)
     assert count > 50
@@ -339,7 +339,7 @@ def test_a_wrong_stability_is_refused(chaotic: Path, change: dict[str, Any]) -> 
         parse_manifest(json.dumps(values))
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reported_model_decodes_its_prompt(seed: int, tmp_path: Path) -> None:
     titans_runtime = pytest.importorskip("titans_runtime", exc_type=ImportError)
@@ -354,7 +354,7 @@ def test_the_reported_model_decodes_its_prompt(seed: int, tmp_path: Path) -> Non
     assert np.abs(got - right).max() < max(report.tolerance, TOLERANCE)
 
 
-@pytest.mark.long
+@pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models_are_exported(seed: int, tmp_path: Path) -> None:
     streams, residual = (1, 2, 4)[seed % 3], bool(seed & 1)
