@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from .errors import BundleError
 from .files import utf8_path
 from .golden import GOLDEN, Golden, read_golden
-from .limits import Limits, limits_of
 from .manifest import MANIFEST, FileRecord, Manifest, Quantization, read_manifest
+from .output_limits import OutputLimits, limits_of
 
 WEIGHTS, STATE, TOKENIZER = "weights.safetensors", "state.safetensors", "tokenizer.json"
 _FIX = "copy or export the bundle again"
@@ -46,7 +46,7 @@ class Bundle:
         """The largest absolute difference that outputs may have from the golden ones."""
         return float(self.manifest.golden.tolerance)
 
-    def limits(self, tolerance: float | None = None) -> Limits:
+    def limits(self, tolerance: float | None = None) -> OutputLimits:
         """The largest errors of outputs by position; tolerance: the user's own, as in `limits_of`."""
         return limits_of(self.manifest, tolerance)
 

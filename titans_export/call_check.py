@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .bundle import Bundle
 from .errors import MismatchError
-from .limits import FLOAT32_FACTOR
 from .manifest import read_manifest
 from .model import Call, Graph, StreamModel
 from .model.float64 import Float64, Rounded
 from .model.layers import StreamState
 from .model.rounding import unrounded
+from .output_limits import FLOAT32_FACTOR
 from .reference import TOLERANCE, usual_tolerance
 from .running import Arrays, BundleRunner
 from .schedule import may_start

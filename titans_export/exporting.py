@@ -22,11 +22,11 @@ from .errors import MismatchError, UsageError
 from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .guarding import seen_norms, seen_record
-from .limits import Limits
 from .model import Graph, StreamModel
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.parameters import map_parameters, return_free_memory
 from .onnx.weights import share_weights
+from .output_limits import OutputLimits, first_beyond
 from .progress import Advance, Bar, no_bar
 from .reference import TOLERANCE, exact_outputs_of, outputs_of
 from .safetensors_file import write_safetensors
@@ -103,7 +103,7 @@ def _write(
     checkpoint: Checkpoint,
     graphs: list[Graph],
     golden: Golden,
-    limits: Limits,
+    limits: OutputLimits,
     progress: Callable[[str], None],
     bar: Bar,
 ) -> None:
@@ -292,13 +292,8 @@ def export_module(
 
 def _check(model: StreamModel, error: NDArray[np.float64], limits: NDArray[np.float64]) -> None:
     """Raises MismatchError if an error (T,) exceeds its limit. error: ascending, as of `running_error`."""
-    wrong = np.flatnonzero(error > limits)
-    if wrong.size:
-        first = int(wrong[0])
-        problem = (
-            f"{model.output.kind} differ from PyTorch: {error[-1]:.3g}, first beyond its limit at position {first}: "
-            f"{error[first]:.3g}, limit {limits[first]:.3g}"
-        )
+    if beyond := first_beyond(error, limits):
+        problem = f"{model.output.kind} differ from PyTorch: {beyond}"
         raise MismatchError("E0901", "export", problem, "report the message with the checkpoint's configuration")
 
 

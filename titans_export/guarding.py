@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Limits:
+class FoundLimits:
     """The limits that were found, and the pieces they come from."""
 
     fields: Mapping[str, GuardField]
@@ -93,7 +93,7 @@ def _read_piece(
         return Piece(source, start, len(part), stream.peak_norms())
 
 
-def find_limits(pieces: Sequence[Piece], margin: float = MARGIN) -> Limits:
+def find_limits(pieces: Sequence[Piece], margin: float = MARGIN) -> FoundLimits:
     """The limit of each field: `margin` times the largest norm in the pieces that did not diverge.
 
     A piece counts as diverged if it was left out already, or if a norm exceeds `margin` times the median of all pieces.
@@ -112,7 +112,7 @@ def find_limits(pieces: Sequence[Piece], margin: float = MARGIN) -> Limits:
         name: GuardField(seen=_short(value), limit=_short(margin * value) if value > 0 else None)
         for name, value in seen.items()
     }
-    return Limits(fields, judged)
+    return FoundLimits(fields, judged)
 
 
 def _names(pieces: Sequence[Piece]) -> list[str]:
@@ -134,7 +134,7 @@ def _short(value: float) -> float:
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.4g}")
 
 
-def guard_record(limits: Limits, policy: str, restart_every: int, margin: float, data: Mapping[str, Any]) -> Guard:
+def guard_record(limits: FoundLimits, policy: str, restart_every: int, margin: float, data: Mapping[str, Any]) -> Guard:
     """The manifest's entry. data: hash, tokens and streams of the data."""
     return Guard(
         policy=policy,

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from .checkpoints import Checkpoint
 from .errors import MismatchError
-from .limits import FLOAT32_FACTOR, Floats, Limits, amplifies, describe
 from .manifest import Limit, Stability
 from .model import StreamModel
 from .model.float64 import Rounded
 from .model.rounding import unrounded
+from .output_limits import FLOAT32_FACTOR, Floats, OutputLimits, amplifies, describe, first_beyond
 from .reference import (
     MOST_OF_RANGE,
     TOLERANCE,
@@ -75,13 +75,8 @@ def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDAr
     usual = LIBRARY_TOLERANCE / TOLERANCE * usual_tolerance(model, float(np.abs(right).max()))
     if not error[-1] <= usual:
         limits = np.maximum(usual, FLOAT64_FACTOR * sensitivity(model, inputs, ours, double=True))
-        wrong = np.flatnonzero(error > limits)
-        if wrong.size:
-            first = int(wrong[0])
-            problem = (
-                f"PyTorch differs from the library that trained the checkpoint: {error[-1]:.3g}, first beyond its "
-                f"limit at position {first}: {error[first]:.3g}, limit {limits[first]:.3g}"
-            )
+        if beyond := first_beyond(error, limits):
+            problem = f"PyTorch differs from the library that trained the checkpoint: {beyond}"
             raise MismatchError(
                 "E0252", "export", problem, "check the configuration, and report the message if it is right"
             )
@@ -95,7 +90,7 @@ def stable_limits(
     own: Floats,
     accept_unstable: bool,
     progress: Callable[[str], None],
-) -> Limits:
+) -> OutputLimits:
     """The limits of a bundle's outputs.
 
     inputs: (1, T, ...). right: PyTorch's outputs (T, size) in float64. own: `running_error` of float32. If float32
@@ -103,7 +98,7 @@ def stable_limits(
     MismatchError if the horizon is shorter than `shortest_horizon`, unless `accept_unstable`.
     """
     if follows(model, right, float(own[-1])):
-        return Limits(tolerance_of(model, right, float(own[-1])))
+        return OutputLimits(tolerance_of(model, right, float(own[-1])))
     progress(f"float32 does not follow this model over {len(right)} tokens: measuring how it amplifies rounding")
     limits = measured_limits(model, inputs, right, own)
     assert limits.stability is not None
@@ -133,23 +128,23 @@ def shortest_horizon(model: StreamModel) -> int:
     return next((number for number, count in enumerate(updates, 1) if count == 2), 1)
 
 
-def measured_limits(model: StreamModel, inputs: torch.Tensor, right: NDArray[Any], own: Floats) -> Limits:
+def measured_limits(model: StreamModel, inputs: torch.Tensor, right: NDArray[Any], own: Floats) -> OutputLimits:
     """The limits of a model that amplifies rounding; parameters as in `stable_limits`."""
     return limits_from(model, right, np.maximum(own, sensitivity(model, inputs, right)))
 
 
-def limits_from(model: StreamModel, right: NDArray[Any], measured: Floats) -> Limits:
+def limits_from(model: StreamModel, right: NDArray[Any], measured: Floats) -> OutputLimits:
     """The limits from the largest difference that rounding makes up to each position, (T,)."""
     count = len(right)
     largest = np.maximum.accumulate(np.abs(right).max(-1))
     usual = usual_tolerance(model, float(largest[-1]))
     steps = _steps(usual, FLOAT32_FACTOR * measured, 2 * FLOAT32_FACTOR * float(largest[-1]))
-    each = Limits(usual, Stability(horizon=0, doubling=None, positions=count, limits=steps)).at(0, count)
+    each = OutputLimits(usual, Stability(horizon=0, doubling=None, positions=count, limits=steps)).at(0, count)
     exact = each <= np.maximum(usual, MOST_OF_RANGE * largest)
     horizon = count if exact.all() else int(np.argmin(exact))
     tolerance = float(each[horizon - 1]) if horizon else usual
     stability = Stability(horizon=horizon, doubling=_doubling(measured, largest), positions=count, limits=steps)
-    return Limits(tolerance, stability)
+    return OutputLimits(tolerance, stability)
 
 
 def _doubling(measured: Floats, largest: Floats) -> float | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .limits import FLOAT32_FACTOR, Limits
+from .output_limits import FLOAT32_FACTOR, OutputLimits
 from .schedule import calls, may_start
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def verify_stream(
     session: titans_runtime.Session,
     tokens: Tokens,
     reference: Reference,
-    tolerance: float | Limits,
+    tolerance: float | OutputLimits,
     cuts_seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> VerifyReport:
@@ -182,11 +182,11 @@ def verify_blocks(
     session: titans_runtime.Session,
     tokens: Tokens,
     reference: Reference,
-    tolerance: float | Limits,
+    tolerance: float | OutputLimits,
     cuts_seed: int = 0,
 ) -> Iterator[VerifyReport]:
     """As `verify_stream`, with a report of the stream so far after each block."""
-    limits = tolerance if isinstance(tolerance, Limits) else Limits(tolerance)
+    limits = tolerance if isinstance(tolerance, OutputLimits) else OutputLimits(tolerance)
     graphs = [Graph(**graph) for graph in session.info["graphs"]]
     schedule = _Schedule(graphs, session.output_size)
     rng = np.random.default_rng(cuts_seed)

@@ -31,9 +31,9 @@ from titans_export.checkpoints.titans_pytorch.live import from_module
 from titans_export.errors import MismatchError
 from titans_export.exporting import export_loaded
 from titans_export.golden import sample_inputs
-from titans_export.limits import limits_of
 from titans_export.model import StreamModel
 from titans_export.model.titans_pytorch import memory as memory_module
+from titans_export.output_limits import limits_of
 from titans_export.reference import TOLERANCE, exact_outputs_of, library_outputs_of, outputs_of
 from titans_export.stability import (
     library_error_of,

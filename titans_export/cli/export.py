@@ -97,7 +97,7 @@ def export(**values: Any) -> None:
 def _export(options: ExportOptions) -> None:
     check_output(options.output, options.overwrite, MANIFEST, source=options.checkpoint)  # before PyTorch is imported
     from ..exporting import export_checkpoint
-    from ..limits import describe
+    from ..output_limits import describe
 
     report = export_checkpoint(
         options.checkpoint,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from ..manifest import GUARD_POLICIES
 from .command import Command, emit, json_option, note
 from .options import (
     PATH,
@@ -19,16 +20,15 @@ from .options import (
     encoding_option,
     engine_option,
     open_session,
+    restart_option,
     session_options,
 )
 from .progress import progress_bar
 from .table import table
 
 if TYPE_CHECKING:
-    from ..guarding import Limits
+    from ..guarding import FoundLimits
     from ..manifest import Guard
-
-_POLICIES = ("off", "raise", "freeze", "skip", "rewind", "decay", "restart")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +71,15 @@ class GuardOptions(SessionOptions):
     "--margin",
     type=click.FloatRange(1, min_open=True),
     default=4.0,
-    help="Limits, as a multiple of the largest norms in the data.",
+    help="FoundLimits, as a multiple of the largest norms in the data.",
 )
 @click.option(
     "--policy",
-    type=click.Choice(_POLICIES),
+    type=click.Choice(GUARD_POLICIES),
     default="rewind",
     help="What a stream does when a norm exceeds its limit; see docs/guard.md.",
 )
-@click.option(
-    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Reset the memory every N tokens; 0: never."
-)
+@restart_option
 @click.option("--clear", is_flag=True, help="Remove the limits and the policy from the bundle.")
 @click.option("--dry-run", is_flag=True, help="Show the limits; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace limits that the bundle has, or an existing OUTPUT.")
@@ -132,7 +130,7 @@ def _guard(options: GuardOptions) -> None:
     _show(options, path, limits, record)
 
 
-def _find(options: GuardOptions) -> tuple[Limits, Guard]:
+def _find(options: GuardOptions) -> tuple[FoundLimits, Guard]:
     from titans_calibration.data import read_data
 
     from ..bundle import read_bundle
@@ -146,7 +144,7 @@ def _find(options: GuardOptions) -> tuple[Limits, Guard]:
     return limits, guard_record(limits, options.policy, options.restart_every, options.margin, data.entry())
 
 
-def _show(options: GuardOptions, path: Path, limits: Limits, record: Guard) -> None:
+def _show(options: GuardOptions, path: Path, limits: FoundLimits, record: Guard) -> None:
     for piece in limits.pieces:
         if piece.left_out is not None:
             note(f"left out {piece.source}, tokens {piece.start} to {piece.start + piece.tokens}: {piece.left_out}")

@@ -72,7 +72,7 @@ def _inspect(options: InspectOptions) -> None:
 
 
 def _text(info: dict[str, Any], bundle: Bundle) -> str:
-    from ..limits import describe
+    from ..output_limits import describe
 
     model = info["model"]
     targets = ", ".join(f"{target['backend']} on {target['device']}" for target in info["targets"])

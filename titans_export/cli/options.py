@@ -25,6 +25,9 @@ encoding_option = click.option(
     default="strict",
     help="Bytes that are not UTF-8, for a tokenizer.json: refuse the text, or read U+FFFD.",
 )
+restart_option = click.option(
+    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Reset the memory every N tokens; 0: never."
+)
 engine_option = click.option(
     "--engine", help="Engine of the bundle to use; none: the plain graphs.  [default: chosen by the device]"
 )

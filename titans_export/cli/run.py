@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..errors import UsageError
+from ..manifest import GUARD_POLICIES
 from .command import Command, emit, json_option, note
 from .options import (
     PATH,
@@ -25,6 +26,7 @@ from .options import (
     encoding_option,
     engine_option,
     open_session,
+    restart_option,
     session_options,
 )
 from .progress import progress_bar
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 
-GUARDS = ("bundle", "off", "raise", "freeze", "skip", "rewind", "decay", "restart")
+GUARDS = ("bundle", *GUARD_POLICIES)
 # What a policy does after a violation, for notes.
 ACTIONS = {
     "raise": "the call failed",
@@ -123,9 +125,7 @@ class RunOptions(SessionOptions):
     default="bundle",
     help="What to do when the memory exceeds the bundle's limits.  bundle: what the bundle says.",
 )
-@click.option(
-    "--restart-every", type=click.IntRange(0), default=0, metavar="N", help="Reset the memory every N tokens; 0: never."
-)
+@restart_option
 @engine_option
 @session_options
 @json_option

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..bundle import Bundle
     from ..graph_check import OutputCheck
-    from ..limits import Limits
+    from ..output_limits import OutputLimits
     from ..verify import Reference, Tokens, VerifyReport
 
 
@@ -187,7 +187,7 @@ def _as_json(
     options: VerifyOptions,
     session: titans_runtime.Session,
     report: VerifyReport,
-    limits: Limits,
+    limits: OutputLimits,
     checks: list[OutputCheck] | None,
     passed: bool,
 ) -> dict[str, Any]:
@@ -210,8 +210,10 @@ def _as_json(
     return result
 
 
-def _print(options: VerifyOptions, report: VerifyReport, limits: Limits, checks: list[OutputCheck] | None) -> None:
-    from ..limits import describe
+def _print(
+    options: VerifyOptions, report: VerifyReport, limits: OutputLimits, checks: list[OutputCheck] | None
+) -> None:
+    from ..output_limits import describe
 
     reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
     compared = f"{options.bundle} against {reference}, {report.positions} tokens"

@@ -17,7 +17,7 @@ FLOAT32_FACTOR = 16.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class OutputLimits:
     """The limits of a stream's outputs.
 
     tolerance: the limit within the horizon, or everywhere without `stability`. least: a lower bound of all limits.
@@ -40,13 +40,13 @@ class Limits:
         return limits
 
 
-def limits_of(manifest: Manifest, tolerance: float | None = None) -> Limits:
+def limits_of(manifest: Manifest, tolerance: float | None = None) -> OutputLimits:
     """The limits of a bundle's outputs. tolerance: the user's, which replaces smaller and larger limits before the
     horizon and is a lower bound beyond it.
     """
     stability, own = manifest.stability, float(manifest.golden.tolerance)
     if stability is None:
-        return Limits(own if tolerance is None else tolerance)
+        return OutputLimits(own if tolerance is None else tolerance)
     if tolerance is not None:
         beyond = tuple(step for step in stability.limits if step.start > stability.horizon)
         at_horizon = [step for step in stability.limits if step.start <= stability.horizon][-1]
@@ -58,9 +58,18 @@ def limits_of(manifest: Manifest, tolerance: float | None = None) -> Limits:
             positions=stability.positions,
             limits=tuple(steps),
         )
-        return Limits(tolerance, stability, tolerance)
+        return OutputLimits(tolerance, stability, tolerance)
     # Quantised weights move outputs from the start. `quantize` measures by how much.
-    return Limits(own, stability, own if manifest.quantization else 0.0)
+    return OutputLimits(own, stability, own if manifest.quantization else 0.0)
+
+
+def first_beyond(error: Floats, limits: Floats) -> str | None:
+    """The largest error and the first beyond its limit, as a clause; None without one. Both (T,); error ascends."""
+    wrong = np.flatnonzero(error > limits)
+    if not wrong.size:
+        return None
+    first = int(wrong[0])
+    return f"{error[-1]:.3g}, first beyond its limit at position {first}: {error[first]:.3g}, limit {limits[first]:.3g}"
 
 
 def describe(stability: Stability) -> str:
