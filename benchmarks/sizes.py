@@ -2,12 +2,13 @@
 
     python -m benchmarks.sizes                            20 M and 170 M, in a temporary folder
     python -m benchmarks.sizes --size 760M --folder DISK -o RESULT.json
+    python -m benchmarks.sizes --size 760M --folder DISK --keep --step export      its files stay in DISK/760M
     python -m benchmarks.sizes --law RESULT.json          the growth law of a result
 
 The models are MAC models of the project's own format with random weights, about the paper's shapes: a memory in every
 layer, 32,000 tokens. Each command runs in a process of its own. Its peak memory is the largest resident set, mapped
 files included. The growth law is a line through all sizes: seconds and bytes per byte of float32 weights, and what is
-left at no weights. -o adds to an existing result, so that sizes can be measured one by one.
+left at no weights. -o adds to an existing result, so that sizes and steps can be measured one by one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,15 @@ SHAPES = {
     "760M": Shape(1_536, 24, 2_048, 12, 32_000),
     "1.3B": Shape(2_048, 24, 2_816, 16, 32_000),
 }
-TOKENS = 512  # that a session reads
+TOKENS, DECODED = 512, 16  # that a session reads in one feed, and then one at a time
+CALIBRATION = 4_096  # tokens of the int4 recipe
+# Bytes of memory that each step may take, per byte of float32 weights and in addition. A session that opens a quantised
+# bundle counts that bundle's own weights.
+REACH = {
+    "export": (2.5, 1e9),
+    **dict.fromkeys(("quantize int8", "quantize int4", "build", "verify"), (2.0, 1e9)),
+    **dict.fromkeys(("open", "open int8", "open int4"), (1.1, 3e8)),
+}
 _MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -56,7 +65,12 @@ torch.manual_seed(0)
 save(Titans(config), Path(sys.argv[2]))
 """
 _OPEN = "import sys, titans_runtime as rt; session = rt.Session(sys.argv[1]); stream = session.stream()"
-_STREAM = f"{_OPEN}; import numpy as np; stream.feed(np.arange({TOKENS}) % session.vocab_size, outputs='last')"
+_STREAM = f"""{_OPEN}
+import numpy as np
+stream.feed(np.arange({TOKENS}) % session.vocab_size, outputs="last")
+for token in range({DECODED}): stream.step(token)
+"""
+_DATA = "import sys, numpy as np; np.savez(sys.argv[1], np.random.default_rng(0).integers(0, *map(int, sys.argv[2:])))"
 
 
 def run(arguments: list[str], name: str) -> dict[str, float]:
@@ -76,39 +90,66 @@ def run(arguments: list[str], name: str) -> dict[str, float]:
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Arguments of Python by the name of each step, in order."""
-    bundle, small, built = (str(folder / name) for name in ("model.titans", "int8.titans", "built.titans"))
+    """Arguments of Python by the name of each step, in order. A step's output is its `-o`."""
+    bundle, int8, int4, built = (str(folder / f"{name}.titans") for name in ("model", "int8", "int4", "built"))
     program = ["-m", "titans_export.cli"]
+    quantize = [*program, "quantize", bundle, "--recipe"]
+    data = ["--data", str(folder / "tokens.npz"), "--tokens", str(CALIBRATION)]
     return {
         "export": [*program, "export", str(folder / "checkpoint"), "-o", bundle],
-        "quantize": [*program, "quantize", bundle, "-o", small, "--recipe", "int8-weight-only"],
-        "build": [*program, "build", bundle, "--target", "cpu", "-o", built],
-        "verify": [*program, "verify", bundle],
         "open": ["-c", _OPEN, bundle],
         "stream": ["-c", _STREAM, bundle],
-        "open int8": ["-c", _OPEN, small],
-        "stream int8": ["-c", _STREAM, small],
+        "verify": [*program, "verify", bundle],
+        "build": [*program, "build", bundle, "--target", "cpu", "-o", built],
+        "quantize int8": [*quantize, "int8-weight-only", "-o", int8],
+        "open int8": ["-c", _OPEN, int8],
+        "stream int8": ["-c", _STREAM, int8],
+        "quantize int4": [*quantize, "int4-weight-only", *data, "-o", int4],
+        "open int4": ["-c", _OPEN, int4],
+        "stream int4": ["-c", _STREAM, int4],
     }
 
 
+def _make(size: str, folder: Path) -> int:
+    """Makes the checkpoint and the calibration tokens unless they exist; returns the bytes of the weights."""
+    checkpoint, data = folder / "checkpoint", folder / "tokens.npz"
+    if not (checkpoint / "model.safetensors").exists():
+        run(["-c", _MAKE, json.dumps(SHAPES[size]), str(checkpoint)], "making the checkpoint")
+    run(["-c", _DATA, str(data), str(SHAPES[size].vocabulary), str(CALIBRATION)], "making calibration tokens")
+    return (checkpoint / "model.safetensors").stat().st_size
+
+
 def measure(size: str, folder: Path, steps: tuple[str, ...]) -> dict[str, Any]:
-    """All steps for one size; those not in `steps` are left out."""
-    checkpoint = folder / "checkpoint"
-    run(["-c", _MAKE, json.dumps(SHAPES[size]), str(checkpoint)], "making the checkpoint")
-    weights = (checkpoint / "model.safetensors").stat().st_size
+    """The steps for one size. A step whose input is missing fails; the others still count."""
+    weights = _make(size, folder)
     click.echo(f"{size}: {weights / 1e9:.3f} GB of weights")
     found: dict[str, Any] = {}
     for name, arguments in commands(folder).items():
         if name not in steps:
             continue
+        if "-o" in arguments:
+            shutil.rmtree(arguments[arguments.index("-o") + 1], ignore_errors=True)
+        load = os.getloadavg()[0]
         try:
-            found[name] = run(arguments, f"{size}: {name}")
-        except click.ClickException as error:  # the other steps still count
+            found[name] = {**run(arguments, f"{size}: {name}"), "load_before": load, "load_after": os.getloadavg()[0]}
+        except click.ClickException as error:
             click.echo(f"  {error.message}", err=True)
             continue
-        peak = found[name]["peak_bytes"]
-        click.echo(f"  {name:12} {found[name]['seconds']:8.1f} s {peak / 1e9:7.2f} GB, {peak / weights:.2f} x weights")
+        own = _weights_of(name, folder, weights)
+        found[name]["weights_bytes"] = own
+        peak, (times, added) = found[name]["peak_bytes"], REACH.get(name, (0.0, 0.0))
+        click.echo(
+            f"  {name:14} {found[name]['seconds']:7.1f} s ({found[name]['processor_seconds']:.1f} of processors) "
+            f"{peak / 1e9:6.2f} GB" + (f" of {(times * own + added) / 1e9:.2f}" if times else "")
+        )
     return {"weights_bytes": weights, "shape": SHAPES[size]._asdict(), "steps": found}
+
+
+def _weights_of(step: str, folder: Path, weights: int) -> int:
+    """Bytes of the weights that a step's reach is measured by."""
+    kind, _, form = step.partition(" ")
+    own = folder / f"{form}.titans" / "weights.safetensors"
+    return own.stat().st_size if form and kind != "quantize" else weights
 
 
 def law(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -146,21 +187,31 @@ def show(sizes: dict[str, Any]) -> None:
 @click.option("--size", "sizes", multiple=True, type=click.Choice([*SHAPES]), help="By default 20M and 170M.")
 @click.option("--step", "steps", multiple=True, type=click.Choice([*commands(Path())]), help="By default all.")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Where files go.")
+@click.option("--keep", is_flag=True, help="Keep the files in FOLDER/SIZE, and use those of an earlier run.")
 @click.option("--law", "of", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Only print this.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False))
 def main(
-    sizes: tuple[str, ...], steps: tuple[str, ...], folder: Path | None, of: Path | None, output: Path | None
+    sizes: tuple[str, ...],
+    steps: tuple[str, ...],
+    folder: Path | None,
+    keep: bool,
+    of: Path | None,
+    output: Path | None,
 ) -> None:
+    if keep and folder is None:
+        raise click.UsageError("--keep needs --folder")
     if of is not None:
         show(json.loads(of.read_text(encoding="utf-8"))["sizes"])
         return
     known = json.loads(output.read_text(encoding="utf-8"))["sizes"] if output is not None and output.exists() else {}
     for size in sizes or ("20M", "170M"):
-        place = Path(tempfile.mkdtemp(dir=folder))
+        place = folder / size if keep and folder is not None else Path(tempfile.mkdtemp(dir=folder))
+        place.mkdir(exist_ok=True)
         try:
             new = measure(size, place, steps or tuple(commands(place)))
         finally:
-            shutil.rmtree(place)
+            if not keep:
+                shutil.rmtree(place)
         new["steps"] = {**known.get(size, {}).get("steps", {}), **new["steps"]}
         known[size] = new
         if output is not None:
@@ -177,6 +228,9 @@ def _write(output: Path, sizes: dict[str, Any]) -> None:
         "what": "seconds and peak memory of each command over the size of a MAC model, one process each",
         **report.provenance(),
         "others_busy": others_busy(),
+        "niceness": os.nice(0),
+        "calibration_tokens": CALIBRATION,
+        "reach": REACH,
         "sizes": {name: sizes[name] for name in SHAPES if name in sizes},
         "law": law(sizes),
     }

@@ -23,15 +23,18 @@ from .files import check_output, replacing_folder
 from .golden import Golden, GoldenBuilder, least_positions, periods_of, sample_inputs, usual_positions, write_golden
 from .guarding import seen_norms, seen_record
 from .model import Graph, StreamModel
+from .model.float64 import Float64
+from .model.rounding import unrounded
 from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
 from .onnx.parameters import map_parameters, return_free_memory
 from .onnx.weights import share_weights
-from .output_limits import OutputLimits, first_beyond
+from .output_limits import Floats, OutputLimits, first_beyond
 from .progress import Advance, Bar, no_bar
-from .reference import TOLERANCE, exact_outputs_of, outputs_of
+from .reference import TOLERANCE, run_outputs
+from .row_file import RowFile, Rows, row_file
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
-from .stability import library_error_of, running_error, stable_limits
+from .stability import RunningError, library_error_of, model_error, stable_limits
 from .text.vocabulary import check_vocabulary
 
 NORM_READS = 16  # most reads of the memory for its norms
@@ -183,35 +186,37 @@ def _cuts(graphs: list[Graph], positions: int) -> list[int]:
 
 
 class _Run(NamedTuple):
-    """A run of the bundle: outputs (T, size), bytes of one stream's state, and the largest norms of its memory."""
+    """A run of the bundle: `running_error` (T,), bytes of one stream's state, and the largest norms of its memory."""
 
-    outputs: NDArray[np.float32]
+    error: Floats
     state_bytes: int
     norms: dict[str, float]
 
 
-def _run(folder: Path, inputs: NDArray[Any], cuts: list[int], advance: Advance = lambda tokens: None) -> _Run:
-    """Runs the bundle in the runtime, fed in the given cuts. Norms are read at most NORM_READS times."""
+def _run(
+    folder: Path, inputs: NDArray[Any], cuts: list[int], right: Rows, advance: Advance = lambda tokens: None
+) -> _Run:
+    """Runs the bundle in the runtime, fed in the given cuts, and compares its outputs with the right ones (T, size).
+
+    Norms are read at most NORM_READS times.
+    """
     import titans_runtime
 
     names = records.read_manifest(folder).guarded_fields
     with titans_runtime.Session(folder, guard="off") as session:
         stream = session.stream()
         norms = seen_norms(stream, names, {})
-        result: NDArray[np.float32] | None = None
+        error = RunningError(right)
         at = read = 0
         for part in np.split(inputs, np.cumsum(cuts)[:-1]):
             outputs = stream.feed(part)
             assert outputs is not None
-            if result is None:
-                result = np.empty((len(inputs), outputs.shape[1]), np.float32)
-            result[at : at + len(part)] = outputs
+            error.add(outputs)
             at += len(part)
             if at * NORM_READS >= (read + 1) * len(inputs):
                 norms, read = seen_norms(stream, names, norms), at * NORM_READS // len(inputs)
             advance(len(part))
-        assert result is not None
-        return _Run(result, stream.state_bytes, norms)
+        return _Run(error.finish(), stream.state_bytes, norms)
 
 
 def export_checkpoint(
@@ -324,6 +329,25 @@ def export_loaded(
     if checkpoint.tokenizer and checkpoint.model.input.kind == "tokens":
         for difference in check_vocabulary(checkpoint.tokenizer, checkpoint.model.input.size):
             progress(difference)
+    with row_file(output.resolve().parent, checkpoint.model.output.size) as outputs:
+        return _export(
+            checkpoint, output, outputs, chunks_per_call, overwrite, positions, accept_unstable, progress, bar, began
+        )
+
+
+def _export(
+    checkpoint: Checkpoint,
+    output: Path,
+    float64: RowFile,
+    chunks_per_call: int,
+    overwrite: bool,
+    positions: int | None,
+    accept_unstable: bool,
+    progress: Callable[[str], None],
+    bar: Bar,
+    began: float,
+) -> ExportReport:
+    """`export_loaded` after its checks. float64: where the right outputs go."""
     model = checkpoint.model
     graphs = model.graphs(chunks_per_call)
     if chunks_per_call > 1 and max(graph.tokens for graph in graphs) == 1:
@@ -335,17 +359,6 @@ def export_loaded(
         progress(f"{positions} golden positions are too few to find every fault: {least} find it")
     inputs = sample_inputs(model, positions)
     progress(f"running PyTorch over {positions} tokens, in float32 and float64")
-    with bar("PyTorch in float32", positions, "tokens") as advance:
-        float32 = outputs_of(model, inputs, advance)
-    with bar("PyTorch in float64", positions, "tokens") as advance:
-        float64 = exact_outputs_of(model, inputs, advance)
-    library_error = library_error_of(checkpoint, inputs, float64)
-    own = running_error(float32, float64)
-    del float32
-    return_free_memory()
-    limits = stable_limits(model, inputs, float64, own, accept_unstable, progress)
-    if limits.tolerance > TOLERANCE and limits.stability is None:
-        progress(f"PyTorch float32 is itself {own[-1]:.2g} from float64: the tolerance becomes {limits.tolerance:g}")
     builder = GoldenBuilder(
         inputs[0].numpy(),
         model.output.size,
@@ -353,15 +366,27 @@ def export_loaded(
         periods=periods_of(model, graphs),
         least=least,
     )
-    builder.add(float64)
+
+    def keep(rows: NDArray[Any]) -> None:
+        float64.append(rows)
+        builder.add(rows)
+
+    with bar("PyTorch in float64", positions, "tokens") as advance, unrounded(model), Float64():
+        run_outputs(model, inputs, keep, advance)
+    with bar("PyTorch in float32", positions, "tokens") as advance:
+        own = model_error(model, inputs, float64, advance)
+    library_error = library_error_of(checkpoint, inputs, float64)
+    return_free_memory()
+    limits = stable_limits(model, inputs, float64, own, accept_unstable, progress)
+    if limits.tolerance > TOLERANCE and limits.stability is None:
+        progress(f"PyTorch float32 is itself {own[-1]:.2g} from float64: the tolerance becomes {limits.tolerance:g}")
     with replacing_folder(output, overwrite, MANIFEST) as folder:
         _write(folder, checkpoint, graphs, builder.finish(), limits, progress, bar)
         map_parameters(model, folder / WEIGHTS)  # the runtime holds the weights as well
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         with bar("running the bundle", positions, "tokens") as advance:
-            run = _run(folder, inputs[0].numpy(), cuts, advance)
-        error = running_error(run.outputs, float64)
-        _check(model, error, limits.at(0, positions))
+            run = _run(folder, inputs[0].numpy(), cuts, float64, advance)
+        _check(model, run.error, limits.at(0, positions))
         if limits.stability is not None:
             progress("comparing single calls of each graph with PyTorch")
             check_calls(folder, model, graphs, inputs)
@@ -374,7 +399,7 @@ def export_loaded(
             weights_bytes=(folder / WEIGHTS).stat().st_size,
             state_bytes=run.state_bytes,
             positions=positions,
-            max_abs_error=float(error[-1]),
+            max_abs_error=float(run.error[-1]),
             pytorch_float32_error=float(own[-1]),
             library_error=library_error,
             tolerance=limits.tolerance,

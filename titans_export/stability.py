@@ -23,16 +23,19 @@ from .model import StreamModel
 from .model.float64 import Rounded
 from .model.rounding import unrounded
 from .output_limits import FLOAT32_FACTOR, Floats, OutputLimits, amplifies, describe, first_beyond
+from .progress import Advance
 from .reference import (
     MOST_OF_RANGE,
     TOLERANCE,
     errors_of,
     follows,
+    largest_of,
     library_outputs_of,
-    outputs_of,
+    run_outputs,
     tolerance_of,
     usual_tolerance,
 )
+from .row_file import Rows
 
 SEEDS = (1, 2)  # of the runs with simulated rounding errors
 # As FLOAT32_FACTOR, for float64. Our sums run in another order than the library's, and 2^8 of 2^52 costs little.
@@ -41,27 +44,53 @@ LIBRARY_TOLERANCE = 1e-9  # of our model in float64, as TOLERANCE
 LONGEST_PERIOD = 1 << 16  # tokens searched for memory updates
 
 
-def running_error(got: NDArray[Any], right: NDArray[Any]) -> Floats:
+class RunningError:
+    """The largest difference of a stream's outputs from the right ones, (T, size), up to each position."""
+
+    def __init__(self, right: Rows) -> None:
+        self._right, self._at, self._parts = right, 0, [np.zeros(0)]
+
+    def add(self, outputs: NDArray[Any]) -> None:
+        """Compares the next outputs (t, size)."""
+        begin, self._at = self._at, self._at + len(outputs)
+        self._parts.append(errors_of(outputs, self._right[begin : self._at]))
+
+    def finish(self) -> Floats:
+        """The differences (T,). NaN counts as infinite."""
+        error = np.concatenate(self._parts)
+        largest: Floats = np.maximum.accumulate(np.where(np.isnan(error), np.inf, error))
+        return largest
+
+
+def running_error(got: Rows, right: Rows) -> Floats:
     """The largest difference of outputs (T, size) up to each position, (T,). NaN counts as infinite."""
     error = errors_of(got, right)
     largest: Floats = np.maximum.accumulate(np.where(np.isnan(error), np.inf, error))
     return largest
 
 
-def sensitivity(model: StreamModel, inputs: torch.Tensor, right: NDArray[Any], double: bool = False) -> Floats:
-    """The largest difference that simulated rounding errors make up to each position, (T,).
+def model_error(
+    model: StreamModel, inputs: torch.Tensor, right: Rows, advance: Advance = lambda tokens: None
+) -> Floats:
+    """`running_error` of the model's outputs, in the precision of the context, without keeping them."""
+    error = RunningError(right)
+    run_outputs(model, inputs, error.add, advance)
+    return error.finish()
+
+
+def sensitivity(model: StreamModel, inputs: torch.Tensor, right: Rows, double: bool = False) -> Floats:
+    """The largest difference that simulated rounding errors make up to each position of the inputs, (T,).
 
     right: float64 outputs (T, size) of the inputs. The errors are those of float32, or of float64 with `double`.
     """
-    found = np.zeros(len(right))
+    found = np.zeros(inputs.shape[1])
     for seed in SEEDS:
         with unrounded(model), Rounded(seed, double):
-            outputs = outputs_of(model, inputs[:, : len(right)])
-        found = np.maximum(found, running_error(outputs, right))
+            found = np.maximum(found, model_error(model, inputs, right))
     return found
 
 
-def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDArray[Any]) -> float | None:
+def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: Rows) -> float | None:
     """The error of our model against the checkpoint's own library, both in float64, or None without that library.
 
     float64: our outputs (T, size). Raises MismatchError if it exceeds LIBRARY_TOLERANCE and what rounding in float64
@@ -70,11 +99,11 @@ def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDAr
     right = library_outputs_of(checkpoint, inputs)
     if right is None:
         return None
-    model, ours = checkpoint.model, float64[: len(right)]
-    error = running_error(ours, right)
-    usual = LIBRARY_TOLERANCE / TOLERANCE * usual_tolerance(model, float(np.abs(right).max()))
+    model, inputs = checkpoint.model, inputs[:, : len(right)]
+    error = running_error(right, float64)
+    usual = LIBRARY_TOLERANCE / TOLERANCE * usual_tolerance(model, float(largest_of(right).max()))
     if not error[-1] <= usual:
-        limits = np.maximum(usual, FLOAT64_FACTOR * sensitivity(model, inputs, ours, double=True))
+        limits = np.maximum(usual, FLOAT64_FACTOR * sensitivity(model, inputs, float64, double=True))
         if beyond := first_beyond(error, limits):
             problem = f"PyTorch differs from the library that trained the checkpoint: {beyond}"
             raise MismatchError(
@@ -86,7 +115,7 @@ def library_error_of(checkpoint: Checkpoint, inputs: torch.Tensor, float64: NDAr
 def stable_limits(
     model: StreamModel,
     inputs: torch.Tensor,
-    right: NDArray[Any],
+    right: Rows,
     own: Floats,
     accept_unstable: bool,
     progress: Callable[[str], None],
@@ -128,15 +157,15 @@ def shortest_horizon(model: StreamModel) -> int:
     return next((number for number, count in enumerate(updates, 1) if count == 2), 1)
 
 
-def measured_limits(model: StreamModel, inputs: torch.Tensor, right: NDArray[Any], own: Floats) -> OutputLimits:
+def measured_limits(model: StreamModel, inputs: torch.Tensor, right: Rows, own: Floats) -> OutputLimits:
     """The limits of a model that amplifies rounding; parameters as in `stable_limits`."""
     return limits_from(model, right, np.maximum(own, sensitivity(model, inputs, right)))
 
 
-def limits_from(model: StreamModel, right: NDArray[Any], measured: Floats) -> OutputLimits:
+def limits_from(model: StreamModel, right: Rows, measured: Floats) -> OutputLimits:
     """The limits from the largest difference that rounding makes up to each position, (T,)."""
     count = len(right)
-    largest = np.maximum.accumulate(np.abs(right).max(-1))
+    largest = np.maximum.accumulate(largest_of(right))
     usual = usual_tolerance(model, float(largest[-1]))
     steps = _steps(usual, FLOAT32_FACTOR * measured, 2 * FLOAT32_FACTOR * float(largest[-1]))
     each = OutputLimits(usual, Stability(horizon=0, doubling=None, positions=count, limits=steps)).at(0, count)

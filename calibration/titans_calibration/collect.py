@@ -27,7 +27,7 @@ from titans_export.running import Arrays, BundleRunner
 
 SAVE_SECONDS = 10.0
 SAVES_APART = 20.0  # times the duration of a save: large Gram matrices are saved less often
-_VERSION = 1  # of the work file
+_VERSION = 2  # of the work file
 
 Range = tuple[float, float]
 
@@ -194,7 +194,7 @@ class _Run:
         for number, o in enumerate(self.observed):
             arrays |= {f"{number}/channels": o.channels, f"{number}/sum_abs": o.sum_abs, f"{number}/counts": o.counts}
             if o.gram is not None:
-                arrays[f"{number}/gram"] = o.gram
+                arrays |= {f"{number}/gram/{part}": values for part, values in enumerate(o.gram.parts)}
             table.append([o.count, o.low, o.high, o.limit, sorted((w, *r) for w, r in o.window_ranges.items())])
         memory = {name: sorted((w, *r) for w, r in ranges.items()) for name, ranges in self.memory.items()}
         facts = {
@@ -220,7 +220,9 @@ class _Run:
         ):
             o.count, o.low, o.high, o.limit = count, low, high, limit
             o.channels, o.sum_abs = arrays[f"{number}/channels"], arrays[f"{number}/sum_abs"]
-            o.counts, o.gram = arrays[f"{number}/counts"], arrays.get(f"{number}/gram")
+            o.counts = arrays[f"{number}/counts"]
+            if o.gram is not None:
+                o.gram.parts = [arrays[f"{number}/gram/{part}"] for part in range(len(o.gram.parts))]
             o.window_ranges = {window: (a, b) for window, a, b in windows}
         self.memory = {name: {window: (a, b) for window, a, b in rows} for name, rows in facts["memory"].items()}
         self.stream, self.position, self.done = facts["stream"], facts["position"], facts["done"]

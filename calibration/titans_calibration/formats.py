@@ -114,7 +114,8 @@ def scale_inputs(group: Sequence[Matmul], recipe: Recipe, observations: Observat
         factors = smoothing(seen.channels, [matmul.matrix for matmul in group], recipe.smooth)
     elif recipe.weights.method == "awq":
         matrices = [matmul.matrix for matmul in group]
-        factors = awq_scales(seen.mean_abs, matrices, format, group[0].group, seen.gram)
+        gram = seen.gram.matrix() if seen.gram is not None else None
+        factors = awq_scales(seen.mean_abs, matrices, format, group[0].group, gram)
     limit = 0.0
     if activations:
         limit = activation_limit(seen, activations.method, activations.percentile, int(LARGEST[format]))
@@ -136,9 +137,10 @@ def quantise_weight(matmul: Matmul, recipe: Recipe, observations: Observations |
         matrix = matrix * matmul.factors[:, None]
     if method == "gptq":
         assert observations is not None
-        gram = observations[matmul.name].gram
-        if gram is None:
+        seen = observations[matmul.name].gram
+        if seen is None:
             raise QuantiseError("E0809", "quantize", f"{matmul.name} has no Gram matrix", "observe with gram")
+        gram = seen.matrix()
         if matmul.factors is not None:
             gram = gram / np.outer(matmul.factors, matmul.factors).astype(np.float64)
         return gptq(matrix, gram, matmul.format, matmul.group)

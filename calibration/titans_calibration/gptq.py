@@ -12,15 +12,29 @@ from numpy.typing import NDArray
 from titans_calibration.weights import QuantisedMatrix, round_to, scales_of, stored
 
 DAMPING = 0.01  # added to H's diagonal, relative to its mean
+COLUMNS = 1024  # columns whose float64 copy is in memory at a time
 BLOCK = 128  # channels whose corrections are applied to later channels together
 
 
 def gptq(matrix: NDArray[np.float32], gram: NDArray[np.float64], format: str, group: int | None) -> QuantisedMatrix:
     """Quantises the (K, N) matrix. Each group's scale comes from its range after the corrections so far."""
-    work = matrix.astype(np.float64)
     factor = _inverse_factor(gram)
+    rows, columns = matrix.shape
+    values = np.empty((rows, columns), np.uint8 if format == "fp8" else np.int8)
+    scales = np.empty((rows // group if group else 1, columns), np.float32)
+    for begin in range(0, columns, COLUMNS):  # columns are independent
+        part = slice(begin, begin + COLUMNS)
+        values[:, part], scales[:, part] = _columns(matrix[:, part], factor, format, group)
+    return QuantisedMatrix(format, values, scales, group)
+
+
+def _columns(
+    matrix: NDArray[np.float32], factor: NDArray[np.float64], format: str, group: int | None
+) -> tuple[NDArray[np.int8] | NDArray[np.uint8], NDArray[np.float32]]:
+    """The values and scales of (K, N)."""
+    work = matrix.astype(np.float64)
     rows, columns = work.shape
-    numbers = np.zeros_like(work)
+    values = np.empty((rows, columns), np.uint8 if format == "fp8" else np.int8)
     scales = np.zeros((rows // group if group else 1, columns), np.float32)
     if group is None:
         scales[0] = scales_of(np.abs(work).max(axis=0), format)
@@ -35,11 +49,12 @@ def gptq(matrix: NDArray[np.float32], gram: NDArray[np.float64], format: str, gr
                     ahead[end - row :] -= factor[begin:row, end : row + group].T @ errors[: row - begin]
                 scales[row // group] = scales_of(np.abs(ahead).max(axis=0), format)
             scale = scales[row // group if group else 0].astype(np.float64)
-            numbers[row] = round_to(work[row], scale, format)
-            errors[row - begin] = (work[row] - numbers[row] * scale) / factor[row, row]
+            numbers = round_to(work[row], scale, format)
+            values[row] = stored(numbers, format)
+            errors[row - begin] = (work[row] - numbers * scale) / factor[row, row]
             work[row:end] -= np.outer(factor[row, row:end], errors[row - begin])
         work[end:] -= factor[begin:end, end:].T @ errors
-    return QuantisedMatrix(format, stored(numbers, format), scales, group)
+    return values, scales
 
 
 def _inverse_factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:

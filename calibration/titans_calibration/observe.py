@@ -12,6 +12,7 @@ from titans_calibration.ranges import entropy_limit, mse_limit, percentile_limit
 
 BINS = 8192
 WINDOW = 1024  # positions per range of `windows`
+_GRAM_ROWS = 512  # rows of a part of a Gram matrix
 _ROWS = 1 << 14  # values per pass of a histogram, so that temporaries stay in a cache
 
 Floats = NDArray[Any]
@@ -25,13 +26,42 @@ class NotFiniteError(ValueError):
         self.value, self.row = value, row
 
 
+class Gram:
+    """Sum of x^T x over rows x, (K, K) float64. Only the parts from the diagonal on are kept, about half of it."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self.parts = [
+            np.zeros((min(_GRAM_ROWS, channels - begin), channels - begin)) for begin in range(0, channels, _GRAM_ROWS)
+        ]
+
+    def add(self, rows: Floats) -> None:
+        """Adds rows (n, K)."""
+        for begin, part in zip(range(0, self.channels, _GRAM_ROWS), self.parts, strict=True):
+            part += rows[:, begin : begin + len(part)].T @ rows[:, begin:]
+
+    def matrix(self) -> NDArray[np.float64]:
+        """The whole matrix (K, K)."""
+        result = np.empty((self.channels, self.channels))
+        for begin, part in zip(range(0, self.channels, _GRAM_ROWS), self.parts, strict=True):
+            end = begin + len(part)
+            result[begin:end, begin:] = part
+            result[end:, begin:end] = part[:, len(part) :].T
+        return result
+
+    def __add__(self, other: Gram) -> Gram:
+        result = Gram(self.channels)
+        result.parts = [a + b for a, b in zip(self.parts, other.parts, strict=True)]
+        return result
+
+
 @dataclass
 class Observed:
     """One matmul's input, (rows, K), over all calls.
 
     count: rows. low, high: over all values. channels: of each channel, the largest absolute value. sum_abs: of each
-    channel. gram: sum of x^T x, (K, K) float64, or None. counts, limit: histogram of absolute
-    values in BINS bins up to `limit`, a power of two. window_ranges: low and high by window of WINDOW positions.
+    channel. gram: sum of x^T x, or None. counts, limit: histogram of absolute values in BINS
+    bins up to `limit`, a power of two. window_ranges: low and high by window of WINDOW positions.
     """
 
     count: int
@@ -39,7 +69,7 @@ class Observed:
     high: float
     channels: Floats
     sum_abs: Floats
-    gram: Floats | None
+    gram: Gram | None
     counts: NDArray[np.int64]
     limit: float
     window_ranges: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -53,7 +83,7 @@ class Observed:
             high=-np.inf,
             channels=np.zeros(channels, np.float32),
             sum_abs=np.zeros(channels),
-            gram=np.zeros((channels, channels)) if gram else None,
+            gram=Gram(channels) if gram else None,
             counts=np.zeros(BINS, np.int64),
             limit=0.0,
         )
@@ -88,7 +118,7 @@ class Observed:
         np.maximum(self.channels, magnitudes.max(0), out=self.channels)
         self.sum_abs += magnitudes.sum(0, dtype=np.float64)
         if self.gram is not None:
-            self.gram += rows.T @ rows
+            self.gram.add(rows)
         self._count_in(magnitudes, max(-low, high))
         window = position // WINDOW
         before = self.window_ranges.get(window, (np.inf, -np.inf))

@@ -156,8 +156,8 @@ def _key(bundle: Bundle, recipe: Recipe, observations: Observations | None, data
     digest = xxhash.xxh3_128(repr(facts).encode())
     for name, seen in sorted((observations or {}).items()):
         digest.update(repr((name, seen.count, seen.low, seen.high, seen.limit)).encode())
-        for values in (seen.channels, seen.sum_abs, seen.counts, seen.gram):
-            digest.update(b"" if values is None else values.tobytes())
+        for values in (seen.channels, seen.sum_abs, seen.counts, *(seen.gram.parts if seen.gram else ())):
+            digest.update(values.tobytes())
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from titans_calibration.observe import BINS, WINDOW, NotFiniteError, Observed, activation_limit
+from titans_calibration.observe import BINS, WINDOW, Gram, NotFiniteError, Observed, activation_limit
 from titans_calibration.ranges import entropy_limit
 
 Floats = npt.NDArray[np.float32]
@@ -36,12 +36,26 @@ def test_observations_are_those_of_all_values_at_once() -> None:
     np.testing.assert_array_equal(seen.channels, np.abs(rows).max(0))
     np.testing.assert_allclose(seen.mean_abs, np.abs(rows).mean(0), rtol=1e-12)
     assert seen.gram is not None
-    np.testing.assert_allclose(seen.gram, rows.T @ rows, rtol=1e-5, atol=1e-5 * np.abs(rows.T @ rows).max())
+    right = rows.T @ rows
+    np.testing.assert_allclose(seen.gram.matrix(), right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
     edges = np.linspace(0, seen.limit, BINS + 1)
     np.testing.assert_array_equal(seen.counts, np.histogram(np.abs(rows), edges)[0])
     first = rows[: len(rows) * WINDOW // (12 * 96) // 96 * 96 + 96]
     assert seen.windows[0] == (0, first.min(), first.max())
     assert seen.windows[-1][0] == WINDOW
+
+
+@pytest.mark.parametrize("channels", [1, 511, 512, 513, 1100])
+def test_a_gram_matrix_in_parts_is_the_matrix(channels: int) -> None:
+    """Its parts take half of the memory, up to their own width."""
+    draw, gram = np.random.default_rng(channels), Gram(channels)
+    calls = [draw.integers(-8, 9, (rows, channels)).astype(np.float32) for rows in (5, 1, 64)]
+    for rows in calls:
+        gram.add(rows)
+    whole = np.concatenate(calls).astype(np.float64)
+    np.testing.assert_array_equal(gram.matrix(), whole.T @ whole)
+    np.testing.assert_array_equal((gram + gram).matrix(), 2 * (whole.T @ whole))
+    assert sum(part.nbytes for part in gram.parts) <= 4 * channels * (channels + 512)
 
 
 def test_the_order_of_merging_changes_nothing() -> None:
@@ -60,7 +74,7 @@ def test_the_order_of_merging_changes_nothing() -> None:
         )
         assert merged.windows == whole.windows
         assert merged.gram is not None and whole.gram is not None
-        np.testing.assert_allclose(merged.gram, whole.gram, rtol=1e-12)
+        np.testing.assert_allclose(merged.gram.matrix(), whole.gram.matrix(), rtol=1e-12)
     with pytest.raises(ValueError, match="different"):
         whole.merged(Observed.empty(8, True))
 

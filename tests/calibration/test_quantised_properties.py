@@ -199,8 +199,9 @@ def _plain_gptq(
 
 
 @pytest.mark.parametrize(("rows", "group"), [(96, None), (160, 32), (256, 128), (512, 256)])
-def test_gptq_in_blocks_is_gptq(rows: int, group: int | None) -> None:
-    """Groups within a block of corrections, across its end and wider than one."""
+def test_gptq_in_blocks_is_gptq(rows: int, group: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups within a block of corrections, across its end and wider than one; columns in two parts."""
+    monkeypatch.setattr("titans_calibration.gptq.COLUMNS", 4)
     draw = np.random.default_rng(rows)
     inputs = draw.standard_normal((2 * rows, rows)) @ (np.eye(rows) + 0.1 * draw.standard_normal((rows, rows)))
     matrix, gram = draw.standard_normal((rows, 6)).astype(np.float32), inputs.T @ inputs
