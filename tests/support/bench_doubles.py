@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import numpy as np
 
 from benchmarks.baselines import Baseline
 from benchmarks.baselines.torch_eager import TorchEager
@@ -52,3 +55,19 @@ class Box:
 
 
 BASELINE: type[Baseline] = Wrong
+
+
+class WrongStreams:
+    """A stand-in for an implementation of the benchmark of many streams, with wrong outputs."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
+    def prepare(self) -> dict[str, Any]:
+        return {}
+
+    def outputs(self, tokens: Any) -> Any:
+        return np.full((1, self._vocabulary), 100.0, np.float32)
+
+    def decode(self, tokens: Any, passes: int) -> list[list[int]]:
+        return [[1] * len(tokens)] * passes

@@ -139,8 +139,16 @@ class PyTorch(Measured):
     """The checkpoint in PyTorch, eager or with one call of each graph of its schedule through torch.compile."""
 
     def __init__(
-        self, checkpoint: Path, described: Model, threads: int, compiled: bool, config: str | None, weights: str | None
+        self,
+        checkpoint: Path,
+        described: Model,
+        threads: int,
+        compiled: bool,
+        config: str | None,
+        weights: str | None,
+        streams: int = 1,
     ) -> None:
+        """streams: number of streams in a call. All consume the same tokens; outputs are those of the first."""
         import torch
 
         from ..checkpoints import load_checkpoint, options_of
@@ -149,7 +157,7 @@ class PyTorch(Measured):
         options = options_of(described, config, weights)
         self._model = load_checkpoint(checkpoint, described.checkpoint_format, options).model.float()
         self._graphs = self._model.graphs(1)
-        self._compiled = compiled
+        self._compiled, self._streams = compiled, streams
         self._calls = {graph.name: self._call for graph in self._graphs}
         self.reset()
 
@@ -200,7 +208,7 @@ class PyTorch(Measured):
 
         # Tensors of the kind that a call returns, else they would be compiled for on their own.
         with torch.inference_mode():
-            state = self._model.initial_state(1)
+            state = self._model.initial_state(self._streams)
             self._state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
         self._position = 0
 
@@ -244,11 +252,12 @@ class PyTorch(Measured):
 
         rows, done = [], 0
         with torch.inference_mode():
-            learn = torch.ones(1, dtype=torch.bool)
+            learn = torch.ones(self._streams, dtype=torch.bool)
             for graph in plan:
                 _Host.fills = self._model.completing_tokens(graph, self._position)
-                part = torch.from_numpy(tokens[done : done + graph.tokens].astype(np.int64))[None]
-                position = torch.tensor([self._position])
+                part = torch.from_numpy(tokens[done : done + graph.tokens].astype(np.int64))
+                part = part.repeat(self._streams, 1)
+                position = torch.full((self._streams,), self._position)
                 logits, self._state = self._calls[graph.name](part, position, learn, self._state, graph)
                 rows.append(logits[0])
                 done += graph.tokens

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,21 +30,26 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """An object made by `target`, "module:callable", in a process with `threads` threads."""
+    """An object made by `target`, "module:callable", in a process with `threads` threads.
 
-    def __init__(self, target: str, *args: Any, threads: int) -> None:
+    environment: another Python, with titans-export installed, and the folder of the target's module; None: this Python
+    and its search path.
+    """
+
+    def __init__(self, target: str, *args: Any, threads: int, environment: tuple[Path, Path] | None = None) -> None:
         ours, theirs = Pipe()
-        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        python, search = environment or (sys.executable, os.pathsep.join(path for path in sys.path if path))
+        variables = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), "PYTHONPATH": str(search)}
         # Python reports a failed start on stderr only.
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [str(python), "-m", __name__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=self._noise,
                 stderr=self._noise,
-                env=environment,
+                env=variables,
+                cwd=None if environment is None else environment[1],
                 pass_fds=[theirs.fileno()],
             )
         self._connection = ours
