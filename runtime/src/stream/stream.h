@@ -12,6 +12,7 @@
 #include "session/state_cache.h"
 #include "state/journal.h"
 #include "state/stream_state.h"
+#include "stream/feed.h"
 #include "stream/guard.h"
 #include "stream/health.h"
 #include "titans/titans.h"
@@ -98,6 +99,8 @@ class Stream : private Spillable {
   const Session& session() const { return *session_; }
 
  private:
+  friend class Feed;
+
   // A swapped state tensor has one buffer in each of three sets: the start of the running feed, the current state, and
   // the output of the next call. The start is kept until the feed succeeds, so a failure costs no copy. A tensor
   // updated in place has one buffer, which is in every set, and a backup for the journal. A guard needs a fourth set
@@ -131,37 +134,8 @@ class Stream : private Spillable {
   // Runs `change`, which saves in the journal what it overwrites in place. Restores that if it throws.
   template <typename Change>
   void transact(Change&& change);
-  // The checked input of a feed: tokens or vectors; the other is NULL.
-  struct Sequence {
-    const std::int32_t* tokens;
-    const float* vectors;
-    std::size_t count;
-  };
-  // The position and set of the next call. The position may precede the feed's start after a guard has restored its
-  // checkpoint.
-  struct FeedCursor {
-    std::uint64_t position;
-    std::size_t set;
-    std::uint64_t frozen_until = 0;
-    bool all_saved = false;  // in the journal
-    bool checkpoint_moved = false;
-    std::uint64_t repair_at = 0;  // where the guard repairs the memory; 0: nowhere
-  };
-  // The next call: from the feed's input, or from the guard's recorded input before it.
-  Call next_call(const Sequence& sequence, const FeedCursor& cursor, std::uint64_t end) const;
-  // Runs the call and checks its result. A failed call counts as a violation if consuming the tokens with the memory
-  // frozen may help.
-  Violation run_guarded(const Call& call, std::size_t tokens, Workspace& workspace);
-  // Handles a violation: restores the checkpoint so that the tokens are consumed again with the memory frozen. Throws
-  // if the policy requires it or if freezing has not helped.
-  void roll_back(const Violation& violation, FeedCursor& cursor, std::uint64_t tokens);
-  // Repairs the memory at the cursor, after a violation or for a restart.
-  void repair(FeedCursor& cursor, std::int32_t policy);
-  void report_progress(std::uint64_t done, std::uint64_t total) const;
-  // Consumes the sequence and calls sink(first token, count, workspace) after each graph. Some tokens may be reported
-  // twice; the last report counts.
-  template <typename Sink>
-  void advance(const Sequence& sequence, Sink&& sink);
+  // Consumes the sequence.
+  void advance(const Sequence& sequence, Feed::Sink sink);
   // Throws an Error unless `output` has room for `which`.
   void check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const;
   void feed(const Sequence& sequence, titans_output which, float* output);
