@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from titans_export.model.memory import MemorySpec
 from titans_export.model.neural_memory import attributes
-from titans_export.onnx.functions import build_memory_function
+from titans_export.onnx.functions import build_function
 from titans_export.onnx.tracing import IR_VERSION, OPSET
 from titans_export.operators import DOMAIN, NEURAL_MEMORY, VERSION
 from titans_export.operators.neural_memory import MODES
@@ -87,7 +87,7 @@ class Layer:
         )
         if functions is not None:
             node_shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
-            functions.append(build_memory_function(node_shapes, node))
+            functions.append(build_function(node_shapes, node))
             node.overload = functions[-1].overload
         return node
 

@@ -16,7 +16,7 @@ from titans_export.model import chunk_neural_memory, neural_memory
 from titans_export.model.chunk_update import ChunkMemorySpec, initial_chunk_rows
 from titans_export.model.fast_networks import NetworkSpec
 from titans_export.model.memory import MemorySpec
-from titans_export.onnx.functions import build_memory_function
+from titans_export.onnx.functions import build_function
 from titans_export.onnx.tracing import IR_VERSION, OPSET
 from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS, NEURAL_MEMORY, VERSION, Operator
 from titans_export.operators.neural_memory import MODES
@@ -52,7 +52,7 @@ def _model(
     operator: Operator, values: dict[str, Any], inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Size]
 ) -> Any:
     node = helper.make_node(operator.name, operator.operands(inputs), list(outputs), domain=DOMAIN, **values)
-    body = build_memory_function({name: tuple(value.shape) for name, value in inputs.items()}, node)
+    body = build_function({name: tuple(value.shape) for name, value in inputs.items()}, node)
     node.overload = body.overload
     graph = helper.make_graph(
         [node],

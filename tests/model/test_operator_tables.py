@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from titans_export.errors import UsageError
-from titans_export.onnx.functions import build_memory_function
+from titans_export.onnx.functions import build_function
 from titans_export.onnx.hyper_connection import build_hyper_connection_function
 from titans_export.operators import (
     CHUNK_NEURAL_MEMORY,
@@ -26,6 +26,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = {
     "NeuralMemory": "operator.md",
     "ChunkNeuralMemory": "chunk-operator.md",
+    "CachedAttention": "attention-operator.md",
+    "CausalConvolution": "convolution-operator.md",
     "HyperConnection": "hyper-connection.md",
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
@@ -123,11 +125,11 @@ def test_operands_end_with_the_last_one_present(operator: Operator) -> None:
 
 def test_overloads_name_what_differs_from_the_defaults() -> None:
     node = NODES["NeuralMemory"] | {"widths": (32, 64, 32), "residual": 1}
-    shape = (1, 4, 64, 32)
-    assert NEURAL_MEMORY.overload(node, shape, ["learn"]) == "update_any_b1_h4_t64_w32x64x32_silu_residual_c4_learn"
-    assert NEURAL_MEMORY.overload(node | {"mode": "read"}, shape, []) == "read_b1_h4_t64_w32x64x32_silu_residual_c4"
+    sizes = {"b": 1, "h": 4, "t": 64}
+    assert NEURAL_MEMORY.overload(node, sizes, ["learn"]) == "update_any_b1_h4_t64_w32x64x32_silu_residual_c4_learn"
+    assert NEURAL_MEMORY.overload(node | {"mode": "read"}, sizes, []) == "read_b1_h4_t64_w32x64x32_silu_residual_c4"
     chunk = NETWORK | {"batch_size": 8, "loss_scale": 0.25, "lookahead": 1, "orthogonalise": 0, "grad_clamp": 0.5}
-    name = CHUNK_NEURAL_MEMORY.overload(chunk, shape, ["initial_weights"])
+    name = CHUNK_NEURAL_MEMORY.overload(chunk, sizes, ["initial_weights"])
     assert name == "any_b1_h4_t64_w6x6_silu_c4_g8_l0.25_lookahead_clamp0.5_initial_weights"
 
 
@@ -150,4 +152,4 @@ def test_chunk_nodes_without_a_reference_get_no_body(changes: dict[str, Any], ex
         **(NETWORK | changes),
     )
     with pytest.raises(UsageError, match=rf"no function body for a node with this {word}\b.*TITANS-E0720"):
-        build_memory_function({name: (1, 2, 3) for name in present}, node)
+        build_function({name: (1, 2, 3) for name in present}, node)

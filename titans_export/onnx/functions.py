@@ -1,4 +1,4 @@
-"""Function bodies of the memory operators, as ONNX model-local functions traced from the PyTorch references.
+"""Function bodies of the operators with a state, as ONNX model-local functions traced from the PyTorch references.
 
 Runtimes without our kernels run the bodies. A body has fixed shapes, so each configuration in a graph has its own. The
 node's `overload` names it.
@@ -15,12 +15,25 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
-from ..model import chunk_neural_memory, neural_memory
-from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, MEMORY_OPERATORS, NEURAL_MEMORY, Operator
+from ..model import cached_attention, causal_convolution, chunk_neural_memory, neural_memory
+from ..operators import (
+    CACHED_ATTENTION,
+    CAUSAL_CONVOLUTION,
+    CHUNK_NEURAL_MEMORY,
+    DOMAIN,
+    NEURAL_MEMORY,
+    OPERATORS,
+    Operator,
+)
 from .nodes import attributes
 from .tracing import OPSET, trace
 
-REFERENCES = {NEURAL_MEMORY.name: neural_memory.reference, CHUNK_NEURAL_MEMORY.name: chunk_neural_memory.reference}
+REFERENCES = {
+    NEURAL_MEMORY.name: neural_memory.reference,
+    CHUNK_NEURAL_MEMORY.name: chunk_neural_memory.reference,
+    CACHED_ATTENTION.name: cached_attention.reference,
+    CAUSAL_CONVOLUTION.name: causal_convolution.reference,
+}
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of every input of a node
 
 
@@ -65,7 +78,9 @@ def _function(
     examples = tuple(_example(operator, name, shapes[name]) for name in present)
     graph = trace(body, examples, present, outputs).graph
     initializers_to_constants(graph)
-    extras = [*operator.optional(present), *outputs[len(NEURAL_MEMORY.outputs) :]]
+    extras = operator.optional(present)
+    if operator is CHUNK_NEURAL_MEMORY:
+        extras += outputs[len(NEURAL_MEMORY.outputs) :]
     return helper.make_function(
         DOMAIN,
         operator.name,
@@ -74,15 +89,28 @@ def _function(
         graph.node,
         opset_imports=[helper.make_opsetid("", OPSET)],
         attributes=[name for name, _ in given],
-        overload=operator.overload(values, shapes["q"], extras),
+        overload=operator.overload(values, _sizes(operator, shapes), extras),
     )
 
 
-def build_memory_function(node_shapes: dict[str, tuple[int, ...]], node: onnx.NodeProto) -> onnx.FunctionProto:
-    """The body of a memory node. node_shapes: shape of every value of the graph. Raises UsageError for unknown
-    attributes.
+def _sizes(operator: Operator, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes that the attributes do not determine, by the letters of the operator's page."""
+    if operator is CACHED_ATTENTION:
+        streams, _, rows, width = shapes["keys"]
+        sizes = {"b": shapes["q"][0], "t": shapes["q"][1], "n": rows, "d": width}
+    elif operator is CAUSAL_CONVOLUTION:
+        streams = shapes["past"][0]
+        sizes = {**dict(zip("btc", shapes["x"], strict=True)), "w": shapes["weight"][0]}
+    else:
+        return dict(zip("bht", shapes["q"], strict=False))
+    return sizes | {"p": streams} if "slots" in shapes else sizes
+
+
+def build_function(node_shapes: dict[str, tuple[int, ...]], node: onnx.NodeProto) -> onnx.FunctionProto:
+    """The body of a node of an operator in `REFERENCES`. node_shapes: shape of every value of the graph. Raises
+    UsageError for unknown attributes.
     """
-    operator = MEMORY_OPERATORS[node.op_type]
+    operator = OPERATORS[node.op_type]
     names = zip(operator.input_names, node.input, strict=False)
     inputs = tuple((name, node_shapes[value]) for name, value in names if value)
     values = attributes(node).items()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..model import Call, Graph, StreamModel
 from ..model.exported import collected_parts
-from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, HYPER_CONNECTION, MEMORY_OPERATORS
+from ..operators import CHUNK_NEURAL_MEMORY, DOMAIN, HYPER_CONNECTION
 from ..safetensors_file import Array
-from .functions import build_memory_function
+from .functions import REFERENCES, build_function
 from .hyper_connection import build_hyper_connection_function
 from .mapped import check_structure
 from .parameters import take_large
@@ -45,7 +45,7 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
 
 
 BUILDERS = {
-    **dict.fromkeys(MEMORY_OPERATORS, build_memory_function),
+    **dict.fromkeys(REFERENCES, build_function),
     HYPER_CONNECTION.name: build_hyper_connection_function,
 }
 

@@ -93,18 +93,19 @@ class Operator:
             raise UsageError("E0703", self.name, f"missing attribute: {missing[0]}", "export the checkpoint again")
         return {name: full[name] for name in known}
 
-    def overload(self, values: Mapping[str, Any], shape: tuple[int, ...], extras: list[str]) -> str:
+    def overload(self, values: Mapping[str, Any], sizes: Mapping[str, int], extras: list[str]) -> str:
         """The name of a function body: `update_aligned_b1_h4_t64_w32x32_silu_c64_learn`.
 
-        shape: (B, H, T, ...). extras: optional inputs and outputs. Attributes at their defaults are omitted.
+        sizes: by letter, such as b for B. extras: optional inputs and outputs. Attributes at their defaults are
+        omitted.
         """
         given = self.given(values)
         words = {entry.name: entry.word(given[entry.name]) for entry in self.attributes if entry.name in given}
         if values.get("mode") == "read":
             del words["schedule"]  # has no effect there
         first = [words.pop(name) for name in ("mode", "schedule") if name in words]
-        sizes = [f"{letter}{size}" for letter, size in zip("bht", shape, strict=False)]
-        return "_".join(word for word in (*first, *sizes, *words.values(), *extras) if word)
+        lengths = [f"{letter}{size}" for letter, size in sizes.items()]
+        return "_".join(word for word in (*first, *lengths, *words.values(), *extras) if word)
 
 
 # Inputs 0 to 12.
