@@ -27,12 +27,16 @@ class NotFiniteError(ValueError):
 
 
 class Gram:
-    """Sum of x^T x over rows x, (K, K) float64. Only the parts from the diagonal on are kept, about half of it."""
+    """Sum of x^T x over rows x, (K, K) float32. Only the parts from the diagonal on are kept, about half of it.
+
+    GPTQ adds a hundredth of the mean diagonal, so that rounding in float32 does not matter.
+    """
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
         self.parts = [
-            np.zeros((min(_GRAM_ROWS, channels - begin), channels - begin)) for begin in range(0, channels, _GRAM_ROWS)
+            np.zeros((min(_GRAM_ROWS, channels - begin), channels - begin), np.float32)
+            for begin in range(0, channels, _GRAM_ROWS)
         ]
 
     def add(self, rows: Floats) -> None:
@@ -41,7 +45,7 @@ class Gram:
             part += rows[:, begin : begin + len(part)].T @ rows[:, begin:]
 
     def matrix(self) -> NDArray[np.float64]:
-        """The whole matrix (K, K)."""
+        """The whole matrix (K, K) in float64."""
         result = np.empty((self.channels, self.channels))
         for begin, part in zip(range(0, self.channels, _GRAM_ROWS), self.parts, strict=True):
             end = begin + len(part)

@@ -47,7 +47,7 @@ def test_observations_are_those_of_all_values_at_once() -> None:
 
 @pytest.mark.parametrize("channels", [1, 511, 512, 513, 1100])
 def test_a_gram_matrix_in_parts_is_the_matrix(channels: int) -> None:
-    """Its parts take half of the memory, up to their own width."""
+    """Its parts take a quarter of the memory in float64, up to their own width."""
     draw, gram = np.random.default_rng(channels), Gram(channels)
     calls = [draw.integers(-8, 9, (rows, channels)).astype(np.float32) for rows in (5, 1, 64)]
     for rows in calls:
@@ -55,7 +55,7 @@ def test_a_gram_matrix_in_parts_is_the_matrix(channels: int) -> None:
     whole = np.concatenate(calls).astype(np.float64)
     np.testing.assert_array_equal(gram.matrix(), whole.T @ whole)
     np.testing.assert_array_equal((gram + gram).matrix(), 2 * (whole.T @ whole))
-    assert sum(part.nbytes for part in gram.parts) <= 4 * channels * (channels + 512)
+    assert sum(part.nbytes for part in gram.parts) <= 2 * channels * (channels + 512)
 
 
 def test_the_order_of_merging_changes_nothing() -> None:
@@ -74,7 +74,9 @@ def test_the_order_of_merging_changes_nothing() -> None:
         )
         assert merged.windows == whole.windows
         assert merged.gram is not None and whole.gram is not None
-        np.testing.assert_allclose(merged.gram.matrix(), whole.gram.matrix(), rtol=1e-12)
+        np.testing.assert_allclose(
+            merged.gram.matrix(), whole.gram.matrix(), rtol=1e-5, atol=1e-5 * np.abs(whole.gram.matrix()).max()
+        )
     with pytest.raises(ValueError, match="different"):
         whole.merged(Observed.empty(8, True))
 

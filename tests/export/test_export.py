@@ -10,8 +10,10 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -29,6 +31,7 @@ from titans_export.onnx import graphs, parts
 from titans_export.onnx.graphs import trace_graph
 from titans_export.onnx.tracing import trace_ir
 from titans_export.operators import DOMAIN
+from titans_export.stability import RunningError
 from titans_export.verify import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
@@ -232,11 +235,18 @@ def test_golden_outputs_are_those_of_float64(bundles: dict[str, Path], checkpoin
         assert np.abs(logits - expected).max() <= 2.0**-17 + 1e-9
 
 
+def _off_by(difference: float) -> type[RunningError]:
+    class Off(RunningError):
+        def add(self, outputs: npt.NDArray[Any]) -> None:
+            super().add(outputs + np.float32(difference))
+
+    return Off
+
+
 def test_a_mismatch_leaves_no_bundle(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = exporting._run
-    monkeypatch.setattr(exporting, "_run", lambda *args: (done := run(*args))._replace(outputs=done.outputs + 2e-4))
+    monkeypatch.setattr(exporting, "RunningError", _off_by(2e-4))
     with pytest.raises(MismatchError, match="position 0") as caught:
         export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
     assert caught.value.exit_code == 3
@@ -246,8 +256,7 @@ def test_a_mismatch_leaves_no_bundle(
 def test_nan_from_the_runtime_is_a_mismatch(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = exporting._run
-    monkeypatch.setattr(exporting, "_run", lambda *args: (done := run(*args))._replace(outputs=done.outputs * np.nan))
+    monkeypatch.setattr(exporting, "RunningError", _off_by(np.nan))
     with pytest.raises(MismatchError):
         export_checkpoint(checkpoints["lmm"], tmp_path / "x.titans", chunks_per_call=1, positions=20)
 

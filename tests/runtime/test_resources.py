@@ -50,6 +50,53 @@ def test_three_graphs_hold_a_weight_once(tmp_path: Path) -> None:
     assert grown < 1.1 * 64 + 16
 
 
+QUANTISE = """
+import sys
+from pathlib import Path
+import torch
+from titans_calibration.options import QuantizeOptions
+from titans_calibration.quantize import quantize_bundle
+from titans_calibration.recipe import load_recipe
+from titans_export.checkpoints.titans import load, save
+from titans_export.exporting import export_loaded
+from titans_export.model import MemoryConfig, ModelConfig, Titans
+
+folder = Path(sys.argv[1])
+config = ModelConfig("mac", 256, 512, 6, 1024, MemoryConfig(2, 16, 16), attention_heads=2, window=32, persistent=2)
+torch.manual_seed(0)
+save(Titans(config), folder / "checkpoint")
+export_loaded(load(folder / "checkpoint"), folder / "float32.titans", chunks_per_call=1, positions=96)
+recipe = load_recipe("int8-weight-only")
+quantize_bundle(QuantizeOptions(folder / "float32.titans", folder / "int8.titans", recipe))
+"""
+OPENED = """
+import re, sys
+import titans_runtime as rt
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+rt.Session(sys.argv[1], threads=1).close()
+before = anonymous()
+session = rt.Session(sys.argv[2], threads=1)
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.long
+def test_graphs_of_a_quantised_bundle_share_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-c", QUANTISE, str(tmp_path)], check=True, cwd=ROOT)
+    small = write_bundle(tmp_path / "small.titans", Weights.random())
+    code = [sys.executable, "-c", OPENED, str(small), str(tmp_path / "int8.titans")]
+    grown = int(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
+    weights = (tmp_path / "int8.titans" / "weights.safetensors").stat().st_size
+    print(f"{weights / 1e6:.0f} MB of weights, memory grew by {grown / 1e6:.0f} MB")
+    # Both graphs make matmuls of packed weights from the same numbers. The rest is the graphs.
+    assert weights > 12e6
+    assert grown < 1.2 * weights + 12e6
+
+
 def test_the_package_needs_numpy_alone() -> None:
     code = "import sys, titans_runtime; print([m for m in ('torch', 'onnx', 'onnxruntime') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -19,8 +19,19 @@
 #include "base/error.h"
 #include "base/mapped_file.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace titans::core {
 namespace {
+
+// glibc keeps what ONNX Runtime frees while it rearranges weights, as much as the weights of each quantised graph.
+void return_free_memory() {
+#ifdef __GLIBC__
+  ::malloc_trim(0);
+#endif
+}
 
 class OrtExecutor final : public Executor {
  public:
@@ -37,7 +48,10 @@ class OrtExecutor final : public Executor {
     {
       const PageReleaser releaser(bundle);
       share_weights(bundle);
-      for (const EngineGraph& graph : bundle.graphs()) open(bundle, graph, options.threads);
+      for (const EngineGraph& graph : bundle.graphs()) {
+        open(bundle, graph, options.threads);
+        return_free_memory();
+      }
     }
     if (options.memory_kernel == KernelChoice::kRequire && memory_nodes_ == 0) {
       throw Error(TITANS_UNSUPPORTED, "E0607", "onnxruntime",
