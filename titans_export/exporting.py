@@ -34,7 +34,7 @@ from .reference import TOLERANCE, run_outputs
 from .row_file import RowFile, Rows, row_file
 from .safetensors_file import write_safetensors
 from .schedule import covering_cuts
-from .stability import RunningError, library_error_of, model_error, stable_limits
+from .stability import RunningError, explained_limits, library_error_of, model_error, stable_limits
 from .text.vocabulary import check_vocabulary
 
 NORM_READS = 16  # most reads of the memory for its norms
@@ -295,6 +295,13 @@ def export_module(
     )
 
 
+def _limit(folder: Path, limits: OutputLimits) -> None:
+    """Writes other limits into the manifest."""
+    manifest = records.read_manifest(folder)
+    golden = replace(manifest.golden, tolerance=limits.tolerance)
+    replace(manifest, golden=golden, stability=limits.stability).write(folder)
+
+
 def _check(model: StreamModel, error: NDArray[np.float64], limits: NDArray[np.float64]) -> None:
     """Raises MismatchError if an error (T,) exceeds its limit. error: ascending, as of `running_error`."""
     if beyond := first_beyond(error, limits):
@@ -317,8 +324,9 @@ def export_loaded(
 
     The C++ runtime runs the bundle over `positions` tokens, or more until every graph has run once. By default it is
     1,024 tokens, or as many as two chunks and two segments need. They become the golden stream. The outputs are
-    compared with float64 PyTorch; the report also has the error of float32 PyTorch. Then the folder is renamed into
-    place atomically. A model that amplifies rounding is compared up to what rounding explains (stability.py); with
+    compared with float64 PyTorch; the report also has the error of float32 PyTorch. The tolerance follows from that
+    error, and from simulated rounding errors if the bundle errs by more. Then the folder is renamed into place
+    atomically. A model that amplifies rounding is compared up to what rounding explains (stability.py); with
     accept_unstable also one that float32 follows only briefly. Raises TitansError, such as MismatchError if outputs
     differ by more. An export that fails writes nothing.
     """
@@ -386,6 +394,9 @@ def _export(
         progress(f"comparing the bundle with PyTorch over {positions} tokens")
         with bar("running the bundle", positions, "tokens") as advance:
             run = _run(folder, inputs[0].numpy(), cuts, float64, advance)
+        if limits.stability is None and first_beyond(run.error, limits.at(0, positions)):
+            limits = explained_limits(model, inputs, float64, own, accept_unstable, progress)
+            _limit(folder, limits)
         _check(model, run.error, limits.at(0, positions))
         if limits.stability is not None:
             progress("comparing single calls of each graph with PyTorch")

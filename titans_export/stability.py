@@ -25,6 +25,7 @@ from .model.rounding import unrounded
 from .output_limits import FLOAT32_FACTOR, Floats, OutputLimits, amplifies, describe, first_beyond
 from .progress import Advance
 from .reference import (
+    FLOAT32_SHARE,
     MOST_OF_RANGE,
     TOLERANCE,
     errors_of,
@@ -129,7 +130,33 @@ def stable_limits(
     if follows(model, right, float(own[-1])):
         return OutputLimits(tolerance_of(model, right, float(own[-1])))
     progress(f"float32 does not follow this model over {len(right)} tokens: measuring how it amplifies rounding")
-    limits = measured_limits(model, inputs, right, own)
+    return _accepted(model, measured_limits(model, inputs, right, own), accept_unstable, progress)
+
+
+def explained_limits(
+    model: StreamModel,
+    inputs: torch.Tensor,
+    right: Rows,
+    own: Floats,
+    accept_unstable: bool,
+    progress: Callable[[str], None],
+) -> OutputLimits:
+    """The limits of a bundle that exceeds `stable_limits`: all that rounding explains. Parameters as there.
+
+    One run in float32 may round more luckily than another implementation, so the sensitivity is measured.
+    """
+    progress("the bundle differs by more than float32 PyTorch does: measuring how the model amplifies rounding")
+    measured = np.maximum(own, sensitivity(model, inputs, right))
+    most = FLOAT32_SHARE * FLOAT32_FACTOR * float(measured[-1])
+    if follows(model, right, most):
+        return OutputLimits(tolerance_of(model, right, most))
+    return _accepted(model, limits_from(model, right, measured), accept_unstable, progress)
+
+
+def _accepted(
+    model: StreamModel, limits: OutputLimits, accept_unstable: bool, progress: Callable[[str], None]
+) -> OutputLimits:
+    """The limits, if their horizon is long enough."""
     assert limits.stability is not None
     horizon, least = limits.stability.horizon, shortest_horizon(model)
     if horizon < least and not accept_unstable:

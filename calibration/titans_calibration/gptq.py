@@ -71,8 +71,7 @@ def _inverse_factor(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     diagonal = np.diagonal(damped)
     damped[np.diag_indices_from(damped)] += max(DAMPING * float(diagonal.mean()), np.finfo(np.float32).tiny)
     # With both axes reversed the Cholesky factor R of H = R R^T is upper triangular, and U is its inverse.
-    reversed_factor: NDArray[np.float64] = np.linalg.cholesky(damped[::-1, ::-1])
-    return _inverse_upper(reversed_factor[::-1, ::-1])
+    return _inverse_upper(np.asarray(np.linalg.cholesky(damped[::-1, ::-1]), np.float64)[::-1, ::-1])
 
 
 def _inverse_upper(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
