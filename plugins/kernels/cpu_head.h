@@ -4,16 +4,13 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
 #include "plugins/kernels/memory_common.h"
+#include "plugins/kernels/scratch_pool.h"
 
 namespace titans::kernels {
-
-inline constexpr std::size_t kCacheLine = 64;
 
 // The stride of a scratch row: whole vectors of any instruction set, plus one cache line. Without the extra line, the
 // rows of a matrix would compete for a few sets of the cache.
@@ -35,7 +32,7 @@ class ScratchMemory {
     const auto lines = [](std::size_t floats) { return (floats + kLine - 1) / kLine * kLine; };
     std::size_t used = 0;
     for (const auto& [field, floats] : wanted) used += lines(floats);
-    memory_.reset(static_cast<float*>(::operator new(used * sizeof(float), std::align_val_t{kCacheLine})));
+    memory_ = allocate_floats(used);
     float* next = memory_.get();
     for (const auto& [field, floats] : wanted) {
       *field = next;
@@ -44,10 +41,7 @@ class ScratchMemory {
   }
 
  private:
-  struct Free {
-    void operator()(float* data) const noexcept { ::operator delete(data, std::align_val_t{kCacheLine}); }
-  };
-  std::unique_ptr<float, Free> memory_;
+  AlignedFloats memory_;
 };
 
 // One head of one stream in one call.

@@ -5,58 +5,14 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "plugins/kernels/cpu_head.h"
 #include "plugins/kernels/cpu_kernel.h"
+#include "plugins/kernels/scratch_pool.h"
 #include "plugins/kernels/subnormals.h"
 
 namespace titans::kernels {
-
-// Reusable scratch: one allocation per head that ran at the same time.
-template <class Scratch, class Configuration>
-class ScratchPool {
- public:
-  explicit ScratchPool(const Configuration& configuration) : configuration_(configuration) {}
-
-  class Lease {
-   public:
-    explicit Lease(ScratchPool& pool) : pool_(pool) {
-      {
-        const std::lock_guard lock(pool.mutex_);
-        if (!pool.idle_.empty()) {
-          scratch_ = std::move(pool.idle_.back());
-          pool.idle_.pop_back();
-          return;
-        }
-      }
-      scratch_ = std::make_unique<Scratch>(pool.configuration_);
-      // Reserves now, so that returning the scratch cannot fail.
-      const std::lock_guard lock(pool.mutex_);
-      pool.idle_.reserve(++pool.made_);
-    }
-    ~Lease() {
-      const std::lock_guard lock(pool_.mutex_);
-      pool_.idle_.push_back(std::move(scratch_));
-    }
-    Lease(const Lease&) = delete;
-    Lease& operator=(const Lease&) = delete;
-    Scratch& get() const { return *scratch_; }
-
-   private:
-    ScratchPool& pool_;
-    std::unique_ptr<Scratch> scratch_;
-  };
-
- private:
-  Configuration configuration_;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Scratch>> idle_;
-  std::size_t made_ = 0;
-};
 
 // The operands of head `index` % H of stream `index` / H.
 class HeadOperands {

@@ -8,15 +8,9 @@
 
 #include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/parallel.h"
 
 namespace titans::kernels {
-
-// The caller's thread pool. Runs body(context, index) for each index below `count` on any number of threads, and
-// returns after the last.
-struct Parallel {
-  void (*run)(void* pool, std::size_t count, void (*body)(void* context, std::size_t index), void* context);
-  void* pool;
-};
 
 // The instruction sets that this processor supports, best first: "avx512", "avx2", "neon", "plain".
 const std::vector<std::string_view>& cpu_targets();

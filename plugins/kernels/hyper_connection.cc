@@ -1,14 +1,9 @@
 #include "plugins/kernels/hyper_connection.h"
 
+#include <iterator>
+
 namespace titans::kernels::hyper_connection {
 namespace {
-
-struct Expectation {
-  Operand which;
-  std::array<std::int64_t, 4> shape;
-  int rank;
-  bool required;
-};
 
 std::string wrong_size(const std::string& what, const std::string& wanted, std::int64_t got, const char* fix) {
   return failure(kOperator, "E0706", "wrong shape of " + what + ": " + expected(wanted, std::to_string(got)), fix);
@@ -50,26 +45,18 @@ std::string check_operands(const Operands& operands) {
   }
   const std::array<std::int64_t, 4> all{batch, tokens, streams, width}, rows{batch, tokens, width, 0},
       weights{batch, tokens, streams, 0};
-  const Expectation expectations[] = {{kResiduals, all, 4, true},
-                                      {kProjection, {width, columns, 0, 0}, 2, true},
-                                      {kBias, {streams, columns, 0, 0}, 2, true},
-                                      {kBranch, rows, 3, false},
-                                      {kWeight, weights, 3, false},
-                                      {kInput, rows, 3, true},
-                                      {kResidualsOut, all, 4, true},
-                                      {kBeta, weights, 3, false}};
-  for (const Expectation& expectation : expectations) {
-    std::string problem = check_tensor(kOperator, kOperandNames[expectation.which], operands[expectation.which],
-                                       DType::kFloat32, expectation.rank, expectation.shape, expectation.required);
-    if (!problem.empty()) return problem;
-  }
-  for (std::size_t out = kInputs; out < kOperands; ++out) {
-    for (std::size_t other = 0; other < out; ++other) {
-      if (!overlap(operands[out], operands[other])) continue;
-      return overlapping(kOperator, kOperandNames[out], kOperandNames[other], "bind another buffer");
-    }
-  }
-  return {};
+  constexpr DType kFloat = DType::kFloat32;
+  const Expectation expectations[] = {{kResiduals, kFloat, all, 4, true},
+                                      {kProjection, kFloat, {width, columns, 0, 0}, 2, true},
+                                      {kBias, kFloat, {streams, columns, 0, 0}, 2, true},
+                                      {kBranch, kFloat, rows, 3, false},
+                                      {kWeight, kFloat, weights, 3, false},
+                                      {kInput, kFloat, rows, 3, true},
+                                      {kResidualsOut, kFloat, all, 4, true},
+                                      {kBeta, kFloat, weights, 3, false}};
+  const OperandList list(operands, kOperandNames);
+  std::string problem = check_expected(kOperator, list, expectations, std::size(expectations));
+  return problem.empty() ? check_overlaps(kOperator, list, kInputs, nullptr, 0) : problem;
 }
 
 }  // namespace titans::kernels::hyper_connection

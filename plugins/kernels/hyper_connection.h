@@ -8,7 +8,7 @@
 #include <string>
 
 #include "plugins/kernels/attribute_table.h"
-#include "plugins/kernels/memory_common.h"
+#include "plugins/kernels/operands.h"
 
 namespace titans::kernels::hyper_connection {
 

@@ -1,6 +1,5 @@
 #include "plugins/kernels/memory_common.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace titans::kernels {
@@ -12,10 +11,6 @@ struct Expected {
   Operand which;
   int rank;
   const char* fix;
-};
-struct Range {
-  Operand which;
-  std::int64_t end;
 };
 
 }  // namespace
@@ -101,15 +96,6 @@ std::array<Expectation, kCommonOperands> common_expectations(const MemoryConfigu
            {kStats, DType::kFloat32, {streams, heads, kStatCount, 0}, 3, false}}};
 }
 
-std::string check_expected(const char* where, const Operands& operands, const Expectation* all, std::size_t count) {
-  for (const Expectation* each = all; each != all + count; ++each) {
-    std::string problem = check_tensor(where, kOperandNames[each->which], operands[each->which], each->dtype,
-                                       each->rank, each->shape, each->required);
-    if (!problem.empty()) return problem;
-  }
-  return {};
-}
-
 std::string check_refused(const char* where, const Operands& operands, const Refusal* all, std::size_t count) {
   for (const Refusal* each = all; each != all + count; ++each) {
     if (!each->refused || !operands[each->which].present()) continue;
@@ -130,41 +116,17 @@ std::string check_whole_chunks(const char* where, const MemoryConfiguration& c, 
 }
 
 std::string check_aliasing(const char* where, const Operands& operands) {
-  for (std::size_t out = kY; out < kOperands; ++out) {
-    for (std::size_t other = 0; other < out; ++other) {
-      if (out == kStateOut && other == kState && operands[kState].data == operands[kStateOut].data) continue;
-      if (!overlap(operands[out], operands[other])) continue;
-      return overlapping(where, kOperandNames[out], kOperandNames[other],
-                         out == kStateOut && other == kState ? "bind one buffer to both, or two that do not overlap"
-                                                             : "bind another buffer");
-    }
-  }
-  return {};
+  constexpr InPlace kInPlace{kState, kStateOut};
+  return check_overlaps(where, OperandList(operands, kOperandNames), kY, &kInPlace, 1);
 }
 
 std::string check_indices(const char* where, const Operands& operands, std::int64_t period) {
-  const std::int64_t streams = operands[kQ].shape[0], tokens = operands[kQ].shape[2];
-  for (const Range& range :
-       {Range{kFill, period}, Range{kValid, tokens + 1}, Range{kSlots, operands[kState].shape[0]}}) {
-    if (!operands[range.which].present()) continue;
-    for (std::int64_t b = 0; b < streams; ++b) {
-      const std::int64_t value = operands[range.which].as<std::int64_t>()[b];
-      if (value >= 0 && value < range.end) continue;
-      return failure(where, "E0709",
-                     "value out of range: " + std::string(kOperandNames[range.which]) + " of stream " +
-                         std::to_string(b) + ": " +
-                         expected("[0, " + std::to_string(range.end) + ")", std::to_string(value)),
-                     "correct it");
-    }
+  std::string problem = check_range(where, kOperandNames[kFill], operands[kFill], period, "stream");
+  if (problem.empty()) {
+    problem = check_range(where, kOperandNames[kValid], operands[kValid], operands[kQ].shape[2] + 1, "stream");
   }
-  if (!operands[kSlots].present()) return {};
-  const std::int64_t* slots = operands[kSlots].as<std::int64_t>();
-  for (std::int64_t b = 0; b < streams; ++b) {
-    if (std::find(slots, slots + b, slots[b]) == slots + b) continue;
-    return failure(where, "E0709", "value out of range: slots has " + std::to_string(slots[b]) + " twice",
-                   "give each stream its own slot");
-  }
-  return {};
+  return problem.empty() ? check_slots(where, kOperandNames[kSlots], operands[kSlots], operands[kState].shape[0])
+                         : problem;
 }
 
 std::string check_aligned_values(const char* where, const MemoryConfiguration& c, const Operands& operands) {

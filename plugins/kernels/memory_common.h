@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "plugins/kernels/attribute_table.h"
+#include "plugins/kernels/operands.h"
 #include "plugins/kernels/tensor.h"
 
 namespace titans::kernels {
@@ -174,14 +175,6 @@ inline constexpr std::int64_t kStatCount = 4;
 
 // The checks return a formatted error (failure.h), or an empty string.
 
-// The required shape, dtype and presence of an operand.
-struct Expectation {
-  Operand which;
-  DType dtype;
-  std::array<std::int64_t, 4> shape;
-  int rank;
-  bool required;
-};
 // An operand that must be absent if `refused`.
 struct Refusal {
   Operand which;
@@ -200,7 +193,10 @@ inline constexpr std::size_t kCommonOperands = 16;
 std::string check_ranks(const char* where, const Operands& operands);
 std::array<Expectation, kCommonOperands> common_expectations(const MemoryConfiguration& c, const Operands& operands,
                                                              DType values, const OperandNeeds& needs);
-std::string check_expected(const char* where, const Operands& operands, const Expectation* all, std::size_t count);
+inline std::string check_expected(const char* where, const Operands& operands, const Expectation* all,
+                                  std::size_t count) {
+  return check_expected(where, OperandList(operands, kOperandNames), all, count);
+}
 std::string check_refused(const char* where, const Operands& operands, const Refusal* all, std::size_t count);
 // With schedule "aligned", a call has whole chunks.
 std::string check_whole_chunks(const char* where, const MemoryConfiguration& c, const Operands& operands);

@@ -7,17 +7,6 @@ namespace {
 
 using namespace titans::kernels;
 
-// The session's thread pool.
-struct Threads {
-  const OrtApi& api;
-  OrtKernelContext& context;
-
-  static void run(void* self, std::size_t count, void (*body)(void*, std::size_t), void* argument) {
-    const Threads& threads = *static_cast<Threads*>(self);
-    check(threads.api.KernelContext_ParallelFor(&threads.context, body, count, 0, argument));
-  }
-};
-
 std::atomic<std::size_t> kernels_made{0};
 
 // The kernel of one node of a session.
@@ -34,8 +23,8 @@ class CpuNodeKernel {
   OrtStatus* compute(OrtKernelContext& context) noexcept {
     return guarded(api_, [&] {
       const Operands operands = read_operands(api_, context, configuration_, values_);
-      Threads threads{api_, context};
-      check(api_, kernel_->run(operands, {&Threads::run, &threads}));
+      SessionThreads threads{api_, context};
+      check(api_, kernel_->run(operands, threads.parallel()));
     });
   }
 

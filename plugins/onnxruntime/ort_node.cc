@@ -38,29 +38,9 @@ Tensor view(const OrtApi& api, OrtValue& value) {
   return tensor;
 }
 
-// Absent if the node has no such output.
-Tensor output(const OrtApi& api, OrtKernelContext& context, Operand which, const Tensor& like, DType dtype) {
-  if (like.rank < 0 || like.rank > static_cast<int>(like.shape.size())) return {};
-  OrtValue* value = nullptr;
-  check(api.KernelContext_GetOutput(&context, which - kY, like.shape.data(), static_cast<std::size_t>(like.rank),
-                                    &value));
-  if (value == nullptr) return {};
-  Tensor tensor = like;
-  tensor.dtype = dtype;
-  check(api.GetTensorMutableData(value, &tensor.data));
-  return tensor;
-}
-
-Operands read_inputs(const OrtApi& api, OrtKernelContext& context) {
-  Operands operands;
-  std::size_t inputs = 0;
-  check(api.KernelContext_GetInputCount(&context, &inputs));
-  for (std::size_t i = 0; i < inputs && i < kInputs; ++i) {
-    const OrtValue* value = nullptr;
-    check(api.KernelContext_GetInput(&context, i, &value));
-    if (value != nullptr) operands[i] = view(api, const_cast<OrtValue&>(*value));
-  }
-  return operands;
+Tensor output(const OrtApi& api, OrtKernelContext& context, Operand which, Tensor like, DType dtype) {
+  like.dtype = dtype;
+  return make_output(api, context, which - kY, like);
 }
 
 // Outputs have the shapes of inputs. The kernel's check rejects wrong ones.
@@ -73,13 +53,33 @@ void add_update_outputs(const OrtApi& api, OrtKernelContext& context, std::size_
   operands[kStats] = output(api, context, kStats, stats, DType::kFloat32);
 }
 
+}  // namespace
+
+void read_inputs(const OrtApi& api, OrtKernelContext& context, Tensor* inputs, std::size_t count) {
+  std::size_t given = 0;
+  check(api.KernelContext_GetInputCount(&context, &given));
+  for (std::size_t i = 0; i < given && i < count; ++i) {
+    const OrtValue* value = nullptr;
+    check(api.KernelContext_GetInput(&context, i, &value));
+    if (value != nullptr) inputs[i] = view(api, const_cast<OrtValue&>(*value));
+  }
+}
+
+Tensor make_output(const OrtApi& api, OrtKernelContext& context, std::size_t index, const Tensor& like) {
+  if (like.rank < 0 || like.rank > static_cast<int>(like.shape.size())) return {};
+  OrtValue* value = nullptr;
+  check(api.KernelContext_GetOutput(&context, index, like.shape.data(), static_cast<std::size_t>(like.rank), &value));
+  if (value == nullptr) return {};
+  Tensor tensor = like;
+  check(api.GetTensorMutableData(value, &tensor.data));
+  return tensor;
+}
+
 std::size_t output_count(const OrtApi& api, OrtKernelContext& context) {
   std::size_t outputs = 0;
   check(api.KernelContext_GetOutputCount(&context, &outputs));
   return outputs;
 }
-
-}  // namespace
 
 bool NodeAttributes::found(OrtStatus* status) const {
   if (status != nullptr) api_.ReleaseStatus(status);
@@ -141,7 +141,8 @@ bool NodeAttributes::read(const char* name, std::vector<std::int64_t>& value) co
 }
 
 Operands read_operands(const OrtApi& api, OrtKernelContext& context, const Configuration& configuration, DType values) {
-  Operands operands = read_inputs(api, context);
+  Operands operands;
+  read_inputs(api, context, operands.data(), kInputs);
   operands[kY] = output(api, context, kY, operands[kQ], values);
   if (configuration.mode == Mode::kUpdate) {
     add_update_outputs(api, context, output_count(api, context), operands);
@@ -151,7 +152,8 @@ Operands read_operands(const OrtApi& api, OrtKernelContext& context, const Confi
 
 Operands read_operands(const OrtApi& api, OrtKernelContext& context, const ChunkConfiguration& configuration,
                        DType values) {
-  Operands operands = read_inputs(api, context);
+  Operands operands;
+  read_inputs(api, context, operands.data(), kInputs);
   const std::size_t outputs = output_count(api, context);
   operands[kY] = output(api, context, kY, operands[kQ], values);
   add_update_outputs(api, context, outputs, operands);

@@ -1,4 +1,4 @@
-// ONNX Runtime's errors, a node's attributes for all operators, and its tensors for both memory operators.
+// ONNX Runtime's errors and threads, and a node's attributes and tensors.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -11,6 +11,7 @@
 
 #include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
+#include "plugins/kernels/parallel.h"
 
 namespace titans::plugins {
 
@@ -44,6 +45,20 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
     return api.CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
   }
 }
+
+// The session's thread pool.
+struct SessionThreads {
+  const OrtApi& api;
+  OrtKernelContext& context;
+
+  kernels::Parallel parallel() { return {&SessionThreads::run, this}; }
+
+ private:
+  static void run(void* self, std::size_t count, void (*body)(void*, std::size_t), void* argument) {
+    const SessionThreads& threads = *static_cast<SessionThreads*>(self);
+    check(threads.api.KernelContext_ParallelFor(&threads.context, body, count, 0, argument));
+  }
+};
 
 // Reads a node's attributes by name. Each read() sets the value if the attribute is present, and returns whether it is.
 // Throws if the attribute has another type.
@@ -79,7 +94,17 @@ Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
   return configuration;
 }
 
-// The inputs of a call, and the node's outputs, which are allocated here. `values`: the dtype of y.
+// Sets the first `count` inputs of a call; absent ones stay absent.
+void read_inputs(const OrtApi& api, OrtKernelContext& context, kernels::Tensor* inputs, std::size_t count);
+
+// Output `index` with this shape and dtype, which is allocated here. Absent if the node has no such output, or if
+// `like` has no shape.
+kernels::Tensor make_output(const OrtApi& api, OrtKernelContext& context, std::size_t index,
+                            const kernels::Tensor& like);
+
+std::size_t output_count(const OrtApi& api, OrtKernelContext& context);
+
+// The inputs of a memory's call, and the node's outputs, which are allocated here. `values`: the dtype of y.
 kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,
                                 const kernels::Configuration& configuration, kernels::DType values);
 kernels::Operands read_operands(const OrtApi& api, OrtKernelContext& context,

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "plugins/kernels/cpu_kernel.h"
-#include "plugins/onnxruntime/hyper_connection_op.h"
+#include "plugins/onnxruntime/cpu_node_op.h"
 #include "plugins/onnxruntime/memory_op.h"
 #include "plugins/onnxruntime/session_entry.h"
 
@@ -19,7 +19,12 @@ namespace {
 
 std::vector<const OrtCustomOp*> all_ops(bool on_cuda) {
   std::vector<const OrtCustomOp*> ops = titans::plugins::cpu_ops();
-  if (!on_cuda) ops.push_back(titans::plugins::hyper_connection_op());
+  if (!on_cuda) {
+    using namespace titans::plugins;
+    for (const OrtCustomOp* op : {cached_attention_op(), causal_convolution_op(), hyper_connection_op()}) {
+      ops.push_back(op);
+    }
+  }
 #ifdef TITANS_WITH_CUDA
   for (const OrtCustomOp* op : titans::plugins::cuda_ops()) ops.push_back(op);
 #endif
