@@ -297,10 +297,29 @@ class Output(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Controls(Entry):
-    """Names of the graph inputs position, int64 (1,), and learn, bool (1,)."""
+    """Names of the graph inputs position, int64 (B,), and learn, bool (B,), of a call of B streams.
+
+    Graphs with the input slots, int64 (B,), take any number of streams, whose state lies in pools. They may have the
+    input valid, int64 (B,), the number of tokens of each stream that count. All other graphs take one stream.
+    """
 
     position: Text
     learn: Text
+    valid: Annotated[str | None, string] = None
+    slots: Annotated[str | None, string] = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the inputs that the graphs have."""
+        return [name for name in (self.position, self.learn, self.valid, self.slots) if name is not None]
+
+    def check(self, path: str) -> None:
+        """Compares the names with each other."""
+        for key, name in (("valid", self.valid), ("slots", self.slots)):
+            if name == "":
+                raise wrong(f"{path}.{key}", "a name", name)
+        if self.valid is not None and self.slots is None:
+            raise wrong(f"{path}.valid", "no name, as there are no slots", self.valid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -699,7 +718,7 @@ class Manifest(Entry):
 
     def _check_names(self) -> None:
         """Checks that each name that a graph binds has one meaning."""
-        inputs = [self.input.name, self.controls.position, self.controls.learn]
+        inputs = [self.input.name, *self.controls.names]
         inputs += [entry.input for entry in self.state]
         outputs = [self.output.name, *(entry.output for entry in self.state)]
         fields_ = [f"{entry.name}.{one.name}" for entry in self.state for one in entry.layout]

@@ -66,10 +66,13 @@ class BundleRunner:
     ) -> Arrays:
         """The graph's inputs: tokens (graph.tokens,) or vectors (graph.tokens, size), and the state before the call."""
         assert len(inputs) == graph.tokens
+        controls = self.manifest.controls
+        optional = {controls.valid: graph.tokens, controls.slots: 0}  # one stream, in the only slot
         return {
             self.manifest.input.name: np.asarray(inputs, self._dtype)[None],
-            self.manifest.controls.position: np.array([position], np.int64),
-            self.manifest.controls.learn: np.array([learn]),
+            controls.position: np.array([position], np.int64),
+            controls.learn: np.array([learn]),
+            **{name: np.array([value], np.int64) for name, value in optional.items() if name is not None},
             **{entry.input: state[entry.name] for entry in self.manifest.state},
         }
 

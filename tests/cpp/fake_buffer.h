@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <exception>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -24,7 +26,8 @@ struct FakeTraffic {
 };
 
 struct FakeBuffer final : core::Buffer {
-  FakeBuffer(std::size_t bytes, FakeTraffic& all) : values(bytes / sizeof(float)), traffic(all) {}
+  FakeBuffer(std::size_t bytes, FakeTraffic& all, bool pooled = false)
+      : values(bytes / sizeof(float)), traffic(all), pool(pooled) {}
 
   ~FakeBuffer() override { core::wipe(values.data(), values.size() * sizeof(float)); }
 
@@ -52,8 +55,11 @@ struct FakeBuffer final : core::Buffer {
     }
   }
 
+  bool in_pool() const override { return pool; }
+
   std::vector<float> values;
   FakeTraffic& traffic;
+  bool pool;
 };
 
 struct FakeWorkspace final : core::Workspace {
@@ -65,5 +71,35 @@ struct FakeWorkspace final : core::Workspace {
   std::size_t row;  // in elements
   std::vector<float> values;
 };
+
+// Runs calls of one graph as one call. If one fails, all fail, and the others have changed their state.
+template <typename Run>
+void run_all(const core::Call* calls, std::size_t count, core::Workspace& workspace, Run&& run) {
+  std::vector<float>& values = static_cast<FakeWorkspace&>(workspace).values;
+  std::vector<float> rows;
+  std::exception_ptr failure;
+  for (std::size_t at = 0; at < count; ++at) {
+    EXPECT_EQ(calls[at].graph, calls[0].graph);
+    EXPECT_TRUE(calls[at].state[0]->in_pool());
+    try {
+      run(calls[at]);
+      rows.insert(rows.end(), values.begin(), values.end());
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  if (failure != nullptr) std::rethrow_exception(failure);
+  values = rows;
+}
+
+// Buffers of one stream, in pools if it shares calls.
+inline std::vector<std::unique_ptr<core::Buffer>> fake_buffers(const core::Manifest& manifest, FakeTraffic& traffic,
+                                                               bool pooled) {
+  std::vector<std::unique_ptr<core::Buffer>> buffers;
+  for (const core::StateTensor& state : manifest.state) {
+    buffers.push_back(std::make_unique<FakeBuffer>(state.bytes, traffic, pooled));
+  }
+  return buffers;
+}
 
 }  // namespace titans::test

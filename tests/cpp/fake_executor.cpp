@@ -37,13 +37,33 @@ class FakeExecutor final : public core::Executor {
   std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
     return std::make_unique<FakeBuffer>(manifest_.state[state].bytes, control_.traffic);
   }
+  std::vector<std::unique_ptr<core::Buffer>> allocate_current(std::size_t) override {
+    const std::lock_guard lock(control_.mutex);
+    return fake_buffers(manifest_, control_.traffic, control_.most_streams > 1 && control_.slots-- > 0);
+  }
   std::unique_ptr<core::Workspace> make_workspace() override {
     const std::lock_guard lock(control_.mutex);
     ++control_.workspaces;
     return std::make_unique<FakeWorkspace>(static_cast<std::size_t>(manifest_.output_size));
   }
 
+  std::size_t most_streams() const override { return control_.most_streams; }
+
+  void run_together(const core::Call* calls, std::size_t count, core::Workspace& workspace) override {
+    EXPECT_LE(count, control_.most_streams);
+    run_all(calls, count, workspace, [&](const core::Call& call) { run_one(call, workspace); });
+    const std::lock_guard lock(control_.mutex);
+    control_.together.emplace_back(calls[0].graph, count);
+  }
+
   void run(const core::Call& call, core::Workspace& workspace) override {
+    run_one(call, workspace);
+    const std::lock_guard lock(control_.mutex);
+    control_.together.emplace_back(call.graph, 1);
+  }
+
+ private:
+  void run_one(const core::Call& call, core::Workspace& workspace) {
     if (control_.before_call) control_.before_call();
     for (std::size_t state = 0; state < 2; ++state) {
       EXPECT_EQ(call.state[state] == call.next_state[state], control_.in_place[state]);
@@ -63,7 +83,10 @@ class FakeExecutor final : public core::Executor {
       if (call.learn) memory[0] = memory[0] / 2 + token;
       last = token;
     }
-    const bool fails = note(call);
+    bool fails = note(call);
+    for (std::int64_t t = 0; call.tokens != nullptr && t < graph.tokens; ++t) {
+      fails = fails || call.tokens[t] == control_.poison;
+    }
     static_cast<FakeBuffer*>(call.next_state[0])->values = fails ? std::vector<float>(4, -1.0F) : memory;
     static_cast<FakeBuffer*>(call.next_state[1])->values[0] = fails ? -1.0F : last;
     if (fails) throw core::Error(TITANS_FAILED, "E0609", "fake", "the call failed", "go on");
@@ -71,7 +94,6 @@ class FakeExecutor final : public core::Executor {
     static_cast<FakeWorkspace&>(workspace).values = logits;
   }
 
- private:
   // Records the call. Returns whether it is the one that fails.
   bool note(const core::Call& call) {
     const std::lock_guard lock(control_.mutex);

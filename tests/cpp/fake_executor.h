@@ -21,11 +21,15 @@ namespace titans::test {
 // The engine's configuration by a test, and the calls that the engine records.
 struct FakeControl {
   std::vector<bool> in_place{false, false};
-  int fail_at = -1;            // index of the call that fails after overwriting its outputs, from 0
-  std::optional<float> spoil;  // replaces every logit from now on
+  int fail_at = -1;                    // index of the call that fails after overwriting its outputs, from 0
+  std::optional<float> spoil;          // replaces every logit from now on
+  std::optional<std::int32_t> poison;  // a call with this token fails like that of fail_at
+  std::size_t most_streams = 1;        // of one call
+  int slots = 1000;                    // free slots in the pools, if calls take several streams
   std::function<void()> before_call;
   std::mutex mutex;  // guards the members below, which calls on several threads write
   std::vector<std::size_t> calls;
+  std::vector<std::pair<std::size_t, std::size_t>> together;  // graph and streams of each call
   int workspaces = 0;
   FakeTraffic traffic;
 };

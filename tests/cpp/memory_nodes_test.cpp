@@ -191,6 +191,33 @@ TEST_P(StateFlowOfAScatter, WritesOverItsInput) {
   EXPECT_FALSE(in_place(plain("Concat", {"state", "k"}, {"next"}) + last));
 }
 
+TEST(StateFlow, OperatorsThatOwnTheirState) {
+  const std::string last = plain("Relu", {"y"}, {"logits"});
+  const auto attend = [](const std::string& keys, const std::string& values) {
+    return node("ai.titans", "CachedAttention", {keys, values, "q", "k", "v", "position"}, {"y", "keys_out", "next"});
+  };
+  EXPECT_TRUE(in_place(attend("keys", "state") + last, {"logits", "next", "keys_out"}));
+  EXPECT_FALSE(in_place(attend("state", "values") + last, {"logits", "next", "keys_out"})) << "it updates the values";
+  EXPECT_FALSE(in_place(attend("state", "state") + last, {"logits", "next", "keys_out"}));
+  const std::string convolve = node("ai.titans", "CausalConvolution", {"state", "x", "weight"}, {"y", "next"});
+  EXPECT_TRUE(in_place(convolve + last));
+  EXPECT_FALSE(in_place(convolve + plain("Add", {"y", "state"}, {"logits"})));
+  const std::string second = node("ai.titans", "CausalConvolution", {"state1", "y1", "weight"}, {"y", "next"});
+  EXPECT_TRUE(
+      in_place(node("ai.titans", "CausalConvolution", {"state", "x", "weight"}, {"y1", "state1"}) + second + last));
+}
+
+// Slots of a pool: rows are gathered, changed and written back.
+TEST(StateFlow, AGatherThatComesBeforeTheScatter) {
+  const std::string gather = plain("Gather", {"state", "slots"}, {"row"}) + plain("Relu", {"row"}, {"new_row"});
+  const std::string scatter = plain("ScatterND", {"state", "slots", "new_row"}, {"next"});
+  const std::string last = plain("Relu", {"new_row"}, {"logits"});
+  EXPECT_TRUE(in_place(gather + scatter + last));
+  EXPECT_TRUE(in_place(scatter + last + gather));
+  EXPECT_FALSE(in_place(gather + scatter + last + plain("Gather", {"state", "slots"}, {"late"})));
+  EXPECT_FALSE(in_place(node("somebody", "Gather", {"state", "slots"}, {"new_row"}) + scatter + last));
+}
+
 TEST(StateFlow, FilesThatMakeNoSense) {
   EXPECT_FALSE(in_place(update("b", "x", "y", "a") + update("a", "x", "z", "b") + update("a", "x", "u", "next")));
   EXPECT_FALSE(in_place(update("state", "x", "y", "next") + update("state", "x", "z", "next")));

@@ -79,7 +79,15 @@ class PackedExecutor final : public core::Executor {
   std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
     return std::make_unique<FakeBuffer>(manifest_.state[state].bytes, control_.traffic);
   }
+  std::vector<std::unique_ptr<core::Buffer>> allocate_current(std::size_t) override {
+    return fake_buffers(manifest_, control_.traffic, control_.most_streams > 1);
+  }
   std::unique_ptr<core::Workspace> make_workspace() override { return std::make_unique<FakeWorkspace>(); }
+  std::size_t most_streams() const override { return control_.most_streams; }
+  void run_together(const core::Call* calls, std::size_t count, core::Workspace& workspace) override {
+    EXPECT_LE(count, control_.most_streams);
+    run_all(calls, count, workspace, [&](const core::Call& call) { run(call, workspace); });
+  }
 
   void run(const core::Call& call, core::Workspace& workspace) override {
     if (control_.before_call) control_.before_call();

@@ -30,6 +30,7 @@ struct PackedControl {
   std::vector<bool> in_place{true, true, false};
   std::map<std::int32_t, float> surprising;  // tokens whose surprise differs from their number's
   std::function<void()> before_call;
+  std::size_t most_streams = 1;  // of one call
   std::vector<std::size_t> calls;
   FakeTraffic traffic;
 };

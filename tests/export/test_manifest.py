@@ -31,7 +31,7 @@ def _examples() -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
 
 
-MANIFEST, STATE, GRAPHS, VECTORS, SAMPLE, STABILITY, QUANTIZATION, GUARD, ENGINE = _examples()
+MANIFEST, CONTROLS, STATE, GRAPHS, VECTORS, SAMPLE, STABILITY, QUANTIZATION, GUARD, ENGINE = _examples()
 
 
 def _listed(*names: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def full() -> dict[str, Any]:
     """The examples of docs/bundle.md as one manifest, with every optional key."""
     graphs = [{**graph, "offsets": [0]} for graph in MANIFEST["graphs"]]
     own = _listed(ENGINE["graphs"][0]["file"], ENGINE["weights"]["file"])
-    found = {**MANIFEST, **SAMPLE, **STABILITY, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
+    found = {**MANIFEST, **CONTROLS, **SAMPLE, **STABILITY, "graphs": graphs, "files": {**MANIFEST["files"], **own}}
     state = [{**STATE, "name": "layers.1.memory", "input": "layers.1.memory", "output": "layers.1.memory.next"}]
     return copy.deepcopy(
         {
@@ -178,6 +178,7 @@ OPTIONAL = {
 }  # fmt: skip
 # Keys whose defaults contradict another key of the example.
 CONTRADICTING = {
+    "controls.slots",
     "engines[0].alias", "engines[0].plugin", "state[0].layout", "state[0].layout[0].kind", "state[0].layout[1].kind",
     "state[2].layout[1].dtype",
 }  # fmt: skip

@@ -67,7 +67,7 @@ struct Sessions {
     const std::filesystem::path tokens = write_bundle("tokens", false), vectors = write_bundle("vectors", true);
     std::filesystem::create_directory(scratch() / "spill");
     std::filesystem::copy(ECHO_BACKEND, scratch() / "libtitans_backend_onnxruntime.so");
-    all = {open(tokens, 0, 0), open(vectors, 1, 0), open(tokens, 2, 200)};
+    all = {open(tokens, 0, 0), open(vectors, 1, 0), open(tokens, 3, 200)};
   }
   ~Sessions() {
     for (titans_session* session : all) titans_session_close(session);
@@ -82,6 +82,7 @@ struct Sessions {
     options.batch_threads = budget == 0 ? 1 : 2;
     options.memory_budget = budget;
     options.spill_dir = spill.c_str();
+    options.batch = in_place == 3 ? "fast" : "exact";
     titans_session* session = nullptr;
     const titans_status status = titans_session_open(bundle.c_str(), &options, &session);
     check(status == TITANS_OK, std::string("a session: ") + titans_last_error());
@@ -636,6 +637,7 @@ class Caller {
     options.threads = choices_.number<std::int32_t>();
     options.batch_threads = static_cast<std::int32_t>(choices_.byte()) - 2;
     options.memory_budget = choices_.byte();
+    options.batch = pick(choices_.below(texts.size()));
     const Sized<titans_session_options> sized(options, any_size(sizeof(options)));
     titans_session* session = nullptr;
     const std::string bundle = (scratch() / (choices_.byte() > 200 ? "spill" : "tokens")).string();

@@ -2,7 +2,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <utility>
 
 #include "base/error.h"
 #include "fuzz.h"
@@ -11,7 +13,7 @@ namespace titans::fuzz {
 namespace {
 
 struct EchoBuffer final : core::Buffer {
-  explicit EchoBuffer(std::size_t size) : bytes(size) {}
+  EchoBuffer(std::size_t size, bool pooled) : bytes(size), pool(pooled) {}
 
   void upload(const std::byte* host) override { bytes.assign(host, host + bytes.size()); }
   void download(std::byte* host) const override { std::copy(bytes.begin(), bytes.end(), host); }
@@ -26,7 +28,10 @@ struct EchoBuffer final : core::Buffer {
     }
   }
 
+  bool in_pool() const override { return pool; }
+
   std::vector<std::byte> bytes;
+  bool pool;
 };
 
 struct EchoWorkspace final : core::Workspace {
@@ -48,10 +53,42 @@ class EchoExecutor final : public core::Executor {
   std::string memory_kernel() const override { return "echo"; }
   bool in_place(std::size_t state) const override { return (in_place_ >> (state % 32) & 1U) != 0; }
   std::unique_ptr<core::Buffer> allocate(std::size_t state) override {
-    return std::make_unique<EchoBuffer>(manifest_.state[state].bytes);
+    return std::make_unique<EchoBuffer>(manifest_.state[state].bytes, false);
+  }
+  std::vector<std::unique_ptr<core::Buffer>> allocate_current(std::size_t states) override {
+    std::vector<std::unique_ptr<core::Buffer>> buffers;
+    for (std::size_t state = 0; state < states; ++state) {
+      buffers.push_back(std::make_unique<EchoBuffer>(manifest_.state[state].bytes, most_streams() > 1));
+    }
+    return buffers;
+  }
+  std::size_t most_streams() const override {
+    for (std::size_t state = 0; state < manifest_.state.size(); ++state) {
+      if (!in_place(state)) return 1;
+    }
+    return kEchoStreams;
   }
   std::unique_ptr<core::Workspace> make_workspace() override {
     return std::make_unique<EchoWorkspace>(static_cast<std::size_t>(manifest_.output_size));
+  }
+
+  void run_together(const core::Call* calls, std::size_t count, core::Workspace& workspace) override {
+    check(count <= most_streams(), "at most as many streams as a call takes");
+    std::vector<float>& values = static_cast<EchoWorkspace&>(workspace).values;
+    std::vector<float> rows;
+    std::exception_ptr failure;
+    for (std::size_t at = 0; at < count; ++at) {
+      check(calls[at].graph == calls[0].graph, "calls of one graph");
+      check(calls[at].state[0]->in_pool(), "streams in the pools");
+      try {
+        run(calls[at], workspace);
+        rows.insert(rows.end(), values.begin(), values.end());
+      } catch (...) {
+        failure = std::current_exception();
+      }
+    }
+    if (failure != nullptr) std::rethrow_exception(failure);
+    values = std::move(rows);
   }
 
   void run(const core::Call& call, core::Workspace& workspace) override {

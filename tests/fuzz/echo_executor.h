@@ -16,6 +16,7 @@ namespace titans::fuzz {
 
 inline constexpr std::int32_t kFailing = 7;
 inline constexpr std::int32_t kSpoiling = 6;
+inline constexpr std::size_t kEchoStreams = 3;  // of one call, if all states are updated in place
 
 // States whose bit is set in `in_place` have one buffer for input and output. State indices are taken modulo 32.
 std::unique_ptr<core::Executor> make_echo_executor(const core::Bundle& bundle, std::uint32_t in_place);

@@ -1,4 +1,4 @@
-"""Many streams in one call, on ONNX Runtime: each bit by bit what it is alone, and what the model in numpy says."""
+"""Many streams in one call, on ONNX Runtime, compared with each stream alone and with the model in numpy."""
 
 from __future__ import annotations
 
@@ -170,6 +170,100 @@ def test_a_stream_among_hundreds_that_do_their_worst(bundle: Path, alone: list[A
         tokens[place] = SEQUENCES[5][at]
         np.testing.assert_array_equal(session.step_batch(batch, tokens)[place], alone[5][at])
     assert not np.isfinite(session.restore(tmp_path / "poisoned.tstate").feed([1, 2])).any()
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory, weights: Weights) -> Path:
+    """A bundle whose graphs take many streams."""
+    return write_bundle(tmp_path_factory.mktemp("pooled") / "leaky.titans", weights, streams=True)
+
+
+def test_streams_share_graph_calls(pooled: Path, weights: Weights) -> None:
+    session = rt.Session(pooled, threads=1, batch_threads=2, batch="fast")
+    assert session.info["batch"] == {"mode": "fast", "streams_per_call": 64}
+    assert all(state["in_place"] for state in session.info["state"])
+    expected = [Reference(weights).feed(sequence) for sequence in SEQUENCES]
+    streams = [session.stream() for _ in SEQUENCES]
+    lengths = [0, 1, 2, 3, 5, 8, 13, 21, 34, 40, 7, 4]
+    heads = session.feed_batch(streams, [s[:n] for s, n in zip(SEQUENCES, lengths, strict=True)], outputs="all")
+    for rows, n, right in zip(heads, lengths, expected, strict=True):
+        np.testing.assert_allclose(rows, right[:n], rtol=1e-4, atol=1e-4)
+    for at in range(30):
+        there = [i for i, stream in enumerate(streams) if stream.position < 40 and (i + at) % 4]
+        tokens = [int(SEQUENCES[i][streams[i].position]) for i in there]
+        rows = session.step_batch([streams[i] for i in there], tokens)
+        for i, row in zip(there, rows, strict=True):
+            np.testing.assert_allclose(row, expected[i][streams[i].position - 1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(rt.Error, match="unknown batch"):
+        rt.Session(pooled, batch="quick")
+
+
+def test_a_bundle_of_one_stream_per_call_runs_exactly(bundle: Path, alone: list[Any]) -> None:
+    session = rt.Session(bundle, threads=1, batch_threads=2, batch="fast")
+    assert session.info["batch"] == {"mode": "fast", "streams_per_call": 1}
+    streams = [session.stream() for _ in SEQUENCES]
+    for rows, right in zip(session.feed_batch(streams, SEQUENCES, outputs="all"), alone, strict=True):
+        np.testing.assert_array_equal(rows, right)
+
+
+@pytest.mark.parametrize("batch", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("count", "rounds"), [(12, 40), pytest.param(200, 150, marks=pytest.mark.long)], ids=["12", "200"]
+)
+def test_any_program_over_many_streams(pooled: Path, tmp_path: Path, batch: str, count: int, rounds: int) -> None:
+    """Streams join, leave, fork, freeze, go back and are spilled; each gives what it gives alone."""
+    random = np.random.default_rng(count)
+    alone = rt.Session(pooled, threads=1)
+    budget = alone.stream().state_bytes * count // 2
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    session = rt.Session(pooled, threads=1, batch_threads=2, batch=batch, memory_budget=budget, spill_dir=spill)
+    both = [(session.stream(), alone.stream()) for _ in range(count)]
+    worst = 0.0
+
+    def compare(got: Any, right: Any) -> None:
+        nonlocal worst
+        if batch == "exact":
+            np.testing.assert_array_equal(got, right)
+        elif len(right):
+            worst = max(worst, float(np.max(np.abs(got - right) / (1 + np.abs(right)))))
+
+    for _ in range(rounds):
+        chosen = random.choice(count, int(random.integers(1, count + 1)), replace=False)
+        tokens = [random.integers(0, VOCAB, int(random.choice([0, 1, 1, 1, 3, 4, 5, 8, 9]))) for _ in chosen]
+        got = session.feed_batch([both[i][0] for i in chosen], tokens, outputs="all")
+        for i, sequence, rows in zip(chosen, tokens, got, strict=True):
+            compare(rows, both[i][1].feed(sequence))
+            assert both[i][0].position == both[i][1].position
+        for _ in range(max(1, count // 8)):
+            one, other = (int(i) for i in random.integers(0, count, 2))
+            change = random.integers(0, 7)
+            if change == 0:
+                for stream in both[one]:
+                    stream.reset()
+            elif change == 1 and one != other:
+                for stream in both[other]:
+                    stream.close()
+                both[other] = (both[one][0].fork(), both[one][1].fork())
+            elif change == 2:
+                for stream in both[one]:
+                    (stream.freeze if stream.learning else stream.resume)()
+            elif change == 3:
+                for stream in both[one]:
+                    stream.mark()
+            elif change == 4 and both[one][1].marks:
+                for stream in both[one]:
+                    stream.rewind(both[one][1].marks[0])
+            elif change == 5:
+                for stream, place in zip(both[one], ("session", "alone"), strict=True):
+                    stream.save(tmp_path / f"{place}.tstate")
+                both[other] = (session.restore(tmp_path / "session.tstate"), alone.restore(tmp_path / "alone.tstate"))
+            elif change == 6:
+                both[other] = (session.stream(), alone.stream())
+    assert worst < 1e-4
+    metrics = session.metrics()
+    assert metrics.spilled and metrics.restored
+    assert metrics.tokens == alone.metrics().tokens
 
 
 def poison(path: Path) -> None:

@@ -217,6 +217,89 @@ def _graph(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
+def _stream_graph(
+    weights: Weights, tokens: int, offsets: dict[str, tuple[int, int]], halvings: Sequence[bool]
+) -> onnx.ModelProto:
+    """`tokens` steps unrolled, for any number of streams at once, whose state lies in pools."""
+    width, outputs = weights.unembed.shape
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+
+    def op(kind: str, *inputs: str, out: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [out], **attributes))
+        return out
+
+    def constant(name: str, value: Any, dtype: Any = np.int64) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    zero, size, end, axis = (constant(f"at_{n}", [n]) for n in (0, width * width, width * width + 2, 2))
+    square, column_shape = constant("square", [-1, width, width]), constant("column", [-1, width, 1])
+    row_shape, flat = constant("row", [-1, 1, width]), constant("flat", [-1, width])
+    packed_shape, single = constant("packed", [-1, 1, width * width]), constant("single", [-1, 1, 1])
+    decay, slope = constant("decay", DECAY, np.float32), constant("slope", 0.001, np.float32)
+    half, nought = constant("half", 0.5, np.float32), constant("nought", 0.0, np.float32)
+    places = op("Unsqueeze", "slots", constant("axis_1", [1]), out="places")
+    vectors = op("Gather", "embed", "tokens", out="vectors")  # (B, T, width)
+    position = op("Reshape", op("Cast", "position", out="floats", to=TensorProto.FLOAT), single, out="positions")
+    learn = op("Reshape", "learn", single, out="learns")
+    row = op("Gather", MEMORY, "slots", out="rows")  # (B, 1, R)
+    memory = op("Reshape", op("Slice", row, zero, size, axis, out="weights"), square, out="memory_0")
+    rest = op("Slice", row, size, end, axis, out="rest")
+    first = op("Gather", CACHE, "slots", out="first")
+    previous = op("Reshape", first, row_shape, out="previous")
+    rows = []
+    for t in range(tokens):
+        column = op("Reshape", op("Gather", vectors, constant(f"index_{t}", [t]), out=f"e_{t}", axis=1), column_shape,
+                    out=f"column_{t}")  # fmt: skip
+        y = op("MatMul", memory, column, out=f"y_{t}")  # (B, width, 1)
+        learned = op("Add", op("Mul", memory, decay, out=f"decayed_{t}"),
+                     op("MatMul", column, previous, out=f"outer_{t}"), out=f"learned_{t}")  # fmt: skip
+        memory = op("Where", learn, learned, memory, out=f"memory_{t + 1}")
+        if halvings[t]:
+            memory = op("Mul", memory, half, out=f"halved_{t}")
+        previous = op("Reshape", column, row_shape, out=f"previous_{t}")
+        h = op("Reshape", op("Add", y, column, out=f"sum_{t}"), row_shape, out=f"h_{t}")
+        plain = op("MatMul", h, "unembed", out=f"plain_{t}")
+        at = op("Add", position, constant(f"float_{t}", t, np.float32), out=f"position_{t}")
+        rows.append(op("Add", plain, op("Mul", at, slope, out=f"shift_{t}"), out=f"logits_{t}"))
+    op("Concat", *rows, out="logits", axis=1)
+    packed = op("Reshape", memory, packed_shape, out="packed_next")
+    op("ScatterND", MEMORY, places, op("Concat", packed, rest, out="next_rows", axis=2), out=MEMORY + ".next")
+    # The new row depends on the old one, so that the pool is read before it is written.
+    last = op("Reshape", previous, flat, out="last")
+    after = op("Add", last, op("Mul", first, nought, out="nothing"), out="after")
+    op("ScatterND", CACHE, places, after, out=CACHE + ".next")
+    large = []
+    for name, array in weights.named().items():
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        offset, length = offsets[name]
+        for key, value in (("location", "weights.safetensors"), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        large.append(tensor)
+    info = helper.make_tensor_value_info
+    pools = {MEMORY: ("slots", 1, width * width + 2), CACHE: ("slots", width)}
+    graph = helper.make_graph(
+        nodes,
+        "leaky_sums",
+        [
+            info("tokens", TensorProto.INT64, ("streams", tokens)),
+            info("position", TensorProto.INT64, ("streams",)),
+            info("learn", TensorProto.BOOL, ("streams",)),
+            info("valid", TensorProto.INT64, ("streams",)),
+            info("slots", TensorProto.INT64, ("streams",)),
+            *(info(name, TensorProto.FLOAT, shape) for name, shape in pools.items()),
+        ],
+        [
+            info("logits", TensorProto.FLOAT, ("streams", tokens, outputs)),
+            *(info(name + ".next", TensorProto.FLOAT, shape) for name, shape in pools.items()),
+        ],
+        large + constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
 def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor lies in a safetensors file: (offset, bytes)."""
     raw = path.read_bytes()
@@ -237,8 +320,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_bundle(
-    folder: Path, weights: Weights, graphs: Sequence[Graph] = GRAPHS, *, period: int = 0, vectors: bool = False
+    folder: Path,
+    weights: Weights,
+    graphs: Sequence[Graph] = GRAPHS,
+    *,
+    period: int = 0,
+    vectors: bool = False,
+    streams: bool = False,
 ) -> Path:
+    """streams: the graphs take any number of streams."""
     folder.mkdir(parents=True)
     size, width = weights.embed.shape
     outputs = weights.unembed.shape[1]
@@ -249,7 +339,11 @@ def write_bundle(
     for name, tokens, _, *starts in graphs:
         start = starts[0][0] if starts else 0
         halvings = [period > 0 and (start + t) % period == period - 1 for t in range(tokens)]
-        (folder / f"{name}.onnx").write_bytes(_graph(weights, tokens, offsets, vectors, halvings).SerializeToString())
+        if streams:
+            graph = _stream_graph(weights, tokens, offsets, halvings)
+        else:
+            graph = _graph(weights, tokens, offsets, vectors, halvings)
+        (folder / f"{name}.onnx").write_bytes(graph.SerializeToString())
     rng = np.random.default_rng(3)
     given: Array = rng.normal(size=(13, size)).astype(np.float32) if vectors else rng.integers(0, size, 13, np.int32)
     golden = {"x": "x", "y": "y"} if vectors else {"x": "tokens", "y": "logits"}
@@ -298,7 +392,11 @@ def write_bundle(
                 "parameters": sum(w.size for w in weights.named().values()),
             },
             **described,
-            "controls": {"position": "position", "learn": "learn"},
+            "controls": {
+                "position": "position",
+                "learn": "learn",
+                **({"valid": "valid", "slots": "slots"} if streams else {}),
+            },
             "state": [
                 state(MEMORY, [1, 1, square + 2], "memory", layout=layout),
                 state(CACHE, [1, width], "cache"),

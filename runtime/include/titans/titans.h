@@ -95,6 +95,9 @@ typedef struct titans_session_options {
   const char* guard;           /* the guard of new and restored streams: "bundle", the bundle's limits and policy, if it
                                   has any; "off"; or a policy with the bundle's limits: "raise", "freeze", "skip",
                                   "rewind", "decay", "restart"; NULL: "bundle" */
+  const char* batch;           /* "exact": a stream's results in a batch are those of a call of its own, bit for bit;
+                                  "fast": streams share graph calls if bundle and backend allow it, and results differ by
+                                  rounding; NULL: "exact"; see docs/streams.md */
 } titans_session_options;
 
 /* Opens the bundle at `path`, a folder. `options` may be NULL. Close the session with titans_session_close. */
@@ -106,7 +109,8 @@ TITANS_API void titans_session_close(titans_session* session);
  * graphs), engine_reason, engines_not_chosen (name, reason), backend, backend_version, memory_kernel (our kernel, such
  * as "cpu-avx512", or "standard-operators"), input and output (kind, name, dtype, size), vocab_size (null without
  * tokens), graphs (name, tokens, stride, offsets), state (name, role, dtype, shape, in_place, fields: name to kind),
- * tokenizer, guard (policy, restart_every: of new streams), details (of the backend). Valid as long as the session. */
+ * tokenizer, batch (mode, streams_per_call), guard (policy, restart_every: of new streams), details (of the backend).
+ * Valid as long as the session. */
 TITANS_API const char* titans_session_info(const titans_session* session);
 
 /* "tokens" (the outputs are logits) or "vectors" (the outputs are vectors). */
@@ -383,12 +387,12 @@ typedef struct titans_feed {
   size_t capacity; /* floats at `outputs` */
 } titans_feed;
 
-/* Feeds `count` >= 0 streams, each with its own sequence and position, on batch_threads threads. Each stream gets
- * exactly the result of a call of its own. A stream that fails is unchanged, its outputs are undefined, and the others
- * continue. `statuses`, (count) or NULL, gets the status of each; the call returns the first failure, with its text.
- * TITANS_INVALID_ARGUMENT: NULL, a stream of another session, a stream twice, a wrong size or choice; then no stream
- * has run, and every status is this one. The caller owns the items and their arrays. Several threads may call it with
- * different streams. */
+/* Feeds `count` >= 0 streams, each with its own sequence and position, on batch_threads threads. With the session's
+ * option batch "exact", each stream gets exactly the result of a call of its own. A stream that fails is unchanged, its
+ * outputs are undefined, and the others continue. `statuses`, (count) or NULL, gets the status of each; the call
+ * returns the first failure, with its text. TITANS_INVALID_ARGUMENT: NULL, a stream of another session, a stream twice,
+ * a wrong size or choice; then no stream has run, and every status is this one. The caller owns the items and their
+ * arrays. Several threads may call it with different streams. */
 TITANS_API titans_status titans_session_feed_batch(titans_session* session, const titans_feed* items, size_t count,
                                                    titans_status* statuses);
 

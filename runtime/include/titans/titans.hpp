@@ -348,6 +348,7 @@ struct SessionOptions {
   std::uint64_t memory_budget = 0;  // requires spill_dir
   std::string spill_dir;
   std::string guard;
+  std::string batch;
 };
 
 // A loaded bundle. Any number of threads may use it.
@@ -366,7 +367,8 @@ class Session {
                                      options.batch_threads,
                                      options.memory_budget,
                                      detail::or_null(options.spill_dir),
-                                     detail::or_null(options.guard)};
+                                     detail::or_null(options.guard),
+                                     detail::or_null(options.batch)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);

@@ -35,6 +35,7 @@ class SessionOptions(ctypes.Structure):
         ("memory_budget", ctypes.c_uint64),
         ("spill_dir", ctypes.c_char_p),
         ("guard", ctypes.c_char_p),
+        ("batch", ctypes.c_char_p),
     ]
 
 

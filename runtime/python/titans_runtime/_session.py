@@ -27,6 +27,8 @@ class Session:
     failure) or "off" (the standard operators of the graphs).
 
     ``batch_threads`` is the number of threads of a batch (0: one per processor), each with ``threads`` of its own.
+    ``batch`` is "exact" (a stream's results in a batch are those of a call of its own, bit for bit) or "fast" (streams
+    share graph calls if bundle and backend allow it, and results differ by rounding); see docs/streams.md.
     ``memory_budget`` limits the bytes of memory for the state of all streams (0: no limit). Streams beyond it, the
     least recently used, are spilled to the folder ``spill_dir``; see docs/streams.md.
 
@@ -52,6 +54,7 @@ class Session:
         memory_budget: int = 0,
         spill_dir: str | os.PathLike[str] | None = None,
         guard: str = "bundle",
+        batch: str = "exact",
     ) -> None:
         self._handle = ctypes.c_void_p()
         options = SessionOptions(
@@ -68,6 +71,7 @@ class Session:
             memory_budget=whole_number(memory_budget, "memory_budget", 0, 2**64),
             spill_dir=_encode(spill_dir),
             guard=_encode(guard),
+            batch=_encode(batch),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
@@ -94,8 +98,8 @@ class Session:
     def step_batch(self, streams: Sequence[Stream], tokens: Tokens | Vectors) -> Floats:
         """Feeds one token or vector to each stream. Returns the outputs after them, (streams, output_size).
 
-        The results are identical to :meth:`Stream.step`. If streams fail, they are unchanged, the others have
-        continued, and :class:`BatchError` is raised.
+        With ``batch="exact"`` the results are identical to :meth:`Stream.step`. If streams fail, they are unchanged,
+        the others have continued, and :class:`BatchError` is raised.
         """
         return step_batch(self._open(), self._format(), streams, tokens)
 

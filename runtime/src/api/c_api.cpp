@@ -75,6 +75,7 @@ constexpr std::size_t kBatchThreadsEnd = offsetof(titans_session_options, batch_
 constexpr std::size_t kMemoryBudgetEnd = offsetof(titans_session_options, memory_budget) + sizeof(std::uint64_t);
 constexpr std::size_t kSpillDirEnd = offsetof(titans_session_options, spill_dir) + sizeof(const char*);
 constexpr std::size_t kSessionGuardEnd = offsetof(titans_session_options, guard) + sizeof(const char*);
+constexpr std::size_t kBatchEnd = offsetof(titans_session_options, batch) + sizeof(const char*);
 constexpr std::size_t kGuardEnd = offsetof(titans_guard, bundle_limits) + sizeof(std::int32_t);
 constexpr std::size_t kFirstHealth = offsetof(titans_health, checks) + sizeof(std::uint64_t);
 constexpr std::size_t kFirstFeed = offsetof(titans_feed, capacity) + sizeof(std::size_t);
@@ -155,6 +156,7 @@ core::SessionOptions read_options(const titans_session_options* options) {
   if (has(kMemoryBudgetEnd)) out.memory_budget = options->memory_budget;
   if (has(kSpillDirEnd) && options->spill_dir != nullptr) out.spill_dir = options->spill_dir;
   if (has(kSessionGuardEnd) && options->guard != nullptr) out.guard = options->guard;
+  if (has(kBatchEnd) && options->batch != nullptr) out.batch = options->batch;
   return out;
 }
 

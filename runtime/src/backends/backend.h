@@ -12,7 +12,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bundle/bundle.h"
 
@@ -20,7 +22,7 @@ namespace titans::core {
 
 // Core and backend are built together. Increase this with every change to a class in this header or in one that it
 // includes.
-inline constexpr std::uint32_t kBackendAbi = 9;
+inline constexpr std::uint32_t kBackendAbi = 10;
 
 // A strided part of a tensor: `bytes` bytes from `offset` in each of `rows` rows, which start `pitch` bytes apart.
 struct Stripe {
@@ -41,6 +43,8 @@ class Buffer {
   virtual void copy_stripe_from(const Buffer& other, const Stripe& stripe) = 0;
   // The content as the host can read it between calls, or NULL if it is not in host memory.
   virtual const std::byte* host() const { return nullptr; }
+  // True if the buffer is a slot of a pool, so that calls of several streams can use it.
+  virtual bool in_pool() const { return false; }
 };
 
 // The input and output buffers of one call. Reused by later calls, never by two at once.
@@ -48,10 +52,12 @@ class Workspace {
  public:
   virtual ~Workspace() = default;
   // Rows of the last call's output (logits or vectors) in host memory, valid until the next call. Row t belongs to
-  // token t. A device copies only the requested rows.
+  // token t. With several streams and T tokens each, row b T + t belongs to token t of stream b. A device copies only
+  // the requested rows.
   virtual const float* output(std::size_t first_row, std::size_t rows) = 0;
 };
 
+// One stream's part of a graph call.
 struct Call {
   std::size_t graph;           // index in the manifest's graphs; must be listed in Bundle::graphs
   const std::int32_t* tokens;  // one per token of the graph; NULL if the bundle takes vectors
@@ -73,10 +79,27 @@ class Executor {
   // True if every graph may use one buffer as input and output of that state tensor.
   virtual bool in_place(std::size_t state) const = 0;
   virtual std::unique_ptr<Buffer> allocate(std::size_t state) = 0;
+  // The buffers of one stream's current state, one per state tensor. An executor with pools returns slots of them, the
+  // same in each pool, as long as it has any.
+  virtual std::vector<std::unique_ptr<Buffer>> allocate_current(std::size_t states) {
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    for (std::size_t state = 0; state < states; ++state) buffers.push_back(allocate(state));
+    return buffers;
+  }
   virtual std::unique_ptr<Workspace> make_workspace() = 0;
   // Returns after the results are complete. Threads may call it concurrently with different workspaces.
   virtual void run(const Call& call, Workspace& workspace) = 0;
+
+  // The most streams that one graph call may take.
+  virtual std::size_t most_streams() const { return 1; }
+  // Runs `count` calls of one graph, 1 to most_streams(), as one. Their state lies in pools, each in its own slots. If
+  // it throws, the state of any of them may have changed. Only called if most_streams() is above 1.
+  virtual void run_together(const Call* calls, std::size_t count, Workspace& workspace);
 };
+
+inline void Executor::run_together(const Call* /*calls*/, std::size_t /*count*/, Workspace& /*workspace*/) {
+  throw std::logic_error("this executor takes one stream a call");
+}
 
 // Use our memory kernel: if installed, always, or never.
 enum class KernelChoice : std::uint8_t { kAuto, kRequire, kOff };

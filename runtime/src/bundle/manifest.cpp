@@ -137,13 +137,19 @@ void read_output(const JsonReader& output, Manifest& manifest) {
 // Names bound by graphs must be unique.
 void check_names(const JsonReader& document, const Manifest& manifest) {
   std::set<std::string> inputs{manifest.input, manifest.position_input, manifest.learn_input};
+  std::size_t controls = 3;
+  for (const std::string& optional : {manifest.valid_input, manifest.slots_input}) {
+    if (optional.empty()) continue;
+    inputs.insert(optional);
+    ++controls;
+  }
   std::set<std::string> outputs{manifest.output};
   std::set<std::string> names;
   std::set<std::string> memories;
   const auto fail = [&](const std::string& name) {
     document.at("state").fail(text("unique names of tensors and fields, but ", name, " repeats"));
   };
-  if (inputs.size() != 3) document.at("controls").fail("three different names for the input, position and learn");
+  if (inputs.size() != controls) document.at("controls").fail("different names for the input and all controls");
   for (const StateTensor& state : manifest.state) {
     if (!names.insert(state.name).second || !inputs.insert(state.input).second ||
         !outputs.insert(state.output).second) {
@@ -286,6 +292,15 @@ Manifest Manifest::parse(std::string_view source) {
   const JsonReader controls = document.at("controls");
   manifest.position_input = controls.at("position").string();
   manifest.learn_input = controls.at("learn").string();
+  const auto read_optional = [&](const char* key, std::string& name) {
+    const std::optional<JsonReader> control = controls.find(key);
+    if (!control) return;
+    name = control->string();
+    if (name.empty()) control->fail("a name");
+    if (manifest.slots_input.empty()) control->fail("no name, as there are no slots");
+  };
+  read_optional("slots", manifest.slots_input);
+  read_optional("valid", manifest.valid_input);
 
   for (const JsonReader& entry : document.at("state").items()) manifest.state.push_back(read_state(entry));
   const JsonReader graphs = document.at("graphs");

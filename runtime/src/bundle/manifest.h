@@ -171,6 +171,8 @@ struct Manifest {
   std::string tokenizer_file;  // empty: none
   std::string position_input;
   std::string learn_input;
+  std::string valid_input;  // empty: graphs have none
+  std::string slots_input;  // empty: graphs take one stream
   InputKind input_kind = InputKind::kTokens;
   std::string input;         // graph input for tokens or vectors
   std::int64_t input_size;   // floats per vector, or the vocabulary size
@@ -190,10 +192,14 @@ struct Manifest {
     const std::size_t elements = input_kind == InputKind::kTokens ? 1 : static_cast<std::size_t>(input_size);
     return elements * dtype_info(input_dtype()).bytes;
   }
-  Shape input_shape(const Graph& graph) const {
-    return input_kind == InputKind::kTokens ? Shape{1, graph.tokens} : Shape{1, graph.tokens, input_size};
+  // True if a graph call may take several streams, whose state lies in pools.
+  bool takes_streams() const { return !slots_input.empty(); }
+  Shape input_shape(const Graph& graph, std::int64_t streams = 1) const {
+    return input_kind == InputKind::kTokens ? Shape{streams, graph.tokens} : Shape{streams, graph.tokens, input_size};
   }
-  Shape output_shape(const Graph& graph) const { return {1, graph.tokens, output_size}; }
+  Shape output_shape(const Graph& graph, std::int64_t streams = 1) const {
+    return {streams, graph.tokens, output_size};
+  }
 
   static Manifest parse(std::string_view source);
 };

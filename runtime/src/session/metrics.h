@@ -93,6 +93,8 @@ class MeasuredCall {
     metrics_.cancelled.add();
     ended_ = true;
   }
+  // The call is made again and counts then.
+  void withdrawn() noexcept { ended_ = true; }
 
  private:
   Metrics& metrics_;

@@ -134,6 +134,14 @@ titans_guard find_default_guard(const Manifest& manifest, const std::string& nam
   return guard;
 }
 
+// True if the streams of a batch may share graph calls.
+bool read_batch(const std::string& name) {
+  if (name == "exact") return false;
+  if (name == "fast") return true;
+  throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("unknown batch: ", quoted(name)),
+              "choose exact or fast");
+}
+
 // Bytes that a stream allocates: two buffers for a tensor updated in place, three for a swapped one.
 std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
   std::uint64_t bytes = static_cast<std::uint64_t>(manifest.output_size) * sizeof(float);
@@ -192,6 +200,7 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
                   {"output", output},
                   {"graphs", graphs},
                   {"state", state},
+                  {"batch", {{"mode", options.batch}, {"streams_per_call", executor.most_streams()}}},
                   {"guard", {{"policy", guard_policy_name(guard.policy)}, {"restart_every", guard.restart_every}}},
                   {"tokenizer", json::parse(manifest.tokenizer)}};
   // A path may not be UTF-8, but JSON must be.
@@ -214,6 +223,7 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
     throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", "memory_budget without spill_dir",
                 "name a folder for the spilled streams");
   }
+  read_batch(chosen.batch);
   find_default_guard({}, chosen.guard);  // refuses an unknown name before any file is read
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
@@ -250,7 +260,8 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
       default_guard_(find_default_guard(bundle_->manifest(), options.guard)),
       info_(describe(*bundle_, *executor_, options, device_info, choice, default_guard_)),
       state_schema_(bundle_->manifest(), options.backend, options.device),
-      batch_thread_count_(options.batch_threads) {
+      batch_thread_count_(options.batch_threads),
+      groups_batches_(read_batch(options.batch) && executor_->most_streams() > 1) {
   for (const StateTensor& state : manifest().state) {
     if (state.role != "memory") continue;
     const std::uint64_t chunk = state.chunk.value_or(1);
@@ -286,6 +297,20 @@ std::uint64_t Session::chunk_updates(std::uint64_t position, std::uint64_t token
         one.memories * (one.rows.before(position + tokens) / one.chunk - one.rows.before(position) / one.chunk);
   }
   return chunk_updates;
+}
+
+std::size_t Session::most_streams(std::size_t graph) const {
+  // More tokens make no matmul faster and let the other streams wait longer.
+  constexpr std::size_t kMostTokens = 4096, kMostOutputBytes = std::size_t{64} << 20;
+  const auto tokens = static_cast<std::size_t>(manifest().graphs[graph].tokens);
+  const std::size_t by_tokens = kMostTokens / tokens;
+  const std::size_t by_outputs = kMostOutputBytes / sizeof(float) / output_size() / tokens;
+  return std::max<std::size_t>(1, std::min({executor_->most_streams(), by_tokens, by_outputs}));
+}
+
+std::size_t Session::streams_in_budget() const {
+  if (cache_ == nullptr) return std::numeric_limits<std::size_t>::max();
+  return std::max<std::size_t>(1, cache_->budget() / stream_bytes(manifest(), *executor_));
 }
 
 ThreadPool& Session::batch_threads() {

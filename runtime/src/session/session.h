@@ -29,6 +29,7 @@ struct SessionOptions {
   std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
   std::filesystem::path spill_dir;  // folder for states beyond the budget
   std::string guard = "bundle";     // of new streams: "bundle", or a policy with the bundle's limits
+  std::string batch = "exact";      // "exact": as if each stream ran alone; "fast": streams share graph calls
 };
 
 // A memory field for users: "layers.0.memory.W0", shape (1, heads, rows, columns).
@@ -91,6 +92,12 @@ class Session {
 
   // NULL without a memory budget.
   StateCache* state_cache() const { return cache_.get(); }
+  // True if the streams of a batch share graph calls.
+  bool groups_batches() const { return groups_batches_; }
+  // The most streams that one call of that graph, an index in the manifest's graphs, takes in a batch.
+  std::size_t most_streams(std::size_t graph) const;
+  // The number of streams that fit into the memory budget, at least one.
+  std::size_t streams_in_budget() const;
   // The threads for batches, started by the first batch.
   ThreadPool& batch_threads();
 
@@ -126,6 +133,7 @@ class Session {
   std::vector<ChunkGroup> chunk_groups_;
   Metrics metrics_;
   const int batch_thread_count_;
+  const bool groups_batches_;
   std::unique_ptr<StateCache> cache_;
   std::mutex mutex_;  // guards the members below
   std::vector<std::unique_ptr<Workspace>> idle_;

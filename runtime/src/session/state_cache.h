@@ -35,6 +35,7 @@ class StateCache {
   StateCache(const StateSchema& schema, Metrics& metrics, std::uint64_t budget, const std::filesystem::path& spill_dir);
   StateCache(const StateCache&) = delete;
   StateCache& operator=(const StateCache&) = delete;
+  std::uint64_t budget() const { return budget_; }
 
   // One stream in the cache. A new handle is held and in memory, with 0 bytes.
   class Handle {

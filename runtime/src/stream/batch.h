@@ -1,4 +1,4 @@
-// Feeds many streams in one call, in parallel on the session's threads.
+// Feeds many streams in one call: in parallel on the session's threads, or in graph calls that they share.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ struct BatchItem {
   std::size_t capacity;
 };
 
-// Feeds each stream, in any order and in parallel. A failed stream is unchanged and does not stop the others. The
+// Feeds each stream, in any order. A failed stream is unchanged and does not stop the others. The
 // result has one entry per item: its failure, or TITANS_OK. Throws an Error before anything runs if a stream is NULL,
 // belongs to another session, or occurs twice.
 std::vector<Failure> run_batch(Session& session, const std::vector<BatchItem>& items);

@@ -84,6 +84,20 @@ bool Feed::next(Call& call) {
   return true;
 }
 
+void Feed::save() {
+  attempt([&] {
+    if (!all_saved_) stream_.journal_.save_for(position_, rows_);
+    if (guarded_) stream_.guard_->save_for(position_, rows_);
+  });
+}
+
+void Feed::withdraw() {
+  over_ = true;
+  measured_.withdrawn();
+  stream_.journal_.restore();
+  undo(nullptr);
+}
+
 void Feed::finish(const OutputRows& outputs) {
   attempt([&] { take(outputs); });
 }
@@ -129,8 +143,6 @@ void Feed::prepare(Call& call) {
   call.state = stream_.sets_[set_].data();
   call.next_state = stream_.sets_[next_set_].data();
   rows_ = static_cast<std::size_t>(session.manifest().graphs[call.graph].tokens);
-  if (!all_saved_) stream_.journal_.save_for(position_, rows_);
-  if (guarded_) guard->save_for(position_, rows_);
 }
 
 void Feed::take(const OutputRows& outputs) {

@@ -50,14 +50,18 @@ class Feed {
   Feed(const Feed&) = delete;
   Feed& operator=(const Feed&) = delete;
 
-  // Prepares the next call and saves what it may overwrite. False once the sequence is consumed and the stream has
-  // advanced. Throws an Error with TITANS_CANCELLED if the stream was cancelled.
+  // Prepares the next call. False once the sequence is consumed and the stream has advanced. Throws an Error with
+  // TITANS_CANCELLED if the stream was cancelled.
   bool next(Call& call);
+  // Saves what the prepared call may overwrite. Call it before the call runs.
+  void save();
   // Takes the results of the prepared call. A guard may reject them; the next call then starts at its checkpoint.
   void finish(const OutputRows& outputs);
   // The prepared call failed. Returns if the guard consumes the tokens again with the memory frozen; otherwise throws
   // `failure`.
   void fail(const std::exception_ptr& failure);
+  // Undoes the feed, to begin it again. It counts as no call.
+  void withdraw();
 
  private:
   // Runs `step`. Undoes the feed if it throws.

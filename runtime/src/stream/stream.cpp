@@ -35,13 +35,12 @@ Stream::Stream(std::shared_ptr<Session> session, const StreamState& state) : Str
 Stream::Stream(std::shared_ptr<Session> session, Allocate)
     : session_(std::move(session)), handle_(session_->state_cache(), *this), health_(*session_) {
   const std::vector<StateTensor>& states = session_->manifest().state;
+  sets_[0] = add_current_buffers();
   for (std::size_t state = 0; state < states.size(); ++state) {
-    if (session_->executor().in_place(state)) {
-      Buffer* live = add_buffer(state);
-      journal_.watch(states[state], *live, *add_buffer(state));
-      for (std::size_t set = 0; set < kSets; ++set) sets_[set].push_back(live);
-    } else {
-      for (std::size_t set = 0; set < kSets; ++set) sets_[set].push_back(add_buffer(state));
+    const bool in_place = session_->executor().in_place(state);
+    if (in_place) journal_.watch(states[state], *sets_[0][state], *add_buffer(state));
+    for (std::size_t set = 1; set < kSets; ++set) {
+      sets_[set].push_back(in_place ? sets_[0][state] : add_buffer(state));
     }
   }
   handle_.grow(session_->output_size() * sizeof(float));
@@ -64,11 +63,31 @@ void Stream::drop_last_output() noexcept {
   std::vector<float>().swap(last_output_);
 }
 
+Stream::BufferSet Stream::add_current_buffers() {
+  const std::vector<StateTensor>& states = session_->manifest().state;
+  std::uint64_t bytes = 0;
+  for (const StateTensor& state : states) bytes += state.bytes;
+  handle_.grow(bytes);
+  BufferSet added;
+  try {
+    std::vector<std::unique_ptr<Buffer>> buffers = session_->executor().allocate_current(states.size());
+    for (std::size_t state = 0; state < states.size(); ++state) {
+      added.push_back(buffers[state].get());
+      buffers_.push_back({state, std::move(buffers[state]), added.back(), true});
+    }
+  } catch (...) {
+    handle_.shrink(bytes);
+    throw;
+  }
+  state_bytes_ += bytes;
+  return added;
+}
+
 Buffer* Stream::add_buffer(std::size_t state) {
   const std::size_t bytes = session_->manifest().state[state].bytes;
   handle_.grow(bytes);
   try {
-    OwnBuffer own{state, session_->executor().allocate(state), nullptr};
+    OwnBuffer own{state, session_->executor().allocate(state), nullptr, false};
     own.known_as = own.buffer.get();
     buffers_.push_back(std::move(own));
   } catch (...) {
@@ -121,8 +140,10 @@ void Stream::give_up() noexcept {
 void Stream::take_back(std::vector<StreamState> parts) {
   BufferMap moved;
   std::vector<std::unique_ptr<Buffer>> fresh;
+  std::vector<std::unique_ptr<Buffer>> current_buffers = session_->executor().allocate_current(sets_[0].size());
   for (const OwnBuffer& own : buffers_) {
-    moved[own.known_as] = fresh.emplace_back(session_->executor().allocate(own.state)).get();
+    fresh.push_back(own.current ? std::move(current_buffers[own.state]) : session_->executor().allocate(own.state));
+    moved[own.known_as] = fresh.back().get();
   }
   const auto fill = [&](const BufferSet& buffers, const StreamState& from) {
     for (std::size_t index = 0; index < buffers.size(); ++index) {

@@ -76,6 +76,12 @@ class Stream : private Spillable {
   void feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits, std::size_t capacity);
   void feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs, std::size_t capacity);
   void score(const std::int32_t* tokens, std::size_t count, float* logprobs);
+  // Begins feed() or feed_vectors() for a caller that runs the calls itself. The outputs are complete when the feed is
+  // over. NULL if the sequence is empty; its outputs are then complete.
+  std::unique_ptr<Feed> begin(InputKind kind, const Sequence& sequence, titans_output which, float* output,
+                              std::size_t capacity);
+  // True if the stream's calls may include other streams. Only while a Use is held.
+  bool shares_calls() const { return !sets_[0].empty() && sets_[0][0]->in_pool(); }
 
   bool learning() const { return learning_; }
   void set_learning(bool learning) { learning_ = learning; }
@@ -118,6 +124,7 @@ class Stream : private Spillable {
   void drop_last_output() noexcept;
   BufferSet checkpoint_buffers() const;
 
+  BufferSet add_current_buffers();
   Buffer* add_buffer(std::size_t state);
   void drop_buffers(std::size_t kept) noexcept;
   using Mark = std::map<std::uint64_t, StreamState>::iterator;
@@ -134,16 +141,16 @@ class Stream : private Spillable {
   // Runs `change`, which saves in the journal what it overwrites in place. Restores that if it throws.
   template <typename Change>
   void transact(Change&& change);
-  // Consumes the sequence.
-  void advance(const Sequence& sequence, Feed::Sink sink);
+  // Runs the feed's calls, one after the other.
+  void run(Feed& feed);
   // Throws an Error unless `output` has room for `which`.
   void check_room(std::size_t count, titans_output which, const float* output, std::size_t capacity) const;
-  void feed(const Sequence& sequence, titans_output which, float* output);
 
   struct OwnBuffer {
     std::size_t state;
     std::unique_ptr<Buffer> buffer;  // NULL while the state is not in memory
     Buffer* known_as;                // the address used by the sets, the journal and the guard
+    bool current;                    // one of those that Executor::allocate_current returned
   };
 
   std::shared_ptr<Session> session_;

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <exception>
 #include <limits>
-#include <utility>
+#include <memory>
 
 #include "base/error.h"
 #include "stream/feed.h"
@@ -55,13 +55,12 @@ void Stream::check_vectors(const float* vectors, std::size_t count) const {
               "feed numbers without NaN and infinity");
 }
 
-void Stream::advance(const Sequence& sequence, Feed::Sink sink) {
-  if (sequence.count == 0) return;
-  Feed feed(*this, sequence, std::move(sink));
+void Stream::run(Feed& feed) {
   const Session::WorkspaceLease lease(*session_);
   const OutputRows outputs(lease.get(), 0);
   Call call{};
   while (feed.next(call)) {
+    feed.save();
     try {
       session_->executor().run(call, lease.get());
     } catch (...) {
@@ -92,29 +91,36 @@ void Stream::check_room(std::size_t count, titans_output which, const float* out
   }
 }
 
-void Stream::feed(const Sequence& sequence, titans_output which, float* output) {
-  const std::size_t size = session_->output_size();
-  advance(sequence, [=](std::size_t first, std::size_t rows, const OutputRows& outputs) {
-    if (which != TITANS_OUTPUT_ALL) return;
-    std::copy_n(outputs.get(0, rows), rows * size, output + first * size);
+std::unique_ptr<Feed> Stream::begin(InputKind kind, const Sequence& sequence, titans_output which, float* output,
+                                    std::size_t capacity) {
+  require_input(session_->manifest(), kind);
+  check_room(sequence.count, which, output, capacity);
+  if (kind == InputKind::kTokens) check_tokens(sequence.tokens, sequence.count);
+  if (kind == InputKind::kVectors) check_vectors(sequence.vectors, sequence.count);
+  const std::size_t size = session_->output_size(), count = sequence.count;
+  if (count == 0) {
+    if (which == TITANS_OUTPUT_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
+    return nullptr;
+  }
+  return std::make_unique<Feed>(*this, sequence, [=](std::size_t first, std::size_t rows, const OutputRows& outputs) {
+    if (which == TITANS_OUTPUT_ALL) {
+      std::copy_n(outputs.get(0, rows), rows * size, output + first * size);
+    } else if (which == TITANS_OUTPUT_LAST && first + rows == count) {
+      std::copy_n(outputs.get(rows - 1, 1), size, output);
+    }
   });
-  if (which == TITANS_OUTPUT_LAST) std::copy(last_output_.begin(), last_output_.end(), output);
 }
 
 void Stream::feed(const std::int32_t* tokens, std::size_t count, titans_output which, float* logits,
                   std::size_t capacity) {
-  require_input(session_->manifest(), InputKind::kTokens);
-  check_room(count, which, logits, capacity);
-  check_tokens(tokens, count);
-  feed({tokens, nullptr, count}, which, logits);
+  const std::unique_ptr<Feed> feed = begin(InputKind::kTokens, {tokens, nullptr, count}, which, logits, capacity);
+  if (feed != nullptr) run(*feed);
 }
 
 void Stream::feed_vectors(const float* vectors, std::size_t count, titans_output which, float* outputs,
                           std::size_t capacity) {
-  require_input(session_->manifest(), InputKind::kVectors);
-  check_room(count, which, outputs, capacity);
-  check_vectors(vectors, count);
-  feed({nullptr, vectors, count}, which, outputs);
+  const std::unique_ptr<Feed> feed = begin(InputKind::kVectors, {nullptr, vectors, count}, which, outputs, capacity);
+  if (feed != nullptr) run(*feed);
 }
 
 void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprobs) {
@@ -124,7 +130,7 @@ void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprob
   const std::size_t vocab = session_->output_size();
   const float first_logprob =
       position_ == 0 ? -std::log(static_cast<float>(vocab)) : log_probability(last_output_.data(), vocab, tokens[0]);
-  advance({tokens, nullptr, count}, [&](std::size_t first, std::size_t rows, const OutputRows& outputs) {
+  Feed feed(*this, {tokens, nullptr, count}, [&](std::size_t first, std::size_t rows, const OutputRows& outputs) {
     const std::size_t scored = std::min(rows, count - first - 1);  // the last token's row scores none of these tokens
     const float* logits = outputs.get(0, scored);
     for (std::size_t row = 0; row < scored; ++row) {
@@ -132,6 +138,7 @@ void Stream::score(const std::int32_t* tokens, std::size_t count, float* logprob
       logprobs[next] = log_probability(logits + row * vocab, vocab, tokens[next]);
     }
   });
+  run(feed);
   logprobs[0] = first_logprob;
 }
 }  // namespace titans::core

@@ -1,8 +1,14 @@
 #include "backends/onnxruntime/device_context.h"
 
+#include <stdexcept>
+
 #include "base/error.h"
 
 namespace titans::core {
+
+OrtHandle<OrtValue> DeviceContext::view_pool(std::size_t, std::size_t) const {
+  throw std::logic_error("this device has no pools");
+}
 
 #ifndef TITANS_WITH_CUDA
 std::unique_ptr<DeviceContext> make_cuda_context(const OrtLibrary&, const std::string& device) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backends/backend.h"
 #include "backends/onnxruntime/host_tensor.h"
@@ -13,7 +14,10 @@ namespace titans::core {
 
 class StateBuffer : public Buffer {
  public:
+  // The tensor of one stream.
   virtual OrtValue* value() const = 0;
+  // The buffer's slot, if it is in a pool.
+  virtual std::size_t slot() const { return 0; }
 };
 
 // The output of one workspace: logits or vectors.
@@ -38,6 +42,14 @@ class DeviceContext {
   virtual OrtHandle<OrtValue> share_weight(const TensorView& tensor, ONNXTensorElementDataType type,
                                            const Shape& shape) = 0;
   virtual std::unique_ptr<StateBuffer> allocate(const StateTensor& state) = 0;
+  // Creates a pool for each state tensor. False if the device has none.
+  virtual bool open_pools(const std::vector<StateTensor>&) { return false; }
+  // One slot in each pool. Empty if no slot is free.
+  virtual std::vector<std::unique_ptr<Buffer>> allocate_slot() { return {}; }
+  // The first `slots` slots of a pool as one tensor.
+  virtual OrtHandle<OrtValue> view_pool(std::size_t state, std::size_t slots) const;
+  // The slots that a pool has room for.
+  virtual std::size_t pool_slots() const { return 0; }
   virtual std::unique_ptr<OutputMemory> make_output(std::size_t bytes) = 0;
   // Makes earlier copies of buffers visible to the next graph run.
   virtual void before_run() = 0;

@@ -59,6 +59,9 @@ class OrtExecutor final : public Executor {
                   R"(pass memory_kernel="auto")");
     }
     name_bindings();
+    const bool all_in_place = std::find(in_place_.begin(), in_place_.end(), false) == in_place_.end();
+    pooled_ =
+        manifest_.takes_streams() && all_in_place && !manifest_.state.empty() && context_->open_pools(manifest_.state);
   }
 
   std::string version() const override { return library_.version(); }
@@ -72,26 +75,47 @@ class OrtExecutor final : public Executor {
 
   std::unique_ptr<Buffer> allocate(std::size_t state) override { return context_->allocate(manifest_.state[state]); }
 
+  std::vector<std::unique_ptr<Buffer>> allocate_current(std::size_t states) override {
+    std::vector<std::unique_ptr<Buffer>> buffers;
+    if (pooled_) buffers = context_->allocate_slot();
+    return buffers.empty() ? Executor::allocate_current(states) : std::move(buffers);
+  }
+
   std::unique_ptr<Workspace> make_workspace() override {
     return std::make_unique<OrtWorkspace>(library_, *host_, *context_, manifest_);
   }
 
   void run(const Call& call, Workspace& workspace) override {
     auto& bound = static_cast<OrtWorkspace&>(workspace);
-    const Graph& graph = manifest_.graphs[call.graph];
-    const std::string problem = text("graph ", graph.name, " failed");
-    constexpr std::string_view kFix = "check the input and the bundle";
     bound.bind(call);
+    run_bound(call.graph, bound);
+  }
+
+  std::size_t most_streams() const override { return pooled_ ? kMostStreams : 1; }
+
+  void run_together(const Call* calls, std::size_t count, Workspace& workspace) override {
+    auto& bound = static_cast<OrtWorkspace&>(workspace);
+    if (count == 1) {
+      bound.bind(calls[0]);
+    } else {
+      bound.bind_together(calls, count);
+    }
+    run_bound(calls[0].graph, bound);
+  }
+
+ private:
+  void run_bound(std::size_t graph, OrtWorkspace& bound) {
+    const std::string problem = text("graph ", manifest_.graphs[graph].name, " failed");
+    constexpr std::string_view kFix = "check the input and the bundle";
     context_->before_run();
-    library_.check(library_.api().Run(sessions_.find(call.graph)->second.get(), nullptr, input_names_.data(),
-                                      bound.inputs().data(), bound.inputs().size(), output_names_.data(),
-                                      bound.outputs().size(), bound.outputs().data()),
-                   problem, kFix);
+    library_.check(
+        library_.api().Run(sessions_.find(graph)->second.get(), nullptr, input_names_.data(), bound.inputs().data(),
+                           bound.inputs().size(), output_names_.data(), bound.outputs().size(), bound.outputs().data()),
+        problem, kFix);
     const std::string error = memory_kernel_.take_gpu_error();
     if (!error.empty()) throw Error(TITANS_FAILED, "E0609", "onnxruntime", text(problem, ": ", error), kFix);
   }
 
- private:
   // ONNX has no operators that decode other memory dtypes.
   void require_float32_memories(KernelChoice choice) const {
     for (const StateTensor& state : manifest_.state) {
@@ -171,6 +195,8 @@ class OrtExecutor final : public Executor {
 
   void name_bindings() {
     input_names_ = {manifest_.input.c_str(), manifest_.position_input.c_str(), manifest_.learn_input.c_str()};
+    if (!manifest_.valid_input.empty()) input_names_.push_back(manifest_.valid_input.c_str());
+    if (!manifest_.slots_input.empty()) input_names_.push_back(manifest_.slots_input.c_str());
     output_names_ = {manifest_.output.c_str()};
     for (const StateTensor& state : manifest_.state) {
       input_names_.push_back(state.input.c_str());
@@ -184,6 +210,7 @@ class OrtExecutor final : public Executor {
   const MemoryKernel memory_kernel_;
   std::vector<bool> in_place_;    // one per state tensor of the manifest
   std::size_t memory_nodes_ = 0;  // of all graphs, if the kernel is used
+  bool pooled_ = false;           // state lies in pools, and a call takes several streams
   OrtHandle<OrtMemoryInfo> host_;
   OrtHandle<OrtPrepackedWeightsContainer> prepacked_;                // must outlive the sessions
   std::map<std::string, OrtHandle<OrtValue>, std::less<>> weights_;  // must outlive the sessions

@@ -116,16 +116,23 @@ Signatures read_signatures(const OrtLibrary& library, const OrtSession& session,
 }
 
 Signatures promised(const Manifest& manifest, const Graph& graph, Side side) {
+  constexpr std::int64_t kAny = -1;  // as ONNX Runtime reports a dimension with a name
+  const std::int64_t streams = manifest.takes_streams() ? kAny : 1;
   Signatures signatures;
   if (side == Side::kInputs) {
-    signatures[manifest.input] = {ort_type(manifest.input_dtype()), manifest.input_shape(graph)};
-    signatures[manifest.position_input] = {ort_type(DType::kInt64), {1}};
-    signatures[manifest.learn_input] = {ort_type(DType::kBool), {1}};
+    signatures[manifest.input] = {ort_type(manifest.input_dtype()), manifest.input_shape(graph, streams)};
+    signatures[manifest.position_input] = {ort_type(DType::kInt64), {streams}};
+    signatures[manifest.learn_input] = {ort_type(DType::kBool), {streams}};
+    for (const std::string& optional : {manifest.valid_input, manifest.slots_input}) {
+      if (!optional.empty()) signatures[optional] = {ort_type(DType::kInt64), {streams}};
+    }
   } else {
-    signatures[manifest.output] = {ort_type(DType::kFloat32), manifest.output_shape(graph)};
+    signatures[manifest.output] = {ort_type(DType::kFloat32), manifest.output_shape(graph, streams)};
   }
   for (const StateTensor& state : manifest.state) {
-    signatures[side == Side::kInputs ? state.input : state.output] = {ort_type(state.dtype), state.shape};
+    Shape shape = state.shape;
+    shape[0] = streams;  // slots, if the graph takes several streams
+    signatures[side == Side::kInputs ? state.input : state.output] = {ort_type(state.dtype), shape};
   }
   return signatures;
 }

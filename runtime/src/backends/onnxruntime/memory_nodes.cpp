@@ -23,31 +23,58 @@ bool is_chunk_memory(const Node& node) {
   return node.domain == "ai.titans" && node.op_type == kernels::ChunkConfiguration::kOperator;
 }
 bool is_memory(const Node& node) { return is_token_memory(node) || is_chunk_memory(node); }
+bool is_cached_attention(const Node& node) { return node.domain == "ai.titans" && node.op_type == "CachedAttention"; }
+bool is_convolution(const Node& node) { return node.domain == "ai.titans" && node.op_type == "CausalConvolution"; }
 // All its outputs depend on the values of all its inputs.
 bool is_hyper_connection(const Node& node) { return node.domain == "ai.titans" && node.op_type == "HyperConnection"; }
 
-// The output that may share the buffer of input 0; none if the node needs two buffers.
-std::optional<std::string_view> written_over(const Node& node) {
-  if (node.inputs.empty()) return std::nullopt;
+// An input and the output that may share its buffer.
+struct Update {
+  std::size_t input;
+  std::string_view output;
+};
+
+// What the node may write over; empty if it needs two buffers.
+std::vector<Update> updates(const Node& node) {
+  const auto listed = [&](std::size_t states, std::size_t first_output) {
+    std::vector<Update> found;
+    for (std::size_t state = 0; state < states; ++state) {
+      const std::size_t output = first_output + state;
+      if (state < node.inputs.size() && output < node.outputs.size()) found.push_back({state, node.outputs[output]});
+    }
+    return found;
+  };
   const auto is_set_to = [&](std::string_view name, std::string_view value) {
     return std::any_of(node.attributes.begin(), node.attributes.end(),
                        [&](const auto& attribute) { return attribute.first == name && attribute.second == value; });
   };
   if (is_memory(node)) {
-    const bool updates = is_chunk_memory(node) || is_set_to("mode", "update");
-    if (node.outputs.size() <= kStateOutput || !updates) return std::nullopt;
-    return node.outputs[kStateOutput];
+    if (is_chunk_memory(node) || is_set_to("mode", "update")) return listed(1, kStateOutput);
+    return {};
   }
+  if (is_cached_attention(node)) return listed(2, 1);  // keys and values
+  if (is_convolution(node)) return listed(1, 1);       // the last inputs
   const bool scatters = node.op_type == "ScatterElements" || node.op_type == "ScatterND";
-  return scatters && is_standard(node) && node.outputs.size() == 1 ? std::optional(node.outputs[0]) : std::nullopt;
+  return scatters && is_standard(node) && node.outputs.size() == 1 ? listed(1, 0) : std::vector<Update>{};
 }
+
+// The input whose buffer that output may share.
+std::optional<std::size_t> written_over(const Node& node, std::string_view output) {
+  for (const Update& update : updates(node)) {
+    if (update.output == output) return update.input;
+  }
+  return std::nullopt;
+}
+
+// True for a standard operator that copies the rows that it reads and so keeps no view of its input.
+bool copies_rows(const Node& node) { return is_standard(node) && node.op_type == "Gather" && !node.inputs.empty(); }
 
 // True if the outputs may not depend on the values of the inputs. ONNX Runtime infers shapes and types before it runs
 // and removes nodes that need nothing else. Nonstandard operators and functions are assumed to be such nodes.
 bool may_ignore_values(const Node& node) {
   constexpr std::array<std::string_view, 7> kIgnorant{
       "Shape", "Size", "CastLike", "EyeLike", "RandomNormalLike", "RandomUniformLike", "Dropout"};
-  if (is_memory(node) || is_hyper_connection(node)) return false;
+  if (is_memory(node) || is_hyper_connection(node) || is_cached_attention(node) || is_convolution(node)) return false;
   return !is_standard(node) || std::find(kIgnorant.begin(), kIgnorant.end(), node.op_type) != kIgnorant.end();
 }
 
@@ -96,8 +123,9 @@ bool StateFlow::in_place(std::string_view input, std::string_view output) const 
   const bool named_right = std::count(outputs_.begin(), outputs_.end(), output) == 1 &&
                            std::count(outputs_.begin(), outputs_.end(), input) == 0;
   const Node* writer = producer(output);
-  return named_right && writer != nullptr && written_over(*writer) == output && leads_to(input, *writer) &&
-         readers_come_first(input, *writer);
+  if (!named_right || writer == nullptr) return false;
+  const std::optional<std::size_t> state = written_over(*writer, output);
+  return state && leads_to(input, *writer, *state) && readers_come_first(input, *writer, *state);
 }
 
 const Node* StateFlow::producer(std::string_view value) const {
@@ -105,15 +133,18 @@ const Node* StateFlow::producer(std::string_view value) const {
   return makers != makers_.end() && makers->second.size() == 1 ? makers->second.front() : nullptr;
 }
 
-// True if the writer's state is that input, possibly updated by other memory nodes before it.
-bool StateFlow::leads_to(std::string_view input, const Node& writer) const {
+// True if that state of the writer is the input, possibly updated by other nodes before it.
+bool StateFlow::leads_to(std::string_view input, const Node& writer, std::size_t state) const {
   std::unordered_set<const Node*> passed;  // a malformed graph may have a cycle
   const Node* node = &writer;
   while (passed.insert(node).second) {
-    const std::string_view state = node->inputs[0];
-    if (state == input) return true;
-    node = producer(state);
-    if (node == nullptr || written_over(*node) != state) return false;
+    const std::string_view before = node->inputs[state];
+    if (before == input) return true;
+    node = producer(before);
+    if (node == nullptr) return false;
+    const std::optional<std::size_t> earlier = written_over(*node, before);
+    if (!earlier) return false;
+    state = *earlier;
   }
   return false;
 }
@@ -135,16 +166,17 @@ StateFlow::Nodes StateFlow::before(const Node& writer) const {
   return found;
 }
 
-// True if every reader of the old state runs before the writer starts. Other nodes may return a view of the state, such
-// as a Reshape, that is read later.
-bool StateFlow::readers_come_first(std::string_view input, const Node& writer) const {
+// True if every reader of the old state runs before the writer starts. Nodes of other operators may return a view of
+// the state, such as a Reshape, that is read later.
+bool StateFlow::readers_come_first(std::string_view input, const Node& writer, std::size_t state) const {
   const auto readers = readers_.find(input);
   if (readers == readers_.end()) return true;
   const Nodes earlier = before(writer);
   return std::all_of(readers->second.begin(), readers->second.end(), [&](const Node* reader) {
-    if (!(is_memory(*reader) || written_over(*reader)) || !reader->captured.empty()) return false;
+    const bool keeps_no_view = is_memory(*reader) || !updates(*reader).empty() || copies_rows(*reader);
+    if (!keeps_no_view || !reader->captured.empty()) return false;
     if (reader != &writer) return earlier.count(reader) != 0;
-    return reader->inputs[0] == input && std::count(reader->inputs.begin(), reader->inputs.end(), input) == 1;
+    return reader->inputs[state] == input && std::count(reader->inputs.begin(), reader->inputs.end(), input) == 1;
   });
 }
 

@@ -20,8 +20,8 @@ std::size_t count_memory_nodes(const GraphNodes& graph);
 
 // Decides whether a graph input and output may share a buffer.
 //
-// Two operators may write over their input: the kernel's, and ScatterElements, for which ONNX Runtime itself allows it.
-// In addition, no other node may read the old state after it is overwritten.
+// Our operators that own a part of the state may write over it, and ScatterElements and ScatterND, for which ONNX
+// Runtime itself allows it. In addition, no other node may read the old state after it is overwritten.
 class StateFlow {
  public:
   // `graph` must outlive this object.
@@ -35,9 +35,9 @@ class StateFlow {
   using Nodes = std::unordered_set<const Node*>;
 
   const Node* producer(std::string_view value) const;
-  bool leads_to(std::string_view input, const Node& writer) const;
+  bool leads_to(std::string_view input, const Node& writer, std::size_t state) const;
   Nodes before(const Node& writer) const;
-  bool readers_come_first(std::string_view input, const Node& writer) const;
+  bool readers_come_first(std::string_view input, const Node& writer, std::size_t state) const;
 
   std::vector<std::string_view> outputs_;
   Users makers_;
