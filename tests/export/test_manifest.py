@@ -163,7 +163,7 @@ def test_a_wrong_type_is_refused_by_its_path(path: str) -> None:
 
 # Without list indices. The keys that a default replaces; all others are required.
 OPTIONAL = {
-    "engines", "engines.cuda", "engines.driver", "engines.graphs.weights", "engines.state_in_place",
+    "controls.valid", "engines", "engines.cuda", "engines.driver", "engines.graphs.weights", "engines.state_in_place",
     "engines.weights", "format", "golden.positions", "golden.sample", "golden.sample.log_sum_exp",
     "graphs.offsets", "guard", "guard.data", "guard.fields.layers.0.memory.S0.limit",
     "guard.fields.layers.0.memory.S0.seen", "guard.fields.layers.0.memory.W0.limit",
