@@ -49,8 +49,8 @@ CALIBRATION = 4_096  # tokens of the int4 recipe
 # bundle counts that bundle's own weights.
 REACH = {
     "export": (2.5, 1e9),
-    **dict.fromkeys(("quantize int8", "quantize int4", "build", "verify"), (2.0, 1e9)),
-    **dict.fromkeys(("open", "open int8", "open int4"), (1.1, 3e8)),
+    **dict.fromkeys(("quantize int8", "quantize int4", "build", "build int8", "build int4", "verify"), (2.0, 1e9)),
+    **dict.fromkeys(("open", "open int8", "open int8 engine", "open int4", "open int4 engine"), (1.1, 3e8)),
 }
 _MAKE = """
 import json, sys, torch
@@ -92,6 +92,7 @@ def run(arguments: list[str], name: str) -> dict[str, float]:
 def commands(folder: Path) -> dict[str, list[str]]:
     """Arguments of Python by the name of each step, in order. A step's output is its `-o`."""
     bundle, int8, int4, built = (str(folder / f"{name}.titans") for name in ("model", "int8", "int4", "built"))
+    engines = {name: str(folder / f"{name} engine.titans") for name in ("int8", "int4")}
     program = ["-m", "titans_export.cli"]
     quantize = [*program, "quantize", bundle, "--recipe"]
     data = ["--data", str(folder / "tokens.npz"), "--tokens", str(CALIBRATION)]
@@ -104,9 +105,15 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "quantize int8": [*quantize, "int8-weight-only", "-o", int8],
         "open int8": ["-c", _OPEN, int8],
         "stream int8": ["-c", _STREAM, int8],
+        "build int8": [*program, "build", int8, "--target", "cpu", "-o", engines["int8"]],
+        "open int8 engine": ["-c", _OPEN, engines["int8"]],
+        "stream int8 engine": ["-c", _STREAM, engines["int8"]],
         "quantize int4": [*quantize, "int4-weight-only", *data, "-o", int4],
         "open int4": ["-c", _OPEN, int4],
         "stream int4": ["-c", _STREAM, int4],
+        "build int4": [*program, "build", int4, "--target", "cpu", "-o", engines["int4"]],
+        "open int4 engine": ["-c", _OPEN, engines["int4"]],
+        "stream int4 engine": ["-c", _STREAM, engines["int4"]],
     }
 
 
@@ -148,7 +155,7 @@ def measure(size: str, folder: Path, steps: tuple[str, ...]) -> dict[str, Any]:
 def _weights_of(step: str, folder: Path, weights: int) -> int:
     """Bytes of the weights that a step's reach is measured by."""
     kind, _, form = step.partition(" ")
-    own = folder / f"{form}.titans" / "weights.safetensors"
+    own = folder / f"{form.partition(' ')[0]}.titans" / "weights.safetensors"
     return own.stat().st_size if form and kind != "quantize" else weights
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 from engine_tools import model_of, value
@@ -17,12 +18,13 @@ from onnx.reference import ReferenceEvaluator
 from quantised_tools import RECIPES, with_memory
 from safetensors import safe_open
 
+from titans_calibration.weights import pack_int4
 from titans_export.bundle import read_bundle
 from titans_export.cli import main
 from titans_export.engines.build import build_engine
 from titans_export.engines.plan import Request, make_plan
 from titans_export.engines.precision import PrecisionError, lower_precision
-from titans_export.engines.quantised import for_compiler, weights_alone
+from titans_export.engines.quantised import for_compiler, fuse_dequantised, weights_alone
 from titans_export.errors import MachineError, UsageError
 from titans_export.onnx.files import load_graph
 from titans_export.onnx.mapped import write_graph
@@ -45,6 +47,39 @@ def test_rtx_builds(quantised_bundle: Make, recipe: str, precision: str, tmp_pat
     products = 0 if recipe in ("int8-weight-only", "float16") else 5
     assert layers.get("dequantize", 0) >= products
     assert (layers.get("quantize", 0) > 0) == (recipe in ("int8", "fp8"))
+
+
+@pytest.mark.parametrize("element", [TensorProto.INT8, TensorProto.INT4])
+def test_matmuls_of_one_weight_share_the_kernels_form_of_it(element: int) -> None:
+    """ONNX Runtime itself fuses no weight that a graph multiplies twice. Rows of the identity give the weight back."""
+    draw = np.random.default_rng(0)
+    least = -128 if element == TensorProto.INT8 else -8
+    values = draw.integers(least, -least, (64, 48))
+    values[0, :2] = least, -least - 1
+    data = pack_int4(values.astype(np.int8)) if element == TensorProto.INT4 else values.astype(np.int8).tobytes()
+    scales = draw.uniform(0.5, 2.0, (2, 48)).astype(np.float32)
+    model = model_of(
+        [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["d"], name="d", axis=0, block_size=32),
+            helper.make_node("MatMul", ["x", "d"], ["y"], name="one"),
+            helper.make_node("MatMul", ["z", "d"], ["u"], name="other"),
+        ],
+        [value("x", [64, 64]), value("z", [3, 64])],
+        [value("y", [64, 48]), value("u", [3, 48])],
+        (helper.make_tensor("w", element, [64, 48], data, raw=True), numpy_helper.from_array(scales, "s")),
+    )
+    model.opset_import[0].version = 21
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    fuse_dequantised(model)
+    assert [node.op_type for node in model.graph.node] == ["MatMulNBits", "MatMulNBits"]
+    assert model.graph.node[0].input[1:] == model.graph.node[1].input[1:]
+    assert len(model.graph.initializer) == 2
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    few = draw.standard_normal((3, 64)).astype(np.float32)
+    y, u = session.run(None, {"x": np.eye(64, dtype=np.float32), "z": few})
+    right = values * np.repeat(scales, 32, axis=0)
+    np.testing.assert_allclose(y, right, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(u, few @ right, atol=0.02 * float(np.abs(few @ right).max()))
 
 
 def test_int4_blocks_that_rtx_takes(quantised_bundle: Make) -> None:

@@ -22,7 +22,7 @@ from ..onnx.nodes import copy_model
 from ..operators import DOMAIN
 from ..running import open_session
 from ..safetensors_file import blocks_of
-from .quantised import weights_alone
+from .quantised import fuse_dequantised, weights_alone
 
 # Weight formats without CPU matmuls. A session converts them to float32 when it opens; an engine's file does not.
 EXPANDED = ("float16", "bfloat16", "fp8")
@@ -56,6 +56,7 @@ def optimise(source: Path, work: Path, format: str = "float32") -> ModelProto:
             graph, kernel=kernel_library(), folder=source.parent, config=config, options=options, disabled=disabled
         )
     model = load_mapped(optimised)
+    fuse_dequantised(model)
     original = load_structure(source)
     model.functions.extend(original.functions)
     kept = [entry for entry in model.opset_import if entry.domain in _DOMAINS]

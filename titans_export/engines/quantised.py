@@ -10,14 +10,16 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from ..errors import MachineError, UsageError
 from ..manifest import Quantization
 from ..onnx.initializers import drop_unread, initializers_of
-from ..onnx.mapped import Spill, array_of
+from ..onnx.mapped import Spill, array_of, value_of
 from ..onnx.nodes import all_nodes, attribute, copy_model, is_memory, makers_of, readers_of, replace_nodes
+from ..safetensors_file import Raw
 from .graphs import has_kernel
 from .targets import BF16, FP8_FROM, FP16, FP32, ORT, RTX, TARGETS, TENSORRT, Target
 
 STORED = {"float16": FP16, "bfloat16": BF16}  # weight formats that are also engine precisions
 BLOCKS = (128, 64, 32, 16)  # block sizes for per-channel weights with float activations, as kernels need blocks
 _INTEGERS = (TensorProto.INT8, TensorProto.INT4)
+_MICROSOFT = "com.microsoft"
 
 
 def weights_format(quantization: Quantization | None) -> str:
@@ -124,6 +126,71 @@ def weights_alone(model: ModelProto) -> ModelProto:
     _drop_unread_rounding(graph)
     drop_unread(graph)
     return result
+
+
+def fuse_dequantised(model: ModelProto) -> None:
+    """Turns the matmuls that still dequantise a weight of int8 or int4 in blocks into MatMulNBits.
+
+    ONNX Runtime does so itself, but not for a weight that a graph multiplies several times, as a prefill of several
+    chunks does: it would dequantise the weight in each call, before each matmul. All matmuls share one copy of it.
+    """
+    graph = model.graph
+    weights = initializers_of(graph)
+    makers = makers_of(graph)
+    made: dict[tuple[str, str], list[TensorProto]] = {}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        dequantise = _dequantising(makers.get(node.input[1])) if node.op_type == "MatMul" else None
+        if dequantise is None or not _in_kernel_form(dequantise, weights):
+            nodes.append(node)
+            continue
+        names = (dequantise.input[0], dequantise.input[1])
+        values, block = weights[names[0]], attribute(dequantise, "block_size")
+        if names not in made:
+            made[names] = _kernel_form(values, weights[names[1]], block)
+        inputs = [node.input[0], *(tensor.name for tensor in made[names])]
+        rows, columns = values.dims
+        bits = 4 if values.data_type == TensorProto.INT4 else 8
+        sizes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
+        nodes.append(
+            helper.make_node("MatMulNBits", inputs, list(node.output), name=node.name, domain=_MICROSOFT, **sizes)
+        )
+    replace_nodes(graph, nodes)
+    graph.initializer.extend(tensor for tensors in made.values() for tensor in tensors)
+    _drop_unread_rounding(graph)
+    drop_unread(graph)
+
+
+def _in_kernel_form(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
+    """Whether MatMulNBits can take a dequantised weight: (K, N) in blocks of rows, without zero points."""
+    values, scales = weights.get(node.input[0]), weights.get(node.input[1])
+    if values is None or scales is None or len(node.input) > 2 or values.data_type not in _INTEGERS:
+        return False
+    block = attribute(node, "block_size", 0)
+    if len(values.dims) != 2 or attribute(node, "axis", 1) != 0 or block < 16 or block & (block - 1):
+        return False
+    return values.dims[0] % block == 0 and scales.data_type == TensorProto.FLOAT
+
+
+def _kernel_form(values: TensorProto, scales: TensorProto, block: int) -> list[TensorProto]:
+    """The weight and its scales as MatMulNBits takes them: by output channel, unsigned, in blocks of bytes."""
+    rows, columns = values.dims
+    if values.data_type == TensorProto.INT4:
+        raw = value_of(values)
+        assert isinstance(raw, Raw)
+        packed = np.frombuffer(raw.data, np.uint8)
+        flat = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: rows * columns]
+        numbers = (flat.reshape(rows, columns).T ^ 8).reshape(columns, rows // block, block)
+        stored = numbers[..., 0::2] | numbers[..., 1::2] << 4
+    else:
+        numbers = array_of(values).view(np.uint8).T ^ np.uint8(128)
+        stored = numbers.reshape(columns, rows // block, block)
+    turned = np.ascontiguousarray(array_of(scales).T).reshape(-1)
+    stored = np.ascontiguousarray(stored)
+    return [
+        numpy_helper.from_array(stored, f"{values.name}_T"),
+        numpy_helper.from_array(turned, f"{scales.name}_T"),
+    ]
 
 
 def _dequantising(node: NodeProto | None) -> NodeProto | None:
