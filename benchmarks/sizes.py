@@ -64,9 +64,10 @@ config = ModelConfig("mac", vocabulary, dim, layers, hidden, memory, **attention
 torch.manual_seed(0)
 save(Titans(config), Path(sys.argv[2]))
 """
-_OPEN = "import sys, titans_runtime as rt; session = rt.Session(sys.argv[1]); stream = session.stream()"
+_OPEN = "import sys, titans_runtime as rt; session = rt.Session(sys.argv[1])"
 _STREAM = f"""{_OPEN}
 import numpy as np
+stream = session.stream()
 stream.feed(np.arange({TOKENS}) % session.vocab_size, outputs="last")
 for token in range({DECODED}): stream.step(token)
 """
