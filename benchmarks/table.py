@@ -228,6 +228,39 @@ def long_stream(results: list[Result]) -> str:
     return markdown(header, lines)
 
 
+def sizes(result: Result) -> str:
+    """Every step of each size, and the growth law."""
+    header = ["model", "weights", "step", "seconds", "processor seconds", "peak memory", "reach", "load before"]
+    lines = []
+    for name, size in result["sizes"].items():
+        for step, found in size["steps"].items():
+            reach = result["reach"].get(step)
+            most = reach and reach[0] * found["weights_bytes"] + reach[1]
+            lines.append(
+                [name, _gigabytes(found["weights_bytes"]), step, f"{found['seconds']:,.0f}",
+                 f"{found['processor_seconds']:,.0f}", _gigabytes(found["peak_bytes"]),
+                 _gigabytes(most) if most else "-", f"{found['load_before']:.1f}"]
+            )  # fmt: skip
+    law = [
+        [step, f"{line['sizes']}",
+         f"{line['peak_bytes_per_byte']:.2f} x weights + {_gigabytes(line['peak_bytes_at_zero'])}",
+         f"{line['processor_seconds_per_gb']:,.0f} x GB of weights + {line['processor_seconds_at_zero']:,.0f}"]
+        for step, line in result["law"].items()
+    ]  # fmt: skip
+    return "\n\n".join(
+        (
+            f"{where({'threads': result['machine']['cores'], **result})} Niceness {result['niceness']}.",
+            markdown(header, lines),
+            "The growth law over these sizes, in bytes of the float32 weights:",
+            markdown(["step", "sizes", "peak memory", "processor seconds"], law),
+        )
+    )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
 def quantization(result: Result) -> str:
     """One table per model: cost and gain of each recipe against float32, then the recipes that could not run."""
     return "\n\n".join(text for model in result["models"] for text in _quantized_model(model) if text)
@@ -296,8 +329,8 @@ def where(result: Result) -> str:
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
     """The text between the markers, by the name in the opening marker."""
-    layers, models, streams, library = (
-        newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch")
+    layers, models, streams, library, measured = (
+        newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch", "sizes")
     )
     found: dict[str, tuple[list[Result], Callable[[], str]]] = {
         "layer": (
@@ -324,6 +357,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
             ),
         ),
         "long-stream": (streams, lambda: "\n\n".join((*dict.fromkeys(map(where, streams)), long_stream(streams)))),
+        "sizes": (measured, lambda: sizes(measured[0])),
     }
     return {name: make() if results else "Not measured yet." for name, (results, make) in found.items()}
 
