@@ -307,6 +307,9 @@ TEST_F(GroupTest, ThreadsShareALargeGroup) {
   const auto streams = make_streams(session, 40);
   Calls calls = feed(*session, streams, std::vector<std::size_t>(40, 1));
   EXPECT_EQ(calls, (Calls{{kDecode, 20}, {kDecode, 20}}));
+  EXPECT_EQ(feed(*session, make_streams(session, 6), std::vector<std::size_t>(6, 4)),
+            (Calls{{kPrefill, 3}, {kPrefill, 3}}));
+  EXPECT_EQ(feed(*session, make_streams(session, 3), std::vector<std::size_t>(3, 4)), (Calls{{kPrefill, 3}}));
 }
 
 TEST_F(GroupTest, StreamsBeyondThePoolsRunAlone) {

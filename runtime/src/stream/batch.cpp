@@ -178,7 +178,7 @@ class GroupedBatch {
     for (Member* member : longer) chunks[member->call.graph].push_back(member);
     std::vector<Group> groups;
     if (!decoding.empty() && !longer.empty()) {
-      groups.push_back(one_call(longer.front(), chunks[longer.front()->call.graph]));
+      split(one_call(longer.front(), chunks[longer.front()->call.graph]), groups);
       for (Member* member : longer) ++member->waited;
     } else {
       for (const auto& [graph, group] : chunks) split(group, groups);
@@ -187,19 +187,22 @@ class GroupedBatch {
     return groups;
   }
 
-  // As many of `members` as share one call with `first`, which is one of them.
+  // As many of `members` as may share one call with `first`, one of them, while decoding streams wait.
   Group one_call(Member* first, const Group& members) const {
+    constexpr std::size_t kMostTokens = 512;
     if (!first->shares) return {first};
+    const std::size_t most =
+        std::clamp<std::size_t>(kMostTokens / tokens_of(*first), 1, session_.most_streams(first->call.graph));
     Group group;
     for (Member* member : members) {
-      if (member->shares && group.size() < session_.most_streams(first->call.graph)) group.push_back(member);
+      if (member->shares && group.size() < most) group.push_back(member);
     }
     return group;
   }
 
   // Divides members that need one graph into calls: as few as their bound allows, and more to occupy the threads.
   void split(const Group& members, std::vector<Group>& groups) const {
-    constexpr std::size_t kFewest = 8;  // streams of a call that a further thread is worth
+    constexpr std::size_t kFewestTokens = 8;  // of a call that a further thread is worth
     Group sharing;
     for (Member* member : members) {
       if (member->shares) {
@@ -210,7 +213,8 @@ class GroupedBatch {
     }
     if (sharing.empty()) return;
     const std::size_t count = sharing.size(), most = session_.most_streams(sharing.front()->call.graph);
-    const std::size_t calls = std::max((count + most - 1) / most, std::min(threads_.threads(), count / kFewest));
+    const std::size_t fewest = std::max<std::size_t>(1, kFewestTokens / tokens_of(*sharing.front()));
+    const std::size_t calls = std::max((count + most - 1) / most, std::min(threads_.threads(), count / fewest));
     const auto at = [&](std::size_t call) {
       return sharing.begin() + static_cast<std::ptrdiff_t>(call * count / calls);
     };
