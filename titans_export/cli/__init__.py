@@ -16,6 +16,8 @@ from .guard import guard
 from .inspect import inspect
 from .quantize import quantize
 from .run import run
+from .serve import serve
+from .streams import streams
 from .verify import verify
 
 _EPILOG = """\
@@ -45,5 +47,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (export, quantize, build, guard, run, verify, compare, bench, inspect, diff, doctor):
+for command in (export, quantize, build, guard, run, serve, streams, verify, compare, bench, inspect, diff, doctor):
     main.add_command(command)
