@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_export.errors import CheckpointError
 from titans_export.model import MemoryConfig, ModelConfig, Step, Titans, parse_config
-from titans_export.model.attention import Rotary
+from titans_export.model.cached_attention import phase_angles, phase_increments, rotate
 from titans_export.model.float64 import Float64
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
@@ -159,27 +159,35 @@ def test_mac_attention_sees_what_equation_22_says() -> None:
         assert torch.allclose(got[t], (_attention(query, keys, values) @ wo)[0], atol=1e-8)
 
 
+def _increments(width: int) -> torch.Tensor:
+    return phase_increments(10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width))[0]
+
+
 def test_rotary_is_exact_at_any_position() -> None:
     """In float32 the angle at two billion tokens is that at the same phase near zero."""
-    rotary = Rotary(32)
-    far = torch.tensor([[2_000_000_011]])
-    turns = [(2_000_000_011 * int(i)) % 2**32 for i in rotary.increments]
+    increments = _increments(32)
+    turns = [(2_000_000_011 * int(i)) % 2**32 for i in increments]
     expected = (torch.tensor(turns, dtype=torch.float64) * 2 * torch.pi / 2**32).cos()
-    cos, _ = rotary(far, torch.float32)
-    assert float((cos.flatten() - torch.cat([expected, expected])).abs().max()) < 1e-6
+    far = phase_angles(torch.tensor([[2_000_000_011]]), increments, torch.float32).cos()
+    assert float((far.flatten() - expected).abs().max()) < 1e-6
     exact = (255 * 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)).cos()
-    cos, _ = rotary(torch.tensor([[255]]), torch.float64)
-    assert float((cos.flatten() - torch.cat([exact, exact])).abs().max()) < 1e-6
+    near = phase_angles(torch.tensor([[255]]), increments, torch.float64).cos()
+    assert float((near.flatten() - exact).abs().max()) < 1e-6
 
 
-def test_rotary_turns_pairs_as_complex_numbers() -> None:
-    rotary = Rotary(8).double()
-    x = torch.randn(2, 3, 10, 8, dtype=torch.float64)  # five positions, twice over
+@pytest.mark.parametrize("rotary", ["halves", "pairs"])
+def test_rotary_turns_pairs_as_complex_numbers(rotary: str) -> None:
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     position = torch.tensor([[0, 1, 2, 3, 4], [100, 101, 102, 103, 104]])
-    angle = position.repeat(1, 2)[:, None, :, None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
-    expected = torch.cat([turned.real, turned.imag], -1)
-    assert float((rotary.rotate(x, rotary(position, torch.float64)) - expected).abs().max()) < 1e-6
+    angle = position[:, None, :, None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    found = rotate(x, phase_angles(position, _increments(8), torch.float64), rotary)
+    if rotary == "halves":
+        turned = torch.complex(*x.chunk(2, -1)) * turn
+        expected = torch.cat([turned.real, turned.imag], -1)
+    else:
+        expected = torch.view_as_real(torch.view_as_complex(x.reshape(2, 3, 5, 4, 2)) * turn).reshape(x.shape)
+    assert float((found - expected).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .causal_convolution import causal_convolution
+
 NORM_EPS = 1e-6
 
 StreamState = dict[str, Tensor]
@@ -92,24 +94,6 @@ def join_heads(x: Tensor) -> Tensor:
     return x.reshape(batch, length, heads * width)
 
 
-def row_index(places: Tensor, heads: int) -> Tensor:
-    """Expands cache rows (B, n) int64 to the indices of `write_rows` for every head: (B, heads, n, 3)."""
-    batch, count = places.shape
-    stream = torch.arange(batch, device=places.device)[:, None, None].expand(-1, heads, count)
-    head = torch.arange(heads, device=places.device)[None, :, None].expand(batch, -1, count)
-    return torch.stack([stream, head, places.unsqueeze(1).expand(-1, heads, -1)], -1)
-
-
-def write_rows(cache: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Writes rows (B, heads, n, D) into cache (B, heads, N, D) at index (B, heads, n, 3): stream, head and row.
-
-    Exported as a ScatterND, which copies whole rows; ScatterElements would copy single elements.
-    """
-    if torch.compiler.is_exporting():
-        return torch.onnx.ops.symbolic("ScatterND", [cache, index, rows], dtype=cache.dtype, shape=cache.shape)
-    return cache.index_put(tuple(index.unbind(-1)), rows)
-
-
 class CausalConv(nn.Module):
     """Depthwise causal convolution over tokens (section 4.4). Its state is the last width - 1 inputs."""
 
@@ -123,15 +107,7 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, T, channels); past: (B, width - 1, channels). Returns the output and the next past."""
-        length = x.shape[1]
-        x = torch.cat([past, x], 1)
-        if length == 1:
-            return (x * self.weight).sum(1, keepdim=True), x[:, 1:]
-        taps = self.weight.unbind(0)
-        y = taps[0] * x[:, :length]
-        for i, tap in enumerate(taps[1:], start=1):
-            y = y + tap * x[:, i : i + length]
-        return y, x[:, length:]
+        return causal_convolution(past, x, self.weight)
 
 
 class FeedForward(nn.Module):

@@ -76,9 +76,10 @@ class Titans(StreamModel):
         for name in self.initial_state(1):
             role = ROLES[name.rsplit(".", 1)[-1]]
             written = None
-            if role == "cache" and self.config.variant == "mac":
-                first, segment = self.config.persistent, self.config.window
-                written = {"axis": 2, "first": [first, first + segment], "period": segment}
+            if role == "cache":
+                first, period = self.config.persistent, self.config.window
+                rings = [first, first + period] if self.config.variant == "mac" else [first]
+                written = {"axis": 2, "first": rings, "period": period}
             if role == "memory":
                 chunk = self.config.memory.chunk
                 facts[name] = StateInfo(role, layout, chunk=chunk, operator="NeuralMemory")

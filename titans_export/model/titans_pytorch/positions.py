@@ -6,13 +6,11 @@ logits depend on that choice, and it makes every call of a graph cover the same 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import PHASE_BITS
+from ..cached_attention import phase_angles, phase_increments
 from ..layers import Linear
 from ..rounding import keep_rest, rest_in_use
 
@@ -84,16 +82,13 @@ class PairRotary(nn.Module):
 
     def set_frequencies(self, frequencies: Tensor) -> None:
         """frequencies: (head_dim / 2,), radians per row."""
-        turns = frequencies.double() / (2 * math.pi) * 2**PHASE_BITS
-        self.increments.copy_(turns.round().to(torch.int64))
-        keep_rest(self.increments, turns - turns.round())
+        increments, rest = phase_increments(frequencies)
+        self.increments.copy_(increments)
+        keep_rest(self.increments, rest)
 
     def forward(self, rows: Tensor) -> Angle:
         """rows: (B, T) int64. Returns cos and sin of each element's angle, (B, 1, T, head_dim)."""
-        phase = torch.remainder(rows.unsqueeze(-1) * self.increments, 2**PHASE_BITS).to(self.quarter.dtype)
-        if (rest := rest_in_use(self.increments)) is not None:
-            phase = phase + rows.unsqueeze(-1) * rest
-        angle = (phase * (2 * math.pi / 2**PHASE_BITS)).unsqueeze(1)
+        angle = phase_angles(rows, self.increments, self.quarter.dtype, rest_in_use(self.increments)).unsqueeze(1)
         angle = angle.repeat_interleave(2, -1)
         return angle.cos(), angle.sin()
 

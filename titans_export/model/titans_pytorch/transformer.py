@@ -121,7 +121,7 @@ class Layer(nn.Module):
 class _Shared:
     """Values that layers pass on within a call."""
 
-    def __init__(self, call: Call, first: Tensor, count: int, aligned: bool, window: Window) -> None:
+    def __init__(self, call: Call, first: Tensor, count: int, aligned: bool, window: Window | None) -> None:
         self.call, self.first, self.count, self.aligned, self.window = call, first, count, aligned, window
         self.earlier: list[Tensor] = []  # inputs and outputs of attention and feed-forward
         self.values: Tensor | None = None  # those of the first layer
@@ -305,7 +305,7 @@ class MemoryAsContext(StreamModel):
             own = {name: value for name, value in state.items() if name not in ("keys", "values")}
             x, gate, following = self._memory(layer, x, own, shared)
         given, mixed, weight = layer.attention_connection(x)
-        attended, values, cache = layer.attention(given, state, shared.window, shared.values)
+        attended, values, cache = layer.attention(given, state, shared.first, shared.window, shared.values)
         attended = attended if gate is None else attended * gate
         shared.values = values if shared.values is None else shared.values
         into_ff, mixed, ff_weight = layer.ff_connection(Residuals(mixed, attended, weight))
