@@ -5,8 +5,9 @@
     python -m benchmarks.streams --older 123c1ac                      beside an older commit, which is set up first
 
 The models are the examples mac-bytes and recall, the model of titans-pytorch's train_mac.py, and a MAC model of 100 M
-parameters with random weights. The implementations are the runtime, the runtime of an older commit with the bundle that
-commit exports, and the same mathematics through torch.compile with a batch of as many streams.
+parameters with random weights. The implementations are the runtime, with fast and with exact batches if the bundle's
+graphs take many streams, the runtime of an older commit with the bundle that commit exports, and the same mathematics
+through torch.compile with a batch of as many streams.
 
 Before anything is timed, the logits of all implementations are compared after the same tokens. The exit code is 3 if
 they differ by more than the bundle's tolerance. In each kind and number of streams, all are measured interleaved.
@@ -112,15 +113,18 @@ def implementations(subject: Subject, threads: int, older: Older | None, compile
     """Makers of workers by the implementation's name; the first is the one that ratios are of."""
     target = "bundle_streams:BundleStreams"
 
-    def options(count: int) -> dict[str, Any]:
+    def options(count: int, more: dict[str, Any]) -> dict[str, Any]:
         """A batch of several streams runs on a thread for each core, each with one thread."""
-        return {"threads": threads} if count == 1 else {"threads": 1, "batch_threads": threads}
+        return {"threads": threads} if count == 1 else {"threads": 1, "batch_threads": threads, **more}
 
-    def runtime(bundle: Path, python: Path, count: int) -> Worker:
-        arguments = (str(bundle), count, options(count))
+    def runtime(bundle: Path, python: Path, count: int, **more: Any) -> Worker:
+        arguments = (str(bundle), count, options(count, more))
         return Worker(target, *arguments, threads=threads, environment=(python, ANY_COMMIT))
 
-    found: dict[str, Make] = {"runtime": partial(runtime, subject.bundle.path, Path(sys.executable))}
+    own = partial(runtime, subject.bundle.path, Path(sys.executable))
+    found: dict[str, Make] = {"runtime": own}
+    if subject.bundle.manifest.controls.slots is not None:
+        found = {"runtime": partial(own, batch="fast"), "runtime, exact batches": own}
     if older is not None:
         bundle = FOLDER / f"{subject.name}-{older.commit[:7]}.titans"
         older.export(subject.checkpoint, bundle, subject.options)
