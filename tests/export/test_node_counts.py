@@ -1,0 +1,41 @@
+"""How many nodes ONNX Runtime runs in the graphs of the example models, with our kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx_ops import LIBRARY
+
+from titans_export.checkpoints.titans import load
+from titans_export.onnx.graphs import example_inputs, export_graph
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "checkpoints"
+# A larger number slows every token down: change it only with a reason.
+NODES = {("mac-bytes", "decode"): 144, ("recall", "chunk"): 85, ("recall", "decode"): 82}
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="the kernels are not built: make setup")
+@pytest.mark.parametrize(("name", "graph"), NODES)
+def test_a_call_runs_no_more_nodes(name: str, graph: str, tmp_path: Path) -> None:
+    model = load(CHECKPOINTS / name).model
+    [entry] = [entry for entry in model.graphs(1) if entry.name == graph]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(LIBRARY))
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(
+        export_graph(model, entry).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {"tokens": example_inputs(model, entry.tokens).numpy(), "position": np.zeros(1, np.int64)}
+    feeds |= {"learn": np.ones(1, np.bool_)}
+    feeds |= {state: value.detach().numpy() for state, value in model.initial_state(1).items()}
+    session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    assert len(ran) == NODES[name, graph]
