@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from . import trust
 from .errors import BundleError
 from .files import utf8_path
 from .golden import GOLDEN, Golden, read_golden
@@ -73,8 +74,9 @@ class Bundle:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Opens the bundle at `path` and checks its manifest, sizes, hashes and external data. Raises BundleError."""
+    """Opens the bundle at `path` and checks its manifest, sizes, hashes and graphs. Raises BundleError."""
     manifest = read_manifest(path)
+    trust.current().check(path, manifest)
     for name, record in manifest.files.items():
         file = path / name
         try:
@@ -87,19 +89,31 @@ def read_bundle(path: Path) -> Bundle:
             raise BundleError("E0204", name, f"damaged file: expected {record.bytes} bytes, got {size}", _FIX)
         if (found := file_record(file).xxh3_128) != record.xxh3_128:
             raise BundleError("E0204", name, f"damaged file: expected hash {record.xxh3_128}, got {found}", _FIX)
-    _check_external_data(path, manifest)
+    _check_graphs(path, manifest)
     return Bundle(path, manifest)
 
 
-def _check_external_data(path: Path, manifest: Manifest) -> None:
-    """Checks that graphs read no file that the manifest does not list for them. Raises BundleError."""
-    from .onnx.external import check_external_data
+def _check_graphs(path: Path, manifest: Manifest) -> None:
+    """Checks that all readers read the graphs alike, and that these have known operators and read known files only.
 
+    Raises BundleError.
+    """
     files = {manifest.weights.file}
     for graph in manifest.graphs:
-        check_external_data(path / graph.file, files)
+        _check_graph(path / graph.file, files, compiled=False)
     for engine in manifest.engines:
         if engine.compiler == "onnxruntime":
             own = {engine.weights.file} if engine.weights else set()
             for compiled in engine.graphs:
-                check_external_data(path / compiled.file, files | own)
+                _check_graph(path / compiled.file, files | own, compiled=True)
+
+
+def _check_graph(path: Path, files: set[str], compiled: bool) -> None:
+    from .onnx.encoding import parse_model
+    from .onnx.external import check_external_data
+    from .operators.allowed import check_operators
+
+    model = parse_model(path.read_bytes(), path.name)
+    check_external_data(model, path.name, files)
+    if not trust.current().any_operator:
+        check_operators(model, path.name, compiled)

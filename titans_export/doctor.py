@@ -18,6 +18,7 @@ from pathlib import Path
 from . import __version__
 
 EXPORT, RUN = "export", "run on the CPU"
+SOUND_ONNXRUNTIME = (1, 28)  # the first release without known memory errors in its operators
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def _package(name: str, needed_for: str, required_for: tuple[str, ...] = ()) -> 
     version = None
     with suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(name)
-    return Finding(name, version, needed_for, f"pip install {name}", required_for=required_for)
+    detail = memory_errors(version) if version and name == "onnxruntime" else ""
+    return Finding(name, version, needed_for, f"pip install {name}", detail.removesuffix(": "), required_for)
 
 
 def _runtime() -> list[Finding]:
@@ -141,8 +143,18 @@ def _onnxruntime() -> Finding:
         except (OSError, AttributeError) as error:
             reason = str(error)
             continue
-        return Finding(name, version, needed_for, fix, f"{path} ({', '.join(providers)})", required_for)
+        detail = f"{memory_errors(version)}{path} ({', '.join(providers)})"
+        return Finding(name, version, needed_for, fix, detail, required_for)
     return Finding(name, None, needed_for, fix, reason, required_for)
+
+
+def memory_errors(version: str) -> str:
+    """A warning for an ONNX Runtime whose operators have known memory errors; empty for others."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not numbers or numbers >= SOUND_ONNXRUNTIME:
+        return ""
+    least = ".".join(map(str, SOUND_ONNXRUNTIME))
+    return f"KNOWN MEMORY ERRORS, take {least} or newer for bundles of others: "
 
 
 def _onnxruntime_candidates() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from .names import shown
+
 _OS_FIXES = {
     errno.ENOSPC: "free some space or choose another place",
     errno.EDQUOT: "free some space or choose another place",
@@ -18,8 +20,8 @@ _OS_FIXES = {
 
 
 def error_line(code: str, where: str, problem: str, fix: str) -> str:
-    """`[where] problem. Fix: fix (code)` on one line. White space of any kind becomes one space."""
-    return " ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split())
+    """`[where] problem. Fix: fix (code)` on one line. White space becomes one space, a hidden character an escape."""
+    return shown(" ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split()))
 
 
 def os_error_fix(error: OSError) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from .bundle import MANIFEST, Bundle
 from .dtypes import tensor_bytes
 from .manifest import Manifest, StateTensor, plain
+from .trust import bundle_sha256
 
 
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "state_bytes": sum(entry["bytes"] for entry in state),
         "files": _files(bundle),
         "hashes": "ok",
+        "sha256": bundle_sha256(bundle.path, manifest),
         "engines": plain(manifest.engines),
         "targets": [{"backend": "onnxruntime", "device": "cpu"}, *_engine_targets(manifest)],
     }

@@ -14,14 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+from . import strict_json
 from .dtypes import DTYPES, MEMORY_DTYPES, field_words
 from .errors import BundleError, MissingBundleError, NewerBundleError, OlderBundleError, os_error_fix
+from .names import LONGEST_TEXT, is_plain, is_text
 from .schedule import missing
 
 FORMAT, SCHEMA_VERSION = "titans-bundle", 2
 MANIFEST = "manifest.json"
 LONGEST_MANIFEST = 16 << 20  # bytes, as in the runtime
-DEEPEST_MANIFEST = 64  # levels of nested JSON, as in the runtime
 GUARD_POLICIES = ("off", "raise", "freeze", "skip", "rewind", "decay", "restart")
 GUARDED_KINDS = ("weights", "surprise")  # of the fields whose norms guards limit
 NO_ENGINE = "none"  # the name that selects the plain graphs
@@ -53,22 +54,26 @@ def missing_field(path: str) -> BundleError:
 
 
 def string(value: Any, path: str) -> str:
-    """A text without NUL, which would end it for C."""
-    if not isinstance(value, str) or "\0" in value:
-        raise wrong(path, "a string", value)
+    """A text without hidden characters."""
+    if not isinstance(value, str) or not is_text(value):
+        raise wrong(path, "a text without hidden characters", value)
+    if len(value.encode()) > LONGEST_TEXT:
+        raise wrong(path, f"a text of at most {LONGEST_TEXT} bytes", value)
+    return value
+
+
+def plain_name(value: Any, path: str) -> str:
+    """A name that may become a part of a path or a word of a script."""
+    if not isinstance(value, str) or not is_plain(value):
+        raise wrong(path, "a plain name", value)
     return value
 
 
 def file_name(value: Any, path: str) -> str:
     """The name of a file in the bundle's folder itself."""
-    if not isinstance(value, str) or not is_plain_name(value):
+    if not isinstance(value, str) or not is_plain(value):
         raise wrong(path, "a plain file name", value)
     return value
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a file of that name lies in the bundle's folder itself."""
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def word(*known: str) -> Read:
@@ -204,6 +209,7 @@ def plain(value: Any) -> Any:
 
 Shape = Annotated[tuple[int, ...], array(integer(1))]
 Text = Annotated[str, string]
+Name = Annotated[str, plain_name]
 OptionalText = Annotated[str | None, nullable(string)]
 FileName = Annotated[str, file_name]
 Count = Annotated[int, integer(1, _LARGEST)]
@@ -244,7 +250,7 @@ class Model(Entry):
     """The exported model. parameters: their number; config: the checkpoint's configuration."""
 
     name: Text
-    variant: Text
+    variant: Name
     parameters: Annotated[int, integer(0)]
     config: Annotated[Mapping[str, Any] | None, object_of] = None
     source: Annotated[Source | None, nullable(Source.from_json)] = None
@@ -265,7 +271,7 @@ class Input(Entry):
     """The graph input that streams consume: int64 token ids (1, T), or float32 vectors (1, T, size)."""
 
     kind: Annotated[str, word("tokens", "vectors")]
-    name: Text
+    name: Name
     dtype: Text
     vocab_size: Annotated[int | None, integer(1, _LARGEST)] = None  # of tokens
     size: Annotated[int | None, integer(1, _LARGEST)] = None  # of vectors
@@ -290,7 +296,7 @@ class Output(Entry):
     """The graph output: float32 logits or vectors (1, T, size), row t after token or vector t."""
 
     kind: Annotated[str, word("logits", "vectors")]
-    name: Text
+    name: Name
     dtype: Annotated[str, word("float32")]
     size: Count
 
@@ -303,10 +309,10 @@ class Controls(Entry):
     input valid, int64 (B,), the number of tokens of each stream that count. All other graphs take one stream.
     """
 
-    position: Text
-    learn: Text
-    valid: Annotated[str | None, string] = None
-    slots: Annotated[str | None, string] = None
+    position: Name
+    learn: Name
+    valid: Annotated[str | None, plain_name] = None
+    slots: Annotated[str | None, plain_name] = None
 
     @property
     def names(self) -> list[str]:
@@ -315,9 +321,6 @@ class Controls(Entry):
 
     def check(self, path: str) -> None:
         """Compares the names with each other."""
-        for key, name in (("valid", self.valid), ("slots", self.slots)):
-            if name == "":
-                raise wrong(f"{path}.{key}", "a name", name)
         if self.valid is not None and self.slots is None:
             raise wrong(f"{path}.valid", "no name, as there are no slots", self.valid)
 
@@ -326,7 +329,7 @@ class Controls(Entry):
 class Tokenizer(Entry):
     """How text becomes tokens. kind: bytes, file or none; later versions may have others."""
 
-    kind: Text
+    kind: Name
     file: Annotated[str | None, file_name] = None
 
     def check(self, path: str) -> None:
@@ -344,13 +347,13 @@ class LayoutField(Entry):
     a chunk's start.
     """
 
-    name: Text
+    name: Name
     offset: Annotated[int, integer(0)]
     shape: Shape
     dtype: Annotated[str, word(*MEMORY_DTYPES)] = "float32"
-    kind: Annotated[str | None, string] = None
+    kind: Annotated[str | None, plain_name] = None
     written: Annotated[str, word("token", "row", "chunk")] = "token"
-    of: Annotated[str | None, string] = None
+    of: Annotated[str | None, plain_name] = None
     at_start: Annotated[int | None, integer(0, 1)] = None
 
     @property
@@ -384,17 +387,17 @@ class StateTensor(Entry):
     operator: the operator that updates a memory.
     """
 
-    name: Text
-    input: Text
-    output: Text
+    name: Name
+    input: Name
+    output: Name
     dtype: Annotated[str, word(*DTYPES)]
     shape: Shape
-    role: Text
+    role: Name
     layout: Annotated[tuple[LayoutField, ...], array(LayoutField.from_json)] = ()
     written: Annotated[WrittenRows | None, WrittenRows.from_json] = None
     chunk: Annotated[int | None, integer(1, _LARGEST)] = None
     rows: Annotated[StreamRows | None, StreamRows.from_json] = None
-    operator: Annotated[str | None, string] = None
+    operator: Annotated[str | None, plain_name] = None
 
     def check(self, path: str) -> None:
         """Compares the keys with the shape and the role."""
@@ -431,7 +434,7 @@ class GraphEntry(Entry):
     weights: its initialisers that lie in the bundle's weights file.
     """
 
-    name: Text
+    name: Name
     file: FileName
     tokens: Count
     stride: Count
@@ -451,9 +454,9 @@ class GraphEntry(Entry):
 class GoldenSample(Entry):
     """Names of the tensors that describe outputs too wide to keep whole. seed: of the sketches."""
 
-    columns: Text
-    sketches: Text
-    log_sum_exp: Annotated[str | None, string] = None
+    columns: Name
+    sketches: Name
+    log_sum_exp: Annotated[str | None, plain_name] = None
     seed: Annotated[int, integer(0)]
 
 
@@ -466,11 +469,11 @@ class Golden(Entry):
     """
 
     file: FileName
-    tokens: Annotated[str | None, string] = None
-    logits: Annotated[str | None, string] = None
-    vectors: Annotated[str | None, string] = None
-    outputs: Annotated[str | None, string] = None
-    positions: Annotated[str | None, string] = None
+    tokens: Annotated[str | None, plain_name] = None
+    logits: Annotated[str | None, plain_name] = None
+    vectors: Annotated[str | None, plain_name] = None
+    outputs: Annotated[str | None, plain_name] = None
+    positions: Annotated[str | None, plain_name] = None
     sample: Annotated[GoldenSample | None, nullable(GoldenSample.from_json)] = None
     tolerance: Annotated[float, number]
 
@@ -522,7 +525,7 @@ class MemoryFormat(Entry):
     """How memories are kept between calls. seed: of stochastic rounding."""
 
     dtype: Annotated[str, word(*MEMORY_DTYPES), _ALWAYS] = "float32"
-    rounding: Annotated[str, string, _ALWAYS] = "nearest"
+    rounding: Annotated[str, plain_name, _ALWAYS] = "nearest"
     seed: Annotated[int, integer(0), _ALWAYS] = 0
 
 
@@ -572,16 +575,16 @@ class Guard(Entry):
 class Plugin(Entry):
     """The plugin that an engine calls for the memory."""
 
-    name: Text
-    namespace: Text
-    version: Text
+    name: Name
+    namespace: Name
+    version: Name
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineGraph(Entry):
     """A compiled graph. weights: initialisers that the runtime hands over."""
 
-    graph: Text
+    graph: Name
     file: FileName
     weights: Annotated[tuple[str, ...] | None, nullable(array(string))] = None
 
@@ -590,20 +593,20 @@ class EngineGraph(Entry):
 class EngineEntry(Entry):
     """The graphs compiled for a kind of device. weights: a file with weights of the engine's own."""
 
-    name: Text
-    target: Text
-    compiler: Text
-    compiler_version: Text
-    precision: Text
-    device: Text
+    name: Name
+    target: Name
+    compiler: Name
+    compiler_version: Name
+    precision: Name
+    device: Name
     sm: Annotated[tuple[int, ...], nullable(array(integer(1, 999)), ())]
-    platform: Text
-    cuda: Annotated[str | None, nullable(string), _ALWAYS] = None
+    platform: Name
+    cuda: Annotated[str | None, nullable(plain_name), _ALWAYS] = None
     driver: Annotated[int | None, nullable(integer(1, _LARGEST)), _ALWAYS] = None
-    memory: Text
+    memory: Name
     plugin: Annotated[Plugin | None, nullable(Plugin.from_json), _ALWAYS] = None
-    alias: Annotated[str | None, nullable(string), _ALWAYS] = None
-    state_in_place: Annotated[tuple[str, ...], nullable(array(string), ()), _ALWAYS] = ()
+    alias: Annotated[str | None, nullable(plain_name), _ALWAYS] = None
+    state_in_place: Annotated[tuple[str, ...], nullable(array(plain_name), ()), _ALWAYS] = ()
     graphs: Annotated[tuple[EngineGraph, ...], array(EngineGraph.from_json)]
     weights: Annotated[FileReference | None, nullable(FileReference.from_json)] = None
 
@@ -817,11 +820,11 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(text: str, folder: Path | None = None) -> Manifest:
     """The manifest in a JSON text. `folder` is the bundle's, for messages. Raises BundleError."""
     try:
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        values = strict_json.loads(text)
+    except json.JSONDecodeError as error:
         raise fail(f"expected a JSON object, got text that is not JSON: {error}") from None
-    if _levels(values, DEEPEST_MANIFEST) > DEEPEST_MANIFEST:
-        raise fail(f"JSON nested deeper than {DEEPEST_MANIFEST} levels")
+    except ValueError as error:
+        raise fail(str(error)) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         problem = f'{folder or "the text"} is not a bundle: its manifest has no "format": "{FORMAT}"'
         raise BundleError("E0201", "bundle", problem, "give the path of a NAME.titans folder")
@@ -834,23 +837,3 @@ def parse_manifest(text: str, folder: Path | None = None) -> Manifest:
         fix = f"export the checkpoint again: titans-export export CHECKPOINT -o {folder or 'NAME.titans'}"
         raise OlderBundleError("E0203", MANIFEST, problem, fix)
     return Manifest.from_json(values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
-    """A JSON object. Raises ValueError for a key that occurs twice, as readers disagree on which one counts."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"key {json.dumps(_twice(key for key, _ in pairs))} twice in one object")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _levels(value: Any, most: int) -> int:
-    """Levels of nested JSON; counting ends after `most`."""
-    if most < 0 or not isinstance(value, (dict, list)):
-        return 0
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max((_levels(one, most - 1) for one in inner), default=0)

@@ -454,7 +454,7 @@ def test_shards_must_fit(index: Path, tmp_path: Path) -> None:
     index.write_text(json.dumps(values))
     refuse(index, "has a tensor 'embedding', which the index does not list")
     index.write_text(original.replace('"weight_map": {', '"weight_map": {"embedding": "x.safetensors", '))
-    refuse(index, "not a readable index: 'embedding' is in it twice")
+    refuse(index, 'not a readable index: key "embedding" twice in one object')
     for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000):
         index.write_text(text)
         refuse(index, "E0317")

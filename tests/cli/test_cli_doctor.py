@@ -41,6 +41,13 @@ def test_the_table_names_everything(runtime: None) -> None:
     assert "run on the CPU: works" in text
 
 
+def test_known_memory_errors_of_onnxruntime() -> None:
+    for version in ("1.21.0", "1.23.2", "1.27.1", "0.9"):
+        assert "KNOWN MEMORY ERRORS" in doctor.memory_errors(version), version
+    for version in ("1.28.0", "1.32.0", "2.0", "unknown"):
+        assert not doctor.memory_errors(version), version
+
+
 def test_no_onnxruntime(runtime: None, tmp_path: Path) -> None:
     result = spawn("doctor", "--json", TITANS_ONNXRUNTIME=str(tmp_path / "libonnxruntime.so"))
     result.check_failure(4, "libonnxruntime", "pip install onnxruntime")

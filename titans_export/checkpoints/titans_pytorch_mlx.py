@@ -5,13 +5,13 @@ The configuration is a given file, part of the checkpoint, or a config.json besi
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import strict_json
 from ..errors import CheckpointError, MissingCheckpointError, UsageError
 from ..model.titans_pytorch_mlx.loading import library_shapes, load_tensors
 from ..model.titans_pytorch_mlx.model import SegmentModel
@@ -65,7 +65,7 @@ TRAINED_WITH = (
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.loads(path.read_bytes(), plain=False)
     except FileNotFoundError:
         raise MissingCheckpointError(
             "E0308",

@@ -12,7 +12,7 @@ import click
 from ..bench import KINDS
 from ..errors import MachineError, MismatchError, UsageError
 from ..files import check_file, replacing_file
-from .command import Command, emit, json_option, note, to_json
+from .command import Command, emit, json_option, note, say, to_json
 from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options, weights_option
 from .table import number, size, table
 
@@ -37,6 +37,8 @@ class BenchOptions(SessionOptions):
 
 @click.command(
     cls=Command,
+    bundles=True,
+    foreign=False,
     examples=(
         "titans-export bench mac.titans",
         "titans-export bench mac.titans --against checkpoints/mac --json",
@@ -147,10 +149,10 @@ def _print(plan: Plan, results: list[Result], ratios: dict[str, dict[str, float]
     measured = [result for result in results if result.speeds]
     for kind, others in ratios.items():
         texts = [f"{value:.2f} times as fast as {name}" for name, value in others.items()]
-        click.echo(f"{kind}: {measured[0].baseline.name} is " + ", ".join(texts))
+        say(f"{kind}: {measured[0].baseline.name} is " + ", ".join(texts))
     for kind in KINDS if measured else ():
         count = plan.prefill_tokens if kind == "prefill" else plan.decode_tokens
-        click.echo(f"\n{kind}, {count} tokens per pass, {plan.rounds} rounds, {plan.threads} threads\n")
+        say(f"\n{kind}, {count} tokens per pass, {plan.rounds} rounds, {plan.threads} threads\n")
         header = (
             "baseline",
             "tokens/s",
@@ -162,16 +164,16 @@ def _print(plan: Plan, results: list[Result], ratios: dict[str, dict[str, float]
             "state",
             "peak memory",
         )
-        click.echo(table(header, [_row(result, kind) for result in measured]))
+        say(table(header, [_row(result, kind) for result in measured]))
     red = [result for result in results if result.passed is False]
     if red:
         rows = [(r.baseline.name, number(r.max_abs_error), r.first_bad_position) for r in red]
-        click.echo(table(("incorrect baseline", "max error", "first bad position"), rows))
+        say(table(("incorrect baseline", "max error", "first bad position"), rows))
     for result in results:
         for name, text in result.notes.items():
-            click.echo(f"{result.baseline.name}: {name.replace('_', ' ')}: {text}")
+            say(f"{result.baseline.name}: {name.replace('_', ' ')}: {text}")
         if result.unavailable:
-            click.echo(f"{result.baseline.name} is unavailable: {result.unavailable}")
+            say(f"{result.baseline.name} is unavailable: {result.unavailable}")
 
 
 def _row(result: Result, kind: str) -> tuple[object, ...]:

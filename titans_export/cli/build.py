@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .command import Command, emit, json_option, note
+from .command import Command, emit, json_option, note, say
 from .options import PATH
 from .table import size, table
 
@@ -47,6 +47,7 @@ class BuildOptions:
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export build mac.titans --target rtx-40 --precision fp16",
         "titans-export build mac.titans --target orin-agx --dry-run",
@@ -153,7 +154,7 @@ def _build(options: BuildOptions) -> None:
     if "weights" in report.engine:
         own = report.engine["weights"]["file"]
         rows.append(("shared weights", own, size((Path(report.bundle) / own).stat().st_size), "", ""))
-    click.echo(
+    say(
         f"{report.bundle}: engine {report.engine['name']}, {report.engine['compiler']} "
         f"{report.engine['compiler_version']}, {report.seconds} s\n"
         + table(("graph", "file", "size", "layers", "seconds"), rows)
@@ -171,7 +172,7 @@ def _list(as_json: bool) -> None:
          ", ".join(t.precisions), t.system)
         for t in TARGETS.values()
     ]  # fmt: skip
-    click.echo(table(("target", "device", "sm", "memory", "platform", "compilers", "precisions", "system, from"), rows))
+    say(table(("target", "device", "sm", "memory", "platform", "compilers", "precisions", "system, from"), rows))
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
@@ -207,7 +208,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         lines.append(f"updated in place ({plan.alias}): {', '.join(plan.in_place) or 'none'}")
     if memory:
         lines.append(memory)
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _emit_trtexec(plan: Plan, output: Path | None, overwrite: bool, as_json: bool) -> None:
@@ -220,7 +221,7 @@ def _emit_trtexec(plan: Plan, output: Path | None, overwrite: bool, as_json: boo
         return
     if not output:
         note("-o DIR writes the graphs that these commands read")
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _profile(text: str) -> tuple[str, tuple[Shape, Shape, Shape]]:

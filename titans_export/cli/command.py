@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 
 import click
 
+from ..names import shown
+from ..trust import Trust, trusting
 from .failures import FAILED, close_stdout, explain
 
 NAME = "titans-export"
@@ -22,12 +25,18 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sho
 
 
 class Command(click.Command):
-    """A command with `--debug`, and an example in its help."""
+    """A command with `--debug`, and an example in its help.
+
+    bundles: it opens bundles and has `--expect-sha256`. foreign: it then has `--allow-any-operator` too.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.examples: tuple[str, ...] = kwargs.pop("examples", ())
+        bundles, foreign = kwargs.pop("bundles", False), kwargs.pop("foreign", True)
         kwargs.setdefault("context_settings", CONTEXT)
         super().__init__(*args, **kwargs)
+        if bundles:
+            self.params += [_expect_option(), *([_operator_option()] if foreign else [])]
         debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of a failure.", show_default=False)
         debug.expose_value = False
         debug.callback = _remember_debug
@@ -43,11 +52,46 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; `--debug` prints the traceback of a failure first."""
         try:
-            return super().invoke(ctx)
+            with trusting(Trust(ctx.meta.get("expected", frozenset()), ctx.meta.get("any_operator", False))):
+                return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
             if ctx.meta.get("debug") and not isinstance(error, click.exceptions.Exit):
                 traceback.print_exc(file=sys.stderr)
             raise
+
+
+def _expect_option() -> click.Option:
+    def remember(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+        for digits in value:
+            if not re.fullmatch(r"[0-9a-fA-F]{64}", digits):
+                raise click.BadParameter(f"expected 64 hexadecimal digits, got {digits[:80]!r}")
+        ctx.meta["expected"] = frozenset(digits.lower() for digits in value)
+
+    return click.Option(
+        ["--expect-sha256"],
+        multiple=True,
+        metavar="HEX",
+        expose_value=False,
+        callback=remember,
+        show_default=False,
+        help="SHA-256 of the bundle, as inspect prints it; refuse any other. Once per bundle.",
+    )
+
+
+def _operator_option() -> click.Option:
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta["any_operator"] = value
+        if value:
+            note("warning: graphs may have any operator, and some read and write memory outside of their tensors")
+
+    return click.Option(
+        ["--allow-any-operator"],
+        is_flag=True,
+        expose_value=False,
+        callback=remember,
+        show_default=False,
+        help="Open graphs with operators that titans-export does not write. For bundles of your own only.",
+    )
 
 
 class Interrupted(SystemExit):
@@ -71,7 +115,7 @@ class Program(click.Group):
             sys.exit(FAILED)
         except (Exception, KeyboardInterrupt) as error:
             message, code = explain(error)
-            click.echo(f"{NAME}: {message}", err=True)
+            say(f"{NAME}: {message}", err=True)
             if isinstance(error, (KeyboardInterrupt, click.Abort)):
                 raise Interrupted(code) from None
         sys.exit(code if isinstance(code, int) else 0)
@@ -106,9 +150,14 @@ def emit(result: dict[str, Any]) -> None:
     click.echo(to_json(result))
 
 
+def say(text: str, err: bool = False) -> None:
+    """Prints lines, with hidden characters as escapes: a terminal would obey those of a file."""
+    click.echo(shown(text, keep="\n"), err=err)
+
+
 def note(text: str) -> None:
     """Prints a note on stderr."""
-    click.echo(f"{NAME}: {text}", err=True)
+    say(f"{NAME}: {text}", err=True)
 
 
 def _finite(value: Any) -> Any:

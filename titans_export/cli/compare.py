@@ -10,7 +10,7 @@ import click
 
 from ..errors import MismatchError
 from ..files import check_file, replacing_file
-from .command import Command, emit, json_option, note, to_json
+from .command import Command, emit, json_option, note, say, to_json
 from .options import (
     PATH,
     SessionOptions,
@@ -67,6 +67,7 @@ class CompareOptions(SessionOptions):
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export compare int8.titans mac.titans --text book.txt --bits-tolerance 1 --html drift.html",
         "titans-export compare mac.titans mac.titans --reference-memory-kernel off --tolerance 1e-3",
@@ -186,7 +187,7 @@ def _compare(options: CompareOptions) -> None:
 def _print(report: Report) -> None:
     """The verdict, windows, memories, layers and recall."""
     drift = report.drift
-    click.echo(report.verdict())
+    say(report.verdict())
     if drift.windows:
         bits = drift.bits is not None
         columns = ("reference bits", "bits", "increase", "KL", "top-1 agreement") if bits else ()
@@ -202,18 +203,18 @@ def _print(report: Report) -> None:
                     f"{window.top1_agreement:.2%}",
                 )
             rows.append((window.start, *own, number(window.mean_abs_error), number(window.max_abs_error)))
-        click.echo("\n" + table(("from", *columns, "mean error", "max error"), rows))
+        say("\n" + table(("from", *columns, "mean error", "max error"), rows))
     last = [entry for entry in drift.memory if entry.position == drift.memory[-1].position]
     if last:
         rows = [(entry.layer, number(entry.weights), number(entry.surprise)) for entry in last]
-        click.echo("\n" + table(("memory at the end", "distance of W", "distance of S"), rows))
+        say("\n" + table(("memory at the end", "distance of W", "distance of S"), rows))
     if report.layers:
         rows = [(error.layer, error.what, number(error.relative_error)) for error in report.layers]
-        click.echo("\n" + table(("layer", "values", "relative error"), rows))
+        say("\n" + table(("layer", "values", "relative error"), rows))
     if report.recall:
         what = "answers right" if report.recall_task == "pairs" else "bits saved"
         rows = [(entry.distance, f"{entry.reference:.3f}", f"{entry.value:.3f}") for entry in report.recall]
-        click.echo("\n" + table(("recall distance", f"reference {what}", what), rows))
+        say("\n" + table(("recall distance", f"reference {what}", what), rows))
 
 
 def _drifted(options: CompareOptions, report: Report) -> MismatchError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import MismatchError
-from .command import Command, emit, json_option
+from .command import Command, emit, json_option, say
 from .options import PATH, key_option
 from .table import number, table
 
@@ -66,7 +66,7 @@ def _diff(options: DiffOptions) -> None:
     if options.as_json:
         emit(_as_json(one, other, found, tolerance, passed))
     else:
-        click.echo(_text(one, other, found))
+        say(_text(one, other, found))
     if not passed:
         raise _mismatch(one, other, found, tolerance)
 

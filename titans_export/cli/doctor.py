@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from ..errors import MachineError
-from .command import Command, emit, json_option
+from .command import Command, emit, json_option, say
 from .table import table
 
 
@@ -28,8 +28,8 @@ def doctor(as_json: bool) -> None:
         emit({"export": can[EXPORT], "run": can[RUN], "checks": checks})
     else:
         rows = [(f.name, f.version or "missing", f.needed_for, f.detail if f.found else f.fix) for f in findings]
-        click.echo(table(("component", "version", "needed for", "location, or how to install it"), rows))
-        click.echo("\n" + "\n".join(f"{purpose}: {'works' if ok else 'does not work'}" for purpose, ok in can.items()))
+        say(table(("component", "version", "needed for", "location, or how to install it"), rows))
+        say("\n" + "\n".join(f"{purpose}: {'works' if ok else 'does not work'}" for purpose, ok in can.items()))
     if not all(can.values()):
         lacking = next(f for f in findings if f.required_for and not f.found)
         detail = f": {lacking.detail}" if lacking.detail else ""

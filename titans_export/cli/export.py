@@ -11,7 +11,7 @@ import click
 
 from ..files import check_output
 from ..manifest import MANIFEST
-from .command import Command, emit, json_option, note
+from .command import Command, emit, json_option, note, say
 from .options import PATH, config_option, weights_option
 from .progress import progress_bar
 from .table import number, size
@@ -119,13 +119,13 @@ def _export(options: ExportOptions) -> None:
         fields["stability"] = report.stability.to_json() if report.stability else None
         emit({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()})
         return
-    click.echo(
+    say(
         f"{report.bundle}: {report.variant}, {report.parameters:,} parameters, weights {size(report.weights_bytes)}, "
         f"state {size(report.state_bytes)} per stream\n"
         f"maximum difference from PyTorch over {report.positions} tokens: {number(report.max_abs_error)} "
         f"(tolerance {number(report.tolerance)}, PyTorch float32 to float64 {number(report.pytorch_float32_error)})"
     )
     if report.stability is not None:
-        click.echo(describe(report.stability))
+        say(describe(report.stability))
     if report.library_error is not None:
-        click.echo(f"maximum difference of PyTorch from the original library: {number(report.library_error)}")
+        say(f"maximum difference of PyTorch from the original library: {number(report.library_error)}")

@@ -8,6 +8,7 @@ import sys
 import click
 
 from ..errors import TitansError, error_line, os_error_fix
+from ..names import shown
 
 FAILED, USAGE, MACHINE = 1, 2, 4
 
@@ -18,7 +19,7 @@ _RUNTIME_STATUS = {1: FAILED, 2: FAILED, 4: MACHINE}
 def explain(error: BaseException) -> tuple[str, int]:
     """The line for an error, and the exit code."""
     message, code = _explain(error)
-    return " ".join(message.split()), code
+    return shown(" ".join(message.split())), code
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

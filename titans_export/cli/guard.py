@@ -11,7 +11,7 @@ import click
 
 from ..errors import UsageError
 from ..manifest import GUARD_POLICIES
-from .command import Command, emit, json_option, note
+from .command import Command, emit, json_option, note, say
 from .options import (
     PATH,
     SessionOptions,
@@ -53,6 +53,7 @@ class GuardOptions(SessionOptions):
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export guard mac.titans --data book.txt",
         "titans-export guard mac.titans --data book.txt --policy freeze --margin 8 --overwrite",
@@ -121,7 +122,7 @@ def _guard(options: GuardOptions) -> None:
                 {"bundle": str(path), "written": not options.dry_run, "guard": None if kept is None else kept.to_json()}
             )
         else:
-            click.echo(f"{path}: no limits")
+            say(f"{path}: no limits")
         return
     limits, record = _find(options)
     path = options.bundle
@@ -156,7 +157,7 @@ def _show(options: GuardOptions, path: Path, limits: FoundLimits, record: Guard)
     kept = sum(piece.left_out is None for piece in limits.pieces)
     restart = f", every memory is reset after each {record.restart_every} tokens" if record.restart_every else ""
     rows = [(name, _number(one.seen), _number(one.limit)) for name, one in record.fields.items()]
-    click.echo(
+    say(
         f"{path}: {'limits found, not written' if options.dry_run else 'limits written'}, from {record.data.tokens:,} "
         f"tokens in {kept} of {len(limits.pieces)} pieces\npolicy {record.policy}{restart}\n"
         + table(("norm of", "largest seen", "limit"), rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .command import Command, emit, json_option
+from .command import Command, emit, json_option, say
 from .inspect_state import inspect_state
 from .options import PATH, key_option
 from .table import size, table
@@ -31,6 +31,7 @@ class InspectOptions:
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export inspect mac.titans --json",
         "titans-export inspect user.tstate --bundle mac.titans",
@@ -68,7 +69,7 @@ def _inspect(options: InspectOptions) -> None:
     if options.as_json:
         emit(info)
     else:
-        click.echo(_text(info, bundle))
+        say(_text(info, bundle))
 
 
 def _text(info: dict[str, Any], bundle: Bundle) -> str:
@@ -79,6 +80,7 @@ def _text(info: dict[str, Any], bundle: Bundle) -> str:
     head = [
         f"{info['bundle']}: {model['name']} ({model['variant']}), {model['parameters']:,} parameters",
         f"made by {info['producer']}, schema {info['schema_version']}, hashes ok",
+        f"SHA-256 {info['sha256']}",
         f"{_streams(info)}, runs on: {targets}",
         *_source(model.get("source") or {}),
     ]

@@ -6,11 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..errors import MismatchError
 from ..files import check_file
-from .command import emit
+from .command import emit, say
 from .table import size, table
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ def inspect_state(path: Path, bundle: Path | None, numpy: Path | None, key_file:
     if as_json:
         emit(_as_json(state, broken, memories, bundle, numpy))
     else:
-        click.echo(_text(state, broken, memories))
+        say(_text(state, broken, memories))
     if broken:
         more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
         raise MismatchError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import trust
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def open_session(bundle: Path, options: SessionOptions) -> titans_runtime.Sessio
     """Opens the bundle on the device. Needs numpy and the runtime only."""
     import titans_runtime
 
+    trust.current().check_folder(bundle)
     return titans_runtime.Session(
         bundle,
         device=options.device,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
+from .command import say
 
 INTERVAL = 10.0  # seconds between lines; a shorter step prints none
 
@@ -38,7 +38,7 @@ class _Lines:
         if now - self._shown < INTERVAL or (self._total is not None and self._done >= self._total):
             return
         self._shown = now
-        click.echo(f"titans-export: {self._label}: {self._text(now - self._began)}", err=True)
+        say(f"titans-export: {self._label}: {self._text(now - self._began)}", err=True)
 
     def _text(self, elapsed: float) -> str:
         if self._total is None or not self._done:

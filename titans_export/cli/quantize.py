@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .command import Command, emit, json_option, note
+from .command import Command, emit, json_option, note, say
 from .options import PATH, encoding_option
 from .progress import progress_bar
 from .table import number, size, table
@@ -42,6 +42,7 @@ class QuantizeOptions:
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export quantize mac.titans -o mac-int8.titans --recipe int8 --data book.txt",
         "titans-export quantize mac.titans -o small.titans --recipe int4-weight-only --data book.txt --memory int8",
@@ -134,7 +135,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         emit({"recipes": [recipe.as_dict() for recipe in recipes]})
         return
-    click.echo(table(("recipe", "data", "description"), [(r.name, _yes(r.needs_data), r.description) for r in recipes]))
+    say(table(("recipe", "data", "description"), [(r.name, _yes(r.needs_data), r.description) for r in recipes]))
 
 
 def _yes(value: bool) -> str:
@@ -154,13 +155,13 @@ def _show_plan(plan: QuantizePlan, as_json: bool) -> None:
     if plan.data:
         lines.append(f"data: {plan.data['tokens']} tokens in {plan.data['streams']} streams ({plan.data['xxh3_128']})")
     lines += [f"{name} is kept in float32: {why}" for name, why in plan.kept.items()]
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _show(report: QuantizeReport) -> None:
     from titans_calibration.quantize import format_counts
 
-    click.echo(
+    say(
         f"{report.bundle}: matmuls {format_counts(report.matmuls)}, {report.seconds} s\n"
         f"weights {size(report.weights_bytes)} (float32 {size(report.float32_weights_bytes)}), "
         f"state {size(report.state_bytes)} (float32 {size(report.float32_state_bytes)})\n"
@@ -168,15 +169,15 @@ def _show(report: QuantizeReport) -> None:
     )
     if report.mixed:
         kept = report.mixed["kept"]
-        click.echo(f"kept: {', '.join(kept) or 'none'}")
+        say(f"kept: {', '.join(kept) or 'none'}")
         if report.mixed["bits"] is not None:
-            click.echo(
+            say(
                 f"bits per token on held-out data: {report.mixed['bits']:.4f} "
                 f"(float32 {report.mixed['float32_bits']:.4f})"
             )
     if report.memory:
         rows = [(name, *_moves(windows)) for name, windows in report.memory.items()]
-        click.echo("\n" + table(("memory", "first window", "last window", "widest"), rows))
+        say("\n" + table(("memory", "first window", "last window", "widest"), rows))
 
 
 def _moves(windows: list[list[float]]) -> list[str]:

@@ -18,7 +18,8 @@ import click
 
 from ..errors import UsageError
 from ..manifest import GUARD_POLICIES
-from .command import Command, emit, json_option, note
+from ..names import shown
+from .command import Command, emit, json_option, note, say
 from .options import (
     PATH,
     SessionOptions,
@@ -89,6 +90,7 @@ class RunOptions(SessionOptions):
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         'titans-export run mac.titans --prompt "To be, or not" --temperature 0.8',
         "titans-export run mac.titans --text book.txt --json",
@@ -310,8 +312,12 @@ class _Writer:
         if ends:
             self.text, self.stopped = self.text[: min(ends)], True
         if self._out and len(self.text) > before:
-            self._out.write(self.text[before:].encode("utf-8", "replace"))
+            self._out.write(self._visible(self.text[before:]).encode("utf-8", "replace"))
             self._out.flush()
+
+    def _visible(self, piece: str) -> str:
+        """What a terminal gets must not command it; a file or a pipe gets the text as it is."""
+        return shown(piece, keep="\n\t") if self._out and self._out.isatty() else piece
 
     def end(self) -> None:
         if self._out and self._out.isatty():
@@ -356,4 +362,4 @@ def _report(result: dict[str, Any], err: bool) -> None:
     if health["divergences"]:
         lines.append(("health", f"{health['state']}, diverged {health['divergences']:,} times"))
     for name, value in lines:
-        click.echo(f"{name + ':':<19}{value}", err=err)
+        say(f"{name + ':':<19}{value}", err=err)

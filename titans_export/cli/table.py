@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..names import shown
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A text table with columns as wide as their cells; numbers are right-aligned."""
-    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """A text table with columns as wide as their cells; numbers are right-aligned. Hidden characters become escapes."""
+    cells = [list(header), *([shown(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
     lines = []

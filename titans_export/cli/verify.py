@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import CheckpointError, MismatchError, UsageError
-from .command import Command, emit, json_option, note
+from .command import Command, emit, json_option, note, say
 from .options import (
     PATH,
     SessionOptions,
@@ -54,6 +54,7 @@ class VerifyOptions(SessionOptions):
 
 @click.command(
     cls=Command,
+    bundles=True,
     examples=(
         "titans-export verify mac.titans",
         "titans-export verify mac.titans --against checkpoints/mac --text book.txt --tokens 50000",
@@ -217,19 +218,19 @@ def _print(
 
     reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
     compared = f"{options.bundle} against {reference}, {report.positions} tokens"
-    click.echo(f"{compared}, tolerance {number(report.tolerance)}\n")
+    say(f"{compared}, tolerance {number(report.tolerance)}\n")
     rows = [
         (name.replace("_", " "), number(d.max_abs_error), "-" if d.first_bad_position is None else d.first_bad_position)
         for name, d in report.feeds.items()
     ]
-    click.echo(table(("feed", "max error", "first bad position"), rows))
+    say(table(("feed", "max error", "first bad position"), rows))
     if limits.stability is not None:
-        click.echo(f"\n{describe(limits.stability)}")
-    click.echo("\n" + table(("graph", "calls"), list(report.graphs.items())))
+        say(f"\n{describe(limits.stability)}")
+    say("\n" + table(("graph", "calls"), list(report.graphs.items())))
     if report.pytorch_float32_to_float64 is not None:
-        click.echo(f"\nPyTorch float32 to float64: {number(report.pytorch_float32_to_float64)}")
+        say(f"\nPyTorch float32 to float64: {number(report.pytorch_float32_to_float64)}")
     if checks is not None:
-        click.echo("\n" + table(("graph", "output", "max error", "passed"), [_row(check) for check in checks]))
+        say("\n" + table(("graph", "output", "max error", "passed"), [_row(check) for check in checks]))
 
 
 def _row(check: OutputCheck) -> tuple[object, ...]:

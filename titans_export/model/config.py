@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import strict_json
 from ..errors import CheckpointError, MissingCheckpointError
 from .memory import ACTIVATIONS, MemorySpec
 
@@ -163,7 +163,7 @@ def parse_config(values: Any) -> ModelConfig:
 def read_config(path: Path) -> ModelConfig:
     """Reads and checks config.json. Raises CheckpointError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = strict_json.loads(path.read_bytes())
     except FileNotFoundError:
         raise MissingCheckpointError(
             "E0308", "config", f"no such file: {path}", "give a folder that holds config.json"

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _FIX = "do not use this bundle unless you trust its author"
 
 
-def check_external_data(path: Path, files: set[str]) -> None:
-    """Raises BundleError if the graph's tensor data lies outside the graph file and the `files` beside it."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.load_model_from_string(path.read_bytes())
-    except DecodeError as error:
-        raise BundleError("E0209", "bundle", f"{path.name} is not an ONNX model: {error}", _FIX) from None
+def check_external_data(model: ModelProto, name: str, files: set[str]) -> None:
+    """Raises BundleError if tensor data of the graph in the file `name` lies outside it and the `files` beside it."""
     for location in sorted(_locations(model)):
         if location not in files:
-            problem = f"{path.name} refers to the file {location!r}, which is not a weights file of the manifest"
+            problem = f"{name} refers to the file {location!r}, which is not a weights file of the manifest"
             raise BundleError("E0208", "bundle", problem, _FIX)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ... import strict_json
 from ...errors import CheckpointError, MissingCheckpointError
 
 Kind = Literal["transformer", "memory"]
@@ -198,7 +199,7 @@ def load(config: Path | str | None) -> tuple[str, dict[str, Any]]:
     else:
         path, name = Path(config), Path(config).name
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = strict_json.loads(path.read_bytes(), plain=False)
     except FileNotFoundError:
         built_in = ", ".join(BUILT_IN)
         raise MissingCheckpointError(
@@ -207,7 +208,7 @@ def load(config: Path | str | None) -> tuple[str, dict[str, Any]]:
             f"no such file: {path}",
             f"write the constructor's arguments there as JSON, or give {built_in}",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError("E0308", "config", f"{path} is not readable JSON: {error}", "correct the file") from None
     if not isinstance(read, dict):
         problem = (

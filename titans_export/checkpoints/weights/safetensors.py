@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ... import strict_json
 from ...errors import CheckpointError
 from ...files import utf8_path
 from ...named_tensors import NamedTensors, TensorEntry
@@ -43,8 +43,8 @@ def read_safetensors(path: Path) -> NamedTensors:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            header = strict_json.loads(file.read(length), plain=False)
+    except (SafetensorError, OSError, ValueError) as error:
         problem = f"damaged file {path}: {error}"
         raise CheckpointError("E0302", "checkpoint", problem, "copy or save it again") from None
     aliases = header.pop(_METADATA, None) or {}
@@ -52,14 +52,6 @@ def read_safetensors(path: Path) -> NamedTensors:
     # save_model writes tensors that share memory once, and lists their other names in the metadata.
     others = {name: entries[kept] for name, kept in aliases.items() if kept in entries and name not in entries}
     return NamedTensors(entries | others)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is in its header twice")
-    return values
 
 
 def _entry(path: Path, start: int, name: str, described: dict[str, Any]) -> TensorEntry:

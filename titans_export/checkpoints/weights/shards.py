@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from ... import strict_json
 from ...errors import CheckpointError, MissingCheckpointError
+from ...names import is_plain
 
 _LARGEST = 256 << 20  # bytes of an index
 _FIX = "copy all files of the checkpoint again"
@@ -22,8 +22,8 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _LARGEST:
             raise _wrong(f"{path} is larger than any index, {_LARGEST} bytes")
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (OSError, ValueError, RecursionError) as error:
+        index = strict_json.loads(path.read_bytes(), plain=False)
+    except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise _wrong(f"{path} is not a readable index: {error}") from None
@@ -31,19 +31,10 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise _wrong(f"{path} is not an index: it has no weight_map")
     for tensor, file in names.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or not file.isprintable() or set(file) & set("/\\"):
+        if not isinstance(file, str) or not is_plain(file):
             problem = f"{path} assigns {tensor!r} to {file!r}, expected the name of a file beside it"
             raise _wrong(problem, "do not trust this checkpoint, or correct the index")
     return names
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is in it twice")
-    return values
 
 
 def files_of(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
