@@ -25,7 +25,7 @@ from .guarding import seen_norms, seen_record
 from .model import Graph, StreamModel
 from .model.float64 import Float64
 from .model.rounding import unrounded
-from .onnx.graphs import LEARN, NEXT, POSITION, trace_graph
+from .onnx.graphs import LEARN, NEXT, POSITION, SLOTS_INPUT, trace_graph
 from .onnx.parameters import map_parameters, return_free_memory
 from .onnx.weights import share_weights
 from .output_limits import Floats, OutputLimits, first_beyond
@@ -145,7 +145,7 @@ def _write(
         ),
         input=consumed,
         output=records.Output(kind=got.kind, name=got.name, dtype="float32", size=got.size),
-        controls=records.Controls(position=POSITION, learn=LEARN),
+        controls=records.Controls(position=POSITION, learn=LEARN, slots=SLOTS_INPUT if model.pools else None),
         tokenizer=_tokenizer(checkpoint),
         state=tuple(_state_tensors(model)),
         graphs=tuple(_graph_entries(graphs, shared)),

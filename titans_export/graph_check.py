@@ -64,7 +64,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
         metadata = TensorMetadata()
         for value in self._model.graph.input:
             tensor = value.type.tensor_type
-            shape = [dimension.dim_value for dimension in tensor.shape.dim]
+            shape = [dimension.dim_value or 1 for dimension in tensor.shape.dim]  # 1: any number of streams
             metadata.add(value.name, dtype=np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)
         return metadata
 

@@ -14,7 +14,9 @@ from titans_export.engines.plan import Request
 from titans_export.engines.precision import lower_precision
 from titans_export.engines.vendor import Settings, build_plan
 from titans_export.onnx.files import load_graph
+from titans_export.onnx.graphs import SLOTS_INPUT
 from titans_export.onnx.mapped import write_graph
+from titans_export.onnx.streams import fix_streams
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
 pytest_plugins = ["export_fixtures"]
@@ -22,7 +24,9 @@ VARIANTS, PRECISIONS = ("mac", "mag", "mal", "lmm"), ("fp32", "fp16", "bf16")
 
 
 def prepare(path: Path, precision: str, folder: Path) -> Path:
-    model = graphs.inline(lower_precision(load_graph(path), precision, memory=False))
+    source = load_graph(path)
+    fix_streams(source, SLOTS_INPUT, 1)
+    model = graphs.inline(lower_precision(source, precision, memory=False))
     return write_graph(model, folder / path.name)
 
 

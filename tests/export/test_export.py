@@ -29,6 +29,7 @@ from titans_export.exporting import export_checkpoint
 from titans_export.model import Titans
 from titans_export.onnx import graphs, parts
 from titans_export.onnx.graphs import trace_graph
+from titans_export.onnx.nodes import attribute, is_memory
 from titans_export.onnx.tracing import trace_ir
 from titans_export.operators import DOMAIN
 from titans_export.stability import RunningError
@@ -103,11 +104,11 @@ def test_one_update_node_per_memory_layer_and_a_body_for_each(bundles: dict[str,
             model = onnx.load(path / graph.file)
             onnx.checker.check_model(path / graph.file, full_check=False)
             nodes = [n for n in model.graph.node if n.domain == DOMAIN]
-            modes = [next(a.s for a in n.attribute if a.name == "mode") for n in nodes]
+            modes = [attribute(n, "mode") for n in nodes if is_memory(n)]
             # MAC's attention stands between the chunks of a layer, so there it is one node a chunk.
             calls = max(1, graph.tokens // config.memory.chunk) if variant == "mac" else 1
-            assert modes.count(b"update") == layers * calls
-            assert modes.count(b"read") == (layers * calls if variant == "mac" else 0)
+            assert modes.count("update") == layers * calls
+            assert modes.count("read") == (layers * calls if variant == "mac" else 0)
             assert {n.overload for n in nodes} == {f.overload for f in model.functions}
             assert all(n.domain in ("", DOMAIN) for f in model.functions for n in f.node)
 
@@ -181,7 +182,8 @@ def test_each_graph_runs_in_a_plain_onnxruntime(bundles: dict[str, Path]) -> Non
         session = onnxruntime.InferenceSession(path / graph.file, options, providers=["CPUExecutionProvider"])
         count = graph.tokens
         inputs = {"tokens": tokens[None, :count].astype(np.int64), "position": np.zeros(1, np.int64)}
-        got = session.run(["logits"], {**inputs, "learn": np.ones(1, bool), **bundle.initial_state()})[0]
+        inputs |= {"learn": np.ones(1, bool), "slots": np.zeros(1, np.int64)}
+        got = session.run(["logits"], {**inputs, **bundle.initial_state()})[0]
         assert np.abs(got[0] - logits[:count]).max() < TOLERANCE
 
 

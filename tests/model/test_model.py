@@ -137,7 +137,7 @@ def test_mac_attention_sees_what_equation_22_says() -> None:
     state, out = attention.initial_state(1), []
     for at in range(0, 36, 4):
         part = slice(at, at + 4)
-        y, state = attention(x[:, part], h[:, part], state, torch.tensor([at]))
+        y, state = attention(x[:, part], h[:, part], state, Step(torch.tensor([at]), None, aligned=True))
         out.append(y)
     got = torch.cat(out, 1)[0]
 

@@ -137,7 +137,6 @@ def test_overloads_name_what_differs_from_the_defaults() -> None:
     ("changes", "extra", "word"),
     [
         ({}, "valid", "valid"),
-        ({}, "slots", "slots"),
         ({"widths": [6, 10, 9, 6]}, None, "widths"),
         ({"layer_norm": 1}, None, "norm_weight"),
     ],

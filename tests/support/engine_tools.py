@@ -50,8 +50,11 @@ def stream_logits(
             "tokens": tokens[at : at + graph.tokens].astype(np.int64)[None],
             "position": np.array([at], np.int64),
             "learn": np.array([True]),
+            "slots": np.array([0], np.int64),
             **{entry.input: state[entry.name] for entry in bundle.manifest.state},
         }
+        wanted = {given.name for given in sessions[graph.name].get_inputs()}  # graphs of one stream take no slots
+        feed = {name: array for name, array in feed.items() if name in wanted}
         given = dict(zip(names, sessions[graph.name].run(names, feed), strict=True))
         rows.append(given["logits"][0])
         state = {entry.name: given[entry.output] for entry in bundle.manifest.state}

@@ -20,6 +20,7 @@ def feed_of(bundle: Bundle, model: onnx.ModelProto, token: int = 7) -> NDArray[A
         "tokens": np.array([[token]], np.int64),
         "position": np.array([0], np.int64),
         "learn": np.array([True]),
+        "slots": np.array([0], np.int64),
         **{entry.input: state[entry.name] for entry in bundle.manifest.state},
     }
     logits: NDArray[Any] = ReferenceEvaluator(inliner.inline_local_functions(model)).run(["logits"], feed)[0]

@@ -14,6 +14,7 @@ from ..dtypes import tensor_bytes
 from ..errors import MachineError, UsageError
 from ..manifest import NO_ENGINE, GraphEntry, StateTensor
 from ..onnx.mapped import Spill, load_mapped
+from ..onnx.streams import fix_streams
 from ..schedule import missing
 from . import estimate as memory
 from . import graphs, tensorrt, tensorrt_rtx
@@ -84,6 +85,8 @@ class Plan:
         spill: where large new weights go; None keeps them inside.
         """
         model = load_mapped(self.source(graph))
+        if self.compiler in (RTX, TENSORRT) and (slots := self.bundle.manifest.controls.slots):
+            fix_streams(model, slots, 1)
         if self.compiler in (RTX, TENSORRT) and self.bundle.quantization is not None:
             model = for_compiler(model, spill)
         lowered = lower_precision(model, self.precision, self.compiler == TENSORRT, spill)

@@ -68,7 +68,9 @@ class SlidingWindowAttention(Attention):
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """x: (B, T, dim). Returns the output and the next state."""
         q, k, v = self.query(x), self.key(x), self.value(x)
-        result = cached_attention(self.spec, state["keys"], state["values"], q, k, v, step.position, self.increments)
+        result = cached_attention(
+            self.spec, state["keys"], state["values"], q, k, v, step.position, self.increments, slots=step.slots
+        )
         return self.out(result.y), {"keys": result.keys, "values": result.values}
 
 
@@ -89,9 +91,11 @@ class SegmentAttention(Attention):
     def initial_state(self, batch: int) -> StreamState:
         return self.empty_cache(batch, 2 * self.spec.segment)
 
-    def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, position: Tensor) -> tuple[Tensor, StreamState]:
-        """x, retrieved: (B, T, dim); position: (B,) of the first token. Returns y (B, T, dim) and the next state."""
+    def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
+        """x, retrieved: (B, T, dim). Returns y (B, T, dim) and the next state."""
         both = torch.cat([retrieved, x], 1)
         q, k, v = self.query(x), self.key(both), self.value(both)
-        result = cached_attention(self.spec, state["keys"], state["values"], q, k, v, position, self.increments)
+        result = cached_attention(
+            self.spec, state["keys"], state["values"], q, k, v, step.position, self.increments, slots=step.slots
+        )
         return self.out(result.y), {"keys": result.keys, "values": result.values}

@@ -30,9 +30,10 @@ def head_rows(slots: Tensor | None, places: Tensor, heads: int) -> Tensor:
     """Coordinates for `write_rows` of cache rows (B, n) int64 in every head: (B, heads, n, 3)."""
     batch, count = places.shape
     stream = torch.arange(batch, device=places.device) if slots is None else slots
-    stream = stream[:, None, None].expand(-1, heads, count)
-    head = torch.arange(heads, device=places.device)[None, :, None].expand(batch, -1, count)
-    return torch.stack([stream, head, places.unsqueeze(1).expand(-1, heads, -1)], -1)
+    rows = places.unsqueeze(1).expand(-1, heads, -1)
+    # A sum has the streams of `places`; an expanded constant would fix their number in a graph.
+    head = torch.arange(heads, device=places.device)[None, :, None] + torch.zeros_like(rows)
+    return torch.stack([stream[:, None, None].expand(-1, heads, count), head, rows], -1)
 
 
 def inside(valid: Tensor | None, length: int) -> Tensor | None:

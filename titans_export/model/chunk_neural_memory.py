@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..operators import CHUNK_NEURAL_MEMORY
 from . import exported
+from .caches import rows_of, write_streams
 from .chunk_update import (
     ChunkMemorySpec,
     Gates,
@@ -380,7 +381,7 @@ def _spec(values: Mapping[str, Any]) -> ChunkMemorySpec:
 
 def _check_covered(values: Mapping[str, Any], present: Collection[str]) -> None:
     """Raises UsageError for unsupported inputs and attributes. The exporter never emits them."""
-    name = next((name for name in ("valid", "slots", "norm_scale") if name in present), None)
+    name = next((name for name in ("valid", "norm_scale") if name in present), None)
     if name is None and len(set(values["widths"][1:-1])) > 1:
         name = "widths"
     if name is None and values["layer_norm"] and values["norm_weight"] != "fast":
@@ -396,9 +397,9 @@ def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[.
     spec, aligned = _spec(values), values["schedule"] == "aligned"
 
     def compute(**inputs: Tensor) -> tuple[Tensor, ...]:
-        learn, momentum = inputs.get("learn"), inputs.get("momentum")
+        learn, momentum, slots = inputs.get("learn"), inputs.get("momentum"), inputs.get("slots")
         x = ChunkInputs(
-            rows=inputs["state"],
+            rows=rows_of(inputs["state"], slots),
             q=inputs["q"],
             k=inputs["k"],
             v=inputs["v"],
@@ -412,22 +413,34 @@ def reference(values: Mapping[str, Any], present: Collection[str]) -> Callable[.
             previous=inputs.get("previous"),
             previous_gate=inputs.get("previous_gate"),
         )
-        return tuple(update_chunk_memory(spec, x, aligned))
+        return tuple(_in_pool(update_chunk_memory(spec, x, aligned), inputs["state"], slots))
 
     return compute
 
 
+def _in_pool(result: ChunkUpdate, pool: Tensor, slots: Tensor | None) -> ChunkUpdate:
+    """The result with the whole pool as its state."""
+    return result if slots is None else result._replace(state=write_streams(pool, slots, result.state))
+
+
 def chunk_memory_update(
-    spec: ChunkMemorySpec, x: ChunkInputs, position: Tensor, learn: Tensor | None, aligned: bool
+    spec: ChunkMemorySpec,
+    x: ChunkInputs,
+    position: Tensor,
+    learn: Tensor | None,
+    aligned: bool,
+    slots: Tensor | None = None,
 ) -> ChunkUpdate:
     """Updates and reads the memory: the reference, or a node while exporting. Sets `fill` and `learn` of x.
 
-    position: (B,) int64, rows consumed before the call; learn: (B,) bool, None for all True.
+    x.rows: (P, H, R), a pool with one row per slot; so is the result's state. position: (B,) int64, rows consumed
+    before the call; learn: (B,) bool, None for all True. slots: (B,) int64, distinct, the row of each stream; None for
+    0..B-1, with P = B.
     """
     counts = not aligned or spec.transition or spec.period != spec.chunk_size
     fill = torch.remainder(position, spec.period) if counts else None
     if torch.compiler.is_exporting() and spec.fused:
-        lead, tokens = x.rows.shape[:2], x.q.shape[2]
+        lead, tokens = x.q.shape[:2], x.q.shape[2]
         chunks = (tokens + spec.chunk_size - 1) // spec.chunk_size
         inputs = {
             "state": x.rows,
@@ -439,6 +452,7 @@ def chunk_memory_update(
             "forget_gate": x.forget,
             "fill": fill,
             "learn": learn,
+            "slots": slots,
             "modulation": x.modulation,
             "previous": x.previous,
             "previous_gate": x.previous_gate,
@@ -446,4 +460,5 @@ def chunk_memory_update(
         shapes = (x.q.shape, x.rows.shape, (*lead, len(STATS)), (*lead, chunks, spec.weight_count()))
         return ChunkUpdate(*exported.node(CHUNK_NEURAL_MEMORY, attributes(spec, aligned), inputs, shapes))
     learns = None if learn is None else learn.unsqueeze(-1).expand(-1, x.q.shape[2])
-    return update_chunk_memory(spec, replace(x, fill=fill, learn=learns), aligned)
+    given = replace(x, rows=rows_of(x.rows, slots), fill=fill, learn=learns)
+    return _in_pool(update_chunk_memory(spec, given, aligned), x.rows, slots)

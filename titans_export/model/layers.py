@@ -20,12 +20,14 @@ class Step:
     """Position of each stream in a call.
 
     position: (B,) int64, tokens consumed before this call. learn: (B,) bool. aligned: the call holds whole chunks from
-    a chunk's start; otherwise it holds a single token.
+    a chunk's start; otherwise it holds a single token. slots: (B,) int64, the row of each stream in the state's pools;
+    None if stream b has row b.
     """
 
     position: Tensor
     learn: Tensor | None
     aligned: bool
+    slots: Tensor | None = None
 
 
 class Linear(nn.Module):
@@ -105,9 +107,11 @@ class CausalConv(nn.Module):
     def initial_state(self, batch: int) -> Tensor:
         return self.weight.new_zeros(batch, self.width - 1, self.weight.shape[1])
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, T, channels); past: (B, width - 1, channels). Returns the output and the next past."""
-        return causal_convolution(past, x, self.weight)
+    def forward(self, x: Tensor, past: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, T, channels); past: (P, width - 1, channels), a pool with a row per slot. Returns the output and the
+        next pool.
+        """
+        return causal_convolution(past, x, self.weight, slots=slots)
 
 
 class FeedForward(nn.Module):

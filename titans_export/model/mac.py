@@ -8,6 +8,8 @@ recently.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -42,22 +44,23 @@ class MACBlock(nn.Module):
         return {**memory, **self.attention.initial_state(batch)}
 
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        normed, out, position = self.norm(x), [], step.position
+        normed, out, at = self.norm(x), [], step
         size = self.chunk if step.aligned else 1
         queries: tuple[Tensor | None, ...] = (None,) * -(-x.shape[1] // size)
         if self.memory is not None:
-            q, state = self.memory.context_queries(normed, state)
+            q, state = self.memory.context_queries(normed, state, step)
             queries = _pieces(q, size, -2)
         for x_c, normed_c, q_c in zip(_pieces(x, size, 1), _pieces(normed, size, 1), queries, strict=True):
-            retrieved = torch.zeros_like(normed_c)
+            # Zeros for as many streams as the input has: a constant would fix their number in a graph.
+            retrieved = normed_c.clamp(0.0, 0.0)
             if self.memory is not None and q_c is not None:
-                retrieved = self.memory.retrieve(q_c, state)
-            y, cache = self.attention(normed_c, retrieved, state, position)
+                retrieved = self.memory.retrieve(q_c, state, step)
+            y, cache = self.attention(normed_c, retrieved, state, at)
             state = {**state, **cache}
             if self.memory is not None and self.gating is not None and self.norm_memory is not None:
                 m, state = self.memory(self.norm_memory(x_c + y), state, step)
                 y = self.gating(y, m)
             out.append(y)
-            position = position + size
+            at = replace(at, position=at.position + size)
         x = x + torch.cat(out, 1)
         return x + self.ff(self.norm_ff(x)), state

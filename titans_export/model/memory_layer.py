@@ -68,7 +68,7 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """Updates the memory with x (B, T, dim) and reads W_t for token t. Returns (B, T, dim) and the next state."""
-        qkv, conv = self.conv(self.qkv(x), state["conv"])
+        qkv, conv = self.conv(self.qkv(x), state["conv"], step.slots)
         heads = self.config.heads
         qk, v = split_heads(F.silu(qkv), 3 * heads).split([2 * heads, heads], 1)
         q, k = unit(qk).chunk(2, 1)
@@ -76,13 +76,13 @@ class MemoryLayer(nn.Module):
         out: Tensor = self.out(join_heads(self.norm(y)) * F.silu(self.out_gate(x)))
         return out, {**state, "memory": rows, "conv": conv}
 
-    def context_queries(self, x: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+    def context_queries(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """The queries of equation 21 for x (B, T, dim). Returns (B, heads, T, D) and the next state."""
-        q, conv = self.context_conv(self.context_query(x), state["context_conv"])
+        q, conv = self.context_conv(self.context_query(x), state["context_conv"], step.slots)
         return unit(split_heads(F.silu(q), self.config.heads)), {**state, "context_conv": conv}
 
-    def retrieve(self, q: Tensor, state: StreamState) -> Tensor:
+    def retrieve(self, q: Tensor, state: StreamState, step: Step) -> Tensor:
         """h of equation 21, (B, T, dim), read from the memory at the open chunk's start. Nothing is updated."""
-        y = memory_read(self.spec, state["memory"], q, norm_scale=self.norm_scale)
+        y = memory_read(self.spec, state["memory"], q, step.slots, norm_scale=self.norm_scale)
         out: Tensor = self.context_out(join_heads(self.context_norm(y)))
         return out

@@ -29,13 +29,17 @@ def _repeated_layer(
     """layer(x, state, step), traced once for all layers of the kind. The next state has the shapes of the state."""
     names = list(state)
 
+    given = {"learn": step.learn, "slots": step.slots}
+    optional = {name: value for name, value in given.items() if value is not None}
+
     def run(module: nn.Module, x: Tensor, position: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        learn = None if step.learn is None else rest[-1]
-        y, following = module(x, dict(zip(names, rest, strict=False)), Step(position, learn, step.aligned))
+        others = dict(zip(optional, rest[len(names) :], strict=True))
+        at = Step(position, others.get("learn"), step.aligned, others.get("slots"))
+        y, following = module(x, dict(zip(names, rest, strict=False)), at)
         return y, *(following[name] for name in names)
 
     values = [state[name] for name in names]
-    inputs = [x, step.position, *values, *([] if step.learn is None else [step.learn])]
+    inputs = [x, step.position, *values, *optional.values()]
     y, *following = repeated(kind, layer, run, inputs, [x.shape, *(value.shape for value in values)])
     return y, dict(zip(names, following, strict=True))
 
@@ -46,6 +50,8 @@ class Titans(StreamModel):
     `forward` serves training: whole sequences from a new memory. `step` advances streams by whole chunks or one token
     and returns their next state. `feed` advances them by any number of tokens. All three give equal outputs.
     """
+
+    pools = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -96,7 +102,7 @@ class Titans(StreamModel):
         return state
 
     def call(self, inputs: Tensor, state: StreamState, call: Call) -> tuple[Tensor, StreamState]:
-        return self.step(inputs, state, Step(call.position, call.learn, aligned=call.graph.tokens > 1))
+        return self.step(inputs, state, Step(call.position, call.learn, call.graph.tokens > 1, call.slots))
 
     def completing_tokens(self, graph: Graph, position: int) -> tuple[bool, ...]:
         return ((position + 1) % self.config.memory.chunk == 0,)

@@ -326,19 +326,22 @@ def memory_update(
         "forget_gate": forget_gate,
         "fill": fill,
         "learn": step.learn,
+        "slots": step.slots,
         "norm_scale": norm_scale,
     }
     if torch.compiler.is_exporting():
-        shapes = (q.shape, state.shape, (*state.shape[:-1], len(STATS)))
+        shapes = (q.shape, state.shape, (*q.shape[:2], len(STATS)))
         y, rows, _ = exported.node(NEURAL_MEMORY, attributes(spec, "update", step.aligned), inputs, shapes)
         return y, rows
     result = neural_memory_update(spec, **inputs)  # type: ignore[arg-type]
     return result.y, result.state
 
 
-def memory_read(spec: MemorySpec, state: Tensor, q: Tensor, norm_scale: Tensor | None = None) -> Tensor:
+def memory_read(
+    spec: MemorySpec, state: Tensor, q: Tensor, slots: Tensor | None = None, norm_scale: Tensor | None = None
+) -> Tensor:
     """Reads the memory at the open chunk's start: the reference, or a node while exporting. Returns (B, H, T, D)."""
     if torch.compiler.is_exporting():
-        inputs = {"state": state, "q": q, "norm_scale": norm_scale}
+        inputs = {"state": state, "q": q, "slots": slots, "norm_scale": norm_scale}
         return exported.node(NEURAL_MEMORY, attributes(spec, "read", False), inputs, (q.shape,))[0]
-    return neural_memory_read(spec, state, q, norm_scale=norm_scale)
+    return neural_memory_read(spec, state, q, slots, norm_scale)

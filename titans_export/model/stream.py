@@ -55,19 +55,26 @@ class StateInfo:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a graph. position: (B,) int64, tokens consumed before it; learn: (B,) bool, None for all True."""
+    """One call of a graph.
+
+    position: (B,) int64, tokens consumed before it. learn: (B,) bool, None for all True. slots: (B,) int64, distinct,
+    the row of each stream in the state's tensors, which then are pools (P, ...); None if stream b has row b.
+    """
 
     graph: Graph
     position: Tensor
     learn: Tensor | None = field(default=None)
+    slots: Tensor | None = field(default=None)
 
 
 class StreamModel(nn.Module, ABC):
     """A model that runs as a stream.
 
-    Attributes: name; variant, such as "mac"; input and output, per token; config, as JSON.
+    Attributes: name; variant, such as "mac"; input and output, per token; config, as JSON. pools: `call` takes slots,
+    and its graphs take any number of streams.
     """
 
+    pools: bool = False
     name: str
     variant: str
     input: TensorSpec

@@ -1,7 +1,7 @@
 """Function bodies of the operators with a state, as ONNX model-local functions traced from the PyTorch references.
 
-Runtimes without our kernels run the bodies. A body has fixed shapes, so each configuration in a graph has its own. The
-node's `overload` names it.
+Runtimes without our kernels run the bodies. Only the number of streams is symbolic, so each configuration has its own.
+The node's `overload` names it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..operators import (
     Operator,
 )
 from .nodes import attributes
+from .streams import Numbers, free_streams
 from .tracing import OPSET, trace
 
 REFERENCES = {
@@ -69,14 +70,21 @@ def initializers_to_constants(graph: onnx.GraphProto) -> None:
 
 @lru_cache(maxsize=64)
 def _function(
-    operator: Operator, given: tuple[tuple[str, Any], ...], inputs: Shapes, outputs: tuple[str, ...]
+    operator: Operator,
+    given: tuple[tuple[str, Any], ...],
+    inputs: Shapes,
+    outputs: tuple[str, ...],
+    numbers: Numbers | None,
 ) -> onnx.FunctionProto:
     """The body of one configuration. given: the node's attributes."""
     values, shapes = operator.complete(dict(given)), dict(inputs)
     present = tuple(name for name in operator.input_names if name in shapes)
     body = _Body(REFERENCES[operator.name](values, present), present, len(outputs))
     examples = tuple(_example(operator, name, shapes[name]) for name in present)
-    graph = trace(body, examples, present, outputs).graph
+    model = trace(body, examples, present, outputs)
+    if numbers is not None:
+        free_streams(model, *numbers)
+    graph = model.graph
     initializers_to_constants(graph)
     extras = operator.optional(present)
     if operator is CHUNK_NEURAL_MEMORY:
@@ -89,12 +97,17 @@ def _function(
         graph.node,
         opset_imports=[helper.make_opsetid("", OPSET)],
         attributes=[name for name, _ in given],
-        overload=operator.overload(values, _sizes(operator, shapes), extras),
+        overload=operator.overload(values, _sizes(operator, shapes, numbers or ()), extras),
     )
 
 
-def _sizes(operator: Operator, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that the attributes do not determine, by the letters of the operator's page."""
+def _sizes(operator: Operator, shapes: dict[str, tuple[int, ...]], symbolic: tuple[int, ...]) -> dict[str, int]:
+    """The sizes that the attributes do not determine, by the letters of the operator's page, without symbolic ones."""
+    sizes = _all_sizes(operator, shapes)
+    return {letter: size for letter, size in sizes.items() if size not in symbolic}
+
+
+def _all_sizes(operator: Operator, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     if operator is CACHED_ATTENTION:
         streams, _, rows, width = shapes["keys"]
         sizes = {"b": shapes["q"][0], "t": shapes["q"][1], "n": rows, "d": width}
@@ -106,13 +119,15 @@ def _sizes(operator: Operator, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     return sizes | {"p": streams} if "slots" in shapes else sizes
 
 
-def build_function(node_shapes: dict[str, tuple[int, ...]], node: onnx.NodeProto) -> onnx.FunctionProto:
-    """The body of a node of an operator in `REFERENCES`. node_shapes: shape of every value of the graph. Raises
-    UsageError for unknown attributes.
+def build_function(
+    node_shapes: dict[str, tuple[int, ...]], node: onnx.NodeProto, numbers: Numbers | None = None
+) -> onnx.FunctionProto:
+    """The body of a node of an operator in `REFERENCES`. node_shapes: shape of every value of the graph, as traced with
+    these numbers of streams and slots. Raises UsageError for unknown attributes.
     """
     operator = OPERATORS[node.op_type]
     names = zip(operator.input_names, node.input, strict=False)
     inputs = tuple((name, node_shapes[value]) for name, value in names if value)
     values = attributes(node).items()
     given = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values)
-    return _function(operator, given, inputs, operator.outputs[: len(node.output)])
+    return _function(operator, given, inputs, operator.outputs[: len(node.output)], numbers)

@@ -19,6 +19,7 @@ from ..model.hyper_connection import Mixed, has_beta, hyper_connection_reference
 from ..operators import DOMAIN, HYPER_CONNECTION
 from .functions import initializers_to_constants
 from .nodes import attributes
+from .streams import Numbers, free_streams
 from .tracing import OPSET, trace
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -46,18 +47,18 @@ class _Iteration(nn.Module):
 
 
 def build_hyper_connection_function(
-    node_shapes: Mapping[str, tuple[int, ...]], node: onnx.NodeProto
+    node_shapes: Mapping[str, tuple[int, ...]], node: onnx.NodeProto, numbers: Numbers | None = None
 ) -> onnx.FunctionProto:
     """The body of a node's configuration, named by the node's `overload`. node_shapes: shape of every value of the
     graph. Raises UsageError for unknown attributes.
     """
     values = HYPER_CONNECTION.complete(attributes(node))
-    return _build(tuple(tuple(node_shapes[value]) for value in node.input if value), values["iterations"])
+    return _build(tuple(tuple(node_shapes[value]) for value in node.input if value), values["iterations"], numbers)
 
 
-def _overload(shapes: Shapes, iterations: int) -> str:
+def _overload(shapes: Shapes, iterations: int, symbolic: tuple[int, ...]) -> str:
     """A name that identifies the configuration: `b1_t36_s4_d384_i20_branch_beta`."""
-    parts = [f"{letter}{size}" for letter, size in zip("btsd", shapes[0], strict=True)]
+    parts = [f"{letter}{size}" for letter, size in zip("btsd", shapes[0], strict=True) if size not in symbolic]
     words = (("branch", len(shapes) == len(HYPER_CONNECTION.inputs)), ("beta", has_beta(shapes[0][2], shapes[1][1])))
     values = {"iterations": iterations}
     named = [entry.word(values[entry.name]) for entry in HYPER_CONNECTION.attributes]
@@ -84,14 +85,17 @@ def _add_iterations(graph: onnx.GraphProto, shape: tuple[int, ...], count: int) 
 
 
 @lru_cache(maxsize=64)
-def _build(shapes: Shapes, iterations: int) -> onnx.FunctionProto:
+def _build(shapes: Shapes, iterations: int, numbers: Numbers | None) -> onnx.FunctionProto:
     inputs, outputs = HYPER_CONNECTION.input_names[: len(shapes)], HYPER_CONNECTION.outputs
     if not has_beta(shapes[0][2], shapes[1][1]):
         outputs = outputs[:-1]
-    graph = trace(_Body(), tuple(torch.zeros(shape) for shape in shapes), inputs, outputs).graph
+    model = trace(_Body(), tuple(torch.zeros(shape) for shape in shapes), inputs, outputs)
+    graph = model.graph
     batch, tokens, streams, _ = shapes[0]
     if iterations > 1:
         _add_iterations(graph, (batch, tokens, streams, streams), iterations - 1)
+    if numbers is not None:
+        free_streams(model, *numbers)
     initializers_to_constants(graph)
     return helper.make_function(
         DOMAIN,
@@ -101,5 +105,5 @@ def _build(shapes: Shapes, iterations: int) -> onnx.FunctionProto:
         graph.node,
         opset_imports=[helper.make_opsetid("", OPSET)],
         attributes=[entry.name for entry in HYPER_CONNECTION.attributes],
-        overload=_overload(shapes, iterations),
+        overload=_overload(shapes, iterations, numbers or ()),
     )

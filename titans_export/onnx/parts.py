@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -39,9 +40,14 @@ class _Body(nn.Module):
         return outputs
 
 
+def uncommitted(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are read, as an example of a traced input."""
+    return torch.from_numpy(np.zeros(tuple(shape), torch.empty(0, dtype=dtype).numpy().dtype))
+
+
 def _function_of(part: Part) -> ir.Function:
     tensors = tensors_of(part.module)
-    args = [torch.zeros(shape, dtype=dtype) for shape, dtype in part.inputs]
+    args = [uncommitted(shape, dtype) for shape, dtype in part.inputs]
     args += [tensors[name].detach() for name in part.tensors]
     inputs = [f"{part.name}.in{i}" for i in range(len(args))]
     outputs = [f"{part.name}.out{i}" for i in range(part.outputs)]

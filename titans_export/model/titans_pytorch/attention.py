@@ -136,7 +136,13 @@ class StreamAttention(nn.Module):
         return dict.fromkeys(("keys", "values"), StateInfo("cache", written=written))
 
     def forward(
-        self, x: Tensor, state: StreamState, first: Tensor, window: Window | None, first_values: Tensor | None
+        self,
+        x: Tensor,
+        state: StreamState,
+        first: Tensor,
+        window: Window | None,
+        first_values: Tensor | None,
+        slots: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, StreamState]:
         """x: (B, T, dim); first: (B,) int64, of the first row. Returns the output (B, T, dim), this layer's own values
         (B, T, heads, D), and the next state.
@@ -153,7 +159,16 @@ class StreamAttention(nn.Module):
         if self.spec is not None:
             increments = self.rotary.increments
             y, keys, values = cached_attention(
-                self.spec, state["keys"], state["values"], q, k, v, first, increments, rest=rest_in_use(increments)
+                self.spec,
+                state["keys"],
+                state["values"],
+                q,
+                k,
+                v,
+                first,
+                increments,
+                slots=slots,
+                rest=rest_in_use(increments),
             )
         else:
             assert window is not None

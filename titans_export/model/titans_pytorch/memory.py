@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..caches import rows_of, write_streams
+from ..causal_convolution import causal_convolution
 from ..chunk_neural_memory import ChunkInputs, ChunkUpdate, chunk_memory_update
 from ..chunk_update import ChunkMemorySpec, chunk_layout, initial_chunk_rows
 from ..fast_networks import NetworkSpec
@@ -151,25 +153,38 @@ class NeuralMemoryLayer(nn.Module):
             x = x.reshape(-1, length, heads, per_token, width).transpose(1, 2)
         return x.reshape(-1, heads, length * per_token, width)
 
-    def _pool(self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool) -> tuple[Tensor, StreamState]:
+    def _pool(
+        self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool, slots: Tensor | None
+    ) -> tuple[Tensor, StreamState]:
         """The input of the gates, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
-        size, length = self.spec.chunk_size, x.shape[1]
+        size = self.spec.chunk_size
         if size == 1:
             return x, {}
-        new = {"pool": x} if logits is None else {"pool": x, "pool_logits": logits}
-        rows = {name: torch.cat([state[name], value], 1) for name, value in new.items()}
-        following = {name: value[:, length:] for name, value in rows.items()}
+        if logits is not None:
+            return self._weighted_pool({"pool": x, "pool_logits": logits}, state, aligned, slots)
+        # The mean over a row and the chunk_size - 1 before it.
+        mean, following = causal_convolution(state["pool"], x, x.new_full((size, x.shape[-1]), 1 / size), slots=slots)
+        if aligned:
+            mean = mean.reshape(x.shape[0], -1, size, x.shape[-1])[:, :, -1]
+        return mean, {"pool": following}
+
+    def _weighted_pool(
+        self, new: dict[str, Tensor], state: StreamState, aligned: bool, slots: Tensor | None
+    ) -> tuple[Tensor, StreamState]:
+        """The sum over a chunk's rows, or over a row and those before it, weighted by a softmax of their logits."""
+        size, length = self.spec.chunk_size, new["pool"].shape[1]
+        rows = {name: torch.cat([rows_of(state[name], slots), value], 1) for name, value in new.items()}
+        following = {name: write_streams(state[name], slots, value[:, length:]) for name, value in rows.items()}
         if aligned:
             windows = {name: v.reshape(v.shape[0], -1, size, v.shape[-1]) for name, v in new.items()}
-        elif length == 1:
-            if logits is None:
-                return rows["pool"].mean(1, keepdim=True), following
-            return (rows["pool_logits"].softmax(1) * rows["pool"]).sum(1, keepdim=True), following
         else:
             windows = {name: torch.stack([v[:, t : t + size] for t in range(length)], 1) for name, v in rows.items()}
-        if logits is None:
-            return windows["pool"].mean(2), following
         return (windows["pool_logits"].softmax(2) * windows["pool"]).sum(2), following
+
+    @property
+    def pools(self) -> bool:
+        """Whether `forward` takes slots in exported graphs: the networks that run as standard operators do not."""
+        return self.spec.fused
 
     def _chunk_gates(self, pooled: Tensor, aligned: bool) -> dict[str, Tensor]:
         """Each gate, (B, heads, T, ...), with a chunk's values repeated for all of its tokens."""
@@ -203,10 +218,12 @@ class NeuralMemoryLayer(nn.Module):
         learn: Tensor | None,
         aligned: bool,
         previous: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> tuple[Tensor, StreamState, ChunkUpdate]:
         """views: the inputs of queries, keys and values, (B, T, dim) each. position: (B,) int64, of the first row.
         aligned: the call starts at a chunk's start and holds whole chunks.
         previous: (B, heads, N, |W|), the previous layer's weights before each chunk that the call may complete.
+        slots: (B,) int64, the row of each stream in the state's pools; None if stream b has row b.
 
         Returns (B, T, dim), the next state, and the memory's update.
         """
@@ -230,7 +247,7 @@ class NeuralMemoryLayer(nn.Module):
         if length > 1:
             steps = steps.reshape(batch, length, heads, u).transpose(1, 2)
         theta = torch.sigmoid(steps.reshape(batch, heads, length * u))
-        pooled, pools = self._pool(xk, logits[0].reshape(batch, length, dim) if logits else None, state, aligned)
+        pooled, pools = self._pool(xk, logits[0].reshape(batch, length, dim) if logits else None, state, aligned, slots)
         gates = self._chunk_gates(pooled, aligned)
         result = chunk_memory_update(
             self.spec,
@@ -251,6 +268,7 @@ class NeuralMemoryLayer(nn.Module):
             position,
             learn,
             aligned,
+            slots,
         )
         y = result.y if self.post_norm is None else self.post_norm(result.y)
         if self.out is not None:

@@ -169,6 +169,8 @@ class MemoryAsContext(StreamModel):
             self.layers.append(Layer(options, index, memory, rule))
         self.norm = nn.Parameter(torch.ones(dim))
         self.head = Linear(dim, options.num_tokens)
+        memories_in_pools = all(m.pools for m in self.modules() if isinstance(m, NeuralMemoryLayer))
+        self.pools = rule.spec is not None and memories_in_pools
 
     def _rows_of(self, tokens: int) -> int:
         """Rows that the library uses for a prompt of this many tokens. No longterm rows follow the last token."""
@@ -276,7 +278,9 @@ class MemoryAsContext(StreamModel):
         if memory.options.accept_weight_residual:
             assert shared.previous is not None
             previous = self._previous(*shared.previous, memory.spec, shared)
-        retrieved, state, update = memory(views, state, shared.first, shared.call.learn, shared.aligned, previous)
+        retrieved, state, update = memory(
+            views, state, shared.first, shared.call.learn, shared.aligned, previous, shared.call.slots
+        )
         if self.options.neural_mem_weight_residual:
             shared.previous = memory.spec, update
         if layer.gates_attention:
@@ -305,7 +309,9 @@ class MemoryAsContext(StreamModel):
             own = {name: value for name, value in state.items() if name not in ("keys", "values")}
             x, gate, following = self._memory(layer, x, own, shared)
         given, mixed, weight = layer.attention_connection(x)
-        attended, values, cache = layer.attention(given, state, shared.first, shared.window, shared.values)
+        attended, values, cache = layer.attention(
+            given, state, shared.first, shared.window, shared.values, shared.call.slots
+        )
         attended = attended if gate is None else attended * gate
         shared.values = values if shared.values is None else shared.values
         into_ff, mixed, ff_weight = layer.ff_connection(Residuals(mixed, attended, weight))

@@ -27,6 +27,7 @@ class VectorMemory(StreamModel):
         self.input = TensorSpec("vectors", "x", options.dim * self.views)
         self.output = TensorSpec("vectors", "y", options.dim)
         self.layer = NeuralMemoryLayer(options)
+        self.pools = self.layer.pools
 
     def config_json(self) -> dict[str, Any]:
         return {"class": "NeuralMemory", **asdict(self.options)}
@@ -53,5 +54,5 @@ class VectorMemory(StreamModel):
         own = {name.removeprefix(PREFIX): value for name, value in state.items()}
         q, k, v = inputs.chunk(3, -1) if self.views == 3 else (inputs,) * 3
         aligned = call.graph.tokens > 1
-        y, own, _ = self.layer((q, k, v), own, call.position, call.learn, aligned)
+        y, own, _ = self.layer((q, k, v), own, call.position, call.learn, aligned, slots=call.slots)
         return y, {PREFIX + name: value for name, value in own.items()}
