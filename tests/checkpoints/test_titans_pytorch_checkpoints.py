@@ -579,7 +579,7 @@ INVALID = [
     ({"chunk_size": 0}, "positive integer"),
     ({"momentum": 1}, "momentum: expected true or false, got 1"),
     ({"max_grad_norm": 0}, "max_grad_norm: expected a finite number above 0 or null, got 0"),
-    ({"default_step_transform_max_lr": float("nan")}, "finite number"),
+    ({"default_step_transform_max_lr": float("nan")}, "NaN is not a JSON number"),
     ({"activation": "Mish"}, "activation: expected one of silu, gelu, relu, tanh, sigmoid"),
     ({"model": {"type": "MyMemory"}}, "does not contain the code of another module"),
     ({"model": {"type": "MemoryAttention", "dim": 8}}, "MemoryAttention: it attends over one token in decoding"),

@@ -471,7 +471,7 @@ def test_mac_is_refused_by_name(tmp_path: Path) -> None:
         ({"chunk_size": 0}, "chunk_size: expected at least 1"),
         ({"window_size": True}, "window_size: expected type int"),
         ({"memory_lr": 0.0}, "memory_lr: expected a number in"),
-        ({"memory_lr": math.nan}, "memory_lr: expected a finite number"),
+        ({"memory_lr": math.nan}, "NaN is not a JSON number"),
         ({"memory_momentum": 1.0}, "memory_momentum: expected a number in"),
         ({"activation": "tanh"}, "activation: expected one of"),
         ({"ffn_mult": 0.01}, "ffn_mult: expected a width"),

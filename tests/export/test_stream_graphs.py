@@ -66,7 +66,7 @@ def test_the_numbers_divide_no_dimension() -> None:
 
 def test_a_graph_runs_for_any_number_of_streams() -> None:
     # Split into heads, joined; a dimension that is left to the node; rows of all streams as one matrix.
-    model = reshapes([B, 3, 2], [B, -1, 1], [B * 6, 1], [B, 6])
+    model = reshapes([B, 3, 2], [B, -1, 1], [B * 6, 1], [B, 2, -1], [B, 6])
     free_streams(model, B, P)
     assert dims(model.graph.input[0]) == [STREAMS, 6]
     assert dims(model.graph.input[1]) == [SLOTS, 2]

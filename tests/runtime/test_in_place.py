@@ -80,16 +80,17 @@ def test_why_standard_operators_need_two_buffers() -> None:
 
 @variants
 def test_what_is_in_place_is_so_with_the_kernel_alone(bundles: dict[str, Path], variant: str) -> None:
-    """Memories, and MAC's caches, of which a token writes its own rows."""
+    """Memories, caches and the last inputs of convolutions: an operator with slots owns each."""
     manifest = json.loads((bundles[variant] / "manifest.json").read_text())
-    wanted = [state["name"] for state in manifest["state"] if state["role"] == "memory" or "written" in state]
+    wanted = [state["name"] for state in manifest["state"]]
     with open_with_kernel(bundles[variant]) as kernel, rt.Session(bundles[variant], memory_kernel="off") as standard:
         in_place = [state for state in kernel.info["state"] if state["in_place"]]
         assert [state["name"] for state in in_place] == wanted
         assert not any(state["in_place"] for state in standard.info["state"])
         memories = [state for state in in_place if state["role"] == "memory"]
         assert len(memories) == sum(map(CONFIGS[variant].has_memory, range(CONFIGS[variant].layers)))
-        assert len(in_place) - len(memories) == (2 * CONFIGS[variant].layers if variant == "mac" else 0)
+        caches = [state for state in in_place if state["role"] == "cache"]
+        assert len(caches) == (0 if variant == "lmm" else 2 * CONFIGS[variant].layers)
         saved = standard.stream().state_bytes - kernel.stream().state_bytes
         assert saved == sum(4 * np.prod(state["shape"]) for state in in_place)
 

@@ -122,7 +122,7 @@ def trace_graph(model: StreamModel, graph: Graph) -> TracedGraph:
         )
     if parts:
         insert_parts(traced, parts.values())
-    large = take_large(traced)
+    large = take_large(traced, numbers or ())
     proto = to_proto(traced)
     _attach_functions(proto, numbers)
     if numbers is not None:

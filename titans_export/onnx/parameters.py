@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,15 +16,19 @@ from .mapped import SMALL_BYTES
 from .weights import PARAMETER_PREFIX
 
 
-def take_large(model: ir.Model) -> dict[str, Array]:
+def take_large(model: ir.Model, numbers: Collection[int] = ()) -> dict[str, Array]:
     """Takes the values of large initialisers out of a traced model, without a copy. They become external data whose
     place is not known yet, as protobuf messages are limited to 2 GiB.
+
+    numbers: of streams and slots that the model was traced for. Constants that repeat for each of them stay, as
+    `free_streams` keeps a single part.
     """
     large: dict[str, Array] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes >= SMALL_BYTES:
+        repeats = any(size % number == 0 for size in tensor.shape.numpy() for number in numbers if size)
+        if tensor.nbytes >= SMALL_BYTES and not repeats:
             large[name] = tensor.numpy()
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor("", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)

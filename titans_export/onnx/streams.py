@@ -196,6 +196,11 @@ class _Freed:
                 given = self.known.get(node.input[0], [])
                 own = number in self.symbols.by_number and given[axis : axis + 1] == [number]
                 freed[axis] = 0 if own else -1
+        if freed.count(-1) > 1 and -1 in shape:
+            result = self.known.get(node.output[0], [])
+            rest = shape.index(-1)
+            if len(result) == len(shape) and result[rest] and not self.symbols.depends(result[rest]):
+                freed[rest] = result[rest]  # what was left to the node when it was traced
         if freed.count(-1) > 1:
             raise ValueError(f"shape {shape} depends on the number of streams in two places")
         if 0 in freed:

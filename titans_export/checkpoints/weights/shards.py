@@ -22,7 +22,8 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _LARGEST:
             raise _wrong(f"{path} is larger than any index, {_LARGEST} bytes")
-        index = strict_json.loads(path.read_bytes(), plain=False)
+        with path.open("rb") as file:
+            index = strict_json.loads(file.read(_LARGEST), plain=False)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -168,7 +168,7 @@ class OrtExecutor final : public Executor {
   }
 
   void find_in_place(const GraphNodes& nodes) {
-    const StateFlow flow(nodes);
+    const StateFlow flow(nodes, context_->cuda_ordinal() < 0);  // our kernels of caches are for the CPU
     for (std::size_t state = 0; state < in_place_.size(); ++state) {
       const StateTensor& tensor = manifest_.state[state];
       in_place_[state] = in_place_[state] && flow.in_place(tensor.input, tensor.output);

@@ -34,8 +34,8 @@ struct Update {
   std::string_view output;
 };
 
-// What the node may write over; empty if it needs two buffers.
-std::vector<Update> updates(const Node& node) {
+// What the node may write over; empty if it needs two buffers. `caches`: as in StateFlow.
+std::vector<Update> updates(const Node& node, bool caches) {
   const auto listed = [&](std::size_t states, std::size_t first_output) {
     std::vector<Update> found;
     for (std::size_t state = 0; state < states; ++state) {
@@ -52,15 +52,15 @@ std::vector<Update> updates(const Node& node) {
     if (is_chunk_memory(node) || is_set_to("mode", "update")) return listed(1, kStateOutput);
     return {};
   }
-  if (is_cached_attention(node)) return listed(2, 1);  // keys and values
-  if (is_convolution(node)) return listed(1, 1);       // the last inputs
+  if (is_cached_attention(node)) return listed(caches ? 2 : 0, 1);  // keys and values
+  if (is_convolution(node)) return listed(caches ? 1 : 0, 1);       // the last inputs
   const bool scatters = node.op_type == "ScatterElements" || node.op_type == "ScatterND";
   return scatters && is_standard(node) && node.outputs.size() == 1 ? listed(1, 0) : std::vector<Update>{};
 }
 
 // The input whose buffer that output may share.
-std::optional<std::size_t> written_over(const Node& node, std::string_view output) {
-  for (const Update& update : updates(node)) {
+std::optional<std::size_t> written_over(const Node& node, std::string_view output, bool caches) {
+  for (const Update& update : updates(node, caches)) {
     if (update.output == output) return update.input;
   }
   return std::nullopt;
@@ -106,7 +106,7 @@ std::size_t count_memory_nodes(const GraphNodes& graph) {
                                   std::count_if(graph.inner.begin(), graph.inner.end(), is_memory));
 }
 
-StateFlow::StateFlow(const GraphNodes& graph) : outputs_(graph.outputs) {
+StateFlow::StateFlow(const GraphNodes& graph, bool caches) : caches_(caches), outputs_(graph.outputs) {
   const auto add = [](Users& users, const std::vector<std::string_view>& values, const Node& node) {
     for (const std::string_view value : values) {
       if (!value.empty()) users[value].push_back(&node);
@@ -124,7 +124,7 @@ bool StateFlow::in_place(std::string_view input, std::string_view output) const 
                            std::count(outputs_.begin(), outputs_.end(), input) == 0;
   const Node* writer = producer(output);
   if (!named_right || writer == nullptr) return false;
-  const std::optional<std::size_t> state = written_over(*writer, output);
+  const std::optional<std::size_t> state = written_over(*writer, output, caches_);
   return state && leads_to(input, *writer, *state) && readers_come_first(input, *writer, *state);
 }
 
@@ -142,7 +142,7 @@ bool StateFlow::leads_to(std::string_view input, const Node& writer, std::size_t
     if (before == input) return true;
     node = producer(before);
     if (node == nullptr) return false;
-    const std::optional<std::size_t> earlier = written_over(*node, before);
+    const std::optional<std::size_t> earlier = written_over(*node, before, caches_);
     if (!earlier) return false;
     state = *earlier;
   }
@@ -173,7 +173,7 @@ bool StateFlow::readers_come_first(std::string_view input, const Node& writer, s
   if (readers == readers_.end()) return true;
   const Nodes earlier = before(writer);
   return std::all_of(readers->second.begin(), readers->second.end(), [&](const Node* reader) {
-    const bool keeps_no_view = is_memory(*reader) || !updates(*reader).empty() || copies_rows(*reader);
+    const bool keeps_no_view = is_memory(*reader) || !updates(*reader, caches_).empty() || copies_rows(*reader);
     if (!keeps_no_view || !reader->captured.empty()) return false;
     if (reader != &writer) return earlier.count(reader) != 0;
     return reader->inputs[state] == input && std::count(reader->inputs.begin(), reader->inputs.end(), input) == 1;

@@ -24,8 +24,9 @@ std::size_t count_memory_nodes(const GraphNodes& graph);
 // Runtime itself allows it. In addition, no other node may read the old state after it is overwritten.
 class StateFlow {
  public:
-  // `graph` must outlive this object.
-  explicit StateFlow(const GraphNodes& graph);
+  // `graph` must outlive this object. `caches`: the session has kernels of CachedAttention and CausalConvolution. Their
+  // function bodies may read a cache after they have written to it.
+  explicit StateFlow(const GraphNodes& graph, bool caches = true);
 
   // True if `input` and `output` may share a buffer in every execution order.
   bool in_place(std::string_view input, std::string_view output) const;
@@ -39,6 +40,7 @@ class StateFlow {
   Nodes before(const Node& writer) const;
   bool readers_come_first(std::string_view input, const Node& writer, std::size_t state) const;
 
+  bool caches_;
   std::vector<std::string_view> outputs_;
   Users makers_;
   Users readers_;
