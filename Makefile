@@ -1,6 +1,6 @@
 # make setup      everything into .venv, .deps and build/, nothing outside; a second time takes a second
 # make demo       exports two small models and runs them        make demo TEXT=book.txt   with a text of yours
-# make test       every feature once, about 12 minutes          make test PYTEST='-k memory'
+# make test       every feature once, about 15 minutes          make test PYTEST='-k memory'
 # make test-all   every test, build and fuzz target, about 40 minutes
 # make fuzz       each fuzz target for a minute; needs clang    make fuzz SECONDS=3600
 # make bench      speed beside the baselines, on an idle machine (about half an hour)    make bench BENCH='--rounds 5'
