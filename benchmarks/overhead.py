@@ -56,6 +56,7 @@ class Engine:
             manifest.input.name: self._token,
             manifest.controls.position: self._position,
             manifest.controls.learn: np.ones(1, np.bool_),
+            **({slots: np.zeros(1, np.int64)} if (slots := manifest.controls.slots) else {}),
         }
         initial = load_file(bundle / manifest.initial_state.file)
         sets = [{name: aligned(value) for name, value in initial.items()} for _ in range(2)]

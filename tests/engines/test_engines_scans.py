@@ -18,8 +18,9 @@ from titans_export.engines.messages import BuildError
 from titans_export.engines.scans import unroll_scans
 from titans_export.engines.vendor import Settings, build_plan
 from titans_export.errors import BundleError
-from titans_export.onnx.graphs import export_graph
+from titans_export.onnx.graphs import SLOTS_INPUT, export_graph
 from titans_export.onnx.mapped import write_graph
+from titans_export.onnx.streams import fix_streams
 
 STEPS, WIDTH = 5, 8
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "titans-pytorch-bytes"
@@ -118,7 +119,9 @@ def test_a_memory_is_built_so_and_not_otherwise(tmp_path: Path) -> None:
     options = LoadOptions(str(CHECKPOINT / "model.json"))
     model = load_checkpoint(CHECKPOINT / "model.safetensors", "titans-pytorch", options).model
     graph = next(graph for graph in model.graphs(1) if graph.name == "segment_end")
-    inlined = graphs.inline(export_graph(model, graph))
+    source = export_graph(model, graph)
+    fix_streams(source, SLOTS_INPUT, 1)
+    inlined = graphs.inline(source)
     path = write_graph(unroll_scans(inlined), tmp_path / "unrolled.onnx")
     assert build_plan(trt, path, settings).plan
     # What the rewriting is for: were this to build, it could go.
