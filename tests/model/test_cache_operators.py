@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import cache_oracles
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_oracle import cached_attention as cached_attention_oracle
+from attention_oracle import causal_convolution as causal_convolution_oracle
 from onnx import TensorProto, helper
 from tolerances import TOLERANCES
 
@@ -25,7 +26,10 @@ from titans_export.operators import CACHED_ATTENTION, CAUSAL_CONVOLUTION, DOMAIN
 
 EXACT, SINGLE = TOLERANCES["cpu", "float64"], TOLERANCES["cpu-kernel", "float32"]
 REFERENCES = {"CachedAttention": cached_attention.reference, "CausalConvolution": causal_convolution.reference}
-ORACLES = {"CachedAttention": cache_oracles.attention, "CausalConvolution": cache_oracles.convolution}
+ORACLES: dict[str, Any] = {
+    "CachedAttention": cached_attention_oracle,
+    "CausalConvolution": causal_convolution_oracle,
+}
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 Feeds = dict[str, torch.Tensor]
 
@@ -99,7 +103,7 @@ def _convolution(kind: str, call: str, dtype: torch.dtype) -> tuple[dict[str, An
 
 
 def _expected(operator: Operator, values: dict[str, Any], feeds: Feeds) -> list[Any]:
-    return ORACLES[operator.name](**{name: x.numpy() for name, x in feeds.items()}, **values)
+    return list(ORACLES[operator.name]({name: x.numpy() for name, x in feeds.items()}, **values))
 
 
 def _body(operator: Operator, values: dict[str, Any], feeds: Feeds, outputs: list[Any]) -> list[Any]:

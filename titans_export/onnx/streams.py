@@ -1,8 +1,8 @@
 """Graphs for any number of streams.
 
 A graph is traced for a number of streams that occurs nowhere else in it: a prime that divides no dimension of the
-model. `free_streams` then replaces that number by a symbol. So a graph has no nodes that compute shapes, and a place
-that depends on the number of streams cannot be missed.
+model. `free_streams` then replaces that number by a symbol, so a place that depends on it cannot be missed. Nodes
+compute a shape only for constants that repeat for each stream.
 """
 
 from __future__ import annotations
