@@ -136,6 +136,7 @@ def scan(step: Step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor
     """
     count = xs[0].shape[0]
     if torch.compiler.is_exporting() and count > 1:
+        from torch._dynamo import config as dynamo
         from torch._higher_order_ops.scan import scan as scan_op
 
         def cloned(c: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -143,7 +144,9 @@ def scan(step: Step, carry: list[Tensor], xs: list[Tensor]) -> tuple[list[Tensor
             new, out = step(c, x, 0)
             return [_copy(t) for t in new], [_copy(t) for t in out]
 
-        result: tuple[list[Tensor], list[Tensor]] = scan_op(cloned, [_copy(t) for t in carry], xs)
+        # torch.export makes every size of the step symbolic. Equal sizes then compare as unequal now and then.
+        with dynamo.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
+            result: tuple[list[Tensor], list[Tensor]] = scan_op(cloned, [_copy(t) for t in carry], xs)
         return result
     outs = []
     for i in range(count):
