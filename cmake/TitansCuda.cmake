@@ -45,7 +45,7 @@ set(TITANS_CUDA_EXCEPT "" CACHE STRING "Compute capabilities of this list to lea
 list(REMOVE_ITEM TITANS_CUDA_ARCHITECTURES "" ${TITANS_CUDA_EXCEPT})
 option(TITANS_CUDA_PTX "Add PTX for GPUs that are newer than all of these" ON)
 
-# Compiles TARGET for all architectures. TARGET.ptxas.txt reports registers, shared memory and spills.
+# Compiles TARGET for all architectures. The files in ptxas/ report registers, shared memory and spills.
 function(titans_cuda_compile target)
   set(options "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v;--threads=2>")
   foreach(architecture ${TITANS_CUDA_ARCHITECTURES})
@@ -60,5 +60,5 @@ function(titans_cuda_compile target)
   endif()
   target_compile_options(${target} PRIVATE ${options} "$<$<COMPILE_LANGUAGE:CXX>:${titans_warnings}>")
   set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER
-    "${PROJECT_SOURCE_DIR}/cmake/keep_report;${PROJECT_BINARY_DIR}/${target}.ptxas.txt")
+    "${PROJECT_SOURCE_DIR}/cmake/keep_report;${PROJECT_BINARY_DIR}/ptxas")
 endfunction()

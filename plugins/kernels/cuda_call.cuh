@@ -4,6 +4,7 @@
 #include "plugins/kernels/cuda_device.cuh"
 #include "plugins/kernels/cuda_memory_dtype.cuh"
 #include "plugins/kernels/cuda_plan.h"
+#include "plugins/kernels/cuda_status.h"
 
 namespace titans::kernels::cuda {
 
@@ -81,24 +82,24 @@ __device__ inline float sum_over_block(float value, float* words) {
   return sum;
 }
 
-// The status word: 1 + the index of an invalid operand, or 0. Two streams with the same slot are an error too.
+// The status of the item's stream, or 0. Two streams with the same slot are an error too.
 __device__ inline int wrong_operand(const Call& c, const Item& item) {
   const auto outside = [&](const std::int64_t* values, std::int64_t end) {
     return values != nullptr && (values[item.stream] < 0 || values[item.stream] >= end);
   };
-  if (outside(c.fill, c.model.chunk)) return 1 + kFill;
-  if (outside(c.valid, c.tokens + 1)) return 1 + kValid;
-  if (outside(c.slots, c.pool)) return 1 + kSlots;
+  if (outside(c.fill, c.model.chunk)) return status_word(StatusOf::kNeuralMemory, kFill);
+  if (outside(c.valid, c.tokens + 1)) return status_word(StatusOf::kNeuralMemory, kValid);
+  if (outside(c.slots, c.pool)) return status_word(StatusOf::kNeuralMemory, kSlots);
   if (c.slots != nullptr) {
     bool twice = false;
     for (int other = thread_index(); other < c.streams; other += kThreads) {
       twice = twice || (other != item.stream && c.slots[other] == c.slots[item.stream]);
     }
-    if (any_in_block(twice)) return 1 + kSlots;
+    if (any_in_block(twice)) return status_word(StatusOf::kNeuralMemory, kSlots);
   }
   if (!c.model.update) return 0;
   const int valid = c.valid == nullptr ? c.tokens : static_cast<int>(c.valid[item.stream]);
-  if (c.model.aligned && valid % c.model.chunk != 0) return 1 + kValid;
+  if (c.model.aligned && valid % c.model.chunk != 0) return status_word(StatusOf::kNeuralMemory, kValid);
   // All heads of the stream are checked, so that its blocks agree.
   const std::int64_t first = static_cast<std::int64_t>(item.stream) * c.heads * c.tokens;
   const float* gates[] = {c.step_size + first, c.momentum + first, c.forget_gate + first};
@@ -110,9 +111,10 @@ __device__ inline int wrong_operand(const Call& c, const Item& item) {
   }
   if (!any_in_block(bad[0] || bad[1] || bad[2])) return 0;
   for (int gate = 0; gate < 2; ++gate) {
-    if (any_in_block(bad[gate])) return 1 + kStepSize + gate;
+    if (any_in_block(bad[gate]))
+      return status_word(StatusOf::kNeuralMemory, static_cast<std::size_t>(kStepSize + gate));
   }
-  return 1 + kForgetGate;
+  return status_word(StatusOf::kNeuralMemory, kForgetGate);
 }
 
 // Whether the values of the item's stream are valid. If not, its answers become NaN and its state stays unchanged.

@@ -162,9 +162,15 @@ __device__ inline __nv_bfloat16 to_value<__nv_bfloat16>(float x) {
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline float complementary_error_function(float x) { return erfcf(x); }
+// Sine and cosine of an angle in units of 2^-32 turns.
+__device__ inline void sine_and_cosine(std::uint32_t phase, float& sine, float& cosine) {
+  sincospif(static_cast<float>(static_cast<std::int32_t>(phase)) * 0x1p-31F, &sine, &cosine);
+}
 __device__ inline float square_root(float x) { return sqrtf(x); }
+__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ inline float absolute(float x) { return fabsf(x); }
 __device__ inline float smaller_of(float x, float y) { return fminf(x, y); }
+__device__ inline float larger_of(float x, float y) { return fmaxf(x, y); }
 __device__ inline float whole_below(float x) { return floorf(x); }
 __device__ inline float nearest_whole(float x) { return rintf(x); }  // ties to even
 __device__ inline std::uint32_t bits_of(float x) { return __float_as_uint(x); }

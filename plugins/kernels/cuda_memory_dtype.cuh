@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_numbers.cuh"
 #include "plugins/kernels/cuda_plan.h"
 #include "plugins/kernels/rounding.h"
 
@@ -9,10 +10,6 @@ namespace titans::kernels::cuda {
 
 static_assert(kScaleBlock == kWarpSize && kPadding % kScaleBlock == 0,
               "a warp has a block, blocks of threads have whole ones");
-
-__device__ inline bool is_finite(float x) { return x - x == 0.0F; }
-__device__ inline bool is_nan(float x) { return x != x; }
-__device__ inline float infinity() { return __builtin_inff(); }
 
 // ---- reading: the same few instructions for all memory dtypes, because branches would separate the loads ----
 
@@ -35,10 +32,6 @@ __device__ inline float load_weight(const Model& m, const float* row, const Fiel
   const float value = decode(m.decoder, word >> within * m.decoder.element_bits);
   return m.scaled ? value * load_scale(row, field, r, j) : value;
 }
-
-struct alignas(16) Four {
-  float v[4];
-};
 
 // Columns j to j + 3. j and the number of columns are multiples of 4, so they begin at a word of the row.
 __device__ inline Four load_four(const Model& m, const float* row, const Field& field, int r, int j) {

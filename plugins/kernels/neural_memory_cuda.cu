@@ -11,6 +11,7 @@
 #include "plugins/kernels/cuda_blocks.cuh"
 #include "plugins/kernels/cuda_call.cuh"
 #include "plugins/kernels/cuda_device.cuh"
+#include "plugins/kernels/cuda_node.cuh"
 #include "plugins/kernels/cuda_plan.h"
 #include "plugins/kernels/cuda_read.cuh"
 #include "plugins/kernels/cuda_token.cuh"
@@ -38,15 +39,10 @@ Kernel kernel_for(Kind kind, bool shared) {
   return nullptr;
 }
 
-constexpr int kLeastSm = 80;
-constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;   // words: keeps sizes and offsets within 32 bits
-constexpr std::int64_t kLargestCall = std::int64_t{1} << 30;  // elements of q, for the same reason
+constexpr std::int64_t kLargestRow = std::int64_t{1} << 28;  // words: keeps sizes and offsets within 32 bits
 
 std::string too_large(const char* what, std::int64_t most, std::int64_t got, const char* fix) {
-  return failure(Configuration::kOperator, "E0712",
-                 std::string("not supported on a GPU: expected at most ") + std::to_string(most) + " elements of " +
-                     what + ", got " + std::to_string(got),
-                 fix);
+  return cuda::too_large(Configuration::kOperator, what, most, got, fix);
 }
 
 class NodeKernel final : public CudaKernel {
@@ -71,9 +67,9 @@ class NodeKernel final : public CudaKernel {
     if (!error.empty()) return error;
     const std::int64_t streams = o[kQ].shape[0], heads = o[kQ].shape[1], tokens = o[kQ].shape[2];
     const bool update = configuration_.mode == Mode::kUpdate;
-    if (o[kQ].elements() > kLargestCall || streams * heads > kLargestCall) {
-      return too_large("q", kLargestCall, o[kQ].elements(), "feed fewer tokens or streams at a time");
-    }
+    error = too_large("elements of q", cuda::kLargestCall, std::max(o[kQ].elements(), streams * heads),
+                      "feed fewer tokens or streams at a time");
+    if (!error.empty()) return error;
     if (update && o[kStateOut].data != o[kState].data) {
       const auto bytes = static_cast<std::size_t>(o[kState].elements()) * sizeof(float);
       error = cuda::copy(o[kStateOut].data, o[kState].data, bytes, stream);
@@ -173,31 +169,12 @@ std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuratio
                     "wrong dtype of q, k and v: expected float32, float16 or bfloat16, got another type", "cast them");
     return nullptr;
   }
-  if (device.sm < kLeastSm) {
-    error = failure(Configuration::kOperator, "E0712",
-                    "not supported on this GPU: expected compute capability 8.0 or newer, got " +
-                        std::to_string(device.sm / 10) + "." + std::to_string(device.sm % 10),
-                    "run on the CPU");
-    return nullptr;
+  error = cuda::unsupported(Configuration::kOperator, device);
+  if (error.empty()) {
+    error = too_large("elements of a packed row", kLargestRow, RowLayout(configuration).size, "run on the CPU");
   }
-  if (RowLayout(configuration).size > kLargestRow) {
-    error = too_large("a packed row", kLargestRow, RowLayout(configuration).size, "run on the CPU");
-    return nullptr;
-  }
+  if (!error.empty()) return nullptr;
   return std::make_unique<NodeKernel>(configuration, values, device);
-}
-
-std::string CudaKernel::status_message(std::int32_t status) {
-  if (status == 0) return {};
-  const int operand = status - 1;
-  const std::string name = operand > 0 && operand < static_cast<int>(kInputs)
-                               ? kOperandNames[static_cast<std::size_t>(operand)]
-                               : "status " + std::to_string(status);
-  const bool gate = operand >= static_cast<int>(kStepSize) && operand <= static_cast<int>(kForgetGate);
-  const std::string detail = name + " of a stream, whose state is unchanged";
-  return gate ? failure(Configuration::kOperator, "E0710", "gate not finite: " + detail,
-                        "look for an overflow in the model before the memory")
-              : failure(Configuration::kOperator, "E0709", "value out of range: " + detail, "correct it");
 }
 
 }  // namespace titans::kernels

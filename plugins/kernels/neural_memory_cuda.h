@@ -43,15 +43,12 @@ class CudaKernel {
   //
   // A stream is invalid if its fill, valid or slot is out of range, or if one of its gates is not finite. Its state
   // stays unchanged, and its y and stats are NaN. `status` is optional: one word of device memory that the caller has
-  // set to 0. It receives the number of an invalid operand (see status_message).
+  // set to 0. It receives the number of an invalid operand (cuda_status.h).
   virtual std::string run(const Operands& operands, void* workspace, std::int32_t* status,
                           CUstream_st* stream) const = 0;
 
   // A description of a call's plan, for users and tests: "blocks 4, state shared, rows shared, 148 KiB".
   virtual std::string placement(std::int64_t streams, std::int64_t heads, std::int64_t tokens) const = 0;
-
-  // The error of a status word, or an empty string for 0.
-  static std::string status_message(std::int32_t status);
 };
 
 }  // namespace titans::kernels

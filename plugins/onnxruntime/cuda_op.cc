@@ -1,5 +1,6 @@
 // The memory operators for ONNX Runtime's CUDA provider. Calls are enqueued in the provider's stream. ChunkNeuralMemory
 // has no CUDA kernel, so its nodes are rejected.
+#include "plugins/kernels/cuda_status.h"
 #include "plugins/kernels/neural_memory_cuda.h"
 #include "plugins/onnxruntime/cuda_device.h"
 #include "plugins/onnxruntime/memory_op.h"
@@ -8,18 +9,6 @@ namespace titans::plugins {
 namespace {
 
 using namespace titans::kernels;
-
-// The CUDA device of the session's provider.
-int ordinal_of(const OrtApi& api, const OrtKernelInfo& info) {
-  OrtAllocator* raw = nullptr;
-  check(api.KernelInfoGetAllocator(&info, OrtMemTypeDefault, &raw));
-  const Handle<OrtAllocator> allocator(raw, api.ReleaseAllocator);
-  const OrtMemoryInfo* memory = nullptr;  // owned by the allocator
-  check(api.AllocatorGetInfo(raw, &memory));
-  int ordinal = 0;
-  check(api.MemoryInfoGetId(memory, &ordinal));
-  return ordinal;
-}
 
 // The kernel of one node of a session.
 class CudaNodeKernel {
@@ -112,9 +101,6 @@ std::string cuda_target(int ordinal, std::string& error) {
   }
 }
 
-std::string take_cuda_error() {
-  const std::int32_t status = take_thread_status();
-  return status == 0 ? std::string() : CudaKernel::status_message(status);
-}
+std::string take_cuda_error() { return status_message(take_thread_status()); }
 
 }  // namespace titans::plugins

@@ -55,6 +55,17 @@ void add_update_outputs(const OrtApi& api, OrtKernelContext& context, std::size_
 
 }  // namespace
 
+int ordinal_of(const OrtApi& api, const OrtKernelInfo& info) {
+  OrtAllocator* raw = nullptr;
+  check(api.KernelInfoGetAllocator(&info, OrtMemTypeDefault, &raw));
+  const Handle<OrtAllocator> allocator(raw, api.ReleaseAllocator);
+  const OrtMemoryInfo* memory = nullptr;  // owned by the allocator
+  check(api.AllocatorGetInfo(raw, &memory));
+  int ordinal = 0;
+  check(api.MemoryInfoGetId(memory, &ordinal));
+  return ordinal;
+}
+
 void read_inputs(const OrtApi& api, OrtKernelContext& context, Tensor* inputs, std::size_t count) {
   std::size_t given = 0;
   check(api.KernelContext_GetInputCount(&context, &given));

@@ -94,6 +94,9 @@ Configuration read_configuration(const OrtApi& api, const OrtKernelInfo& info) {
   return configuration;
 }
 
+// The device of the session's provider, such as the number of a GPU.
+int ordinal_of(const OrtApi& api, const OrtKernelInfo& info);
+
 // Sets the first `count` inputs of a call; absent ones stay absent.
 void read_inputs(const OrtApi& api, OrtKernelContext& context, kernels::Tensor* inputs, std::size_t count);
 

@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "plugins/kernels/cpu_kernel.h"
-#include "plugins/onnxruntime/cpu_node_op.h"
 #include "plugins/onnxruntime/memory_op.h"
+#include "plugins/onnxruntime/node_op.h"
 #include "plugins/onnxruntime/session_entry.h"
 
 #define TITANS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -18,15 +18,17 @@
 namespace {
 
 std::vector<const OrtCustomOp*> all_ops(bool on_cuda) {
-  std::vector<const OrtCustomOp*> ops = titans::plugins::cpu_ops();
-  if (!on_cuda) {
-    using namespace titans::plugins;
-    for (const OrtCustomOp* op : {cached_attention_op(), causal_convolution_op(), hyper_connection_op()}) {
-      ops.push_back(op);
-    }
-  }
+  using namespace titans::plugins;
+  std::vector<const OrtCustomOp*> ops = cpu_ops();
+  const auto add = [&](const std::vector<const OrtCustomOp*>& more) {
+    ops.insert(ops.end(), more.begin(), more.end());
+  };
+  // Without CUDA kernels, a session on a GPU computes these operators by their function bodies. ONNX Runtime would
+  // otherwise copy their operands to the CPU.
+  if (!on_cuda) add(cpu_node_ops());
 #ifdef TITANS_WITH_CUDA
-  for (const OrtCustomOp* op : titans::plugins::cuda_ops()) ops.push_back(op);
+  add(cuda_ops());
+  add(cuda_node_ops());
 #endif
   return ops;
 }

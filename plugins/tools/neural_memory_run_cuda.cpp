@@ -22,6 +22,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "plugins/kernels/cuda_status.h"
 #include "plugins/kernels/neural_memory_cuda.h"
 #include "plugins/tools/case_file.h"
 #include "plugins/tools/device_memory.h"
@@ -97,7 +98,7 @@ class Runner {
       enqueue(call);
       synchronize();
       status_->download(&status);
-      if (status != 0 && !options_.keep_going) throw_error(CudaKernel::status_message(status));
+      if (status != 0 && !options_.keep_going) throw_error(status_message(status));
       write(out, call[kY]);
       if (update_) write(out, call[kStats]);
     }
@@ -107,7 +108,7 @@ class Runner {
     }
     const Tensor& q = calls_.back()[kQ];
     json report{{"device", describe(device_)}, {"placement", kernel_->placement(q.shape[0], q.shape[1], q.shape[2])}};
-    if (status != 0) report["status"] = CudaKernel::status_message(status);
+    if (status != 0) report["status"] = status_message(status);
     if (options_.repeats > 0) {
       const auto all = [&] {
         for (Operands& call : calls_) enqueue(call);

@@ -111,6 +111,5 @@ std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuratio
   return std::make_unique<Double>(configuration, values, device, std::move(kernel));
 }
 
-std::string CudaKernel::status_message(std::int32_t) { return {}; }
 
 }  // namespace titans::kernels

@@ -63,9 +63,16 @@ V to_value(float x) {
 
 inline float exponential(float x) { return std::exp(x); }
 inline float complementary_error_function(float x) { return std::erfc(x); }
+inline void sine_and_cosine(std::uint32_t phase, float& sine, float& cosine) {
+  const double angle = static_cast<float>(static_cast<std::int32_t>(phase)) * 0x1p-31F * 3.14159265358979323846;
+  sine = static_cast<float>(std::sin(angle));
+  cosine = static_cast<float>(std::cos(angle));
+}
 inline float square_root(float x) { return std::sqrt(x); }
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 inline float absolute(float x) { return std::fabs(x); }
 inline float smaller_of(float x, float y) { return std::fmin(x, y); }
+inline float larger_of(float x, float y) { return std::fmax(x, y); }
 inline float whole_below(float x) { return std::floor(x); }
 inline float nearest_whole(float x) { return std::nearbyint(x); }
 inline std::uint32_t bits_of(float x) {

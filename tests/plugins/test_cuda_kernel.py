@@ -307,14 +307,16 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
 
 # The most registers a thread may have for the blocks that shall share a multiprocessor: 65536 / (256 threads x blocks).
 KERNELS = {"update_blocks": 255, "update_token": 128, "update_token_in_place": 255, "read_rows": 255}
+KERNELS |= {"attend": 128, "write_rings": 128, "convolve": 128, "connect": 128}
 
 
 @pytest.mark.parametrize("name", [pytest.param("cuda", marks=long), "cuda-two", pytest.param("cuda-rest", marks=long)])
 def test_no_kernel_spills_on_any_gpu(name: str) -> None:
     build = CUDA_BUILDS[name]
-    if not (build / "titans_cuda_kernels.ptxas.txt").exists():
+    reports = sorted((build / "ptxas").glob("*.txt"))
+    if not reports:
         pytest.skip(f"no {build.relative_to(build.parents[1])}: tools/build {name}, with nvcc installed")
-    report = (build / "titans_cuda_kernels.ptxas.txt").read_text()
+    report = "".join(path.read_text() for path in reports)
     entries = re.findall(
         r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -323,9 +325,9 @@ def test_no_kernel_spills_on_any_gpu(name: str) -> None:
     )
     found: dict[str, set[tuple[str, str]]] = {}
     for symbol, architecture, stack, stores, loads, registers in entries:
-        named = re.search(r"cuda\d+(update_blocks|update_token|read_rows)I(\w+?)EEv", symbol)
+        named = re.search(rf"\d({'|'.join(KERNELS)})(?:I(\w+?)EEv)?", symbol)
         assert named, symbol
-        kernel, values = named.groups()
+        kernel, values = named.group(1), named.group(2) or ""
         if kernel == "update_token" and values.endswith("Lb0E"):
             kernel = "update_token_in_place"
         assert (int(stack), int(stores), int(loads)) == (0, 0, 0), f"{kernel}<{values}> spills on {architecture}"
@@ -337,8 +339,9 @@ def test_no_kernel_spills_on_any_gpu(name: str) -> None:
     )
     assert listed and left_out
     assert found.keys() == {f"sm_{each}" for each in {*listed[1].split(";")} - {*left_out[1].split(";")}}
-    # Three types of values; updates for what fits into shared memory, and for what does not.
-    assert all(len(kernels) == 3 * 5 for kernels in found.values())
+    # Of memories: three types of values; updates for what fits into shared memory, and for what does not. Of attention:
+    # few rows, many rows, and the rings.
+    assert all(len(kernels) == 3 * 5 + 3 + 1 + 1 for kernels in found.values())
 
 
 def test_emulated_gpus_differ_in_what_decides() -> None:

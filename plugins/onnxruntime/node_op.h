@@ -1,29 +1,31 @@
-// A custom operator of ONNX Runtime's CPU provider, for operators with one kernel and operands of fixed dtypes.
+// A custom operator of ONNX Runtime for operators with operands of fixed dtypes.
 #pragma once
 
 #include <onnxruntime_c_api.h>
 
 #include <array>
 #include <cstddef>
-#include <memory>
-#include <string>
+#include <vector>
 
 #include "plugins/kernels/operands.h"
 #include "plugins/onnxruntime/ort_node.h"
 
 namespace titans::plugins {
 
-// `Contract` provides the types Configuration, Operands and CpuKernel; kInputs and kOperands, their numbers; kInPlace,
-// pairs of inputs and outputs that may share a buffer; the functions is_integer(input), is_optional(operand); and
+// `Contract` provides the types Configuration and Operands; kInputs and kOperands, their numbers; kInPlace, pairs of
+// inputs and outputs that may share a buffer; the functions is_integer(input), is_optional(operand); and
 // output(operands, which), a tensor with the shape of that output, or an absent one if the inputs have wrong ranks. The
 // kernel's check rejects wrong shapes.
-template <class Contract>
-class CpuNodeOp final : public OrtCustomOp {
+//
+// `NodeKernel` is the kernel of one node of a session: kProvider, a constructor with the API and the node's
+// information, and run(context, operands), which throws.
+template <class Contract, class NodeKernel>
+class NodeOp final : public OrtCustomOp {
  public:
-  CpuNodeOp() : OrtCustomOp{} {
+  NodeOp() : OrtCustomOp{} {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp*) { return Configuration::kOperator; };
-    GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
+    GetExecutionProviderType = [](const OrtCustomOp*) { return NodeKernel::kProvider; };
     GetInputTypeCount = [](const OrtCustomOp*) -> std::size_t { return Contract::kInputs; };
     GetInputType = [](const OrtCustomOp*, std::size_t input) {
       return Contract::is_integer(input) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -38,12 +40,12 @@ class CpuNodeOp final : public OrtCustomOp {
     GetStartVersion = [](const OrtCustomOp*) { return kVersion; };
     GetEndVersion = [](const OrtCustomOp*) { return kVersion; };
     CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-      return guarded(*api, [&] { *kernel = new NodeKernel(*api, *info); });
+      return guarded(*api, [&] { *kernel = new Node{*api, NodeKernel(*api, *info)}; });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      return static_cast<NodeKernel*>(kernel)->compute(*context);
+      return static_cast<Node*>(kernel)->compute(*context);
     };
-    KernelDestroy = [](void* kernel) { delete static_cast<NodeKernel*>(kernel); };
+    KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
     if constexpr (kPairs > 0) {
       GetMayInplace = [](int** inputs, int** outputs) -> std::size_t {
         static InPlacePairs pairs;
@@ -77,38 +79,29 @@ class CpuNodeOp final : public OrtCustomOp {
     return Contract::is_optional(operand) ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   }
 
-  // The kernel of one node of a session.
-  class NodeKernel {
-   public:
-    NodeKernel(const OrtApi& api, const OrtKernelInfo& info) : api_(api) {
-      std::string error;
-      kernel_ = Contract::CpuKernel::create(read_configuration<Configuration>(api, info), {}, error);
-      check(api, error);
-    }
+  struct Node {
+    const OrtApi& api;
+    NodeKernel kernel;
 
     OrtStatus* compute(OrtKernelContext& context) noexcept {
-      return guarded(api_, [&] {
+      return guarded(api, [&] {
         typename Contract::Operands operands;
-        read_inputs(api_, context, operands.data(), Contract::kInputs);
-        const std::size_t outputs = output_count(api_, context);
+        read_inputs(api, context, operands.data(), Contract::kInputs);
+        const std::size_t outputs = output_count(api, context);
         for (std::size_t i = 0; i < outputs && i < kOutputs; ++i) {
           const std::size_t which = Contract::kInputs + i;
-          operands[which] = make_output(api_, context, i, Contract::output(operands, which));
+          operands[which] = make_output(api, context, i, Contract::output(operands, which));
         }
-        SessionThreads threads{api_, context};
-        check(api_, kernel_->run(operands, threads.parallel()));
+        kernel.run(context, operands);
       });
     }
-
-   private:
-    const OrtApi& api_;
-    std::unique_ptr<typename Contract::CpuKernel> kernel_;
   };
 };
 
-// The definitions for the CPU provider only. They live as long as the process.
-const OrtCustomOp* cached_attention_op();
-const OrtCustomOp* causal_convolution_op();
-const OrtCustomOp* hyper_connection_op();
+// The definitions for one provider. They live as long as the process.
+std::vector<const OrtCustomOp*> cpu_node_ops();
+#ifdef TITANS_WITH_CUDA
+std::vector<const OrtCustomOp*> cuda_node_ops();
+#endif
 
 }  // namespace titans::plugins
