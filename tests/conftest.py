@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+import gc
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,25 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("long")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_registry() -> Iterator[None]:
-    """Makes the exporter's table of operators once per process. torch.onnx makes it anew for every trace, which takes a
-    sixth of a small one. Without this private function of PyTorch, tests are slower and otherwise the same.
-    """
-    try:
-        registry: Any = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
-        make = registry.from_torchlib
-    except (ImportError, AttributeError):
-        yield
-        return
-
-    @lru_cache
-    def made_once(**options: Any) -> Any:
-        return make(**options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", staticmethod(made_once))
-        yield
+def pytest_collection_finish() -> None:
+    """Modules and collected tests live until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from .shared_tables import shared_tables
+
 OPSET = 20
 IR_VERSION = 10  # the first with function overloads
 
@@ -47,7 +49,7 @@ def _strip(graph: onnx.GraphProto) -> None:
 
 def trace_ir(module: nn.Module, args: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """Traces the module to an optimised model of fixed shapes, whose initialisers share the memory of the tensors."""
-    with quiet(), torch.no_grad():
+    with quiet(), shared_tables(), torch.no_grad():
         program = torch.onnx.export(
             module,
             args,
