@@ -4,7 +4,9 @@
 
 namespace titans::kernels::causal_convolution {
 
-std::string configure(const Attributes& /*attributes*/, Configuration& /*configuration*/) { return {}; }
+std::string configure(const Attributes& attributes, Configuration& configuration) {
+  return decode_all(kAttributes, attributes, configuration);
+}
 
 std::string check_operands(const Operands& operands) {
   const Tensor &past = operands[kPast], &x = operands[kX], &weight = operands[kWeight];

@@ -14,15 +14,23 @@ namespace titans::kernels::causal_convolution {
 
 inline constexpr const char* kOperator = "CausalConvolution";
 
-// The operator has no attributes.
-struct Attributes {};
+enum class Activation : std::uint8_t { kNone, kSilu };
+inline constexpr std::array kActivations{"none", "silu"};
+
+struct Attributes {
+  std::string activation = "none";
+};
 
 struct Configuration {
   static constexpr const char* kOperator = causal_convolution::kOperator;
   using Attributes = causal_convolution::Attributes;
+
+  Activation activation = Activation::kNone;  // of y
 };
 
-inline constexpr std::array<Attribute<Attributes, Configuration>, 0> kAttributes{};
+inline constexpr std::array kAttributes{
+    Attribute<Attributes, Configuration>::row<&Attributes::activation, &Configuration::activation>(
+        "activation", Presence::kOptional, one_of(kActivations))};
 constexpr const auto& attribute_table(const Attributes& /*of*/) { return kAttributes; }
 
 // The operator's inputs and outputs in order.

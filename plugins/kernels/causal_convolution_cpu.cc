@@ -28,6 +28,7 @@ struct Call {
   float *past, *y;
   const std::int64_t *valid, *slots;  // may be null
   std::size_t streams, tokens, channels, rows;
+  Activation activation;
 
   std::size_t blocks() const { return (channels + kChannels - 1) / kChannels; }
 };
@@ -43,6 +44,7 @@ HWY_BEFORE_NAMESPACE();
 namespace titans::kernels::HWY_NAMESPACE {
 namespace convolution {
 
+using causal_convolution::Activation;
 using causal_convolution::Call;
 using causal_convolution::kChannels;
 
@@ -52,6 +54,11 @@ struct Column {
   Vector bias;
   float *past, *y;
   std::size_t stride, valid, count;
+  Activation activation;
+
+  HWY_INLINE void write(Vector sum, std::size_t t) const {
+    store(activation == Activation::kSilu ? silu(sum).value : sum, y + t * stride, count);
+  }
 };
 
 // With kRows > 0, the convolution has so many rows, and the last inputs stay in registers.
@@ -67,7 +74,7 @@ HWY_INLINE void convolve_in_registers(const Column& c) {
     Vector sum = c.bias;
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < kRows; ++i) sum = hn::MulAdd(weights[i], inputs[i], sum);
-    store(sum, c.y + t * c.stride, c.count);
+    c.write(sum, t);
 #pragma GCC unroll 8
     for (std::size_t i = 0; i + 1 < kRows; ++i) inputs[i] = inputs[i + 1];
   }
@@ -86,7 +93,7 @@ HWY_INLINE void convolve_in_memory(const Column& c, std::size_t rows) {
     for (std::size_t i = 0; i < rows; ++i) {
       sum = hn::MulAdd(load(c.weight + i * c.stride, c.count), input(t + i), sum);
     }
-    store(sum, c.y + t * c.stride, c.count);
+    c.write(sum, t);
   }
   for (std::size_t i = 0; i < past; ++i) store(input(c.valid + i), c.past + i * c.stride, c.count);
 }
@@ -105,7 +112,8 @@ void convolve(const Call& call, std::size_t stream, std::size_t block) {
                         call.y + of_stream + channel,
                         call.channels,
                         valid,
-                        n};
+                        n,
+                        call.activation};
     switch (call.rows) {
       case 2:
         return convolve_in_registers<2>(column);
@@ -138,7 +146,7 @@ constexpr TargetFunction<CpuFunction (*)()> kTargets[] = {TITANS_EACH_TARGET(cau
 
 class Kernel final : public CpuKernel {
  public:
-  explicit Kernel(CpuFunction function) : function_(function) {}
+  Kernel(CpuFunction function, Activation activation) : function_(function), activation_(activation) {}
 
   std::string run(const Operands& o, const Parallel& parallel) const override {
     std::string error = check_operands(o);
@@ -153,7 +161,7 @@ class Kernel final : public CpuKernel {
     Work work{function_,
               {x.as<const float>(), o[kWeight].as<const float>(), o[kBias].as<const float>(), next.as<float>(),
                o[kY].as<float>(), o[kValid].as<const std::int64_t>(), o[kSlots].as<const std::int64_t>(),
-               size(x.shape[0]), size(x.shape[1]), size(x.shape[2]), size(o[kWeight].shape[0])}};
+               size(x.shape[0]), size(x.shape[1]), size(x.shape[2]), size(o[kWeight].shape[0]), activation_}};
     const std::size_t tasks = work.call.streams * work.call.blocks();
     // Below this size, a thread finishes before it could wake another.
     constexpr std::int64_t kSmall = 1 << 14;
@@ -177,14 +185,15 @@ class Kernel final : public CpuKernel {
   };
 
   CpuFunction function_;
+  Activation activation_;
 };
 
 }  // namespace
 
-std::unique_ptr<CpuKernel> CpuKernel::create(const Configuration& /*configuration*/, std::string_view target,
+std::unique_ptr<CpuKernel> CpuKernel::create(const Configuration& configuration, std::string_view target,
                                              std::string& error) {
   const auto* found = find_target(kTargets, kOperator, target, error);
-  return found == nullptr ? nullptr : std::make_unique<Kernel>(found->function());
+  return found == nullptr ? nullptr : std::make_unique<Kernel>(found->function(), configuration.activation);
 }
 
 }  // namespace titans::kernels::causal_convolution

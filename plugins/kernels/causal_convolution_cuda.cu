@@ -19,6 +19,7 @@ struct Call {
   cuda::StreamIndices indices;
   std::int32_t* status;
   int channels, rows, blocks;  // blocks: of channels, per stream
+  bool silu;                   // of y
 };
 
 // One channel of a stream: the past, followed by the call's inputs.
@@ -58,6 +59,7 @@ __device__ void convolve_block(const Call& call, int stream, int block) {
           sum += weight[static_cast<std::int64_t>(i) * call.channels] * inputs.input(t + i);
         }
       }
+      if (call.silu) sum /= 1.0F + expf(-sum);
       y[static_cast<std::int64_t>(t) * call.channels] = t < valid ? sum : 0.0F;
     }
   }
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) convolve(const __grid_constant__ Cal
 
 class Kernel final : public CudaKernel {
  public:
-  explicit Kernel(const CudaDevice& device) : device_(device) {}
+  Kernel(const CudaDevice& device, Activation activation) : device_(device), activation_(activation) {}
 
   std::string run(const Operands& o, std::int32_t* status, CUstream_st* stream) const override {
     const Tensor &past = o[kPast], &next = o[kPastOut], &x = o[kX];
@@ -108,6 +110,7 @@ class Kernel final : public CudaKernel {
     call.channels = whole(x.shape[2]);
     call.rows = whole(o[kWeight].shape[0]);
     call.blocks = (call.channels + kWarpSize - 1) / kWarpSize;
+    call.silu = activation_ == Activation::kSilu;
     const std::int64_t work = x.shape[0] * call.blocks;
     if (work == 0) return {};
     const cuda::Launch launch{cuda::blocks_for(work), 1, 0, device_.shared_bytes, false};
@@ -116,14 +119,15 @@ class Kernel final : public CudaKernel {
 
  private:
   CudaDevice device_;
+  Activation activation_;
 };
 
 }  // namespace
 
-std::unique_ptr<CudaKernel> make_cuda_kernel(const Configuration& /*configuration*/, const CudaDevice& device,
+std::unique_ptr<CudaKernel> make_cuda_kernel(const Configuration& configuration, const CudaDevice& device,
                                              std::string& error) {
   error = cuda::unsupported(kOperator, device);
-  return error.empty() ? std::make_unique<Kernel>(device) : nullptr;
+  return error.empty() ? std::make_unique<Kernel>(device, configuration.activation) : nullptr;
 }
 
 }  // namespace titans::kernels::causal_convolution

@@ -91,7 +91,8 @@ def _convolution(kind: str, call: str, dtype: torch.dtype) -> tuple[dict[str, An
     torch.manual_seed(len(kind) * 100 + len(call))
     feeds = {"past": torch.randn(4 if slots else batch, taps - 1, 5, dtype=dtype)}
     feeds |= {"x": torch.randn(batch, length, 5, dtype=dtype), "weight": torch.randn(taps, 5, dtype=dtype)}
-    if kind == "bias":
+    values = {"activation": "silu"} if kind == "silu" else {}
+    if kind in ("bias", "silu"):
         feeds["bias"] = torch.randn(5, dtype=dtype)
     if valid:
         feeds["valid"] = torch.tensor(valid)
@@ -99,7 +100,7 @@ def _convolution(kind: str, call: str, dtype: torch.dtype) -> tuple[dict[str, An
             feeds["x"][b, count:] = math.nan
     if slots:
         feeds["slots"] = torch.tensor(slots)
-    return {}, feeds
+    return values, feeds
 
 
 def _expected(operator: Operator, values: dict[str, Any], feeds: Feeds) -> list[Any]:
@@ -154,14 +155,14 @@ def test_the_body_of_attention_is_its_definition(kind: str, call: str) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["plain", "two taps", "bias"])
+@pytest.mark.parametrize("kind", ["plain", "two taps", "bias", "silu"])
 def test_convolution_is_its_definition(kind: str, call: str) -> None:
     _check(CAUSAL_CONVOLUTION, _convolution, kind, call, "reference")
 
 
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", ["plain", "two taps", "bias"])
+@pytest.mark.parametrize("kind", ["plain", "two taps", "bias", "silu"])
 def test_the_body_of_convolution_is_its_definition(kind: str, call: str) -> None:
     _check(CAUSAL_CONVOLUTION, _convolution, kind, call, "body")
 
@@ -240,7 +241,7 @@ def test_bodies_are_named_by_their_configuration() -> None:
     )
     body = build_function({name: tuple(x.shape) for name, x in feeds.items()}, node)
     assert body.overload == "b2_t1_n18_d6_p4_h3_segment8_f2_g2_halves_from_segment_slots"
-    values, feeds = _convolution("bias", "slots, padded", torch.float32)
+    values, feeds = _convolution("silu", "slots, padded", torch.float32)
     node = helper.make_node("CausalConvolution", CAUSAL_CONVOLUTION.operands(feeds), ["y", "past_out"], **values)
     body = build_function({name: tuple(x.shape) for name, x in feeds.items()}, node)
-    assert body.overload == "b3_t6_c5_w4_p4_bias_valid_slots"
+    assert body.overload == "b3_t6_c5_w4_p4_silu_bias_valid_slots"

@@ -41,11 +41,11 @@ def make_feeds(
     return feeds
 
 
-def make_node_model(feeds: dict[str, Array], fixed: bool = True) -> bytes:
+def make_node_model(feeds: dict[str, Array], fixed: bool = True, **attributes: str) -> bytes:
     names = [name if name in feeds else "" for name in INPUTS]
     while not names[-1]:
         names.pop()
-    node = helper.make_node("CausalConvolution", names, ["y", "past_out"], domain="ai.titans")
+    node = helper.make_node("CausalConvolution", names, ["y", "past_out"], domain="ai.titans", **attributes)
     kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     values = [helper.make_tensor_value_info(n, kinds[x.dtype], x.shape if fixed else None) for n, x in feeds.items()]
     shapes = {"y": feeds["x"].shape, "past_out": feeds["past"].shape}
@@ -55,8 +55,8 @@ def make_node_model(feeds: dict[str, Array], fixed: bool = True) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def run(feeds: dict[str, Array], threads: int = 2) -> list[Array]:
-    return make_session(make_node_model(feeds), threads).run(None, feeds)
+def run(feeds: dict[str, Array], threads: int = 2, **attributes: str) -> list[Array]:
+    return make_session(make_node_model(feeds, **attributes), threads).run(None, feeds)
 
 
 CASES = {
@@ -83,9 +83,11 @@ def test_against_float64(feeds: dict[str, Array], target: str, monkeypatch: pyte
     ask.restype = ctypes.c_char_p
     if ask() is None:
         pytest.skip(f"no {target} on this machine")
-    for a, b in zip(run(feeds), causal_convolution(feeds), strict=True):
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    for activation in ("none", "silu"):
+        outputs = zip(run(feeds, activation=activation), causal_convolution(feeds, activation), strict=True)
+        for a, b in outputs:
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
@@ -145,6 +147,20 @@ def test_wrong_values_are_refused(change: dict[str, list[int]], words: str) -> N
         session.run_with_iobinding(binding)
     assert np.array_equal(past.numpy(), feeds["past"])
     assert (y.numpy() == 7).all()
+
+
+def test_saturated_silu_is_finite() -> None:
+    """At inputs whose exponential overflows float32."""
+    feeds = make_feeds(2, 4, 1) | {"x": np.float32([[[-1e4, 1e4, -80, 80]]]), "bias": np.zeros(4, np.float32)}
+    feeds |= {"past": np.zeros((1, 1, 4), np.float32), "weight": np.ones((2, 4), np.float32)}
+    y = run(feeds, activation="silu")[0]
+    np.testing.assert_allclose(y, causal_convolution(feeds, "silu")[0], rtol=1e-6, atol=1e-30)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    words = r'\[CausalConvolution\] invalid attribute activation: expected "none" or "silu", got "gelu"\. Fix: '
+    with pytest.raises(Exception, match=words):
+        run(make_feeds(4, 8, 3, 2), activation="gelu")
 
 
 @pytest.mark.parametrize(

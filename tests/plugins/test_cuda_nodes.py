@@ -32,9 +32,12 @@ def attend(target: Target, folder: Path, case: Case, feeds: dict[str, Array], in
     return outputs
 
 
-def convolve(target: Target, folder: Path, feeds: dict[str, Array], in_place: bool = False) -> list[Array]:
+def convolve(
+    target: Target, folder: Path, feeds: dict[str, Array], in_place: bool = False, activation: str = "none"
+) -> list[Array]:
     shapes = [feeds["x"].shape, feeds["past"].shape]
-    outputs, status = run_cuda_node(target, folder, "CausalConvolution", {}, feeds, shapes, in_place)
+    node = {"activation": activation}
+    outputs, status = run_cuda_node(target, folder, "CausalConvolution", node, feeds, shapes, in_place)
     assert status == ""
     return outputs
 
@@ -61,8 +64,10 @@ def test_attention_against_float64(case: Case, target: Target, tmp_path: Path) -
 @targets
 @pytest.mark.parametrize("feeds", CONVOLUTION.values(), ids=CONVOLUTION)
 def test_convolution_against_float64(feeds: dict[str, Array], target: Target, tmp_path: Path) -> None:
-    for a, b in zip(convolve(target, tmp_path, feeds), causal_convolution(feeds), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    for activation in ("none", "silu"):
+        found = convolve(target, tmp_path, feeds, activation=activation)
+        for a, b in zip(found, causal_convolution(feeds, activation), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 CONNECTIONS = {

@@ -73,7 +73,7 @@ def cached_attention(
     return y, keys, values
 
 
-def causal_convolution(feeds: dict[str, Array]) -> tuple[Array, Array]:
+def causal_convolution(feeds: dict[str, Array], activation: str = "none") -> tuple[Array, Array]:
     """y and the past after the call."""
     past, x, weight = (np.array(feeds[name], np.float64) for name in ("past", "x", "weight"))
     y = np.zeros_like(x)
@@ -83,5 +83,7 @@ def causal_convolution(feeds: dict[str, Array]) -> tuple[Array, Array]:
         for t in range(valid):
             seen = np.concatenate([past[slot], x[b, t : t + 1]])
             y[b, t] = (seen * weight).sum(0) + feeds.get("bias", np.zeros(1)).astype(np.float64)
+            if activation == "silu":
+                y[b, t] *= np.exp(-np.logaddexp(0, -y[b, t]))
             past[slot] = seen[1:]
     return y, past

@@ -97,11 +97,14 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over tokens (section 4.4). Its state is the last width - 1 inputs."""
+    """Depthwise causal convolution over tokens (section 4.4). Its state is the last width - 1 inputs.
 
-    def __init__(self, channels: int, width: int) -> None:
+    activation: "none" or "silu", applied to the output.
+    """
+
+    def __init__(self, channels: int, width: int, activation: str = "none") -> None:
         super().__init__()
-        self.width = width
+        self.width, self.activation = width, activation
         self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-(width**-0.5), width**-0.5))
 
     def initial_state(self, batch: int) -> Tensor:
@@ -111,7 +114,7 @@ class CausalConv(nn.Module):
         """x: (B, T, channels); past: (P, width - 1, channels), a pool with a row per slot. Returns the output and the
         next pool.
         """
-        return causal_convolution(past, x, self.weight, slots=slots)
+        return causal_convolution(past, x, self.weight, slots=slots, activation=self.activation)
 
 
 class FeedForward(nn.Module):

@@ -23,7 +23,7 @@ class MemoryLayer(nn.Module):
         self.config, self.spec = config, config.spec
         inner = config.heads * config.head_dim
         self.qkv = Linear(dim, 3 * inner)
-        self.conv = CausalConv(3 * inner, config.conv)
+        self.conv = CausalConv(3 * inner, config.conv, "silu")
         self.gates = Linear(dim, 3 * config.heads, bias=True)
         self.norm = RMSNorm(config.heads, config.head_dim)
         self.out_gate = Linear(dim, inner)
@@ -32,7 +32,7 @@ class MemoryLayer(nn.Module):
         self.norm_scale = nn.Parameter(torch.ones(config.heads, config.head_dim)) if config.layer_norm else None
         if context:
             self.context_query = Linear(dim, inner)
-            self.context_conv = CausalConv(inner, config.conv)
+            self.context_conv = CausalConv(inner, config.conv, "silu")
             self.context_norm = RMSNorm(config.heads, config.head_dim)
             self.context_out = Linear(inner, dim)
         self._reset_parameters()
@@ -70,7 +70,7 @@ class MemoryLayer(nn.Module):
         """Updates the memory with x (B, T, dim) and reads W_t for token t. Returns (B, T, dim) and the next state."""
         qkv, conv = self.conv(self.qkv(x), state["conv"], step.slots)
         heads = self.config.heads
-        qk, v = split_heads(F.silu(qkv), 3 * heads).split([2 * heads, heads], 1)
+        qk, v = split_heads(qkv, 3 * heads).split([2 * heads, heads], 1)
         q, k = unit(qk).chunk(2, 1)
         y, rows = memory_update(self.spec, state["memory"], q, k, v, self._gates(x), step, norm_scale=self.norm_scale)
         out: Tensor = self.out(join_heads(self.norm(y)) * F.silu(self.out_gate(x)))
@@ -79,7 +79,7 @@ class MemoryLayer(nn.Module):
     def context_queries(self, x: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
         """The queries of equation 21 for x (B, T, dim). Returns (B, heads, T, D) and the next state."""
         q, conv = self.context_conv(self.context_query(x), state["context_conv"], step.slots)
-        return unit(split_heads(F.silu(q), self.config.heads)), {**state, "context_conv": conv}
+        return unit(split_heads(q, self.config.heads)), {**state, "context_conv": conv}
 
     def retrieve(self, q: Tensor, state: StreamState, step: Step) -> Tensor:
         """h of equation 21, (B, T, dim), read from the memory at the open chunk's start. Nothing is updated."""

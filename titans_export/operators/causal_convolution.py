@@ -1,6 +1,6 @@
 """`ai.titans::CausalConvolution`: a depthwise convolution over tokens. docs/convolution-operator.md."""
 
-from .table import Input, Operator
+from .table import Attribute, Input, Operator
 
 CAUSAL_CONVOLUTION = Operator(
     "CausalConvolution",
@@ -13,5 +13,5 @@ CAUSAL_CONVOLUTION = Operator(
         Input("slots", "int64", optional=True),
     ),
     ("y", "past_out"),
-    (),
+    (Attribute("activation", "none"),),
 )
