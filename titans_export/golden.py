@@ -126,6 +126,10 @@ class Golden:
     # As a reference of `verify`: nothing to compute, and no error of its own is known.
     own_error = None
 
+    def anew(self) -> Golden:
+        """This, because all outputs are known."""
+        return self
+
     def advance(self, inputs: NDArray[Any]) -> None:
         """Does nothing: all outputs are known."""
 

@@ -47,6 +47,9 @@ class Reference(Protocol):
     def own_error(self) -> float | None:
         """Largest error of these outputs so far, None if unknown."""
 
+    def anew(self) -> Reference:
+        """The same reference at the first token."""
+
 
 class PyTorch:
     """The model in PyTorch, in float32 and in float64."""
@@ -69,6 +72,10 @@ class PyTorch:
     def own_error(self) -> float:
         """Largest difference between float32 and float64 so far."""
         return self._error
+
+    def anew(self) -> PyTorch:
+        """The model at the first token."""
+        return PyTorch(self._model)
 
     def advance(self, inputs: Tokens) -> None:
         """Advances both models by the block."""

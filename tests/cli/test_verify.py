@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cli_tools import invoke, reseal, save_model
 from safetensors.numpy import load_file, save_file
 
+from titans_export.boundaries import OPERATIONS, multiples
 from titans_export.model import MemoryConfig
 from titans_export.verify import Distance, random_cuts, row_errors
 
+rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 pytest_plugins = ["cli_fixtures"]
 FEEDS = {"whole", "token_by_token", "random_cuts"}
 
@@ -134,6 +138,115 @@ class TestPolygraphy:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, "polygraphy", None)
         invoke("verify", shared_bundle, "--polygraphy").check_failure(4, "pip install polygraphy")
+
+
+CHUNK = 4  # the model's; its window has 8 rows
+
+Wrapped = Callable[..., Any]
+
+
+def frozen_at(residue: int, original: Wrapped) -> Wrapped:
+    """A method of a stream or session that freezes the stream it returns, or its own, at some positions only."""
+
+    def faulty(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        stream = self if result is None else result
+        if stream.position and stream.position % CHUNK == residue:
+            stream.freeze()
+        return result
+
+    return faulty
+
+
+def wrong_cut(residue: int, original: Wrapped) -> Wrapped:
+    """A feed of several tokens whose first output is wrong if it begins there."""
+
+    def faulty(self: Any, tokens: Any, outputs: str = "all", **more: Any) -> Any:
+        start = self.position
+        rows = original(self, tokens, outputs, **more)
+        if len(tokens) > 1 and start and start % CHUNK == residue and rows is not None:
+            rows[0, 0] += 0.01
+        return rows
+
+    return faulty
+
+
+def wrong_batch(residue: int, mode: str, error: float, original: Wrapped) -> Wrapped:
+    """A batch in which a stream that begins there gets outputs with the error, or the next larger numbers."""
+
+    def faulty(self: Any, streams: Any, sequences: Any, outputs: str = "last") -> Any:
+        starts = [stream.position for stream in streams]
+        rows = original(self, streams, sequences, outputs)
+        for start, one in zip(starts, rows, strict=True):
+            if self.info["batch"]["mode"] == mode and start and start % CHUNK == residue and len(one):
+                one[-1] = one[-1] + np.float32(error) if error else np.nextafter(one[-1], np.float32(np.inf))
+        return rows
+
+    return faulty
+
+
+class TestBoundaries:
+    def test_passes(self, shared_bundle: Path, checkpoint: Path) -> None:
+        result = invoke("verify", shared_bundle, "--boundaries", "--json")
+        assert result.code == 0, result.err
+        report = result.json()
+        assert report["passed"] is True and report["streams_per_call"] == 64
+        assert report["periods"] == {"4": [1, 2, 3, 4, 8, 15], "8": [1, 2, 3, 4, 7]}
+        assert {3, 4, 5, 31, 32, 33, 59, 60, 61} <= set(report["boundaries"])
+        assert set(report["operations"]) == set(OPERATIONS)
+        for name, one in report["operations"].items():
+            assert one["passed"] and one["checks"] == len(report["boundaries"]) + 3  # the start of each walk
+            assert one["max_abs_error"] <= (report["tolerance"] if name in ("cut", "batch_fast") else 0)
+        args = ("verify", shared_bundle, "--boundaries", "--tokens", 8, "--against", checkpoint, "--details")
+        result = invoke(*args)
+        assert result.code == 0 and "period 8 was not reached" in result.err
+        assert result.out.splitlines()[0].endswith("passed; 3 boundaries of the periods 4")
+
+    @pytest.mark.parametrize(
+        ("operation", "target", "residue", "fault"),
+        [
+            ("cut", "Stream.feed", 0, wrong_cut),
+            ("fork", "Stream.fork", 3, frozen_at),
+            ("mark", "Stream.rewind", 0, frozen_at),
+            ("save", "Session.restore", 1, frozen_at),
+            ("batch_exact", "Session.feed_batch", 0, lambda *args: wrong_batch(args[0], "exact", 0.0, args[1])),
+            ("batch_fast", "Session.feed_batch", 3, lambda *args: wrong_batch(args[0], "fast", 3e-4, args[1])),
+        ],
+    )
+    def test_finds_a_fault_at_one_boundary(
+        self,
+        shared_bundle: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        operation: str,
+        target: str,
+        residue: int,
+        fault: Callable[[int, Wrapped], Wrapped],
+    ) -> None:
+        owner, method = target.split(".")
+        kind = getattr(rt, owner)
+        monkeypatch.setattr(kind, method, fault(residue, getattr(kind, method)))
+        result = invoke("verify", shared_bundle, "--boundaries", "--json")
+        result.check_failure(3, "differ at a boundary", "TITANS-E0912")
+        report = result.json()
+        found = report["operations"][operation]["faults"]
+        assert not report["passed"] and found
+        assert {one["boundary"] % CHUNK for one in found} == {residue}
+        # Batches do not make the wrong feeds, and so differ from the lone stream too.
+        others = {"batch_exact", "batch_fast"} if operation == "cut" else set()
+        assert {name for name, one in report["operations"].items() if not one["passed"]} == {operation, *others}
+
+    def test_lists_faults_on_request(self, shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rt.Stream, "unmark", lambda stream, position: stream.reset())
+        result = invoke("verify", shared_bundle, "--boundaries", "--details", "--tokens", 20)
+        result.check_failure(3, "mark at position 3 (1 x 4 - 1)")
+        assert "FAILED, 12 faults" in result.out.splitlines()[0]
+        assert "position 0 in place of 3" in result.out
+        invoke("verify", shared_bundle, "--boundaries", "--polygraphy").check_failure(2, "E0102")
+        invoke("verify", shared_bundle, "--details").check_failure(2, "E0103")
+
+    def test_multiples(self) -> None:
+        assert multiples(64, 1024) == [1, 2, 3, 4, 8, 15]
+        assert multiples(4, 8) == [1] and multiples(8, 8) == [] and multiples(8, 10) == [1]
 
 
 def test_random_cuts_leave_nothing_out() -> None:

@@ -79,8 +79,8 @@ def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def open_session(bundle: Path, options: SessionOptions) -> titans_runtime.Session:
-    """Opens the bundle on the device. Needs numpy and the runtime only."""
+def open_session(bundle: Path, options: SessionOptions, batch: str = "exact") -> titans_runtime.Session:
+    """Opens the bundle on the device. Needs numpy and the runtime only. batch: "exact" or "fast"."""
     import titans_runtime
 
     trust.current().check_folder(bundle)
@@ -92,6 +92,7 @@ def open_session(bundle: Path, options: SessionOptions) -> titans_runtime.Sessio
         memory_kernel=options.memory_kernel,
         engine=options.engine,
         guard=options.guard,
+        batch=batch,
     )
 
 

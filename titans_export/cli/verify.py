@@ -29,6 +29,7 @@ from .table import number, table
 if TYPE_CHECKING:
     import titans_runtime
 
+    from ..boundaries import BoundaryReport
     from ..bundle import Bundle
     from ..graph_check import OutputCheck
     from ..output_limits import OutputLimits
@@ -49,6 +50,8 @@ class VerifyOptions(SessionOptions):
     tolerance: float | None
     cuts: int
     polygraphy: bool
+    boundaries: bool
+    details: bool
     as_json: bool
 
 
@@ -59,6 +62,7 @@ class VerifyOptions(SessionOptions):
         "titans-export verify mac.titans",
         "titans-export verify mac.titans --against checkpoints/mac --text book.txt --tokens 50000",
         "titans-export verify mac.titans --polygraphy --json",
+        "titans-export verify mac.titans --boundaries --details",
     ),
 )
 @bundle_argument
@@ -80,6 +84,12 @@ class VerifyOptions(SessionOptions):
 )
 @click.option("--cuts", type=click.IntRange(0), default=0, metavar="SEED", help="Seed of random cuts and tokens.")
 @click.option("--polygraphy", is_flag=True, help="Also compare each graph in ONNX Runtime and in ONNX's reference.")
+@click.option(
+    "--boundaries",
+    is_flag=True,
+    help="Instead, cut, fork, rewind, restore and batch streams around the ends of chunks, segments and windows.",
+)
+@click.option("--details", is_flag=True, help="With --boundaries, list the boundaries and every fault.")
 @engine_option
 @session_options
 @json_option
@@ -89,6 +99,9 @@ def verify(**values: Any) -> None:
     The runtime reads one stream three times: whole, token by token, and in random cuts. Every output is compared with
     the golden outputs in BUNDLE or, with --against, with the checkpoint in PyTorch. Exit code 3 if a difference exceeds
     the tolerance. To compare two bundles, see titans-export compare.
+
+    With --boundaries, streams are cut, forked, marked and rewound, saved and restored, and batched at n*C-1, n*C and
+    n*C+1, for each period C of the bundle. Each must continue as a lone stream does.
     """
     _verify(VerifyOptions(**values))
 
@@ -97,6 +110,10 @@ def _verify(options: VerifyOptions) -> None:
     check_finite("verify", "--tolerance", options.tolerance)
     if options.text is not None and options.against is None:
         raise UsageError("E0103", "verify", "--text needs --against", "name the checkpoint to compare with")
+    if options.boundaries and options.polygraphy:
+        raise UsageError("E0102", "verify", "--boundaries excludes --polygraphy", "run the command twice")
+    if options.details and not options.boundaries:
+        raise UsageError("E0103", "verify", "--details needs --boundaries", "leave it out")
     from ..bundle import MANIFEST, read_bundle
 
     if options.against is not None and (options.against / MANIFEST).is_file():
@@ -116,6 +133,9 @@ def _verify(options: VerifyOptions) -> None:
         if options.against is None
         else _pytorch(bundle, session, options, options.against)
     )
+    if options.boundaries:
+        _boundaries(options, bundle, session, limits, stream, reference)
+        return
     with progress_bar("verifying", len(stream), "tok") as advance:
         report = verify_stream(session, stream, reference, limits, options.cuts, advance)
     for name in report.unused_graphs:
@@ -129,6 +149,87 @@ def _verify(options: VerifyOptions) -> None:
         _print(options, report, limits, checks)
     if not passed:
         raise _mismatch(options.bundle, report, checks or [])
+
+
+def _boundaries(
+    options: VerifyOptions,
+    bundle: Bundle,
+    session: titans_runtime.Session,
+    limits: OutputLimits,
+    stream: Tokens,
+    reference: Reference,
+) -> None:
+    """The whole of `--boundaries`. Raises MismatchError for a fault."""
+    from ..boundaries import DELTAS, periods_of, verify_boundaries
+
+    fast = open_session(options.bundle, options, batch="fast")
+    total = len(DELTAS) * len(stream)
+    with progress_bar("sweeping boundaries", total, "tok") as advance:
+        report = verify_boundaries(
+            (session, fast), periods_of(bundle.manifest), stream, reference, limits, options.cuts, advance
+        )
+    for period, several in report.periods.items():
+        if not several:
+            note(f"period {period} was not reached: {report.positions} tokens are too few for it")
+    if options.as_json:
+        emit(_boundaries_as_json(options, session, report))
+    else:
+        _print_boundaries(options, report)
+    if not report.passed:
+        first, more = report.faults[0], len(report.faults) - 1
+        also = f" and {more} more faults" if more else ""
+        raise MismatchError(
+            "E0912",
+            "verify",
+            f"streams of {options.bundle} differ at a boundary: {first.operation.replace('_', ' ')} at position "
+            f"{first.boundary} ({first.at}), first wrong output {first.position}: {first.problem}{also}",
+            "see all faults with --details, and report them with the bundle's inspect --json",
+        )
+
+
+def _boundaries_as_json(
+    options: VerifyOptions, session: titans_runtime.Session, report: BoundaryReport
+) -> dict[str, Any]:
+    return {
+        "bundle": str(options.bundle),
+        "against": "golden" if options.against is None else str(options.against),
+        "memory_kernel": session.info["memory_kernel"],
+        "passed": report.passed,
+        "positions": report.positions,
+        "tolerance": report.tolerance,
+        "periods": report.periods,
+        "boundaries": report.boundaries,
+        "streams_per_call": report.streams_per_call,
+        "operations": {
+            name: {
+                "passed": operation.passed,
+                "checks": operation.checks,
+                "max_abs_error": operation.max_abs_error,
+                "faults": [dataclasses.asdict(fault) for fault in operation.faults],
+            }
+            for name, operation in report.operations.items()
+        },
+    }
+
+
+def _print_boundaries(options: VerifyOptions, report: BoundaryReport) -> None:
+    verdict = "passed" if report.passed else f"FAILED, {len(report.faults)} faults"
+    periods = ", ".join(str(period) for period, several in report.periods.items() if several) or "none"
+    say(f"{options.bundle}: {verdict}; {len(report.boundaries)} boundaries of the periods {periods}")
+    rows = [
+        (name.replace("_", " "), one.checks, number(one.max_abs_error), len(one.faults))
+        for name, one in report.operations.items()
+    ]
+    say("\n" + table(("operation", "checks", "max error", "faults"), rows))
+    if report.streams_per_call == 1:
+        say("\nfast batches run as exact ones here: one stream per call")
+    if not options.details:
+        return
+    multiples = [(period, " ".join(map(str, several)) or "-") for period, several in report.periods.items()]
+    say("\n" + table(("period", "multiples"), multiples))
+    if report.faults:
+        faults = [(f.boundary, f.at, f.operation.replace("_", " "), f.position, f.problem) for f in report.faults]
+        say("\n" + table(("boundary", "at", "operation", "first wrong output", "problem"), faults))
 
 
 def _golden(bundle: Bundle, count: int) -> tuple[Tokens, Reference]:
