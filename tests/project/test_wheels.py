@@ -195,7 +195,7 @@ def python_files(folder: Path) -> set[str]:
     return {
         f"{folder.name}/{path.relative_to(folder)}"
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix in {".py", ".toml", ".json", ".typed"}
+        if path.is_file() and path.suffix in {".py", ".toml", ".json", ".typed", ".html"}
     }
 
 

@@ -23,6 +23,7 @@ from .errors import ServeError
 from .http import ERRORS, error_response, server_of
 from .limits import BodyLimit
 from .logs import log
+from .page import page
 from .schemas import Answer
 from .server import Server
 
@@ -48,6 +49,7 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     app.include_router(openai_routes.router)
     app.include_router(stream_routes.router)
+    app.add_api_route("/", page, include_in_schema=False)
     app.add_api_route("/health", _health, tags=["server"], response_model=Answer)
     app.add_api_route("/ready", _ready, tags=["server"], response_model=Answer, responses={503: ERRORS[503]})
     app.add_api_route("/metrics", _metrics, tags=["server"], response_class=PlainTextResponse, responses=ERRORS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,10 +48,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Feed:
-    """Reads tokens or vectors. With `score`, the answer has the surprise of the tokens."""
+    """Reads tokens or vectors. With `score`, the answer has the surprise of the tokens.
+
+    tokenizer: makes the answer have the text of each token too.
+    """
 
     tokens: Any
     score: bool = False
+    tokenizer: Tokenizer | None = None
 
     def steps(self, work: Work) -> Generator[Read, Any, dict[str, Any]]:
         """The answer has the number of tokens, and the nats of all if they were asked for."""
@@ -59,7 +64,10 @@ class Feed:
             return {"tokens": len(self.tokens)}
         logprobs = yield from _score(work, self.tokens)
         nats = -float(np.sum(logprobs)) if logprobs else 0.0
-        return {"tokens": len(self.tokens), "nats": nats, "logprobs": logprobs}
+        # JSON has no infinity, the surprise of a token that the model excludes.
+        finite = [one if math.isfinite(one) else None for one in logprobs]
+        answer = {"tokens": len(self.tokens), "nats": nats if math.isfinite(nats) else None, "logprobs": finite}
+        return {**answer, "pieces": _pieces(self.tokenizer, self.tokens)} if self.tokenizer else answer
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,15 @@ def _score(work: Work, tokens: npt.NDArray[np.int32]) -> Generator[Read, Any, li
         work.last = before = np.array(rows[-1])
     work.position += len(tokens)
     return scored
+
+
+def _pieces(tokenizer: Tokenizer, tokens: npt.NDArray[np.int32]) -> list[str]:
+    """The text that is complete with each token. Together they are the text of all tokens."""
+    decode = tokenizer.decoder()
+    pieces = [decode(int(token)) for token in tokens]
+    if pieces:
+        pieces[-1] += decode(None)
+    return pieces
 
 
 def to_part(tokens: Any, block: int) -> Part:

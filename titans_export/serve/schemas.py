@@ -47,7 +47,9 @@ class FeedBody(Input):
 
 
 class ScoreBody(Input):
-    """What the stream reads, and whether it learns from it."""
+    """What the stream reads, and whether the answer has the text of each token."""
+
+    pieces: bool | None = None
 
 
 class Draws(Strict):

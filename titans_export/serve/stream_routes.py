@@ -86,14 +86,20 @@ async def feed(request: HttpRequest, name: Name, body: FeedBody) -> Response:
 
 @router.post("/{name}/score", response_model=Answer)
 async def score(request: HttpRequest, name: Name, body: ScoreBody) -> Response:
-    """Reads as `feed` does, and returns ln p of each token given all before it, and their sum in nats."""
+    """Reads as `feed` does, and returns ln p of each token given all before it, and their sum in nats.
+
+    With `pieces`, also the text that is complete with each token. A value that is not finite is null.
+    """
     server = server_of(request)
     owner = server.caller(request, "write").name
     if body.vectors is not None:
         raise ServeError(400, "E0506", "request", "vectors have no probabilities", "send text or tokens")
     tokens = server.input(body)
+    if body.pieces and server.tokenizer is None:
+        raise ServeError(400, "E0110", "request", "the bundle has no tokenizer for pieces", "leave pieces out")
     call = demands(request, "score", body.model_dump(exclude_none=True))
-    return answer(await _reads(server, request, owner, name, call, Feed(tokens, score=True), len(tokens)))
+    reading = Feed(tokens, score=True, tokenizer=server.tokenizer if body.pieces else None)
+    return answer(await _reads(server, request, owner, name, call, reading, len(tokens)))
 
 
 @router.post("/{name}/generate", response_model=Answer)
