@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cached_attention import AttentionSpec, attend, cached_attention, phase_increments
@@ -91,9 +92,11 @@ class SegmentAttention(Attention):
     def initial_state(self, batch: int) -> StreamState:
         return self.empty_cache(batch, 2 * self.spec.segment)
 
-    def forward(self, x: Tensor, retrieved: Tensor, state: StreamState, step: Step) -> tuple[Tensor, StreamState]:
-        """x, retrieved: (B, T, dim). Returns y (B, T, dim) and the next state."""
-        both = torch.cat([retrieved, x], 1)
+    def forward(
+        self, x: Tensor, retrieved: Tensor | None, state: StreamState, step: Step
+    ) -> tuple[Tensor, StreamState]:
+        """x, retrieved: (B, T, dim); None for zeros. Returns y (B, T, dim) and the next state."""
+        both = F.pad(x, (0, 0, x.shape[1], 0)) if retrieved is None else torch.cat([retrieved, x], 1)
         q, k, v = self.query(x), self.key(both), self.value(both)
         result = cached_attention(
             self.spec, state["keys"], state["values"], q, k, v, step.position, self.increments, slots=step.slots

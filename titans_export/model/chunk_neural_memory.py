@@ -433,6 +433,7 @@ def chunk_memory_update(
 ) -> ChunkUpdate:
     """Updates and reads the memory: the reference, or a node while exporting. Sets `fill` and `learn` of x.
 
+    x.momentum: (B, H, T) for an order of 1, which saves a node; else as in `ChunkInputs`.
     x.rows: (P, H, R), a pool with one row per slot; so is the result's state. position: (B,) int64, rows consumed
     before the call; learn: (B,) bool, None for all True. slots: (B,) int64, distinct, the row of each stream; None for
     0..B-1, with P = B.
@@ -448,7 +449,7 @@ def chunk_memory_update(
             "k": x.k,
             "v": x.v,
             "step_size": x.step_size,
-            "momentum": None if x.momentum is None else x.momentum.squeeze(-1),
+            "momentum": x.momentum,
             "forget_gate": x.forget,
             "fill": fill,
             "learn": learn,
@@ -460,5 +461,8 @@ def chunk_memory_update(
         shapes = (x.q.shape, x.rows.shape, (*lead, len(STATS)), (*lead, chunks, spec.weight_count()))
         return ChunkUpdate(*exported.node(CHUNK_NEURAL_MEMORY, attributes(spec, aligned), inputs, shapes))
     learns = None if learn is None else learn.unsqueeze(-1).expand(-1, x.q.shape[2])
-    given = replace(x, rows=rows_of(x.rows, slots), fill=fill, learn=learns)
+    momentum = x.momentum
+    if momentum is not None and momentum.dim() == 3:
+        momentum = momentum.unsqueeze(-1)
+    given = replace(x, rows=rows_of(x.rows, slots), momentum=momentum, fill=fill, learn=learns)
     return _in_pool(update_chunk_memory(spec, given, aligned), x.rows, slots)

@@ -51,10 +51,7 @@ class MACBlock(nn.Module):
             q, state = self.memory.context_queries(normed, state, step)
             queries = _pieces(q, size, -2)
         for x_c, normed_c, q_c in zip(_pieces(x, size, 1), _pieces(normed, size, 1), queries, strict=True):
-            # Zeros for as many streams as the input has: a constant would fix their number in a graph.
-            retrieved = normed_c.clamp(0.0, 0.0)
-            if self.memory is not None and q_c is not None:
-                retrieved = self.memory.retrieve(q_c, state, step)
+            retrieved = None if self.memory is None or q_c is None else self.memory.retrieve(q_c, state, step)
             y, cache = self.attention(normed_c, retrieved, state, at)
             state = {**state, **cache}
             if self.memory is not None and self.gating is not None and self.norm_memory is not None:

@@ -156,7 +156,9 @@ class NeuralMemoryLayer(nn.Module):
     def _pool(
         self, x: Tensor, logits: Tensor | None, state: StreamState, aligned: bool, slots: Tensor | None
     ) -> tuple[Tensor, StreamState]:
-        """The input of the gates, (B, chunks, dim) if aligned, else (B, T, dim), and the next state."""
+        """The input of the gates, (B, chunks, dim) if aligned, else (B, T, dim), and the next state. A weighted pool
+        of a single row is (B, dim), which saves graphs a Reshape.
+        """
         size = self.spec.chunk_size
         if size == 1:
             return x, {}
@@ -175,6 +177,9 @@ class NeuralMemoryLayer(nn.Module):
         size, length = self.spec.chunk_size, new["pool"].shape[1]
         rows = {name: torch.cat([rows_of(state[name], slots), value], 1) for name, value in new.items()}
         following = {name: write_streams(state[name], slots, value[:, length:]) for name, value in rows.items()}
+        if length == 1 and not aligned:
+            pooled: Tensor = (rows["pool_logits"].softmax(1) * rows["pool"]).sum(1)
+            return pooled, following
         if aligned:
             windows = {name: v.reshape(v.shape[0], -1, size, v.shape[-1]) for name, v in new.items()}
         else:
@@ -187,25 +192,36 @@ class NeuralMemoryLayer(nn.Module):
         return self.spec.fused
 
     def _chunk_gates(self, pooled: Tensor, aligned: bool) -> dict[str, Tensor]:
-        """Each gate, (B, heads, T, ...), with a chunk's values repeated for all of its tokens."""
+        """Each gate, (B, heads, T) or (B, heads, T, size), with a chunk's values repeated for all of its tokens."""
         options = self.options
-        batch, count, _ = pooled.shape
-        raw = self.gates(flat(pooled))
-        if count == 1:
-            raw = raw.reshape(batch, options.heads, 1, -1)
-        else:
-            raw = raw.reshape(batch, count, options.heads, -1).transpose(1, 2)
-        if aligned and self.spec.chunk_size > 1:
-            raw = raw.unsqueeze(3).expand(-1, -1, -1, self.spec.chunk_size, -1)
-            raw = raw.reshape(batch, options.heads, count * self.spec.chunk_size, -1)
+        batch, count = pooled.shape[0], 1 if pooled.dim() == 2 else pooled.shape[1]
+        raw = self.gates(pooled if pooled.dim() == 2 else flat(pooled))
         sizes = {name: size for name, size in self.gate_sizes.items() if size}
-        parts = dict(zip(sizes, raw.split(list(sizes.values()), -1), strict=True))
-        gates = {name: torch.sigmoid(part) for name, part in parts.items()}
-        gates["forget"] = gates["forget"].squeeze(-1)
+        if self.spec.fused:
+            raw = torch.sigmoid(raw)  # of all gates at once; the exporter rejects it in the branches of other networks
+        repeated = aligned and self.spec.chunk_size > 1
+        single = count == 1 and not repeated and self.spec.fused
+        if single:
+            # For a single row, gates of size 1 are (B, heads, 1) as they are.
+            split = raw.reshape(batch, options.heads, -1).split(list(sizes.values()), -1)
+            parts = dict(zip(sizes, split, strict=True))
+        else:
+            rows = (options.heads, 1) if count == 1 else (count, options.heads)
+            raw = raw.reshape(batch, *rows, -1)
+            raw = raw if count == 1 else raw.transpose(1, 2)
+            if repeated:
+                raw = raw.unsqueeze(3).expand(-1, -1, -1, self.spec.chunk_size, -1)
+                raw = raw.reshape(batch, options.heads, count * self.spec.chunk_size, -1)
+            parts = dict(zip(sizes, raw.split(list(sizes.values()), -1), strict=True))
+        scalar = {"forget", "previous_gate"} | ({"momentum"} if self.spec.momentum_order == 1 else set())
+        for name, part in parts.items():
+            if single and name not in scalar:
+                parts[name] = part.unsqueeze(2)
+            elif not single and name in scalar:
+                parts[name] = part.squeeze(-1)
+        gates = parts if self.spec.fused else {name: torch.sigmoid(part) for name, part in parts.items()}
         if "modulation" in gates and options.max_mem_layer_modulation != 1:
             gates["modulation"] = gates["modulation"] * options.max_mem_layer_modulation
-        if "previous_gate" in gates:
-            gates["previous_gate"] = gates["previous_gate"].squeeze(-1)
         if "combine" in gates:
             gates["combine"] = parts["combine"].softmax(-1)
         return gates
