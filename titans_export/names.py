@@ -1,6 +1,6 @@
 """The one check of names and texts that come from a file, and the one way to print them.
 
-docs/bundle.md states the rules.
+runtime/src/base/names.h has the same rules; a test compares the two. docs/bundle.md states them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON that every reader understands alike."""
+"""JSON that every reader understands alike. The runtime's reader, base/json_reader.cpp, has the same rules."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError
 
@@ -23,12 +23,18 @@ class Trust:
     expected: frozenset[str] = frozenset()
     any_operator: bool = False
 
-    def check_folder(self, folder: Path) -> None:
-        """Raises BundleError for an unexpected bundle, before anything else reads it."""
-        if self.expected:
-            from .manifest import read_manifest
+    def session_options(self, bundle: Path) -> dict[str, Any]:
+        """Arguments of `titans_runtime.Session` for that bundle. Raises BundleError for an unexpected one."""
+        if len(self.expected) < 2:
+            return {**self.operators, "expect_sha256": next(iter(self.expected), None)}
+        from .manifest import read_manifest
 
-            self.check(folder, read_manifest(folder))
+        return {**self.operators, "expect_sha256": self.check(bundle, read_manifest(bundle))}
+
+    @property
+    def operators(self) -> dict[str, Any]:
+        """The argument of `titans_runtime.Session` for bundles that the command wrote itself."""
+        return {"operators": "any" if self.any_operator else "known"}
 
     def check(self, folder: Path, manifest: Manifest) -> str | None:
         """The bundle's hash, None if any bundle is expected. Raises BundleError for an unexpected one."""

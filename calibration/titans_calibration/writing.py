@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from titans_calibration.graphs import Quantised
 from titans_calibration.memories import store_memories, store_rows
-from titans_export import __version__
+from titans_export import __version__, trust
 from titans_export.bundle import MANIFEST, STATE, WEIGHTS, Bundle, file_record
 from titans_export.errors import MismatchError
 from titans_export.files import replacing_folder
@@ -120,7 +120,7 @@ def golden_error(bundle: Bundle, folder: Path) -> float:
     largest = max(graph.tokens for graph in bundle.manifest.graphs)
     most = max(2 * largest, _FEED_BYTES // (4 * golden.size))
     worst = 0.0
-    with titans_runtime.Session(folder, guard="off") as session:
+    with titans_runtime.Session(folder, guard="off", **trust.current().operators) as session:
         stream = session.stream()
         at = 0
         for length in _lengths(len(golden.inputs), most):

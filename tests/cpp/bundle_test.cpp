@@ -2,8 +2,12 @@
 
 #include <sys/stat.h>
 
+#include <cctype>
+#include <map>
+
 #include <gtest/gtest.h>
 
+#include "base/sha256.h"
 #include "test_bundle.h"
 
 namespace titans::test {
@@ -28,6 +32,38 @@ TEST_F(BundleTest, Opens) {
 TEST_F(BundleTest, HashOfAKnownText) {
   write_file(folder_.path() / "empty", "");
   EXPECT_EQ(core::MappedFile(folder_.path() / "empty").hash(), "99aa06d3014798d86001c324468d497f");
+}
+
+// Digests of FIPS 180-4's examples, whole and in parts.
+TEST(Sha256, HashesOfKnownTexts) {
+  EXPECT_EQ(core::sha256(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  EXPECT_EQ(core::sha256("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  EXPECT_EQ(core::sha256("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq"),
+            "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+  const std::string million(1'000'000, 'a');
+  const std::string expected = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0";
+  EXPECT_EQ(core::sha256(million), expected);
+  for (const std::size_t part : {1U, 55U, 63U, 64U, 65U, 119U, 4096U}) {
+    core::Sha256 hash;
+    for (std::size_t at = 0; at < million.size(); at += part) hash.add(std::string_view(million).substr(at, part));
+    EXPECT_EQ(hash.hex(), expected) << part;
+  }
+}
+
+TEST_F(BundleTest, AnotherSha256ThanExpected) {
+  std::map<std::string, std::string> files;  // sorted by name
+  for (const auto& entry : std::filesystem::directory_iterator(folder_.path())) {
+    files[entry.path().filename().string()] = read_file(entry.path());
+  }
+  std::string lines;
+  for (const auto& [name, content] : files) lines += core::sha256(content) + "  " + name + "\n";
+  std::string digits = core::sha256(lines);
+  EXPECT_NO_THROW(core::Bundle(folder_.path(), {}, digits));
+  for (char& c : digits) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  EXPECT_NO_THROW(core::Bundle(folder_.path(), {}, digits));
+  digits.back() = digits.back() == '0' ? '1' : '0';
+  expect_error(TITANS_FAILED, {"another bundle than expected", digits, "TITANS-E0211"},
+               [&] { core::Bundle bundle(folder_.path(), {}, digits); });
 }
 
 TEST_F(BundleTest, NoFolder) {

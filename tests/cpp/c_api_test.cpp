@@ -2,6 +2,9 @@
 // vectors to the fake backend, also through the C++ header.
 #include "titans/titans.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstddef>
 #include <functional>
@@ -407,6 +410,48 @@ TEST_F(CApiStream, WhatIsTooSmallIsNotWritten) {
     EXPECT_TRUE(last_error_has("struct_size"));
   }
   titans_stream_destroy(stream);
+  titans_session_close(session);
+}
+
+// A child may free everything, and may open sessions of its own. Those of its parent are refused.
+TEST_F(CApiStream, AChildOfAFork) {
+  open(manifest_json());  // writes the bundle
+  const std::string bundle = (folder_.path() / "bundle").string(), modules = folder_.path().string();
+  titans_session_options options = default_options();
+  options.plugin_dir = modules.c_str();
+  options.batch_threads = 2;
+  titans_session* session = nullptr;
+  std::vector<titans_stream*> streams(2);
+  ASSERT_EQ(titans_session_open(bundle.c_str(), &options, &session), TITANS_OK);
+  for (titans_stream*& stream : streams) ASSERT_EQ(titans_stream_create(session, &stream), TITANS_OK);
+  const std::vector<std::int32_t> tokens{3, 1};
+  const auto batch = [&](titans_status* statuses) {
+    return titans_session_step_batch(session, streams.data(), tokens.data(), 2, nullptr, statuses);
+  };
+  ASSERT_EQ(batch(nullptr), TITANS_OK);  // starts threads
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const auto refused = [](titans_status status) {
+      return status == TITANS_INVALID_ARGUMENT && std::string(titans_last_error_code()) == "TITANS-E0517";
+    };
+    titans_stream* made = nullptr;
+    titans_status statuses[2] = {TITANS_OK, TITANS_OK};
+    bool good = refused(titans_stream_feed(streams[0], tokens.data(), 2, TITANS_OUTPUT_NONE, nullptr, 0)) &&
+                refused(titans_stream_create(session, &made)) && refused(titans_stream_reset(streams[0])) &&
+                refused(titans_stream_fork(streams[0], &made)) && refused(titans_stream_cancel(streams[1])) &&
+                refused(batch(statuses)) && statuses[1] == TITANS_INVALID_ARGUMENT;
+    titans_session* own = nullptr;
+    good = good && titans_session_open(bundle.c_str(), &options, &own) == TITANS_OK;
+    good = good && titans_stream_create(own, &made) == TITANS_OK && titans_stream_step(made, 1, nullptr) == TITANS_OK;
+    for (titans_stream* stream : {streams[0], streams[1], made}) titans_stream_destroy(stream);
+    for (titans_session* one : {session, own}) titans_session_close(one);
+    ::_exit(good ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(batch(nullptr), TITANS_OK);
+  for (titans_stream* stream : streams) titans_stream_destroy(stream);
   titans_session_close(session);
 }
 

@@ -207,7 +207,9 @@ TEST_F(EngineChoice, WhichBackendsAreAsked) {
   // Names from a bundle never open a library.
   request.engine = "";
   engines = json::array({engine_json("orin", "../evil", 87)});
-  refuse(TITANS_UNSUPPORTED, {"no backend ../evil"});
+  refuse(TITANS_FAILED, {"compiler", "a plain name", "../evil"});
+  engines = json::array({engine_json("orin", "evil", 87)});
+  refuse(TITANS_UNSUPPORTED, {"no backend evil"});
   EXPECT_EQ(core::modules_to_look_at(manifest_, device_info, request), Modules{});
   engines = json::array({engine_json("h100", "tensorrt", 90)});
   device_info.sm = 90;

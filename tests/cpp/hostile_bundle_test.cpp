@@ -6,10 +6,13 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <ctime>
 
 #include <gtest/gtest.h>
 
+#include "base/names.h"
 #include "bundle/bundle.h"
 #include "test_bundle.h"
 
@@ -20,8 +23,6 @@ using nlohmann::json;
 
 class HostileBundle : public testing::Test {
  protected:
-  HostileBundle() { write_bundle(folder_.path()); }
-
   // Computes the sizes and hashes of the actual files.
   void refuse(const json& manifest, const std::vector<std::string>& words) {
     write_manifest(folder_.path(), manifest);
@@ -37,6 +38,7 @@ class HostileBundle : public testing::Test {
   std::string manifest_text() const { return read_file(folder_.path() / "manifest.json"); }
 
   TemporaryFolder folder_;
+  const std::string manifest_text_ = (write_bundle(folder_.path()), manifest_text());
 };
 
 // Every field that names a file, with the name listed and the file readable.
@@ -162,7 +164,7 @@ TEST_F(HostileBundle, AKeyThatIsThereTwice) {
 
 TEST_F(HostileBundle, ErrorsStayOneLineAndShowNoControlCharacters) {
   const std::string text = manifest_text();
-  refuse_manifest(R"({"a\u001b[2J\n": 1, "a\u001b[2J\n": 2, )" + text.substr(1), {"twice in one object"});
+  refuse_manifest(R"({"a\u001b[2J\n": 1, )" + text.substr(1), {"a key of at most 512 bytes without hidden characters"});
   json manifest = manifest_json();
   manifest["state"][0]["dtype"] = "\x1b]0;title\x07\n" + std::string(100000, 'x');
   write_manifest(folder_.path(), manifest);
@@ -173,6 +175,102 @@ TEST_F(HostileBundle, ErrorsStayOneLineAndShowNoControlCharacters) {
     const std::string message = error.what();
     EXPECT_LT(message.size(), 400U);
     EXPECT_EQ(message.find('\x1b'), std::string::npos) << message;
+  }
+}
+
+// Texts that are not JSON, or that readers understand differently.
+TEST_F(HostileBundle, JsonThatReadersCouldUnderstandDifferently) {
+  const std::string rest = manifest_text().substr(1);
+  for (const char* member : {R"("a": NaN)",
+                             R"("a": Infinity)",
+                             R"("a": 1e999)",
+                             R"("a": -1e999)",
+                             R"("a": -0)",
+                             R"("a": [-0])",
+                             R"("a": 18446744073709551616)",
+                             R"("a": -9223372036854775809)",
+                             R"("a": "\ud800")",
+                             R"("a": "\u0000")",
+                             "\"a\": \"\x7f\"",
+                             R"("a": "\u202e")",
+                             R"("a": "\u200b")",
+                             R"("\u001b": 1)",
+                             "\"a\": \"\xff\"",
+                             "\"a\": \"\xc0\x80\"",
+                             R"("a": 01)",
+                             R"("a": .5)",
+                             R"("a": 0x1)",
+                             R"("a": +1)",
+                             R"('a': 1)",
+                             "/* c */ \"a\": 1",
+                             "\"a\": \"\n\"",
+                             R"("a": 1,)"}) {
+    refuse_manifest(core::text("{", member, ", ", rest), {"manifest.json"});
+  }
+  refuse_manifest(core::text("\xef\xbb\xbf{", rest), {"not JSON"});
+  refuse_manifest(core::text("{", rest, std::string(1, '\0')), {"not JSON"});
+  refuse_manifest(core::text("{", rest, "{}"), {"not JSON"});
+  refuse_manifest(core::text("{\"", std::string(513, 'k'), "\": 1, ", rest), {"at most 512 bytes"});
+  std::string many = "{\"a\": [";
+  for (int i = 0; i < (1 << 20); ++i) many += "1,";
+  refuse_manifest(core::text(many, "1], ", rest), {"more than 1048576 values"});
+  write_file(folder_.path() / "manifest.json",
+             core::text(R"({"a": [18446744073709551615, -0.0, 1e3, "\u00e9"], )", rest));
+  EXPECT_NO_THROW(core::Bundle{folder_.path()});
+}
+
+// Keys that a hash table would put into one bucket take no more time than others.
+TEST_F(HostileBundle, ManyKeysTakeLinearTime) {
+  const auto seconds = [&](int count) {
+    std::string members;
+    for (int i = 0; i < count; ++i) members += core::text("\"k", i, "\": 1, ");
+    write_file(folder_.path() / "manifest.json", core::text("{", members, manifest_text_.substr(1)));
+    const std::clock_t began = std::clock();
+    core::Bundle bundle(folder_.path());
+    return static_cast<double>(std::clock() - began) / CLOCKS_PER_SEC;
+  };
+  seconds(1000);
+  EXPECT_LT(seconds(200'000), 60 * std::max(seconds(20'000), 0.01));
+}
+
+// Every name of a manifest: parts of paths, words of scripts, labels.
+TEST_F(HostileBundle, NamesThatAreNotPlain) {
+  const std::vector<std::string> hostile{"",
+                                         ".",
+                                         "..",
+                                         "../x",
+                                         "/etc/passwd",
+                                         "a b",
+                                         "a;b",
+                                         "$(id)",
+                                         "`x`",
+                                         "a'b",
+                                         "a\"b",
+                                         "-rf",
+                                         ".ssh",
+                                         "a\\b",
+                                         "a\nb",
+                                         "\x1b]0;t\x07",
+                                         "é",
+                                         "a\u202e",
+                                         "\xff",
+                                         std::string(129, 'x'),
+                                         std::string("a\0b", 3)};
+  for (const std::string& name : hostile) {
+    EXPECT_FALSE(core::is_plain(name)) << name;
+    for (const char* place : {"/state/0/name", "/state/0/input", "/state/0/output", "/state/0/role", "/input/name",
+                              "/output/name", "/controls/position", "/controls/learn", "/graphs/0/name",
+                              "/graphs/0/file", "/weights/file", "/initial_state/file", "/state/0/layout/0/name"}) {
+      json manifest = manifest_json();
+      manifest[json::json_pointer(place)] = name;
+      refuse_manifest(manifest.dump(-1, ' ', false, json::error_handler_t::replace), {"manifest.json"});
+    }
+    json manifest = json::parse(manifest_text_);
+    manifest["files"][name] = {{"bytes", 0}, {"xxh3_128", "0"}};
+    refuse_manifest(manifest.dump(-1, ' ', false, json::error_handler_t::replace), {"manifest.json"});
+  }
+  for (const char* name : {"decode", "layers.0.memory.W0", "_x", "linux-x86_64", "10.3.0+cu12"}) {
+    EXPECT_TRUE(core::is_plain(name));
   }
 }
 

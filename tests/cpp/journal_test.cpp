@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -17,8 +18,10 @@ namespace {
 using core::Stream;
 using Tokens = std::vector<std::int32_t>;
 
-// The bytes that a token within a chunk may change: the coefficients, and all of the memory without chunks.
+// The bytes that a token within a chunk may change: the coefficients and all of the memory without chunks, and one row
+// of each field of the open chunk.
 constexpr std::size_t kTokenBytes = kPackedHeads * kPackedCoefficientWords * sizeof(float) + kPackedOtherBytes;
+constexpr std::size_t kRowBytes = 2 * kPackedHeads * sizeof(float);
 constexpr std::size_t kAllBytes = kPackedHeads * kPackedRow * sizeof(float) + kPackedOtherBytes;
 
 Tokens some_tokens(std::size_t count) {
@@ -40,8 +43,9 @@ class JournalTest : public testing::Test {
     return logits;
   }
 
-  // Every field of both memories, except rows of the open chunk beyond its fill.
-  std::vector<float> memory(const Stream& stream) const {
+  // Every field of both memories. Rows of the open chunk beyond its fill hold those of earlier chunks, which streams
+  // with other calls need not share, so they are left out unless `whole`.
+  std::vector<float> memory(const Stream& stream, bool whole = false) const {
     const auto fill = static_cast<std::ptrdiff_t>(stream.position() % static_cast<std::uint64_t>(kPackedChunk));
     std::vector<float> all;
     for (std::size_t index = 0; index < session_->memories().size(); ++index) {
@@ -51,7 +55,7 @@ class JournalTest : public testing::Test {
       const bool is_chunk =
           field.name.find("seen") != std::string::npos || field.name.find("wanted") != std::string::npos;
       for (auto head = values.begin(); head != values.end(); head += static_cast<std::ptrdiff_t>(field.extent)) {
-        all.insert(all.end(), head, head + (is_chunk ? fill : static_cast<std::ptrdiff_t>(field.extent)));
+        all.insert(all.end(), head, head + (is_chunk && !whole ? fill : static_cast<std::ptrdiff_t>(field.extent)));
       }
     }
     return all;
@@ -94,12 +98,14 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
   for (int call = 0; call < calls; ++call) {
     Stream stream(session_);
     feed(stream, head);
+    const std::vector<float> whole_before = memory(stream, true);
     for (int again = 0; again < 2; ++again) {
       control_.fail_at = static_cast<int>(control_.calls.size()) + call;
       expect_error(TITANS_FAILED, {" failed"}, [&] { feed(stream, tail); });
       EXPECT_EQ(stream.position(), head.size());
       EXPECT_EQ(stream.last_output(), last_before);
       EXPECT_EQ(memory(stream), memory_before) << call;
+      EXPECT_EQ(memory(stream, true), whole_before) << call;  // no trace of the tokens
     }
     const auto fork = stream.fork();
     for (Stream* one : {&stream, fork.get()}) {
@@ -110,18 +116,18 @@ TEST_P(FailedFeedTest, LeavesTheStreamAsItWasWhicheverCallFails) {
   }
 }
 
-TEST_F(JournalTest, ATokenWithinAChunkCopiesTheCoefficientsAlone) {
+TEST_F(JournalTest, ATokenWithinAChunkCopiesTheCoefficientsAndItsRow) {
   Stream stream(session_);
   const auto copied = [&](const Tokens& tokens) -> std::size_t {
     control_.traffic.bytes_copied = 0;
     feed(stream, tokens);
     return control_.traffic.bytes_copied;
   };
-  for (int token = 0; token < 3; ++token) EXPECT_EQ(copied({1}), kTokenBytes) << token;
-  EXPECT_EQ(copied({1}), kAllBytes);              // completes the chunk
-  EXPECT_EQ(copied({1, 2}), kTokenBytes);         // one call
-  EXPECT_EQ(copied({1}), kTokenBytes);            // to position 7
-  EXPECT_EQ(copied(some_tokens(17)), kAllBytes);  // many calls, but each byte is copied at most once
+  for (int token = 0; token < 3; ++token) EXPECT_EQ(copied({1}), kTokenBytes + kRowBytes) << token;
+  EXPECT_EQ(copied({1}), kAllBytes);                       // completes the chunk
+  EXPECT_EQ(copied({1, 2}), kTokenBytes + 2 * kRowBytes);  // one call
+  EXPECT_EQ(copied({1}), kTokenBytes + kRowBytes);         // to position 7
+  EXPECT_EQ(copied(some_tokens(17)), kAllBytes);           // many calls, but each byte is copied at most once
   EXPECT_EQ(copied({}), 0U);
   EXPECT_EQ(stream.position(), 24U);
 }
@@ -246,16 +252,68 @@ std::size_t bytes_saved_within_a_chunk(Change&& change) {
   return traffic.bytes_copied;
 }
 
+// Calls of every size from every position write rows, coefficients and, at the end of a chunk, all other fields.
+// Whichever of them a change makes, it leaves no trace.
+TEST(Journal, LeavesNoRowOfAFailedCall) {
+  using core::FieldDtype;
+  using core::Written;
+  constexpr std::uint64_t kChunk = 4;
+  for (const FieldDtype dtype : {FieldDtype::kFloat32, FieldDtype::kBFloat16, FieldDtype::kInt8}) {
+    const core::Shape shape{static_cast<std::int64_t>(kChunk), 3};  // with 16 bits, rows share words
+    const std::size_t words = core::field_words(dtype, shape);
+    const auto row = static_cast<std::int64_t>(4 + words);
+    core::StateTensor state{"memory", "in", "out", core::DType::kFloat32, {1, 2, row}, 8 * (4 + words), "memory", {}};
+    state.chunk = kChunk;
+    state.layout = {{"w", 0, {2}, FieldDtype::kFloat32, "weights", Written::kChunk},
+                    {"rows", 2, shape, dtype, "open_chunk", Written::kRow},
+                    {"x", 2 + words, {2}}};
+    FakeTraffic traffic;
+    FakeBuffer live(state.bytes, traffic);
+    FakeBuffer backup(state.bytes, traffic);
+    std::iota(live.values.begin(), live.values.end(), 1.0F);
+    const std::vector<float> before = live.values;
+    core::Journal journal;
+    journal.watch(state, live, backup);
+    const auto call = [&](std::uint64_t position, std::uint64_t tokens) {
+      journal.save_for(position, tokens);
+      for (std::uint64_t token = position; token < position + tokens; ++token) {
+        for (std::size_t head = 0; head < 2; ++head) {
+          float* const packed = live.values.data() + head * static_cast<std::size_t>(row);
+          auto* const bytes = reinterpret_cast<unsigned char*>(packed + 2);
+          const std::size_t size = dtype == FieldDtype::kFloat32 ? 12 : dtype == FieldDtype::kBFloat16 ? 6 : 3;
+          std::fill_n(bytes + token % kChunk * size, size, static_cast<unsigned char>(0x40 + token));
+          packed[2 + words] = packed[3 + words] = -1.0F;
+          if (token % kChunk == kChunk - 1) packed[0] = packed[1] = -2.0F;
+        }
+      }
+    };
+    for (std::uint64_t start = 0; start < 2 * kChunk; ++start) {
+      for (std::uint64_t tokens = 1; tokens < 3 * kChunk; ++tokens) {
+        for (const std::uint64_t a_call : {1, 2, 3, 5}) {
+          journal.begin();
+          for (std::uint64_t done = 0; done < tokens; done += a_call) {
+            call(start + done, std::min(a_call, tokens - done));
+          }
+          if (tokens % 2 == 0) journal.save_all();
+          journal.restore();
+          ASSERT_EQ(0, std::memcmp(live.values.data(), before.data(), state.bytes))
+              << start << " " << tokens << " " << a_call;
+        }
+      }
+    }
+  }
+}
+
 TEST(Journal, SavesTheFieldsThatATokenWrites) {
   using core::StateTensor;
   using core::Written;
   const auto words = [](auto&& change) { return bytes_saved_within_a_chunk(change) / 2 / sizeof(float); };
-  EXPECT_EQ(words([](StateTensor&) {}), 7U);
-  EXPECT_EQ(words([](StateTensor& state) { std::reverse(state.layout.begin(), state.layout.end()); }), 7U);
-  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].written = Written::kChunk; }), 4U);
-  EXPECT_EQ(words([](StateTensor& state) { state.layout[0].written = Written::kToken; }), 9U);
-  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].offset = 7; }), 5U);  // overlapping fields are saved once
-  EXPECT_EQ(words([](StateTensor& state) { state.layout[2] = {"x", 6, {3}, core::FieldDtype::kBFloat16}; }), 6U);
+  EXPECT_EQ(words([](StateTensor&) {}), 8U);
+  EXPECT_EQ(words([](StateTensor& state) { std::reverse(state.layout.begin(), state.layout.end()); }), 8U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].written = Written::kChunk; }), 5U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[0].written = Written::kToken; }), 10U);
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[3].offset = 7; }), 6U);  // overlapping fields are saved once
+  EXPECT_EQ(words([](StateTensor& state) { state.layout[2] = {"x", 6, {3}, core::FieldDtype::kBFloat16}; }), 7U);
   EXPECT_EQ(words([](StateTensor& state) { state.layout.clear(); }), 0U);
   // A tensor without chunks is saved whole.
   EXPECT_EQ(words([](StateTensor& state) { state.chunk.reset(); }), 16U);

@@ -65,7 +65,7 @@ void update_chunk(float* row) {
 void spoil(float* row, std::size_t fill, std::size_t tokens) {
   const bool completes = fill + tokens >= kChunk;
   for (std::size_t i = completes ? 0 : kPackedCoefficients; i < kPackedRow; ++i) row[i] = std::nanf("");
-  for (std::size_t s = fill; s < kChunk; ++s) row[kLeft + s] = row[kRight + s] = std::nanf("");
+  for (std::size_t s = fill; s < std::min(fill + tokens, kChunk); ++s) row[kLeft + s] = row[kRight + s] = std::nanf("");
 }
 
 class PackedExecutor final : public core::Executor {

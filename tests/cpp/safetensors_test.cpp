@@ -36,11 +36,11 @@ class SafetensorsTest : public testing::Test {
 TEST_F(SafetensorsTest, ReadsWhatIsThere) {
   write(safetensors(R"({"__metadata__": {"a": "b"}, "none": {"dtype": "I64", "shape": [0, 3], "data_offsets": [0, 0]},
                         "one": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
-                        "new": {"dtype": "F8_E9M9", "shape": [4], "data_offsets": [4, 8]}})",
+                        "two": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}})",
                     float_bytes({1.5F, 2.5F})));
   const core::MappedFile file(folder_.path() / "t.safetensors");
   const core::Tensors tensors = core::read_safetensors(file, "t.safetensors");
-  EXPECT_EQ(tensors.size(), 2U);  // unknown types are skipped
+  EXPECT_EQ(tensors.size(), 3U);
   float one = 0.0F;
   std::memcpy(&one, tensors.at("one").data, sizeof(one));
   EXPECT_EQ(one, 1.5F);
@@ -101,6 +101,9 @@ TEST_F(SafetensorsTest, WrongEntries) {
   refuse_entry(R"({"dtype": 1, "shape": [2], "data_offsets": [0, 8]})", {"x.dtype", "a string"});
   refuse_entry(R"({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]})", {"x.shape[0]", "-2"});
   refuse_entry(R"({"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]})", {"x.shape[0]", "2.0"});
+  refuse_entry(R"({"dtype": "F8_E9M9", "shape": [8], "data_offsets": [0, 8]})", {"x.dtype", "F8_E9M9"});
+  refuse_entry(R"({"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "more": 1})", {"data_offsets alone"});
+  refuse(safetensors(R"({"__metadata__": {"a": 1}})", ""), {"__metadata__.a", "a string"});
 }
 
 TEST_F(SafetensorsTest, OffsetsOutOfBounds) {
@@ -121,6 +124,15 @@ TEST_F(SafetensorsTest, Overlap) {
                          "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})",
                      std::string(8, 'x')),
          {"tensors a and b overlap"});
+}
+
+// Readers differ in what they do with bytes that belong to no tensor.
+TEST_F(SafetensorsTest, BytesOfNoTensor) {
+  const auto header = [](const std::string& range) {
+    return R"({"a": {"dtype": "U8", "shape": [4], "data_offsets": )" + range + "}}";
+  };
+  refuse(safetensors(header("[4, 8]"), std::string(8, 'x')), {"a gap of 4 bytes before tensor a"});
+  refuse(safetensors(header("[0, 4]"), std::string(8, 'x')), {"4 bytes after the last tensor"});
 }
 
 }  // namespace

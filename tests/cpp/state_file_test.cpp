@@ -3,15 +3,21 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "base/durable_file.h"
+#include "base/file_descriptor.h"
 #include "fake_executor.h"
 #include "packed_executor.h"
 #include "state/state_convert.h"
@@ -372,9 +378,11 @@ TEST_F(StateFileTest, ASizeBeyondThisModelIsNotRead) {
 TEST_F(StateFileTest, AHeaderOfManyValues) {
   json header = this->header();
   json& padding = header["__metadata__"]["pad"] = json::array();
-  for (int i = 0; i < 1'000'000; ++i) padding.push_back(json::object());
-  write_sealed(header, data());
-  EXPECT_NO_THROW(core::read_state(file_, nullptr));
+  for (const auto& [count, word] : {std::pair(500'000, "a string"), std::pair(1'000'000, "more than 1048576 values")}) {
+    while (padding.size() < static_cast<std::size_t>(count)) padding.push_back(json::object());
+    write_sealed(header, data());
+    expect_error(TITANS_FAILED, {word}, [&] { core::read_state(file_, nullptr); });
+  }
   header["__metadata__"]["pad"] = std::string(std::size_t{17} << 20, ' ');
   write_sealed(header, data());
   expect_error(TITANS_FAILED, {"header"}, [&] { core::read_state(file_, nullptr); });
@@ -394,7 +402,7 @@ TEST_F(StateFileTest, WhatReadersWithoutTheModelRelyOn) {
   json unknown = good;
   unknown["another"] = {{"dtype", "F8_E5M2"}, {"shape", {0}}, {"data_offsets", {0, 0}}};
   write_sealed(unknown, data());
-  expect_error(TITANS_FAILED, {"unknown dtypes"}, [&] { core::read_state(file_, nullptr); });
+  expect_error(TITANS_FAILED, {"a dtype that this runtime has"}, [&] { core::read_state(file_, nullptr); });
   unknown["another"]["dtype"] = "F32";
   write_sealed(unknown, data());
   expect_error(TITANS_FAILED, {"unexpected tensor another"}, [&] { core::read_state(file_, nullptr); });
@@ -436,6 +444,47 @@ TEST_F(StateFileTest, AWriterWaitsForTheOneBefore) {
   save_state(file_, session_->state_schema(), Stream(session_).state(), nullptr);
   other.join();
   EXPECT_TRUE(released);
+}
+
+// Waits at most so long, and says which file is held.
+TEST_F(StateFileTest, AWriterDoesNotWaitForEver) {
+  const std::filesystem::path aside = file_.string() + ".tmp";
+  write_file(aside, "");
+  const core::FileDescriptor held(::open(aside.c_str(), O_RDONLY));
+  ASSERT_EQ(::flock(held.get(), LOCK_EX), 0);
+  const auto patience = std::exchange(core::FileAside::patience, std::chrono::milliseconds(50));
+  expect_error(TITANS_FAILED, {"one.tstate", "another writer", "TITANS-E0412"},
+               [&] { save_state(file_, session_->state_schema(), Stream(session_).state(), nullptr); });
+  core::FileAside::patience = patience;
+  EXPECT_EQ(read_file(file_), content_);
+}
+
+// The writer is killed while a child lives that it forked meanwhile. The child has no lock.
+TEST_F(StateFileTest, AChildOfAKilledWriterHoldsNoLock) {
+  int pipe[2];
+  ASSERT_EQ(::pipe(pipe), 0);
+  const pid_t writer = ::fork();
+  if (writer == 0) {
+    core::FileAside file(file_, core::Durability::kPower);
+    file.append("half", 4);
+    const pid_t child = ::fork();
+    if (child == 0) {
+      for (;;) ::pause();
+    }
+    if (::write(pipe[1], &child, sizeof(child)) == sizeof(child)) ::raise(SIGKILL);
+    ::_exit(1);
+  }
+  pid_t child = 0;
+  ASSERT_EQ(::read(pipe[0], &child, sizeof(child)), static_cast<ssize_t>(sizeof(child)));
+  int status = 0;
+  ASSERT_EQ(::waitpid(writer, &status, 0), writer);
+  ASSERT_TRUE(WIFSIGNALED(status));
+  const auto began = std::chrono::steady_clock::now();
+  save_state(file_, session_->state_schema(), Stream(session_).state(), nullptr);
+  EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(20));
+  ::kill(child, SIGKILL);
+  ::close(pipe[0]);
+  ::close(pipe[1]);
 }
 
 TEST_F(StateFileTest, ManyWritersOfOneFile) {

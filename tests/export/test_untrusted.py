@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from manifests import manifest_json
 from onnx import TensorProto, helper
 from test_manifest import full, places
@@ -20,14 +21,16 @@ from test_manifest import full, places
 from titans_export import names, strict_json, trust
 from titans_export.errors import BundleError, UsageError
 from titans_export.manifest import parse_manifest
-from titans_export.onnx.encoding import parse_model
+from titans_export.onnx.encoding import FIELDS, parse_model
 from titans_export.onnx.external import check_external_data
+from titans_export.operators import OPERATORS, allowed
 from titans_export.operators.allowed import check_operators
 
 # Texts, which only errors and tables show: they may have any characters that are not hidden.
 TEXTS = re.compile(
     r"producer|model\.(name|source\..*)|.*xxh3_128|.*\.weights\[\d+\]|quantization\.(recipe|matmuls)\..*|.*\.config\..*"
 )
+RUNTIME = Path(__file__).resolve().parents[2] / "runtime" / "src"
 HOSTILE = {
     "up": "../x", "absolute": "/etc/passwd", "backslash": "..\\x", "dot": ".", "dots": "..", "empty": "",
     "newline": "a\nb", "return": "a\rb", "escape": "\x1b]0;title\x07", "csi": "\x9b2J", "nul": "a\0b",
@@ -36,6 +39,11 @@ HOSTILE = {
     "dollar": "$(id)", "back": "`id`", "option": "-rf", "hidden": ".ssh", "surrogate": "\ud800", "long": "x" * 5000,
     "latin": "é", "line": "a\u2028b", "shy": "a\xadb", "order": "\ufeffa",
 }  # fmt: skip
+
+
+def _source(name: str) -> str:
+    [path] = RUNTIME.rglob(name)
+    return path.read_text(encoding="utf-8")
 
 
 class TestNames:
@@ -53,6 +61,13 @@ class TestNames:
             assert names.is_text(shown) or text == "\ud800"
         assert names.shown("a\x1b[2J\n\u202e", keep="\n") == "a\\x1b[2J\n\\u202e"
         assert "\x1b" not in str(UsageError("E0104", "a\x1b", "b\u202e", "c\x9b"))
+
+    def test_are_those_of_the_runtime(self) -> None:
+        code = _source("names.h")
+        ranges = [(int(a, 16), int(b, 16)) for a, b in re.findall(r"\{+(0x[0-9A-F]+), (0x[0-9A-F]+)\}", code)]
+        assert tuple(ranges) == names.HIDDEN
+        for name, value in (("Name", 128), ("Key", 512), ("Text", 4096)):
+            assert f"kLongest{name} = {value};" in code and getattr(names, f"LONGEST_{name.upper()}") == value
 
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_no_manifest_has_a_hostile_name(self, kind: str) -> None:
@@ -166,6 +181,22 @@ class TestOperators:
         check_operators(_model(node, opset_imports=sets), "a.onnx", compiled=True)
         self.refuse(_model(node, opset_imports=sets))
 
+    def test_lists_are_those_of_the_runtime(self) -> None:
+        code = _source("graph_check.cpp")
+
+        def listed(name: str) -> set[str]:
+            found = re.search(rf"const Names {name}\{{(.*?)\}};", code, re.DOTALL)
+            assert found
+            return set(re.findall(r'"(\w+)"', found[1]))
+
+        assert listed("kStandard") == allowed.STANDARD
+        assert listed("kFused") == allowed.FUSED
+        assert listed("kFusedStandard") == allowed.FUSED_STANDARD
+        assert listed("kOwn") == set(OPERATORS)
+        for name in ("FirstOpset", "LastOpset", "Unversioned"):
+            value = getattr(allowed, re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper())
+            assert f"k{name} = {value};" in code
+
 
 class TestEncoding:
     def refuse(self, raw: bytes, *words: str) -> None:
@@ -224,6 +255,38 @@ class TestEncoding:
         for change in changes:
             self.refuse(model(change))
 
+    def test_tables_are_those_of_the_runtime_and_of_onnx(self) -> None:
+        rows = re.findall(
+            r"\{Type::k(\w+), (\d+), Kind::k(\w+), (\w+)(?:, Type::k(\w+))?\}", _source("graph_check.cpp")
+        )
+        rows.append(("Dimension", "2", "Text", "false", ""))
+        full = {
+            "Model": "ModelProto", "Opset": "OperatorSetIdProto", "Entry": "StringStringEntryProto",
+            "Graph": "GraphProto", "Function": "FunctionProto", "Node": "NodeProto", "Attribute": "AttributeProto",
+            "Tensor": "TensorProto", "ValueInfo": "ValueInfoProto", "Type": "TypeProto", "TensorType": "Tensor",
+            "Shape": "TensorShapeProto", "Dimension": "Dimension",
+        }  # fmt: skip
+        found: dict[str, set[int]] = {}
+        for owner, number, *_ in rows:
+            found.setdefault(full[owner], set()).add(int(number))
+        assert {name: set(numbers) for name, numbers in FIELDS.items()} == found
+        known = _descriptors()
+        for owner, number, kind, repeated, message in rows:
+            field = known[full[owner]].fields_by_number[int(number)]
+            packed = kind.startswith("Packed")
+            types = {
+                "Text": FieldDescriptor.TYPE_STRING, "Bytes": FieldDescriptor.TYPE_BYTES,
+                "Int64": FieldDescriptor.TYPE_INT64, "Int32": FieldDescriptor.TYPE_INT32,
+                "Uint64": FieldDescriptor.TYPE_UINT64, "Float": FieldDescriptor.TYPE_FLOAT,
+                "Double": FieldDescriptor.TYPE_DOUBLE, "Enum": FieldDescriptor.TYPE_ENUM,
+                "Message": FieldDescriptor.TYPE_MESSAGE,
+            }  # fmt: skip
+            assert field.type == types[kind.removeprefix("Packed")], (owner, number)
+            many = field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED
+            assert many == (packed or repeated == "true"), (owner, number)
+            if message:
+                assert field.message_type.name == full[message]
+
     def test_random_changes_are_refused_or_read_alike(self) -> None:
         """The only encoding that is read is the one that protobuf writes."""
         raw, draw = _model().SerializeToString(), random.Random(5)
@@ -243,6 +306,16 @@ class TestEncoding:
             except BundleError:
                 continue
             assert model.SerializeToString() == bytes(changed)
+
+
+def _descriptors() -> dict[str, Any]:
+    found, waiting = {}, [onnx.ModelProto.DESCRIPTOR]
+    while waiting:
+        one = waiting.pop()
+        if one.name not in found and one.full_name != "onnx.TypeProto.SparseTensor":
+            found[one.name] = one
+            waiting += [field.message_type for field in one.fields if field.message_type]
+    return found
 
 
 def test_the_hash_of_a_bundle_is_that_of_sha256sum(tmp_path: Path) -> None:

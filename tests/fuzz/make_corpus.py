@@ -114,7 +114,7 @@ def safetensors() -> Iterator[tuple[str, bytes]]:
     """Files of several types, of none, and with metadata."""
     header = {"a": _entry("F32", [2], 0, 8), "b": _entry("I64", [1, 1], 8, 16), "c": _entry("F16", [2, 2], 16, 24)}
     yield "types", _safetensors(header, bytes(range(24)))
-    small = {"d": _entry("U8", [3], 0, 3), "e": _entry("F8_E4M3", [], 3, 4), "n": _entry("F9", [4], 4, 8)}
+    small = {"d": _entry("U8", [3], 0, 3), "e": _entry("F8_E4M3", [], 3, 4), "n": _entry("I8", [4], 4, 8)}
     yield "small", _safetensors({"__metadata__": {"format": "pt"}, **small}, bytes(range(8)))
     yield "empty", _safetensors({"x": _entry("F32", [0, 3], 0, 0)}, b"")
 

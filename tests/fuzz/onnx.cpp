@@ -2,6 +2,7 @@
 #include <set>
 
 #include "backends/onnxruntime/external_data.h"
+#include "backends/onnxruntime/graph_check.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/initializers.h"
 #include "backends/onnxruntime/memory_nodes.h"
@@ -41,6 +42,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view model(reinterpret_cast<const char*>(data), size);
   fuzz::attempt([&] { core::read_initializers(model, "graph.onnx"); });
   fuzz::attempt([&] { core::check_external_data(model, "graph.onnx", {"weights.safetensors"}); });
+  fuzz::attempt([&] {
+    core::check_encoding(model, "graph.onnx");
+    core::check_operators(model, "graph.onnx", size % 2 == 0);
+  });
   fuzz::attempt([&] {
     const core::GraphNodes graph = core::read_nodes(model, "graph.onnx");
     core::count_memory_nodes(graph);

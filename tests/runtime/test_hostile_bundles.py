@@ -22,6 +22,7 @@ from synthetic import Weights, write_bundle
 import titans_runtime as rt
 from titans_export.bundle import MANIFEST, read_bundle
 from titans_export.errors import BundleError
+from titans_export.trust import bundle_sha256
 
 SECRET = np.arange(96, dtype=np.float32)
 
@@ -123,6 +124,86 @@ class TestExternalData:
         program = "import sys, titans_runtime as rt\ntry: rt.Session(sys.argv[1])\nexcept rt.Error: sys.exit(9)"
         done = subprocess.run([sys.executable, "-c", program, str(bundle)], capture_output=True, timeout=60)
         assert done.returncode == 9, done.stderr.decode()
+
+
+class TestOperators:
+    """ONNX Runtime has operators that trust their inputs, so a session opens none that this project does not write."""
+
+    def add(self, bundle: Path, *nodes: onnx.NodeProto) -> None:
+        model = onnx.load(str(bundle / "decode.onnx"), load_external_data=False)
+        model.graph.node.extend(nodes)
+        if any(node.domain for node in nodes):
+            model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        (bundle / "decode.onnx").write_bytes(model.SerializeToString())
+        seal(bundle)
+
+    @pytest.mark.parametrize(
+        "domain, name",
+        [
+            ("com.microsoft", "GroupQueryAttention"),
+            ("com.microsoft", "DecoderMaskedMultiHeadAttention"),
+            ("", "MaxUnpool"),
+            ("", "NonZero"),
+        ],
+    )
+    def test_of_others(self, bundle: Path, domain: str, name: str) -> None:
+        node = onnx.helper.make_node(name, ["logits"], ["more"], domain=domain)
+        self.add(bundle, node)
+        assert "TITANS-E0210" in refuse(bundle, "TITANS-E0210", "com.microsoft" if domain else name)
+        output = onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, None)
+        self.replace(bundle, node, onnx.helper.make_graph([node], "branch", [], [output]))
+        assert "TITANS-E0210" in refuse(bundle, "TITANS-E0210")
+
+    def replace(self, bundle: Path, node: onnx.NodeProto, branch: onnx.GraphProto) -> None:
+        """Moves the last node into the branches of an If."""
+        model = onnx.load(str(bundle / "decode.onnx"), load_external_data=False)
+        del model.graph.node[-1]
+        model.graph.node.append(
+            onnx.helper.make_node("If", ["learn"], ["more"], then_branch=branch, else_branch=branch)
+        )
+        (bundle / "decode.onnx").write_bytes(model.SerializeToString())
+        seal(bundle)
+
+    def test_of_ones_own_open_with_the_option(self, bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+        expected = rt.Session(bundle).stream().feed([1, 2, 3])
+        self.add(bundle, onnx.helper.make_node("NonZero", ["logits"], ["more"]))
+        with pytest.raises(rt.Error, match="TITANS-E0210"):
+            rt.Session(bundle)
+        with caplog.at_level("WARNING", "titans_runtime"):
+            session = rt.Session(bundle, operators="any")
+        assert "any operator" in caplog.text
+        assert np.array_equal(session.stream().feed([1, 2, 3]), expected)
+        with pytest.raises(rt.Error, match="TITANS-E0502"):
+            rt.Session(bundle, operators="all")
+
+    def test_encodings_that_parsers_read_differently(self, bundle: Path) -> None:
+        raw = (bundle / "decode.onnx").read_bytes()
+        tag = (6 << 3 | 2) | (1 << 34)
+        long = bytes(((tag >> shift) & 0x7F) | (0x80 if shift < 35 else 0) for shift in range(0, 36, 7))
+        for changed in (raw + long + b"\x01x", raw + b"\xf8\x3f\x01", raw + b"\x08\x0a", b"\x88\x00" + raw[1:]):
+            (bundle / "decode.onnx").write_bytes(changed)
+            seal(bundle)
+            assert "TITANS-E0209" in refuse(bundle, "TITANS-E0209")
+
+
+def test_another_bundle_than_expected(bundle: Path) -> None:
+    """The hash is the one that coreutils print and titans-export computes."""
+    command = "LC_ALL=C; export LC_ALL; sha256sum * | sha256sum"
+    printed = subprocess.run(["sh", "-c", command], cwd=bundle, capture_output=True, text=True, check=True).stdout
+    digits = printed.split()[0]
+    assert bundle_sha256(bundle, read_bundle(bundle).manifest) == digits
+    for good in (digits, digits.upper(), None):
+        rt.Session(bundle, expect_sha256=good).close()
+    for wrong in (digits[:-1], digits + "0", "", "x" * 64):
+        with pytest.raises(rt.Error, match="TITANS-E0502"):
+            rt.Session(bundle, expect_sha256=wrong)
+    with pytest.raises(rt.Error, match="TITANS-E0211") as caught:
+        rt.Session(bundle, expect_sha256=digits[::-1])
+    assert digits in str(caught.value)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(manifest | {"producer": "another"}))  # another file with right hashes
+    with pytest.raises(rt.Error, match="TITANS-E0211"):
+        rt.Session(bundle, expect_sha256=digits)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "decode.onnx", "state.safetensors"])

@@ -83,7 +83,6 @@ def open_session(bundle: Path, options: SessionOptions, batch: str = "exact") ->
     """Opens the bundle on the device. Needs numpy and the runtime only. batch: "exact" or "fast"."""
     import titans_runtime
 
-    trust.current().check_folder(bundle)
     return titans_runtime.Session(
         bundle,
         device=options.device,
@@ -93,6 +92,7 @@ def open_session(bundle: Path, options: SessionOptions, batch: str = "exact") ->
         engine=options.engine,
         guard=options.guard,
         batch=batch,
+        **trust.current().session_options(bundle),
     )
 
 

@@ -28,6 +28,8 @@ def _settings(function: Any) -> Any:
 
 @click.command(
     cls=Command,
+    bundles=True,
+    foreign=False,
     examples=(
         "titans-export serve mac.titans",
         "titans-export serve mac.titans --store streams --port 9000",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _FIX = "do not use this bundle unless you trust its author"
-# The fields of onnx.proto that this project writes, by message.
+# The fields of onnx.proto that this project writes, by message. graph_check.cpp has the same; a test compares them.
 FIELDS: dict[str, frozenset[int]] = {
     name: frozenset(numbers)
     for name, numbers in {
@@ -74,12 +75,25 @@ def _check_fields(model: Any, name: str) -> None:
                     raise _wrong(name, f"not an ONNX model: {kind}.{field.name}, which this project does not write")
                 if field.message_type is not None:
                     waiting.extend([value] if hasattr(value, "ListFields") else value)
+                elif field.type == field.TYPE_STRING:
+                    _check_texts([value] if isinstance(value, (str, bytes)) else value, name, f"{kind}.{field.name}")
         except UnicodeDecodeError as error:
             raise _wrong(name, f"not an ONNX model: {error}") from None
         if kind == "TensorProto":
             _check_tensor(message, name)
         elif kind == "NodeProto" and len({one.name for one in message.attribute}) != len(message.attribute):
             raise _wrong(name, f"not an ONNX model: an attribute of {message.name!r} twice")
+
+
+def _check_texts(texts: Iterable[Any], name: str, field: str) -> None:
+    """Checks that texts are UTF-8. Some versions of protobuf read others, as bytes or with surrogates."""
+    for text in texts:
+        try:
+            good = isinstance(text, str) and bool(text.encode() or True)
+        except UnicodeEncodeError:
+            good = False
+        if not good:
+            raise _wrong(name, f"not an ONNX model: {field} is not UTF-8")
 
 
 def _check_tensor(tensor: Any, name: str) -> None:

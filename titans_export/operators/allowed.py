@@ -1,7 +1,7 @@
 """The operators that this project writes into graphs. Readers refuse any other.
 
 ONNX Runtime has operators that trust their inputs, so a foreign graph could read and write memory outside of its
-tensors.
+tensors. The runtime has the same lists in graph_check.cpp; a test compares them. SECURITY.md says what they are for.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from fastapi import Request as HttpRequest
 
 import titans_runtime as rt
 
+from .. import trust
 from ..text.base import Tokenizer, Tokens
 from ..tokenizer import open_tokenizer
 from .batcher import Batcher, Cancelled
@@ -44,7 +45,11 @@ class Server:
         self.keys = read_keys(config.keys) if config.keys else Keys(None)
         secret = read_secret(config.encryption_key) if config.encryption_key else None
         self.session = rt.Session(
-            bundle, device=config.device, threads=config.threads, batch_threads=config.batch_threads
+            bundle,
+            device=config.device,
+            threads=config.threads,
+            batch_threads=config.batch_threads,
+            **trust.current().session_options(bundle),
         )
         self.tokenizer = self._tokenizer(bundle)
         self.store = store or open_store(config.store)

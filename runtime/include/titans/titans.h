@@ -98,6 +98,11 @@ typedef struct titans_session_options {
   const char* batch;           /* "exact": a stream's results in a batch are those of a call of its own, bit for bit;
                                   "fast": streams share graph calls if bundle and backend allow it, and results differ by
                                   rounding; NULL: "exact"; see docs/streams.md */
+  const char* expect_sha256;   /* SHA-256 of the bundle, 64 hexadecimal digits, as titans-export inspect prints it; with
+                                  another one the session does not open. All files are read. NULL: any bundle */
+  const char* operators;       /* "known": graphs may have only the operators that titans-export writes; "any": other
+                                  operators too, which ONNX Runtime may run without checking their inputs, so only for
+                                  bundles of your own; NULL: "known" */
 } titans_session_options;
 
 /* Opens the bundle at `path`, a folder. `options` may be NULL. Close the session with titans_session_close. */

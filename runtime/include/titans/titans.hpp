@@ -349,6 +349,8 @@ struct SessionOptions {
   std::string spill_dir;
   std::string guard;
   std::string batch;
+  std::optional<std::string> expect_sha256;
+  std::string operators;
 };
 
 // A loaded bundle. Any number of threads may use it.
@@ -368,7 +370,9 @@ class Session {
                                      options.memory_budget,
                                      detail::or_null(options.spill_dir),
                                      detail::or_null(options.guard),
-                                     detail::or_null(options.batch)};
+                                     detail::or_null(options.batch),
+                                     options.expect_sha256 ? options.expect_sha256->c_str() : nullptr,
+                                     detail::or_null(options.operators)};
     titans_session* session = nullptr;
     detail::check(titans_session_open(path.c_str(), &raw, &session));
     handle_.reset(session);

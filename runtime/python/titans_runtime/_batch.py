@@ -50,6 +50,7 @@ def feed_batch(
     if outputs == "all":
         rows = [np.zeros((len(sequence), size), np.float32) for sequence in given]
     room = 0 if outputs == "none" else 1
+    calls = [stream._calls.begin() for stream in streams]
     handles = [stream._open() for stream in streams]
     items = (Feed * len(given))()
     for item, handle, sequence, out in zip(items, handles, given, rows, strict=True):
@@ -71,7 +72,10 @@ def feed_batch(
 
     # Starting a thread takes longer than a token.
     long = any(len(sequence) > 1 for sequence in given)
-    status, (message, code) = cancelling(run, handles) if long else run()
+    try:
+        status, (message, code) = cancelling(run, handles) if long else run()
+    finally:
+        del calls
     result = None if outputs == "none" else one_for_all if outputs == "last" else rows
     if status:
         for out, own in zip(rows, statuses, strict=True):
@@ -93,17 +97,21 @@ def step_batch(
     if len(streams) != len(ids):
         problem = f"expected {len(streams)} tokens, one per stream, got {len(ids)}"
         raise invalid("E0514", "batch", problem, "pass one token per stream")
+    calls = [stream._calls.begin() for stream in streams]
     handles = (ctypes.c_void_p * len(streams))(*(stream._open() for stream in streams))
     outputs = np.zeros((len(streams), form.output_size), np.float32)
     statuses = (ctypes.c_int * len(streams))()
-    status = lib.titans_session_step_batch(
-        session,
-        handles,
-        ids.ctypes.data_as(TokenPointer),
-        len(ids),
-        outputs.ctypes.data_as(FloatPointer),
-        statuses,
-    )
+    try:
+        status = lib.titans_session_step_batch(
+            session,
+            handles,
+            ids.ctypes.data_as(TokenPointer),
+            len(ids),
+            outputs.ctypes.data_as(FloatPointer),
+            statuses,
+        )
+    finally:
+        del calls
     if status:
         message, code = last_error()
         raise BatchError(message, status, code, list(statuses), outputs)

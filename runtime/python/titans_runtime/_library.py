@@ -36,6 +36,8 @@ class SessionOptions(ctypes.Structure):
         ("spill_dir", ctypes.c_char_p),
         ("guard", ctypes.c_char_p),
         ("batch", ctypes.c_char_p),
+        ("expect_sha256", ctypes.c_char_p),
+        ("operators", ctypes.c_char_p),
     ]
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from ._batch import feed_batch, step_batch
+from ._calls import Calls, closing, in_call
 from ._library import SessionOptions, check, invalid, lib, vendor_libraries
 from ._metrics import Metrics, read_metrics, read_metrics_text
 from ._state import Key, encode_path, state_options
@@ -35,6 +36,10 @@ class Session:
     ``guard`` is the guard of new and restored streams: "bundle" (the limits and the policy of the bundle, if it has
     any), "off", or a policy of :meth:`Stream.guard` with the limits of the bundle.
 
+    ``expect_sha256`` is the SHA-256 of the bundle, 64 hexadecimal digits as ``titans-export inspect`` prints them; with
+    another one the session does not open (None: any bundle). ``operators`` is "known" (graphs may have only the
+    operators that titans-export writes) or "any", for bundles of your own only; see SECURITY.md.
+
     ``input_kind`` is "tokens" or "vectors". ``input_size`` and ``output_size`` are the floats of an input vector and of
     an output row. With tokens both are ``vocab_size``, which is 0 with vectors. Raises :class:`Error`.
     """
@@ -55,8 +60,11 @@ class Session:
         spill_dir: str | os.PathLike[str] | None = None,
         guard: str = "bundle",
         batch: str = "exact",
+        expect_sha256: str | None = None,
+        operators: str = "known",
     ) -> None:
         self._handle = ctypes.c_void_p()
+        self._calls = Calls()
         options = SessionOptions(
             struct_size=ctypes.sizeof(SessionOptions),
             device=_encode(device),
@@ -72,6 +80,8 @@ class Session:
             spill_dir=_encode(spill_dir),
             guard=_encode(guard),
             batch=_encode(batch),
+            expect_sha256=_encode(expect_sha256),
+            operators=_encode(operators),
         )
         check(lib.titans_session_open(_encode(path), ctypes.byref(options), ctypes.byref(self._handle)))
         self.info: dict[str, Any] = json.loads(lib.titans_session_info(self._handle))
@@ -80,21 +90,25 @@ class Session:
         self.input_size: int = lib.titans_session_input_size(self._handle)
         self.output_size: int = lib.titans_session_output_size(self._handle)
 
+    @in_call
     def stream(self) -> Stream:
         """A stream at position 0 with a fresh memory. It may outlive the session."""
-        handle = ctypes.c_void_p()
-        check(lib.titans_stream_create(self._open(), ctypes.byref(handle)))
-        return Stream(handle, self._format())
+        made = Stream(self._format())
+        check(lib.titans_stream_create(self._open(), ctypes.byref(made._handle)))
+        return made
 
+    @in_call
     def restore(self, path: str | os.PathLike[str], key: Key | None = None) -> Stream:
         """A stream that continues where a saved one of the same model was. ``key`` decrypts the file.
 
         The file may come from another bundle of the model, such as a quantised one.
         """
-        handle, options = ctypes.c_void_p(), state_options(key)
-        check(lib.titans_session_restore(self._open(), encode_path(path), ctypes.byref(options), ctypes.byref(handle)))
-        return Stream(handle, self._format())
+        made, options = Stream(self._format()), state_options(key)
+        handle = ctypes.byref(made._handle)
+        check(lib.titans_session_restore(self._open(), encode_path(path), ctypes.byref(options), handle))
+        return made
 
+    @in_call
     def step_batch(self, streams: Sequence[Stream], tokens: Tokens | Vectors) -> Floats:
         """Feeds one token or vector to each stream. Returns the outputs after them, (streams, output_size).
 
@@ -103,6 +117,7 @@ class Session:
         """
         return step_batch(self._open(), self._format(), streams, tokens)
 
+    @in_call
     def feed_batch(
         self,
         streams: Sequence[Stream],
@@ -117,18 +132,23 @@ class Session:
         """
         return feed_batch(self._open(), self._format(), streams, sequences, outputs)
 
+    @in_call
     def metrics(self) -> Metrics:
         """The session's counters."""
         return read_metrics(self._open())
 
+    @in_call
     def metrics_text(self) -> str:
         """The counters in Prometheus' text format. Each sample has the label ``bundle``, the folder's name."""
         return read_metrics_text(self._open())
 
     def close(self) -> None:
-        """Frees everything that no stream needs. Closing twice does nothing."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        lib.titans_session_close(handle)
+        """Frees everything that no stream needs. Closing twice does nothing.
+
+        Waits for a call of another thread. Refused within a call of the same thread.
+        """
+        with closing(self, "session") as handle:
+            lib.titans_session_close(handle)
 
     def __enter__(self) -> Session:
         return self

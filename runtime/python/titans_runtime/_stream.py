@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ._calls import Calls, closing, in_call
 from ._guard import GuardReport, Health, guard_report, health, set_guard
 from ._library import OUTPUTS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, invalid, lib
 from ._progress import Progress, Watched, Watcher
@@ -38,12 +39,15 @@ class StreamFormat:
 class Stream:
     """Made by :meth:`Session.stream`. A failed call leaves the stream unchanged and raises :class:`Error`."""
 
-    def __init__(self, handle: ctypes.c_void_p, form: StreamFormat) -> None:
-        self._handle = handle
+    def __init__(self, form: StreamFormat) -> None:
+        # Its maker fills the handle in, so that nothing is left if a signal handler raises meanwhile.
+        self._handle = ctypes.c_void_p()
         self._form = form
+        self._calls = Calls()
         self._watcher = Watcher()
         self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
 
+    @in_call
     def feed(
         self,
         tokens: Tokens | Vectors,
@@ -72,6 +76,7 @@ class Stream:
             check(call(self._open(), given, len(rows), OUTPUTS[outputs], _floats(out), out.size))
         return None if outputs == "none" else out
 
+    @in_call
     def step(self, token: int | Vectors) -> Floats:
         """Consumes one token and returns the logits after it, (vocab_size,) float32.
 
@@ -87,6 +92,7 @@ class Stream:
             check(lib.titans_stream_step(self._open(), _token(token), given))
         return out
 
+    @in_call
     def score(self, tokens: Tokens, *, progress: Progress | None = None) -> Floats:
         """Consumes T tokens and returns ln p of each given all tokens before it, (T,) float32.
 
@@ -99,6 +105,7 @@ class Stream:
             check(lib.titans_stream_score(self._open(), _tokens(ids), ids.size, _floats(out)))
         return out
 
+    @in_call
     def generate(
         self,
         max_tokens: int | None = 64,
@@ -133,22 +140,24 @@ class Stream:
         sampling.seed = whole_number(seed, "seed", 0, 2**64)
         sampling.max_tokens = -1 if max_tokens is None else whole_number(max_tokens, "max_tokens", 0, 2**63)
         sampling.stop_tokens, sampling.stop_count = _tokens(ids), ids.size
-        handle = ctypes.c_void_p()
-        check(lib.titans_generator_create(self._open(), ctypes.byref(sampling), ctypes.byref(handle)))
-        generation = _Generation(self, handle, sequences)
+        generation = _Generation(self, sequences)
+        check(lib.titans_generator_create(self._open(), ctypes.byref(sampling), ctypes.byref(generation._handle)))
         self._generations.add(generation)
         return generation
 
+    @in_call
     def reset(self) -> None:
         """Resets to position 0 with a fresh memory. The learning flag stays; marks are removed."""
         check(lib.titans_stream_reset(self._open()))
 
+    @in_call
     def fork(self) -> Stream:
         """A second, independent stream with the same state."""
-        handle = ctypes.c_void_p()
-        check(lib.titans_stream_fork(self._open(), ctypes.byref(handle)))
-        return Stream(handle, self._form)
+        made = Stream(self._form)
+        check(lib.titans_stream_fork(self._open(), ctypes.byref(made._handle)))
+        return made
 
+    @in_call
     def save(self, path: str | os.PathLike[str], key: Key | None = None) -> None:
         """Writes the stream to a file, NAME.tstate, for :meth:`Session.restore`. docs/state.md defines the format.
 
@@ -157,37 +166,44 @@ class Stream:
         options = state_options(key)
         check(lib.titans_stream_save(self._open(), encode_path(path), ctypes.byref(options)))
 
+    @in_call
     def mark(self) -> int:
         """Keeps a copy of the state as a mark and returns its position."""
         position = ctypes.c_uint64()
         check(lib.titans_stream_mark(self._open(), ctypes.byref(position)))
         return position.value
 
+    @in_call
     def rewind(self, position: int) -> None:
         """Restores the mark at ``position`` exactly, the learning flag included. Later marks are removed."""
         check(lib.titans_stream_rewind(self._open(), whole_number(position, "position", 0, 2**64)))
 
+    @in_call
     def unmark(self, position: int) -> None:
         """Wipes and frees the mark at ``position``."""
         check(lib.titans_stream_unmark(self._open(), whole_number(position, "position", 0, 2**64)))
 
     @property
+    @in_call
     def marks(self) -> list[int]:
         """The positions of all marks, ascending."""
-        count = ctypes.c_size_t()
-        check(lib.titans_stream_marks(self._open(), None, 0, ctypes.byref(count)))
+        handle, count = self._open(), ctypes.c_size_t()
+        check(lib.titans_stream_marks(handle, None, 0, ctypes.byref(count)))
         positions = (ctypes.c_uint64 * count.value)()
-        check(lib.titans_stream_marks(self._handle, positions, count.value, ctypes.byref(count)))
+        check(lib.titans_stream_marks(handle, positions, count.value, ctypes.byref(count)))
         return list(positions)
 
+    @in_call
     def freeze(self) -> None:
         """Freezes the memory from the next token on."""
         check(lib.titans_stream_set_learning(self._open(), 0))
 
+    @in_call
     def resume(self) -> None:
         """Lets the memory learn again from the next token on."""
         check(lib.titans_stream_set_learning(self._open(), 1))
 
+    @in_call
     def guard(
         self,
         policy: Literal["off", "raise", "freeze", "skip", "rewind", "decay", "restart"] = "raise",
@@ -211,64 +227,76 @@ class Stream:
         set_guard(self._open(), policy, max_update_norm, max_surprise, bundle_limits, every)
 
     @property
+    @in_call
     def guard_report(self) -> GuardReport:
         """Results of the guard since it was set."""
         return guard_report(self._open())
 
     @property
+    @in_call
     def health(self) -> Health:
         """Whether the memory diverges; checked with and without a guard."""
         return health(self._open())
 
+    @in_call
     def peak_norms(self) -> dict[str, float]:
         """The largest norm of each W and S that checks have seen, by the names of :meth:`memory`."""
-        norms = np.empty(lib.titans_stream_memory_count(self._open()), np.float32)
-        check(lib.titans_stream_peak_norms(self._handle, _floats(norms), norms.size))
+        handle = self._open()
+        norms = np.empty(lib.titans_stream_memory_count(handle), np.float32)
+        check(lib.titans_stream_peak_norms(handle, _floats(norms), norms.size))
         info, peaks = MemoryInfo(), {}
         for index, norm in enumerate(norms.tolist()):
-            check(lib.titans_stream_memory_info(self._handle, index, ctypes.byref(info)))
+            check(lib.titans_stream_memory_info(handle, index, ctypes.byref(info)))
             if norm >= 0:
                 peaks[info.name.decode()] = norm
         return peaks
 
+    @in_call
     def cancel(self) -> None:
         """Ends the running call, which raises an error of status 5; the stream is unchanged. Any thread may call it."""
         check(lib.titans_stream_cancel(self._open()))
 
     @property
+    @in_call
     def learning(self) -> bool:
         return bool(lib.titans_stream_learning(self._open()))
 
     @property
+    @in_call
     def position(self) -> int:
         """Tokens or vectors consumed."""
         return int(lib.titans_stream_position(self._open()))
 
     @property
+    @in_call
     def state_bytes(self) -> int:
         """Bytes of state owned by the stream, marks included. Independent of the position."""
         return int(lib.titans_stream_state_bytes(self._open()))
 
+    @in_call
     def memory(self) -> dict[str, Floats]:
         """Copies of the memory fields, such as "layers.0.memory.W0", at the last complete chunk.
 
         Each is float32 of shape (1, heads, rows, columns).
         """
         fields: dict[str, Floats] = {}
-        info = MemoryInfo()
-        for index in range(lib.titans_stream_memory_count(self._open())):
-            check(lib.titans_stream_memory_info(self._handle, index, ctypes.byref(info)))
+        handle, info = self._open(), MemoryInfo()
+        for index in range(lib.titans_stream_memory_count(handle)):
+            check(lib.titans_stream_memory_info(handle, index, ctypes.byref(info)))
             values = np.empty(info.shape[: info.rank], np.float32)
-            check(lib.titans_stream_memory_read(self._handle, index, _floats(values), values.size))
+            check(lib.titans_stream_memory_read(handle, index, _floats(values), values.size))
             fields[info.name.decode()] = values
         return fields
 
     def close(self) -> None:
-        """Frees the state and ends its generations. Closing twice does nothing."""
-        for generation in list(self._generations):
-            generation.close()
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        lib.titans_stream_destroy(handle)
+        """Frees the state and ends its generations. Closing twice does nothing.
+
+        Waits for a call of another thread; :meth:`cancel` ends it. Refused within a call of the same thread.
+        """
+        with closing(self, "stream") as handle:
+            for generation in list(self._generations):
+                generation.close()
+            lib.titans_stream_destroy(handle)
 
     def __enter__(self) -> Stream:
         return self
@@ -279,7 +307,7 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        if self._handle:
+        if getattr(self, "_handle", None):
             self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -299,19 +327,25 @@ class Stream:
 class _Generation(Iterator[int]):
     """The iterator of :meth:`Stream.generate`. It keeps the stream alive."""
 
-    def __init__(self, stream: Stream, handle: ctypes.c_void_p, stop: list[list[int]]) -> None:
+    def __init__(self, stream: Stream, stop: list[list[int]]) -> None:
+        self._handle = ctypes.c_void_p()
+        self._calls = Calls()
         self._stream = stream
-        self._handle = handle
         self._stop = stop
         self._tail: deque[int] = deque(maxlen=max(map(len, stop), default=0))
 
+    @in_call
     def __next__(self) -> int:
         tail = list(self._tail)
         if any(tail[-len(sequence) :] == sequence for sequence in self._stop):
             raise StopIteration
         token, done = ctypes.c_int32(), ctypes.c_int()
-        self._stream._open()
-        check(lib.titans_generator_next(self._handle, ctypes.byref(token), ctypes.byref(done)))
+        call = self._stream._calls.begin()
+        try:
+            self._stream._open()
+            check(lib.titans_generator_next(self._handle, ctypes.byref(token), ctypes.byref(done)))
+        finally:
+            del call
         if done.value:
             raise StopIteration
         self._tail.append(token.value)
@@ -319,14 +353,15 @@ class _Generation(Iterator[int]):
 
     def close(self) -> None:
         """Ends the generation. The stream calls it when it is closed."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
-        lib.titans_generator_destroy(handle)
+        with closing(self, "generation") as handle:
+            lib.titans_generator_destroy(handle)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise _wrong("E0516", "a generation cannot be copied or pickled", "fork() its stream, and generate from that")
 
     def __del__(self) -> None:
-        self.close()
+        if getattr(self, "_handle", None):
+            self.close()
 
 
 def whole_number(value: int, name: str, low: int, end: int) -> int:

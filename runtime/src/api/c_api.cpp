@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/forks.h"
 #include "base/log.h"
 #include "session/session.h"
 #include "state/state_file.h"
@@ -25,17 +26,26 @@ namespace core = titans::core;
 
 struct titans_session {
   std::shared_ptr<core::Session> session;
+  std::uint32_t made_by = core::fork_count();
 };
 
 struct titans_stream {
   std::unique_ptr<core::Stream> stream;
+  std::uint32_t made_by = core::fork_count();
 };
 
 struct titans_generator {
   core::Generator generator;
+  std::uint32_t made_by = core::fork_count();
 };
 
 namespace {
+
+// In the child of a fork nothing is freed: the threads that would have to end first are not there.
+template <typename Handle>
+void destroy(Handle* handle) {
+  if (handle != nullptr && handle->made_by == core::fork_count()) delete handle;
+}
 
 thread_local core::Failure last_failure;
 
@@ -54,6 +64,13 @@ void require(const void* pointer, std::string_view name) {
   if (pointer == nullptr) {
     throw core::Error(TITANS_INVALID_ARGUMENT, "E0501", "titans", core::text(name, " is NULL"), "pass a pointer");
   }
+}
+
+// A handle of this process.
+template <typename Handle>
+void require_handle(const Handle* handle, std::string_view name) {
+  require(handle, name);
+  core::require_own_process(handle->made_by, name);
 }
 
 // An empty array may be a null pointer.
@@ -76,6 +93,8 @@ constexpr std::size_t kMemoryBudgetEnd = offsetof(titans_session_options, memory
 constexpr std::size_t kSpillDirEnd = offsetof(titans_session_options, spill_dir) + sizeof(const char*);
 constexpr std::size_t kSessionGuardEnd = offsetof(titans_session_options, guard) + sizeof(const char*);
 constexpr std::size_t kBatchEnd = offsetof(titans_session_options, batch) + sizeof(const char*);
+constexpr std::size_t kExpectSha256End = offsetof(titans_session_options, expect_sha256) + sizeof(const char*);
+constexpr std::size_t kOperatorsEnd = offsetof(titans_session_options, operators) + sizeof(const char*);
 constexpr std::size_t kGuardEnd = offsetof(titans_guard, bundle_limits) + sizeof(std::int32_t);
 constexpr std::size_t kFirstHealth = offsetof(titans_health, checks) + sizeof(std::uint64_t);
 constexpr std::size_t kFirstFeed = offsetof(titans_feed, capacity) + sizeof(std::size_t);
@@ -157,11 +176,13 @@ core::SessionOptions read_options(const titans_session_options* options) {
   if (has(kSpillDirEnd) && options->spill_dir != nullptr) out.spill_dir = options->spill_dir;
   if (has(kSessionGuardEnd) && options->guard != nullptr) out.guard = options->guard;
   if (has(kBatchEnd) && options->batch != nullptr) out.batch = options->batch;
+  if (has(kExpectSha256End) && options->expect_sha256 != nullptr) out.expect_sha256 = options->expect_sha256;
+  if (has(kOperatorsEnd) && options->operators != nullptr) out.operators = options->operators;
   return out;
 }
 
 core::Stream* stream_of(const titans_stream* stream, std::size_t index) {
-  require(stream, core::text("stream ", index));
+  require_handle(stream, core::text("stream ", index));
   return stream->stream.get();
 }
 
@@ -196,7 +217,7 @@ template <typename Read>
 titans_status run_batch(titans_session* session, std::size_t count, titans_status* statuses, Read&& read) noexcept {
   bool told = false;
   const titans_status status = guard([&] {
-    require(session, "session");
+    require_handle(session, "session");
     const std::vector<core::Failure> outcomes = core::run_batch(*session->session, read());
     for (std::size_t index = 0; statuses != nullptr && index < count; ++index) statuses[index] = outcomes[index].status;
     told = true;
@@ -227,7 +248,7 @@ titans_status titans_session_open(const char* path, const titans_session_options
   });
 }
 
-void titans_session_close(titans_session* session) { delete session; }
+void titans_session_close(titans_session* session) { destroy(session); }
 
 const char* titans_session_info(const titans_session* session) {
   return session == nullptr ? "" : session->session->info().c_str();
@@ -253,7 +274,7 @@ size_t titans_session_output_size(const titans_session* session) {
 
 titans_status titans_session_metrics(const titans_session* session, titans_metrics* metrics) {
   return guard([&] {
-    require(session, "session");
+    require_handle(session, "session");
     require(metrics, "metrics");
     require_size(metrics->struct_size, kFirstMetrics, "titans_metrics");
     session->session->metrics().read(metrics);
@@ -262,7 +283,7 @@ titans_status titans_session_metrics(const titans_session* session, titans_metri
 
 titans_status titans_session_metrics_text(const titans_session* session, char* text, size_t capacity, size_t* size) {
   return guard([&] {
-    require(session, "session");
+    require_handle(session, "session");
     require(size, "size");
     require_array(text, capacity, "text");
     const std::string all = session->session->metrics_text();
@@ -280,18 +301,18 @@ titans_status titans_stream_create(titans_session* session, titans_stream** stre
   return guard([&] {
     require(stream, "stream");
     *stream = nullptr;
-    require(session, "session");
+    require_handle(session, "session");
     *stream = new titans_stream{std::make_unique<core::Stream>(session->session)};
   });
 }
 
-void titans_stream_destroy(titans_stream* stream) { delete stream; }
+void titans_stream_destroy(titans_stream* stream) { destroy(stream); }
 
 titans_status titans_stream_fork(const titans_stream* stream, titans_stream** fork) {
   return guard([&] {
     require(fork, "fork");
     *fork = nullptr;
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     *fork = new titans_stream{stream->stream->fork()};
   });
@@ -299,7 +320,7 @@ titans_status titans_stream_fork(const titans_stream* stream, titans_stream** fo
 
 titans_status titans_stream_save(const titans_stream* stream, const char* path, const titans_state_options* options) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(path, "path");
     const StateOptions read = read_options(options);
     const core::Stream::Use use(*stream->stream);
@@ -313,7 +334,7 @@ titans_status titans_session_restore(titans_session* session, const char* path, 
   return guard([&] {
     require(stream, "stream");
     *stream = nullptr;
-    require(session, "session");
+    require_handle(session, "session");
     require(path, "path");
     const StateOptions read = read_options(options);
     const core::StreamState state = core::load_state(path, session->session->state_schema(), read.get());
@@ -338,7 +359,7 @@ titans_status titans_state_read(const char* path, const titans_state_options* op
 
 titans_status titans_stream_mark(titans_stream* stream, uint64_t* position) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     const std::uint64_t marked = stream->stream->mark();
     if (position != nullptr) *position = marked;
@@ -347,7 +368,7 @@ titans_status titans_stream_mark(titans_stream* stream, uint64_t* position) {
 
 titans_status titans_stream_rewind(titans_stream* stream, uint64_t position) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     stream->stream->rewind(position);
   });
@@ -355,7 +376,7 @@ titans_status titans_stream_rewind(titans_stream* stream, uint64_t position) {
 
 titans_status titans_stream_unmark(titans_stream* stream, uint64_t position) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     stream->stream->unmark(position);
   });
@@ -363,7 +384,7 @@ titans_status titans_stream_unmark(titans_stream* stream, uint64_t position) {
 
 titans_status titans_stream_marks(const titans_stream* stream, uint64_t* positions, size_t capacity, size_t* count) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(count, "count");
     require_array(positions, capacity, "positions");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
@@ -377,7 +398,7 @@ titans_status titans_stream_marks(const titans_stream* stream, uint64_t* positio
 
 titans_status titans_stream_reset(titans_stream* stream) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     stream->stream->reset();
   });
@@ -386,7 +407,7 @@ titans_status titans_stream_reset(titans_stream* stream) {
 titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, size_t count, titans_output which,
                                  float* outputs, size_t capacity) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require_array(tokens, count, "tokens");
     require_choice(which);
     const core::Stream::Use use(*stream->stream);
@@ -397,7 +418,7 @@ titans_status titans_stream_feed(titans_stream* stream, const int32_t* tokens, s
 titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vectors, size_t count, titans_output which,
                                          float* outputs, size_t capacity) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require_array(vectors, count, "vectors");
     require_choice(which);
     const core::Stream::Use use(*stream->stream);
@@ -407,7 +428,7 @@ titans_status titans_stream_feed_vectors(titans_stream* stream, const float* vec
 
 titans_status titans_stream_step(titans_stream* stream, int32_t token, float* outputs) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::Use use(*stream->stream);
     stream->stream->feed(&token, 1, outputs == nullptr ? TITANS_OUTPUT_NONE : TITANS_OUTPUT_LAST, outputs,
                          stream->stream->session().output_size());
@@ -416,7 +437,7 @@ titans_status titans_stream_step(titans_stream* stream, int32_t token, float* ou
 
 titans_status titans_stream_score(titans_stream* stream, const int32_t* tokens, size_t count, float* logprobs) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require_array(tokens, count, "tokens");
     require_array(logprobs, count, "logprobs");
     const core::Stream::Use use(*stream->stream);
@@ -426,7 +447,7 @@ titans_status titans_stream_score(titans_stream* stream, const int32_t* tokens, 
 
 titans_status titans_stream_set_learning(titans_stream* stream, int learning) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
     stream->stream->set_learning(learning != 0);
   });
@@ -448,7 +469,7 @@ void titans_guard_init(titans_guard* guard) {
 
 titans_status titans_stream_set_guard(titans_stream* stream, const titans_guard* limits) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(limits, "guard");
     require_size(limits->struct_size, kFirstGuard, "titans_guard");
     const core::Stream::Use use(*stream->stream);
@@ -467,7 +488,7 @@ titans_status titans_stream_set_guard(titans_stream* stream, const titans_guard*
 
 titans_status titans_stream_guard_report(const titans_stream* stream, titans_guard_report* report) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(report, "report");
     require_size(report->struct_size, kFirstGuardReport, "titans_guard_report");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
@@ -479,7 +500,7 @@ titans_status titans_stream_guard_report(const titans_stream* stream, titans_gua
 
 titans_status titans_stream_health(const titans_stream* stream, titans_health* health) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(health, "health");
     require_size(health->struct_size, kFirstHealth, "titans_health");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
@@ -491,7 +512,7 @@ titans_status titans_stream_health(const titans_stream* stream, titans_health* h
 
 titans_status titans_stream_peak_norms(const titans_stream* stream, float* norms, size_t capacity) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
     require_array(norms, capacity, "norms");
     stream->stream->peak_norms(norms, capacity);
@@ -500,7 +521,7 @@ titans_status titans_stream_peak_norms(const titans_stream* stream, float* norms
 
 titans_status titans_stream_set_progress(titans_stream* stream, titans_progress_function progress, void* user) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     const core::Stream::ExclusiveUse exclusive(*stream->stream);
     stream->stream->set_progress(progress, user);
   });
@@ -508,7 +529,7 @@ titans_status titans_stream_set_progress(titans_stream* stream, titans_progress_
 
 titans_status titans_stream_cancel(titans_stream* stream) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     stream->stream->cancel();
   });
 }
@@ -523,7 +544,7 @@ size_t titans_stream_memory_count(const titans_stream* stream) {
 
 titans_status titans_stream_memory_info(const titans_stream* stream, size_t index, titans_memory_info* info) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(info, "info");
     require_memory(stream, index);
     const core::MemoryView& memory = stream->stream->session().memories()[index];
@@ -533,7 +554,7 @@ titans_status titans_stream_memory_info(const titans_stream* stream, size_t inde
 
 titans_status titans_stream_memory_read(const titans_stream* stream, size_t index, float* values, size_t capacity) {
   return guard([&] {
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(values, "values");
     require_memory(stream, index);
     const core::Stream::Use use(*stream->stream);
@@ -574,7 +595,7 @@ titans_status titans_generator_create(titans_stream* stream, const titans_sampli
   return guard([&] {
     require(generator, "generator");
     *generator = nullptr;
-    require(stream, "stream");
+    require_handle(stream, "stream");
     require(sampling, "sampling");
     require_size(sampling->struct_size, kFirstSampling, "titans_sampling");
     require_array(sampling->stop_tokens, sampling->stop_count, "stop_tokens");
@@ -588,7 +609,7 @@ titans_status titans_generator_create(titans_stream* stream, const titans_sampli
 
 titans_status titans_generator_next(titans_generator* generator, int32_t* token, int* done) {
   return guard([&] {
-    require(generator, "generator");
+    require_handle(generator, "generator");
     require(token, "token");
     require(done, "done");
     const core::Stream::Use use(generator->generator.stream());
@@ -598,4 +619,4 @@ titans_status titans_generator_next(titans_generator* generator, int32_t* token,
   });
 }
 
-void titans_generator_destroy(titans_generator* generator) { delete generator; }
+void titans_generator_destroy(titans_generator* generator) { destroy(generator); }

@@ -22,7 +22,7 @@ namespace titans::core {
 
 // Core and backend are built together. Increase this with every change to a class in this header or in one that it
 // includes.
-inline constexpr std::uint32_t kBackendAbi = 10;
+inline constexpr std::uint32_t kBackendAbi = 11;
 
 // A strided part of a tensor: `bytes` bytes from `offset` in each of `rows` rows, which start `pitch` bytes apart.
 struct Stripe {
@@ -109,6 +109,7 @@ struct ExecutorOptions {
   std::string library;  // path of the vendor library; empty: search
   int threads;          // 0: the backend's default
   KernelChoice memory_kernel;
+  bool any_operator = false;  // accept graphs with operators that this project does not write
 };
 
 // The vendor library that a backend finds on this machine.

@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "base/error.h"
 #include "base/file_descriptor.h"
+#include "base/forks.h"
 
 namespace titans::core {
 namespace {
@@ -46,9 +48,16 @@ std::string_view fix_for(int error) {
   }
 }
 
-// Waits for another writer of this file. Without file locks there is no waiting.
-void lock(int descriptor) {
-  (void)uninterrupted([&] { return ::flock(descriptor, LOCK_EX); });
+// Waits for another writer of this file. False if the writer takes too long. Without file locks there is no waiting.
+bool lock(int descriptor) {
+  constexpr std::chrono::milliseconds kPause{5};
+  const auto end = std::chrono::steady_clock::now() + FileAside::patience;
+  while (uninterrupted([&] { return ::flock(descriptor, LOCK_EX | LOCK_NB); }) != 0) {
+    if (errno != EWOULDBLOCK) return true;
+    if (std::chrono::steady_clock::now() >= end) return false;
+    std::this_thread::sleep_for(kPause);
+  }
+  return true;
 }
 
 // True if the descriptor's file still has a name. Another writer may have removed it as abandoned before it was locked.
@@ -57,21 +66,27 @@ bool has_name(int descriptor) {
   return ::fstat(descriptor, &status) == 0 && status.st_nlink > 0;
 }
 
-// Removes the file `aside` after its writer has finished or died, unless it was renamed meanwhile.
-void remove_abandoned(const std::filesystem::path& aside) {
-  const int descriptor = ::open(aside.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+// Removes the file `aside` after its writer has finished or died, unless it was renamed meanwhile. False if the writer
+// takes too long.
+bool remove_abandoned(const std::filesystem::path& aside) {
+  const int descriptor =
+      open_unshared([&] { return ::open(aside.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK); });
   struct stat held{};
   struct stat named{};
   bool same = true;
   if (descriptor >= 0) {
-    lock(descriptor);
+    if (!lock(descriptor)) {
+      close_unshared(descriptor);
+      return false;
+    }
     same = ::fstat(descriptor, &held) == 0 && ::lstat(aside.c_str(), &named) == 0 && held.st_ino == named.st_ino &&
            held.st_dev == named.st_dev;
   } else if (errno == ENOENT) {
-    return;
+    return true;
   }
   if (same) ::unlink(aside.c_str());
-  if (descriptor >= 0) ::close(descriptor);
+  if (descriptor >= 0) close_unshared(descriptor);
+  return true;
 }
 
 }  // namespace
@@ -89,25 +104,30 @@ FileAside::FileAside(std::filesystem::path path, Durability durability)
 FileAside::~FileAside() {
   if (descriptor_ < 0) return;
   ::unlink(aside_.c_str());
-  ::close(descriptor_);
+  close_unshared(descriptor_);
 }
 
 void FileAside::open_locked() {
   int error = EEXIST;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const int descriptor = uninterrupted([&] {
-      return ::open(aside_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, S_IRUSR | S_IWUSR);
+      return open_unshared([&] {
+        return ::open(aside_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, S_IRUSR | S_IWUSR);
+      });
     });
     error = errno;
     if (descriptor >= 0) {
-      lock(descriptor);
-      if (has_name(descriptor)) {
+      if (lock(descriptor) && has_name(descriptor)) {
         descriptor_ = descriptor;
         return;
       }
-      ::close(descriptor);
+      close_unshared(descriptor);
     } else if (error == EEXIST) {
-      remove_abandoned(aside_);
+      if (!remove_abandoned(aside_)) {
+        throw Error(TITANS_FAILED, "E0412", name_of(path_),
+                    text("another writer has held ", name_of(aside_), " for ", patience.count() / 1000, " seconds"),
+                    "end the other process, then save again");
+      }
     } else {
       break;
     }
@@ -131,7 +151,7 @@ void FileAside::commit() {
   if (::rename(aside_.c_str(), path_.c_str()) != 0)
     fail(text("cannot rename ", name_of(aside_), " to ", name_of(path_)), errno);
   // Closed after the rename, so the lock lasts as long as the name NAME.tmp.
-  const int closed = ::close(std::exchange(descriptor_, -1));
+  const int closed = close_unshared(std::exchange(descriptor_, -1));
   if (closed != 0 && errno != EINTR) fail_in_place("cannot close the file", errno);
   if (!sync) return;
   const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");

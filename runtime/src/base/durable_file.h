@@ -1,6 +1,7 @@
 // Files that are replaced atomically, also if the process or machine stops.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -15,10 +16,13 @@ namespace titans::core {
 enum class Durability : std::uint8_t { kPower, kProcess };
 
 // Writes NAME.tmp beside `path` and renames it into place atomically in commit(). Without commit() the old file stays
-// and the new one is removed. Writers of one path wait for each other. A writer removes what a killed one left. The
-// file mode is 0600.
+// and the new one is removed. Writers of one path wait for each other, up to `patience`. A writer removes what a killed
+// one left. The file mode is 0600. Children of fork() do not inherit the lock.
 class FileAside {
  public:
+  // How long a writer waits for another one of the same path.
+  static inline std::chrono::milliseconds patience{60'000};
+
   FileAside(std::filesystem::path path, Durability durability);
   ~FileAside();
   FileAside(const FileAside&) = delete;

@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/names.h"
 #include "titans/titans.h"
 
 // Not in titans::, the namespace of titans.hpp.
@@ -22,7 +23,8 @@ std::string text(const Parts&... parts) {
   return stream.str();
 }
 
-// Collapses each run of white space and control characters into one space: error texts are one line.
+// Collapses each run of white space and control characters into one space, and escapes other hidden characters: error
+// texts are one line.
 inline std::string one_line(std::string_view raw) {
   std::string line;
   for (const char character : raw) {
@@ -34,7 +36,7 @@ inline std::string one_line(std::string_view raw) {
     }
   }
   while (!line.empty() && line.back() == ' ') line.pop_back();
-  return line;
+  return shown(line);
 }
 
 // A value in an error text: an empty one stays visible.

@@ -1,9 +1,11 @@
 #include "base/json_reader.h"
 
+#include <algorithm>
 #include <cmath>
-#include <unordered_set>
+#include <set>
 
 #include "base/error.h"
+#include "base/names.h"
 
 namespace titans::core {
 namespace {
@@ -12,6 +14,7 @@ constexpr std::string_view kFix = "export the bundle again";
 constexpr std::size_t kLongestQuote = 60;
 // JSON is processed recursively, so the depth is limited.
 constexpr std::size_t kDeepest = 64;
+constexpr std::ptrdiff_t kMostValues = std::ptrdiff_t{1} << 20;
 
 // Invalid UTF-8 must not prevent an error text.
 std::string quote(const nlohmann::json& value) {
@@ -28,19 +31,33 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
 
   bool null() override { return true; }
   bool boolean(bool /*value*/) override { return true; }
-  bool number_integer(number_integer_t /*value*/) override { return true; }
+  // The library reads -0 as an integer. Other readers read it as a float, or refuse it.
+  bool number_integer(number_integer_t value) override {
+    if (value == 0) fail("-0 is not an integer of 64 bits");
+    return true;
+  }
   bool number_unsigned(number_unsigned_t /*value*/) override { return true; }
-  bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
-  bool string(string_t& /*value*/) override { return true; }
+  bool number_float(number_float_t /*value*/, const string_t& source) override {
+    const bool integer = source.find_first_of(".eE") == string_t::npos;
+    if (integer) fail(text(source.substr(0, kLongestQuote), " is not an integer of 64 bits"));
+    return true;
+  }
+  bool string(string_t& value) override {
+    if (!is_text(value)) fail(text("hidden characters in the string ", quote(value)));
+    return true;
+  }
   bool binary(binary_t& /*value*/) override { return true; }
   bool start_object(std::size_t /*elements*/) override { return go_down(); }
   bool start_array(std::size_t /*elements*/) override { return go_down(); }
   bool end_object() override { return go_up(); }
   bool end_array() override { return go_up(); }
   bool key(string_t& value) override {
+    if (value.size() > kLongestKey || !is_text(value)) {
+      fail(text("expected a key of at most ", kLongestKey, " bytes without hidden characters, got ", quote(value)));
+    }
     // Readers disagree about which duplicate key is used.
-    if (keys_.back().insert(value).second) return true;
-    throw Error(TITANS_FAILED, "E0205", document_, text("key ", quote(value), " twice in one object"), kFix);
+    if (!keys_.back().insert(value).second) fail(text("key ", quote(value), " twice in one object"));
+    return true;
   }
   bool parse_error(std::size_t /*at*/, const std::string& /*token*/, const nlohmann::json::exception&) override {
     return false;
@@ -48,10 +65,8 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
 
  private:
   bool go_down() {
-    if (keys_.size() < kDeepest)
-      keys_.emplace_back();
-    else
-      throw Error(TITANS_FAILED, "E0205", document_, text("JSON nested deeper than ", kDeepest, " levels"), kFix);
+    if (keys_.size() >= kDeepest) fail(text("JSON nested deeper than ", kDeepest, " levels"));
+    keys_.emplace_back();
     return true;
   }
   bool go_up() {
@@ -59,13 +74,28 @@ class Check : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
 
+  [[noreturn]] void fail(std::string_view problem) const {
+    throw Error(TITANS_FAILED, "E0205", document_, problem, kFix);
+  }
+
   std::string_view document_;
-  std::vector<std::unordered_set<std::string>> keys_;  // one set per open object or array
+  // One set per open object or array. A hash table would take quadratic time for keys that are made to collide.
+  std::vector<std::set<std::string>> keys_;
 };
 
 }  // namespace
 
 nlohmann::json JsonReader::parse(std::string_view source, std::string_view document) {
+  const auto is_separator = [](char c) { return c == ',' || c == '[' || c == '{'; };
+  const std::ptrdiff_t count = std::count_if(source.begin(), source.end(), is_separator);
+  if (count > kMostValues) {
+    throw Error(TITANS_FAILED, "E0205", document,
+                text("more than ", kMostValues, " values: ", count, " commas and brackets"), kFix);
+  }
+  // The library ends at a NUL and skips a byte order mark.
+  if (source.find('\0') != std::string_view::npos || source.substr(0, 1) == "\xef") {
+    throw Error(TITANS_FAILED, "E0205", document, "expected a JSON object, got text that is not JSON", kFix);
+  }
   Check check(document);
   nlohmann::json value(nlohmann::json::value_t::discarded);
   if (nlohmann::json::sax_parse(source, &check))
@@ -114,17 +144,18 @@ std::vector<std::pair<std::string, JsonReader>> JsonReader::members() const {
 std::string JsonReader::string() const {
   if (!value_->is_string()) fail("a string");
   std::string out = value_->get<std::string>();
-  // A NUL would truncate the name in C interfaces.
-  if (out.find('\0') != std::string::npos) fail("a string without NUL");
+  if (!is_text(out)) fail("a string without hidden characters");
   return out;
 }
 
+std::string JsonReader::name() const {
+  if (!value_->is_string() || !is_plain(value_->get_ref<const std::string&>())) fail("a plain name");
+  return value_->get<std::string>();
+}
+
 std::string JsonReader::file_name() const {
-  std::string name = string();
-  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos) {
-    fail("a plain file name");
-  }
-  return name;
+  if (!value_->is_string() || !is_plain(value_->get_ref<const std::string&>())) fail("a plain file name");
+  return value_->get<std::string>();
 }
 
 std::int64_t JsonReader::integer(std::int64_t least, std::int64_t most) const {

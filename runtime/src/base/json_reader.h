@@ -21,8 +21,9 @@ class JsonReader {
   JsonReader(const nlohmann::json& value, std::string_view document, std::string path = {})
       : value_(&value), document_(document), path_(std::move(path)) {}
 
-  // Parses a text. Throws an Error if it is not a JSON object, is nested deeper than 64 levels, or has a key twice in
-  // one object.
+  // Parses a text. Throws an Error if it is not a JSON object, or if readers could understand it differently: invalid
+  // UTF-8, a byte order mark, NUL, a key twice in one object, -0 as an integer, integers beyond 64 bits, floats beyond
+  // float64, more than 64 levels or 2^20 values, long keys, and hidden characters in any string.
   static nlohmann::json parse(std::string_view source, std::string_view document);
 
   JsonReader at(const std::string& key) const;
@@ -30,7 +31,8 @@ class JsonReader {
   std::vector<JsonReader> items() const;                            // of an array
   std::vector<std::pair<std::string, JsonReader>> members() const;  // of an object
 
-  std::string string() const;
+  std::string string() const;     // a text, see base/names.h
+  std::string name() const;       // a plain name
   std::string file_name() const;  // a plain name, which cannot leave the bundle
   std::int64_t integer(std::int64_t least, std::int64_t most = std::numeric_limits<std::int64_t>::max()) const;
   // A finite number from 0, or above 0.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <new>
 #include <string>
 
 #include "base/error.h"
@@ -46,5 +47,7 @@ void log(std::int32_t level, std::string_view where, std::string_view message) n
     telling = false;
   }
 }
+
+void reset_log_after_fork() noexcept { new (&mutex) std::mutex; }
 
 }  // namespace titans::core

@@ -17,4 +17,7 @@ bool log_wanted(std::int32_t level) noexcept;
 // so are messages caused by the application's own log function.
 void log(std::int32_t level, std::string_view where, std::string_view message) noexcept;
 
+// In the child of a fork: a thread of the parent may have held the log's lock.
+void reset_log_after_fork() noexcept;
+
 }  // namespace titans::core

@@ -46,15 +46,19 @@ Range read_range(const JsonReader& entry, std::size_t data_bytes) {
   return {static_cast<std::size_t>(begin), static_cast<std::size_t>(end)};
 }
 
-void check_overlap(std::vector<std::pair<Range, std::string>> ranges, std::string_view file_name) {
+// The format allows neither overlaps nor gaps.
+void check_ranges(std::vector<std::pair<Range, std::string>> ranges, std::size_t bytes, std::string_view file_name) {
   std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) {
     return std::pair(a.first.begin, a.first.end) < std::pair(b.first.begin, b.first.end);
   });
-  for (std::size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].first.begin < ranges[i - 1].first.end) {
-      fail(file_name, text("tensors ", ranges[i - 1].second, " and ", ranges[i].second, " overlap"));
-    }
+  std::size_t end = 0;
+  for (std::size_t i = 0; i < ranges.size(); ++i) {
+    const auto& [range, name] = ranges[i];
+    if (range.begin < end) fail(file_name, text("tensors ", ranges[i - 1].second, " and ", name, " overlap"));
+    if (range.begin > end) fail(file_name, text("a gap of ", range.begin - end, " bytes before tensor ", name));
+    end = range.end;
   }
+  if (end != bytes) fail(file_name, text(bytes - end, " bytes after the last tensor"));
 }
 
 }  // namespace
@@ -72,12 +76,18 @@ Tensors read_safetensors(std::string_view content, std::string_view file_name) {
   Tensors tensors;
   std::vector<std::pair<Range, std::string>> ranges;
   for (const auto& [name, entry] : JsonReader(header, file_name).members()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      for (const auto& [key, value] : entry.members()) {
+        if (!value.raw().is_string()) value.fail("a string");
+      }
+      continue;
+    }
     const Range range = read_range(entry, content.size() - data_start);
     ranges.emplace_back(range, name);
     const auto dtype = dtype_named(entry.at("dtype").string(), &DTypeInfo::safetensors);
+    if (!dtype) entry.at("dtype").fail("a dtype that this runtime has");
     Shape shape = entry.at("shape").shape(0);
-    if (!dtype) continue;
+    if (entry.members().size() != 3) entry.fail("dtype, shape and data_offsets alone");
     const std::optional<std::size_t> bytes = tensor_bytes(shape, *dtype);
     if (!bytes || *bytes != range.end - range.begin) {
       fail(file_name, text("tensor ", name, ": expected the size of ", dtype_info(*dtype).name, " ", shape_text(shape),
@@ -89,7 +99,7 @@ Tensors read_safetensors(std::string_view content, std::string_view file_name) {
     }
     tensors.emplace(name, TensorView{data + data_start + range.begin, *dtype, std::move(shape), *bytes});
   }
-  check_overlap(std::move(ranges), file_name);
+  check_ranges(std::move(ranges), content.size() - data_start, file_name);
   return tensors;
 }
 

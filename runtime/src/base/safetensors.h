@@ -12,8 +12,8 @@ namespace titans::core {
 
 using Tensors = std::map<std::string, TensorView, std::less<>>;
 
-// Views into `content`, which must outlive them and be aligned for every element type. Tensors of unknown dtypes are
-// skipped.
+// Views into `content`, which must outlive them and be aligned for every element type. The data of the
+// tensors must follow each other without gaps and fill the file.
 Tensors read_safetensors(std::string_view content, std::string_view file_name);
 inline Tensors read_safetensors(const MappedFile& file, std::string_view file_name) {
   return read_safetensors(file.text(), file_name);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <system_error>
 
+#include "base/forks.h"
+
 namespace titans::core {
 
 ThreadPool::ThreadPool(std::size_t threads) {
@@ -25,12 +27,16 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(std::size_t count, const std::function<void(std::size_t)>& part) {
   if (count == 0) return;
   Job job{part, count};
+  const std::uint32_t process = fork_count();
   std::unique_lock lock(mutex_);
   if (count > 1 && !workers_.empty()) {
     jobs_.push_back(&job);
     for (std::size_t woken = 0; woken < std::min(count - 1, workers_.size()); ++woken) work_to_do_.notify_one();
   }
-  while (job.next < job.count) run_one(job, lock);
+  while (job.next < job.count) {
+    run_one(job, lock);
+    require_own_process(process, "batch");  // a callback may have forked, and the other threads' parts never end
+  }
   part_finished_.wait(lock, [&] { return job.finished == job.count; });
 }
 

@@ -1,22 +1,42 @@
 #include "bundle/bundle.h"
 
 #include <algorithm>
+#include <cctype>
+#include <set>
 #include <system_error>
 
 #include "base/error.h"
+#include "base/sha256.h"
 
 namespace titans::core {
 namespace {
 
 constexpr std::string_view kFix = "copy or export the bundle again";
 
-Manifest read_manifest(const std::filesystem::path& folder) {
+// SHA-256 of the lines "HASH  NAME" of all files, the manifest included, in the order of the names' bytes: what
+// `sha256sum * | sha256sum` prints in a bundle's folder, in the C locale.
+void check_sha256(const std::filesystem::path& folder, const Manifest& manifest, std::string_view expected) {
+  std::set<std::string> names{"manifest.json"};
+  for (const auto& [name, record] : manifest.files) names.insert(name);
+  std::string lines;
+  for (const std::string& name : names) lines += text(sha256(MappedFile(folder / name).text()), "  ", name, "\n");
+  const std::string found = sha256(lines);
+  const auto same = [](char a, char b) { return std::tolower(static_cast<unsigned char>(a)) == b; };
+  if (std::equal(expected.begin(), expected.end(), found.begin(), found.end(), same)) return;
+  throw Error(TITANS_FAILED, "E0211", "bundle",
+              text("another bundle than expected: expected SHA-256 ", expected, ", got ", found),
+              "get the bundle again, and compare the hash with what its author published");
+}
+
+Manifest read_manifest(const std::filesystem::path& folder, std::string_view expect_sha256) {
   std::error_code ignored;  // an inaccessible folder counts as missing
   if (!std::filesystem::is_directory(folder, ignored)) {
     throw Error(TITANS_FAILED, "E0201", "bundle", text("not a bundle: no folder at ", folder.string()),
                 "give the path of a NAME.titans folder");
   }
-  return Manifest::parse(MappedFile(folder / "manifest.json").text());
+  Manifest manifest = Manifest::parse(MappedFile(folder / "manifest.json").text());
+  if (!expect_sha256.empty()) check_sha256(folder, manifest, expect_sha256);
+  return manifest;
 }
 
 void check_file(const Manifest& manifest, const std::string& name, const MappedFile& file) {
@@ -43,9 +63,9 @@ std::vector<EngineGraph> plain_graphs(const Manifest& manifest) {
 
 }  // namespace
 
-Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose)
+Bundle::Bundle(const std::filesystem::path& folder, const EngineChooser& choose, std::string_view expect_sha256)
     : folder_(folder),
-      manifest_(read_manifest(folder)),
+      manifest_(read_manifest(folder, expect_sha256)),
       engine_(choose ? choose(manifest_) : nullptr),
       graphs_(engine_ == nullptr ? plain_graphs(manifest_) : engine_->graphs),
       schedule_(listed_graphs(manifest_, graphs_)) {

@@ -19,8 +19,9 @@ using EngineChooser = std::function<const EngineRecord*(const Manifest&)>;
 
 class Bundle {
  public:
-  // Opens the plain graphs without a chooser.
-  explicit Bundle(const std::filesystem::path& folder, const EngineChooser& choose = {});
+  // Opens the plain graphs without a chooser. expect_sha256: of the bundle, in hexadecimal digits; empty: any.
+  explicit Bundle(const std::filesystem::path& folder, const EngineChooser& choose = {},
+                  std::string_view expect_sha256 = {});
   // engine_ points into manifest_.
   Bundle(const Bundle&) = delete;
   Bundle& operator=(const Bundle&) = delete;

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/json_reader.h"
+#include "base/names.h"
 #include "bundle/manifest_engines.h"
 #include "bundle/schedule.h"
 
@@ -49,9 +50,9 @@ StreamRows read_rows(const JsonReader& state) {
 
 StateTensor read_state(const JsonReader& entry) {
   StateTensor state;
-  state.name = entry.at("name").string();
-  state.input = entry.at("input").string();
-  state.output = entry.at("output").string();
+  state.name = entry.at("name").name();
+  state.input = entry.at("input").name();
+  state.output = entry.at("output").name();
   const JsonReader dtype = entry.at("dtype");
   const std::optional<DType> known = dtype_named(dtype.string(), &DTypeInfo::name);
   if (!known) dtype.fail("an element type such as float32");
@@ -61,7 +62,7 @@ StateTensor read_state(const JsonReader& entry) {
   const std::optional<std::size_t> bytes = tensor_bytes(state.shape, state.dtype);
   if (state.shape.empty() || state.shape[0] != 1 || !bytes) shape.fail("a shape [1, ...] for one stream");
   state.bytes = *bytes;
-  state.role = entry.at("role").string();
+  state.role = entry.at("role").name();
   state.layout = read_layout(entry, state.shape);
   state.written = read_written(entry, state.shape);
   if (const std::optional<JsonReader> chunk = entry.find("chunk")) {
@@ -69,14 +70,14 @@ StateTensor read_state(const JsonReader& entry) {
     if (state.role != "memory") chunk->fail("no chunk, as role is not memory");
   }
   state.rows = read_rows(entry);
-  if (const std::optional<JsonReader> op = entry.find("operator")) state.op = op->string();
+  if (const std::optional<JsonReader> op = entry.find("operator")) state.op = op->name();
   if (state.role == "memory" && state.dtype != DType::kFloat32) dtype.fail("float32, as its role is memory");
   return state;
 }
 
 Graph read_graph(const JsonReader& entry) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  Graph graph{entry.at("name").string(),
+  Graph graph{entry.at("name").name(),
               entry.at("file").file_name(),
               entry.at("tokens").integer(1, kMost),
               entry.at("stride").integer(1, kMost),
@@ -120,7 +121,7 @@ void read_input(const JsonReader& input, Manifest& manifest) {
   }
   const bool tokens = manifest.input_kind == InputKind::kTokens;
   require(input.at("dtype"), dtype_info(manifest.input_dtype()).name);
-  manifest.input = input.at("name").string();
+  manifest.input = input.at("name").name();
   manifest.input_size = input.at(tokens ? "vocab_size" : "size").integer(1, kLargestSize);
 }
 
@@ -128,7 +129,7 @@ void read_output(const JsonReader& output, Manifest& manifest) {
   const bool tokens = manifest.input_kind == InputKind::kTokens;
   require(output.at("kind"), tokens ? "logits" : "vectors");
   require(output.at("dtype"), "float32");
-  manifest.output = output.at("name").string();
+  manifest.output = output.at("name").name();
   const JsonReader size = output.at("size");
   manifest.output_size =
       tokens ? size.integer(manifest.input_size, manifest.input_size) : size.integer(1, kLargestSize);
@@ -172,8 +173,8 @@ constexpr std::array<std::string_view, 3> kWrittenNames{"token", "row", "chunk"}
 
 // Reads a field's kind and when it is written. Defaults: no kind, written by every token.
 void read_kind(const JsonReader& entry, MemoryField& field) {
-  if (const std::optional<JsonReader> kind = entry.find("kind")) field.kind = kind->string();
-  if (const std::optional<JsonReader> of = entry.find("of")) field.of = of->string();
+  if (const std::optional<JsonReader> kind = entry.find("kind")) field.kind = kind->name();
+  if (const std::optional<JsonReader> of = entry.find("of")) field.of = of->name();
   if (const std::optional<JsonReader> written = entry.find("written")) {
     const auto* const found = std::find(kWrittenNames.begin(), kWrittenNames.end(), written->string());
     if (found == kWrittenNames.end()) written->fail("token, row or chunk");
@@ -241,7 +242,7 @@ std::vector<MemoryField> read_layout(const JsonReader& state, const Shape& shape
   const std::optional<JsonReader> fields = state.find("layout");
   if (!fields || shape.empty()) return layout;
   for (const JsonReader& field : fields->items()) {
-    MemoryField memory{field.at("name").string(), 0, field.at("shape").shape(1)};
+    MemoryField memory{field.at("name").name(), 0, field.at("shape").shape(1)};
     if (const std::optional<JsonReader> dtype = field.find("dtype")) {
       const std::optional<FieldDtype> known = field_dtype_named(dtype->string());
       if (!known) dtype->fail("a dtype that this runtime knows: " + field_dtype_names());
@@ -290,13 +291,12 @@ Manifest Manifest::parse(std::string_view source) {
   read_output(document.at("output"), manifest);
 
   const JsonReader controls = document.at("controls");
-  manifest.position_input = controls.at("position").string();
-  manifest.learn_input = controls.at("learn").string();
+  manifest.position_input = controls.at("position").name();
+  manifest.learn_input = controls.at("learn").name();
   const auto read_optional = [&](const char* key, std::string& name) {
     const std::optional<JsonReader> control = controls.find(key);
     if (!control) return;
-    name = control->string();
-    if (name.empty()) control->fail("a name");
+    name = control->name();
     if (manifest.slots_input.empty()) control->fail("no name, as there are no slots");
   };
   read_optional("slots", manifest.slots_input);
@@ -317,6 +317,7 @@ Manifest Manifest::parse(std::string_view source) {
   manifest.weights_file = document.at("weights").at("file").file_name();
   manifest.initial_state_file = document.at("initial_state").at("file").file_name();
   for (const auto& [name, record] : document.at("files").members()) {
+    if (!is_plain(name)) record.fail("a plain file name as its key");
     manifest.files[name] = {static_cast<std::uint64_t>(record.at("bytes").integer(0)), record.at("xxh3_128").string()};
   }
   return manifest;

@@ -25,8 +25,8 @@ int driver_version(const JsonReader& field) {
 }
 
 void read_device(const JsonReader& entry, EngineRecord& engine) {
-  engine.device = entry.at("device").string();
-  engine.platform = entry.at("platform").string();
+  engine.device = entry.at("device").name();
+  engine.platform = entry.at("platform").name();
   constexpr std::int64_t kMostSm = 999;
   const std::optional<JsonReader> sm = present(entry, "sm");
   if (sm) {
@@ -34,27 +34,27 @@ void read_device(const JsonReader& entry, EngineRecord& engine) {
   }
   if (engine.device == "cuda" && engine.sm.empty()) entry.at("sm").fail("the compute capabilities of the engine");
   const std::optional<JsonReader> cuda = present(entry, "cuda");
-  if (cuda) engine.cuda = cuda->string();
+  if (cuda) engine.cuda = cuda->name();
   const std::optional<JsonReader> driver = present(entry, "driver");
   engine.driver = driver ? driver_version(*driver) : 0;
 }
 
 void read_memory(const JsonReader& entry, const Manifest& manifest, EngineRecord& engine) {
-  engine.memory = entry.at("memory").string();
+  engine.memory = entry.at("memory").name();
   const std::optional<JsonReader> plugin = present(entry, "plugin");
   if (plugin) {
-    engine.plugin = {plugin->at("name").string(), plugin->at("namespace").string(), plugin->at("version").string()};
+    engine.plugin = {plugin->at("name").name(), plugin->at("namespace").name(), plugin->at("version").name()};
   }
   if (plugin.has_value() != (engine.memory == "plugin")) {
     entry.at("memory").fail("\"plugin\" if, and only if, the engine names a plugin");
   }
   const std::optional<JsonReader> alias = present(entry, "alias");
-  if (alias) engine.alias = alias->string();
+  if (alias) engine.alias = alias->name();
   engine.state_in_place.assign(manifest.state.size(), false);
   const std::optional<JsonReader> in_place = present(entry, "state_in_place");
   if (!in_place) return;
   for (const JsonReader& name : in_place->items()) {
-    const std::string wanted = name.string();
+    const std::string wanted = name.name();
     const auto found = std::find_if(manifest.state.begin(), manifest.state.end(),
                                     [&](const StateTensor& state) { return state.name == wanted; });
     if (found == manifest.state.end()) name.fail("the name of a state tensor");
@@ -72,7 +72,7 @@ std::vector<EngineGraph> read_graphs(const JsonReader& field, const Manifest& ma
   std::vector<EngineGraph> graphs;
   for (const JsonReader& entry : field.items()) {
     const JsonReader name = entry.at("graph");
-    const std::string wanted = name.string();
+    const std::string wanted = name.name();
     const auto found = std::find_if(manifest.graphs.begin(), manifest.graphs.end(),
                                     [&](const Graph& graph) { return graph.name == wanted; });
     if (found == manifest.graphs.end()) name.fail("the name of a graph");
@@ -101,15 +101,15 @@ std::vector<EngineRecord> read_engines(const JsonReader& engines, const Manifest
   for (const JsonReader& entry : engines.items()) {
     EngineRecord engine{};
     const JsonReader name = entry.at("name");
-    engine.name = name.string();
+    engine.name = name.name();
     if (engine.name.empty() || engine.name == kNoEngine) name.fail("a name other than none");
     if (!names.insert(engine.name).second) name.fail("a name that no other engine has");
-    engine.target = entry.at("target").string();
-    engine.compiler = entry.at("compiler").string();
+    engine.target = entry.at("target").name();
+    engine.compiler = entry.at("compiler").name();
     const JsonReader version = entry.at("compiler_version");
-    engine.compiler_version = version.string();
+    engine.compiler_version = version.name();
     if (!Version::parse(engine.compiler_version)) version.fail("a version such as 10.3.0");
-    engine.precision = entry.at("precision").string();
+    engine.precision = entry.at("precision").name();
     read_device(entry, engine);
     read_memory(entry, manifest, engine);
     const std::optional<JsonReader> weights = present(entry, "weights");

@@ -12,6 +12,7 @@
 
 #include "backends/backend_loader.h"
 #include "base/error.h"
+#include "base/forks.h"
 #include "base/log.h"
 #include "state/journal.h"
 
@@ -151,6 +152,23 @@ std::uint64_t stream_bytes(const Manifest& manifest, const Executor& executor) {
   return bytes;
 }
 
+bool read_operator_choice(const std::string& name) {
+  if (name == "known") return false;
+  if (name == "any") return true;
+  throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("unknown operators: ", quoted(name)),
+              "choose known or any");
+}
+
+// An empty text is refused: it may come from a variable that was not set.
+void check_digits(const std::optional<std::string>& sha256) {
+  if (!sha256) return;
+  const bool digits = sha256->find_first_not_of("0123456789abcdefABCDEF") == std::string::npos;
+  if (digits && sha256->size() == 64) return;
+  throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session",
+              text("expected expect_sha256 as 64 hexadecimal digits, got ", quoted(sha256->substr(0, 80))),
+              "give the digits that titans-export inspect prints");
+}
+
 std::string describe(const Bundle& bundle, const Executor& executor, const SessionOptions& options,
                      const DeviceInfo& device_info, const EngineChoice& choice, const titans_guard& guard) {
   using nlohmann::json;
@@ -210,6 +228,7 @@ std::string describe(const Bundle& bundle, const Executor& executor, const Sessi
 }  // namespace
 
 std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const SessionOptions& options) {
+  const ForkSensitive sensitive;
   SessionOptions chosen = options;
   if (chosen.threads < 0) {
     throw Error(TITANS_INVALID_ARGUMENT, "E0502", "session", text("expected threads >= 0, got ", chosen.threads),
@@ -226,21 +245,30 @@ std::shared_ptr<Session> Session::open(const std::filesystem::path& path, const 
   read_batch(chosen.batch);
   find_default_guard({}, chosen.guard);  // refuses an unknown name before any file is read
   const KernelChoice memory_kernel = read_kernel_choice(chosen.memory_kernel);
+  const bool any_operator = read_operator_choice(chosen.operators);
+  check_digits(chosen.expect_sha256);
   if (!chosen.backend.empty()) check_backend(chosen.backend);
   DeviceInfo device_info = find_device_info(chosen.device);
   EngineChoice choice;
-  auto bundle = std::make_unique<const Bundle>(path, [&](const Manifest& manifest) {
+  const auto choose = [&](const Manifest& manifest) {
     const EngineRequest request{path.string(), chosen.device, chosen.engine, chosen.backend, chosen.memory_kernel};
     for (const std::string& module : modules_to_look_at(manifest, device_info, request)) {
       device_info.libraries[module] = find_library(module, chosen.plugin_dir, library_for(chosen, module));
     }
     choice = choose_engine(manifest, device_info, request, default_backend(device_info.kind));
     return choice.engine;
-  });
+  };
+  auto bundle = std::make_unique<const Bundle>(path, choose, chosen.expect_sha256.value_or(""));
   chosen.backend = choice.backend;
   const BackendEntry& backend = load_backend(choice.module, chosen.plugin_dir);
-  auto executor =
-      backend.open(*bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel});
+  if (any_operator && log_wanted(TITANS_LOG_WARNING)) {
+    log(TITANS_LOG_WARNING, "session",
+        text("operators=\"any\": the graphs of ", path.string(),
+             " may have any operator, and some read and write memory outside of their tensors; for your own bundles "
+             "only"));
+  }
+  auto executor = backend.open(
+      *bundle, {chosen.device, library_for(chosen, choice.module), chosen.threads, memory_kernel, any_operator});
   auto session = std::make_shared<Session>(std::move(bundle), std::move(executor), chosen, device_info, choice);
   if (log_wanted(TITANS_LOG_INFO)) {
     log(TITANS_LOG_INFO, "session",
@@ -282,6 +310,13 @@ Session::Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor>
                 "give more, or 0 for no limit");
   }
   cache_ = std::make_unique<StateCache>(state_schema_, metrics_, options.memory_budget, options.spill_dir);
+}
+
+Session::~Session() {
+  const ForkSensitive sensitive(true);
+  batch_threads_.reset();
+  idle_.clear();
+  executor_.reset();
 }
 
 std::string Session::metrics_text() const {

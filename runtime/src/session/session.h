@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,10 +27,12 @@ struct SessionOptions {
   std::string engine;     // required engine of the bundle; "none": the plain graphs; empty: by device
   std::string libraries;  // MODULE=PATH lines: vendor libraries that neither the caller nor the environment names
   int batch_threads = 0;  // threads per batch; 0: the number of processors
-  std::uint64_t memory_budget = 0;  // bytes for the state of all streams; 0: no limit
-  std::filesystem::path spill_dir;  // folder for states beyond the budget
-  std::string guard = "bundle";     // of new streams: "bundle", or a policy with the bundle's limits
-  std::string batch = "exact";      // "exact": as if each stream ran alone; "fast": streams share graph calls
+  std::uint64_t memory_budget = 0;           // bytes for the state of all streams; 0: no limit
+  std::filesystem::path spill_dir;           // folder for states beyond the budget
+  std::string guard = "bundle";              // of new streams: "bundle", or a policy with the bundle's limits
+  std::string batch = "exact";               // "exact": as if each stream ran alone; "fast": streams share graph calls
+  std::optional<std::string> expect_sha256;  // of the bundle; none: any
+  std::string operators = "known";           // of graphs: "known", or "any"
 };
 
 // A memory field for users: "layers.0.memory.W0", shape (1, heads, rows, columns).
@@ -63,6 +66,9 @@ class Session {
   // `device_info` and `choice` are reported by info().
   Session(std::unique_ptr<const Bundle> bundle, std::unique_ptr<Executor> executor, const SessionOptions& options,
           const DeviceInfo& device_info = {}, const EngineChoice& choice = {});
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
   const Manifest& manifest() const { return bundle_->manifest(); }
   const Bundle& bundle() const { return *bundle_; }

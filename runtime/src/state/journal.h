@@ -1,9 +1,10 @@
 // Undo data for a failed call: copies of the parts of in-place state that the call may overwrite.
 //
-// The manifest lists when each field of a packed row is written (docs/bundle.md). A call within a chunk changes only
-// the fields written by every token, which are small, and appends rows that nothing has read yet. Only the former are
-// saved. A call that completes a chunk saves all other fields too. A cache saves the rows that the manifest lists for
-// the tokens of the call.
+// The manifest lists when each field of a packed row is written (docs/bundle.md). A call within a chunk changes the
+// fields written by every token, which are small, and one row for each token in the fields of the open chunk. Nothing
+// reads these rows before the chunk ends, but a failed call must leave no trace of its tokens, so both are saved. A
+// call that completes a chunk saves all other fields too. A cache saves the rows that the manifest lists for the tokens
+// of the call.
 #pragma once
 
 #include <cstdint>
@@ -55,13 +56,22 @@ class Journal {
     std::vector<Stripe> stripes;
     bool saved = false;
   };
+  // A field of the open chunk, whose row i the i-th token of a chunk writes.
+  struct RowField {
+    std::size_t offset, words;  // within a packed row
+    std::size_t elements;       // of one row; 0: rows cannot be told apart, so all are saved at once
+    bool halves;                // elements of 16 bits
+  };
   struct Entry {
     Buffer* live;
     Buffer* backup;
     std::uint64_t chunk;  // in stream rows
     StreamRows rows;
-    Part chunkwise;  // written by the token that completes a chunk; includes rows of the open chunk
+    Part chunkwise;  // written by the token that completes a chunk
     Part tokenwise;  // written by every token
+    std::vector<RowField> row_fields;
+    std::size_t pitch = 0, heads = 0;  // of the packed rows
+    std::uint64_t begin = 0, end = 0;  // the saved rows of the open chunk
   };
 
   struct Cache {
@@ -76,7 +86,10 @@ class Journal {
   static void save(const Entry& entry, Part& part);
   static void save(Cache& cache, std::uint64_t begin, std::uint64_t end);
   void save_for(Cache& cache, std::uint64_t position, std::uint64_t tokens) const;
+  static void save_rows(Entry& entry, std::uint64_t begin, std::uint64_t end);
+  void save_rows_for(Entry& entry, std::uint64_t position, std::uint64_t tokens) const;
   static void restore(const Entry& entry, const Part& part);
+  static void restore_rows(const Entry& entry);
 
   std::vector<Entry> entries_;
   std::vector<Cache> caches_;

@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/file_descriptor.h"
+#include "base/forks.h"
 #include "base/log.h"
 #include "base/wipe.h"
 #include "state/state_file.h"
@@ -42,14 +43,15 @@ FileDescriptor open_folder(const fs::path& path) {
 // Takes the folder's lock; `flags` may allow creating it. Returns -1 with errno if it is missing or held by another
 // process.
 int take_lock(const FileDescriptor& folder, int flags) {
-  FileDescriptor lock(::openat(folder.get(), kLock, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, S_IRUSR | S_IWUSR));
-  if (lock.get() < 0) return -1;
+  const int lock = open_unshared(
+      [&] { return ::openat(folder.get(), kLock, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, S_IRUSR | S_IWUSR); });
+  if (lock < 0) return -1;
   struct stat status{};
   // An unlinked lock belongs to a folder that is being removed.
-  const bool taken =
-      ::flock(lock.get(), LOCK_EX | LOCK_NB) == 0 && ::fstat(lock.get(), &status) == 0 && status.st_nlink > 0;
+  if (::flock(lock, LOCK_EX | LOCK_NB) == 0 && ::fstat(lock, &status) == 0 && status.st_nlink > 0) return lock;
+  close_unshared(lock);
   errno = EWOULDBLOCK;
-  return taken ? lock.release() : -1;
+  return -1;
 }
 
 // Removes our files, and no others, from a folder whose lock we hold; the lock last. The next session retries files
@@ -76,10 +78,11 @@ void remove_leftover(const fs::path& path) {
   const FileDescriptor folder = open_folder(path);
   struct stat status{};
   if (folder.get() < 0 || ::fstat(folder.get(), &status) != 0 || status.st_uid != ::geteuid()) return;
-  const FileDescriptor lock(take_lock(folder, 0));
-  if (lock.get() >= 0) {
+  const int lock = take_lock(folder, 0);
+  if (lock >= 0) {
     log(TITANS_LOG_INFO, "spill", text("removing what a session that did not end has left: ", path.string()));
     remove_folder(path, folder);
+    close_unshared(lock);
   } else if (errno == ENOENT) {
     ::rmdir(path.c_str());  // its process ended before locking it, or will create another
   }
@@ -135,7 +138,7 @@ SpillFolder::~SpillFolder() {
     } catch (const std::exception&) {  // out of memory for names: the next session removes the rest
     }
   }
-  ::close(lock_);
+  if (lock_ >= 0) close_unshared(lock_);
 }
 
 void SpillFolder::WipingDelete::operator()(StateKey* key) const noexcept {

@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "base/forks.h"
 #include "base/log.h"
 #include "stream/stream.h"
 
@@ -70,6 +71,7 @@ void Feed::undo(const Error* error) {
   over_ = true;
   stream_.health_.undo();
   if (checkpoint_moved_) stream_.rebase_guard();
+  stream_.clear_unused_sets();
   if (error == nullptr) return;
   const bool cancelled = error->status() == TITANS_CANCELLED;
   if (cancelled) measured_.cancelled();
@@ -181,7 +183,11 @@ void Feed::take(const OutputRows& outputs) {
 
 void Feed::report_progress(std::uint64_t done) const {
   const Stream::Progress& progress = stream_.progress_;
-  if (progress.function == nullptr || progress.function(progress.user, done, sequence_.count) == 0) return;
+  if (progress.function == nullptr) return;
+  const std::uint32_t process = fork_count();
+  const bool cancelled = progress.function(progress.user, done, sequence_.count) != 0;
+  require_own_process(process, "stream");  // the function may have forked, and returned in the child
+  if (!cancelled) return;
   throw Error(TITANS_CANCELLED, "E0509", "stream",
               text("cancelled by the progress function after ", done, " of ", sequence_.count, " tokens"),
               "feed them again");

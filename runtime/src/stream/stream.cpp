@@ -108,6 +108,19 @@ void Stream::drop_buffers(std::size_t kept) noexcept {
   }
 }
 
+void Stream::clear_unused_sets() noexcept {
+  try {
+    for (std::size_t set = 0; set < sets_.size(); ++set) {
+      if (set == current_ || (guard_ && set == guard_->set())) continue;
+      for (std::size_t state = 0; state < sets_[set].size(); ++state) {
+        const Buffer* current = sets_[current_][state];
+        if (sets_[set][state] != current) sets_[set][state]->copy_from(*current);
+      }
+    }
+  } catch (...) {  // the device failed; its error was reported when it first did
+  }
+}
+
 StreamState Stream::copy_of(const BufferSet& buffers) const {
   const std::vector<StateTensor>& states = session_->manifest().state;
   StreamState out;

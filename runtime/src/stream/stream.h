@@ -132,6 +132,8 @@ class Stream : private Spillable {
   void drop_marks(Mark first, Mark end);
   // A set that is neither `a`, `b` nor the guard's.
   std::size_t free_set(std::size_t a, std::size_t b) const;
+  // Overwrites what a failed feed has left in buffers that hold no state.
+  void clear_unused_sets() noexcept;
   void add_guard_buffers();
   // Makes the current state the guard's checkpoint, after the stream was set to another state.
   void rebase_guard();

@@ -9,6 +9,7 @@
 #include "backends/backend.h"
 #include "backends/onnxruntime/device_context.h"
 #include "backends/onnxruntime/external_data.h"
+#include "backends/onnxruntime/graph_check.h"
 #include "backends/onnxruntime/graph_nodes.h"
 #include "backends/onnxruntime/graph_session.h"
 #include "backends/onnxruntime/library.h"
@@ -49,7 +50,7 @@ class OrtExecutor final : public Executor {
       const PageReleaser releaser(bundle);
       share_weights(bundle);
       for (const EngineGraph& graph : bundle.graphs()) {
-        open(bundle, graph, options.threads);
+        open(bundle, graph, options);
         return_free_memory();
       }
     }
@@ -138,8 +139,8 @@ class OrtExecutor final : public Executor {
     prepacked_.reset(prepacked);
   }
 
-  void open(const Bundle& bundle, const EngineGraph& entry, int threads) {
-    const SessionShare share{library_, bundle, weights_, *prepacked_, *context_, memory_kernel_, threads};
+  void open(const Bundle& bundle, const EngineGraph& entry, const ExecutorOptions& options) {
+    const SessionShare share{library_, bundle, weights_, *prepacked_, *context_, memory_kernel_, options.threads};
     // Threads that spin after a call slow the next graph down. So only the decode graph's threads spin, and only if it
     // decodes every token. Its calls are short, so waking threads would cost most there.
     const EngineGraph& decoding = bundle.graphs()[bundle.schedule().decoding_graph()];
@@ -150,6 +151,8 @@ class OrtExecutor final : public Executor {
     const auto open_session = [&] { sessions_.emplace(entry.graph, open_graph(share, entry, spin)); };
     const MappedFile file(bundle.folder() / entry.file);
     check_external_data(file.text(), entry.file, weights_files(bundle));
+    check_encoding(file.text(), entry.file);
+    if (!options.any_operator) check_operators(file.text(), entry.file, bundle.engine() != nullptr);
     if (!memory_kernel_.used()) return open_session();
     const GraphNodes nodes = read_nodes(file.text(), entry.file);
     memory_nodes_ += count_memory_nodes(nodes);

@@ -1,5 +1,7 @@
 #include "backends/onnxruntime/wire_format.h"
 
+#include <limits>
+
 #include "base/error.h"
 
 namespace titans::core {
@@ -7,7 +9,9 @@ namespace titans::core {
 bool WireMessage::next() {
   if (rest_.empty()) return false;
   const std::uint64_t tag = varint();
+  if (tag > std::numeric_limits<std::uint32_t>::max()) fail("a tag of more than 32 bits");
   field_ = tag >> 3;
+  if (field_ == 0) fail("a field without a number");
   wire_ = static_cast<Wire>(tag & 7);
   switch (wire_) {
     case Wire::kVarint:
@@ -48,7 +52,10 @@ std::uint64_t WireMessage::varint() {
   for (unsigned shift = 0; shift < 64; shift += 7) {
     const auto byte = static_cast<unsigned char>(take(1)[0]);
     value |= static_cast<std::uint64_t>(byte & 0x7f) << shift;
-    if (byte < 0x80) return value;
+    if (byte >= 0x80) continue;
+    if (byte == 0 && shift > 0) fail("a number that is longer than necessary");
+    if (shift == 63 && byte > 1) break;
+    return value;
   }
   fail("a number of more than 64 bits");
 }
