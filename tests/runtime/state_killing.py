@@ -4,8 +4,8 @@ Run by test_state.py with file_calls.c preloaded, or alone for many random kills
 
     python tests/runtime/state_killing.py BUNDLE --kills 500
 
-The parent opens the bundle and makes a stream for each of many positions. Children are forks of the process: they save
-these, which runs nothing of the backend, until they are killed.
+The parent opens the bundle and makes a stream for each of many positions. Children are forks of the process: they open
+the bundle themselves, restore these streams, and save them until they are killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ KEY = bytes(range(32))
 class Streams:
     """A stream at each of many positions, and what is right after it."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, folder: Path) -> None:
+        self.bundle, self.folder = bundle, folder
         self.session = rt.Session(bundle, threads=1)
         self.stream = self.session.stream()
         tokens = np.random.default_rng(5).integers(0, self.session.vocab_size, POSITIONS + 1)
@@ -46,7 +47,14 @@ class Streams:
             self.last_logits.append(self.stream.step(int(token)))
             self.twins.append(self.stream.fork())
         self.probe = int(tokens[-1])
+        for index, twin in enumerate(self.twins):
+            twin.save(folder / f"{index}.tstate")
         self.following = [twin.fork().step(self.probe) for twin in self.twins]
+
+    def own(self, *indices: int) -> list[rt.Stream]:
+        """Some of the streams, for a child of a fork."""
+        session = rt.Session(self.bundle, threads=1)
+        return [session.restore(self.folder / f"{index}.tstate") for index in indices]
 
     def check(self, path: Path, key: bytes | None) -> int:
         """That the file is one of the saved states, bit by bit. Its position."""
@@ -81,11 +89,12 @@ def kill_at_every_call(streams: Streams, folder: Path, mode: int, key: bytes | N
     for at in range(200):
 
         def save_old() -> None:
-            streams.twins[2].save(path, key)
+            streams.own(2)[0].save(path, key)
 
         def save_new(at: int = at) -> None:
+            [stream] = streams.own(16)
             calls.file_calls_arm(mode, at, 0)
-            streams.twins[16].save(path, key)
+            stream.save(path, key)
 
         assert in_child(save_old) == 0
         assert os.listdir(folder) == [path.name], "what a killed process left is removed by the next save"
@@ -147,9 +156,10 @@ def exceed_the_limit(streams: Streams, folder: Path) -> dict[str, Any]:
     def save() -> None:
         told.touch()
         message = ""
+        [stream] = streams.own(POSITIONS - 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
         try:
-            streams.stream.save(path)
+            stream.save(path)
         except rt.Error as error:
             message = str(error)
         told.write_text(message)
@@ -168,9 +178,11 @@ def kill_at_random(streams: Streams, folder: Path, kills: int, seed: int = 0) ->
     positions, saves, halves = set(), 0, 0
 
     def save_on(position: int, confirm: int, key: bytes | None) -> None:
+        twins = streams.own(*range(POSITIONS))
+        os.write(confirm, b"\0")  # ready
         while True:
             position = position % POSITIONS + 1
-            streams.twins[position - 1].save(path, key)
+            twins[position - 1].save(path, key)
             os.write(confirm, bytes([position]))
 
     position = 1
@@ -187,6 +199,7 @@ def kill_at_random(streams: Streams, folder: Path, kills: int, seed: int = 0) ->
             finally:
                 os._exit(1)
         os.close(confirm)
+        assert os.read(reading, 1) == b"\0"
         time.sleep(rng.uniform(0, 4 * took))  # within the first few saves, however slow this disk is
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -212,13 +225,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--calls", action="store_true", help="at every call; needs file_calls.c preloaded")
     arguments = parser.parse_args()
-    streams = Streams(arguments.bundle)
     result: dict[str, Any] = {}
 
     def folder() -> Path:
         return Path(tempfile.mkdtemp(dir=root))
 
     with tempfile.TemporaryDirectory() as root:
+        streams = Streams(arguments.bundle, folder())
         if arguments.calls:
             result["kill"] = kill_at_every_call(streams, folder(), KILL, None)
             result["halfway"] = kill_at_every_call(streams, folder(), KILL_HALFWAY, None)
