@@ -73,17 +73,21 @@ for index in range(rounds):
         # SIGALRM comes from the timer, the others from a process that waits as long.
         number = draw.choice(NUMBERS) if storm == 0 and taken > 0.004 else signal.SIGALRM
         got = None
+        delay = max(1e-5, draw.random() * taken)
+        waiting, starting = os.pipe()
+        # Forked before handlers raise: Python ignores exceptions in what it does around a fork.
+        if number != signal.SIGALRM and os.fork() == 0:
+            os.read(waiting, 1)
+            time.sleep(delay)
+            os.kill(os.getppid(), number)
+            os._exit(0)
         try:
             try:
                 armed = True
-                delay = max(1e-5, draw.random() * taken)
                 if number == signal.SIGALRM:
                     signal.setitimer(signal.ITIMER_REAL, delay, storm)
-                elif os.fork() == 0:
-                    signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
-                    time.sleep(delay)
-                    os.kill(os.getppid(), number)
-                    os._exit(0)
+                else:
+                    os.write(starting, b"x")
                 call()
             finally:
                 armed = False
@@ -93,7 +97,10 @@ for index in range(rounds):
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         if number != signal.SIGALRM:
+            os.write(starting, b"x")  # if an earlier signal came first
             os.wait()
+        os.close(waiting)
+        os.close(starting)
         if raised:
             hits += 1
             assert any(got is one for one in raised), (name, got, raised)
