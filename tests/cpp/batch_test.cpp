@@ -293,6 +293,28 @@ TEST_F(GroupTest, StreamsThatNeedOneGraphShareACall) {
   EXPECT_EQ(info["batch"], (nlohmann::json{{"mode", "fast"}, {"streams_per_call", 3}}));
 }
 
+TEST_F(GroupTest, APromptThatForksShareIsFedOnce) {
+  const auto session = open();
+  Calls alone = feed(*session, make_streams(session, 1), {13});
+  auto streams = make_streams(session, 1);
+  EXPECT_EQ(feed(*session, streams, {13}), alone);
+  control_.together.clear();
+  while (streams.size() < 6) streams.push_back(streams[0]->fork());
+  EXPECT_TRUE(control_.together.empty());
+  // All continue from the state after the prompt.
+  const Tokens all = tokens_of(0, 14), last{all.back()};
+  std::vector<std::vector<float>> logits(streams.size());
+  std::vector<BatchItem> items;
+  for (std::size_t i = 0; i < streams.size(); ++i) {
+    logits[i].assign(kVocab, 0.0F);
+    items.push_back({streams[i].get(), last.data(), nullptr, 1, TITANS_OUTPUT_ALL, logits[i].data(), kVocab});
+  }
+  for (const Failure& outcome : run_batch(*session, items)) EXPECT_EQ(outcome.status, TITANS_OK) << outcome.text;
+  for (const std::vector<float>& row : logits) EXPECT_EQ(row, rows(expected_logits(all), 13, 14));
+  EXPECT_EQ(control_.together, (Calls{{kDecode, 3}, {kDecode, 3}}));
+  EXPECT_EQ(session->metrics().tokens.value(), 2 * 13 + 6U);
+}
+
 TEST_F(GroupTest, ADecodingStreamWaitsForOneLongCallPerRound) {
   const auto session = open();
   const auto streams = make_streams(session, 6);

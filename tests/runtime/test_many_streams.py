@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shared_bundles
 from synthetic import Reference, Weights, write_bundle
 
 import titans_runtime as rt
+from titans_export.bundle import read_bundle
 from titans_runtime._library import ProgressFunction, lib
 
 VOCAB = 16
@@ -196,6 +198,48 @@ def test_streams_share_graph_calls(pooled: Path, weights: Weights) -> None:
             np.testing.assert_allclose(row, expected[i][streams[i].position - 1], rtol=1e-4, atol=1e-4)
     with pytest.raises(rt.Error, match="unknown batch"):
         rt.Session(pooled, batch="quick")
+
+
+@pytest.mark.parametrize("batch", ["exact", "fast"])
+def test_forks_share_the_prefill_of_their_prompt(pooled: Path, weights: Weights, batch: str) -> None:
+    session = rt.Session(pooled, threads=1, batch_threads=2, batch=batch)
+    prompt = SEQUENCES[0]
+    streams = [session.stream()]
+    streams[0].feed(prompt, outputs="none")
+    streams += [streams[0].fork() for _ in range(20)]
+    before = session.metrics()
+    assert (before.tokens, before.calls) == (len(prompt), 1)
+    rows = session.step_batch(streams, [i % VOCAB for i in range(21)])
+    for i, row in enumerate(rows):
+        right = Reference(weights).feed([*prompt, i % VOCAB])[-1]
+        np.testing.assert_allclose(row, right, rtol=1e-4, atol=1e-4)
+    assert session.metrics().tokens == len(prompt) + 21
+
+
+@pytest.mark.long
+def test_fast_batches_stay_within_the_tolerance_over_10000_tokens() -> None:
+    """mac-bytes over text: streams that decode, prefill and pause, each compared with itself alone."""
+    bundle = read_bundle(shared_bundles.mac_bytes())
+    limits = bundle.limits()
+    alone = rt.Session(bundle.path, threads=1)
+    session = rt.Session(bundle.path, threads=1, batch_threads=1, batch="fast")
+    assert session.info["batch"]["streams_per_call"] > 1
+    text = b"".join(path.read_bytes() for path in sorted((shared_bundles.ROOT / "docs").glob("*.md")))
+    count = 10_000
+    texts = [np.frombuffer(text[i * count : (i + 1) * count], np.uint8) for i in range(4)]
+    random = np.random.default_rng(1)
+    both = [(session.stream(), alone.stream()) for _ in texts]
+    while min(stream.position for stream, _ in both) < count:
+        starts = [stream.position for stream, _ in both]
+        ends = [start + int(random.choice([0, 1, 1, 5, 63, 64, 65, 200])) for start in starts]
+        parts = [own[start:end] for own, start, end in zip(texts, starts, ends, strict=True)]
+        rows = session.feed_batch([stream for stream, _ in both], parts, outputs="all")
+        for (_, stream), part, got, start in zip(both, parts, rows, starts, strict=True):
+            errors = np.abs(got - stream.feed(part)).max(-1, initial=0)
+            assert (errors <= limits.at(start, len(part))).all(), start
+    golden = bundle.golden()
+    (rows,) = session.feed_batch([session.stream()], [golden.inputs], outputs="all")
+    assert (golden.errors(rows, 0) <= limits.at(0, len(rows))).all()
 
 
 def test_a_bundle_of_one_stream_per_call_runs_exactly(bundle: Path, alone: list[Any]) -> None:
