@@ -17,9 +17,11 @@ from titans_export.engines import graphs
 from titans_export.engines.precision import PrecisionError, lower_precision
 from titans_export.errors import BundleError
 from titans_export.onnx.files import load_graph
+from titans_export.onnx.graphs import SLOTS_INPUT
 from titans_export.onnx.initializers import to_bfloat16
 from titans_export.onnx.mapped import write_graph
 from titans_export.onnx.nodes import attribute, attributes, is_memory
+from titans_export.onnx.streams import fix_streams
 from titans_export.operators import CHUNK_NEURAL_MEMORY, DOMAIN, NEURAL_MEMORY, Operator
 
 pytest_plugins = ["export_fixtures"]
@@ -60,6 +62,36 @@ def test_plugin_graphs(bundles: dict[str, Path], variant: str) -> None:
             for key, expected in NEURAL_MEMORY.complete(attributes(old)).items():
                 assert attribute(new, key) == expected
         onnx.checker.check_model(rewritten)
+
+
+@pytest.mark.parametrize("name", ["chunk", "decode"])
+def test_a_fixed_graph_of_eight_streams_is_eight_of_one(bundles: dict[str, Path], name: str) -> None:
+    """In standard operators, as TensorRT-RTX gets them. Streams differ in tokens, positions, learning and state."""
+    bundle = read_bundle(bundles["mac"])
+    (graph,) = [graph for graph in bundle.manifest.graphs if graph.name == name]
+    random = np.random.default_rng(8)
+
+    def run(streams: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        model = load_graph(bundle.path / graph.file)
+        fix_streams(model, SLOTS_INPUT, streams)
+        opened = session(graphs.inline(model))
+        names = [output.name for output in opened.get_outputs()]
+        return dict(zip(names, opened.run(names, feeds), strict=True))
+
+    feeds = {
+        "tokens": random.integers(0, bundle.manifest.output.size, (8, graph.tokens)),
+        "position": graph.stride * random.permutation(8),
+        "learn": np.arange(8) % 3 > 0,
+    }
+    for entry in bundle.manifest.state:
+        first = bundle.initial_state()[entry.name]
+        feeds[entry.input] = np.concatenate([first] * 8)
+        feeds[entry.input] += 0.1 * random.standard_normal(feeds[entry.input].shape).astype(np.float32)
+    together = run(8, feeds)
+    for stream in range(8):
+        alone = run(1, {key: values[stream : stream + 1] for key, values in feeds.items()})
+        for key, values in alone.items():
+            np.testing.assert_allclose(together[key][stream : stream + 1], values, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

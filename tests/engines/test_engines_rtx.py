@@ -23,9 +23,9 @@ pytest_plugins = ["export_fixtures"]
 VARIANTS, PRECISIONS = ("mac", "mag", "mal", "lmm"), ("fp32", "fp16", "bf16")
 
 
-def prepare(path: Path, precision: str, folder: Path) -> Path:
+def prepare(path: Path, precision: str, folder: Path, streams: int = 1) -> Path:
     source = load_graph(path)
-    fix_streams(source, SLOTS_INPUT, 1)
+    fix_streams(source, SLOTS_INPUT, streams)
     model = graphs.inline(lower_precision(source, precision, memory=False))
     return write_graph(model, folder / path.name)
 
@@ -37,11 +37,12 @@ def prepare(path: Path, precision: str, folder: Path) -> Path:
 def test_every_variant_for_every_capability(
     bundles: dict[str, Path], variant: str, precision: str, tmp_path: Path
 ) -> None:
-    """Strongly typed, so a type that is not as it should be is an error of the parser's."""
+    """Of 1 and of 8 streams. Strongly typed, so a type that is not as it should be is an error of the parser's."""
     paths = read_bundle(bundles[variant]).graph_paths()
     names = ("prefill", "chunk", "decode") if precision == "fp16" else ("chunk", "decode")
+    many = "chunk" if precision == "bf16" else "decode"
     for name in names:
-        path = prepare(paths[name], precision, tmp_path)
+        path = prepare(paths[name], precision, tmp_path, streams=8 if name == many else 1)
         built = build_plan(trt, path, Settings(capabilities=tensorrt_rtx.CAPABILITIES))
         assert len(built.plan) > path.with_suffix(".data").stat().st_size
         assert built.layers["matrix_multiply"] > 0
