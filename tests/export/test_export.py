@@ -43,14 +43,22 @@ TOLERANCE = TOLERANCES["cpu", "float32"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", CONFIGS)
-def test_ten_thousand_tokens_equal_pytorch_however_they_are_cut(
-    variant: str, checkpoints: dict[str, Path], bundles: dict[str, Path]
+@pytest.mark.parametrize(
+    ("variant", "length"),
+    [
+        pytest.param(variant, length, marks=[pytest.mark.long] * (length > 2_000 and variant != "mac"))
+        for variant in CONFIGS
+        for length in (10_000, 2_000)
+        if (variant, length) != ("mac", 2_000)
+    ],
+)
+def test_long_streams_equal_pytorch_however_they_are_cut(
+    variant: str, length: int, checkpoints: dict[str, Path], bundles: dict[str, Path]
 ) -> None:
-    tokens = np.random.default_rng(5).integers(0, 61, 10_000).astype(np.int32)
+    tokens = np.random.default_rng(5).integers(0, 61, length).astype(np.int32)
     with rt.Session(bundles[variant], threads=1) as session:
         report = verify_stream(session, tokens, PyTorch(load(checkpoints[variant]).model), TOLERANCE)
-    assert report.positions == 10_000
+    assert report.positions == length
     assert set(report.feeds) == {"whole", "token_by_token", "random_cuts"}
     assert report.passed, (report.max_abs_error, report.first_bad_position)
     assert report.pytorch_float32_to_float64 is not None
