@@ -147,12 +147,24 @@ def test_keys_separate_their_streams_and_scopes(bundle: Path, tmp_path: Path) ->
             answer = http.get("/v1/streams/a", headers=header)
             failure(answer, 401, "E1201")
             assert answer.headers["www-authenticate"] == "Bearer"
-        requests: tuple[tuple[str, str, Any], ...] = (
-            ("GET", "/v1/streams/a", None), ("GET", "/v1/streams/a/state", None), ("DELETE", "/v1/streams/a", None),
-            ("POST", "/v1/streams/a/feed", {"text": "x"}), ("POST", "/v1/streams/a/fork", {"name": "b"}),
-        )  # fmt: skip
-        for method, path, body in requests:
-            failure(http.request(method, path, json=body, headers=bob), 404, "E1207")
+        # Every route with a name, so that a new one is tested too. An upload creates a stream of the caller.
+        bodies = {"rewind": {"position": 0}, "unmark": {"position": 0}, "feed": {"text": "x"}, "score": {"text": "x"}}
+        bodies["generate"] = {"text": "x"}
+        asked = 0
+        for path, methods in http.app.openapi()["paths"].items():  # type: ignore[attr-defined]
+            for method in methods if path.startswith("/v1/streams/{name}") else ():
+                if method == "put":
+                    continue
+                for name in ("a", "none"):
+                    target, verb = path.replace("{name}", name), path.rpartition("/")[2]
+                    answer = http.request(method.upper(), target, json=bodies.get(verb), headers=bob)
+                    failure(answer, 404, "E1207")
+                asked += 1
+        assert asked >= 14
+        forked = {"prompt": "x", "fork": "a"}
+        failure(
+            http.post("/v1/completions", json=forked, headers={"Authorization": eve["Authorization"]}), 404, "E1207"
+        )
         assert http.get("/v1/streams", headers=bob).json()["data"] == []
         assert http.post("/v1/streams", json={"name": "a"}, headers=bob).status_code == 201
         failure(http.post("/v1/streams", json={"name": "a"}, headers=eve), 403, "E1202")

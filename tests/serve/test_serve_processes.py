@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,8 @@ def test_the_client_repeats_until_it_is_answered(bundle: Path, tmp_path: Path) -
     stream = client.stream("alice")
     starting.join()
     assert stream.feed("It was")["position"] == 6
+    _send_half_requests(served.port)
+    assert stream.info()["position"] == 6
     with pytest.raises(ClientError, match="TITANS-E1209") as refused:
         stream.feed("x", if_match=5)
     assert refused.value.body["position"] == 6
@@ -70,6 +73,22 @@ def test_the_client_repeats_until_it_is_answered(bundle: Path, tmp_path: Path) -
     impatient = Client(f"http://127.0.0.1:{served.port}", patience=0)
     with pytest.raises(ClientError, match="TITANS-E1251"):
         impatient.stream("alice")
+
+
+def _send_half_requests(port: int) -> None:
+    """A client that ends at each part of a call, and one that promises more or other bytes than it sends."""
+    body = b'{"text": "more"}'
+    head = b"POST /v1/streams/alice/feed HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    sized = head + b"Content-Length: %d\r\n\r\n"
+    whole = sized % len(body) + body
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n10\r\n" + body
+    cuts = [whole[:size] for size in (1, 20, len(head), len(whole) - len(body), len(whole) - 1)]
+    for sent in (*cuts, sized % 99 + body, chunked, chunked + b"\r\nzz\r\n", sized % 3 + body):
+        with socket.create_connection(("127.0.0.1", port), 20) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert b" 200 " not in answer, (sent, answer)
 
 
 def test_help_of_the_server_loads_nothing_heavy() -> None:

@@ -234,6 +234,91 @@ def test_a_full_disk_and_a_missing_store_lose_and_double_nothing(bundle: Path, t
         assert equal(state(client, "a", tmp_path), expected(bundle, tmp_path, [b"one ", b"two "]))
 
 
+class Failing(FolderStore):
+    """A folder whose writes fail from a number on, before they do anything or after they have done all."""
+
+    left = 1 << 30
+    late = False
+
+    def _write(self, write: Any, *args: Any) -> Any:
+        self.left -= 1
+        if self.left >= 0:
+            return write(*args)
+        if self.late and self.left == -1:
+            write(*args)
+        raise OSError(28, "No space left on device")
+
+    def create_log(self, *args: Any) -> End:
+        return self._write(super().create_log, *args)
+
+    def append(self, *args: Any) -> End:
+        return self._write(super().append, *args)
+
+    def save(self, *args: Any) -> None:
+        self._write(super().save, *args)
+
+
+# Each with what its stream has read when it has read "three" afterwards.
+CALLS: dict[str, tuple[str, str, Any, list[bytes]]] = {
+    "create": ("POST", "", {"name": "new"}, [b"three"]),
+    "feed": ("POST", "/a/feed", {"text": "x"}, [b"one", b"two", b"x", b"three"]),
+    "generate": ("POST", "/a/generate", {"text": "x", "max_tokens": 2}, [b"one", b"two", b"x", b"?", b"?", b"three"]),
+    "mark": ("POST", "/a/mark", None, [b"one", b"two", b"three"]),
+    "rewind": ("POST", "/a/rewind", {"position": 3}, [b"one", b"three"]),
+    "unmark": ("POST", "/a/unmark", {"position": 3}, [b"one", b"two", b"three"]),
+    "fork": ("POST", "/a/fork", {"name": "new"}, [b"one", b"two", b"three"]),
+    "freeze": ("POST", "/a/freeze", None, [b"one", b"two", b"three"]),
+    "reset": ("POST", "/a/reset", None, [b"three"]),
+    "save": ("POST", "/a/save", None, [b"one", b"two", b"three"]),
+    "delete": ("DELETE", "/a", None, [b"three"]),
+}
+
+
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_store_that_fails_at_any_write(bundle: Path, tmp_path: Path, name: str, late: bool) -> None:
+    """The call is answered with 503; repeated with its key it is applied, once."""
+    method, path, body, read = CALLS[name]
+    for writes in range(9):
+        store = Failing(tmp_path / f"store-{writes}")
+        with serving(bundle, "", store) as client:
+
+            def call() -> Any:
+                return client.request(method, f"/v1/streams{path}", json=body, headers={"Idempotency-Key": "k"})
+
+            client.post("/v1/streams", json={"name": "a"})
+            feed(client, "a", b"one")
+            client.post("/v1/streams/a/mark")
+            feed(client, "a", b"two")
+            store.left, store.late = writes, late
+            answer = call()
+            store.left = 1 << 30
+            if answer.is_success:
+                break
+            failure(answer, 503, "E1212")
+            if writes % 2:
+                killed(client)
+            again = call()
+            if name == "delete" and again.status_code == 404:
+                failure(again, 404, "E1207")  # it was deleted, although the store reported the opposite
+            else:
+                assert again.is_success, again.text
+            used = "new" if name in ("create", "fork") else "a"
+            if name == "delete":
+                assert client.post("/v1/streams", json={"name": "a"}).is_success
+            if name == "freeze":
+                assert client.get("/v1/streams/a").json()["learning"] is False
+                client.post("/v1/streams/a/resume")
+            if name in ("mark", "unmark"):
+                assert client.get("/v1/streams/a").json()["marks"] == ([3, 6] if name == "mark" else [])
+            assert feed(client, used, b"three").json()["position"] == len(b"".join(read))
+            tokens = iter(again.json()["tokens"] if name == "generate" else ())
+            calls = [[next(tokens)] if one == b"?" else one for one in read]
+            assert equal(state(client, used, tmp_path), expected(bundle, tmp_path, calls))
+    assert answer.is_success and writes > 0
+
+
 def test_two_servers_that_both_believe_they_own_a_stream(bundle: Path, tmp_path: Path) -> None:
     """Each call goes to the other one, and one of them deletes the stream and makes it again."""
     calls = [f"call {number} ".encode() for number in range(12)]
