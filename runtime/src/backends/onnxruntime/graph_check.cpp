@@ -137,7 +137,6 @@ constexpr std::uint32_t kDimensionParameter = 2;  // a text, in place of field 1
 constexpr std::uint32_t kAttributeType = 20;
 constexpr std::int64_t kLastAttributeType = 14;
 constexpr std::int64_t kLastLocation = 1;
-constexpr std::uint32_t kTensorRawData = 9;
 constexpr std::uint32_t kTensorExternal = 13;
 constexpr std::uint32_t kTensorLocation = 14;
 constexpr std::uint32_t kNodeAttribute = 5;
