@@ -7,6 +7,7 @@
 # make lint       formatting, lints and types                   make format               fixes what formatters can fix
 # make cuda       the CUDA kernel for every GPU; needs nvcc     make cuda-jetson          for Jetson, on another processor
 # make kernels    programs around the kernels, for single tests and benchmarks
+# make dist       the C library for embedding, an archive for this processor, into dist/
 # make wheels     wheels for every Python, into dist/           make abi                  renews the description of titans.h
 # make clean      removes .venv, .deps and build/
 #
@@ -14,7 +15,7 @@
 # stay as they are, so a machine can choose where packages come from. A target is one script of tools/.
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help setup demo test test-cpp test-python test-all test-rest fuzz bench lint format kernels cuda cuda-jetson wheels abi clean
+.PHONY: help setup demo test test-cpp test-python test-all test-rest fuzz bench lint format kernels cuda cuda-jetson wheels dist abi clean
 .NOTPARALLEL:
 
 help:
@@ -63,6 +64,9 @@ cuda: setup
 
 cuda-jetson: setup
 	@tools/build cuda-jetson
+
+dist: setup
+	@tools/dist
 
 # For this processor and, if there is a compiler, for aarch64.
 wheels: setup

@@ -16,7 +16,7 @@ import numpy as np
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.errors import MachineError, MismatchError, TitansError
 from titans_export.manifest import NO_ENGINE, EngineEntry
-from titans_export.verify import verify_stream
+from titans_export.verifying import verify_stream
 
 if TYPE_CHECKING:
     import titans_runtime

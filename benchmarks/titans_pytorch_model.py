@@ -40,7 +40,7 @@ from titans_export.bench.statistics import Passes, summarise
 from titans_export.bench.worker import Worker, WorkerError
 from titans_export.bundle import Bundle, read_bundle
 from titans_export.manifest import read_manifest
-from titans_export.verify import Distance
+from titans_export.verifying import Distance
 
 FORMAT = "titans-pytorch"
 NAMES = ("runtime", "pytorch-compile", "pytorch-eager", "titans-pytorch")

@@ -1,3 +1,5 @@
+include(CMakeFindDependencyMacro)
+find_dependency(Threads)
 include(${CMAKE_CURRENT_LIST_DIR}/titansTargets.cmake)
 # titans.hpp needs C++17, but a project without C++ rejects C++ compile features.
 get_property(titans_languages GLOBAL PROPERTY ENABLED_LANGUAGES)

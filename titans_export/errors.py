@@ -71,6 +71,10 @@ class OlderBundleError(BundleError):
     exit_code = 4
 
 
+class StateError(TitansError, ValueError):
+    """A state file that is damaged, of another model, or unfit for the command, or another kind of file."""
+
+
 class OutputError(TitansError):
     """Output that cannot be written."""
 

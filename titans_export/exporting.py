@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import __version__
+from . import __version__, hub
 from . import manifest as records
 from .bundle import MANIFEST, STATE, TOKENIZER, WEIGHTS, file_record
 from .call_check import check_calls
@@ -237,9 +237,13 @@ def export_checkpoint(
 ) -> ExportReport:
     """Exports the checkpoint at `source`, of the named format, to the bundle `output`.
 
-    config, bug_compatible, weights, library_defaults: see `LoadOptions`. For the other parameters see `export_loaded`.
+    source: a file, an index of shards, a folder, or an address of the hub (hub.py). config, bug_compatible, weights,
+    library_defaults: see `LoadOptions`. For the other parameters see `export_loaded`.
     """
     _check_numbers(chunks_per_call, positions)
+    if hub.is_address(source):
+        check_output(output, overwrite, MANIFEST)
+        source = hub.fetch(source, progress)
     check_output(output, overwrite, MANIFEST, source=source)
     progress(f"loading {source}")
     checkpoint = load_checkpoint(source, format, LoadOptions(config, bug_compatible, weights, library_defaults))

@@ -12,7 +12,7 @@ import shared_bundles
 from tolerances import TOLERANCES
 
 from titans_export.checkpoints import load_checkpoint
-from titans_export.verify import PyTorch, verify_stream
+from titans_export.verifying import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 

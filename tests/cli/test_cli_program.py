@@ -17,7 +17,7 @@ from titans_export.cli.table import size, table
 from titans_export.errors import MachineError, MismatchError, UsageError
 
 pytest_plugins = ["cli_fixtures"]
-COMMANDS = ("bench", "build", "compare", "diff", "doctor", "export", "inspect", "quantize", "run", "verify")
+COMMANDS = ("bench", "build", "compare", "diff", "doctor", "export", "inspect", "ops", "quantize", "run", "verify")
 
 
 def test_help_shows_the_typical_use() -> None:

@@ -176,6 +176,35 @@ class TestTokenizers:
         assert report["bytes"] == len(TEXT)
         assert report["generated_tokens"] == 5
 
+    @pytest.mark.parametrize("kind", ["bytes", "file"])
+    def test_streams_take_and_give_text(self, kind: str, worded: Path, shared_bundle: Path) -> None:
+        """Against the package `tokenizers`, or UTF-8, on the same tokens."""
+        rt, tokenizers = pytest.importorskip("titans_runtime"), pytest.importorskip("tokenizers")
+        written = "Grüße, 世界! Once upon a time"
+        file = tokenizers.Tokenizer.from_file(str(worded / "tokenizer.json"))
+        ids = file.encode(written, add_special_tokens=False).ids if kind == "file" else list(written.encode())
+
+        def decode(tokens: list[int]) -> str:
+            return str(file.decode(tokens)) if kind == "file" else bytes(tokens).decode(errors="replace")
+
+        with rt.Session(worded if kind == "file" else shared_bundle) as session:
+            stream, other = session.stream(), session.stream()
+            assert (stream.feed_text(written, outputs="last") == other.feed(ids, outputs="last")).all()
+            tokens = list(other.generate(max_tokens=50, temperature=1.5, seed=3))
+            pieces = list(stream.fork().generate_text(max_tokens=50, temperature=1.5, seed=3))
+            assert "".join(pieces) == decode(tokens)
+            assert len(pieces) > 10
+            whole = "".join(pieces)
+            stop = whole[20:23]
+            ended = "".join(stream.fork().generate_text(max_tokens=50, temperature=1.5, seed=3, stop=[stop, "\0none"]))
+            assert ended == whole[: whole.index(stop) + 3]
+            again = session.stream()
+            assert "".join(again.generate_text(written, 50, 1.5, seed=3)) == whole
+            with pytest.raises(rt.Error, match=r"encode the text: text\.encode"):
+                stream.feed(written)
+            with pytest.raises(rt.Error, match=r"write \[stop\]"):
+                stream.generate_text(stop="x")
+
     def test_text_that_is_not_utf8(self, worded: Path, shared_bundle: Path, text: Path) -> None:
         text.write_bytes(TEXT + b"\xff")
         args = ("--text", text, "--json")
@@ -203,6 +232,9 @@ class TestTokenizers:
 
     def test_no_tokenizer_at_all(self, bundle: Path) -> None:
         reseal(bundle, tokenizer={"kind": "none"})
+        rt = pytest.importorskip("titans_runtime")
+        with rt.Session(bundle) as session, pytest.raises(rt.Error, match="TITANS-E0110"):
+            session.stream().feed_text("a")
         invoke("run", bundle, "--prompt", "a").check_failure(1, "tokenizer.json")
 
 

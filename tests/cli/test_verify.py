@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from titans_export.boundaries import OPERATIONS, multiples
 from titans_export.model import MemoryConfig
-from titans_export.verify import Distance, random_cuts, row_errors
+from titans_export.verifying import Distance, random_cuts, row_errors
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 pytest_plugins = ["cli_fixtures"]

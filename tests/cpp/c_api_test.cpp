@@ -30,7 +30,10 @@ titans_session_options default_options() {
   return options;
 }
 
-TEST(CApi, Version) { EXPECT_STREQ(titans_version(), "0.1.0"); }
+TEST(CApi, Version) {
+  EXPECT_EQ(titans_version(), std::to_string(TITANS_VERSION_MAJOR) + "." + std::to_string(TITANS_VERSION_MINOR) + "." +
+                                  std::to_string(TITANS_VERSION_PATCH));
+}
 
 TEST(CApi, NullIsAnErrorEverywhere) {
   int done = 0;

@@ -33,7 +33,7 @@ from titans_export.onnx.nodes import attribute, is_memory
 from titans_export.onnx.tracing import trace_ir
 from titans_export.operators import DOMAIN
 from titans_export.stability import RunningError
-from titans_export.verify import PyTorch, verify_stream
+from titans_export.verifying import PyTorch, verify_stream
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 

@@ -25,7 +25,7 @@ from titans_export.golden import Golden
 from titans_export.model import MemoryConfig, ModelConfig, Titans
 from titans_export.reference import FLOAT32_SHARE
 from titans_export.running import BundleRunner, memory_kernel, open_session
-from titans_export.verify import verify_blocks
+from titans_export.verifying import verify_blocks
 
 rt = pytest.importorskip("titans_runtime", reason="the runtime is not built: make setup", exc_type=ImportError)
 

@@ -23,7 +23,7 @@ from tolerances import TOLERANCES
 from variants import CONFIGS
 
 import titans_runtime as rt
-from titans_export.verify import random_cuts
+from titans_export.verifying import random_cuts
 
 pytest_plugins = ["export_fixtures"]
 

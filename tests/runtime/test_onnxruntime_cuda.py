@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import titans_runtime as rt
 from titans_export.bundle import read_bundle
-from titans_export.verify import verify_stream
+from titans_export.verifying import verify_stream
 
 path, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..manifest import Model
-from ..verify import Distance
+from ..verifying import Distance
 from . import KINDS
 from .interleaved import interleave
 from .models import Tokens

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..checkpoint_formats import FORMATS
 from ..errors import UsageError
 from ..manifest import Model
 from . import titans, titans_pytorch, titans_pytorch_mlx
 from .checkpoint import Checkpoint, LoadOptions
 
-FORMATS: dict[str, Callable[[Path, LoadOptions], Checkpoint]] = {
-    "titans": titans.load_with,
-    "titans-pytorch": titans_pytorch.load,
-    "titans-pytorch-mlx": titans_pytorch_mlx.load,
-}
+_READERS: dict[str, Callable[[Path, LoadOptions], Checkpoint]] = dict(
+    zip(FORMATS, (titans.load_with, titans_pytorch.load, titans_pytorch_mlx.load), strict=True)
+)
 
 
 def load_checkpoint(path: Path, format: str = "titans", options: LoadOptions | None = None) -> Checkpoint:
     """Loads a checkpoint of the named format. Raises CheckpointError, or UsageError for an unknown format or an option
     that the format does not have.
     """
-    if format not in FORMATS:
-        known = ", ".join(sorted(FORMATS))
+    if format not in _READERS:
+        known = ", ".join(FORMATS)
         problem = f"unknown format: expected one of {known}, got {format!r}"
         raise UsageError("E0104", "checkpoint", problem, "give --format one of these")
-    return FORMATS[format](path, options or LoadOptions())
+    return _READERS[format](path, options or LoadOptions())
 
 
 def options_of(model: Model, config: str | None, weights: str | None) -> LoadOptions:

@@ -13,6 +13,7 @@ from ..bench import KINDS
 from ..errors import MachineError, MismatchError, UsageError
 from ..files import check_file, replacing_file
 from .command import Command, emit, json_option, note, say, to_json
+from .kinds import check_bundle
 from .options import PATH, SessionOptions, bundle_argument, config_option, open_session, session_options, weights_option
 from .table import number, size, table
 
@@ -71,6 +72,7 @@ def _bench(options: BenchOptions) -> None:
         problem = f"--against measures PyTorch on the CPU, and --device is {options.device}"
         raise UsageError("E0102", "bench", problem, "leave out one of them")
     check_file(options.output)
+    check_bundle(bundle)
     from ..bench.comparison import Plan, baselines, compare
     from ..bench.machine import QUIET, cores, others_busy
     from ..bundle import read_bundle

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from .choices import TARGET
 from .command import Command, emit, json_option, note, say
+from .kinds import check_bundle
 from .options import PATH
 from .table import size, table
 
@@ -56,7 +58,7 @@ class BuildOptions:
     ),
 )
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--target", metavar="NAME", help="Device to build for; see --list-targets.")
+@click.option("--target", type=TARGET, metavar="NAME", help="Device to build for; see --list-targets.")
 @click.option(
     "--precision",
     type=click.Choice(("fp32", "fp16", "bf16")),
@@ -111,6 +113,7 @@ def _build(options: BuildOptions) -> None:
         raise UsageError("E0103", "build", f"missing {missing}", "give it, or see --list-targets")
     if options.dry_run and options.emit_trtexec:
         raise UsageError("E0102", "build", "--dry-run and --emit-trtexec exclude each other", "give one of them")
+    check_bundle(options.bundle)
     from ..bundle import read_bundle
     from ..engines.build import build_engine
     from ..engines.plan import Request, make_plan

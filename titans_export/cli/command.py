@@ -1,4 +1,4 @@
-"""The parts that all commands share: `--json`, `--debug`, results, notes and exit codes."""
+"""The parts that all commands share: `--json`, `--debug`, `-v`, `-q`, results, notes and exit codes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import click
 
 from ..names import shown
 from ..trust import Trust, trusting
+from . import settings, verbosity
 from .failures import FAILED, close_stdout, explain
 
 NAME = "titans-export"
@@ -25,7 +26,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sho
 
 
 class Command(click.Command):
-    """A command with `--debug`, and an example in its help.
+    """A command with `--debug`, `-v` and `-q`, variables for its options, and an example in its help.
 
     bundles: it opens bundles and has `--expect-sha256`. foreign: it then has `--allow-any-operator` too.
     """
@@ -35,12 +36,13 @@ class Command(click.Command):
         bundles, foreign = kwargs.pop("bundles", False), kwargs.pop("foreign", True)
         kwargs.setdefault("context_settings", CONTEXT)
         super().__init__(*args, **kwargs)
+        self.context_settings = {"auto_envvar_prefix": settings.prefix(self.name), **self.context_settings}
         if bundles:
             self.params += [_expect_option(), *([_operator_option()] if foreign else [])]
         debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of a failure.", show_default=False)
         debug.expose_value = False
         debug.callback = _remember_debug
-        self.params.append(debug)
+        self.params += [*verbosity.options(), debug]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the examples."""
@@ -105,6 +107,7 @@ class Program(click.Group):
         """Runs the command line and exits."""
         kwargs.update(standalone_mode=False)
         kwargs.setdefault("prog_name", NAME)
+        verbosity.reset()
         try:
             _show_any_name()
             with _stopped_by_sigterm():
@@ -156,8 +159,9 @@ def say(text: str, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a note on stderr."""
-    say(f"{NAME}: {text}", err=True)
+    """Prints a note on stderr, unless the command is quiet."""
+    if not verbosity.quiet():
+        say(f"{NAME}: {text}", err=True)
 
 
 def _finite(value: Any) -> Any:

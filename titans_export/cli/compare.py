@@ -11,6 +11,7 @@ import click
 from ..errors import MismatchError
 from ..files import check_file, replacing_file
 from .command import Command, emit, json_option, note, say, to_json
+from .kinds import check_bundle
 from .options import (
     PATH,
     SessionOptions,
@@ -147,6 +148,8 @@ def _compare(options: CompareOptions) -> None:
     if options.html is not None:
         import matplotlib  # noqa: F401  # fails before the long measurement if it is missing
 
+    check_bundle(options.bundle)
+    check_bundle(options.reference)
     from ..drift.measure import Options, measure
 
     session = open_session(options.bundle, options)

@@ -11,6 +11,7 @@ import click
 
 from ..errors import MismatchError
 from .command import Command, emit, json_option, say
+from .kinds import check_state
 from .options import PATH, key_option
 from .table import number, table
 
@@ -57,6 +58,8 @@ def diff(**values: Any) -> None:
 
 
 def _diff(options: DiffOptions) -> None:
+    check_state(options.a)
+    check_state(options.b)
     from ..states import compare_states, open_state, read_key
 
     key = None if options.key_file is None else read_key(options.key_file)

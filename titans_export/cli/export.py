@@ -11,7 +11,9 @@ import click
 
 from ..files import check_output
 from ..manifest import MANIFEST
+from .choices import FORMAT
 from .command import Command, emit, json_option, note, say
+from .kinds import check_checkpoint
 from .options import PATH, config_option, weights_option
 from .progress import progress_bar
 from .table import number, size
@@ -49,6 +51,7 @@ class ExportOptions:
 @click.option("-o", "--output", type=PATH, required=True, metavar="NAME.titans", help="Bundle to write.")
 @click.option(
     "--format",
+    type=FORMAT,
     default="titans",
     help="Format of the checkpoint: titans, titans-pytorch or titans-pytorch-mlx.",
     show_default=True,
@@ -87,14 +90,15 @@ class ExportOptions:
 def export(**values: Any) -> None:
     """Convert a checkpoint to a bundle.
 
-    CHECKPOINT is what a trainer saved: a file, an index of shards, or a folder. Its configuration is config.json beside
-    it, or --config. The bundle runs without PyTorch. It is compared with PyTorch before it is renamed
-    into place: if they differ, the exit code is 3 and nothing is written.
+    CHECKPOINT is what a trainer saved: a file, an index of shards, a folder, or hf://ORGANISATION/NAME. Its
+    configuration is config.json beside it, or --config. The bundle runs without PyTorch. It is compared with PyTorch
+    before it is renamed into place: if they differ, the exit code is 3 and nothing is written.
     """
     _export(ExportOptions(**values))
 
 
 def _export(options: ExportOptions) -> None:
+    check_checkpoint(options.checkpoint)
     check_output(options.output, options.overwrite, MANIFEST, source=options.checkpoint)  # before PyTorch is imported
     from ..exporting import export_checkpoint
     from ..output_limits import describe

@@ -12,6 +12,7 @@ import click
 from ..errors import UsageError
 from ..manifest import GUARD_POLICIES
 from .command import Command, emit, json_option, note, say
+from .kinds import check_bundle
 from .options import (
     PATH,
     SessionOptions,
@@ -109,6 +110,7 @@ def _guard(options: GuardOptions) -> None:
         problem = "--policy off and --restart-every exclude each other"
         raise UsageError("E0102", "guard", problem, "take another policy, such as restart")
     check_finite("guard", "--margin", options.margin)
+    check_bundle(options.bundle)
     if not options.dry_run:
         check_target(options.bundle, options.output, options.overwrite or (options.clear and options.output is None))
     from ..bundle import read_bundle

@@ -11,6 +11,7 @@ import click
 from ..errors import UsageError
 from .command import Command, emit, json_option, say
 from .inspect_state import inspect_state
+from .kinds import check_bundle, check_state
 from .options import PATH, key_option
 from .table import size, table
 
@@ -54,6 +55,8 @@ def inspect(**values: Any) -> None:
 
 
 def _inspect(options: InspectOptions) -> None:
+    if not options.path.is_dir():
+        check_state(options.path, "a bundle or a state file")
     if options.path.is_file() or options.path.suffix == ".tstate":
         inspect_state(options.path, options.bundle, options.numpy, options.key_file, options.as_json)
         return
@@ -61,6 +64,7 @@ def _inspect(options: InspectOptions) -> None:
     if option := next((name for name, value in given.items() if value is not None), None):
         problem = f"{option} is for state files, and {options.path} is not one"
         raise UsageError("E0102", "inspect", problem, "give a .tstate file, or leave it out")
+    check_bundle(options.path)
     from ..bundle import read_bundle
     from ..inspecting import inspect_bundle
 

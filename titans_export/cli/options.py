@@ -12,11 +12,13 @@ import click
 
 from .. import trust
 from ..errors import UsageError
+from .choices import DEVICE
+from .kinds import check_bundle
 
 if TYPE_CHECKING:
     import titans_runtime
 
-# The readers check whether a path exists: their errors name the fix, with exit code 1.
+# Commands check paths after all options: a wrong option is exit code 2, a wrong path 1.
 PATH = click.Path(path_type=Path)
 
 bundle_argument = click.argument("bundle", type=PATH)
@@ -73,7 +75,7 @@ def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--threads", type=click.IntRange(0), default=0, help="Threads per call; 0: the backend chooses."),
         click.option("--backend", help="Backend to use, such as onnxruntime.  [default: chosen by the device]"),
-        click.option("--device", default="cpu", help="Where to run: cpu, cuda or cuda:N."),
+        click.option("--device", type=DEVICE, default="cpu", help="Where to run: cpu, cuda or cuda:N."),
     ):
         function = option(function)
     return function
@@ -81,6 +83,7 @@ def session_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_session(bundle: Path, options: SessionOptions, batch: str = "exact") -> titans_runtime.Session:
     """Opens the bundle on the device. Needs numpy and the runtime only. batch: "exact" or "fast"."""
+    check_bundle(bundle)
     import titans_runtime
 
     return titans_runtime.Session(

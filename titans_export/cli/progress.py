@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import verbosity
 from .command import say
 
 INTERVAL = 10.0  # seconds between lines; a shorter step prints none
@@ -15,6 +16,9 @@ INTERVAL = 10.0  # seconds between lines; a shorter step prints none
 @contextmanager
 def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of units done since the last call."""
+    if verbosity.quiet():
+        yield lambda done: None
+        return
     if not sys.stderr.isatty():
         yield _Lines(label, total, unit).advance
         return

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from .choices import RECIPE, TARGET
 from .command import Command, emit, json_option, note, say
+from .kinds import check_bundle
 from .options import PATH, encoding_option
 from .progress import progress_bar
 from .table import number, size, table
@@ -52,7 +54,7 @@ class QuantizeOptions:
 )
 @click.argument("bundle", type=PATH, required=False)
 @click.option("-o", "--output", type=PATH, metavar="NAME.titans", help="Bundle to write.")
-@click.option("--recipe", metavar="NAME|FILE.toml", help="Formats of weights, activations and memory.")
+@click.option("--recipe", type=RECIPE, metavar="NAME|FILE.toml", help="Formats of weights, activations and memory.")
 @click.option(
     "--data",
     type=PATH,
@@ -65,7 +67,9 @@ class QuantizeOptions:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Seed of the sampling of longer data.")
 @click.option("--memory", metavar="DTYPE[:ROUNDING]", help="Memory dtype and rounding.  [default: the recipe's]")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Weights to keep in float32, such as model.head.*.")
-@click.option("--target", metavar="NAME", help="Refuse formats that this device does not support; see build.")
+@click.option(
+    "--target", type=TARGET, metavar="NAME", help="Refuse formats that this device does not support; see build."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")
 @click.option("--list-recipes", is_flag=True, help="List the built-in recipes.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle once the new one is complete and checked.")
@@ -92,6 +96,7 @@ def _quantize(options: QuantizeOptions) -> None:
         if missing:
             raise UsageError("E0103", "quantize", f"missing {name}", "give it, or see --list-recipes")
     assert bundle is not None and recipe is not None
+    check_bundle(bundle)
     from titans_calibration import options as library
     from titans_calibration.quantize import plan_quantize, quantize_bundle
 

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..errors import UsageError
+from ..files import check_file
 from ..manifest import GUARD_POLICIES
 from ..names import shown
 from .command import Command, emit, json_option, note, say
+from .kinds import check_state
 from .options import (
     PATH,
     SessionOptions,
     bundle_argument,
     encoding_option,
     engine_option,
+    key_option,
     open_session,
     restart_option,
     session_options,
@@ -70,6 +73,8 @@ class RunOptions(SessionOptions):
     bundle: Path
     prompt: str | None
     text: Path | None
+    state: Path | None
+    key_file: Path | None
     encoding_errors: str
     hide_special_tokens: bool
     max_tokens: int
@@ -95,12 +100,20 @@ class RunOptions(SessionOptions):
         'titans-export run mac.titans --prompt "To be, or not" --temperature 0.8',
         "titans-export run mac.titans --text book.txt --json",
         'titans-export run mac.titans --text book.txt --prompt "The end of it was" --stop "."',
+        "titans-export run mac.titans --text monday.txt --state user.tstate",
         "echo -n Once | titans-export run mac.titans --seed 7",
     ),
 )
 @bundle_argument
 @click.option("--prompt", help="Text to continue.  [default: stdin, if it is not a terminal and there is no --text]")
 @click.option("--text", type=PATH, help="File to read, - for stdin; with --prompt the model reads it first.")
+@click.option(
+    "--state",
+    type=PATH,
+    metavar="FILE.tstate",
+    help="Continue the stream in this file if it exists, and save the stream to it at the end.",
+)
+@key_option
 @encoding_option
 @click.option("--max-tokens", type=click.IntRange(0), default=256, help="Maximum number of tokens to generate.")
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, help="Sampling temperature; 0: always the top-1.")
@@ -136,7 +149,8 @@ def run(**values: Any) -> None:
 
     The model learns while it reads and generates, unless --freeze is given. --text streams a file of any length in
     constant memory and reports how well it was predicted, in bits per byte. The continuation of --prompt appears on
-    stdout token by token. A note on stderr warns when the memory diverges or the guard acts.
+    stdout token by token. A note on stderr warns when the memory diverges or the guard acts. With --state the model
+    remembers earlier runs; a run that fails or is interrupted leaves the file as it was.
     """
     _run(RunOptions(**values))
 
@@ -144,17 +158,21 @@ def run(**values: Any) -> None:
 def _run(options: RunOptions) -> None:
     if "" in options.stop:
         raise UsageError("E0104", "run", "--stop is empty", "give a text or leave it out")
+    if options.key_file is not None and options.state is None:
+        raise UsageError("E0103", "run", "--key-file needs --state", "name the state file")
     prompt = None if options.prompt is None else os.fsencode(options.prompt)
     if prompt is None and options.text is None:
         prompt = _stdin_prompt()
 
+    key = _check_state(options)
     session = open_session(options.bundle, options)
     if session.input_kind == "vectors":
         raise UsageError("E0106", "run", f"{options.bundle} takes vectors, not text", "use Stream.feed in Python")
     from ..tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(session.info["tokenizer"], options.bundle, session.vocab_size, options.encoding_errors)
-    stream = session.stream()
+    stream = session.stream() if options.state is None else _restored(session, options.state, key)
+    started, learns = stream.position, stream.learning
     if options.freeze:
         stream.freeze()
     policy: Any = session.info["guard"]["policy"]
@@ -169,7 +187,8 @@ def _run(options: RunOptions) -> None:
         "engine_reason": session.info["engine_reason"],
         "backend": session.info["backend"],
         "memory_kernel": session.info["memory_kernel"],
-        "learning": not options.freeze,
+        "learning": stream.learning,
+        "position_at_start": started,
         "state_bytes_at_start": stream.state_bytes,
     }
     if options.text is not None:
@@ -178,11 +197,39 @@ def _run(options: RunOptions) -> None:
         result |= _continue(stream, tokenizer, prompt, options)
     watch.look()
     result |= watch.result()
+    if options.state is not None:
+        if learns and options.freeze:
+            stream.resume()
+        stream.save(options.state, key)
+        note(f"the stream is in {options.state}, at position {stream.position:,}")
+        result["state"] = str(options.state)
     result |= {"position": stream.position, "state_bytes": stream.state_bytes, "peak_rss_bytes": peak_rss_bytes()}
     if options.as_json:
         emit(result)
     elif options.text is not None:
         _report(result, err=prompt is not None)
+
+
+def _check_state(options: RunOptions) -> bytes | None:
+    """The key of the state file, None without one. The file may be written, and holds a state if it exists."""
+    if options.state is None:
+        return None
+    check_state(options.state)
+    check_file(options.state)
+    if options.key_file is None:
+        return None
+    from ..states import read_key
+
+    return read_key(options.key_file)
+
+
+def _restored(session: titans_runtime.Session, path: Path, key: bytes | None) -> titans_runtime.Stream:
+    """The stream in the file, or a fresh one if there is none."""
+    if not path.exists():
+        return session.stream()
+    stream = session.restore(path, key)
+    note(f"continuing the stream in {path} from position {stream.position:,}")
+    return stream
 
 
 def _stdin_prompt() -> bytes:

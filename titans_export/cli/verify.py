@@ -11,6 +11,7 @@ import click
 
 from ..errors import CheckpointError, MismatchError, UsageError
 from .command import Command, emit, json_option, note, say
+from .kinds import check_bundle
 from .options import (
     PATH,
     SessionOptions,
@@ -25,6 +26,7 @@ from .options import (
 )
 from .progress import progress_bar
 from .table import number, table
+from .verbosity import details
 
 if TYPE_CHECKING:
     import titans_runtime
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..graph_check import OutputCheck
     from ..output_limits import OutputLimits
-    from ..verify import Reference, Tokens, VerifyReport
+    from ..verifying import Reference, Tokens, VerifyReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,8 @@ def _verify(options: VerifyOptions) -> None:
             f"--against takes a checkpoint, and {options.against} is a bundle",
             f"compare two bundles with titans-export compare {options.bundle} {options.against}",
         )
-    from ..verify import verify_stream
+    check_bundle(options.bundle)
+    from ..verifying import verify_stream
 
     bundle = read_bundle(options.bundle)
     limits = bundle.limits(options.tolerance)
@@ -146,7 +149,7 @@ def _verify(options: VerifyOptions) -> None:
     if options.as_json:
         emit(_as_json(options, session, report, limits, checks, passed))
     else:
-        _print(options, report, limits, checks)
+        _print(options, bundle, report, limits, checks)
     if not passed:
         raise _mismatch(options.bundle, report, checks or [])
 
@@ -243,7 +246,7 @@ def _pytorch(
     import numpy as np
 
     from ..checkpoints import load_checkpoint, options_of
-    from ..verify import PyTorch
+    from ..verifying import PyTorch
 
     described = bundle.manifest.model
     load = options_of(described, options.config, options.weights)
@@ -313,13 +316,32 @@ def _as_json(
 
 
 def _print(
-    options: VerifyOptions, report: VerifyReport, limits: OutputLimits, checks: list[OutputCheck] | None
+    options: VerifyOptions,
+    bundle: Bundle,
+    report: VerifyReport,
+    limits: OutputLimits,
+    checks: list[OutputCheck] | None,
 ) -> None:
+    """The verdict, and the tables behind it if something failed or the user wants details."""
+    passed = report.passed and all(check.passed for check in checks or [])
+    reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
+    say(
+        f"{'passed' if passed else 'FAILED'}: {options.bundle} against {reference}, {report.positions:,} tokens, "
+        f"max error {number(report.max_abs_error)} (tolerance {number(report.tolerance)})"
+    )
+    if bundle.quantization is not None and options.tolerance is None:
+        say("The tolerance is this bundle's own rounding. titans-export compare measures how far it drifts.")
+    if checks is not None:
+        bad = sum(not check.passed for check in checks)
+        say(f"polygraphy: {len(checks) - bad:,} of {len(checks):,} outputs agree")
+    if not passed or details():
+        say("")
+        _print_details(report, limits, checks)
+
+
+def _print_details(report: VerifyReport, limits: OutputLimits, checks: list[OutputCheck] | None) -> None:
     from ..output_limits import describe
 
-    reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
-    compared = f"{options.bundle} against {reference}, {report.positions} tokens"
-    say(f"{compared}, tolerance {number(report.tolerance)}\n")
     rows = [
         (name.replace("_", " "), number(d.max_abs_error), "-" if d.first_bad_position is None else d.first_bad_position)
         for name, d in report.feeds.items()

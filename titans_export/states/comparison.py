@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import StateError
 from ..row_fields import STORED_KINDS
-from .reading import SavedState, StateError
+from .reading import SavedState
 from .statistics import by_head
 
 # Fields of some memory dtypes and roundings only; all others are in every row.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
-from ..errors import TitansError, UsageError
+from ..errors import StateError, TitansError, UsageError
 from ..files import replacing_file
 from ..manifest import Entry, LayoutField, array, integer, string, word
 
@@ -22,10 +22,6 @@ KEY_BYTES = 32
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
-
-
-class StateError(TitansError, ValueError):
-    """A state file that is damaged, of another model, or unfit for the command."""
 
 
 @dataclass(frozen=True, kw_only=True)

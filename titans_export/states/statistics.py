@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import BLOCK, MEMORY_DTYPES, SCALED, matrix
+from ..errors import StateError
 from ..manifest import LayoutField
 from ..row_fields import STORED_KINDS
 from .open_chunk import open_chunk_change, used_rows
-from .reading import Floats, SavedState, StateError
+from .reading import Floats, SavedState
 
 Heads = NDArray[np.float64]  # (heads, elements)
 

@@ -40,7 +40,12 @@ typedef struct titans_session titans_session;
 typedef struct titans_stream titans_stream;
 typedef struct titans_generator titans_generator;
 
-/* The version, such as "0.1.0". */
+/* The version of this header. */
+#define TITANS_VERSION_MAJOR 0
+#define TITANS_VERSION_MINOR 1
+#define TITANS_VERSION_PATCH 0
+
+/* The version of the library, such as "0.1.0". */
 TITANS_API const char* titans_version(void);
 
 /* Text of the last failure on this thread, "" if none: "[where] problem. Fix: what to do (TITANS-E0204)", one line.
@@ -421,7 +426,7 @@ typedef struct titans_sampling {
   size_t stop_count;
 } titans_sampling;
 
-/* Fills in the defaults: temperature 1, no filters, no limit. */
+/* Fills in the defaults: temperature 1, no filters, at most 64 tokens. */
 TITANS_API void titans_sampling_init(titans_sampling* sampling);
 
 /* Creates a generator. The filters apply in the order top_k, top_p, min_p to the distribution after temperature.

@@ -10,6 +10,10 @@
 #ifndef TITANS_TITANS_HPP_
 #define TITANS_TITANS_HPP_
 
+#if __cplusplus < 201703L && (!defined(_MSVC_LANG) || _MSVC_LANG < 201703L)
+#error "titans.hpp needs C++17 or newer, such as -std=c++17"
+#else
+
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -86,7 +90,7 @@ struct Sampling {
   float top_p = 1.0F;        // 1: off
   float min_p = 0.0F;        // 0: off
   std::uint64_t seed = 0;
-  std::int64_t max_tokens = -1;  // < 0: no limit
+  std::int64_t max_tokens = 64;  // < 0: no limit
   Tokens stop;                   // generation ends before one of these is consumed
 };
 
@@ -453,4 +457,5 @@ class Session {
 
 }  // namespace titans
 
+#endif  // __cplusplus
 #endif  // TITANS_TITANS_HPP_

@@ -183,10 +183,15 @@ class Error(RuntimeError):
         self.code = code
 
 
-def invalid(code: str, where: str, problem: str, fix: str) -> Error:
-    """An error about an argument, in the form of the C interface."""
+def failure(code: str, where: str, problem: str, fix: str, status: int) -> Error:
+    """An error in the form of the C interface."""
     message = " ".join(f"[{where}] {problem}. Fix: {fix} (TITANS-{code})".split())
-    return Error(message, INVALID_ARGUMENT, f"TITANS-{code}")
+    return Error(message, status, f"TITANS-{code}")
+
+
+def invalid(code: str, where: str, problem: str, fix: str) -> Error:
+    """An error about an argument."""
+    return failure(code, where, problem, fix, INVALID_ARGUMENT)
 
 
 def _library_path() -> str:

@@ -15,6 +15,7 @@ from ._library import SessionOptions, check, invalid, lib, vendor_libraries
 from ._metrics import Metrics, read_metrics, read_metrics_text
 from ._state import Key, encode_path, state_options
 from ._stream import Floats, Stream, StreamFormat, Tokens, Vectors, whole_number
+from ._text import TextSource
 
 
 class Session:
@@ -65,6 +66,7 @@ class Session:
     ) -> None:
         self._handle = ctypes.c_void_p()
         self._calls = Calls()
+        self._path = os.path.abspath(os.fsdecode(path))
         options = SessionOptions(
             struct_size=ctypes.sizeof(SessionOptions),
             device=_encode(device),
@@ -89,6 +91,12 @@ class Session:
         self.input_kind: str = lib.titans_session_input_kind(self._handle).decode()
         self.input_size: int = lib.titans_session_input_size(self._handle)
         self.output_size: int = lib.titans_session_output_size(self._handle)
+        self._text = TextSource(self.info["tokenizer"], self._path)
+
+    def __repr__(self) -> str:
+        if not self._handle:
+            return f"<titans_runtime.Session of {self._path}, closed>"
+        return f"<titans_runtime.Session of {self._path} on {self.info['device']}, {self.info['backend']}>"
 
     @in_call
     def stream(self) -> Stream:
@@ -162,7 +170,7 @@ class Session:
         raise invalid("E0516", "session", "a session cannot be copied or pickled", "open the bundle in each process")
 
     def _format(self) -> StreamFormat:
-        return StreamFormat(self.input_kind, self.input_size, self.output_size)
+        return StreamFormat(self.input_kind, self.input_size, self.output_size, self._text)
 
     def _open(self) -> ctypes.c_void_p:
         if not self._handle:

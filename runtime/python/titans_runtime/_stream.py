@@ -21,6 +21,7 @@ from ._guard import GuardReport, Health, guard_report, health, set_guard
 from ._library import OUTPUTS, Error, FloatPointer, MemoryInfo, Sampling, TokenPointer, check, invalid, lib
 from ._progress import Progress, Watched, Watcher
 from ._state import Key, encode_path, state_options
+from ._text import TextSource, pieces
 
 Tokens: TypeAlias = "bytes | bytearray | Sequence[int] | npt.NDArray[np.integer[Any]]"
 Vectors: TypeAlias = "npt.NDArray[np.floating[Any]] | Sequence[Any]"
@@ -29,11 +30,12 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StreamFormat:
-    """Input kind of a bundle, "tokens" or "vectors", and the floats of an input and an output row."""
+    """Input kind of a bundle, "tokens" or "vectors", the floats of an input and an output row, and the tokenizer."""
 
     kind: str
     input_size: int
     output_size: int
+    text: TextSource
 
 
 class Stream:
@@ -46,6 +48,11 @@ class Stream:
         self._calls = Calls()
         self._watcher = Watcher()
         self._generations: weakref.WeakSet[_Generation] = weakref.WeakSet()
+
+    def __repr__(self) -> str:
+        if not self._handle:
+            return "<titans_runtime.Stream, closed>"
+        return f"<titans_runtime.Stream at position {self.position}, {'learning' if self.learning else 'frozen'}>"
 
     @in_call
     def feed(
@@ -75,6 +82,48 @@ class Stream:
         with Watched(self._open(), self._watcher, progress):
             check(call(self._open(), given, len(rows), OUTPUTS[outputs], _floats(out), out.size))
         return None if outputs == "none" else out
+
+    def feed_text(
+        self,
+        text: str,
+        outputs: Literal["all", "last", "none"] = "none",
+        *,
+        progress: Progress | None = None,
+    ) -> Floats | None:
+        """Consumes a text, encoded by the bundle's tokenizer without special tokens around it. See :meth:`feed`.
+
+        A model of bytes takes the text as UTF-8. Otherwise the package ``tokenizers`` is needed. The whole text is
+        encoded at once.
+        """
+        self._require_tokens()
+        return self.feed(self._form.text.codec().encode(text), outputs, progress=progress)
+
+    def generate_text(
+        self,
+        prompt: str = "",
+        max_tokens: int | None = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Consumes the prompt and continues it. Yields text as soon as no later token can change it.
+
+        The sampling options are those of :meth:`generate`. ``stop`` lists texts; the first one that appears ends the
+        generation, and is the end of the text. ``"".join`` of the pieces is the whole continuation.
+        """
+        self._require_tokens()
+        if isinstance(stop, (bytes, str)):
+            raise _wrong("E0512", f"expected stop as a list, got {stop!r}", "write [stop]")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise _wrong("E0512", f"expected texts in stop, got {list(stop)!r}", "pass strings that are not empty")
+        codec = self._form.text.codec()
+        if prompt:
+            self.feed(codec.encode(prompt), "none")
+        tokens = self.generate(max_tokens, temperature, top_k, top_p, min_p, seed)
+        return pieces(tokens, codec.decoder(), stop)
 
     @in_call
     def step(self, token: int | Vectors) -> Floats:
@@ -398,6 +447,9 @@ def vector_array(vectors: Any, size: int) -> Floats:
 
 def token_array(tokens: Any) -> npt.NDArray[np.int32]:
     """A one-dimensional sequence of integers as int32. Values out of range are refused."""
+    if isinstance(tokens, str) or (isinstance(tokens, (list, tuple)) and any(isinstance(one, str) for one in tokens)):
+        problem = "expected tokens as bytes or integers, got a str"
+        raise _wrong("E0504", problem, "encode the text: text.encode() for bytes, or the model's tokenizer")
     if isinstance(tokens, (list, tuple)) and any(isinstance(token, bool) for token in tokens):
         raise _wrong("E0504", "expected tokens as bytes or integers, got a bool", "pass token ids")
     try:

@@ -587,7 +587,7 @@ titans_status titans_session_step_batch(titans_session* session, titans_stream* 
 
 void titans_sampling_init(titans_sampling* sampling) {
   if (sampling == nullptr) return;
-  *sampling = {sizeof(titans_sampling), 1.0F, 0, 1.0F, 0.0F, 0, -1, nullptr, 0};
+  *sampling = {sizeof(titans_sampling), 1.0F, 0, 1.0F, 0.0F, 0, 64, nullptr, 0};
 }
 
 titans_status titans_generator_create(titans_stream* stream, const titans_sampling* sampling,

@@ -46,6 +46,36 @@ execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${prefix}/${LIBD
                 ${pkg_config} --cflags --libs titans OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE)
 separate_arguments(flags UNIX_COMMAND "${flags}")
 run(${COMPILER} ${SOURCE}/version.c ${flags} -o ${work}/version)
+
+# The static library needs nothing of ours at run time.
+execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${prefix}/${LIBDIR}/pkgconfig
+                ${pkg_config} --static --libs titans OUTPUT_VARIABLE static OUTPUT_STRIP_TRAILING_WHITESPACE)
+string(REPLACE "-ltitans" "-l:libtitans.a" static "${static}")
+separate_arguments(static UNIX_COMMAND "${static}")
+run(${COMPILER} ${SOURCE}/version.c -I${prefix}/include ${FLAGS} ${static} -o ${work}/static)
+run(${work}/static)
+
+foreach(text LICENSE NOTICES)
+  if(NOT EXISTS ${prefix}/share/doc/titans/${text})
+    message(FATAL_ERROR "no ${text} in the installation")
+  endif()
+endforeach()
+file(READ ${prefix}/share/doc/titans/NOTICES notices)
+foreach(project nlohmann xxHash)
+  if(NOT notices MATCHES "${project}")
+    message(FATAL_ERROR "no licence of ${project} in NOTICES")
+  endif()
+endforeach()
+
+# C++14 is refused in one line.
+execute_process(COMMAND ${CXX_COMPILER} -std=c++14 -fsyntax-only -I${prefix}/include ${SOURCE}/header.cpp
+                RESULT_VARIABLE status ERROR_VARIABLE errors)
+string(REGEX MATCHALL "error:" count "${errors}")
+list(LENGTH count count)
+if(status EQUAL 0 OR NOT count EQUAL 1 OR NOT errors MATCHES "needs C[+][+]17")
+  message(FATAL_ERROR "titans.hpp with C++14:\n${errors}")
+endif()
+
 find_program(readelf NAMES ${READELF} readelf)
 if(readelf)
   execute_process(COMMAND ${readelf} -d ${work}/version OUTPUT_VARIABLE needed)

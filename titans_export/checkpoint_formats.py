@@ -1,0 +1,3 @@
+"""The names of checkpoint formats. Reading them needs no PyTorch; the readers are in `checkpoints`."""
+
+FORMATS = ("titans", "titans-pytorch", "titans-pytorch-mlx")
