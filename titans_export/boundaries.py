@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .output_limits import OutputLimits
-from .verify import Errors, Outputs, Reference, Tokens, row_errors
+from .verifying import Errors, Outputs, Reference, Tokens, row_errors
 
 if TYPE_CHECKING:
     import titans_runtime
