@@ -174,11 +174,11 @@ def test_wrong_recipes(float32_bundle: Path, long_text: Path, output: Path) -> N
     wrong = output.with_name("wrong.toml")
     wrong.write_text("bits = 8")
     for recipe, words in (
-        ("int9", ("int9", "--list-recipes")),
         (str(output.with_name("none.toml")), ("none.toml", "cannot be read")),
         (str(wrong), ("wrong.toml", "bits")),
     ):
         _refuse(1, words, output, *_options(float32_bundle, long_text, output, recipe))
+    _refuse(2, ("int9", "int8"), output, *_options(float32_bundle, long_text, output, "int9"))
     for memory in ("int4", "int8:up"):
         options = _options(float32_bundle, long_text, output)
         _refuse(1, ("--memory", "memory."), output, *options, "--memory", memory)

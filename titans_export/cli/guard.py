@@ -110,9 +110,9 @@ def _guard(options: GuardOptions) -> None:
         problem = "--policy off and --restart-every exclude each other"
         raise UsageError("E0102", "guard", problem, "take another policy, such as restart")
     check_finite("guard", "--margin", options.margin)
-    check_bundle(options.bundle)
     if not options.dry_run:
         check_target(options.bundle, options.output, options.overwrite or (options.clear and options.output is None))
+    check_bundle(options.bundle)
     from ..bundle import read_bundle
 
     bundle = read_bundle(options.bundle)

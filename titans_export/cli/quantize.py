@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from ..files import check_output
+from ..manifest import MANIFEST
 from .choices import RECIPE, TARGET
 from .command import Command, emit, json_option, note, say
 from .kinds import check_bundle
@@ -96,6 +98,8 @@ def _quantize(options: QuantizeOptions) -> None:
         if missing:
             raise UsageError("E0103", "quantize", f"missing {name}", "give it, or see --list-recipes")
     assert bundle is not None and recipe is not None
+    if output is not None and not options.dry_run:
+        check_output(output, options.overwrite, MANIFEST, source=bundle)
     check_bundle(bundle)
     from titans_calibration import options as library
     from titans_calibration.quantize import plan_quantize, quantize_bundle
