@@ -300,7 +300,7 @@ class BlocksRun {
       const int stride = stride_in(i + 1);
       multiply<V>(count, part(i).out, m_.widths[i], rows_of(layer_input(i), stride_in(i), fill, count),
                   AlongColumns<float>{w(i), stride_w(i)}, [&](int t, int j, float z) {
-                    const Activated act = activate(m_, z);
+                    const Activated act = activate(m_.gelu, z);
                     next[t * stride + j] = to_value<V>(act.value);
                     derivative[t * stride_out(i) + j] = to_value<V>(act.derivative);
                   });
@@ -373,7 +373,7 @@ class BlocksRun {
         tile.each(row, column, [&](int t, int j, float h) {
           if (t >= count || j >= part(i).out) return;
           if (i < last_) {
-            x(i)[t * stride_out(i) + j] = to_value<V>(activate(m_, h).value);
+            x(i)[t * stride_out(i) + j] = to_value<V>(activate(m_.gelu, h).value);
           } else {
             (shared ? partial_y_ : result_)[t * m_.width + j] = h;
           }

@@ -26,7 +26,7 @@ __device__ inline float load_scale(const float* row, const Field& field, int r, 
   return float_of(static_cast<std::uint32_t>(scales[r * field.blocks + j / kScaleBlock]) << 16);
 }
 
-__device__ inline float load_weight(const Model& m, const float* row, const Field& field, int r, int j) {
+__device__ inline float load_weight(const Codec& m, const float* row, const Field& field, int r, int j) {
   const int index = r * field.columns + j, within = index & (m.decoder.per_word - 1);
   const std::uint32_t word = bits_of(row[field.elements + (index >> m.decoder.word_shift)]);
   const float value = decode(m.decoder, word >> within * m.decoder.element_bits);
@@ -34,7 +34,7 @@ __device__ inline float load_weight(const Model& m, const float* row, const Fiel
 }
 
 // Columns j to j + 3. j and the number of columns are multiples of 4, so they begin at a word of the row.
-__device__ inline Four load_four(const Model& m, const float* row, const Field& field, int r, int j) {
+__device__ inline Four load_four(const Codec& m, const float* row, const Field& field, int r, int j) {
   const float* from = row + field.elements + ((r * field.columns + j) >> m.decoder.word_shift);
   const int per_word = m.decoder.per_word;
   const std::uint32_t first = bits_of(from[0]), second = bits_of(from[per_word < 4 ? 1 : 0]);
@@ -79,7 +79,7 @@ __device__ inline std::uint32_t round_element(const Encoder& e, float z, bool st
 
 // Writes one scale block of a row of W or S to the packed row. Each lane of the warp has one column; `inside` is false
 // beyond the last. Returns the lane's rounded element.
-__device__ inline float store_block(const Model& m, float* row, const Field& field, int r, int j, bool inside,
+__device__ inline float store_block(const Codec& m, float* row, const Field& field, int r, int j, bool inside,
                                     bool stochastic, const NoiseKeys& keys, float x) {
   const int index = r * field.columns + j;
   float z = absolute(x), scale = 1.0F;

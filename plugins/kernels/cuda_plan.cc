@@ -193,20 +193,28 @@ Encoder make_encoder(MemoryDtype memory_dtype) {
 
 }  // namespace
 
+Codec make_codec(const MemoryConfiguration& c) {
+  return {has_scales(c.memory_dtype),   c.memory_dtype, make_decoder(c.memory_dtype),
+          make_encoder(c.memory_dtype), c.rounding,     c.seed};
+}
+
+Field make_field(const MemoryConfiguration& c, int tensor, std::int64_t offset) {
+  const std::int64_t rows = c.rows(tensor), columns = c.columns(tensor);
+  return {static_cast<int>(offset), static_cast<int>(offset + element_words(c.memory_dtype, rows, columns)),
+          static_cast<int>(columns), static_cast<int>((columns + kScaleBlock - 1) / kScaleBlock)};
+}
+
 Model make_model(const Configuration& c) {
   const RowLayout layout(c);
   Model m{};
+  static_cast<Codec&>(m) = make_codec(c);
   m.depth = c.depth;
   m.chunk = static_cast<int>(c.chunk_size);
   m.width = static_cast<int>(c.widths[0]);
   for (int i = 0; i <= c.depth; ++i) m.widths[i] = static_cast<int>(c.widths[static_cast<std::size_t>(i)]);
   for (int i = 0; i < c.depth; ++i) {
     const auto layer = static_cast<std::size_t>(i);
-    const auto field = [&](std::int64_t offset) {
-      return Field{static_cast<int>(offset),
-                   static_cast<int>(offset + element_words(c.memory_dtype, c.in(i), c.out(i))), m.widths[i + 1],
-                   static_cast<int>((c.out(i) + kScaleBlock - 1) / kScaleBlock)};
-    };
+    const auto field = [&](std::int64_t offset) { return make_field(c, i, offset); };
     m.w[i] = field(layout.w[layer]);
     m.s[i] = field(layout.s[layer]);
     m.ew[i] = field(layout.ew[layer]);
@@ -226,12 +234,6 @@ Model make_model(const Configuration& c) {
   m.gelu = c.activation == Activation::kGelu;
   m.residual = c.residual;
   m.layer_norm = c.layer_norm;
-  m.scaled = has_scales(c.memory_dtype);
-  m.memory_dtype = c.memory_dtype;
-  m.decoder = make_decoder(c.memory_dtype);
-  m.encoder = make_encoder(c.memory_dtype);
-  m.rounding = c.rounding;
-  m.seed = c.seed;
   return m;
 }
 

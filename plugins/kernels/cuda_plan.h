@@ -54,19 +54,28 @@ struct Encoder {
   float largest;  // a block's largest element is scaled to this
 };
 
-// The configuration as plain integers for the kernels. Offsets are in words of the packed row.
-struct Model {
-  int depth, chunk, width;
-  int widths[kMaxDepth + 1];
-  Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "error_feedback"
-  int layer_input[kMaxDepth], output_grad[kMaxDepth];
-  int e, a, m, f, beta, chunk_updates, row;
-  bool update, aligned, gelu, residual, layer_norm, scaled;
+// How the elements of W and S are kept in a packed row.
+struct Codec {
+  bool scaled;
   MemoryDtype memory_dtype;
   Decoder decoder;
   Encoder encoder;
   Rounding rounding;
   std::uint32_t seed;
+};
+
+Codec make_codec(const MemoryConfiguration& configuration);
+// The field of tensor `tensor` at `offset`.
+Field make_field(const MemoryConfiguration& configuration, int tensor, std::int64_t offset);
+
+// The configuration as plain integers for the kernels. Offsets are in words of the packed row.
+struct Model : Codec {
+  int depth, chunk, width;
+  int widths[kMaxDepth + 1];
+  Field w[kMaxDepth], s[kMaxDepth], ew[kMaxDepth], es[kMaxDepth];  // the last two with rounding "error_feedback"
+  int layer_input[kMaxDepth], output_grad[kMaxDepth];
+  int e, a, m, f, beta, chunk_updates, row;
+  bool update, aligned, gelu, residual, layer_norm;
 
   // The columns that each of `blocks` blocks holds: the last layer's inputs are split into shares, and so are the
   // previous layer's outputs.

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) read_rows(const __grid_constant__
       multiply<V>(count, m.widths[i + 1], m.widths[i], AlongRows<V>{input, stride_of(m.widths[i], sizeof(V))},
                   StoredWeights{&m, row, m.w[i], m.widths[i]}, [&](int t, int j, float h) {
                     if (i + 1 < m.depth) {
-                      next[t * stride + j] = to_value<V>(activate(m, h).value);
+                      next[t * stride + j] = to_value<V>(activate(m.gelu, h).value);
                     } else {
                       result[t * m.width + j] = h;
                     }

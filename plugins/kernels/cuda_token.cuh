@@ -269,7 +269,7 @@ class TokenRun {
       to[j] = z;
       return;
     }
-    const Activated act = activate(m_, z);
+    const Activated act = activate(m_.gelu, z);
     to[j] = act.value;
     slope[j] = act.derivative;
   }
@@ -354,7 +354,7 @@ class TokenRun {
       }
       add_surprises(i, h);
       if (i == last_) break;
-      for (int j = thread_index(); j < part(i).out; j += kThreads) h[j] = activate(m_, h[j]).value;
+      for (int j = thread_index(); j < part(i).out; j += kThreads) h[j] = activate(m_.gelu, h[j]).value;
       sync_block();
     }
     if (warp_index() == 0) finish_row(m_, answer(), q, scale, y);

@@ -1,4 +1,4 @@
-// NeuralMemory on an NVIDIA GPU. This header needs no CUDA headers.
+// NeuralMemory and ChunkNeuralMemory on an NVIDIA GPU. This header needs no CUDA headers.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "plugins/kernels/chunk_neural_memory.h"
 #include "plugins/kernels/neural_memory.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
@@ -30,6 +31,9 @@ class CudaKernel {
   // and accumulate in float32. Returns null and sets `error` if the device or the dtype is not supported.
   static std::unique_ptr<CudaKernel> create(const Configuration& configuration, DType values, const CudaDevice& device,
                                             std::string& error);
+  // For ChunkNeuralMemory, `values` is kFloat32.
+  static std::unique_ptr<CudaKernel> create(const ChunkConfiguration& configuration, DType values,
+                                            const CudaDevice& device, std::string& error);
   virtual ~CudaKernel() = default;
 
   // Bytes of device memory that a call of this size needs beside its operands, aligned to 256 bytes. Monotonic in each

@@ -1,5 +1,4 @@
-// The memory operators for ONNX Runtime's CUDA provider. Calls are enqueued in the provider's stream. ChunkNeuralMemory
-// has no CUDA kernel, so its nodes are rejected.
+// The memory operators for ONNX Runtime's CUDA provider. Calls are enqueued in the provider's stream.
 #include "plugins/kernels/cuda_status.h"
 #include "plugins/kernels/neural_memory_cuda.h"
 #include "plugins/onnxruntime/cuda_device.h"
@@ -10,7 +9,10 @@ namespace {
 
 using namespace titans::kernels;
 
+std::atomic<std::size_t> kernels_made{0};
+
 // The kernel of one node of a session.
+template <class Configuration>
 class CudaNodeKernel {
  public:
   CudaNodeKernel(const OrtApi& api, const OrtKernelInfo& info, DType values)
@@ -42,7 +44,7 @@ class CudaNodeKernel {
     });
   }
 
-  static std::atomic<std::size_t> made;
+  static std::atomic<std::size_t>& made;
 
  private:
   const OrtApi& api_;
@@ -52,30 +54,18 @@ class CudaNodeKernel {
   std::unique_ptr<CudaKernel> kernel_;
 };
 
-std::atomic<std::size_t> CudaNodeKernel::made{0};
+template <class Configuration>
+std::atomic<std::size_t>& CudaNodeKernel<Configuration>::made = kernels_made;
 
-// The constructor always throws.
-class NoChunkKernel {
- public:
-  NoChunkKernel(const OrtApi& api, const OrtKernelInfo& /*info*/, DType /*values*/) {
-    check(api,
-          failure(ChunkConfiguration::kOperator, "E0712", "not supported on a GPU: the operator has no CUDA kernel",
-                  "build an engine with titans-export build, or open the session with memory_kernel=\"off\""));
-  }
-  OrtStatus* compute(OrtKernelContext& /*context*/) noexcept { return nullptr; }
-
-  inline static std::atomic<std::size_t> made{0};
-};
-
-template <class Configuration, class NodeKernel>
+template <class Configuration>
 class CudaOp final : public MemoryOp {
  public:
   explicit CudaOp(ONNXTensorElementDataType values) : MemoryOp(Configuration(), "CUDAExecutionProvider", values) {
-    compute_with<NodeKernel>();
+    compute_with<CudaNodeKernel<Configuration>>();
   }
 };
-using TokenOp = CudaOp<Configuration, CudaNodeKernel>;
-using ChunkOp = CudaOp<ChunkConfiguration, NoChunkKernel>;
+using TokenOp = CudaOp<Configuration>;
+using ChunkOp = CudaOp<ChunkConfiguration>;
 
 }  // namespace
 
@@ -87,7 +77,7 @@ std::vector<const OrtCustomOp*> cuda_ops() {
   return {&float32, &float16, &bfloat16, &chunk};
 }
 
-std::size_t cuda_kernels_made() { return CudaNodeKernel::made.load(); }
+std::size_t cuda_kernels_made() { return kernels_made.load(); }
 
 std::string cuda_target(int ordinal, std::string& error) {
   try {

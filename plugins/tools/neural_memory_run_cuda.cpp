@@ -2,12 +2,13 @@
 // runtime.
 //
 //   neural_memory_run_cuda CASE.safetensors OUT.bin [--two-buffers] [--misaligned] [--keep-going]
+//                          [--initial-weights]
 //                          [--time REPEATS [--graph]]
 //   neural_memory_run_cuda --device
 //
 // case_file.h describes CASE; q, k and v may be F32, F16 or BF16. OUT receives float32: each call's y and, after an
-// update, its stats. The final state comes last. Stdout has a line of JSON with the device and the placement of the
-// last call.
+// update, its stats and with --initial-weights that output. The final state comes last. Stdout has a line of JSON with
+// the device and the placement of the last call.
 //
 // --time repeats all calls with the state carried on, and stdout has the nanoseconds of each repeat. --graph replays
 // them as one CUDA graph. --misaligned puts the state 4 bytes past the start of its memory. --keep-going puts the
@@ -35,7 +36,7 @@ using namespace titans::kernels;
 struct Options {
   std::string input, output;
   std::size_t repeats = 0;
-  bool two_buffers = false, misaligned = false, graph = false, keep_going = false;
+  bool two_buffers = false, misaligned = false, graph = false, keep_going = false, initial_weights = false;
 };
 
 Options parse_options(int argc, char** argv) {
@@ -50,6 +51,8 @@ Options parse_options(int argc, char** argv) {
       options.two_buffers = true;
     } else if (word == "--misaligned") {
       options.misaligned = true;
+    } else if (word == "--initial-weights") {
+      options.initial_weights = true;
     } else if (word == "--keep-going") {
       options.keep_going = true;
     } else if (word == "--graph") {
@@ -79,14 +82,16 @@ CudaDevice current_device() {
 class Runner {
  public:
   explicit Runner(const Options& options) : options_(options), case_(options.input), device_(current_device()) {
-    if (case_.op != Configuration::kOperator) {
-      throw_error(failure(case_.op.c_str(), "E0712", "not supported on a GPU: the operator has no CUDA kernel",
-                          "run it with neural_memory_run"));
-    }
-    configuration_ = case_.configuration<Configuration>();
     values_ = case_.tensors.at("0.q").dtype;
     std::string error;
-    kernel_ = CudaKernel::create(configuration_, values_, device_, error);
+    if (case_.op == ChunkConfiguration::kOperator) {
+      chunk_ = case_.configuration<ChunkConfiguration>();
+      kernel_ = CudaKernel::create(chunk_, values_, device_, error);
+    } else {
+      const auto configuration = case_.configuration<Configuration>();
+      update_ = configuration.mode == Mode::kUpdate;
+      kernel_ = CudaKernel::create(configuration, values_, device_, error);
+    }
     throw_error(error);
     prepare();
   }
@@ -101,6 +106,7 @@ class Runner {
       if (status != 0 && !options_.keep_going) throw_error(status_message(status));
       write(out, call[kY]);
       if (update_) write(out, call[kStats]);
+      if (call[kInitialWeights].present()) write(out, call[kInitialWeights]);
     }
     write(out, state_);
     if (!out.flush()) {
@@ -131,7 +137,6 @@ class Runner {
   }
 
   void prepare() {
-    update_ = configuration_.mode == Mode::kUpdate;
     const std::size_t state_bytes = case_.memory.at("state").bytes();
     state_ = next_ = case_.tensors.at("state");
     const std::size_t before = options_.misaligned ? sizeof(float) : 0;
@@ -155,6 +160,12 @@ class Runner {
       if (update_) {
         operands[kStats] = float_tensor(nullptr, {q.shape[0], q.shape[1], kStatCount});
         device_copy(operands[kStats], static_cast<std::size_t>(operands[kStats].elements()) * sizeof(float));
+      }
+      if (options_.initial_weights) {
+        operands[kInitialWeights] =
+            float_tensor(nullptr, {q.shape[0], q.shape[1], chunk_.chunks(q.shape[2]), chunk_.all_elements()});
+        device_copy(operands[kInitialWeights],
+                    static_cast<std::size_t>(operands[kInitialWeights].elements()) * sizeof(float));
       }
       workspace = std::max(workspace, kernel_->workspace_bytes(q.shape[0], q.shape[1], q.shape[2]));
       calls_.push_back(operands);
@@ -200,7 +211,7 @@ class Runner {
   Options options_;
   CaseFile case_;
   CudaDevice device_;
-  Configuration configuration_;
+  ChunkConfiguration chunk_;  // of ChunkNeuralMemory
   DType values_ = DType::kFloat32;
   bool update_ = true;
   std::unique_ptr<CudaKernel> kernel_;

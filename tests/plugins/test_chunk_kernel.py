@@ -1,5 +1,5 @@
-"""The CPU's kernel of ChunkNeuralMemory, for every instruction set, against its equations with autograd in float64
-(chunk_oracle.py) and against titans-pytorch itself; the same through ONNX Runtime.
+"""The kernels of ChunkNeuralMemory, for every instruction set and CUDA's on emulated GPUs, against its equations with
+autograd in float64 (chunk_oracle.py) and against titans-pytorch itself; the CPU's also through ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import pytest
 import torch
 from cases import random_cuts, worst
 from chunk_oracle import ChunkCase, Stream, flat, fresh_rows, make_node, option, split, unpack
-from kernel_runner import Result, Target, cpu_targets, cuda_targets, run_node
+from kernel_runner import CUDA_EMULATED, EMULATED_GPUS, Result, Target, cpu_targets, cuda_targets, run_node
 from onnx_ops import Arrays, make_model, make_session
 from tolerances import TOLERANCES
 from torch import Tensor
 
-targets = pytest.mark.parametrize("target", cpu_targets())
+targets = pytest.mark.parametrize("target", [*cpu_targets(), *cuda_targets(few=True)])
 TOLERANCE = TOLERANCES["cpu-kernel", "float32"]
 ORTHOGONAL = TOLERANCES["cpu-kernel-orthogonal", "float32"]
+emulated = pytest.mark.skipif(not CUDA_EMULATED.exists(), reason=f"no {CUDA_EMULATED}: make kernels")
 AROUND = {"residual": 1, "layer_norm": 1}
 FAST = AROUND | {"norm_weight": "fast"}
 # What train_mac.py of titans-pytorch has, but for its widths.
@@ -58,6 +59,11 @@ CASES: dict[str, tuple[dict[str, Any], int, bool, bool]] = {
     "mac-64": ({"widths": (64, 128, 64), **MAC}, 38, True, True),
 }
 cases = pytest.mark.parametrize("name", CASES)
+
+
+def _leave_out_large(target: Target, name: str) -> None:
+    if target.cuda and name == "mac-64":
+        pytest.skip("half a minute in the emulation: test_a_large_memory_on_emulated_gpus has it")
 
 
 @cache
@@ -125,6 +131,7 @@ def _weights(case: ChunkCase, exact: Stream) -> dict[str, Tensor]:
 @targets
 @cases
 def test_any_cut_equals_the_equations(target: Target, name: str, tmp_path: Path) -> None:
+    _leave_out_large(target, name)
     case = _case(name)
     length = case.length
     for cuts in ([length], [1] * length, random_cuts(length, seed=1)):
@@ -135,6 +142,7 @@ def test_any_cut_equals_the_equations(target: Target, name: str, tmp_path: Path)
 @targets
 @cases
 def test_whole_chunks_equal_the_equations(target: Target, name: str, tmp_path: Path) -> None:
+    _leave_out_large(target, name)
     chunk = CASES[name][0].get("chunk_size", 4)
     case = _case(name, CASES[name][1] // chunk * chunk)
     node = case.node | {"schedule": "aligned"}
@@ -281,13 +289,66 @@ def test_threads_buffers_and_the_optional_output_change_no_bit(target: Target, n
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in parts), options
 
 
+# ---- what only the CUDA kernel has ----
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("target", cuda_targets())
-def test_kernels_for_gpus_refuse_it(target: Target, tmp_path: Path) -> None:
-    case = _case("mlp2")
-    with pytest.raises(
-        RuntimeError, match=r"\[ChunkNeuralMemory\] not supported on a GPU: .*\. Fix: run it with .*\(TITANS-E0712\)"
-    ):
-        run_node(target, tmp_path, case.node, case.rows(), case.calls([4]))
+def test_a_large_memory_on_emulated_gpus(target: Target, tmp_path: Path) -> None:
+    case = _case("mac-64")
+    cuts = [20, 1, 1, 16]
+    result = run_node(target, tmp_path, case.node, case.rows(), case.calls(cuts), ("--initial-weights",))
+    _expect(case, result, cuts, _tolerance(case))
+
+
+@emulated
+@pytest.mark.parametrize("name", ["mac", "clamp", "orthogonal-momentum-0", "keys-2-lookahead", "chunk-33"])
+def test_who_runs_first_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """What one thread does before another between two barriers must not matter: it would be a race on a GPU."""
+    cuts = [1, 35, 3, 30] if name == "chunk-33" else [1, 5, 1, 7]
+    case = ChunkCase(make_node(**CASES[name][0]), sum(cuts), *CASES[name][2:], streams=1)
+    calls = case.calls(cuts)
+    calls[1]["update_limit"] = torch.tensor([1e3])
+    results = []
+    for order in ("forward", "reverse", "1", "2", "3"):
+        environment = (("TITANS_EMULATED_GPU", EMULATED_GPUS["small"][0]), ("TITANS_EMULATED_ORDER", order))
+        target = Target("emulated", (str(CUDA_EMULATED),), environment=environment, cuda=True)
+        results.append(run_node(target, tmp_path, case.node, case.rows(), calls, ("--initial-weights",)))
+    for other in results[1:]:
+        one = results[0]
+        parts = zip([*one.y, *one.stats, one.state], [*other.y, *other.stats, other.state], strict=True)
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in parts)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("operand", "value"),
+    [("fill", 8), ("valid", 6), ("slots", 4), *((gate, math.nan) for gate in (
+        "step_size", "momentum", "forget_gate", "modulation", "previous_gate"))],
+)  # fmt: skip
+def test_a_stream_with_bad_values_is_left_alone_and_others_go_on(operand: str, value: float, tmp_path: Path) -> None:
+    [target] = cuda_targets()[-1].values  # type: ignore[attr-defined]
+    case = ChunkCase(make_node(**MAC), 5, True, True, streams=2)
+    pool = torch.randn(4, case.heads, case.rows().shape[-1], dtype=torch.float64)
+    slots = torch.tensor([3, 1])
+    pool[slots] = case.rows()
+    [call] = case.calls([5])
+    call |= {"slots": slots, "valid": torch.full((2,), 5)}
+    good = run_node(target, tmp_path, case.node, pool, [call])
+    bad = {name: x.clone() for name, x in call.items()}
+    if operand in ("fill", "valid", "slots"):
+        bad[operand][1] = int(value)
+    else:
+        bad[operand].view(2, case.heads, -1)[1, 1, -1] = value
+    words = "value out of range" if operand in ("fill", "valid", "slots") else "gate not finite"
+    with pytest.raises(RuntimeError, match=rf"\[ChunkNeuralMemory\] {words}: {operand} of a stream.*\. Fix: "):
+        run_node(target, tmp_path, case.node, pool, [bad])
+    result = run_node(target, tmp_path, case.node, pool, [bad], ("--keep-going",))
+    assert torch.equal(result.state[[0, 1, 2]].view(torch.int32), pool.float()[[0, 1, 2]].view(torch.int32))
+    assert torch.isnan(result.y[0][1]).all() and torch.isnan(result.stats[0][1]).all()
+    assert torch.equal(result.y[0][0], good.y[0][0]) and torch.equal(
+        result.state[3].view(torch.int32), good.state[3].view(torch.int32)
+    )
 
 
 # ---- titans-pytorch ----

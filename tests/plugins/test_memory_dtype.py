@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import Case, random_cuts, worst
 from chunk_oracle import ChunkCase, make_node, option, split, weight_shapes
-from kernel_runner import Target, cpu_targets, operator_of, run_node
+from kernel_runner import Target, cpu_targets, cuda_targets, operator_of, run_node
 from memory_dtype_oracle import (
     BLOCK,
     LARGEST,
@@ -381,7 +381,7 @@ def test_a_stream_with_gates_of_a_token_is_the_recurrence(
         _expect_close(node, result.state, torch.cat(result.y, 2), memories, 8)
 
 
-@targets
+@pytest.mark.parametrize("target", [*cpu_targets(), *cuda_targets(few=True)])
 @ways
 def test_a_stream_with_gates_of_a_chunk_is_its_equations(
     target: Target, memory_dtype: str, rounding: str, tmp_path: Path

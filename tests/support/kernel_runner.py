@@ -109,8 +109,11 @@ def _why_no_gpu() -> str:
     return "" if done.returncode == 0 else done.stderr.strip()
 
 
-def cuda_targets() -> list[pytest.param]:
-    """The GPU of this machine and the emulated ones; skipped, with the reason, where they are missing."""
+def cuda_targets(few: bool = False) -> list[pytest.param]:
+    """The GPU of this machine and the emulated ones; skipped, with the reason, where they are missing.
+
+    few: only long runs have more than one emulated GPU, that on which hardly anything fits into shared memory.
+    """
     why = _why_no_gpu()
     marks = [pytest.mark.skip(reason=why)] if why else []
     params = [pytest.param(Target("gpu", (str(CUDA),), cuda=True), id="cuda-gpu", marks=marks)]
@@ -119,7 +122,8 @@ def cuda_targets() -> list[pytest.param]:
     for name, (gpu, order) in EMULATED_GPUS.items():
         environment = (("TITANS_EMULATED_GPU", gpu), ("TITANS_EMULATED_ORDER", order))
         target = Target(name, (str(CUDA_EMULATED),), environment=environment, cuda=True)
-        params.append(pytest.param(target, id=f"cuda-emulated-{name}", marks=marks))
+        also = [pytest.mark.long] if few and name != "small" else []
+        params.append(pytest.param(target, id=f"cuda-emulated-{name}", marks=[*marks, *also]))
     return params
 
 
