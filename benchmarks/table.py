@@ -228,6 +228,19 @@ def long_stream(results: list[Result]) -> str:
     return markdown(header, lines)
 
 
+def many_streams(results: list[Result]) -> str:
+    """Tokens per second of every implementation by kind of call and number of streams."""
+    names = list(dict.fromkeys(name for result in results for row in result["rows"] for name in row["baselines"]))
+    lines = []
+    for result in results:
+        for row in result["rows"]:
+            rates = (row["baselines"].get(name, {}).get("tokens_per_second") for name in names)
+            label = [result["name"], f"{row['kind']} of {row['streams']}"]
+            lines.append([*label, *("-" if rate is None else f"{rate:,.0f}" for rate in rates)])
+    header = ["model", "call", *("runtime, fast batches" if name == "runtime" else name for name in names)]
+    return markdown(header, lines)
+
+
 def sizes(result: Result) -> str:
     """Every step of each size, and the growth law."""
     header = ["model", "weights", "step", "seconds", "processor seconds", "peak memory", "reach", "load before"]
@@ -329,8 +342,8 @@ def where(result: Result) -> str:
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
     """The text between the markers, by the name in the opening marker."""
-    layers, models, streams, library, measured = (
-        newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch", "sizes")
+    layers, models, streams, library, measured, batches = (
+        newest(folder, name) for name in ("layer", "model", "long-stream", "titans-pytorch", "sizes", "streams")
     )
     found: dict[str, tuple[list[Result], Callable[[], str]]] = {
         "layer": (
@@ -357,6 +370,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
             ),
         ),
         "long-stream": (streams, lambda: "\n\n".join((*dict.fromkeys(map(where, streams)), long_stream(streams)))),
+        "streams": (batches, lambda: "\n\n".join((*dict.fromkeys(map(where, batches)), many_streams(batches)))),
         "sizes": (measured, lambda: sizes(measured[0])),
     }
     return {name: make() if results else "Not measured yet." for name, (results, make) in found.items()}

@@ -111,5 +111,4 @@ std::unique_ptr<CudaKernel> CudaKernel::create(const Configuration& configuratio
   return std::make_unique<Double>(configuration, values, device, std::move(kernel));
 }
 
-
 }  // namespace titans::kernels
