@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
-from shared_bundles import ROOT
+from shared_bundles import ROOT, mac_bytes
 
+TUTORIAL = ROOT / "docs" / "tutorials" / "embed.md"
 SOURCE = ROOT / "tests" / "cpp" / "installed" / "version.c"
 
 
@@ -21,6 +23,7 @@ def run(*args: object, **env: str) -> str:
 
 @pytest.mark.long
 def test_a_program_links_what_the_archive_holds(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("titans_runtime._library", reason="the runtime is not built", exc_type=ImportError)
     run(ROOT / "tools" / "dist", "-o", tmp_path / "dist", "native")
     [archive] = (tmp_path / "dist").glob("titans-*-linux-*.tar.gz")
     with tarfile.open(archive) as file:
@@ -49,3 +52,16 @@ def test_a_program_links_what_the_archive_holds(tmp_path: Path) -> None:
     library = {"LD_LIBRARY_PATH": str(prefix / "lib")}
     assert run(tmp_path / "static") == run(tmp_path / "shared", **library)
     assert "libtitans" not in run("ldd", tmp_path / "static")
+
+    code = re.search(r"```cpp\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
+    assert code
+    (tmp_path / "program.cpp").write_text(code[1])
+    (tmp_path / "mac.titans").symlink_to(mac_bytes())
+    run("c++", "-std=c++17", tmp_path / "program.cpp", *flags, "-o", tmp_path / "program")
+    done = subprocess.run(
+        [tmp_path / "program"], input=b"It was a dark and stormy night", capture_output=True, cwd=tmp_path,
+        env={**os.environ, **library, "TITANS_ONNXRUNTIME": runtime.backend_library() or ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) == 64, "the default of generation"
+    assert (tmp_path / "program.tstate").is_file()

@@ -140,6 +140,25 @@ def test_readme_command_line(checkout: Path) -> None:
 
 
 @pytest.mark.long
+def test_tutorials(checkout: Path) -> None:
+    """The commands of the first two tutorials, in order, in one folder. test_dist.py has the third one's program."""
+    folder = checkout / "tutorials"
+    folder.mkdir()
+    (folder / "examples").symlink_to(ROOT / "examples")
+    shutil.copy(ROOT / "README.md", folder)
+    for name in ("first-run", "quantise"):
+        text = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+        for language, code in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+            if language == "python":
+                (folder / "snippet.py").write_text(code + "\nassert stream.position > 8_000 and len(text) == 40\n")
+                typed(folder, "python snippet.py")
+            else:
+                for line in code.splitlines():
+                    typed(folder, line)
+    assert (folder / "drift.html").stat().st_size > 10_000
+
+
+@pytest.mark.long
 def test_readme_python(checkout: Path) -> None:
     code = block(section("Ten lines of Python"), "python")
     (checkout / "snippet.py").write_text(
