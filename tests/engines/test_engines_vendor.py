@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 from engine_tools import model_of, value
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from titans_export.engines import vendor
 from titans_export.engines.messages import BuildError, interruptible, make_log, make_monitor
-from titans_export.engines.vendor import Settings, build_network, build_plan, parse
+from titans_export.engines.vendor import Settings, build_network, build_plan, no_collection, parse
 from titans_export.errors import MachineError, UsageError
 from titans_export.onnx.mapped import write_graph
 
@@ -41,11 +44,38 @@ def test_an_engine_and_what_is_known_of_it(tmp_path: Path) -> None:
     assert any(text.startswith("Building engine") for text in said)
 
 
+def test_no_garbage_is_collected_while_the_vendor_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection there could free an older builder, which waits for the lock that the vendor holds."""
+    collecting: list[bool] = []
+
+    def recording(module: Any) -> Any:
+        log = make_log(module)
+
+        class Recording(type(log)):  # type: ignore[misc]
+            def log(self, severity: Any, text: str) -> None:
+                collecting.append(gc.isenabled())
+                super().log(severity, text)
+
+        return Recording()
+
+    monkeypatch.setattr(vendor, "make_log", recording)
+    older = [trt.Builder(make_log(trt))]
+    freed = weakref.ref(older[0])
+    older.append(older)  # type: ignore[arg-type]
+    del older
+    assert len(build(product(4, 16), tmp_path).plan) > 0
+    assert freed() is None
+    assert collecting
+    assert not any(collecting)
+    assert gc.isenabled()
+
+
 def _input_as_output(folder: Path) -> tuple[Any, Any, Any]:
     """The log, the builder and a network whose output is its input, which is only logged."""
     path = write_graph(product(4, 16), folder / "g.onnx")
     log = make_log(trt)
-    builder = trt.Builder(log)
+    with no_collection():
+        builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(trt, network, path, log)
     network.mark_output(network.get_input(0))
@@ -144,7 +174,8 @@ def test_a_parser_that_loses_an_output(tmp_path: Path) -> None:
         OnnxParser = Parser
 
     log = make_log(trt)
-    network = trt.Builder(log).create_network(0)
+    with no_collection():
+        network = trt.Builder(log).create_network(0)
     Parser.network = network  # type: ignore[attr-defined]
     with pytest.raises(BuildError, match="outputs of the graph: b"):
         parse(Module, network, path, log)

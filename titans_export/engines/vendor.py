@@ -5,9 +5,11 @@ The log is checked after every step, because some calls log a failure and still 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,15 +56,33 @@ class Built:
     warnings: list[str]
 
 
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """A block in which no garbage is collected.
+
+    The vendor holds a lock while it logs. A collection in the log's callback could free an older builder there, which
+    would wait for that lock for ever.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def build_plan(trt: Any, path: Path, settings: Settings, progress: Progress = lambda text: None) -> Built:
     """Builds the graph at `path` with the vendor's module. Raises BuildError."""
     log = make_log(trt)
-    builder = trt.Builder(log)
-    if settings.plugin_library:
-        _load_plugin(builder.get_plugin_registry(), settings.plugin_library, log)
-    network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
-    parse(trt, network, path, log)
-    return build_network(trt, builder, network, settings, log, progress)
+    with no_collection():
+        builder = trt.Builder(log)
+        if settings.plugin_library:
+            _load_plugin(builder.get_plugin_registry(), settings.plugin_library, log)
+        network = builder.create_network(_flag(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
+        parse(trt, network, path, log)
+        return build_network(trt, builder, network, settings, log, progress)
 
 
 def build_network(
