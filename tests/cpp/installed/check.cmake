@@ -68,7 +68,7 @@ foreach(project nlohmann xxHash)
 endforeach()
 
 # C++14 is refused in one line.
-execute_process(COMMAND ${CXX_COMPILER} -std=c++14 -fsyntax-only -I${prefix}/include ${SOURCE}/header.cpp
+execute_process(COMMAND ${CXX_COMPILER} -std=c++14 -fsyntax-only -I${prefix}/include -x c++ ${prefix}/include/titans/titans.hpp
                 RESULT_VARIABLE status ERROR_VARIABLE errors)
 string(REGEX MATCHALL "error:" count "${errors}")
 list(LENGTH count count)
