@@ -63,7 +63,7 @@ def metadata(wheel: Path) -> Message:
 def check_runtime_wheel(wheel: Path, machine: str, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         notices = archive.read("titans_runtime/NOTICES").decode()
-    assert all(project in notices for project in ("nlohmann", "xxHash", "Highway")), "no licences of compiled-in code"
+    assert all(project in notices for project in ("nlohmann", "xxHash", "libhwy")), "no licences of compiled-in code"
     matched = re.fullmatch(rf"titans_runtime-[\d.]+-py3-none-manylinux_2_(\d+)_{machine}\.whl", wheel.name)
     assert matched, wheel.name
     assert int(matched[1]) <= NEWEST_GLIBC

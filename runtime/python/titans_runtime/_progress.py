@@ -52,24 +52,27 @@ class Signals:
         """Whether there is any handler to replace: only on the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return False
-        # Exceptions may come until the last line. They leave replacements, which then call the handler itself.
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                self._handlers[number] = _own_handler(handler, number)
-                signal.signal(number, self._handle)
-        if not self._handlers:
-            return False
-        self._over = False
-        return True
+        try:
+            for number in _SIGNALS:
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = _own_handler(handler, number)
+                    signal.signal(number, self._handle)
+            if not self._handlers:
+                return False
+            self._over = False
+            return True
+        except BaseException as error:  # of a handler
+            self.raised = error
+            self.end()
+            raise
 
     def end(self) -> None:
         """Sets the handlers back, and raises what one of them has raised."""
         try:
+            while not self._restore():
+                pass
             self._over = True
-            for number, handler in self._handlers.items():
-                if signal.getsignal(number) == self._handle:  # not changed by a callback
-                    signal.signal(number, handler)
         finally:
             if self.raised is not None:
                 error, self.raised = self.raised, None
@@ -78,6 +81,18 @@ class Signals:
                     raise error
                 finally:
                     error.__context__ = context
+
+    def _restore(self) -> bool:
+        """Whether all handlers are set back. One that is back already may raise in between."""
+        try:
+            for number, handler in self._handlers.items():
+                if signal.getsignal(number) == self._handle:  # not changed by a callback
+                    signal.signal(number, handler)
+            return True
+        except BaseException as error:
+            if self.raised is None:
+                self.raised = error
+            return False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
