@@ -283,3 +283,19 @@ def _new_pairs(letters: list[str], vocabulary: dict[str, int]) -> Iterator[tuple
         for right in (*letters, *known[300:]):
             if left + right not in vocabulary and not {"<", ">"} & {left[0], right[-1]}:
                 yield left, right
+
+
+def test_pieces_of_the_runtime_are_the_decoding_of_all_tokens(tmp_path: Path) -> None:
+    """A decoder that drops the first space must not drop the space of a later piece."""
+    tokenizers = pytest.importorskip("tokenizers", reason="optional: pip install titans-export[tokenizer]")
+    text = pytest.importorskip("titans_runtime._text", reason="the runtime is not built", exc_type=ImportError)
+    words = {"▁Once": 0, "▁upon": 1, "▁a": 2, "▁time": 3, "<unk>": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = text.TextSource({"kind": "file", "file": "tokenizer.json"}, str(tmp_path)).codec()
+    ids = codec.encode("Once upon a time").tolist()
+    assert ids == [0, 1, 2, 3]
+    assert list(text.pieces(ids, codec.decoder(), [])) == ["Once", " upon", " a", " time"]
+    assert "".join(text.pieces(ids, codec.decoder(), ["pon a"])) == "Once upon a"

@@ -323,12 +323,16 @@ def _print(
     checks: list[OutputCheck] | None,
 ) -> None:
     """The verdict, and the tables behind it if something failed or the user wants details."""
+    from ..output_limits import describe
+
     passed = report.passed and all(check.passed for check in checks or [])
     reference = "golden outputs" if options.against is None else f"{options.against} in PyTorch float32"
     say(
         f"{'passed' if passed else 'FAILED'}: {options.bundle} against {reference}, {report.positions:,} tokens, "
         f"max error {number(report.max_abs_error)} (tolerance {number(report.tolerance)})"
     )
+    if limits.stability is not None:
+        say(describe(limits.stability))
     if bundle.quantization is not None and options.tolerance is None:
         say("The tolerance is this bundle's own rounding. titans-export compare measures how far it drifts.")
     if checks is not None:
@@ -336,19 +340,15 @@ def _print(
         say(f"polygraphy: {len(checks) - bad:,} of {len(checks):,} outputs agree")
     if not passed or details():
         say("")
-        _print_details(report, limits, checks)
+        _print_details(report, checks)
 
 
-def _print_details(report: VerifyReport, limits: OutputLimits, checks: list[OutputCheck] | None) -> None:
-    from ..output_limits import describe
-
+def _print_details(report: VerifyReport, checks: list[OutputCheck] | None) -> None:
     rows = [
         (name.replace("_", " "), number(d.max_abs_error), "-" if d.first_bad_position is None else d.first_bad_position)
         for name, d in report.feeds.items()
     ]
     say(table(("feed", "max error", "first bad position"), rows))
-    if limits.stability is not None:
-        say(f"\n{describe(limits.stability)}")
     say("\n" + table(("graph", "calls"), list(report.graphs.items())))
     if report.pytorch_float32_to_float64 is not None:
         say(f"\nPyTorch float32 to float64: {number(report.pytorch_float32_to_float64)}")

@@ -8,10 +8,11 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from titans_runtime._decoding import Decode
+
 from ..errors import TitansError
 
 Tokens = npt.NDArray[np.int32]
-Decode = Callable[[int | None], str]
 BLOCK_BYTES = 1 << 12
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 
-from .base import BLOCK_BYTES, Decode, Tokens, check_tokens
+from titans_runtime._decoding import Decode, byte_decoder
+
+from .base import BLOCK_BYTES, Tokens, check_tokens
 
 
 class ByteTokenizer:
@@ -31,15 +32,4 @@ class ByteTokenizer:
 
     def decoder(self, skip_special_tokens: bool = False) -> Decode:
         """Holds back incomplete UTF-8, and shows invalid bytes and tokens above 255 as U+FFFD."""
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def decode(token: int | None) -> str:
-            if token is None:
-                return utf8.decode(b"", final=True)
-            if not 0 <= token < 256:
-                rest = utf8.decode(b"", final=True)
-                utf8.reset()
-                return rest + "\ufffd"
-            return utf8.decode(bytes([token]))
-
-        return decode
+        return byte_decoder()

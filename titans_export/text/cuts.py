@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import string
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from titans_runtime._decoding import Spec, byte_characters, flat
 
 from .patterns import Pattern, Unsupported, is_word
 
-Spec = Mapping[str, Any]
 # Characters that stand alone: normalisation neither joins them with a neighbour nor reorders them, every version of
 # Unicode gives them the same properties, and case folding keeps their number. Each range holds letters of one script.
 _RANGES = (
@@ -262,17 +263,6 @@ class _Merges:
         return known and left + right not in self._joined
 
 
-def flat(spec: Spec | None, parts: str) -> Iterator[Spec]:
-    """The members of nested sequences."""
-    if spec is None:
-        return
-    if spec["type"] == "Sequence":
-        for part in spec[parts]:
-            yield from flat(part, parts)
-    else:
-        yield spec
-
-
 def _changes_start(spec: Spec) -> bool:
     """Whether a part adds something to the start of a text."""
     kind = spec["type"]
@@ -385,13 +375,6 @@ def _steps(spec: Spec) -> Iterable[Step]:
         yield _character_step(lambda char: char == delimiter, "Removed")
     else:
         raise Unsupported(f"unknown pre-tokenizer {kind}")
-
-
-def byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in byte-level vocabularies."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in plain)
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 _BYTES = byte_characters()

@@ -11,10 +11,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from titans_runtime._decoding import Decode, Spec, StreamDecoder
+
 from ..errors import BundleError, MachineError
-from .base import BLOCK_BYTES, Decode, TextError, Tokens, check_tokens
-from .cuts import SafeCuts, Spec, may_precede, stands_alone
-from .decoding import StreamDecoder
+from .base import BLOCK_BYTES, TextError, Tokens, check_tokens
+from .cuts import SafeCuts, may_precede, stands_alone
 from .patterns import Unsupported
 
 _FIX = "export the bundle again"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,17 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ._decoding import Decode, StreamDecoder, byte_decoder
 from ._library import UNSUPPORTED, failure, invalid
 
 Ids = npt.NDArray[np.int32]
-
-
-class Decoder(Protocol):
-    """Turns tokens into text one by one. Text appears once no later token can change it."""
-
-    def push(self, token: int) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 class Codec(Protocol):
@@ -28,28 +21,17 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> Ids: ...
 
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> Decode: ...
 
 
 class _Bytes:
-    """Tokens are the bytes of UTF-8. A byte that is not UTF-8 becomes U+FFFD."""
+    """Tokens are the bytes of UTF-8."""
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
 
-    def decoder(self) -> Decoder:
-        return _ByteDecoder()
-
-
-class _ByteDecoder:
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        return self._utf8.decode(bytes([token]) if token < 256 else b"\xff")
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+    def decoder(self) -> Decode:
+        return byte_decoder()
 
 
 class _File:
@@ -68,28 +50,8 @@ class _File:
     def encode(self, text: str) -> Ids:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decoder(self) -> Decoder:
-        return _FileDecoder(self._tokenizer)
-
-
-class _FileDecoder:
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []
-
-    def push(self, token: int) -> str:
-        self._held.append(token)
-        piece = self._stream.step(self._tokenizer, token)
-        if piece is None:
-            return ""
-        self._held.clear()
-        return str(piece)
-
-    def finish(self) -> str:
-        """The tokens that did not become text, such as an incomplete character."""
-        return str(self._tokenizer.decode(self._held, skip_special_tokens=False)) if self._held else ""
+    def decoder(self) -> Decode:
+        return StreamDecoder(self._tokenizer, json.loads(self._tokenizer.to_str()).get("decoder"), False)
 
 
 class TextSource:
@@ -114,17 +76,17 @@ class TextSource:
         raise invalid("E0110", "tokenizer", "this bundle has no tokenizer", "feed token ids")
 
 
-def pieces(tokens: Iterable[int], decoder: Decoder, stop: Sequence[str]) -> Iterator[str]:
+def pieces(tokens: Iterable[int], decode: Decode, stop: Sequence[str]) -> Iterator[str]:
     """The text of the tokens as it comes, up to the end of the first stop text."""
     tail, longest = "", max(map(len, stop), default=0)
     for token in tokens:
-        piece, ended = _until(tail, decoder.push(token), stop)
+        piece, ended = _until(tail, decode(token), stop)
         tail = (tail + piece)[-longest:] if longest else ""
         if piece:
             yield piece
         if ended:
             return
-    piece, _ = _until(tail, decoder.finish(), stop)
+    piece, _ = _until(tail, decode(None), stop)
     if piece:
         yield piece
 

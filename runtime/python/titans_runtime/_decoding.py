@@ -1,20 +1,60 @@
-"""Text from tokens, one token at a time: all pieces together are what the package decodes from all tokens."""
+"""Text from tokens, one token at a time: all pieces together are the decoding of all tokens."""
 
 from __future__ import annotations
 
 import codecs
 import re
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
-from .cuts import Spec, byte_characters, flat
+# A part of a tokenizer.json.
+Spec: TypeAlias = Mapping[str, Any]
+# From one token to the text that no later token changes; None returns the rest.
+Decode: TypeAlias = Callable[[int | None], str]
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of byte fallback
+
+
+def byte_characters() -> dict[int, str]:
+    """The character that stands for each byte in byte-level vocabularies."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in plain)
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def flat(spec: Spec | None, parts: str) -> Iterator[Spec]:
+    """The members of nested sequences."""
+    if spec is None:
+        return
+    if spec["type"] == "Sequence":
+        for part in spec[parts]:
+            yield from flat(part, parts)
+    else:
+        yield spec
+
+
 _BYTES = {char: byte for byte, char in byte_characters().items()}
 _LOCAL = ("ByteLevel", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "Fuse", "Strip", "Replace")
 
 
+def byte_decoder() -> Decode:
+    """Holds back incomplete UTF-8, and gives U+FFFD for invalid bytes and tokens above 255."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def decode(token: int | None) -> str:
+        if token is None:
+            return utf8.decode(b"", final=True)
+        if not 0 <= token < 256:
+            rest = utf8.decode(b"", final=True)
+            utf8.reset()
+            return rest + "\ufffd"
+        return utf8.decode(bytes([token]))
+
+    return decode
+
+
 class StreamDecoder:
-    """A function from one token to the text that no later token changes; None returns the rest.
+    """The `Decode` of a tokenizer of the package `tokenizers`. spec: the part `decoder` of its file.
 
     Decodes each token together with the tokens before it whose text is known, so that it takes constant memory.
     """
